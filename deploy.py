@@ -61,7 +61,7 @@ Exit codes
 
 Sections, each using only what stands above it
      1 Constants and exit codes      9 Hooks, services, probes, templates
-     2 Errors                       10 Preflight
+     2 Errors                       10 Facts and preflight
      3 Console                      11 Steps
      4 System                       12 Planner
      5 Options                      13 Executor
@@ -381,6 +381,7 @@ class Console:
         self.json_mode = self.quiet = self.verbose = False
         self.colour = self.unicode = self.shows_progress = False
         self.log_context = {}  # type: Dict[str, str]
+        self.warnings = []  # type: List[str]
         self._logger = None  # type: Any
         self._held = []  # type: List[str]
         self._broken = set()  # type: Set[int]
@@ -410,6 +411,11 @@ class Console:
                   f"{status}: {text}")
         self._stderr(f"  {self.paint(status, f'{status:<7}')} {self.clean(text)}")
 
+    def warn(self, text: str) -> None:
+        """A warning: shown, logged, and kept for the result."""
+        self.warnings.append(self.secrets.mask(text))
+        self.painted("warn", text)
+
     def debug(self, text: str) -> None:
         """A line that only -v and the log show."""
         self._log("debug", text)
@@ -422,7 +428,7 @@ class Console:
         self._stderr(self.paint("dim", "    | ") + self.clean(text))
 
     def result(self, text: str) -> None:
-        """A line of the result, on stdout; --json replaces it by its one object."""
+        """Lines of the result, on stdout; --json replaces them by its one object."""
         if not self.json_mode and not self.quiet:
             self._write(sys.stdout, "\n".join(self.clean(line) for line in text.split("\n")) + "\n")
 
@@ -493,6 +499,7 @@ class Console:
             stream.flush()
         except (OSError, ValueError):
             self._broken.add(id(stream))
+            silence(stream)
 
     # -- the log -------------------------------------------------------------
 
@@ -531,6 +538,16 @@ class Console:
         else:
             context = " ".join(f"{key}={value}" for key, value in self.log_context.items())
             self._logger.log(number, "%s", message, extra={"context": f"[{context}] " if context else ""})
+
+
+def silence(stream: Any) -> None:
+    """Point a broken stream at /dev/null, or the interpreter's last flush would change the exit code."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError):
+        pass
 
 
 def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -793,22 +810,20 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
-def processes_inside(path: str) -> List[int]:
-    """List the processes whose working directory or executable lies inside a directory."""
-    inside, found = os.path.realpath(path) + "/", []
+def names_in_use(directory: str) -> Set[str]:
+    """Name the entries of a directory in which a process has its working directory or executable."""
+    inside, found = os.path.realpath(directory) + "/", set()  # type: str, Set[str]
     try:
-        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+        processes = [name for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
-        return []
-    for pid in pids:
-        for link in ("cwd", "exe"):
-            try:
-                target = os.readlink(f"/proc/{pid}/{link}")
-            except OSError:
-                continue
-            if (target + "/").startswith(inside):
-                found.append(int(pid))
-                break
+        return found
+    for link in [f"/proc/{process}/{name}" for process in processes for name in ("cwd", "exe")]:
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue
+        if target.startswith(inside):
+            found.add(target[len(inside):].split("/")[0])
     return found
 
 
@@ -1049,6 +1064,10 @@ class Interrupts:
     def close(self) -> None:
         """Stop listening: what follows must run to its end."""
         self._closed = True
+
+    def reopen(self) -> None:
+        """Listen again: a recovery is over, and the run itself begins."""
+        self._closed = False
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -1574,6 +1593,12 @@ def _fields(data: Any, what: str, types: Dict[str, Any]) -> Dict[str, Any]:
 _TEXT_OR_NULL, _OBJECT_OR_NULL = (str, type(None)), (dict, type(None))
 
 
+_RECORD_TYPES = {"id": str, "sequence": int, "version": str, "state": str, "pinned": bool, "artifact": dict,
+    "tree": dict, "created_at": str, "activated_at": _TEXT_OR_NULL, "deactivated_at": _TEXT_OR_NULL,
+    "previous": _TEXT_OR_NULL, "by": dict, "rollback": dict, "failure": _OBJECT_OR_NULL,
+    "pruned_at": _TEXT_OR_NULL}  # type: Dict[str, Any]
+
+
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
@@ -1600,11 +1625,6 @@ class Record(NamedTuple):
     failure: Optional[Dict[str, Any]]
     pruned_at: Optional[str]
 
-    TYPES = {"id": str, "sequence": int, "version": str, "state": str, "pinned": bool, "artifact": dict,
-             "tree": dict, "created_at": str, "activated_at": _TEXT_OR_NULL, "deactivated_at": _TEXT_OR_NULL,
-             "previous": _TEXT_OR_NULL, "by": dict, "rollback": dict, "failure": _OBJECT_OR_NULL,
-             "pruned_at": _TEXT_OR_NULL}  # type: ignore
-
     @property
     def sha256(self) -> str:
         """The digest of the artifact this release was made from."""
@@ -1617,10 +1637,15 @@ class Record(NamedTuple):
     @classmethod
     def from_json(cls, data: Any) -> "Record":
         """Read a record; ValueError when it is not one."""
-        record = cls(**_fields(data, "the record", cls.TYPES))
+        record = cls(**_fields(data, "the record", _RECORD_TYPES))
         if record.state not in STATES:
             raise ValueError(f"the record has the unknown state {record.state!r}")
         return record
+
+
+_JOURNAL_TYPES = {"deploy_id": str, "operation": str, "from": _TEXT_OR_NULL, "to": str, "phase": str,
+    "artifact_sha256": str, "boot_id": str, "started_at": str, "deadline": _TEXT_OR_NULL,
+    "recoveries": int, "plan": list, "done": list, "failure": _OBJECT_OR_NULL, "by": dict}  # type: Dict[str, Any]
 
 
 class Journal(NamedTuple):
@@ -1645,10 +1670,6 @@ class Journal(NamedTuple):
     failure: Optional[Dict[str, Any]]
     by: Dict[str, Any]
 
-    TYPES = {"deploy_id": str, "operation": str, "from": _TEXT_OR_NULL, "to": str, "phase": str,
-             "artifact_sha256": str, "boot_id": str, "started_at": str, "deadline": _TEXT_OR_NULL,
-             "recoveries": int, "plan": list, "done": list, "failure": _OBJECT_OR_NULL, "by": dict}  # type: ignore
-
     def to_json(self) -> Dict[str, Any]:
         """Return what is written to disk."""
         data = dict(self._asdict(), schema=SCHEMA)
@@ -1658,12 +1679,18 @@ class Journal(NamedTuple):
     @classmethod
     def from_json(cls, data: Any) -> "Journal":
         """Read a journal; ValueError when it is not one."""
-        fields = _fields(data, "the journal", cls.TYPES)
+        fields = _fields(data, "the journal", _JOURNAL_TYPES)
         fields["from_release"], fields["to_release"] = fields.pop("from"), fields.pop("to")
         journal = cls(**fields)
         if journal.phase not in PHASES:
             raise ValueError(f"the journal has the unknown phase {journal.phase!r}")
         return journal
+
+
+_HISTORY_TYPES = {"sequence": int, "at": str, "deploy_id": str, "operation": str, "result": str,
+    "release": _TEXT_OR_NULL, "version": _TEXT_OR_NULL, "previous": _TEXT_OR_NULL, "exit_code": int,
+    "seconds": (int, float), "message": str, "by": dict, "steps": list, "failure": _OBJECT_OR_NULL,
+    "previous_sha256": str}  # type: Dict[str, Any]
 
 
 class HistoryEntry(NamedTuple):
@@ -1691,11 +1718,6 @@ class HistoryEntry(NamedTuple):
     failure: Optional[Dict[str, Any]]
     previous_sha256: str
 
-    TYPES = {"sequence": int, "at": str, "deploy_id": str, "operation": str, "result": str,
-             "release": _TEXT_OR_NULL, "version": _TEXT_OR_NULL, "previous": _TEXT_OR_NULL, "exit_code": int,
-             "seconds": (int, float), "message": str, "by": dict, "steps": list, "failure": _OBJECT_OR_NULL,
-             "previous_sha256": str}  # type: ignore
-
     def to_json(self) -> Dict[str, Any]:
         """Return what is written to disk and shown by --json."""
         return dict(self._asdict(), schema=SCHEMA)
@@ -1703,7 +1725,7 @@ class HistoryEntry(NamedTuple):
     @classmethod
     def from_json(cls, data: Any) -> "HistoryEntry":
         """Read an entry; ValueError when it is not one."""
-        return cls(**_fields(data, "the history line", cls.TYPES))
+        return cls(**_fields(data, "the history line", _HISTORY_TYPES))
 
 
 class CheckResult(NamedTuple):
@@ -1768,3 +1790,5881 @@ class Plan(NamedTuple):
     def to_json(self) -> List[Dict[str, str]]:
         """Return the plan as the journal keeps it and --json shows it."""
         return [{"name": step.name, "description": step.describe()} for step in self.steps]
+
+
+# ============================================================================
+# 7  State
+#    What is on disk under one root, and the only code that changes it: lock,
+#    links, records, journal, history.  Every change is durable when the call
+#    returns, and every name is unique or replaced by rename.
+# ============================================================================
+
+PRIVATE_DIRECTORIES = ("releases", "manifests", "staging", "cache", "trash")
+_RELEASE_ID = re.compile(r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*\Z")
+
+
+def seal(data: Dict[str, Any]) -> Dict[str, Any]:
+    """Add the checksum by which a changed or cut-off file is told from a whole one."""
+    return dict(data, checksum=_checksum(data))
+
+
+def _checksum(data: Dict[str, Any]) -> str:
+    plain = {key: value for key, value in data.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def unseal(data: bytes, what: str) -> Dict[str, Any]:
+    """Read sealed JSON; ValueError when it is damaged."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is damaged: {error}")
+    if not isinstance(value, dict) or value.get("checksum") != _checksum(value):
+        raise ValueError(f"{what} is damaged: its checksum does not match")
+    return value
+
+
+class Current(NamedTuple):
+    """Where `current` points: a release, nothing yet, or a problem with the command that mends it."""
+
+    release: Optional[str]
+    problem: str = ""
+    hint: str = ""
+
+
+class Store:
+    """One root, opened.
+
+    Locking rule: whoever changes anything holds `Lock`, from before the first
+    look to after pruning; whoever only looks takes no lock and may see a run
+    half way.
+    """
+
+    def __init__(self, root: Directory) -> None:
+        self.root = root
+        self.path = root.path
+        self._open = {}  # type: Dict[str, Directory]
+
+    @classmethod
+    def open(cls, path: str) -> Optional["Store"]:
+        """Open a root for looking; None where there is no such directory."""
+        try:
+            return cls(Directory.open(os.path.realpath(path)))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise PreflightFailed(f"cannot open the root {path}: {reason(error)}",
+                                  "name a directory that this user can read: --root DIR")
+
+    @classmethod
+    def create(cls, path: str) -> "Store":
+        """Open a root for writing, making it and what belongs into it; PreflightFailed where that cannot be."""
+        path = os.path.realpath(path)
+        try:
+            try:
+                os.mkdir(path, 0o755)
+            except FileExistsError:
+                pass
+            store = cls(Directory.open(path))
+            store.root.make("releases").close()
+            with store.root.make(".deploy", 0o700) as private:
+                for name in PRIVATE_DIRECTORIES:
+                    private.make(name, 0o700).close()
+                store.root.sync()
+        except OSError as error:
+            parent = os.path.dirname(path)
+            hint = f"mkdir -p {parent}" if not os.path.isdir(parent) else \
+                f"the root and what is in it must be directories that {user_name()} can write"
+            raise PreflightFailed(f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
+        return store
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for directory in self._open.values():
+            directory.close()
+        self._open.clear()
+        self.root.close()
+
+    def directory(self, path: str) -> Directory:
+        """Return a directory below the root, opened once; FileNotFoundError where there is none."""
+        if path not in self._open:
+            self._open[path] = self.root.walk_to(path)
+        return self._open[path]
+
+    def optional(self, path: str) -> Optional[Directory]:
+        """Return a directory below the root, or None where there is none yet."""
+        try:
+            return self.directory(path)
+        except FileNotFoundError:
+            return None
+
+    # -- releases and current ------------------------------------------------
+
+    def release_path(self, release: str) -> str:
+        """Return the absolute path of a release."""
+        return f"{self.path}/releases/{release}"
+
+    def releases_on_disk(self) -> Set[str]:
+        """Name the directories under releases/, known or not."""
+        releases = self.optional("releases")
+        return {name for name in releases.names() if releases.is_directory(name)} if releases else set()
+
+    def current(self) -> Current:
+        """Look where `current` points."""
+        found = self.root.status("current")
+        if found is None:
+            return Current(None)
+        link = f"{self.path}/current"
+        if not stat.S_ISLNK(found.st_mode):
+            return Current(None, f"{link} is not a symlink", f"move it out of the way: mv {link} {link}.old")
+        target = self.root.link_target("current") or ""
+        inside = os.path.normpath(os.path.join(self.path, target))
+        release = os.path.basename(inside)
+        if os.path.dirname(inside) != f"{self.path}/releases":
+            return Current(None, f"{link} points outside releases/: {target}", f"remove the link: rm {link}")
+        releases = self.optional("releases")
+        if not releases or not releases.is_directory(release):
+            return Current(None, f"{link} points to {target}, which does not exist",
+                           f"remove the link (rm {link}), then activate a release: deploy.py --root {self.path} releases")
+        return Current(release)
+
+    def switch(self, expected: Optional[str], target: Optional[str]) -> None:
+        """Point `current` at a release, or take it away; one rename, durable when this returns.
+
+        Compare and swap: StepFailed when `current` is not what the plan saw.
+        """
+        found = self.current()
+        if found.problem or found.release not in (expected, target):
+            raise StepFailed(f"current changed under the run: expected {expected}, found "
+                             f"{found.problem or found.release}", "look at what else switches it, then run again")
+        if target is None:
+            self.root.discard("current")
+        else:
+            temporary = temporary_name("current")
+            os.symlink(f"releases/{target}", temporary, dir_fd=self.root.descriptor)
+            # The new link must be on disk before it takes the old one's place.
+            self.root.sync()
+            self.root.rename(temporary, self.root, "current")
+        self.root.sync()
+
+    def new_staging(self) -> str:
+        """Make an empty private directory to unpack into, and return its name."""
+        name = temporary_name("staging")
+        os.mkdir(name, 0o700, dir_fd=self.directory(".deploy/staging").descriptor)
+        return name
+
+    def discard_staging(self, name: str) -> None:
+        """Remove what was unpacked and never published."""
+        self.directory(".deploy/staging").remove_tree(name)
+
+    def publish(self, staging: str, release: str) -> None:
+        """Give an unpacked and synced tree its name under releases/."""
+        source, releases = self.directory(".deploy/staging"), self.directory("releases")
+        os.chmod(staging, 0o755, dir_fd=source.descriptor)
+        with source.child(staging) as tree:
+            tree.sync()
+        if releases.status(release) is not None:
+            raise StepFailed(f"releases/{release} exists already", "look at what made it, then run again")
+        source.rename(staging, releases, release)
+        releases.sync()
+        source.sync()
+
+    def remove_release(self, release: str) -> None:
+        """Take a release away: renamed out of sight at once, then deleted, then its manifest."""
+        releases, trash = self.directory("releases"), self.directory(".deploy/trash")
+        if releases.status(release) is not None:
+            name = temporary_name(release)
+            releases.rename(release, trash, name)
+            releases.sync()
+            trash.remove_tree(name)
+        manifests = self.directory(".deploy/manifests")
+        manifests.discard(release)
+        manifests.sync()
+
+    def sweep(self) -> List[str]:
+        """Remove what a crash left: staging, trash, temporary files and links.  Returns what was removed."""
+        removed = []
+        for path in (".deploy/staging", ".deploy/trash"):
+            directory = self.directory(path)
+            for name in directory.names():
+                directory.remove_tree(name)
+                removed.append(f"{path}/{name}")
+        for path in (".deploy", ".deploy/releases", ".deploy/manifests", ".deploy/cache", ""):
+            directory = self.directory(path) if path else self.root
+            for name in directory.names():
+                if re.match(r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z", name) and (path or name.startswith(".current.")):
+                    directory.discard(name)
+                    removed.append(f"{path}/{name}".lstrip("/"))
+        return removed
+
+    # -- records and manifests -----------------------------------------------
+
+    def records(self) -> Tuple[Dict[str, Record], List[str]]:
+        """Read every record; the second value says which files are damaged."""
+        directory, records, problems = self.optional(".deploy/releases"), {}, []
+        for name in directory.names() if directory else []:
+            if not name.endswith(".json") or name.startswith("."):
+                continue
+            path = f"{self.path}/.deploy/releases/{name}"
+            try:
+                record = Record.from_json(unseal(directory.read(name) or b"", path))  # type: ignore
+                if record.id + ".json" != name:
+                    raise ValueError(f"{path} is the record of {record.id}")
+                records[record.id] = record
+            except (OSError, ValueError) as error:
+                problems.append(reason(error) if isinstance(error, OSError) else str(error))
+        return records, problems
+
+    def write_record(self, record: Record) -> None:
+        """Write a record durably."""
+        data = json.dumps(seal(record.to_json()), indent=2).encode("ascii") + b"\n"
+        self.directory(".deploy/releases").write(record.id + ".json", data)
+
+    def remove_record(self, release: str) -> None:
+        """Remove a record."""
+        directory = self.directory(".deploy/releases")
+        directory.discard(release + ".json")
+        directory.sync()
+
+    def read_manifest(self, release: str) -> Optional[bytes]:
+        """Return a release's manifest as it is on disk, or None."""
+        directory = self.optional(".deploy/manifests")
+        return directory.read(release, 1 << 30) if directory else None
+
+    def write_manifest(self, release: str, data: bytes) -> None:
+        """Write a release's manifest durably."""
+        self.directory(".deploy/manifests").write(release, data)
+
+    # -- the digest cache ----------------------------------------------------
+
+    def remembered_digest(self, path: str, identity: Dict[str, int]) -> str:
+        """Return the digest of an artifact that has not changed since it was verified, or an empty string."""
+        directory = self.optional(".deploy/cache")
+        try:
+            known = unseal((directory.read("digests.json") if directory else b"") or b"", "cache").get(portable(path))
+        except (OSError, ValueError):
+            return ""
+        return str(known["sha256"]) if isinstance(known, dict) and known.get("identity") == identity else ""
+
+    def remember_digest(self, path: str, identity: Dict[str, int], sha256: str) -> None:
+        """Keep the digest of the artifact that was verified last, so that a no-op need not read it again."""
+        data = seal({portable(path): {"identity": identity, "sha256": sha256}})
+        self.directory(".deploy/cache").write("digests.json", json.dumps(data).encode("ascii"))
+
+    # -- the journal ---------------------------------------------------------
+
+    def read_journal(self) -> Optional[Journal]:
+        """Return what is under way, or None; StateError when the journal cannot be believed."""
+        directory = self.optional(".deploy")
+        path = f"{self.path}/.deploy/journal.json"
+        try:
+            data = directory.read("journal.json") if directory else None
+            return Journal.from_json(unseal(data, path)) if data is not None else None
+        except (OSError, ValueError) as error:
+            raise StateError(f"the journal cannot be read: {reason(error) if isinstance(error, OSError) else error}",
+                             f"check that the release you want is live, then: "
+                             f"deploy.py --root {self.path} recover --to RELEASE")
+
+    def write_journal(self, journal: Journal) -> None:
+        """Write the journal durably."""
+        data = json.dumps(seal(journal.to_json()), indent=2).encode("ascii") + b"\n"
+        self.directory(".deploy").write("journal.json", data)
+
+    def clear_journal(self) -> None:
+        """Say durably that nothing is under way any more."""
+        directory = self.directory(".deploy")
+        directory.discard("journal.json")
+        directory.sync()
+
+    # -- the history ---------------------------------------------------------
+
+    def history_lines(self, newest: int = 0) -> List[bytes]:
+        """Return the complete lines of the history, oldest first; with `newest` only the last so many.
+
+        Reads backwards, so that a look at the end costs the same however long
+        the history is.
+        """
+        directory = self.optional(".deploy")
+        try:
+            descriptor = os.open("history.jsonl", _READ_FLAGS, dir_fd=directory.descriptor) if directory else -1
+        except FileNotFoundError:
+            return []
+        if descriptor < 0:
+            return []
+        with os.fdopen(descriptor, "rb") as stream:
+            position, data = stream.seek(0, os.SEEK_END), b""
+            while position > 0 and (not newest or data.count(b"\n") <= newest):
+                start = max(0, position - (1 << 16) if newest else 0)
+                stream.seek(start)
+                data = stream.read(position - start) + data
+                position = start
+        lines = data.split(b"\n")[:-1]
+        return lines[-newest:] if newest else lines
+
+    def history(self, newest: int = 0) -> List[HistoryEntry]:
+        """Read the history, oldest first; StateError for a damaged line."""
+        entries = []
+        for line in self.history_lines(newest):
+            try:
+                entries.append(HistoryEntry.from_json(unseal(line, "a line of the history")))
+            except ValueError as error:
+                raise StateError(f"{self.path}/.deploy/history.jsonl: {error}",
+                                 f"see which: deploy.py --root {self.path} history --verify")
+        return entries
+
+    def append_history(self, entry: HistoryEntry) -> HistoryEntry:
+        """Append a line, chained to the one before, durably; returns it with its number."""
+        directory = self.directory(".deploy")
+        self._cut_torn_line(directory)
+        last = (self.history_lines(1) or [b""])[0]
+        try:
+            sequence = int(json.loads(last.decode("utf-8"))["sequence"]) + 1 if last else 1
+        except (ValueError, KeyError, TypeError):
+            # A damaged line must not stop a deployment that is live already; --verify finds it.
+            sequence = 1
+        entry = entry._replace(sequence=sequence, previous_sha256=hashlib.sha256(last).hexdigest() if last else "")
+        line = json.dumps(seal(entry.to_json())).encode("ascii")
+        descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
+                             0o600, dir_fd=directory.descriptor)
+        try:
+            write_all(descriptor, line + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        head = {"sequence": sequence, "sha256": hashlib.sha256(line).hexdigest()}
+        directory.write("history.head", json.dumps(seal(head)).encode("ascii"))
+        return entry
+
+    def _cut_torn_line(self, directory: Directory) -> None:
+        """Take away a line that a crash cut off before its newline."""
+        found = directory.status("history.jsonl")
+        if not found or not found.st_size:
+            return
+        descriptor = os.open("history.jsonl", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor)
+        try:
+            if os.pread(descriptor, 1, found.st_size - 1) != b"\n":
+                os.ftruncate(descriptor, sum(len(line) + 1 for line in self.history_lines()))
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def verify_history(self) -> List[str]:
+        """Find lines that were changed or are missing; returns what is wrong, empty when nothing is."""
+        problems, before, sequence = [], b"", 0
+        for number, line in enumerate(self.history_lines(), 1):
+            sequence += 1
+            try:
+                entry = HistoryEntry.from_json(unseal(line, f"line {number}"))
+                if entry.sequence != sequence:
+                    problems.append(f"line {number}: entry {sequence} is missing, {entry.sequence} follows")
+                elif entry.previous_sha256 != (hashlib.sha256(before).hexdigest() if before else ""):
+                    problems.append(f"line {number}: the line before it was changed")
+                sequence = entry.sequence
+            except ValueError as error:
+                problems.append(str(error))
+            before = line
+        return problems + self._verify_head(before, sequence)
+
+    def _verify_head(self, last: bytes, sequence: int) -> List[str]:
+        directory = self.optional(".deploy")
+        data = directory.read("history.head") if directory else None
+        if data is None:
+            return ["the history has lines, but history.head is missing"] if last else []
+        try:
+            head = unseal(data, "history.head")
+        except ValueError as error:
+            return [str(error)]
+        # The head is written after the line: a crash in between leaves it one behind.
+        if head.get("sequence") == sequence - 1:
+            return []
+        if head.get("sequence") != sequence or head.get("sha256") != hashlib.sha256(last).hexdigest():
+            return [f"the end was changed or cut off: entry {head.get('sequence')} was the last, {sequence} is"]
+        return []
+
+
+class Lock:
+    """The kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
+
+    What stands inside the file is information for people only.  It is never
+    unlinked, or two runs could each hold a lock on a file of that name.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._directory = store.directory(".deploy")
+        self._descriptor = -1
+
+    def acquire(self, wait_seconds: float, holder: Dict[str, Any], interrupts: Interrupts) -> None:
+        """Take the lock, or raise Busy naming the holder once the time is up."""
+        self._descriptor = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
+                                   dir_fd=self._directory.descriptor)
+        # A reader that tests the lock holds it for microseconds; that is not contention.
+        deadline_seconds = time.monotonic() + max(0.05, wait_seconds)
+        with interrupts.allowed():
+            while not self._try(fcntl.LOCK_EX):
+                if time.monotonic() >= deadline_seconds:
+                    found = read_holder(self._descriptor)
+                    self.release()
+                    raise Busy(f"another run holds the lock: {describe_holder(found)}",
+                               "wait for it with --wait-lock 5m, or look at what it does")
+                time.sleep(0.02)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode("ascii"), 0)
+
+    def _try(self, operation: int) -> bool:
+        try:
+            fcntl.flock(self._descriptor, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
+    """Say who holds the lock now, without taking it for longer than the question; None when it is free."""
+    directory = store.optional(".deploy")
+    try:
+        descriptor = os.open("lock", _READ_FLAGS, dir_fd=directory.descriptor) if directory else -1
+    except OSError:
+        return None
+    if descriptor < 0:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return read_holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_holder(descriptor: int) -> Dict[str, Any]:
+    """Read what the lock's holder wrote about itself; empty when it had no time to."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
+    except (ValueError, OSError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def describe_holder(holder: Dict[str, Any]) -> str:
+    """Write a lock's holder for people."""
+    if not holder:
+        return "an unknown process"
+    return (f"pid {holder.get('pid')} of {holder.get('user')} on {holder.get('host')}, "
+            f"{holder.get('command')} since {holder.get('since')}")
+
+
+# ============================================================================
+# 8  Artifact
+#    Digest, archive, manifest.  The artifact is opened once; the bytes that
+#    are hashed are the bytes that are unpacked, and nothing is written that
+#    the Judge has not admitted.
+# ============================================================================
+
+BLOCK_BYTES = 512 << 10
+SLICE_BYTES = 64 << 10
+QUEUE_BLOCKS = 4
+MAX_SIDECAR_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20
+MAX_CENTRAL_BYTES = 64 << 20
+MAX_DECODER_BYTES = 128 << 20
+MAX_EXTENSIONS, MAX_STREAMS, MAX_LINK_HOPS, MAX_LINK_STEPS = 16, 100000, 40, 4000000
+MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_DEPTH = 255, 1024, 64
+MAX_SIZE_BYTES = 1 << 47
+FILTER_STALL_SECONDS = 60.0
+
+# What a small archive may hold whatever the ratio: tar pads to 10 KiB of zeros.
+RATIO_FLOOR_BYTES = 1 << 20
+
+# By content, never by name; a plain tar has its magic (or a checksum) further in.
+MAGIC = (
+    ("tar.gz", re.compile(rb"\x1f\x8b\x08")),
+    ("tar.bz2", re.compile(rb"BZh[1-9]")),
+    ("tar.xz", re.compile(rb"\xfd7zXZ\0")),
+    ("tar.zst", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")),
+    ("zip", re.compile(rb"PK(?:\x03\x04|\x05\x06)")),
+)
+ARCHIVE_SUFFIX = re.compile(r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
+
+FILE, DIRECTORY, SYMLINK, HARD_LINK = "file", "directory", "symlink", "hard link"
+REBUILD = "build the artifact again without it; nothing of it was kept"
+
+
+def show(name: bytes) -> str:
+    """Write a member's name for a message."""
+    return repr(name.decode("utf-8", "surrogateescape"))
+
+
+def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
+    """Make the error that names the member and the reason."""
+    return ArtifactRefused(f"artifact refused: member {show(name)}: {why}", hint)
+
+
+def damaged(why: str) -> ArtifactRefused:
+    """Make the error for an archive that cannot be what its maker wrote."""
+    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", "copy it again from where it was built")
+
+
+# -- the artifact and its digest ---------------------------------------------
+
+class OpenArtifact:
+    """The artifact, opened once and never again by name."""
+
+    def __init__(self, path: str, descriptor: int, status: os.stat_result, kind: str) -> None:
+        self.path, self.name, self.descriptor = path, os.path.basename(path), descriptor
+        self.size_bytes, self.format, self._status = status.st_size, kind, status
+        self.zip_index = None  # type: Optional[ZipIndex]
+
+    @classmethod
+    def open(cls, path: str) -> "OpenArtifact":
+        """Open an archive or a directory; ArtifactRefused when it is missing, unreadable or of no known format."""
+        path = os.path.abspath(path)
+        # A link is followed now and once; O_NOFOLLOW then holds for the result.
+        path = os.path.realpath(path) if os.path.islink(path) else path
+        try:
+            descriptor = os.open(path, _READ_FLAGS)
+        except FileNotFoundError:
+            raise ArtifactRefused(f"artifact {path} does not exist", "check the path and the build that should have made it")
+        except (OSError, ValueError) as error:
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            raise ArtifactRefused(f"cannot open artifact {path}: {why}", "make it a file that this user can read")
+        try:
+            status = os.fstat(descriptor)
+            return cls(path, descriptor, status, detect_format(path, descriptor, status))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def identity(self) -> Dict[str, int]:
+        """Say which file this is, so that a later run can tell it is the same one."""
+        status = self._status
+        return {"dev": status.st_dev, "ino": status.st_ino, "size": status.st_size,
+                "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+
+    def read_at(self, offset: int, size_bytes: int) -> bytes:
+        """Read a piece without moving the descriptor; ArtifactRefused when the disk fails or it ends early."""
+        try:
+            data = os.pread(self.descriptor, size_bytes, offset)
+        except OSError as error:
+            raise ArtifactRefused(f"cannot read artifact {self.path}: {reason(error)}", "check the disk it lies on")
+        if len(data) != size_bytes:
+            raise ArtifactRefused(f"artifact {self.path} became shorter while it was read",
+                                  "wait until it is fully copied, then try again")
+        return data
+
+    def blocks(self) -> Iterator[bytes]:
+        """Read the whole file from its start, block by block."""
+        for offset in range(0, self.size_bytes, BLOCK_BYTES):
+            yield self.read_at(offset, min(BLOCK_BYTES, self.size_bytes - offset))
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> "OpenArtifact":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.close()
+
+
+def detect_format(path: str, descriptor: int, status: os.stat_result) -> str:
+    """Tell the format by the first bytes; ArtifactRefused for what cannot be deployed."""
+    if stat.S_ISDIR(status.st_mode):
+        return "directory"
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactRefused(f"artifact {path} is neither a regular file nor a directory", "name an archive or a directory")
+    if not status.st_size:
+        raise ArtifactRefused(f"artifact {path} is empty", "check the build or the copy that made it")
+    try:
+        head = os.pread(descriptor, 512, 0)
+    except OSError as error:
+        raise ArtifactRefused(f"cannot read artifact {path}: {reason(error)}", "check the disk it lies on")
+    for name, pattern in MAGIC:
+        if pattern.match(head):
+            return name
+    if len(head) == 512 and head.strip(b"\0") and header_checksum_holds(head):
+        return "tar"
+    raise ArtifactRefused(f"artifact {path} has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})",
+                          "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
+
+
+class Digest(NamedTuple):
+    """The SHA-256 an artifact must have, and who says so."""
+
+    sha256: str
+    source: str
+
+
+_GIVEN_DIGEST = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{64})\Z")
+_BARE_DIGEST = re.compile(rb"([0-9A-Fa-f]{64})\Z")
+_DIGEST_LINES = (
+    re.compile(rb"(?P<escaped>\\?)(?P<digest>[0-9A-Fa-f]{64}) [ *]?(?P<name>.+)\Z", re.DOTALL),
+    re.compile(rb"(?P<escaped>\\?)SHA(?:2-)?256 ?\((?P<name>.+)\) ?= ?(?P<digest>[0-9A-Fa-f]{64})\Z", re.DOTALL),
+)
+_ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
+_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
+
+
+def escape_name(name: bytes) -> bytes:
+    """Escape a name as coreutils do; a line with such a name starts with a backslash."""
+    return re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
+
+
+def unescape_name(name: bytes) -> bytes:
+    """Read an escaped name; ValueError for an escape that coreutils never write."""
+    if re.sub(rb"\\[\\nr]", b"", name).find(b"\\") >= 0:
+        raise ValueError(f"unknown escape in the name {show(name)}")
+    return re.sub(rb"\\[\\nr]", lambda found: _UNESCAPES[found.group()], name)
+
+
+def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
+    """Read (name, SHA-256) from any form that sha256sum, BSD sha256 or openssl write; a bare digest has no name."""
+    entries = []
+    for line in data.lstrip(b"\xef\xbb\xbf").split(b"\n"):
+        line = line[:-1] if line.endswith(b"\r") else line
+        bare = _BARE_DIGEST.match(line.strip())
+        if bare:
+            entries.append((b"", bare.group(1).decode().lower()))
+            continue
+        found = next(filter(None, (pattern.match(line) for pattern in _DIGEST_LINES)), None)
+        if found:
+            name = unescape_name(found.group("name")) if found.group("escaped") else found.group("name")
+            entries.append((name, found.group("digest").decode().lower()))
+    return entries
+
+
+def find_digest(artifact: OpenArtifact, given: str, policy: str) -> Optional[Digest]:
+    """Find the digest to compare with: --sha256, else ARTIFACT.sha256, else SHA256SUMS beside it.
+
+    `policy` is required, if-present or off.  None means there is nothing to
+    compare with, and that the policy allows it.
+    """
+    if given:
+        found = _GIVEN_DIGEST.match(given.strip())
+        if not found:
+            raise UsageError(f"--sha256 {given!r} is not a SHA-256", "give the 64 hexadecimal digits that sha256sum prints")
+        return Digest(found.group(1).lower(), "--sha256")
+    if policy == "off":
+        return None
+    for sidecar in (artifact.path + ".sha256", os.path.join(os.path.dirname(artifact.path), "SHA256SUMS")):
+        digest = read_sidecar(artifact, sidecar)
+        if digest:
+            return digest
+    # A directory was not transferred: there is no promise about its bytes to keep.
+    if policy == "required" and artifact.format != "directory":
+        raise ArtifactRefused(f"no SHA-256 to compare {artifact.name} with: no --sha256, {artifact.name}.sha256 or SHA256SUMS",
+                              sidecar_hint(artifact))
+    return None
+
+
+def sidecar_hint(artifact: OpenArtifact) -> str:
+    """Write the one command that makes a digest, for where the artifact is built."""
+    import shlex
+    directory, name = shlex.quote(os.path.dirname(artifact.path)), shlex.quote(artifact.name)
+    return f"where the artifact was built: cd {directory} && sha256sum {name} > {shlex.quote(artifact.name + '.sha256')}"
+
+
+def read_sidecar(artifact: OpenArtifact, path: str) -> Optional[Digest]:
+    """Take the artifact's digest from one file; None where the file or, in SHA256SUMS, the entry is missing."""
+    source, own = os.path.basename(path), path == artifact.path + ".sha256"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        entries = parse_digests(read_descriptor(descriptor, path, MAX_SIDECAR_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise ArtifactRefused(f"cannot use {path}: {why}", "mend or remove it, or give --sha256")
+    digests = match_digests(entries, os.fsencode(artifact.name), bare=own)
+    if len(digests) > 1:
+        raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different digests for {artifact.name}",
+                              "leave the right one in it, or give --sha256")
+    if digests:
+        return Digest(digests.pop(), source)
+    if own:
+        names = ", ".join(show(name) for name, _ in entries[:3] if name) or "no digest"
+        raise ArtifactRefused(f"{source} has no entry for {artifact.name}; it has {names}", sidecar_hint(artifact))
+    return None
+
+
+def match_digests(entries: Sequence[Tuple[bytes, str]], name: bytes, *, bare: bool) -> Set[str]:
+    """Return the digests given for a file: under its very name, else its base name, else (`bare`) without a name."""
+    wanted = (lambda entry: entry in (name, b"./" + name),
+              lambda entry: entry.rpartition(b"/")[2] == name,
+              lambda entry: bare and not entry)  # type: Sequence[Callable[[bytes], bool]]
+    for fits in wanted:
+        digests = {digest for entry, digest in entries if fits(entry)}
+        if digests:
+            return digests
+    return set()
+
+
+def compare_digests(actual: str, expected: str, name: str) -> None:
+    """Raise ArtifactRefused when the bytes are not the ones that were promised."""
+    import hmac
+    if not hmac.compare_digest(actual.lower().encode(), expected.lower().encode()):
+        raise ArtifactRefused(f"checksum mismatch for {name}: its SHA-256 is {actual}, expected {expected}",
+                              "copy the artifact again, or correct the digest; do not deploy it as it is")
+
+
+def hash_artifact(artifact: OpenArtifact, progress: Callable[[int], None]) -> str:
+    """Return the SHA-256 of an archive's bytes, or a directory's tree digest; `progress` takes bytes done."""
+    if artifact.format == "directory":
+        source = TreeSource(artifact, progress)
+        for _, pieces in source.members():
+            for _ in pieces:
+                pass
+        return source.sha256
+    hasher, done_bytes = hashlib.sha256(), 0
+    for block in artifact.blocks():
+        hasher.update(block)
+        done_bytes += len(block)
+        progress(done_bytes)
+    return hasher.hexdigest()
+
+
+# -- the version -------------------------------------------------------------
+
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z")
+# What builds append for the platform is not part of the version.
+_PLATFORM = re.compile(r"(?i)(?:[-_.](?:linux|darwin|windows|unknown|gnu|musl|amd64|arm64|x86_64|x64|x86|i[36]86|aarch64|armv[67]l?|"
+                       r"ppc64le|s390x|noarch|any|all|src|source|orig|bin|dist|release))+\Z")
+_IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"), re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
+
+
+def check_version(text: str) -> str:
+    """Return the text if it can be a version, which becomes part of a directory's name; else UsageError."""
+    if not _VERSION.match(text):
+        raise UsageError(f"{text!r} cannot be a version",
+                         "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit")
+    return text
+
+
+def find_version(name: str, pattern: str, sha256: str) -> str:
+    """Take the version from the artifact's name, by [artifact] match or by custom; else from its digest.
+
+    Raises ArtifactRefused for a name that the pattern does not fit.
+    """
+    if not pattern:
+        version = guess_version(name)
+        return version if _VERSION.match(version) else sha256[:12]
+    before, mark, after = pattern.partition("@v")
+    if not mark:
+        raise UsageError(f"[artifact] match = {pattern!r} has no @v", "write @v where the version stands: myapp_@v.tar.gz")
+    found = re.match(re.escape(before) + "(.+)" + re.escape(after) + r"\Z", name)
+    if not found or not _VERSION.match(found.group(1)):
+        raise ArtifactRefused(f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}",
+                              "name the artifact by the pattern, or correct the pattern")
+    return found.group(1)
+
+
+def guess_version(name: str) -> str:
+    """Take what follows the name proper: 1.0.0-rc.1 of foo-1.0.0-rc.1.tgz; empty where there is none."""
+    stem = ARCHIVE_SUFFIX.sub("", name)
+    if name.lower().endswith(".whl") and stem.count("-") >= 4:
+        return stem.split("-")[1]  # PEP 427: name-version[-build]-python-abi-platform
+    stem = _PLATFORM.sub("", stem)
+    found = next(filter(None, (pattern.search(stem) for pattern in _IN_NAME)), None)
+    return found.group(1) if found else ""
+
+
+# -- the manifest ------------------------------------------------------------
+
+_MODE_FILE, _MODE_DIRECTORY = 0o644, 0o755
+
+
+def pack_file(digest: bytes, mode: int, size_bytes: int) -> bytes:
+    """Put what a manifest knows of a file into 40 bytes."""
+    return digest + mode.to_bytes(2, "big") + size_bytes.to_bytes(6, "big")
+
+
+def file_mode(mode: int) -> int:
+    """Return the mode a file gets: no setuid, setgid or sticky bit, writable by its owner alone, readable."""
+    return mode & 0o755 | 0o400
+
+
+def directory_mode(mode: int) -> int:
+    """Return the mode a directory gets: as for a file, and never closed to its owner."""
+    return mode & 0o755 | 0o500
+
+
+class Manifest:
+    """What a release holds: the SHA-256 of every file, and what sha256sum does not know.
+
+    `directories` maps names to modes, `symlinks` to targets, `files` to 40
+    bytes: digest, mode and size packed, because 200,000 of them must stay
+    small; `file()` unpacks one.  Names are bytes, relative, without `./`.
+    """
+
+    def __init__(self) -> None:
+        self.files = {}  # type: Dict[bytes, bytes]
+        self.directories = {}  # type: Dict[bytes, int]
+        self.symlinks = {}  # type: Dict[bytes, bytes]
+
+    def add_file(self, name: bytes, digest: bytes, mode: int, size_bytes: int = 0) -> None:
+        """Add a file by its 32-byte digest, and the directories above it."""
+        self._add_parents(name)
+        self.files[name] = pack_file(digest, mode, size_bytes)
+
+    def add_symlink(self, name: bytes, target: bytes) -> None:
+        """Add a symlink, and the directories above it."""
+        self._add_parents(name)
+        self.symlinks[name] = target
+
+    def add_directory(self, name: bytes, mode: int = _MODE_DIRECTORY) -> None:
+        """Add a directory, and the directories above it."""
+        self._add_parents(name)
+        self.directories[name] = mode
+
+    def _add_parents(self, name: bytes) -> None:
+        parent = name.rpartition(b"/")[0]
+        while parent and parent not in self.directories:
+            self.directories[parent] = _MODE_DIRECTORY
+            parent = parent.rpartition(b"/")[0]
+
+    def file(self, name: bytes) -> Tuple[str, int]:
+        """Return a file's SHA-256 in hexadecimal and its mode."""
+        packed = self.files[name]
+        return packed[:32].hex(), int.from_bytes(packed[32:34], "big")
+
+    def drop(self, name: bytes) -> None:
+        """Forget a path and everything below it."""
+        below = name + b"/"
+        for entries in (self.files, self.directories, self.symlinks):
+            for entry in [entry for entry in entries if entry == name or entry.startswith(below)]:
+                del entries[entry]  # type: ignore
+
+    def counts(self) -> Dict[str, int]:
+        """Count files, directories, symlinks and bytes; a manifest read back does not know its bytes (0)."""
+        size_bytes = sum(int.from_bytes(packed[34:], "big") for packed in self.files.values())
+        return {"files": len(self.files), "directories": len(self.directories),
+                "symlinks": len(self.symlinks), "bytes": size_bytes}
+
+    # -- on disk -------------------------------------------------------------
+
+    def _lines(self) -> Iterator[bytes]:
+        """Digest lines for `sha256sum -c`, then comments, which it skips, each a JSON array."""
+        executable = []
+        for name in sorted(self.files):
+            digest, mode = self.file(name)
+            escaped = escape_name(name)
+            yield (b"\\" if escaped != name else b"") + digest.encode() + b"  " + escaped + b"\n"
+            if mode != _MODE_FILE:
+                executable.append((name, mode))
+        for name in sorted(self.directories):
+            yield _comment(DIRECTORY, name, f"{self.directories[name]:04o}")
+        for name in sorted(self.symlinks):
+            yield _comment(SYMLINK, name, self.symlinks[name].decode("utf-8", "surrogateescape"))
+        for name, mode in executable:
+            yield _comment("mode", name, f"{mode:04o}")
+
+    def to_chunks(self) -> Iterator[bytes]:
+        """Write the manifest in pieces of some 64 KiB; the same tree gives the same bytes."""
+        chunk, size_bytes = [b'# ["manifest", 1]\n'], 0
+        for line in self._lines():
+            chunk.append(line)
+            size_bytes += len(line)
+            if size_bytes >= SLICE_BYTES:
+                yield b"".join(chunk)
+                chunk, size_bytes = [], 0
+        yield b"".join(chunk)
+
+    def to_bytes(self) -> bytes:
+        """Write the file `.deploy/manifests/<id>`."""
+        return b"".join(self.to_chunks())
+
+    @property
+    def sha256(self) -> str:
+        """The tree digest: the SHA-256 of `to_bytes()`."""
+        hasher = hashlib.sha256()
+        for chunk in self.to_chunks():
+            hasher.update(chunk)
+        return hasher.hexdigest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Manifest":
+        """Read a manifest; ValueError says what is wrong with it."""
+        manifest, lines = cls(), data.split(b"\n")
+        if lines[0] != b'# ["manifest", 1]' or lines.pop() != b"":
+            raise ValueError("the manifest does not begin or end as one")
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                manifest._read_line(line)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"line {number} of the manifest is malformed") from None
+        return manifest
+
+    def _read_line(self, line: bytes) -> None:
+        if not line.startswith(b"#"):
+            digest, gap, name = line.lstrip(b"\\").partition(b"  ")
+            if not (_BARE_DIGEST.match(digest) and gap and name):
+                raise ValueError(line)
+            name = unescape_name(name) if line.startswith(b"\\") else name
+            self.files[name] = pack_file(bytes.fromhex(digest.decode("ascii")), _MODE_FILE, 0)
+            return
+        kind, text, value = json.loads(line[1:].decode("ascii"))
+        name = text.encode("utf-8", "surrogateescape")
+        if kind == DIRECTORY:
+            self.directories[name] = int(value, 8)
+        elif kind == SYMLINK:
+            self.symlinks[name] = value.encode("utf-8", "surrogateescape")
+        elif kind == "mode":
+            self.files[name] = pack_file(self.files[name][:32], int(value, 8), 0)
+        else:
+            raise ValueError(kind)
+
+
+def _comment(kind: str, name: bytes, value: str) -> bytes:
+    return f"# {json.dumps([kind, name.decode('utf-8', 'surrogateescape'), value])}\n".encode("ascii")
+
+
+# -- judging -----------------------------------------------------------------
+
+class Member(NamedTuple):
+    """One member as the archive describes it; `target` is where a symlink or hard link points."""
+
+    name: bytes
+    kind: str
+    mode: int
+    size_bytes: int
+    target: bytes = b""
+
+
+_UNSAFE_BYTE = re.compile(rb"[\x00-\x1f\x7f\\]")
+_UNSAFE_COMPONENT = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|[^/]{256}")
+_LEADING_DOT = re.compile(rb"\A(?:\./+)+|\A\.\Z")
+
+
+def name_problem(name: bytes) -> str:
+    """Say why a relative name is unsafe; an empty text when it is not."""
+    if _UNSAFE_BYTE.search(name):
+        return "its name has a control character or a backslash"
+    if name.startswith(b"/"):
+        return "its name is absolute"
+    if len(name) > MAX_PATH_BYTES:
+        return f"its name has {len(name)} bytes, more than {MAX_PATH_BYTES}"
+    found = _UNSAFE_COMPONENT.search(name)
+    if found:
+        part = found.group().strip(b"/")
+        return ("its name has a component over 255 bytes" if len(part) > MAX_NAME_BYTES else
+                "its name climbs with '..'" if part == b".." else "its name has an empty or '.' component")
+    return f"it lies over {MAX_DEPTH} levels deep" if name.count(b"/") >= MAX_DEPTH else ""
+
+
+class Judge:
+    """Admits members one by one, or refuses the archive; needs no disk.
+
+    What it has admitted is its `manifest`, the map by which later members and
+    symlinks are judged; the writer fills in the digests.  Directories that
+    became necessary are appended to `fresh`, parents first.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.manifest, self.fresh = Manifest(), []  # type: Manifest, List[bytes]
+        self._limits, self._policy = settings.limits, settings.artifact.symlinks
+        self._strip = settings.artifact.strip_components
+        self._implied = set()  # type: Set[bytes]
+        self._resolved = {}  # type: Dict[bytes, bytes]
+        self._members = self._expanded_bytes = self._steps = 0
+
+    def admit(self, member: Member) -> Optional[bytes]:
+        """Return the name under which a member may be written, None when stripping drops it.
+
+        Raises ArtifactRefused that names the member and the reason.
+        """
+        if member.kind not in self.KINDS:
+            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
+        if not 0 <= member.size_bytes < MAX_SIZE_BYTES:
+            raise refuse(member.name, f"it claims an absurd size of {member.size_bytes} bytes")
+        if member.size_bytes and member.kind != FILE:
+            raise refuse(member.name, f"it is a {member.kind} and has data")
+        name = self._name(member)
+        self._members += 1
+        if name:
+            parent = name.rpartition(b"/")[0]
+            if parent and parent not in self.manifest.directories:
+                self._imply(parent, member)
+            self.KINDS[member.kind](self, name, member)
+        self._count(member)
+        return name or None
+
+    def _name(self, member: Member) -> bytes:
+        """Judge the name as it stands, and strip leading components from it as tar does."""
+        name = _LEADING_DOT.sub(b"", member.name)
+        if member.kind == DIRECTORY:
+            name = name.rstrip(b"/") if not name.startswith(b"/") else name
+            if not name and member.name:
+                return b""  # the top itself
+        problem = name_problem(name)
+        if problem:
+            raise refuse(member.name, problem)
+        parts = name.split(b"/", self._strip)
+        if len(parts) > self._strip:
+            return parts[-1]
+        if member.kind == DIRECTORY:
+            return b""
+        raise refuse(member.name, f"strip_components = {self._strip} would leave no name",
+                     "lower [artifact] strip_components")
+
+    def _imply(self, path: bytes, member: Member) -> None:
+        """Add the directories above a member that the archive did not mention."""
+        end = 0
+        while end != len(path):
+            end = path.find(b"/", end + 1)
+            end = len(path) if end < 0 else end
+            above = path[:end]
+            if above in self.manifest.directories:
+                continue
+            kind = self._kind_of(above)
+            if kind:
+                raise refuse(member.name, f"it lies below {show(above)}, which is a {kind}")
+            self.manifest.directories[above] = _MODE_DIRECTORY
+            self._implied.add(above)
+            self.fresh.append(above)
+
+    def _kind_of(self, name: bytes) -> str:
+        manifest = self.manifest
+        return (FILE if name in manifest.files else SYMLINK if name in manifest.symlinks
+                else DIRECTORY if name in manifest.directories else "")
+
+    def _new(self, name: bytes, member: Member) -> None:
+        kind = self._kind_of(name)
+        if kind:
+            raise refuse(member.name, f"the name comes twice; it is a {kind} already")
+
+    def _admit_directory(self, name: bytes, member: Member) -> None:
+        mode, known = directory_mode(member.mode), self.manifest.directories.get(name)
+        if known is None:
+            self._new(name, member)
+            self.fresh.append(name)
+        elif name not in self._implied and known != mode:
+            raise refuse(member.name, "the directory comes twice with different modes")
+        self._implied.discard(name)
+        self.manifest.directories[name] = mode
+
+    def _admit_file(self, name: bytes, member: Member) -> None:
+        self._new(name, member)
+        if 0 < self._limits.max_file < member.size_bytes:
+            raise refuse(member.name, f"it has {format_size(member.size_bytes)}, more than [limits] max_file allows",
+                         "raise [limits] max_file if that is right")
+        self.manifest.files[name] = pack_file(bytes(32), file_mode(member.mode), member.size_bytes)  # the digest comes later
+        self._expanded_bytes += member.size_bytes
+
+    def _admit_symlink(self, name: bytes, member: Member) -> None:
+        self._new(name, member)
+        target = member.target
+        if self._policy == "refuse":
+            raise refuse(member.name, "it is a symlink, and [artifact] symlinks = refuse")
+        if not target or _UNSAFE_BYTE.search(target) or len(target) > MAX_PATH_BYTES:
+            raise refuse(member.name, "its symlink target is empty, too long, or has a control character or a backslash")
+        if target.startswith(b"/"):
+            raise refuse(member.name, f"it is a symlink to the absolute path {show(target)}")
+        self.manifest.symlinks[name] = target
+
+    def _admit_hard_link(self, name: bytes, member: Member) -> None:
+        source = self.link_source(member)
+        self._admit_file(name, member)
+        self._expanded_bytes += int.from_bytes(self.manifest.files[source][34:], "big")
+
+    def link_source(self, member: Member) -> bytes:
+        """Return the earlier file that a hard link names, stripped as its own name was."""
+        source = self._name(member._replace(name=member.target))
+        if source not in self.manifest.files:
+            raise refuse(member.name, f"it is a hard link to {show(member.target)}, which is no earlier file of the archive")
+        return source
+
+    KINDS = {FILE: _admit_file, DIRECTORY: _admit_directory, SYMLINK: _admit_symlink, HARD_LINK: _admit_hard_link}
+
+    def _count(self, member: Member) -> None:
+        manifest, limits = self.manifest, self._limits
+        # Directories that only a long name implies cost as much as members do.
+        total = max(self._members, len(manifest.files) + len(manifest.directories) + len(manifest.symlinks))
+        if 0 < limits.max_files < total:
+            raise refuse(member.name, f"it is beyond the {limits.max_files:,} members that [limits] max_files allows",
+                         "raise [limits] max_files if that is right")
+        if 0 < limits.max_expanded < self._expanded_bytes:
+            raise refuse(member.name, f"with it the archive has over {format_size(limits.max_expanded)}, "
+                         "more than [limits] max_expanded allows", "raise [limits] max_expanded if that is right")
+
+    # -- the whole archive ---------------------------------------------------
+
+    def finish(self) -> List[str]:
+        """Judge what only the whole archive tells: where symlinks lead; return notes for the operator."""
+        if not (self.manifest.files or self.manifest.symlinks or self.manifest.directories):
+            raise ArtifactRefused("the artifact holds nothing" + (
+                f" that strip_components = {self._strip} leaves" if self._strip and self._members else ""), REBUILD)
+        for name in self.manifest.symlinks:
+            self._resolve_link(name, 0)
+        return list(self._note_top()) + list(self._note_collisions())
+
+    def _resolve_link(self, name: bytes, hops: int) -> bytes:
+        """Follow a symlink through the archive's own map to a path inside; the disk is never asked."""
+        if name in self._resolved:
+            return self._resolved[name]
+        if hops > MAX_LINK_HOPS:
+            raise refuse(name, "its symlinks run in a circle or too far")
+        parts = name.split(b"/")[:-1]
+        for part in self.manifest.symlinks[name].split(b"/"):
+            self._steps += 1
+            if self._steps > MAX_LINK_STEPS:
+                raise refuse(name, "the archive's symlinks are too many and too long to follow")
+            parts = self._step(name, parts, part, hops)
+        self._resolved[name] = b"/".join(parts)
+        return self._resolved[name]
+
+    def _step(self, name: bytes, parts: List[bytes], part: bytes, hops: int) -> List[bytes]:
+        if part in (b"", b"."):
+            return parts
+        if part == b"..":
+            if not parts:
+                raise refuse(name, f"it is a symlink to {show(self.manifest.symlinks[name])}, which leaves the release")
+            if b"/".join(parts) not in self.manifest.directories:
+                raise refuse(name, "its symlink target climbs out of what is no directory of the archive")
+            return parts[:-1]
+        path = b"/".join(parts + [part])
+        if path in self.manifest.symlinks:
+            return [part for part in self._resolve_link(path, hops + 1).split(b"/") if part]
+        return parts + [part]
+
+    def _note_top(self) -> Iterator[str]:
+        manifest = self.manifest
+        everything = (name for names in (manifest.files, manifest.symlinks, manifest.directories) for name in names)
+        tops = [name for name in everything if b"/" not in name]
+        if not self._strip and len(tops) == 1 and tops[0] in manifest.directories and manifest.files:
+            yield f"everything lies under {show(tops[0] + b'/')}: strip_components = 1 would drop it"
+
+    def _note_collisions(self) -> Iterator[str]:
+        """Find names that are one name where case or Unicode form does not count."""
+        folded, manifest = {}, self.manifest  # type: Dict[bytes, bytes], Manifest
+        for names in (manifest.directories, manifest.files, manifest.symlinks):
+            for name in names:
+                key = fold_name(name)
+                # Only names that folding changes need memory; most do not.
+                other = folded.setdefault(key, name) if key != name else name
+                other = key if other == name and self._kind_of(key) else other
+                if other != name:
+                    yield f"{show(other)} and {show(name)} are the same name on systems that ignore case or Unicode form"
+
+
+def fold_name(name: bytes) -> bytes:
+    """Return what a name becomes where neither case nor the Unicode form counts."""
+    if name.isalpha() or max(name, default=0) < 128:
+        return name.lower()
+    import unicodedata
+    text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape")).casefold()
+    return unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
+
+
+# -- decoding: blocks of the file in, blocks of the archive out ----------------
+
+def slices(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Cut blocks smaller, which bounds what a decoder copies when a stream ends within one."""
+    for block in blocks:
+        for start in range(0, len(block), SLICE_BYTES):
+            yield block[start:start + SLICE_BYTES]
+
+
+def decode_plain(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Hand on what is not compressed."""
+    return blocks
+
+
+class Inflater:
+    """zlib's gzip decoder with the interface that bz2 and lzma have (RFC 1952)."""
+
+    def __init__(self, window_bits: int = 31) -> None:
+        import zlib
+        self._decoder = zlib.decompressobj(window_bits)
+        self.needs_input, self._rest = True, b""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Decode at most `max_length` bytes; what is left over is kept for the next call."""
+        piece = self._decoder.decompress(self._rest + data if self._rest else data, max_length)
+        self._rest = self._decoder.unconsumed_tail
+        self.needs_input = not self._rest and len(piece) < max_length
+        return piece
+
+    @property
+    def eof(self) -> bool:
+        """Tell whether the stream has ended, its checksum verified."""
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """What follows the end of the stream."""
+        return self._decoder.unused_data
+
+
+def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any], errors: Any) -> Iterator[bytes]:
+    """Decode streams that follow each other, zero padding between them; each must be complete."""
+    decoder, streams = None, 0
+    try:
+        for data in slices(blocks):
+            while data:
+                if decoder is None:
+                    data = data.lstrip(b"\0") if streams else data
+                    if not data:
+                        break
+                    decoder, streams = make(), streams + 1
+                    if streams > MAX_STREAMS:
+                        raise damaged("it is cut into too many compressed streams")
+                yield decoder.decompress(data, BLOCK_BYTES)
+                while not decoder.eof and not decoder.needs_input:
+                    yield decoder.decompress(b"", BLOCK_BYTES)
+                data = decoder.unused_data if decoder.eof else b""
+                decoder = None if decoder.eof else decoder
+    except errors as error:
+        raise damaged(str(error))
+    if decoder is not None:
+        raise damaged("the compressed data end too early")
+
+
+def decode_gzip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode gzip members (RFC 1952)."""
+    import zlib
+    return decode_streams(blocks, Inflater, zlib.error)
+
+
+def decode_bzip2(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode bzip2 streams."""
+    import bz2
+    return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
+
+
+def decode_xz(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode xz streams whose dictionary fits into the memory a deployment may take."""
+    import lzma
+    return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES), lzma.LZMAError)
+
+
+def decode_zstd(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode zstd frames with Python 3.14's module, else with the zstd program."""
+    try:
+        from compression import zstd  # type: ignore
+    except ImportError:
+        program = find_command("zstd")
+        if not program:
+            raise ArtifactRefused("this Python and this host cannot read zstd", "install zstd, or deploy a .tar.gz")
+        return run_filter([program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"], blocks)
+    options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
+    return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+
+
+def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Feed blocks to a program and read its output in turns, so that neither waits for the other."""
+    try:
+        process = start_filter(argv)
+    except OSError as error:
+        raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}", "mend it, or deploy a .tar.gz")
+    try:
+        yield from exchange(process, blocks)
+        complaint = process.stderr.read(4096).decode("utf-8", "replace").strip()
+        if process.wait() != 0:
+            raise damaged(complaint or f"{argv[0]} exited with code {process.returncode}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                pass
+
+
+def exchange(process: Any, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Write where the program reads and read where it has written, until it closes its output."""
+    import select
+    feeding, output, data = process.stdin.fileno(), process.stdout.fileno(), memoryview(b"")
+    os.set_blocking(feeding, False)
+    while True:
+        wants = [] if process.stdin.closed else [feeding]
+        readable, writable, _ = select.select([output], wants, [], FILTER_STALL_SECONDS)
+        if readable:
+            piece = os.read(output, BLOCK_BYTES)
+            if not piece:
+                return
+            yield piece
+        if writable:
+            data = data or memoryview(next(blocks, b""))
+            try:
+                data = data[os.write(feeding, data):] if data else process.stdin.close()
+            except BrokenPipeError:
+                # It has seen enough; its exit code says whether that is well.
+                process.stdin.close()
+        if not readable and not writable:
+            raise damaged(f"{process.args[0]} made no progress")
+
+
+# -- streams -----------------------------------------------------------------
+
+class Stream:
+    """Takes pieces of given sizes out of blocks of whatever size."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._block, self._view = blocks, b"", memoryview(b"")
+        self._position, self._base = 0, 0
+
+    @property
+    def offset(self) -> int:
+        """How many bytes were taken so far."""
+        return self._base + self._position
+
+    def _next(self) -> bool:
+        self._base += len(self._block)
+        self._position, self._block = 0, next(self._blocks, b"")
+        self._view = memoryview(self._block)
+        return bool(self._block)
+
+    def take(self, size_bytes: int) -> bytes:
+        """Take exactly so many bytes; ArtifactRefused when the archive ends before."""
+        end = self._position + size_bytes
+        if end <= len(self._block):
+            data = self._block[self._position:end]
+            self._position = end
+            return data
+        return b"".join(self.pieces(size_bytes))
+
+    def pieces(self, size_bytes: int) -> Iterator[memoryview]:
+        """Take so many bytes in pieces that are not copied; ArtifactRefused when the archive ends before."""
+        while size_bytes:
+            if self._position == len(self._block) and not self._next():
+                raise damaged("it ends in the middle of a member")
+            piece = self._view[self._position:self._position + size_bytes]
+            self._position += len(piece)
+            size_bytes -= len(piece)
+            yield piece
+
+    def skip_to(self, offset: int) -> None:
+        """Pass over what nobody took."""
+        for _ in self.pieces(offset - self.offset):
+            pass
+
+    def drain(self) -> None:
+        """Pass over all that is left."""
+        while self._next():
+            pass
+
+    def at_end(self) -> bool:
+        """Tell whether nothing is left."""
+        return self._position == len(self._block) and not self._next()
+
+
+class Pump:
+    """The second thread: reads, hashes and decodes the artifact while the main thread writes.
+
+    Iterating gives decoded blocks; what failed in the thread is raised from
+    there, whole.  `close` ends the thread wherever it is.
+    """
+
+    def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
+        import queue
+        import threading
+        self._artifact, self._limits = artifact, settings.limits
+        self._hasher, self.read_bytes = hashlib.sha256(), 0
+        self._stopping, self._ended, self._empty = False, False, queue.Empty
+        self._queue = queue.Queue(QUEUE_BLOCKS)  # type: Any
+        self._thread = threading.Thread(target=self._run, name="artifact", daemon=True)
+        self._thread.start()
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the artifact, once the iteration has ended."""
+        return self._hasher.hexdigest()
+
+    def __iter__(self) -> Iterator[bytes]:
+        while not self._ended:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                self._ended = True
+                raise item
+            self._ended = not item
+            if item:
+                yield item
+
+    def close(self) -> None:
+        """Let the thread end, and wait for it."""
+        self._stopping = True
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.01)
+            except self._empty:
+                pass
+        self._thread.join()
+
+    def _run(self) -> None:
+        raw = self._raw()
+        decoded = self._decode(raw)
+        try:
+            for block in gather(decoded):
+                self._queue.put(block)
+                if self._stopping:
+                    return
+            for _ in raw:  # what trails is hashed as well
+                pass
+            self._queue.put(b"")
+        except BaseException as error:  # raised again in the main thread
+            self._queue.put(error)
+        finally:
+            decoded.close()  # type: ignore
+
+    def _raw(self) -> Iterator[bytes]:
+        for block in self._artifact.blocks():
+            self._hasher.update(block)
+            self.read_bytes += len(block)
+            yield block
+
+    def _decode(self, raw: Iterator[bytes]) -> Iterator[bytes]:
+        """Count what really comes out, against what may."""
+        limit_bytes, option = expansion_limit(self._artifact, self._limits)
+        total_bytes = 0
+        for block in DECODERS[self._artifact.format](self._artifact, raw):
+            total_bytes += len(block)
+            if total_bytes > limit_bytes:
+                raise ArtifactRefused(f"{self._artifact.name} expands to over {format_size(limit_bytes)}, more than "
+                                      f"[limits] {option} allows", f"raise [limits] {option} if that is right")
+            yield block
+
+
+def expansion_limit(artifact: OpenArtifact, limits: Any) -> Tuple[int, str]:
+    """Return how many bytes may come out of an archive, and the option that says so."""
+    bounds = [(MAX_SIZE_BYTES, "max_expanded")]
+    if limits.max_expanded:
+        bounds.append((limits.max_expanded, "max_expanded"))
+    if limits.max_ratio and artifact.format != "tar":
+        bounds.append((max(RATIO_FLOOR_BYTES, artifact.size_bytes * limits.max_ratio), "max_ratio"))
+    return min(bounds)
+
+
+def gather(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Join small pieces: handing a block to another thread costs more than copying it."""
+    small, size_bytes = [], 0  # type: List[bytes], int
+    for piece in pieces:
+        size_bytes += len(piece)
+        small.append(piece)
+        if size_bytes >= BLOCK_BYTES // 2:
+            yield small[0] if len(small) == 1 else b"".join(small)
+            small, size_bytes = [], 0
+    if size_bytes:
+        yield b"".join(small)
+
+
+# -- tar ---------------------------------------------------------------------
+
+TAR_BLOCK_BYTES = 512
+TAR_KINDS = {
+    b"0": FILE, b"\0": FILE, b"7": FILE, b"1": HARD_LINK, b"2": SYMLINK, b"3": "character device",
+    b"4": "block device", b"5": DIRECTORY, b"6": "FIFO", b"S": "sparse file", b"D": "GNU dump directory",
+    b"M": "continuation from another volume", b"V": "volume label", b"X": "Solaris extended header",
+}
+_NUMBER = re.compile(rb" *([0-7]*)(?:[ \0].*)?\Z", re.DOTALL)
+_PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
+_PAX_DECISIVE = (b"path", b"linkpath", b"size")
+
+
+def tar_number(field: bytes, name: bytes) -> int:
+    """Read an octal field, or GNU's base-256; ArtifactRefused for a negative or unreadable one."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    found = _NUMBER.match(field)
+    if not found:
+        raise refuse(name, "its header has a negative or unreadable number", "build the archive again")
+    return int(found.group(1) or b"0", 8)
+
+
+def header_checksum_holds(header: bytes) -> bool:
+    """Compare a tar header's checksum, the sum of its bytes with the field itself as blanks (POSIX ustar)."""
+    import zlib
+    found = _NUMBER.match(header[148:156])
+    if not found or not found.group(1):
+        return False
+    claimed, blanks = int(found.group(1), 8), 256 - sum(header[148:156])
+    # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
+    if (zlib.adler32(header) & 0xffff) - 1 + blanks == claimed:
+        return True
+    total = sum(header) + blanks
+    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])  # old tars added signed bytes
+    return claimed in (total, signed)
+
+
+def read_tar(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, Iterator[memoryview]]]:
+    """Parse ustar, pax and GNU members: each with its data, which the caller may leave untaken.
+
+    Raises ArtifactRefused for bad checksums, contradicting headers and an
+    archive without its end (CVE-2025-8194: no size is negative here).
+    """
+    special = {}  # type: Dict[bytes, bytes]
+    extensions = 0
+    while True:
+        if stream.at_end():
+            raise damaged("its end-of-archive block is missing")
+        header = stream.take(TAR_BLOCK_BYTES)
+        if not header.strip(b"\0"):
+            break
+        name = header[:100].partition(b"\0")[0]
+        if not header_checksum_holds(header):
+            raise refuse(name, "its header has a wrong checksum", "copy the archive again from where it was built")
+        size_bytes = tar_number(header[124:136], name)
+        start = stream.offset
+        if header[156:157] in _EXTENSIONS:
+            extensions += 1
+            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES:
+                raise refuse(name, "its extension headers are too many or too large")
+            _EXTENSIONS[header[156:157]](stream.take(size_bytes), name, special)
+        else:
+            member = tar_member(header, name, size_bytes, special)
+            special, extensions, size_bytes = {}, 0, member.size_bytes
+            yield member, stream.pieces(size_bytes)
+        stream.skip_to(start + size_bytes + -size_bytes % TAR_BLOCK_BYTES)
+    if special or not stream.at_end() and stream.take(TAR_BLOCK_BYTES).strip(b"\0"):
+        raise damaged("it has data after a single end-of-archive block")
+    stream.drain()  # what fills up a tape record means nothing
+
+
+def tar_member(header: bytes, name: bytes, size_bytes: int, special: Dict[bytes, bytes]) -> Member:
+    """Put a header and the extension headers before it together; ArtifactRefused where they disagree."""
+    if header[257:263] == b"ustar\0" and header[345:346] != b"\0":
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    target = header[157:257].partition(b"\0")[0]
+    mode, flag = tar_number(header[100:108], name), header[156:157]
+    kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
+    if special:
+        name, target = special.get(b"path", name), special.get(b"linkpath", target)
+        size_bytes = pax_size(special, size_bytes, name)
+    if flag in b"0\0" and name.endswith(b"/"):
+        kind = DIRECTORY  # how tar wrote directories before POSIX
+    return Member(name, kind, mode, size_bytes, target)
+
+
+def pax_size(special: Dict[bytes, bytes], size_bytes: int, name: bytes) -> int:
+    """Return the size; a pax record may only give what the field cannot hold (8 GiB and more)."""
+    text = special.get(b"size")
+    if text is None:
+        return size_bytes
+    if not re.match(rb"\d{1,18}\Z", text):
+        raise refuse(name, "its pax header has an unreadable size")
+    size = int(text)
+    if size != size_bytes and size < 8 << 30:
+        raise refuse(name, f"its pax header says {size} bytes and its ustar header {size_bytes}")
+    return size
+
+
+def _add_special(special: Dict[bytes, bytes], key: bytes, value: bytes, name: bytes) -> None:
+    if key in special:
+        raise refuse(name, f"its extension headers give {key.decode()} twice")
+    special[key] = value
+
+
+def read_pax(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
+    """Read `length key=value` records (POSIX pax); those that say nothing about the tree are passed over."""
+    position = 0
+    while position < len(data):
+        found = _PAX_RECORD.match(data, position)
+        end = position + int(found.group(1)) if found else 0
+        if not found or not found.end() < end <= len(data) or data[end - 1:end] != b"\n":
+            raise refuse(name, "its pax header is malformed", "build the archive again")
+        key = found.group(2)
+        if key.startswith(b"GNU.sparse"):
+            raise refuse(name, "it is a sparse file, which a release cannot hold", "build the archive without --sparse")
+        if key in _PAX_DECISIVE:
+            _add_special(special, key, data[found.end():end - 1], name)
+        position = end
+
+
+def read_pax_global(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
+    """Read a global header, as `git archive` writes for its commit; it may not name or size members."""
+    found = {}  # type: Dict[bytes, bytes]
+    read_pax(data, name, found)
+    if found:
+        raise refuse(name, "a global pax header gives every member one name or size")
+
+
+def read_gnu_name(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
+    """Read GNU tar's long name."""
+    _add_special(special, b"path", data.rstrip(b"\0"), name)
+
+
+def read_gnu_target(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
+    """Read GNU tar's long link target."""
+    _add_special(special, b"linkpath", data.rstrip(b"\0"), name)
+
+
+_EXTENSIONS = {b"x": read_pax, b"g": read_pax_global, b"L": read_gnu_name, b"K": read_gnu_target}
+
+
+# -- zip ---------------------------------------------------------------------
+
+_LOCAL, _CENTRAL, _END, _DESCRIPTOR = b"PK\3\4", b"PK\1\2", b"PK\5\6", b"PK\7\x08"
+_END64, _LOCATOR64 = b"PK\6\6", b"PK\6\7"
+ZIP_METHODS = {0: "stored", 8: "deflate", 1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd",
+               95: "xz", 98: "ppmd", 99: "AES"}
+_ENCRYPTED, _DESCRIBED_LATER, _UTF8 = 0x2041, 0x0008, 0x0800
+
+
+class ZipEntry(NamedTuple):
+    """One entry of the central directory (APPNOTE 4.3.12); sizes are bytes."""
+
+    name: bytes
+    system: int
+    flags: int
+    method: int
+    crc: int
+    packed_bytes: int
+    size_bytes: int
+    attributes: int
+    offset: int
+
+    def member(self) -> Member:
+        """Describe the entry as a member; Unix modes come from the external attributes."""
+        name = self.name if self.flags & _UTF8 else self.name.decode("cp437").encode("utf-8")
+        mode = self.attributes >> 16 if self.system == 3 else 0
+        kind = DIRECTORY if name.endswith(b"/") else FILE
+        kinds = {0: kind, stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
+        declared = kinds.get(stat.S_IFMT(mode), "special file")
+        if kind == DIRECTORY and declared != DIRECTORY or declared == DIRECTORY and kind != DIRECTORY:
+            raise refuse(name, "its name and its attributes disagree about what it is")
+        default = _MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE
+        return Member(name, declared, mode & 0o7777 or default, self.size_bytes)
+
+
+class ZipIndex:
+    """A zip's central directory, kept as it is on disk; entries are taken from it in the order of their data."""
+
+    def __init__(self, central: bytes, start: int, places: List[int]) -> None:
+        from array import array
+        self.central, self.start = central, start
+        self.positions = array("I", [place & 0xffffffff for place in sorted(places)])
+
+    def entries(self) -> Iterator[ZipEntry]:
+        """Go through the entries in the order of their data."""
+        for position in self.positions:
+            yield zip_entry(self.central, position)[0]
+
+
+def zip_index(artifact: OpenArtifact) -> ZipIndex:
+    """Read the central directory, once; ArtifactRefused for one that is damaged, split or ambiguous."""
+    if artifact.zip_index is None:
+        start, size_bytes, number = find_central(artifact)
+        central, position, places = artifact.read_at(start, size_bytes), 0, []
+        while position < size_bytes:
+            entry, after = zip_entry(central, position)
+            places.append(entry.offset << 32 | position)  # one number sorts with less memory than a pair
+            position = after
+        if len(places) != number or position != size_bytes:
+            raise damaged(f"its central directory has {len(places)} entries where {number} are announced")
+        artifact.zip_index = ZipIndex(central, start, places)
+    return artifact.zip_index
+
+
+def find_central(artifact: OpenArtifact) -> Tuple[int, int, int]:
+    """Return the central directory's offset, size and number of entries (APPNOTE 4.3.14 to 4.3.16)."""
+    import struct
+    base = max(0, artifact.size_bytes - 22 - 65535)
+    tail = artifact.read_at(base, artifact.size_bytes - base)
+    ends = [found.start() for found in re.finditer(re.escape(_END), tail)
+            if found.start() + 22 <= len(tail)
+            and found.start() + 22 + int.from_bytes(tail[found.start() + 20:found.start() + 22], "little") == len(tail)]
+    if len(ends) != 1:
+        raise damaged("its end-of-central-directory record is " + ("ambiguous" if ends else "missing"))
+    disk, first_disk, here, number, size_bytes, start = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
+    end = base + ends[0]
+    if ends[0] >= 20 and tail[ends[0] - 20:ends[0] - 16] == _LOCATOR64:
+        end, values = find_central64(artifact, end - 20)
+        short = (disk, first_disk, here, number, size_bytes, start)
+        if any(value not in (full, 0xffff, 0xffffffff) for value, full in zip(short, values)):
+            raise damaged("its zip64 and zip records disagree")
+        disk, first_disk, here, number, size_bytes, start = values
+    if disk or first_disk or here != number:
+        raise ArtifactRefused("the zip is split over several disks", "build it as one file")
+    if start + size_bytes != end or size_bytes > MAX_CENTRAL_BYTES or size_bytes < 46 * number:
+        raise damaged("its central directory is not where it should be, or too large")
+    return start, size_bytes, number
+
+
+def find_central64(artifact: OpenArtifact, locator: int) -> Tuple[int, Tuple[int, ...]]:
+    """Read the zip64 record that a locator points to: its offset and its disk, count, size and offset fields."""
+    import struct
+    _, disk, offset, disks = struct.unpack("<4sIQI", artifact.read_at(locator, 20))
+    if disk or disks > 1 or not 0 <= offset <= locator - 56:
+        raise damaged("its zip64 locator points nowhere")
+    signature, size_bytes, _, _, *values = struct.unpack("<4sQHHIIQQQQ", artifact.read_at(offset, 56))
+    if signature != _END64 or offset + 12 + size_bytes != locator:
+        raise damaged("its zip64 record is not where it should be")
+    return offset, tuple(values)
+
+
+def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
+    """Read one entry of the central directory, and where the next one begins."""
+    import struct
+    try:
+        (signature, _, system, _, flags, method, _, crc, packed, size, name_length, extra_length, comment_length,
+         disk, _, attributes, offset) = struct.unpack_from("<4sBBHHHIIIIHHHHHII", central, position)
+    except struct.error:
+        raise damaged("its central directory is cut short")
+    begin = position + 46
+    name, extra = central[begin:begin + name_length], central[begin + name_length:begin + name_length + extra_length]
+    end = begin + name_length + extra_length + comment_length
+    if signature != _CENTRAL or disk not in (0, 0xffff) or end > len(central):
+        raise damaged("its central directory is malformed")
+    size, packed, offset = zip64_values(extra, (size, packed, offset), name)
+    if flags & _ENCRYPTED:
+        raise refuse(name, "it is encrypted", "build the zip without a password")
+    if method not in (0, 8):
+        raise refuse(name, f"it is compressed by {ZIP_METHODS.get(method, f'method {method}')}", "build the zip with deflate")
+    return ZipEntry(name, system, flags, method, crc, packed, size, attributes, offset), end
+
+
+def zip64_values(extra: bytes, values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
+    """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
+    if 0xffffffff not in values:
+        return values
+    position = 0
+    while position + 4 <= len(extra):
+        kind = int.from_bytes(extra[position:position + 2], "little")
+        end = position + 4 + int.from_bytes(extra[position + 2:position + 4], "little")
+        field, position = extra[position + 4:end], end
+        if kind == 1 and end <= len(extra) and len(field) >= 8 * values.count(0xffffffff):
+            full = iter([int.from_bytes(field[at:at + 8], "little") for at in range(0, len(field) - 7, 8)])
+            return tuple(next(full) if value == 0xffffffff else value for value in values)
+    raise refuse(name, "its sizes are in a zip64 field that is missing")
+
+
+def decode_zip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Unpack the entries' data one after the other, in one pass over the file.
+
+    What the pass meets must be what the central directory said beforehand:
+    local headers, sizes, checksums, no overlap and nothing in between.
+    """
+    index, stream = zip_index(artifact), Stream(blocks)
+    for entry in index.entries():
+        if entry.offset != stream.offset:
+            raise refuse(entry.name, "its data overlap another entry's, or hide something before them")
+        check_local_header(entry, stream)
+        yield from unpack_entry(entry, stream)
+        if entry.flags & _DESCRIBED_LATER:
+            skip_descriptor(entry, stream)
+    if stream.offset != index.start or stream.take(len(index.central)) != index.central:
+        raise damaged("its central directory is not what it was, or not where it should be")
+
+
+def check_local_header(entry: ZipEntry, stream: Stream) -> None:
+    """Hold an entry's local header (APPNOTE 4.3.7) against the central directory; they must agree."""
+    import struct
+    (signature, _, flags, method, _, _, crc, packed, size,
+     name_length, extra_length) = struct.unpack("<4sHHHHHIIIHH", stream.take(30))
+    if signature != _LOCAL:
+        raise refuse(entry.name, "its data do not begin with a local header")
+    name, extra = stream.take(name_length), stream.take(extra_length)
+    later = entry.flags & _DESCRIBED_LATER
+    if later and (crc, packed, size) in ((0, 0, 0), (0, 0xffffffff, 0xffffffff)):
+        crc, packed, size = entry.crc, entry.packed_bytes, entry.size_bytes
+    size, packed = zip64_values(extra, (size, packed), name)
+    if (name, flags, method, crc, packed, size) != (entry.name, entry.flags, entry.method, entry.crc,
+                                                    entry.packed_bytes, entry.size_bytes):
+        raise refuse(entry.name, "its local header and the central directory disagree")
+
+
+def unpack_entry(entry: ZipEntry, stream: Stream) -> Iterator[bytes]:
+    """Yield an entry's bytes; they must have the announced size and CRC-32."""
+    import zlib
+    total_bytes = crc = 0
+    raw = stream.pieces(entry.packed_bytes)
+    for piece in inflate(raw, entry.name) if entry.method else map(bytes, raw):
+        total_bytes += len(piece)
+        crc = zlib.crc32(piece, crc)
+        if total_bytes > entry.size_bytes:
+            break
+        yield piece
+    if total_bytes != entry.size_bytes or crc != entry.crc:
+        raise refuse(entry.name, "its data have not the announced size or checksum", "copy the archive again")
+
+
+def inflate(pieces: Iterator[memoryview], name: bytes) -> Iterator[bytes]:
+    """Decode one raw deflate stream (RFC 1951) that must fill its pieces exactly."""
+    import zlib
+    decoder = Inflater(-15)
+    try:
+        for data in pieces:
+            yield decoder.decompress(bytes(data), BLOCK_BYTES)
+            while not decoder.needs_input and not decoder.eof:
+                yield decoder.decompress(b"", BLOCK_BYTES)
+    except zlib.error as error:
+        raise refuse(name, f"its data are damaged: {error}", "copy the archive again")
+    if not decoder.eof or decoder.unused_data:
+        raise refuse(name, "its compressed data do not end where they should", "copy the archive again")
+
+
+def skip_descriptor(entry: ZipEntry, stream: Stream) -> None:
+    """Pass over a data descriptor (APPNOTE 4.3.9), with or without signature, 32 or 64 bits; it must agree."""
+    start = stream.take(4)
+    crc = stream.take(4) if start == _DESCRIPTOR else start
+    sizes = stream.take(8)
+    if sizes[4:] == bytes(4) and entry.packed_bytes and entry.size_bytes:
+        sizes += stream.take(8)
+    half = len(sizes) // 2
+    found = tuple(int.from_bytes(field, "little") for field in (crc, sizes[:half], sizes[half:]))
+    if found != (entry.crc, entry.packed_bytes, entry.size_bytes):
+        raise refuse(entry.name, "its data descriptor and the central directory disagree")
+
+
+def read_zip(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, Iterator[memoryview]]]:
+    """Go through the entries of a zip: each with its data, which the caller may leave untaken."""
+    for entry in zip_index(artifact).entries():
+        member, end = entry.member(), stream.offset + entry.size_bytes
+        if member.kind == SYMLINK:
+            if entry.size_bytes > MAX_PATH_BYTES:
+                raise refuse(member.name, "its symlink target is too long")
+            member = member._replace(size_bytes=0, target=stream.take(entry.size_bytes))
+        yield member, stream.pieces(member.size_bytes)
+        stream.skip_to(end)
+    stream.drain()
+
+
+DECODERS = {"tar": decode_plain, "tar.gz": decode_gzip, "tar.bz2": decode_bzip2, "tar.xz": decode_xz,
+            "tar.zst": decode_zstd, "zip": decode_zip}
+
+
+# -- sources: members with their data -----------------------------------------
+
+class ArchiveSource:
+    """An archive's members, decoded by a second thread; `sha256` holds once they are all taken."""
+
+    def __init__(self, artifact: OpenArtifact, settings: Settings, progress: Callable[[int], None]) -> None:
+        check_limits(artifact, settings.limits)
+        self._artifact, self._progress, self._pump = artifact, progress, Pump(artifact, settings)
+        self._read = read_zip if artifact.format == "zip" else read_tar
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the archive's bytes."""
+        return self._pump.sha256
+
+    def members(self) -> Iterator[Tuple[Member, Iterator[memoryview]]]:
+        """Yield each member with its data."""
+        return self._read(self._artifact, Stream(self._blocks()))
+
+    def _blocks(self) -> Iterator[bytes]:
+        for block in self._pump:
+            self._progress(self._pump.read_bytes)
+            yield block
+
+    def close(self) -> None:
+        """End the second thread."""
+        self._pump.close()
+
+
+def check_limits(artifact: OpenArtifact, limits: Any) -> None:
+    """Refuse at once what would be refused later anyway."""
+    if 0 < limits.max_artifact < artifact.size_bytes:
+        raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than [limits] max_artifact allows",
+                              "raise [limits] max_artifact if that is right")
+    if artifact.format == "zip" and 0 < limits.max_files < len(zip_index(artifact).positions):
+        raise ArtifactRefused(f"the zip has {len(zip_index(artifact).positions):,} entries, more than [limits] max_files "
+                              "allows", "raise [limits] max_files if that is right")
+
+
+class TreeSource:
+    """A directory's members, read by descriptors; no symlink is followed.
+
+    `sha256` is the tree digest: that of the manifest a copy has.  `forbidden`
+    is a (device, inode) that must not lie inside, `skipped` are files to leave out.
+    """
+
+    def __init__(self, artifact: OpenArtifact, progress: Callable[[int], None], forbidden: Tuple[int, int] = (0, 0),
+                 skipped: Iterable[Tuple[int, int]] = ()) -> None:
+        self._artifact, self._progress, self._forbidden, self._skipped = artifact, progress, forbidden, set(skipped)
+        self._whole, self._done_bytes = Manifest(), 0
+
+    @property
+    def sha256(self) -> str:
+        """The tree digest, once all members' data were taken."""
+        return self._whole.sha256
+
+    def members(self) -> Iterator[Tuple[Member, Iterator[bytes]]]:
+        """Yield each member with its data; ArtifactRefused for what cannot be read or changes meanwhile."""
+        with self._reading():
+            for entry in walk_tree(self._artifact.descriptor):
+                identity = entry.status.st_dev, entry.status.st_ino
+                if identity == self._forbidden:
+                    raise refuse(entry.name, "the release would be made inside the artifact",
+                                 "deploy a directory that does not hold the root")
+                if identity not in self._skipped:
+                    yield self._note(entry), self._pieces(entry)
+
+    def _note(self, entry: "TreeEntry") -> Member:
+        member = entry.member()
+        if member.kind == SYMLINK:
+            self._whole.add_symlink(entry.name, entry.target)
+        elif member.kind == DIRECTORY:
+            self._whole.add_directory(entry.name, directory_mode(entry.status.st_mode))
+        elif member.kind != FILE:
+            raise refuse(entry.name, f"it is a {member.kind}, which a release cannot hold")
+        return member
+
+    def _pieces(self, entry: "TreeEntry") -> Iterator[bytes]:
+        if entry.member().kind != FILE:
+            return
+        hasher, left_bytes, piece = hashlib.sha256(), entry.status.st_size, b"-"
+        while left_bytes and piece:
+            with self._reading():
+                piece = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
+            left_bytes -= len(piece)
+            hasher.update(piece)
+            yield piece
+        after = os.fstat(entry.descriptor)
+        if left_bytes or (after.st_size, after.st_mtime_ns) != (entry.status.st_size, entry.status.st_mtime_ns):
+            raise refuse(entry.name, "it changed while it was read", "wait until nothing writes to the directory")
+        self._done_bytes += after.st_size
+        self._progress(self._done_bytes)
+        self._whole.add_file(entry.name, hasher.digest(), file_mode(after.st_mode), after.st_size)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ArtifactRefused(f"cannot read artifact {self._artifact.path}: {reason(error)}",
+                                  "make all of it readable for this user")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class TreeEntry(NamedTuple):
+    """One entry of a directory tree; `descriptor` is -1 for a symlink or what cannot be opened."""
+
+    name: bytes
+    descriptor: int
+    status: os.stat_result
+    target: bytes
+
+    def member(self) -> Member:
+        """Describe the entry as an archive would."""
+        mode = self.status.st_mode
+        kind = _KINDS_ON_DISK.get(stat.S_IFMT(mode), "special file")
+        return Member(self.name, kind, stat.S_IMODE(mode), self.status.st_size if kind == FILE else 0, self.target)
+
+
+_KINDS_ON_DISK = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK, stat.S_IFIFO: "FIFO",
+                  stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
+
+
+def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[TreeEntry]:
+    """Go through a tree by descriptors, names sorted; each entry is open while it is handed out."""
+    for base in sorted(map(os.fsencode, os.listdir(directory))):
+        try:
+            # One open tells a file, a directory or something else, without a stat before it.
+            descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+            status = os.stat(base, dir_fd=directory, follow_symlinks=False)
+            target = os.readlink(base, dir_fd=directory) if stat.S_ISLNK(status.st_mode) else b""
+            yield TreeEntry(prefix + base, -1, status, target)
+            continue
+        try:
+            status = os.fstat(descriptor)
+            yield TreeEntry(prefix + base, descriptor, status, b"")
+            if stat.S_ISDIR(status.st_mode):
+                yield from walk_tree(descriptor, prefix + base + b"/")
+        finally:
+            os.close(descriptor)
+
+
+def open_source(artifact: OpenArtifact, settings: Settings, progress: Callable[[int], None],
+                forbidden: Tuple[int, int] = (0, 0)) -> Union[ArchiveSource, TreeSource]:
+    """Open what gives an artifact's members; `forbidden` is the (device, inode) a directory must not contain."""
+    if artifact.format == "directory":
+        return TreeSource(artifact, progress, forbidden)
+    return ArchiveSource(artifact, settings, progress)
+
+
+# -- unpacking ---------------------------------------------------------------
+
+class Unpacked(NamedTuple):
+    """What was unpacked: its manifest, the artifact's SHA-256, counts, and notes for the operator."""
+
+    manifest: Manifest
+    sha256: str
+    counts: Dict[str, int]
+    notes: List[str]
+
+
+def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings,
+           progress_update: Callable[[int], None], expected: str = "") -> Unpacked:
+    """Hash, judge and unpack an artifact in one pass into an empty directory nobody else can reach.
+
+    Raises ArtifactRefused, also when `expected` is not the SHA-256 of what was
+    read, and OSError from writing (a full disk) as the system gives it.
+    """
+    status = os.fstat(destination.descriptor)
+    judge = Judge(settings)
+    source = open_source(artifact, settings, progress_update, (status.st_dev, status.st_ino))
+    umask = os.umask(0)
+    try:
+        notes = Writer(destination, judge).write(source)
+    except ArtifactRefused:
+        source.close()
+        if expected:  # wrong bytes explain best why they could not be read
+            compare_digests(hash_artifact(artifact, progress_update), expected, artifact.name)
+        raise
+    finally:
+        os.umask(umask)
+        source.close()
+    if expected:
+        compare_digests(source.sha256, expected, artifact.name)
+    return Unpacked(judge.manifest, source.sha256, judge.manifest.counts(), notes)
+
+
+class Writer:
+    """Writes admitted members below a directory that is empty and private.
+
+    Names need no check against the disk: every directory on the way was made
+    here, and symlinks are made when no file will follow.
+    """
+
+    def __init__(self, destination: Directory, judge: Judge) -> None:
+        self._directory, self._judge, self._manifest = destination.descriptor, judge, judge.manifest
+
+    def write(self, source: Union[ArchiveSource, TreeSource]) -> List[str]:
+        """Write everything; return the judge's notes."""
+        for member, pieces in source.members():
+            name = self._judge.admit(member)
+            if self._judge.fresh:
+                self._make_directories()
+            if name and member.kind == FILE:
+                digest = self._file(name, file_mode(member.mode), pieces)
+                self._manifest.files[name] = digest + self._manifest.files[name][32:]
+            elif name and member.kind == HARD_LINK:
+                self._copy(self._judge.link_source(member), name)
+        notes = self._judge.finish()
+        for name, target in self._manifest.symlinks.items():
+            os.symlink(target, name, dir_fd=self._directory)
+        for name in sorted(self._manifest.directories, reverse=True):  # what lies below goes first
+            if self._manifest.directories[name] != _MODE_DIRECTORY:
+                os.chmod(name, self._manifest.directories[name], dir_fd=self._directory)
+        return notes
+
+    def _make_directories(self) -> None:
+        for name in self._judge.fresh:
+            os.mkdir(name, _MODE_DIRECTORY, dir_fd=self._directory)
+        del self._judge.fresh[:]
+
+    def _file(self, name: bytes, mode: int, pieces: Iterable[Union[bytes, memoryview]]) -> bytes:
+        hasher = hashlib.sha256()
+        descriptor = os.open(name, _CREATE_FLAGS, mode, dir_fd=self._directory)
+        try:
+            for piece in pieces:
+                hasher.update(piece)
+                if os.write(descriptor, piece) != len(piece):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(name))
+        finally:
+            os.close(descriptor)
+        return hasher.digest()
+
+    def _copy(self, source: bytes, name: bytes) -> None:
+        """Make a hard link an independent copy: one file changed by hand must not change another."""
+        packed = self._manifest.files[source]
+        descriptor = os.open(source, _READ_FLAGS, dir_fd=self._directory)
+        try:
+            blocks = iter(lambda: os.read(descriptor, BLOCK_BYTES), b"")
+            self._file(name, int.from_bytes(packed[32:34], "big"), blocks)
+        finally:
+            os.close(descriptor)
+        self._manifest.files[name] = packed
+
+
+def read_members(artifact: OpenArtifact, names: Set[str], settings: Settings) -> Dict[str, bytes]:
+    """Return the contents of the named files, as far as there are such, at most 1 MiB each; nothing is written."""
+    judge, found = Judge(settings), {}  # type: Judge, Dict[str, bytes]
+    source = open_source(artifact, settings, lambda done_bytes: None)
+    try:
+        for member, pieces in source.members():
+            name = os.fsdecode(judge.admit(member) or b"")
+            if member.kind == FILE and name in names:
+                if member.size_bytes > MAX_SIDECAR_BYTES:
+                    raise refuse(member.name, f"it is larger than {format_size(MAX_SIDECAR_BYTES)}", "make it smaller")
+                found[name] = b"".join(pieces)
+                if len(found) == len(names):
+                    break
+    finally:
+        source.close()
+    return found
+
+
+# -- trees on disk -----------------------------------------------------------
+
+def hash_open_file(entry: TreeEntry) -> bytes:
+    """Hash an open file as far as its size went when it was opened."""
+    left_bytes = entry.status.st_size
+    data = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
+    hasher = hashlib.sha256(data)
+    left_bytes -= len(data)
+    while left_bytes > 0 and data:
+        data = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
+        hasher.update(data)
+        left_bytes -= len(data)
+    return hasher.digest()
+
+
+def scan_tree(directory: Directory, progress_update: Callable[[int], None]) -> Manifest:
+    """Make the manifest of a tree as it is on disk; ArtifactRefused for what a release cannot hold."""
+    manifest, done_bytes = Manifest(), 0
+    for entry in walk_tree(directory.descriptor):
+        mode = stat.S_IMODE(entry.status.st_mode)
+        kind = _KINDS_ON_DISK.get(stat.S_IFMT(entry.status.st_mode), "special file")
+        if kind == FILE:
+            manifest.add_file(entry.name, hash_open_file(entry), mode, entry.status.st_size)
+            done_bytes += entry.status.st_size
+            progress_update(done_bytes)
+        elif kind == DIRECTORY:
+            manifest.add_directory(entry.name, mode)
+        elif kind == SYMLINK:
+            manifest.add_symlink(entry.name, entry.target)
+        else:
+            raise refuse(entry.name, f"it is a {kind}, which a release cannot hold")
+    return manifest
+
+
+class Differences(NamedTuple):
+    """How a tree differs from its manifest; names as the os module gives them, some with what changed."""
+
+    changed: List[str]
+    missing: List[str]
+    added: List[str]
+
+
+def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
+    """Hash a tree and name every file that is not as the manifest has it."""
+    changed, added, done_bytes = [], [], 0  # type: List[str], List[str], int
+    unseen = set(manifest.files)
+    unseen.update(manifest.directories, manifest.symlinks)
+    for entry in walk_tree(directory.descriptor):
+        if entry.name not in unseen:
+            added.append(os.fsdecode(entry.name))
+            continue
+        unseen.discard(entry.name)
+        difference = compare_entry(entry, manifest)
+        if difference is not None:
+            changed.append(os.fsdecode(entry.name) + difference)
+        done_bytes += entry.status.st_size
+        progress_update(done_bytes)
+    return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)], added)
+
+
+def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
+    """Say how one entry differs: a reason in words, empty for its bytes, None for not at all."""
+    name, mode = entry.name, stat.S_IMODE(entry.status.st_mode)
+    kind = _KINDS_ON_DISK.get(stat.S_IFMT(entry.status.st_mode), "special file")
+    was = FILE if name in manifest.files else DIRECTORY if name in manifest.directories else SYMLINK
+    if kind != was:
+        return f" (a {kind}, was a {was})"
+    if kind == SYMLINK:
+        expected_target = manifest.symlinks[name]
+        return None if entry.target == expected_target else f" -> {os.fsdecode(entry.target)}, was {os.fsdecode(expected_target)}"
+    expected_mode = manifest.directories.get(name)
+    if kind == FILE:
+        packed = manifest.files[name]
+        expected_mode = packed[32] << 8 | packed[33]
+        if hash_open_file(entry) != packed[:32]:
+            return ""
+    return None if mode == expected_mode else f" (mode {mode:04o}, was {expected_mode:04o})"
+
+
+# -- what it will cost -------------------------------------------------------
+
+class Cost(NamedTuple):
+    """What an artifact takes on disk; `exact` is False for an estimate."""
+
+    expanded_bytes: int
+    files: int
+    exact: bool
+
+
+GUESSED_RATIO = {"tar.gz": 4, "tar.bz2": 5, "tar.xz": 6, "tar.zst": 5, "tar": 1}
+GUESSED_FILE_BYTES = 16 << 10
+
+
+def expected_cost(artifact: OpenArtifact) -> Cost:
+    """Estimate what an artifact will take on disk without reading it through; raises ArtifactRefused only."""
+    if artifact.format == "directory":
+        return tree_cost(artifact)
+    if artifact.format == "zip":
+        index = zip_index(artifact)
+        return Cost(sum(entry.size_bytes for entry in index.entries()), len(index.positions), True)
+    size_bytes = artifact.size_bytes
+    known_bytes = {"tar.gz": gzip_size, "tar.xz": xz_size}.get(artifact.format, lambda artifact: 0)(artifact)
+    expanded_bytes = known_bytes or size_bytes * GUESSED_RATIO[artifact.format]
+    return Cost(expanded_bytes, expanded_bytes // GUESSED_FILE_BYTES + 1, False)
+
+
+def tree_cost(artifact: OpenArtifact) -> Cost:
+    """Add up a directory."""
+    size_bytes = files = 0
+    try:
+        for entry in walk_tree(artifact.descriptor):
+            files += 1
+            size_bytes += entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
+    except OSError as error:
+        raise ArtifactRefused(f"cannot read artifact {artifact.path}: {reason(error)}", "make all of it readable for this user")
+    return Cost(size_bytes, files, True)
+
+
+def gzip_size(artifact: OpenArtifact) -> int:
+    """Return what the gzip trailer says (RFC 1952: the last member's size modulo 4 GiB), 0 when that cannot be."""
+    if artifact.size_bytes < 18:
+        return 0
+    size_bytes = int.from_bytes(artifact.read_at(artifact.size_bytes - 4, 4), "little")
+    while size_bytes < artifact.size_bytes and artifact.size_bytes > 1 << 29:
+        size_bytes += 1 << 32
+    return size_bytes if artifact.size_bytes <= size_bytes <= 1032 * artifact.size_bytes else 0
+
+
+def xz_size(artifact: OpenArtifact) -> int:
+    """Return what the index of a single xz stream adds up to, 0 where it is not that simple."""
+    footer = artifact.read_at(max(0, artifact.size_bytes - 12), min(12, artifact.size_bytes))
+    index_bytes = (int.from_bytes(footer[4:8], "little") + 1) * 4
+    start = artifact.size_bytes - 12 - index_bytes
+    if footer[10:] != b"YZ" or not 12 <= start or index_bytes > MAX_SIDECAR_BYTES:
+        return 0
+    numbers = list(xz_numbers(artifact.read_at(start, index_bytes - 4)[1:]))
+    records = numbers[0] if numbers else 0
+    packed, sizes = numbers[1:2 * records + 1:2], numbers[2:2 * records + 1:2]
+    return sum(sizes) if 12 + sum(size + -size % 4 for size in packed) == start else 0
+
+
+def xz_numbers(data: bytes) -> Iterator[int]:
+    """Read the xz format's integers: seven bits a byte, the lowest first."""
+    value = shift = 0
+    for byte in data:
+        value |= (byte & 0x7f) << shift
+        shift += 7
+        if byte < 0x80:
+            yield value
+            value = shift = 0
+
+
+# -- packing -----------------------------------------------------------------
+
+class GzipFile:
+    """A gzip stream on a descriptor (RFC 1952), without a name or a time in its header; hashed as it is written."""
+
+    def __init__(self, descriptor: int) -> None:
+        import zlib
+        self._descriptor, self._encoder = descriptor, zlib.compressobj(6, zlib.DEFLATED, 31)
+        self._hasher, self.size_bytes = hashlib.sha256(), 0
+
+    def write(self, data: Union[bytes, memoryview]) -> None:
+        """Compress and write."""
+        self._emit(self._encoder.compress(data))
+
+    def finish(self) -> str:
+        """End the stream, make it durable and return its SHA-256."""
+        self._emit(self._encoder.flush())
+        os.fsync(self._descriptor)
+        return self._hasher.hexdigest()
+
+    def _emit(self, data: bytes) -> None:
+        self._hasher.update(data)
+        self.size_bytes += len(data)
+        write_all(self._descriptor, data)
+
+
+def tar_header(member: Member, epoch_seconds: int) -> bytes:
+    """Write a ustar header, with a pax header before it where ustar cannot say it."""
+    name = member.name + (b"/" if member.kind == DIRECTORY else b"")
+    records = b"".join(pax_record(key, value) for key, value, fits in (
+        (b"path", name, len(name) <= 100), (b"linkpath", member.target, len(member.target) <= 100),
+        (b"size", str(member.size_bytes).encode(), member.size_bytes < 8 << 30)) if not fits)
+    extended = b""
+    if records:
+        extended = ustar_block(b"pax_header", 0o644, len(records), epoch_seconds, b"x")
+        extended += records + bytes(-len(records) % TAR_BLOCK_BYTES)
+    flag = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind] + member.target[:100]
+    size_bytes = member.size_bytes if member.size_bytes < 8 << 30 else 0
+    return extended + ustar_block(name[:100], member.mode, size_bytes, epoch_seconds, flag)
+
+
+def pax_record(key: bytes, value: bytes) -> bytes:
+    """Write `length key=value`, the length including its own digits (POSIX pax)."""
+    length = len(key) + len(value) + 3
+    length += len(str(length + len(str(length))))
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+def ustar_block(name: bytes, mode: int, size_bytes: int, epoch_seconds: int, flag: bytes) -> bytes:
+    """Write one header block; `flag` is the type and, for a symlink, its target."""
+    import struct
+    block = struct.pack("100s8s8s8s12s12s8s101s8s32s32s8s8s155s12x", name, b"%07o" % mode, b"0000000", b"0000000",
+                        b"%011o" % size_bytes, b"%011o" % epoch_seconds, b" " * 8, flag, b"ustar\x0000", b"root", b"root",
+                        b"0000000", b"0000000", b"")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> Tuple[str, int, int]:
+    """Write a directory as a reproducible .tar.gz and its .sha256; return (sha256, size in bytes, files).
+
+    The same tree gives the same bytes: names sorted, owners root, modes 0644
+    and 0755, times `epoch_seconds`.  What could not be deployed is refused
+    (ArtifactRefused); nothing is left at `target` then.
+    """
+    directory, base = os.path.split(os.path.abspath(target))
+    temporary = temporary_name(base)
+    with OpenArtifact.open(source) as artifact, Directory.open(os.path.realpath(directory)) as place:
+        descriptor = os.open(temporary, _CREATE_FLAGS, 0o644, dir_fd=place.descriptor)
+        try:
+            # Neither this file nor what an earlier run left may become part of it.
+            own = [place.status(name) for name in (temporary, base, base + ".sha256")]
+            stream = GzipFile(descriptor)
+            files = pack_tree(artifact, stream, os.fsencode(prefix), epoch_seconds,
+                              {(status.st_dev, status.st_ino) for status in own if status})
+            sha256 = stream.finish()
+            place.rename(temporary, place, base)
+        except BaseException:
+            place.discard(temporary)
+            raise
+        finally:
+            os.close(descriptor)
+        line = escape_name(os.fsencode(base))
+        mark = b"\\" if line != os.fsencode(base) else b""
+        place.write(base + ".sha256", mark + sha256.encode() + b"  " + line + b"\n", 0o644)
+    return sha256, stream.size_bytes, files
+
+
+def pack_tree(artifact: OpenArtifact, stream: GzipFile, prefix: bytes, epoch_seconds: int,
+              own: Set[Tuple[int, int]]) -> int:
+    """Write a directory's members as tar, judged as an artifact would be; return how many files there are."""
+    if artifact.format != "directory":
+        raise ArtifactRefused(f"{artifact.path} is not a directory", "pack takes a directory")
+    judge, source = Judge(Settings({}, [])), TreeSource(artifact, lambda done_bytes: None, skipped=own)
+    prefix = prefix.strip(b"/") + b"/" if prefix.strip(b"/") else b""
+    for member, pieces in source.members():
+        mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
+        mode = 0o777 if member.kind == SYMLINK else mode
+        member = member._replace(name=prefix + member.name, mode=mode)
+        judge.admit(member)
+        stream.write(tar_header(member, epoch_seconds))
+        for piece in pieces if member.kind == FILE else ():
+            stream.write(piece)
+        stream.write(bytes(-member.size_bytes % TAR_BLOCK_BYTES))
+    judge.finish()
+    stream.write(bytes(2 * TAR_BLOCK_BYTES))
+    return len(judge.manifest.files)
+# ============================================================================
+# 9  Hooks, services, probes, templates
+#    What runs the operator's commands and asks whether the program is well.
+#    Every wait ends, whatever a command, a service or a server does.
+# ============================================================================
+
+EVIDENCE_CHARACTERS = 300
+POLL_SECONDS = 0.25
+
+
+def pause(session: Session, seconds: float) -> None:
+    """Sleep in short pieces: a signal that arrives just before a sleep does not end it."""
+    ends_seconds = time.monotonic() + seconds
+    while time.monotonic() < ends_seconds:
+        session.interrupts.check()
+        time.sleep(max(0.0, min(POLL_SECONDS, ends_seconds - time.monotonic())))
+
+
+# -- hooks -------------------------------------------------------------------
+
+def child_environment(session: Session, context: Context, extra: Dict[str, str]) -> Dict[str, str]:
+    """Return the whole environment of a hook or a command: a small base, [env], DEPLOY_*, `extra`."""
+    environ = base_environment()
+    if session.settings.hooks.run_as:
+        environ["HOME"] = _home_of(session.settings.hooks.run_as)
+    environ.update(session.settings.env)
+    environ.update(context.variables())
+    environ.update(extra)
+    return {name: native(value) for name, value in environ.items()}
+
+
+def _home_of(user: str) -> str:
+    import pwd
+    try:
+        return pwd.getpwnam(user).pw_dir
+    except KeyError:
+        return "/"  # become_user() is about to say that there is no such user
+
+
+def spell(argv: Sequence[str]) -> str:
+    """Write an argv as it would be typed into a shell."""
+    import shlex
+    return " ".join(shlex.quote(word) for word in argv)
+
+
+def working_directory(context: Context) -> str:
+    """Return where commands run: the release, or the nearest thing to it that exists."""
+    return next((path for path in (context.release_path, context.root) if os.path.isdir(path)), "/")
+
+
+def run_hook(session: Session, name: str, context: Context, *, directory: str) -> List[CommandResult]:
+    """Run every command of a hook in order, in `directory`; StepFailed at the first that fails.
+
+    A program with a "/" in its name is relative to `directory`, the release.
+    """
+    results = []
+    for argv in getattr(session.settings.hooks, name):
+        call = Call(session, context, f"hook {name}", directory, session.settings.hooks.timeout)
+        with session.interrupts.allowed():
+            results.append(call.run(argv, {"DEPLOY_HOOK": name}))
+    return results
+
+
+class Call(NamedTuple):
+    """One operator's command under the rules for hooks: user, environment, directory, time limit."""
+
+    session: Session
+    context: Context
+    what: str
+    directory: str
+    timeout_seconds: float
+
+    def start(self, argv: Sequence[str], extra: Dict[str, str], on_line: Callable[[str], None]) -> CommandResult:
+        """Run it to its end, however it ends."""
+        return run_command([native(word) for word in argv], on_line=on_line, directory=self.directory,
+                           environ=child_environment(self.session, self.context, extra),
+                           timeout_seconds=self.timeout_seconds, run_as=self.session.settings.hooks.run_as)
+
+    def run(self, argv: Sequence[str], extra: Dict[str, str]) -> CommandResult:
+        """Run it and show its output; StepFailed with the last lines when it fails."""
+        self.session.console.debug(f"{self.what}: {spell(argv)} (in {self.directory})")
+        result = self.start(argv, extra, self.session.console.output)
+        if result.ok:
+            return result
+        evidence = {"argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
+                    "output": result.tail}
+        last = f": {result.tail[-1]}" if result.tail else ""
+        raise StepFailed(f"{self.what} failed: {spell(argv)} {result.verdict()} in {self.directory}{last}",
+                         self._hint(result), evidence)
+
+    def _hint(self, result: CommandResult) -> str:
+        if result.timed_out:
+            return "find out what it waits for, or give it more time with `timeout`"
+        if result.exit_code in (126, 127):
+            return "check that the program exists, is executable, and that its #! line names an existing interpreter"
+        return "its output says why; correct the command or the release, then run this again"
+
+
+# -- templates ---------------------------------------------------------------
+
+_PLACEHOLDER = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}")
+
+
+def template_values(settings: Settings, context: Context) -> Dict[str, str]:
+    """Return what `${name}` may stand for: the environment, then DEPLOY_*, then [vars], which win."""
+    values = {name: environment(name) for name in environment_names()}
+    values.update(context.variables())
+    values = {name: portable(value) for name, value in values.items()}
+    values.update(settings.vars)
+    return values
+
+
+def render_template(text: str, values: Dict[str, str], where: str) -> str:
+    """Replace every `${name}`; `$${name}` gives `${name}`, and any other `$` stays.
+
+    Raises StepFailed that names every name without a value and its lines.
+    """
+    missing = {}  # type: Dict[str, List[str]]
+
+    def replace(found: Any) -> str:
+        escaped, name = found.groups()
+        if not escaped and name not in values:
+            missing.setdefault(name, []).append(str(text.count("\n", 0, found.start()) + 1))
+        return found.group()[1:] if escaped else values.get(name, "")
+
+    rendered = _PLACEHOLDER.sub(replace, text)
+    if missing:
+        names = ", ".join(f"${{{name}}} (line {', '.join(lines)})" for name, lines in missing.items())
+        raise StepFailed(f"{where}: no value for {names}",
+                         "set them in [vars] or in the environment; write $${name} for a literal ${name}",
+                         {"missing": sorted(missing)})
+    return rendered
+
+
+# -- services ----------------------------------------------------------------
+
+class Service:
+    """Something that has to notice that `current` has changed; the words below are made from its settings."""
+
+    TARGET = DEED = HINT = ""
+
+    def __init__(self, session: Session, settings: Any) -> None:
+        self.session, self.settings = session, settings
+        self.limit_seconds = settings.timeout
+
+    def words(self, text: str) -> str:
+        """Put the settings' values into one of the class's texts."""
+        return text.format(**dict(vars(self.settings), command=spell(self.settings.command)))
+
+    def describe(self) -> str:
+        """Say in one line what act() will do."""
+        return self.words(f"leave {self.TARGET} alone" if self.settings.action == "none" else self.DEED)
+
+    def problem(self) -> Optional[Tuple[str, str]]:
+        """Say why act() cannot work on this host, as (what, hint); None when nothing is known against it."""
+        raise NotImplementedError
+
+    def act(self, context: Context) -> str:
+        """Do it and confirm that the service is well; StepFailed with evidence when it is not."""
+        if self.settings.action == "none":
+            return "nothing to do (action = none)"
+        with self.session.interrupts.allowed():
+            return self._perform(context)
+
+    def _perform(self, context: Context) -> str:
+        raise NotImplementedError
+
+    def down(self) -> Optional[str]:
+        """Say why the service is not up now; None when it is, or when that cannot be known."""
+        return None
+
+    def _settle(self, trouble: Callable[[], Optional[str]]) -> None:
+        """Watch for the settle time; StepFailed as soon as there is trouble."""
+        ends_seconds = time.monotonic() + self.settings.settle
+        while True:
+            why = trouble()
+            if why:
+                raise self._failure(why)
+            left_seconds = ends_seconds - time.monotonic()
+            if left_seconds <= 0:
+                return
+            pause(self.session, min(POLL_SECONDS, left_seconds))
+
+    def _failure(self, why: str, **evidence: Any) -> StepFailed:
+        return StepFailed(f"service {self.settings.name}: {why}", self.words(self.HINT), evidence)
+
+
+class UnitService(Service):
+    """A systemd unit; systemctl's exit code alone proves nothing (Type=simple), so its state is watched."""
+
+    TARGET, DEED = "unit {unit}", "{action} unit {unit}"
+    HINT = "systemctl status {unit}; journalctl -u {unit}"
+    LOAD_HINTS = {"not-found": "install the unit file and run systemctl daemon-reload, or correct `unit`",
+                  "masked": "systemctl unmask {unit}, or correct `unit`"}
+    PROPERTIES = ("LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
+                  "NeedDaemonReload", "Type", "Result")
+
+    def describe(self) -> str:
+        """Name the action and the unit, and what a reload leaves behind."""
+        stays = " (a reload keeps the old release's code and working directory)"
+        return super().describe() + (stays if self.settings.action == "reload" else "")
+
+    def problem(self) -> Optional[Tuple[str, str]]:
+        """Look for systemctl and the unit, and refuse to restart the unit that this program runs in."""
+        unit = self.settings.unit
+        if not re.match(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]*\Z", unit):
+            return f"{unit!r} is not the name of a systemd unit", f"correct unit in [service:{self.settings.name}]"
+        if not find_command("systemctl"):
+            return "systemctl is not on this host", "use pidfile or command instead of unit, or `action = none`"
+        if self.settings.action != "none" and (unit if "." in unit else unit + ".service") in own_units():
+            return (f"deploy.py runs in {unit} and would be killed by its own {self.settings.action}",
+                    "run deploy.py from a unit of its own")
+        try:
+            return self._not_loaded(self._show())
+        except StepFailed as failed:
+            return failed.message, "systemctl must work here; without systemd use pidfile or command"
+
+    def down(self) -> Optional[str]:
+        """Say why the unit is not active."""
+        try:
+            why = _why_down(self._show())
+        except StepFailed as failed:
+            return failed.message
+        return f"unit {self.settings.unit} {why}" if why else None
+
+    def _perform(self, context: Context) -> str:
+        before = self._show()
+        unloaded = self._not_loaded(before)
+        if unloaded:
+            raise StepFailed(*unloaded)
+        if before.get("NeedDaemonReload") == "yes":
+            self._systemctl("daemon-reload")
+        # Without it a deployment, its rollback and a second try meet the start limit.
+        self._systemctl("reset-failed", self.settings.unit, must=False)
+        self._systemctl(self.settings.action, self.settings.unit)
+        first = self._started()
+        if self.settings.action == "restart" and first.get("InvocationID") \
+                and first["InvocationID"] == before.get("InvocationID"):
+            raise self._failure("was not restarted: its InvocationID is the one from before", state=first)
+        self._settle(lambda: self._trouble(first))
+        process = f", process {first['MainPID']}" if first.get("MainPID", "0") != "0" else ""
+        return f"{self.settings.unit} is {first.get('ActiveState')} ({first.get('SubState')}{process})"
+
+    def _show(self) -> Dict[str, str]:
+        """Read the unit's state in one call, so that the properties belong together."""
+        result = self._systemctl("show", "-p", ",".join(self.PROPERTIES), self.settings.unit)
+        pairs = [line.partition("=") for line in result.tail]
+        return {name: value for name, equals, value in pairs if name in self.PROPERTIES}
+
+    def _failure(self, why: str, **evidence: Any) -> StepFailed:
+        if find_command("journalctl"):
+            evidence["journal"] = run_command(["journalctl", "-u", self.settings.unit, "-n", "10", "--no-pager"],
+                                              timeout_seconds=5.0).tail
+        return super()._failure(f"unit {self.settings.unit} {why}", **evidence)
+
+    def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
+        result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds)
+        if result.ok or not must:
+            return result
+        why = f"systemctl {arguments[0]} {result.verdict()}: {' '.join(result.tail[-3:])}"
+        if arguments[0] == self.settings.action:
+            raise self._failure(f"did not come up: {why}", output=result.tail)
+        raise super()._failure(why, output=result.tail)
+
+    def _not_loaded(self, state: Dict[str, str]) -> Optional[Tuple[str, str]]:
+        load = state.get("LoadState", "unknown")
+        hint = self.words(self.LOAD_HINTS.get(load, "systemd-analyze verify {unit}"))
+        return None if load == "loaded" else (f"unit {self.settings.unit} is not loaded (LoadState={load})", hint)
+
+    def _started(self) -> Dict[str, str]:
+        """Wait while the unit is on its way; waiting for an automatic restart is not on its way."""
+        ends_seconds = time.monotonic() + self.limit_seconds
+        state = self._show()
+        while state.get("ActiveState") in ("activating", "reloading", "refreshing") \
+                and not state.get("SubState", "").startswith("auto-restart") and time.monotonic() < ends_seconds:
+            pause(self.session, POLL_SECONDS)
+            state = self._show()
+        return state
+
+    def _trouble(self, first: Dict[str, str]) -> Optional[str]:
+        state = self._show()
+        changed = [f"{name} went from {first.get(name)} to {state.get(name)}"
+                   for name in ("MainPID", "InvocationID", "NRestarts") if state.get(name) != first.get(name)]
+        return _why_down(state) or (f"did not stay up: {', '.join(changed)}" if changed else None)
+
+
+def _why_down(state: Dict[str, str]) -> Optional[str]:
+    active, sub = state.get("ActiveState", "unknown"), state.get("SubState", "unknown")
+    kind, result = state.get("Type", ""), state.get("Result", "")
+    # A oneshot is well when it has ended well; a timer or socket has no Type and never is "running".
+    if kind == "oneshot" and result == "success" and (active, sub) in (("active", "exited"), ("inactive", "dead")):
+        return None
+    if active == "active" and (sub == "running" or not kind):
+        return None
+    return f"is {active} ({sub}{', result ' + result if result not in ('', 'success') else ''})"
+
+
+def own_units() -> Set[str]:
+    """Return the systemd units that this process is part of (cgroups(7))."""
+    try:
+        lines = _read_text("/proc/self/cgroup").splitlines()
+    except OSError:
+        return set()
+    return {part for line in lines for part in line.split("/")[1:]}
+
+
+def _read_text(path: str) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
+
+
+class PidfileService(Service):
+    """A process that writes its id to a file and takes a signal as the wish to reload."""
+
+    TARGET, DEED = "the process in {pidfile}", "send {signal} to the process in {pidfile}"
+    HINT = "look into the program's own log; {pidfile} must name a living process"
+
+    def problem(self) -> Optional[Tuple[str, str]]:
+        """Check the signal's name and the process."""
+        try:
+            self._signal()
+        except ValueError as error:
+            return str(error), f"correct signal in [service:{self.settings.name}]"
+        why = self.down() if self.settings.action != "none" else None
+        return (why, "start the service first, or correct pidfile") if why else None
+
+    def down(self) -> Optional[str]:
+        """Say why there is no living process."""
+        try:
+            self._pid()
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _perform(self, context: Context) -> str:
+        try:
+            pid = self._pid()
+            os.kill(pid, self._signal())
+        except (OSError, ValueError) as error:
+            raise self._failure(f"cannot send {self.settings.signal}: {error}")
+        self._settle(self._down_twice)
+        return f"{self.settings.signal} sent to process {pid}, which is up"
+
+    def _down_twice(self) -> Optional[str]:
+        """A re-exec leaves a moment between the old process and the new pidfile; longer is down."""
+        if self.down():
+            pause(self.session, POLL_SECONDS)
+        return self.down()
+
+    def _signal(self) -> int:
+        name = self.settings.signal.upper()
+        name = name if name.startswith("SIG") else "SIG" + name
+        if name not in signal.Signals.__members__:
+            raise ValueError(f"{self.settings.signal!r} is not the name of a signal")
+        return int(signal.Signals[name])
+
+    def _pid(self) -> int:
+        """Return the id of the living process; ValueError or OSError says why there is none."""
+        path = self.settings.pidfile
+        text = (_read_text(path).splitlines() or [""])[0].strip()
+        if not re.match(r"[0-9]{1,9}\Z", text) or int(text) <= 1:
+            raise ValueError(f"{path} holds {text[:40]!r} and not a process id")
+        if not process_is_alive(int(text)) or _is_zombie(int(text)):
+            raise ValueError(f"process {text} of {path} is not running")
+        _check_owner(path, int(text))
+        return int(text)
+
+
+def _check_owner(path: str, pid: int) -> None:
+    """A user who may write the pidfile must not choose which process of others root signals."""
+    owner = os.stat(path).st_uid
+    try:
+        process_owner = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return
+    if owner not in (0, os.geteuid(), process_owner):
+        raise ValueError(f"{path} belongs to uid {owner}, process {pid} to uid {process_owner}")
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        # The name in parentheses may hold anything, so fields count from its end (proc(5)).
+        return _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] in ("Z", "X")
+    except (OSError, IndexError):
+        return False
+
+
+class CommandService(Service):
+    """A service that an operator's command restarts, under the rules for hooks."""
+
+    TARGET, DEED = "service {name}", "run {command}"
+
+    def problem(self) -> Optional[Tuple[str, str]]:
+        """Look for the program, unless it comes with the release or [env] has a PATH of its own."""
+        program = self.settings.command[0]
+        in_release = "/" in program and not program.startswith("/")
+        if in_release or ("/" not in program and "PATH" in self.session.settings.env) or find_command(program):
+            return None
+        return (f"the program {program} of [service:{self.settings.name}] is not found or not executable",
+                "install it, or correct `command`")
+
+    def _perform(self, context: Context) -> str:
+        call = Call(self.session, context, f"service {self.settings.name}", working_directory(context),
+                    self.settings.timeout)
+        result = call.run(self.settings.command, {"DEPLOY_HOOK": f"service:{self.settings.name}"})
+        return f"{spell(result.argv)} exited with code 0"
+
+
+SERVICE_KINDS = {"unit": UnitService, "pidfile": PidfileService,
+                 "command": CommandService}  # type: Dict[str, Type[Service]]
+
+
+def make_service(session: Session, name: str) -> Service:
+    """Make the service that [service:NAME] describes; UsageError where there is none."""
+    settings = session.settings.service.get(name)
+    if settings is None:
+        raise UsageError(f"there is no [service:{name}]", nearest(name, session.settings.service))
+    return service_kind(settings)(session, settings)
+
+
+def service_kind(service: Any) -> Type[Service]:
+    """Choose the class for a [service:NAME] section by the one key that it has."""
+    return SERVICE_KINDS[next(key for key in SERVICE_KINDS if getattr(service, key))]
+
+
+def describe_service(settings: Settings, name: str) -> str:
+    """Say in one line what a restart of this service does; needs the settings alone."""
+    service = settings.service[name]
+    return service_kind(service)(None, service).describe()  # type: ignore
+
+
+def services_in_order(settings: Settings) -> List[str]:
+    """List the services so that each comes after those in its `after`; UsageError for a cycle."""
+    order = []  # type: List[str]
+
+    def visit(name: str, path: List[str]) -> None:
+        if name in path:
+            raise UsageError(f"services wait for each other: {' -> '.join(path[path.index(name):] + [name])}",
+                             "remove one `after`")
+        if name not in settings.service:
+            raise UsageError(f"[service:{path[-1]}] after = {name}: there is no [service:{name}]",
+                             nearest(name, settings.service) or "declare it, or correct `after`")
+        for earlier in settings.service[name].after if name not in order else []:
+            visit(earlier, path + [name])
+        if name not in order:
+            order.append(name)
+
+    for name in settings.service:
+        visit(name, [])
+    return order
+
+
+# -- probes: what is expected ------------------------------------------------
+
+class Answer(NamedTuple):
+    """What one try brought: whether all expectations hold, in words, and the evidence."""
+
+    ok: bool
+    detail: str
+    evidence: Dict[str, Any]
+
+
+class Question(NamedTuple):
+    """All that one try needs to know."""
+
+    session: Session
+    probe: Any
+    context: Context
+    expect_release: bool
+    timeout_seconds: float
+
+
+def unmet(question: Question, text: str, header: Callable[[str], Optional[str]]) -> Optional[str]:
+    """Say which expectation an answer's text and headers fail first; ValueError for a JSON path that leads nowhere."""
+    probe = question.probe
+    for name, pattern in probe.expect_header.items():
+        value = header(name)
+        if not matches(pattern, value):
+            return f"header {name} is {'missing' if value is None else repr(value)}, expected {pattern!r}"
+    if probe.body and not matches(probe.body, text):
+        return f"the answer does not match body = {probe.body}"
+    for path, expected in probe.json.items():
+        actual = json_value(text, path)
+        if actual != expected:
+            return f"json {path} is {actual!r}, expected {expected!r}"
+    return wrong_release(question, text, header) if probe.release and question.expect_release else None
+
+
+def matches(pattern: str, text: Optional[str]) -> bool:
+    """Search for a pattern; a leading ! wants it absent, and nothing is absent from no text at all."""
+    if pattern.startswith("!"):
+        return text is None or not re.search(pattern[1:], text)
+    return text is not None and bool(re.search(pattern, text))
+
+
+def json_value(text: str, path: str) -> str:
+    """Return the value at a dotted path of a JSON text, as text; ValueError says where the path ends."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the answer is not JSON: {error}")
+    for key in path.split("."):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and re.match(r"[0-9]{1,9}\Z", key) and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            raise ValueError(f"the answer's JSON has no {path!r}: nothing at {key!r}")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def wrong_release(question: Question, text: str, header: Callable[[str], Optional[str]]) -> Optional[str]:
+    """Say that the answer does not come from the release in question: the old process answers, too."""
+    where, _, name = question.probe.release.partition(":")
+    wanted = [word for word in (question.context.version, question.context.release) if word]
+    doubt = f"expected {wanted[0] if wanted else 'one'}: the old process may still be running"
+    if where == "body":
+        named = any(re.search(_VERSION_ALONE.format(re.escape(word)), text) for word in wanted)
+        return None if named else f"the answer does not name the version, {doubt}"
+    actual = json_value(text, name) if where == "json" else header(name)
+    if actual is None:
+        return f"the answer has no header {name} that names its version, {doubt}"
+    return None if actual in wanted else f"answered with version {actual}, {doubt}"
+
+
+# A version as a word of its own: 1.2 is not in 11.2, 1.2.3, 1.2-rc1, 1.2+build or 3-1.2, but is in v1.2 and "1.2.".
+_VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?{}(?![^\W_]|~|[.+_-]\w)"
+
+
+# -- probes: the kinds -------------------------------------------------------
+
+class Try:
+    """One try of one kind of probe."""
+
+    def __init__(self, question: Question) -> None:
+        self.question, self.probe = question, question.probe
+        self.evidence = {}  # type: Dict[str, Any]
+
+    @staticmethod
+    def check(settings: Settings, probe: Any) -> Optional[str]:
+        """Say what is wrong with the probe's settings."""
+        raise NotImplementedError
+
+    def run(self) -> Answer:
+        """Ask once, within the question's time limit; never raises for what the other side does."""
+        raise NotImplementedError
+
+    def _judge(self, text: str, header: Callable[[str], Optional[str]], well: str) -> Answer:
+        """Hold an answer against the expectations."""
+        try:
+            why = unmet(self.question, text, header)
+        except ValueError as error:
+            why = str(error)
+        return Answer(not why, why or well, self.evidence)
+
+
+class NetworkTry(Try):
+    """A try over a socket.
+
+    It runs in a thread that is left behind when time is up, with its socket
+    shut down: neither DNS nor a server that drips one byte a second can hold
+    the run (a socket timeout begins anew with every byte).
+    """
+
+    def __init__(self, question: Question) -> None:
+        super().__init__(question)
+        self.stage = "starting"
+        self.socket = None  # type: Any
+        self._ends_seconds = time.monotonic() + question.timeout_seconds
+        self._answers = []  # type: List[Answer]
+
+    def run(self) -> Answer:
+        """Ask in a thread and wait for it as long as there is time."""
+        import threading
+        thread = threading.Thread(target=self._ask_safely, daemon=True)
+        try:
+            thread.start()
+            thread.join(self.question.timeout_seconds)
+        except RuntimeError as error:
+            return Answer(False, f"cannot start a thread: {error}", {})
+        finally:
+            # First the verdict, then the hanging up, which would turn "late" into "damaged".
+            answer = self._answers[0] if self._answers else self._late()
+            self._hang_up()
+        return answer
+
+    def _ask(self) -> Answer:
+        """Do the asking, with self.stage saying what is going on."""
+        raise NotImplementedError
+
+    def _ask_safely(self) -> None:
+        import socket
+        try:
+            answer = self._ask()
+        except socket.timeout:
+            answer = self._late()
+        except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
+            answer = Answer(False, f"{self.stage}: {_network_reason(error)}", self.evidence)
+        finally:
+            if self.socket is not None:
+                self.socket.close()
+        self._answers.append(answer)
+
+    def _late(self) -> Answer:
+        limit = format_seconds(self.question.timeout_seconds)
+        return Answer(False, f"no answer within {limit}, it was still {self.stage}", dict(self.evidence))
+
+    def _hang_up(self) -> None:
+        import socket
+        try:
+            if self.socket is not None:
+                # Not SSLSocket.shutdown(): that takes the TLS state away from under the thread.
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def _left_seconds(self) -> float:
+        """Return the time that is left; socket.timeout when there is none, even if nothing has waited."""
+        import socket
+        left_seconds = self._ends_seconds - time.monotonic()
+        if left_seconds <= 0:
+            raise socket.timeout("timed out")
+        return left_seconds
+
+    def _connect(self, address: Tuple[str, int]) -> None:
+        """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
+        import socket
+        host, port = address
+        self.stage = f"connecting to {host}{':' + str(port) if port else ''}"
+        if port:
+            self.socket = socket.create_connection(address, self._left_seconds())
+        else:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.settimeout(self._left_seconds())
+            self.socket.connect(native(host))
+        if port and self.socket.getsockname()[1] == port and self.socket.getsockname() == self.socket.getpeername():
+            # A free local port may be given to the asker itself, who then meets himself (RFC 9293, 3.5).
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
+        self.socket.settimeout(self._left_seconds())
+
+
+def _network_reason(error: Exception) -> str:
+    import socket
+    if isinstance(error, socket.gaierror):
+        return f"the host name cannot be resolved: {error.strerror}"
+    if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
+        return "TLS: " + re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(error))
+    if isinstance(error, OSError) and error.errno:
+        return reason(error)
+    return f"{type(error).__name__}: {error}"[:EVIDENCE_CHARACTERS]
+
+
+def split_address(text: str) -> Tuple[str, int]:
+    """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
+    if text.startswith("unix:/"):
+        return text[5:], 0
+    host, _, port = text.rpartition(":")
+    if not re.match(r"[0-9]{1,5}\Z", port) or not 0 < int(port) < 65536 or not host or re.search(r"[\s/@]", host):
+        raise ValueError(f"expected host:port or unix:/path, not {text!r}")
+    if ":" in host and not re.match(r"\[[0-9A-Fa-f:.]+(%\w+)?\]\Z", host):
+        raise ValueError(f"expected brackets around the IPv6 address, such as [::1]:80, not {text!r}")
+    return host.strip("[]"), int(port)
+
+
+class Url(NamedTuple):
+    """The parts of a URL that a request is made from."""
+
+    scheme: str
+    host: str
+    port: int
+    authority: str
+    target: str
+    userinfo: Optional[str]
+
+    @property
+    def origin(self) -> Tuple[str, str, int]:
+        """Return what a redirect must not leave (RFC 6454)."""
+        return self.scheme, self.host, self.port
+
+
+def parse_url(text: str) -> Url:
+    """Take an http or https URL apart; ValueError for any other scheme and for what cannot be asked."""
+    from urllib.parse import quote, unquote, urlsplit
+    if any(ord(character) <= 32 or ord(character) == 127 for character in text):
+        raise ValueError("the URL holds spaces or control characters")
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"the URL must begin with http:// or https://, not {text[:40]!r}")
+    userinfo, _, authority = parts.netloc.rpartition("@")
+    host = parts.hostname or ""
+    if not host or any(ord(character) > 126 for character in host):
+        raise ValueError("the URL has no host, or not in ASCII (write xn--...)")
+    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    return Url(parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80), authority,
+               quote(target, safe="%/:=&?~#+!$,;'@()*[]", errors="replace"), unquote(userinfo) if userinfo else None)
+
+
+class UrlTry(NetworkTry):
+    """Ask over HTTP/1.1 (RFC 9112), by http.client on a socket of our own.
+
+    No proxy, no cookie, no other scheme, and no other host can come into play.
+    """
+
+    @staticmethod
+    def check(settings: Settings, probe: Any) -> Optional[str]:
+        """Check the URL, `connect` and the method."""
+        try:
+            parse_url(probe.url)
+            if probe.connect:
+                split_address(probe.connect)
+        except ValueError as error:
+            return str(error)
+        return None if re.match(r"[A-Z]{1,20}\Z", probe.method) else f"method = {probe.method}: expected GET, HEAD, ..."
+
+    def _ask(self) -> Answer:
+        from urllib.parse import urljoin
+        text, url = self.probe.url, parse_url(self.probe.url)
+        headers = self._headers(url)
+        for redirects_left in range(self.probe.redirects, -1, -1):
+            response = self._request(parse_url(text), headers)
+            location = response.getheader("Location")
+            if response.status not in (301, 302, 303, 307, 308) or not location or not self.probe.redirects:
+                return self._judge_response(response)
+            self.socket.close()
+            text = urljoin(text, location)
+            if parse_url(text).origin != url.origin:
+                return Answer(False, f"redirected to another origin, {text}", self.evidence)
+        return Answer(False, f"more than {count(self.probe.redirects, 'redirect')}, the last to {text}", self.evidence)
+
+    def _request(self, url: Url, headers: Dict[str, str]) -> Any:
+        import http.client
+        self._connect(split_address(self.probe.connect) if self.probe.connect else (url.host, url.port))
+        if url.scheme == "https":
+            self._start_tls(url.host)
+        connection = http.client.HTTPConnection(url.host, url.port)
+        connection.sock = self.socket
+        self.stage = "sending the request"
+        connection.putrequest(self.probe.method, url.target, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
+        connection.endheaders()
+        self.stage = "waiting for the head of the answer"
+        self.socket.settimeout(self._left_seconds())
+        response = connection.getresponse()
+        self.evidence["status"] = response.status
+        return response
+
+    def _start_tls(self, host: str) -> None:
+        import ssl
+        self.stage = "reading tls_ca, tls_cert and tls_key"
+        context = ssl.create_default_context(cafile=self.probe.tls_ca or None)
+        if not self.probe.tls_verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.probe.tls_cert:
+            # An empty password: OpenSSL would ask the terminal for one otherwise.
+            context.load_cert_chain(self.probe.tls_cert, self.probe.tls_key or None, password="")
+        self.stage = "in the TLS handshake"
+        self.socket = context.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
+        self.socket.do_handshake()
+
+    def _headers(self, url: Url) -> Dict[str, str]:
+        own = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Accept": "*/*",
+               "Accept-Encoding": "identity", "Connection": "close"}
+        if self.probe.method in ("POST", "PUT", "PATCH"):
+            own["Content-Length"] = "0"
+        authorization = self._authorization(url)
+        if authorization:
+            own["Authorization"] = authorization
+        chosen = {name.lower() for name in self.probe.header}
+        for name, value in self.probe.header.items():
+            if looks_secret(name):
+                self.question.session.console.secrets.add(value)
+        return dict({name: value for name, value in own.items() if name.lower() not in chosen}, **self.probe.header)
+
+    def _authorization(self, url: Url) -> str:
+        """Return the Authorization header's value; Basic is RFC 7617."""
+        import base64
+        self.stage = "reading auth_file"
+        text = _read_text(self.probe.auth_file).strip() if self.probe.auth_file else url.userinfo or ""
+        secrets = self.question.session.console.secrets
+        secrets.add(text)
+        if not text or (self.probe.auth_file and " " in text):
+            secrets.add(text.partition(" ")[2])
+            return text
+        secrets.add(text.partition(":")[2])
+        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        secrets.add(encoded)
+        return "Basic " + encoded
+
+    def _judge_response(self, response: Any) -> Answer:
+        self.stage = "reading the answer"
+        text = self._read_body(response)
+        if not any(low <= response.status <= high for low, high in self.probe.status):
+            expected = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in self.probe.status)
+            return Answer(False, f"status {response.status}, expected {expected}", self.evidence)
+        return self._judge(text, response.getheader, f"status {response.status}")
+
+    def _read_body(self, response: Any) -> str:
+        body = b""
+        while len(body) < self.probe.max_body:
+            piece = response.read(min(self.probe.max_body - len(body), 65536))
+            if not piece:
+                break
+            body += piece
+            self.evidence["body"] = body[:4 * EVIDENCE_CHARACTERS].decode("utf-8", "replace")[:EVIDENCE_CHARACTERS]
+        return body.decode("utf-8-sig", "replace")
+
+
+class TcpTry(NetworkTry):
+    """See whether somebody accepts a connection."""
+
+    @staticmethod
+    def check(settings: Settings, probe: Any) -> Optional[str]:
+        """Check the address."""
+        try:
+            split_address(probe.tcp)
+        except ValueError as error:
+            return str(error)
+        return _without_answer("tcp", probe)
+
+    def _ask(self) -> Answer:
+        self._connect(split_address(self.probe.tcp))
+        return Answer(True, f"{self.probe.tcp} accepts connections", self.evidence)
+
+
+class CommandTry(Try):
+    """Run an operator's command; exit code 0 is well."""
+
+    @staticmethod
+    def check(settings: Settings, probe: Any) -> Optional[str]:
+        """Check that nothing is expected of headers, which a command has none of."""
+        if probe.expect_header or probe.release.startswith("header:"):
+            return "a command's output has no headers"
+        return None
+
+    def run(self) -> Answer:
+        """Run it under the try's time limit and hold its output against the expectations."""
+        lines, question = [], self.question  # type: List[str], Question
+        call = Call(question.session, question.context, f"probe {self.probe.name}",
+                    working_directory(question.context), question.timeout_seconds)
+
+        def keep(line: str) -> None:
+            if sum(map(len, lines)) < self.probe.max_body:
+                lines.append(line)
+
+        try:
+            result = call.start(self.probe.command, {"DEPLOY_HOOK": f"probe:{self.probe.name}"}, keep)
+        except UsageError as error:
+            return Answer(False, error.message, {})
+        # Nothing was read of a command that could not be started; its tail says why.
+        text = "\n".join(lines or result.tail)
+        self.evidence.update(status=result.exit_code, body=text[:EVIDENCE_CHARACTERS])
+        if not result.ok:
+            return Answer(False, result.verdict() + (f": {result.tail[-1]}" if result.tail else ""), self.evidence)
+        return self._judge(text, lambda name: None, "exited with code 0")
+
+
+class ServiceTry(Try):
+    """See whether a [service:NAME] is up."""
+
+    @staticmethod
+    def check(settings: Settings, probe: Any) -> Optional[str]:
+        """Check that the service is declared."""
+        if probe.service not in settings.service:
+            return f"there is no [service:{probe.service}] {nearest(probe.service, settings.service)}".rstrip()
+        if settings.service[probe.service].command:
+            return f"whether [service:{probe.service}] is up cannot be known: it has only a command"
+        return _without_answer("service", probe)
+
+    def run(self) -> Answer:
+        """Ask the service itself."""
+        service = make_service(self.question.session, self.probe.service)
+        service.limit_seconds = min(service.limit_seconds, self.question.timeout_seconds)
+        why = service.down()
+        return Answer(not why, why or service.words(service.TARGET) + " is up", self.evidence)
+
+
+def _without_answer(kind: str, probe: Any) -> Optional[str]:
+    unused = [key for key in ("body", "json", "expect_header", "release") if getattr(probe, key)]
+    return f"a {kind} probe gets no answer that {' or '.join(unused)} could be held against" if unused else None
+
+
+PROBE_KINDS = {"url": UrlTry, "tcp": TcpTry, "command": CommandTry,
+               "service": ServiceTry}  # type: Dict[str, Type[Try]]
+
+
+def probe_kind(probe: Any) -> str:
+    """Return which of PROBE_KINDS a probe is."""
+    return next(kind for kind in PROBE_KINDS if getattr(probe, kind))
+
+
+def check_probe(settings: Settings, probe: Any) -> Optional[str]:
+    """Say what is wrong with a probe's settings, without asking anything; None when nothing is."""
+    if probe.release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", probe.release):
+        return f"release = {probe.release}: expected json:PATH, header:NAME or body"
+    if probe.timeout <= 0:
+        return "timeout must be more than 0s"
+    return PROBE_KINDS[probe_kind(probe)].check(settings, probe)
+
+
+def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
+    """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
+    given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
+    return load_settings([], {}, given).probe["ad-hoc"]
+
+
+# -- probes: timing ----------------------------------------------------------
+
+class ProbeResult(NamedTuple):
+    """The verdict on a probe; evidence: status, start of the body, error, tries."""
+
+    name: str
+    ok: bool
+    required: bool
+    tries: int
+    seconds: float
+    detail: str
+    evidence: Dict[str, Any]
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return what the history keeps and --json shows."""
+        return dict(self._asdict(), seconds=round(self.seconds, 3))
+
+
+class ProbeRun:
+    """A probe's tries from the first to the verdict."""
+
+    SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
+
+    def __init__(self, question: Question, progress: Any = None) -> None:
+        self.question, self.probe, self.progress = question, question.probe, progress
+        self.tries = self.well_in_a_row = self.failed_in_a_row = 0
+        self.answer = self.last_failure = Answer(False, "was not tried", {})
+
+    def once(self) -> str:
+        """Try once; returns what is wrong, or nothing."""
+        return "" if self._try(self.probe.timeout) else self.last_failure.detail
+
+    def full(self) -> str:
+        """Wait for the service to be well, then that it stays so; returns what is wrong, or nothing."""
+        pause(self.question.session, self.probe.initial_delay)
+        if not self._becomes_well():
+            return f"not well within {format_seconds(self.probe.deadline)}: {self.last_failure.detail}"
+        if not self._stays_well():
+            return f"failed {count(self.failed_in_a_row, 'time')} in a row after it was well: {self.answer.detail}"
+        return ""
+
+    def _becomes_well(self) -> bool:
+        ends_seconds = time.monotonic() + self.probe.deadline
+        while self._try(ends_seconds - time.monotonic()) < max(1, self.probe.successes):
+            left_seconds = ends_seconds - time.monotonic()
+            wait_seconds = self._wait_seconds(max(0, self.failed_in_a_row - 1))
+            # Towards the deadline a further try is worth more than the whole of its wait.
+            wait_seconds = min(wait_seconds, max(left_seconds - self.probe.timeout, left_seconds / 2,
+                                                 self.SHORTEST_WAIT_SECONDS))
+            if wait_seconds >= left_seconds:
+                return False
+            pause(self.question.session, wait_seconds)
+        return True
+
+    def _stays_well(self) -> bool:
+        ends_seconds = time.monotonic() + self.probe.soak
+        # A soak does not end on a failed try: one more second must not make it a success.
+        while time.monotonic() < ends_seconds or self.failed_in_a_row:
+            wait_seconds = self._wait_seconds(0)
+            if not self.failed_in_a_row:
+                wait_seconds = min(wait_seconds, max(0.0, ends_seconds - time.monotonic()))
+            pause(self.question.session, wait_seconds)
+            self._try(self.probe.timeout)
+            if self.failed_in_a_row >= max(1, self.probe.failures):
+                return False
+        return True
+
+    def _wait_seconds(self, steps: int) -> float:
+        import random
+        longest_seconds = max(self.probe.period, self.probe.period_max)
+        wait_seconds = min(self.probe.period * max(1.0, self.probe.backoff) ** min(steps, 100), longest_seconds)
+        share = min(1.0, self.probe.jitter)
+        return max(self.SHORTEST_WAIT_SECONDS, wait_seconds * (1 + random.uniform(-share, share)))
+
+    def _try(self, left_seconds: float) -> int:
+        """Try within what is left; returns how many tries in a row were well."""
+        timeout_seconds = max(0.001, min(self.probe.timeout, left_seconds))
+        self.tries += 1
+        answer = PROBE_KINDS[probe_kind(self.probe)](self.question._replace(timeout_seconds=timeout_seconds)).run()
+        self.answer, self.last_failure = answer, self.last_failure if answer.ok else answer
+        self.well_in_a_row = self.well_in_a_row + 1 if answer.ok else 0
+        self.failed_in_a_row = 0 if answer.ok else self.failed_in_a_row + 1
+        told = f"try {self.tries}: {answer.detail}"
+        self.question.session.console.debug(f"probe {self.probe.name}: {told}")
+        if self.progress:
+            self.progress.update(self.tries, told)
+        return self.well_in_a_row
+
+
+def run_probe(session: Session, probe: Any, context: Context, *, expect_release: bool, once: bool = False,
+              progress: Any = None) -> ProbeResult:
+    """Ask until the verdict is in; a probe that fails gives ok=False, and only an interruption raises.
+
+    `expect_release`: the answer must name the context's version or release.
+    `once`: a single try without delay, deadline or soak.
+    """
+    started_seconds = time.monotonic()
+    run = ProbeRun(Question(session, probe, context, expect_release, probe.timeout), progress)
+    wrong = check_probe(session.settings, probe)
+    if not wrong:
+        with session.interrupts.allowed():
+            wrong = run.once() if once else run.full()
+    told = run.last_failure if wrong else run.answer
+    evidence = {"status": told.evidence.get("status"), "body": told.evidence.get("body", ""),
+                "error": wrong or "", "tries": run.tries}
+    detail = wrong or f"{run.answer.detail} ({count(run.tries, 'try', 'tries')})"
+    return ProbeResult(probe.name, not wrong, probe.required, run.tries, time.monotonic() - started_seconds,
+                       detail, evidence)
+
+
+# ============================================================================
+# 10  Facts and preflight
+#    What is true before anything changes, and a table of checks over it.
+#    Reads everything, changes nothing.
+# ============================================================================
+
+class Request(NamedTuple):
+    """What the command line asked for, beyond settings."""
+
+    command: str
+    artifact: str = ""
+    release: str = ""
+    sha256: str = ""
+    version: str = ""
+    allow_downgrade: bool = False
+    force: bool = False
+
+
+class ArtifactFacts(NamedTuple):
+    """What is known of the artifact before it is unpacked; sizes in bytes.
+
+    `sha256` is what its bytes must have; `release` is the one that was made
+    from the same artifact in the same way and is whole, if there is one.
+    """
+
+    name: str
+    source: str
+    format: str
+    size_bytes: int
+    sha256: str
+    sha256_source: str
+    version: str
+    cost: Cost
+    release: Optional[str]
+
+
+class Facts(NamedTuple):
+    """Everything the planner and the checks may know, observed at one moment."""
+
+    request: Request
+    root: str
+    application: str
+    deploy_id: str
+    now_seconds: float
+    current: Current
+    records: Dict[str, Record]
+    state_problems: List[str]
+    on_disk: Set[str]
+    in_use: Set[str]
+    journal: Optional[Journal]
+    holder: Optional[Dict[str, Any]]
+    artifact: Optional[ArtifactFacts]
+    refusal: Optional[DeployError]
+
+    def release(self, name: str) -> Optional[Record]:
+        """Return the record of a release that is really there."""
+        return self.records.get(name) if name in self.on_disk else None
+
+
+class Observer:
+    """Looks at root and artifact; keeps the artifact open for whoever unpacks it."""
+
+    def __init__(self, session: Session, store: Optional[Store], deploy_id: str) -> None:
+        self.session, self.store, self.deploy_id = session, store, deploy_id
+        self.artifact = None  # type: Optional[OpenArtifact]
+
+    def observe(self, request: Request, *, locked: bool) -> Facts:
+        """Collect the facts; a refused artifact is a fact, so that every check can still be run."""
+        store, settings = self.store, self.session.settings
+        records, problems = store.records() if store else ({}, [])
+        journal = None
+        try:
+            journal = store.read_journal() if store else None
+        except StateError as error:
+            problems.append(error.message)
+        facts = Facts(
+            request=request, root=os.path.realpath(settings.deploy.root), application=application_name(settings),
+            deploy_id=self.deploy_id, now_seconds=time.time(), current=store.current() if store else Current(None),
+            records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
+            in_use=names_in_use(f"{store.path}/releases") if store else set(), journal=journal, holder=lock_holder(store) if store and not locked else None,
+            artifact=None, refusal=None)
+        if not request.artifact:
+            return facts
+        try:
+            return facts._replace(artifact=self._observe_artifact(facts))
+        except (ArtifactRefused, UsageError) as error:
+            return facts._replace(refusal=error)
+
+    def _observe_artifact(self, facts: Facts) -> ArtifactFacts:
+        settings, request = self.session.settings, facts.request
+        if request.version:
+            check_version(request.version)
+        self.artifact = artifact = OpenArtifact.open(request.artifact)
+        limit_bytes = settings.limits.max_artifact
+        if limit_bytes and artifact.size_bytes > limit_bytes:
+            raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than "
+                                  f"[limits] max_artifact = {format_size(limit_bytes)}", "raise the limit if this is right")
+        digest = find_digest(artifact, request.sha256, settings.artifact.checksum) or \
+            Digest(self._hash(artifact), "computed")
+        version = request.version or find_version(artifact.name, settings.artifact.match, digest.sha256)
+        found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes, digest.sha256,
+                              digest.source, version, expected_cost(artifact), None)
+        candidate = self._made_before(facts, found)
+        if candidate is None:
+            return found
+        self._confirm(artifact, digest)
+        if candidate != facts.current.release and not self._is_whole(candidate):
+            self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
+            return found
+        return found._replace(release=candidate)
+
+    def _made_before(self, facts: Facts, found: ArtifactFacts) -> Optional[str]:
+        """Name the newest release that was made from the same bytes, version and options."""
+        strip = self.session.settings.artifact.strip_components
+        same = [record for record in facts.records.values()
+                if record.sha256 == found.sha256 and record.version == found.version and record.id in facts.on_disk
+                and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
+        return max(same, key=lambda record: record.sequence).id if same else None
+
+    def _confirm(self, artifact: "OpenArtifact", digest: "Digest") -> None:
+        """Before staging is skipped: the bytes must really have the digest they are said to have."""
+        if digest.source == "computed":
+            return
+        known = self.store.remembered_digest(artifact.path, artifact.identity()) if self.store else ""
+        compare_digests(known or self._hash(artifact), digest.sha256, artifact.name)
+
+    def _hash(self, artifact: "OpenArtifact") -> str:
+        progress = self.session.console.progress("hash", artifact.size_bytes)
+        try:
+            with self.session.interrupts.allowed():
+                return hash_artifact(artifact, progress.update)
+        finally:
+            progress.close()
+
+    def _is_whole(self, release: str) -> bool:
+        """Tell whether a staged release still is what its manifest says."""
+        return self.store is not None and not problems_of(check_release(self.session, self.store, release))
+
+    def close(self) -> None:
+        """Close the artifact."""
+        if self.artifact is not None:
+            self.artifact.close()
+
+
+def application_name(settings: Settings) -> str:
+    """Return the application's name: configured, or the root's last component."""
+    return settings.deploy.application or os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
+
+
+def check_release(session: Session, store: Store, release: str) -> "Differences":
+    """Hash a release against its manifest; StateError when the manifest itself is missing or damaged."""
+    data = store.read_manifest(release)
+    record = store.records()[0].get(release)
+    path = f"{store.path}/.deploy/manifests/{release}"
+    again = "stage the artifact again: deploy.py deploy --force ARTIFACT"
+    if data is None or record is None:
+        raise StateError(f"{release} cannot be verified: {path if data is None else 'its record'} is missing", again)
+    if hashlib.sha256(data).hexdigest() != record.tree.get("manifest_sha256"):
+        raise StateError(f"{release} cannot be verified: {path} was changed", again)
+    progress = session.console.progress("verify", int(record.tree.get("bytes") or 0))
+    try:
+        with session.interrupts.allowed(), store.directory("releases").child(release) as tree:
+            return compare_tree(tree, Manifest.from_bytes(data), progress.update)
+    except ValueError as error:
+        raise StateError(f"{release} cannot be verified: {path}: {error}", again)
+    finally:
+        progress.close()
+
+
+def problems_of(differences: "Differences") -> str:
+    """Say what makes a release unfit to go live; files that were only added (caches, logs) do not."""
+    parts = [f"{count(len(names), 'entry', 'entries')} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+             for word, names in (("changed", differences.changed), ("missing", differences.missing)) if names]
+    return " and ".join(parts)
+
+
+# -- checks ------------------------------------------------------------------
+
+class Survey(NamedTuple):
+    """What a check may look at."""
+
+    session: Session
+    facts: Facts
+    store: Optional[Store]
+    artifact: Optional["OpenArtifact"]
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self.session.settings
+
+
+Finding = Tuple[str, str, str]  # status, detail, hint
+
+
+def _ok(detail: str) -> Finding:
+    return "ok", detail, ""
+
+
+def _skip(detail: str) -> Finding:
+    return "skip", detail, ""
+
+
+def _all_of(problems: List[Tuple[str, str]], fine: str) -> Finding:
+    """Fold a list of (problem, hint) into one finding."""
+    if problems:
+        return "fail", "; ".join(problem for problem, _ in problems), "; ".join(dict.fromkeys(hint for _, hint in problems))
+    return _ok(fine)
+
+
+def check_runtime(survey: Survey) -> Finding:
+    """Which host, Python, user and working directory this is."""
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    detail = f"{os.uname().nodename}, Python {python}, user {user_name()}"
+    survey.session.console.debug(f"python {sys.executable}, cwd {os.path.realpath('.')}, PATH {command_path()}")
+    return _ok(detail)
+
+
+def check_user(survey: Survey) -> Finding:
+    """[preflight] user."""
+    wanted = survey.settings.preflight.user
+    if wanted and wanted not in (user_name(), str(os.geteuid())):
+        return "fail", f"run by {user_name()}, not by {wanted}", f"sudo -u {wanted} deploy.py ..."
+    return _ok(user_name()) if wanted else _skip("no [preflight] user")
+
+
+def check_configuration(survey: Survey) -> Finding:
+    """What cannot be seen from one value alone: probes, services and templates that fit together."""
+    settings = survey.settings
+    problems = [(f"[probe:{name}] {problem}", "correct the configuration") for name, problem in
+                ((name, check_probe(settings, settings.probe[name])) for name in settings.probe) if problem]
+    services_in_order(settings)
+    if settings.hooks.run_as:
+        become_user(settings.hooks.run_as)
+        if os.geteuid() != 0:
+            problems.append((f"[hooks] run_as = {settings.hooks.run_as} needs root", "run as root, or remove run_as"))
+    return _all_of(problems, ", ".join(settings.files) or "no file; defaults and command line")
+
+
+def check_trust(survey: Survey) -> Finding:
+    """Could somebody else have written what is about to be believed?"""
+    problems = [found for found in map(trust_problem, survey.settings.files) if found]
+    if survey.store:
+        private = survey.store.root.status(".deploy")
+        if private and stat.S_IMODE(private.st_mode) & 0o077:
+            path = f"{survey.facts.root}/.deploy"
+            problems.append((f"{path} is open to others (mode {stat.S_IMODE(private.st_mode):04o})", f"chmod 0700 {path}"))
+    if problems and os.geteuid() != 0 and survey.settings.files:
+        return ("warn",) + _all_of(problems, "")[1:]
+    return _all_of(problems, "configuration and state belong to us alone")
+
+
+def check_root(survey: Survey) -> Finding:
+    """The root exists, or can be made, and can be written."""
+    root = survey.facts.root
+    if survey.store is None:
+        parent = os.path.dirname(root)
+        if os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK):
+            return _ok(f"{root} will be made")
+        return "fail", f"{root} does not exist, and {parent} cannot take it", f"mkdir -p {root}"
+    if not os.access(root, os.W_OK | os.X_OK):
+        return "fail", f"{root} cannot be written by {user_name()}", f"chown {user_name()} {root}, or mount it read-write"
+    return _ok(root)
+
+
+def check_filesystem(survey: Survey) -> Finding:
+    """One filesystem, or rename would fail half way (EXDEV)."""
+    if survey.store is None:
+        return _skip("no root yet")
+    device = os.fstat(survey.store.root.descriptor).st_dev
+    for path in ["releases", ".deploy"] + [f".deploy/{name}" for name in PRIVATE_DIRECTORIES]:
+        try:
+            found = os.lstat(f"{survey.store.path}/{path}")
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(found.st_mode):
+            return "fail", f"{survey.store.path}/{path} is not a directory", "move it out of the way"
+        if found.st_dev != device:
+            return "fail", f"{path} lies on another filesystem than the root", f"unmount {survey.store.path}/{path}"
+    return _ok("one filesystem")
+
+
+def check_current(survey: Survey) -> Finding:
+    """`current` is a symlink to a release, or nothing yet."""
+    current = survey.facts.current
+    if current.problem:
+        return "fail", current.problem, current.hint
+    if current.release and current.release not in survey.facts.records:
+        return "warn", f"current points to {current.release}, which has no record", "it cannot be rolled back to"
+    return _ok(current.release or "nothing is live yet")
+
+
+def check_state(survey: Survey) -> Finding:
+    """Records and journal can be read."""
+    if survey.facts.state_problems:
+        return "fail", "; ".join(survey.facts.state_problems), \
+            "restore the file from a backup, or move it away: its release is then unknown"
+    return _ok(count(len(survey.facts.records), "record"))
+
+
+def check_recovery(survey: Survey) -> Finding:
+    """Nothing is left over from an earlier run."""
+    journal = survey.facts.journal
+    if journal is None:
+        return _ok("nothing to recover")
+    return "warn", f"{journal.operation} of {journal.to_release} was interrupted ({journal.phase})", \
+        "the next writing command recovers it first"
+
+
+def check_lock(survey: Survey) -> Finding:
+    """No other run is at work."""
+    holder = survey.facts.holder
+    return _ok("free") if holder is None else ("fail", f"held by {describe_holder(holder)}", "wait for it: --wait-lock 5m")
+
+
+def check_clock(survey: Survey) -> Finding:
+    """The clock is not before the newest record."""
+    newest = max((record.created_at for record in survey.facts.records.values()), default="")
+    now = format_time(survey.facts.now_seconds)
+    if newest > now:
+        return "warn", f"the clock says {now}, the newest record is of {newest}", "check the host's time"
+    return _ok(now)
+
+
+def check_artifact(survey: Survey) -> Finding:
+    """The artifact is there, readable, of a known format, and its digest is known."""
+    facts = survey.facts
+    if facts.refusal:
+        return "fail", facts.refusal.message, facts.refusal.hint
+    if facts.artifact is None:
+        return _skip("no artifact given")
+    found = facts.artifact
+    return _ok(f"{found.name}: {found.format}, {format_size(found.size_bytes)}, version {found.version}, "
+               f"sha256 {found.sha256[:12]} ({found.sha256_source})")
+
+
+def check_bad(survey: Survey) -> Finding:
+    """The artifact is not one that failed before."""
+    found = survey.facts.artifact
+    if found is None:
+        return _skip("no artifact given")
+    bad = bad_record(survey.facts, found.sha256)
+    if bad and not survey.facts.request.force:
+        return ("fail",) + bad_refusal(bad)
+    return ("warn", f"failed before as {bad.id}, and is tried again", "") if bad else _ok("not known to be bad")
+
+
+def bad_record(facts: Facts, sha256: str) -> Optional[Record]:
+    """Return the newest record that says this digest failed."""
+    found = [record for record in facts.records.values() if record.sha256 == sha256 and record.state == STATE_BAD]
+    return max(found, key=lambda record: record.sequence) if found else None
+
+
+def bad_refusal(bad: Record) -> Tuple[str, str]:
+    """Say why a bad artifact or release is refused, and how to insist."""
+    why = (bad.failure or {}).get("reason", "it failed after activation")
+    return f"{bad.version} is marked bad: {bad.id}: {why}", "deploy a mended version, or insist with --force"
+
+
+def check_downgrade(survey: Survey) -> Finding:
+    """The artifact is not older than what is live, where the two can be compared."""
+    facts = survey.facts
+    live = facts.records.get(facts.current.release or "")
+    if facts.artifact is None or live is None:
+        return _skip("nothing to compare")
+    if is_downgrade(facts.artifact.version, live.version):
+        text = f"{facts.artifact.version} is older than {live.version}, which is live"
+        if not facts.request.allow_downgrade:
+            return "fail", text, "to go back use rollback or activate; to insist, --allow-downgrade"
+        return "warn", text, ""
+    return _ok(f"{live.version} -> {facts.artifact.version}")
+
+
+def version_key(version: str) -> Optional[Tuple[Any, ...]]:
+    """Return something to order versions by (numbers, then pre-release), or None where that is a guess."""
+    found = re.match(r"v?(\d+(?:\.\d+)*)(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?(?:\+.*)?\Z",
+                     version, re.IGNORECASE)
+    if not found or len(found.group(1)) > 40:
+        return None
+    numbers = [int(part) for part in found.group(1).split(".")]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    if not found.group(2):
+        return tuple(numbers), 1, ()
+    rank = {"dev": 0, "a": 1, "alpha": 1, "b": 2, "beta": 2, "c": 3, "rc": 3, "pre": 3, "preview": 3}
+    parts = re.findall(r"[a-z]+|\d+", found.group(2).lower())
+    return tuple(numbers), 0, tuple((rank.get(part, 0) if part.isalpha() else int(part)) for part in parts)
+
+
+def is_downgrade(version: str, live: str) -> bool:
+    """Tell whether a version is certainly older than the one that is live."""
+    new, old = version_key(version), version_key(live)
+    return new is not None and old is not None and new < old
+
+
+def check_space(survey: Survey) -> Finding:
+    """Free bytes for what the archive will need, and min_free on top."""
+    needed_bytes, estimate = _cost_of(survey)
+    place = survey.facts.root if survey.store else os.path.dirname(survey.facts.root)
+    try:
+        found = os.statvfs(place)
+    except OSError as error:
+        return "fail", f"{place}: {reason(error)}", "name a root that exists"
+    free_bytes, keep_bytes = found.f_bavail * found.f_frsize, survey.settings.deploy.min_free
+    detail = f"{format_size(free_bytes)} free, {estimate}{format_size(needed_bytes)} needed and {format_size(keep_bytes)} kept free"
+    if free_bytes < needed_bytes + keep_bytes:
+        return "fail", detail, "free some space (deploy.py prune), or lower [deploy] min_free"
+    return _ok(detail)
+
+
+def check_inodes(survey: Survey) -> Finding:
+    """Free inodes for the files of the archive."""
+    place = survey.facts.root if survey.store else os.path.dirname(survey.facts.root)
+    try:
+        found = os.statvfs(place)
+    except OSError as error:
+        return "fail", f"{place}: {reason(error)}", "name a root that exists"
+    cost = survey.facts.artifact.cost.files if survey.facts.artifact else 0
+    if not found.f_files:
+        return _skip("this filesystem does not count inodes")
+    if found.f_favail < cost + 64:
+        return "fail", f"{found.f_favail:,} inodes free, {cost:,} needed", "remove small files, or deploy.py prune"
+    return _ok(f"{found.f_favail:,} free")
+
+
+def _cost_of(survey: Survey) -> Tuple[int, str]:
+    found = survey.facts.artifact
+    if found is None or found.release:
+        return 0, ""
+    return found.cost.expanded_bytes, "" if found.cost.exact else "about "
+
+
+def check_commands(survey: Survey) -> Finding:
+    """[preflight] require_commands."""
+    missing = [(f"{name} is not found", f"install {name}, or extend PATH") for name in
+               survey.settings.preflight.require_commands if not find_command(name)]
+    return _all_of(missing, count(len(survey.settings.preflight.require_commands), "command"))
+
+
+def check_environment(survey: Survey) -> Finding:
+    """[preflight] require_env."""
+    missing = [(f"{name} is not set", f"set {name} in the environment of deploy.py") for name in
+               survey.settings.preflight.require_env if not environment(name)]
+    return _all_of(missing, count(len(survey.settings.preflight.require_env), "variable"))
+
+
+def check_files(survey: Survey) -> Finding:
+    """[preflight] require_files."""
+    missing = [(f"{path} is missing or cannot be read", f"create {path}, readable by {user_name()}") for path in
+               survey.settings.preflight.require_files if not os.access(path, os.R_OK)]
+    return _all_of(missing, count(len(survey.settings.preflight.require_files), "file"))
+
+
+def check_shared(survey: Survey) -> Finding:
+    """Shared files exist: an empty file in their place would be a lie."""
+    settings, shared = survey.settings.deploy, f"{survey.facts.root}/shared"
+    missing = [(f"{shared}/{path} is missing", f"put the real file at {shared}/{path}")
+               for path in settings.shared_files if not os.path.isfile(f"{shared}/{path}")]
+    missing += [(f"{shared}/{path} is not a directory", f"move {shared}/{path} away")
+                for path in settings.shared_dirs
+                if os.path.lexists(f"{shared}/{path}") and not os.path.isdir(f"{shared}/{path}")]
+    paths = sorted(path + "/" for path in settings.shared_dirs + settings.shared_files)
+    missing += [(f"shared {one} lies inside shared {other}", "share only the outer one")
+                for other, one in zip(paths, paths[1:]) if one.startswith(other)]
+    return _all_of(missing, f"{count(len(settings.shared_dirs), 'directory', 'directories')}, "
+                            f"{count(len(settings.shared_files), 'file')}")
+
+
+def check_ports(survey: Survey) -> Finding:
+    """[preflight] free_ports: bound for an instant, the only proof that a port is free."""
+    import socket
+    taken = []
+    for host, port in survey.settings.preflight.free_ports:
+        family = socket.AF_INET6 if ":" in host or not host and socket.has_ipv6 else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # As servers do: connections that linger in TIME_WAIT do not count as taken.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+        except OSError as error:
+            taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}", f"see who has it: ss -ltnp 'sport = :{port}'"))
+    return _all_of(taken, count(len(survey.settings.preflight.free_ports), "port"))
+
+
+def check_probes_before(survey: Survey) -> Finding:
+    """Probes with when = before or both: the database is down now, not because of us."""
+    session, failed, run = survey.session, [], 0
+    context = context_for(survey.facts, None)
+    for name, probe in sorted(survey.settings.probe.items()):
+        if probe.when == "after" or check_probe(survey.settings, probe):
+            continue
+        run += 1
+        progress = session.console.progress(f"probe {name}")
+        found = run_probe(session, probe, context, expect_release=False, progress=progress)
+        progress.close()
+        if not found.ok:
+            failed.append((f"probe {name}: {found.detail}", "mend what it asks for before deploying"))
+    return _all_of(failed, count(run, "probe"))
+
+
+def check_services(survey: Survey) -> Finding:
+    """Every service is known to its manager."""
+    problems = [problem for problem in (make_service(survey.session, name).problem()
+                                        for name in services_in_order(survey.settings)) if problem]
+    return _all_of(problems, count(len(survey.settings.service), "service"))
+
+
+def check_hooks(survey: Survey) -> Finding:
+    """Programs of hooks are found; those in the release can only be looked for once it is there."""
+    missing, total = [], 0
+    for name in HOOK_NAMES:
+        for argv in getattr(survey.settings.hooks, name):
+            total += 1
+            if ("/" not in argv[0] or argv[0].startswith("/")) and not find_command(argv[0]):
+                missing.append((f"[hooks] {name}: {argv[0]} is not found or not executable", f"install {argv[0]}"))
+    return _all_of(missing, count(total, "command"))
+
+
+def check_templates(survey: Survey) -> Finding:
+    """Templates are in the artifact and every placeholder has a value."""
+    templates = survey.settings.template
+    if not templates or survey.artifact is None or survey.facts.artifact is None:
+        return _skip("no templates" if not templates else "no artifact given")
+    sources = {portable(template.source) for template in templates.values()}
+    found = read_members(survey.artifact, sources, survey.settings)
+    values, problems = template_values(survey.settings, context_for(survey.facts, None)), []
+    for name, template in sorted(templates.items()):
+        data = found.get(portable(template.source))
+        try:
+            if data is None:
+                raise StepFailed(f"{template.source} is not in the artifact", f"correct [template:{name}] source")
+            render_template(data.decode("utf-8"), values, template.source)
+        except UnicodeDecodeError:
+            problems.append((f"{template.source} is not UTF-8", "save the template as UTF-8"))
+        except DeployError as error:
+            problems.append((error.message, error.hint))
+    return _all_of(problems, count(len(templates), "template"))
+
+
+# name, check, whether it also guards activate and rollback: a way back must not
+# wait for free space or for a file that only the next release needs.
+CHECKS = (
+    ("runtime", check_runtime, True),
+    ("user", check_user, True),
+    ("configuration", check_configuration, True),
+    ("permissions", check_trust, True),
+    ("root", check_root, True),
+    ("filesystem", check_filesystem, True),
+    ("current", check_current, True),
+    ("state", check_state, True),
+    ("recovery", check_recovery, True),
+    ("lock", check_lock, True),
+    ("clock", check_clock, False),
+    ("artifact", check_artifact, False),
+    ("known-bad", check_bad, False),
+    ("downgrade", check_downgrade, False),
+    ("space", check_space, False),
+    ("inodes", check_inodes, False),
+    ("commands", check_commands, False),
+    ("environment", check_environment, False),
+    ("files", check_files, False),
+    ("shared", check_shared, False),
+    ("ports", check_ports, False),
+    ("services", check_services, False),
+    ("hooks", check_hooks, False),
+    ("templates", check_templates, False),
+    ("probes", check_probes_before, False),
+)
+
+# A check that fails for one of these reasons refuses the artifact, not the host.
+ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
+
+
+def run_checks(survey: Survey, *, going_back: bool = False) -> List[CheckResult]:
+    """Run every check, whatever the others found."""
+    results = []
+    for name, check, guards_way_back in CHECKS:
+        if going_back and not guards_way_back:
+            continue
+        try:
+            results.append(CheckResult(name, *check(survey)))
+        except Interrupted:
+            raise
+        except DeployError as error:
+            results.append(CheckResult(name, "fail", error.message, error.hint))
+        except OSError as error:
+            results.append(CheckResult(name, "fail", f"{error.filename or ''}: {reason(error)}", "see that it can be read"))
+    return results
+
+
+def context_for(facts: Facts, release: Optional[str]) -> Context:
+    """Describe a release to hooks, probes and templates; without one, the release that is about to be made."""
+    record = facts.records.get(release or "")
+    version = record.version if record else facts.artifact.version if facts.artifact else ""
+    return Context(facts.application, facts.root, release or "", version,
+                   f"{facts.root}/releases/{release}" if release else facts.root,
+                   facts.current.release or "", facts.deploy_id)
+
+
+# ============================================================================
+# 11  Steps
+#    One class for each action: describe() says it, apply() does it, undo()
+#    takes it back.  apply() returns a short detail for the person watching and
+#    raises DeployError or OSError; undo() may be called on a step half done.
+# ============================================================================
+
+class Run:
+    """What the steps of one run share, and what they hand on to each other."""
+
+    def __init__(self, session: Session, store: Store, facts: Facts, observer: Observer) -> None:
+        self.session, self.store, self.facts, self.observer = session, store, facts, observer
+        self.staging = ""
+        self.manifest = None  # type: Optional[Manifest]
+        self.by = who(started_by())
+        self.notes = []  # type: List[str]
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self.session.settings
+
+    def context(self, release: Optional[str]) -> Context:
+        """Describe a release to a hook, service, probe or template."""
+        return context_for(self.facts, release)
+
+    def staged_tree(self) -> Directory:
+        """Open the tree that is being staged."""
+        return self.store.directory(".deploy/staging").child(self.staging)
+
+
+class Step:
+    """One action of a plan; `phase` is what the journal says while it runs."""
+
+    name = ""
+    phase = ""
+    # A step that may fail without failing the run: its failure is a warning.
+    optional = False
+
+    def describe(self) -> str:
+        """Say what apply() will do, from what the plan knows."""
+        raise NotImplementedError(type(self).__name__)
+
+    def apply(self, run: Run) -> str:
+        """Do it; return a short detail."""
+        raise NotImplementedError(type(self).__name__)
+
+    def undo(self, run: Run) -> None:
+        """Take it back, whether or not it was finished."""
+
+
+class RunHook(Step):
+    """Run the operator's commands for one hook."""
+
+    def __init__(self, hook: str, release: Optional[str], commands: List[List[str]], *, optional: bool = False) -> None:
+        self.name, self.hook, self.release = f"hook:{hook}", hook, release
+        self.commands, self.optional = commands, optional
+
+    def describe(self) -> str:
+        """Show the commands."""
+        return f"run hook {self.hook}: " + "; ".join(" ".join(argv) for argv in self.commands)
+
+    def apply(self, run: Run) -> str:
+        """Run them one after the other; StepFailed for the first that fails."""
+        context = run.context(self.release)
+        directory = context.release_path if os.path.isdir(context.release_path) else context.root
+        results = run_hook(run.session, self.hook, context, directory=directory)
+        return count(len(results), "command")
+
+
+class Unpack(Step):
+    """Verify and unpack the artifact into a private directory, in one pass."""
+
+    name = "unpack"
+
+    def __init__(self, artifact: ArtifactFacts) -> None:
+        self.artifact = artifact
+
+    def describe(self) -> str:
+        """Name the artifact and the digest it must have."""
+        return (f"verify and unpack {self.artifact.name} ({self.artifact.format}, "
+                f"{format_size(self.artifact.size_bytes)}, sha256 {self.artifact.sha256[:12]})")
+
+    def apply(self, run: Run) -> str:
+        """Unpack; ArtifactRefused for what is wrong with it."""
+        run.staging = run.store.new_staging()
+        artifact = run.observer.artifact
+        if artifact is None:
+            raise StepFailed("the artifact is not open", "run the command again")
+        progress = run.session.console.progress("unpack", artifact.size_bytes)
+        try:
+            with run.session.interrupts.allowed(), run.staged_tree() as tree:
+                found = unpack(artifact, tree, run.settings, progress.update, self.artifact.sha256)
+        finally:
+            progress.close()
+        run.manifest = found.manifest
+        for note in found.notes:
+            run.session.console.warn(note)
+        return f"{count(found.counts['files'], 'file')}, {format_size(found.counts['bytes'])}"
+
+    def undo(self, run: Run) -> None:
+        """Remove what was unpacked."""
+        if run.staging:
+            run.store.discard_staging(run.staging)
+
+
+class LinkShared(Step):
+    """Link what outlives releases from shared/ into the release."""
+
+    name = "shared"
+
+    def __init__(self, directories: List[str], files: List[str]) -> None:
+        self.directories, self.files = directories, files
+
+    def describe(self) -> str:
+        """Name the links."""
+        return "link from shared/: " + ", ".join([path + "/" for path in self.directories] + self.files)
+
+    def apply(self, run: Run) -> str:
+        """Make missing shared directories, and a relative link for each path."""
+        replaced = []
+        with run.store.root.make("shared") as shared, run.staged_tree() as tree:
+            for path in self.directories:
+                shared.walk_to(path, make=True).close()
+            for path in self.directories + self.files:
+                if self._link(run, tree, path):
+                    replaced.append(path)
+        detail = count(len(self.directories + self.files), "link")
+        return detail + (f", in place of the artifact's own {', '.join(replaced)}" if replaced else "")
+
+    def _link(self, run: Run, tree: Directory, path: str) -> bool:
+        parent, _, name = path.rpartition("/")
+        target = "../" * (2 + path.count("/")) + "shared/" + path
+        with open_made(run, tree, parent) as directory:
+            present = directory.status(name) is not None
+            if present:
+                directory.remove_tree(name)
+                run.manifest.drop(os.fsencode(path))  # type: ignore
+            os.symlink(target, name, dir_fd=directory.descriptor)
+        run.manifest.add_symlink(os.fsencode(path), os.fsencode(target))  # type: ignore
+        return present
+
+
+def open_made(run: Run, tree: Directory, path: str) -> Directory:
+    """Open a directory of the staged tree, making it and noting it in the manifest where it is missing.
+
+    A symlink of the artifact on the way is refused: it could lead outside.
+    """
+    made, here = "", Directory(tree.path, os.dup(tree.descriptor))
+    for name in [part for part in path.split("/") if part]:
+        made = f"{made}/{name}" if made else name
+        with here:
+            found = here.status(name)
+            if found is not None and not stat.S_ISDIR(found.st_mode):
+                raise StepFailed(f"{made} is not a directory in the artifact", f"choose another place than {path}/")
+            if found is None:
+                run.manifest.add_directory(os.fsencode(made), 0o755)  # type: ignore
+            here = here.make(name)
+    return here
+
+
+class RenderTemplates(Step):
+    """Render the configured templates into the release."""
+
+    name = "templates"
+
+    def __init__(self, templates: Dict[str, SimpleNamespace], release: str) -> None:
+        self.templates, self.release = templates, release
+
+    def describe(self) -> str:
+        """Name sources and targets, never values."""
+        return "render " + ", ".join(f"{template.source} -> {template.target}"
+                                     for _, template in sorted(self.templates.items()))
+
+    def apply(self, run: Run) -> str:
+        """Render each; StepFailed names every placeholder without a value."""
+        # The release has no record yet: the context is built for the id it will get.
+        context = run.context(None)._replace(release=self.release, release_path=run.store.release_path(self.release))
+        values = template_values(run.settings, context)
+        with run.staged_tree() as tree:
+            for _, template in sorted(self.templates.items()):
+                self._render(run, tree, template, values)
+        return count(len(self.templates), "file")
+
+    def _render(self, run: Run, tree: Directory, template: SimpleNamespace, values: Dict[str, str]) -> None:
+        parent, _, name = template.source.rpartition("/")
+        with open_made(run, tree, parent) as directory:
+            data = directory.read(name)
+        if data is None:
+            raise StepFailed(f"template {template.source} is not in the artifact",
+                             f"correct [template:{template.name}] source")
+        text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
+        rendered = text.encode("utf-8", "surrogateescape")
+        parent, _, name = template.target.rpartition("/")
+        path = os.fsencode(template.target)
+        with open_made(run, tree, parent) as directory:
+            directory.remove_tree(name)
+            run.manifest.drop(path)  # type: ignore
+            directory.write(name, rendered, template.mode)
+        run.manifest.add_file(path, hashlib.sha256(rendered).digest(), template.mode, len(rendered))  # type: ignore
+
+
+class Publish(Step):
+    """Make the staged tree durable, then give it its name under releases/."""
+
+    name = "publish"
+
+    def __init__(self, release: str, *, durable: bool) -> None:
+        self.release, self.durable = release, durable
+
+    def describe(self) -> str:
+        """Name the release."""
+        return f"{'sync to disk and ' if self.durable else ''}move to releases/{self.release}"
+
+    def apply(self, run: Run) -> str:
+        """Sync before the rename: a name must never lead to data that a power cut can take."""
+        if self.durable:
+            sync_filesystem()
+        run.store.publish(run.staging, self.release)
+        run.staging = ""
+        return self.release
+
+    def undo(self, run: Run) -> None:
+        """Take the release away again."""
+        run.store.remove_release(self.release)
+
+
+class SealRelease(Step):
+    """Write manifest and record: from here on the release exists, is `staged` and must not change."""
+
+    name = "seal"
+
+    def __init__(self, release: str, *, rescan: bool) -> None:
+        self.release, self.rescan = release, rescan
+
+    def describe(self) -> str:
+        """Say what is written."""
+        return "write manifest and record" + (", with what post_stage made" if self.rescan else "")
+
+    def apply(self, run: Run) -> str:
+        """Hash again what a hook may have changed, then write."""
+        if self.rescan:
+            with run.store.directory("releases").child(self.release) as tree:
+                run.manifest = scan_tree(tree, lambda done: None)
+            sync_filesystem()
+        manifest = run.manifest.to_bytes()  # type: ignore
+        record = self._record(run, hashlib.sha256(manifest).hexdigest())
+        run.store.write_manifest(self.release, manifest)
+        run.store.write_record(record)
+        run.facts.records[self.release] = record
+        run.facts.on_disk.add(self.release)
+        artifact = run.observer.artifact
+        if artifact is not None and artifact.format != "directory":
+            run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
+        return f"manifest {record.tree['manifest_sha256'][:12]}"
+
+    def _record(self, run: Run, manifest_sha256: str) -> Record:
+        found = run.facts.artifact
+        if found is None:
+            raise StepFailed("there is no artifact to record", "run the command again")
+        artifact = {"name": portable(found.name), "source": portable(found.source), "format": found.format,
+                    "size": found.size_bytes, "sha256": found.sha256, "sha256_source": found.sha256_source,
+                    "signature": None, "strip_components": run.settings.artifact.strip_components}
+        return Record(
+            id=self.release, sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
+            version=found.version, state=STATE_STAGED, pinned=False,
+            artifact=run.session.console.secrets.mask_json(artifact),
+            tree=dict(run.manifest.counts(), manifest_sha256=manifest_sha256),  # type: ignore
+            created_at=format_time(time.time()), activated_at=None, deactivated_at=None, previous=None,
+            by=run.by, rollback={"release": None, "command": None}, failure=None, pruned_at=None)
+
+    def undo(self, run: Run) -> None:
+        """Forget the release."""
+        run.store.remove_record(self.release)
+        run.facts.records.pop(self.release, None)
+        run.facts.on_disk.discard(self.release)
+
+
+class VerifyRelease(Step):
+    """Hash a release against its manifest before it goes live."""
+
+    name = "verify"
+
+    def __init__(self, release: str) -> None:
+        self.release = release
+
+    def describe(self) -> str:
+        """Name the release."""
+        return f"verify {self.release} against its manifest"
+
+    def apply(self, run: Run) -> str:
+        """StepFailed names what was changed or is missing; added files only give a warning."""
+        differences = check_release(run.session, run.store, self.release)
+        problem = problems_of(differences)
+        if problem:
+            raise StepFailed(f"{self.release} is not what was staged: {problem}",
+                             f"see all of it: deploy.py --root {run.store.path} verify {self.release}; "
+                             f"then deploy the artifact again", {"differences": differences._asdict()})
+        if differences.added:
+            run.session.console.warn(f"{self.release} holds {count(len(differences.added), 'file')} that "
+                                     f"the artifact did not bring: {', '.join(differences.added[:3])}")
+        return "unchanged since it was staged"
+
+
+class Switch(Step):
+    """Point `current` at a release in one atomic rename, or take it away."""
+
+    def __init__(self, from_release: Optional[str], to_release: Optional[str]) -> None:
+        self.name = "activate" if to_release else "deactivate"
+        self.from_release, self.to_release = from_release, to_release
+
+    def describe(self) -> str:
+        """Name both ends."""
+        if not self.to_release:
+            return "remove current: nothing was live before"
+        return f"point current at {self.to_release}" + (f" (was {self.from_release})" if self.from_release else "")
+
+    def apply(self, run: Run) -> str:
+        """Compare and swap."""
+        run.store.switch(self.from_release, self.to_release)
+        return f"current -> releases/{self.to_release}" if self.to_release else "current removed"
+
+    def undo(self, run: Run) -> None:
+        """Point it back, where the switch was done and only its confirmation failed."""
+        run.store.switch(self.to_release, self.from_release)
+
+
+class RestartService(Step):
+    """Bring one service onto the release that is live now."""
+
+    def __init__(self, service: str, description: str, release: str) -> None:
+        self.name, self.service, self.description, self.release = f"service:{service}", service, description, release
+
+    def describe(self) -> str:
+        """Say what is done to the service."""
+        return self.description
+
+    def apply(self, run: Run) -> str:
+        """Act, and see that it stays up; StepFailed with the evidence."""
+        return make_service(run.session, self.service).act(run.context(self.release))
+
+
+class Probe(Step):
+    """Ask the running service whether it is well, and which version it is."""
+
+    def __init__(self, probe: str, release: str, *, required: bool) -> None:
+        self.name, self.probe, self.release, self.optional = f"probe:{probe}", probe, release, not required
+
+    def describe(self) -> str:
+        """Name the probe."""
+        return f"probe {self.probe}" + ("" if not self.optional else " (a failure is only a warning)")
+
+    def apply(self, run: Run) -> str:
+        """Probe until it is well or out of time; StepFailed with the evidence."""
+        probe = run.settings.probe[self.probe]
+        progress = run.session.console.progress(self.name, 0)
+        try:
+            found = run_probe(run.session, probe, run.context(self.release), expect_release=True, progress=progress)
+        finally:
+            progress.close()
+        if not found.ok:
+            raise StepFailed(f"probe {self.probe} failed after {count(found.tries, 'try', 'tries')} in "
+                             f"{format_seconds(found.seconds)}: {found.detail}",
+                             "look at the service's own log", found.evidence)
+        return f"{found.detail} ({count(found.tries, 'try', 'tries')})"
+
+
+class PruneRelease(Step):
+    """Delete a release that retention no longer keeps."""
+
+    optional = True
+
+    def __init__(self, record: Record, *, on_disk: bool) -> None:
+        self.name, self.record, self.on_disk = f"prune:{record.id}", record, on_disk
+
+    def describe(self) -> str:
+        """Name it and why it may go."""
+        return f"delete {self.record.id} ({self.record.state}, sequence {self.record.sequence})"
+
+    def apply(self, run: Run) -> str:
+        """Files first, then the record; a bad one's digest is remembered."""
+        if self.on_disk:
+            run.store.remove_release(self.record.id)
+        if self.record.state == STATE_BAD and self.on_disk:
+            run.store.write_record(self.record._replace(pruned_at=format_time(time.time())))
+        else:
+            run.store.remove_record(self.record.id)
+        return f"{format_size(int(self.record.tree.get('bytes') or 0))} freed"
+
+
+class SetPinned(Step):
+    """Protect a release from pruning, or no longer."""
+
+    def __init__(self, record: Record, *, pinned: bool) -> None:
+        self.name, self.record, self.pinned = "pin" if pinned else "unpin", record, pinned
+
+    def describe(self) -> str:
+        """Name the release."""
+        return f"{self.name} {self.record.id}"
+
+    def apply(self, run: Run) -> str:
+        """Write the record."""
+        run.store.write_record(self.record._replace(pinned=self.pinned))
+        return self.record.id
+
+
+# ============================================================================
+# 12  Planner
+#    Settings and facts in, a plan out.  Pure: nothing here looks at the disk,
+#    the clock or the network.
+# ============================================================================
+
+KEPT_BAD_RELEASES = 1
+KEPT_BAD_RECORDS = 50
+
+
+def select_release(facts: Facts, text: str) -> Record:
+    """Find the release a person means: id, unique prefix, version, digest prefix, current, previous, latest.
+
+    Raises UsageError where there is none, or more than one.
+    """
+    there = {name: record for name, record in facts.records.items() if name in facts.on_disk}
+    if text in there:
+        return there[text]
+    if text in ("current", "previous", "latest"):
+        return _select_by_role(facts, text, there)
+    rules = (lambda record: record.id.startswith(text), lambda record: record.version == text,
+             lambda record: len(text) >= 4 and record.sha256.startswith(text.lower()))
+    found = {record.id: record for record in there.values() for rule in rules if rule(record)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    names = [record.id for record in sorted((found or there).values(), key=lambda record: -record.sequence)]
+    if found:
+        raise UsageError(f"{text!r} may be any of {count(len(found), 'release')}: {', '.join(names)}", "give more of the id")
+    raise UsageError(f"there is no release {text!r}",
+                     f"the releases are {', '.join(names[:10])}" if names else "nothing was staged yet")
+
+
+def _select_by_role(facts: Facts, role: str, there: Dict[str, Record]) -> Record:
+    if role == "latest":
+        found = max(there.values(), key=lambda record: record.sequence) if there else None
+    elif role == "current":
+        found = facts.release(facts.current.release or "")
+    else:
+        found = rollback_target(facts, facts.current.release)
+    if found is None:
+        raise UsageError(f"there is no {role} release", f"see what there is: deploy.py --root {facts.root} releases")
+    return found
+
+
+def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
+    """Choose where a rollback goes: the last good release that was live before this one.
+
+    Follows what the records say was live before, past what is bad or gone; a
+    second rollback therefore goes further back, never to what was just left.
+    """
+    seen, name = {live}, (facts.records[live].previous if live in facts.records else None)
+    while name and name not in seen:
+        found = facts.release(name)
+        if found and found.state in (STATE_RETIRED, STATE_ACTIVE):
+            return found
+        seen.add(name)
+        name = facts.records[name].previous if name in facts.records else None
+    sequence = facts.records[live].sequence if live in facts.records else 0
+    older = [record for record in facts.records.values() if record.id in facts.on_disk
+             and record.state == STATE_RETIRED and record.sequence < sequence]
+    return max(older, key=lambda record: record.sequence) if older else None
+
+
+def new_release_id(facts: Facts, version: str) -> str:
+    """Name a release that is about to be made: time and version, and a number where that is taken."""
+    base = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(facts.now_seconds)) + version
+    name, number = base, 2
+    while name in facts.records or name in facts.on_disk:
+        name, number = f"{base}.{number}", number + 1
+    return name
+
+
+def _in_phase(phase: str, steps: Iterable[Step]) -> List[Step]:
+    placed = list(steps)
+    for step in placed:
+        step.phase = phase
+    return placed
+
+
+def _hook(settings: Settings, hook: str, release: Optional[str], *, optional: bool = False) -> List[Step]:
+    commands = getattr(settings.hooks, hook)
+    return [RunHook(hook, release, commands, optional=optional)] if commands else []
+
+
+def staging_steps(settings: Settings, artifact: ArtifactFacts, release: str) -> List[Step]:
+    """Plan what makes an artifact a staged release."""
+    steps = _hook(settings, "pre_stage", None) + [Unpack(artifact)]
+    if settings.deploy.shared_dirs or settings.deploy.shared_files:
+        steps.append(LinkShared(settings.deploy.shared_dirs, settings.deploy.shared_files))
+    if settings.template:
+        steps.append(RenderTemplates(settings.template, release))
+    steps.append(Publish(release, durable=settings.deploy.durable))
+    hook = _hook(settings, "post_stage", release)
+    steps += hook + [SealRelease(release, rescan=bool(hook))]
+    return _in_phase(PHASE_STAGING, steps)
+
+
+def service_steps(settings: Settings, release: str) -> List[Step]:
+    """Plan what brings the services onto the release that is live, and asks them."""
+    steps = []  # type: List[Step]
+    for name in services_in_order(settings):
+        if settings.service[name].action != "none":
+            steps.append(RestartService(name, describe_service(settings, name), release))
+    for name, probe in sorted(settings.probe.items()):
+        if probe.when != "before":
+            steps.append(Probe(name, release, required=probe.required))
+    return steps
+
+
+def forward_steps(settings: Settings, live: Optional[str], release: str) -> List[Step]:
+    """Plan the second half of a deployment: switch, restart, probe."""
+    before = _hook(settings, "pre_activate", release) + [Switch(live, release)]
+    after = _hook(settings, "post_activate", release) + service_steps(settings, release) + \
+        _hook(settings, "post_deploy", release)
+    return _in_phase(PHASE_INTENT, before) + _in_phase(PHASE_SWITCHED, after)
+
+
+def way_back_steps(settings: Settings, live: Optional[str], release: str) -> List[Step]:
+    """Plan how `live` becomes live again after `release` failed; the operator's hooks cannot stop it."""
+    steps = _hook(settings, "pre_rollback", live, optional=True) + [Switch(release, live)]
+    if live:
+        steps += service_steps(settings, live)
+    return _in_phase(PHASE_ROLLING_BACK, steps + _hook(settings, "post_rollback", live, optional=True))
+
+
+def plan_stage(settings: Settings, facts: Facts) -> Plan:
+    """Plan `stage`; nothing to do where the same artifact is staged already."""
+    artifact = _artifact_of(facts)
+    if artifact.release:
+        return Plan("stage", facts.current.release, artifact.release, [], [])
+    release = new_release_id(facts, artifact.version)
+    return Plan("stage", facts.current.release, release, staging_steps(settings, artifact, release), [])
+
+
+def plan_deploy(settings: Settings, facts: Facts) -> Plan:
+    """Plan `deploy`; nothing to do where the artifact is live already."""
+    artifact, live = _artifact_of(facts), facts.current.release
+    if artifact.release and artifact.release == live:
+        return Plan("deploy", live, artifact.release, [], [])
+    release = artifact.release or new_release_id(facts, artifact.version)
+    steps = [] if artifact.release else staging_steps(settings, artifact, release)
+    steps += forward_steps(settings, live, release) + prune_steps(settings, facts, release, live)
+    return Plan("deploy", live, release, steps, way_back_steps(settings, live, release))
+
+
+def _artifact_of(facts: Facts) -> ArtifactFacts:
+    if facts.artifact is None:
+        raise facts.refusal or UsageError("no artifact was given", "name one: deploy.py deploy ARTIFACT")
+    return facts.artifact
+
+
+def plan_activate(settings: Settings, facts: Facts) -> Plan:
+    """Plan `activate RELEASE`; ArtifactRefused for a bad one without --force."""
+    target, live = select_release(facts, facts.request.release), facts.current.release
+    if target.id == live:
+        return Plan("activate", live, target.id, [], [])
+    if target.state == STATE_BAD and not facts.request.force:
+        raise ArtifactRefused(*bad_refusal(target))
+    steps = _in_phase(PHASE_INTENT, [VerifyRelease(target.id)]) + forward_steps(settings, live, target.id)
+    steps += prune_steps(settings, facts, target.id, live)
+    return Plan("activate", live, target.id, steps, way_back_steps(settings, live, target.id))
+
+
+def plan_rollback(settings: Settings, facts: Facts) -> Plan:
+    """Plan `rollback [RELEASE]`; PreflightFailed where there is nothing to go back to."""
+    live = facts.current.release
+    if facts.request.release:
+        target = select_release(facts, facts.request.release)
+    else:
+        found = rollback_target(facts, live)
+        if found is None:
+            raise PreflightFailed("there is no previous good release to roll back to",
+                             f"see what there is: deploy.py --root {facts.root} releases")
+        target = found
+    if target.id == live:
+        return Plan("rollback", live, target.id, [], [])
+    if target.state == STATE_BAD and not facts.request.force:
+        raise ArtifactRefused(*bad_refusal(target))
+    before = [VerifyRelease(target.id)] + _hook(settings, "pre_rollback", target.id) + [Switch(live, target.id)]
+    after = service_steps(settings, target.id) + _hook(settings, "post_rollback", target.id)
+    steps = _in_phase(PHASE_INTENT, before) + _in_phase(PHASE_SWITCHED, after)
+    return Plan("rollback", live, target.id, steps, way_back_steps(settings, live, target.id))
+
+
+def prunable(settings: Settings, facts: Facts, live: Optional[str], previous: Optional[str]) -> List[Record]:
+    """Choose what retention lets go: good releases beyond keep_releases, bad ones beyond one.
+
+    `live` and `previous` are the two that will be so; they, pinned releases,
+    those that a process runs from and everything without a record stay.  A
+    release that is about to be made counts as one of those that are kept.
+    """
+    newest_first = sorted(facts.records.values(), key=lambda record: -record.sequence)
+    there = [record for record in newest_first if record.id in facts.on_disk]
+    good = [record for record in there if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
+    bad = [record for record in there if record.state == STATE_BAD and record.id != live]
+    arriving = 1 if live and live not in facts.records else 0
+    gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
+    keep = {live, previous} | facts.in_use
+    forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
+    return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
+
+
+def prune_steps(settings: Settings, facts: Facts, live: Optional[str], previous: Optional[str]) -> List[Step]:
+    """Plan the pruning, as things stand once `live` is live."""
+    return [PruneRelease(record, on_disk=record.id in facts.on_disk)
+            for record in prunable(settings, facts, live, previous)]
+
+
+def plan_prune(settings: Settings, facts: Facts) -> Plan:
+    """Plan `prune`."""
+    live = facts.current.release
+    target = rollback_target(facts, live)
+    steps = prune_steps(settings, facts, live, target.id if target else None)
+    return Plan("prune", live, live or "", steps, [])
+
+
+def plan_pin(settings: Settings, facts: Facts) -> Plan:
+    """Plan `pin RELEASE` and `unpin RELEASE`."""
+    target = select_release(facts, facts.request.release)
+    pinned = facts.request.command == "pin"
+    steps = [SetPinned(target, pinned=pinned)] if target.pinned != pinned else []
+    return Plan(facts.request.command, facts.current.release, target.id, steps, [])
+
+
+# ============================================================================
+# 13  Executor
+#    Runs a plan: journals each phase before its first step, undoes before the
+#    switch, takes the way back after it, and settles records and history.
+# ============================================================================
+
+class Outcome:
+    """What a command did, for people and for --json."""
+
+    def __init__(self, command: str) -> None:
+        self.command, self.changed, self.rolled_back = command, False, False
+        self.release = self.previous = None  # type: Optional[str]
+        self.message = ""
+        self.steps = []  # type: List[StepResult]
+        self.checks = []  # type: List[CheckResult]
+        self.error = None  # type: Optional[DeployError]
+        self.extra = {}  # type: Dict[str, Any]
+
+
+class Executor:
+    """Carries one plan through to a verdict.
+
+    Whatever happens, one of these holds at the end: the plan is done and
+    recorded; everything before the switch is undone; `from_release` is live
+    again and the failure recorded; or RollbackFailed says what a person must do
+    and the journal stays for `recover`.
+    """
+
+    def __init__(self, run: Run, plan: Plan, outcome: Outcome, journal: Optional[Journal] = None) -> None:
+        self.run, self.plan, self.outcome = run, plan, outcome
+        self.console, self.store = run.session.console, run.store
+        self.journal, self.interrupted = journal, False
+        self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
+        self._phase = journal.phase if journal else ""
+        self._done = []  # type: List[Step]
+        self._started_seconds = time.monotonic()
+
+    def execute(self) -> None:
+        """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
+        transaction = [step for step in self.plan.steps if step.phase]
+        self.run.session.interrupts.reopen()
+        try:
+            for step in transaction:
+                self.run.session.interrupts.check()
+                self._take(step)
+                if isinstance(step, Switch):
+                    self._enter(PHASE_SWITCHED)
+            self.run.session.interrupts.check()
+            self._commit()
+        except (DeployError, OSError) as error:
+            self.run.session.interrupts.close()
+            self.interrupted = isinstance(error, Interrupted)
+            self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
+        # Signals from here on change nothing: the verdict is in.
+        self.run.session.interrupts.close()
+        for step in self.plan.steps:
+            if not step.phase:
+                self._take(step)
+        self.outcome.changed = self.outcome.changed or bool(self.plan.steps)
+
+    # -- one step ------------------------------------------------------------
+
+    def _take(self, step: Step) -> None:
+        """Journal the phase where it is new, apply the step, and show how it went."""
+        if step.phase and step.phase != self._phase:
+            self._enter(step.phase)
+        self._done.append(step)
+        started_seconds = time.monotonic()
+        self.console.log_context["step"] = step.name
+        try:
+            detail, status = step.apply(self.run), "done"
+        except Interrupted:
+            self._note(step, "failed", started_seconds, "interrupted")
+            raise
+        except (DeployError, OSError) as error:
+            detail = step_error(error, step.name).message
+            self._note(step, "failed", started_seconds, detail)
+            if not step.optional:
+                raise
+            self.console.warnings.append(f"{step.name}: {detail}")
+            return
+        finally:
+            self.console.log_context.pop("step", None)
+        self._note(step, status, started_seconds, detail)
+
+    def _note(self, step: Step, status: str, started_seconds: float, detail: str) -> None:
+        seconds = time.monotonic() - started_seconds
+        self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), self.console.secrets.mask(detail)))
+        shown = "warn" if status == "failed" and step.optional else status
+        self.console.painted(shown, f"{step.name:<20} {format_seconds(seconds):>7}  {detail}")
+
+    def _enter(self, phase: str, failure: Optional[Dict[str, Any]] = None) -> None:
+        """Write down durably what is about to be done."""
+        plan, facts = self.plan, self.run.facts
+        if self.journal is None:
+            record = facts.records.get(plan.to_release)
+            sha256 = facts.artifact.sha256 if facts.artifact else record.sha256 if record else ""
+            self.journal = Journal(
+                deploy_id=self.deploy_id, operation=plan.operation, from_release=plan.from_release,
+                to_release=plan.to_release, phase=phase, artifact_sha256=sha256, boot_id=boot_id(),
+                started_at=format_time(facts.now_seconds), deadline=None, recoveries=0,
+                plan=self.console.secrets.mask_json(plan.to_json()), done=[], failure=None, by=self.run.by)
+        self.journal = self.journal._replace(
+            phase=phase, done=[step.name for step in self._done], failure=failure or self.journal.failure,
+            deadline=format_time(time.time() + longest_seconds(self.run.settings)))
+        self._phase = phase
+        self.store.write_journal(self.journal)
+
+    # -- the good end --------------------------------------------------------
+
+    def _commit(self) -> None:
+        """Records, history, and only then the journal: the verdict is durable before the note is gone."""
+        plan, facts = self.plan, self.run.facts
+        if not self._phase:
+            return
+        if plan.operation != "stage":
+            self._activate_records()
+        self.append_history({"stage": "staged", "deploy": "deployed", "activate": "activated",
+                              "rollback": "rolled_back"}[plan.operation], EXIT_OK, "", None)
+        self.store.clear_journal()
+        self.outcome.changed = True
+        self.outcome.release = plan.to_release
+        self.outcome.previous = plan.from_release if plan.operation != "stage" else \
+            facts.records[plan.to_release].previous
+
+    def _activate_records(self) -> None:
+        """The old release retires, the new one is active and knows the way back."""
+        plan, records, now = self.plan, self.run.facts.records, format_time(time.time())
+        old = records.get(plan.from_release or "")
+        if old and old.id != plan.to_release:
+            self._write(old._replace(state=STATE_BAD if old.state == STATE_BAD else STATE_RETIRED, deactivated_at=now))
+        new = records.get(plan.to_release)
+        if new is None:
+            return
+        # A rollback keeps the older `previous`, so that the next one goes further back.
+        previous = new.previous if plan.operation == "rollback" else plan.from_release
+        self._write(new._replace(
+            state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous, failure=None,
+            rollback={"release": previous, "command": rollback_command(self.store.path) if previous else None}))
+
+    def _write(self, record: Record) -> None:
+        self.store.write_record(record)
+        self.run.facts.records[record.id] = record
+
+    def append_history(self, result: str, exit_code: int, message: str, failure: Optional[Dict[str, Any]]) -> None:
+        """Write the run's line into the history, masked."""
+        plan, facts = self.plan, self.run.facts
+        found = facts.records.get(plan.to_release)
+        version = found.version if found else facts.artifact.version if facts.artifact else None
+        entry = HistoryEntry(
+            sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id, operation=plan.operation, result=result,
+            release=plan.to_release or None, version=version, previous=plan.from_release, exit_code=exit_code,
+            seconds=round(time.monotonic() - self._started_seconds, 3), message=message, by=self.run.by,
+            steps=[dict(step._asdict()) for step in self.outcome.steps], failure=failure, previous_sha256="")
+        masked = self.console.secrets.mask_json(entry.to_json())
+        masked.pop("schema")
+        self.store.append_history(HistoryEntry(**masked))
+
+    # -- the bad ends --------------------------------------------------------
+
+    def _fail(self, error: DeployError) -> None:
+        """Undo, or take the way back, and raise what the run ends with."""
+        switched = self._phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)
+        self.console.debug(f"failed in phase {self._phase or 'none'}: {error.message}")
+        if not switched:
+            self._undo(error)
+        if not self.run.settings.deploy.auto_rollback and self._phase == PHASE_SWITCHED:
+            self._leave_live(error)
+        self.roll_back(error)
+
+    def _undo(self, error: DeployError) -> None:
+        """Before the switch: take back every step, newest first, and let the error go on."""
+        problems = []
+        for step in reversed(self._done):
+            try:
+                step.undo(self.run)
+            except (DeployError, OSError) as undo_error:
+                problems.append(f"{step.name}: {step_error(undo_error, step.name).message}")
+        undone = {step.name for step in self._done}
+        self.outcome.steps = [result._replace(status="undone") if result.status == "done" and result.name in undone
+                              else result for result in self.outcome.steps]
+        if problems:
+            # The journal stays: the next run finishes what could not be undone now.
+            self.console.warn("not everything could be undone: " + "; ".join(problems))
+            raise error
+        self._close(lambda: self.append_history("failed", error.exit_code, error.message, failure_of(error, self._failed_step())))
+        self._run_on_failure(error)
+        raise error
+
+    def _failed_step(self) -> str:
+        failed = [result.name for result in self.outcome.steps if result.status == "failed"]
+        return failed[-1] if failed else self.plan.operation
+
+    def _close(self, settle: Callable[[], None]) -> None:
+        """Write the verdict and clear the journal; where the disk refuses, the next run does it."""
+        if not self._phase:
+            return
+        try:
+            settle()
+            self.store.clear_journal()
+        except OSError as error:
+            self.console.warn(f"the verdict could not be written: {reason(error)}; the next run recovers it")
+
+    def _leave_live(self, error: DeployError) -> None:
+        """auto_rollback = no: the failed release stays, and a person decides."""
+        command = rollback_command(self.store.path)
+        self._close(lambda: self._settle_failed("rollback_failed", EXIT_ROLLBACK_FAILED, error, STATE_ACTIVE))
+        self._run_on_failure(error)
+        raise RollbackFailed(f"{error.message}; {self.plan.to_release} is live all the same: auto_rollback is off",
+                             f"go back with: {command}")
+
+    def roll_back(self, error: DeployError) -> None:
+        """After the switch: make the old release live again; raises RolledBack or RollbackFailed."""
+        plan, failure = self.plan, failure_of(error, self._failed_step())
+        self.console.painted("failed", f"{error.message}; going back to {plan.from_release or 'nothing live'}")
+        problems = []
+        try:
+            self._enter(PHASE_ROLLING_BACK, self.console.secrets.mask_json(failure))
+        except OSError as journal_error:
+            # Going back matters more than noting it: the journal still says `switched`.
+            self.console.warn(f"the journal could not be written: {reason(journal_error)}")
+        for step in plan.way_back:
+            try:
+                self._take(step)
+            except (DeployError, OSError) as back_error:
+                problems.append(step_error(back_error, step.name).message)
+                if isinstance(step, Switch):
+                    break
+        if problems:
+            self._give_up(error, problems)
+        failed = self.run.facts.records.get(plan.to_release)
+        # An interrupted release proved nothing: it may be tried again.
+        state = STATE_BAD if not isinstance(error, Interrupted) else \
+            STATE_RETIRED if failed and failed.activated_at else STATE_STAGED
+        self._close(lambda: self._settle_failed("reverted", EXIT_ROLLED_BACK, error, state))
+        self._run_on_failure(error)
+        self.outcome.rolled_back = self.outcome.changed = True
+        self.outcome.release, self.outcome.previous = plan.from_release, plan.to_release
+        live = f"{plan.from_release} is live again" if plan.from_release else "nothing is live, as before"
+        raise RolledBack(f"{error.message}; rolled back: {live}",
+                         error.hint or f"see what happened: deploy.py --root {self.store.path} show {self.deploy_id}")
+
+    def _settle_failed(self, result: str, exit_code: int, error: DeployError, state: str) -> None:
+        """Records and history of a release that failed after activation."""
+        records, now = self.run.facts.records, format_time(time.time())
+        failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
+        failed, old = records.get(self.plan.to_release), records.get(self.plan.from_release or "")
+        if state != STATE_ACTIVE and old and old.state != STATE_ACTIVE:
+            self._write(old._replace(state=STATE_ACTIVE, deactivated_at=None))
+        if failed and failed.id != self.plan.from_release:
+            self._write(failed._replace(state=state, failure=failure, activated_at=failed.activated_at or now,
+                                        deactivated_at=None if state == STATE_ACTIVE else now))
+        if state == STATE_ACTIVE and old:
+            self._write(old._replace(state=STATE_RETIRED, deactivated_at=now))
+        self.append_history(result, exit_code, error.message, failure)
+
+    def _give_up(self, error: DeployError, problems: List[str]) -> None:
+        """The way back failed too: keep the journal, say what a person must do."""
+        try:
+            self.append_history("rollback_failed", EXIT_ROLLBACK_FAILED, error.message,
+                                 failure_of(error, self._failed_step()))
+        except OSError as history_error:
+            self.console.warn(f"the history could not be written: {reason(history_error)}")
+        self._run_on_failure(error)
+        found = self.store.current()
+        live = found.release or found.problem or "nothing"
+        self.outcome.release = found.release
+        command = f"deploy.py --root {self.store.path}"
+        raise RollbackFailed(
+            f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
+            f"mend the cause, then: {command} recover; or settle on a release by hand: {command} recover --to RELEASE")
+
+    def _run_on_failure(self, error: DeployError) -> None:
+        """Run the on_failure hook; its own failure is a warning."""
+        commands = self.run.settings.hooks.on_failure
+        if commands and self._phase:
+            release = self.plan.to_release if self.plan.to_release in self.run.facts.records else None
+            self._take(RunHook("on_failure", release, commands, optional=True))
+
+
+def step_error(error: Exception, step: str) -> DeployError:
+    """Turn what a step raised into an error a person can act on."""
+    if isinstance(error, DeployError):
+        return error
+    if not isinstance(error, OSError):
+        raise error
+    hints = {errno.ENOSPC: "free some space (deploy.py prune), then run again",
+             errno.EDQUOT: "raise the quota or free some space, then run again",
+             errno.EROFS: "mount the filesystem read-write, then run again",
+             errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
+             errno.EACCES: "let this user write there, then run again",
+             errno.EIO: "check the disk and the kernel's log before anything else"}
+    where = f" at {escape(portable(os.fsdecode(error.filename)))}" if error.filename else ""
+    return StepFailed(f"{step}: {reason(error)}{where}", hints.get(error.errno or 0, "mend the cause, then run again"))
+
+
+def failure_of(error: DeployError, step: str) -> Dict[str, Any]:
+    """Describe a failure for record, history and journal."""
+    evidence = error.evidence if isinstance(error, StepFailed) else {}
+    return {"step": step, "reason": error.message, "evidence": evidence}
+
+
+def rollback_command(root: str) -> str:
+    """Return the command that goes back to the previous release."""
+    return f"deploy.py --root {root} rollback"
+
+
+def longest_seconds(settings: Settings) -> float:
+    """Return how long restarts and probes may take in all, for the journal's deadline."""
+    services = sum(service.timeout + service.settle for service in settings.service.values())
+    return services + sum(probe.initial_delay + probe.deadline + probe.soak for probe in settings.probe.values())
+
+
+class Recovery:
+    """Brings into line what an earlier run left; doing it twice changes nothing more."""
+
+    def __init__(self, run: Run, outcome: Outcome) -> None:
+        self.run, self.outcome, self.store = run, outcome, run.store
+        self.console = run.session.console
+
+    def recover(self) -> List[str]:
+        """Finish or undo what the journal tells of, sweep leftovers, and say what was done.
+
+        Raises StateError where nothing may be concluded, RollbackFailed when it
+        was tried before and failed.
+        """
+        journal, done = self.store.read_journal(), []
+        if journal is not None:
+            done.append(self._settle(journal))
+        done += [f"removed {name}" for name in self.store.sweep()]
+        return done + self._forget_missing()
+
+    def _settle(self, journal: Journal) -> str:
+        last = self.store.history(1)
+        if last and last[0].deploy_id == journal.deploy_id and last[0].result != "rollback_failed":
+            self.store.clear_journal()
+            return f"{journal.operation} of {journal.to_release} was finished ({last[0].result})"
+        current = self.store.current()
+        if current.problem or current.release not in (journal.from_release, journal.to_release):
+            raise StateError(
+                f"cannot recover the {journal.operation} of {journal.to_release}: "
+                f"{current.problem or f'current is {current.release}'}, neither where it came from "
+                f"({journal.from_release}) nor where it went", self._by_hand())
+        self.console.say(f"recovering the {journal.operation} of {journal.to_release} ({journal.phase}, "
+                         f"begun {journal.started_at})")
+        if journal.phase == PHASE_STAGING or \
+                journal.phase == PHASE_INTENT and current.release == journal.from_release:
+            return self._abort(journal)
+        if journal.recoveries >= MAX_RECOVERIES:
+            raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered "
+                                 f"{journal.recoveries} times without success; live now: {current.release}", self._by_hand())
+        journal = journal._replace(recoveries=journal.recoveries + 1)
+        self.store.write_journal(journal)
+        return self._go_on(journal)
+
+    def _by_hand(self) -> str:
+        return (f"see which release should be live, then settle on it: "
+                f"deploy.py --root {self.store.path} recover --to RELEASE")
+
+    def _abort(self, journal: Journal) -> str:
+        """Nothing was switched: a staged release that is whole stays, anything less goes."""
+        if journal.phase == PHASE_STAGING and journal.to_release not in self.run.facts.records:
+            self.store.remove_release(journal.to_release)
+        executor = Executor(self.run, self._plan(journal, [], []), Outcome("recover"), journal)
+        executor.append_history("aborted", EXIT_FAILED, "interrupted before activation", None)
+        self.store.clear_journal()
+        return f"{journal.operation} of {journal.to_release} was undone: it had not been activated"
+
+    def _plan(self, journal: Journal, steps: List[Step], way_back: List[Step]) -> Plan:
+        return Plan(journal.operation, journal.from_release, journal.to_release, steps, way_back)
+
+    def _go_on(self, journal: Journal) -> str:
+        """The switch was made: ask the services, finish or go back."""
+        settings = self.run.settings
+        steps = _in_phase(PHASE_SWITCHED, service_steps(settings, journal.to_release))
+        way_back = way_back_steps(settings, journal.from_release, journal.to_release)
+        executor = Executor(self.run, self._plan(journal, steps, way_back), self.outcome, journal)
+        self.outcome.changed = True
+        try:
+            if journal.phase == PHASE_ROLLING_BACK:
+                failure = journal.failure or {}
+                executor.roll_back(StepFailed(str(failure.get("reason", "the deployment was interrupted")),
+                                              "", failure.get("evidence")))
+            executor.execute()
+        except RolledBack as error:
+            if executor.interrupted:
+                raise
+            self.outcome.rolled_back = False
+            return f"{journal.operation} of {journal.to_release} was rolled back: {error.message}"
+        return f"{journal.operation} of {journal.to_release} was finished: it is live"
+
+    def settle_by_hand(self, target: Record) -> List[str]:
+        """An operator says which release is right: make it so, and close what was under way."""
+        current = self.store.current()
+        if current.problem:
+            raise StateError(current.problem, current.hint)
+        if current.release != target.id:
+            self.store.switch(current.release, target.id)
+        now = format_time(time.time())
+        for record in self.run.facts.records.values():
+            if record.state == STATE_ACTIVE and record.id != target.id:
+                self.store.write_record(record._replace(state=STATE_RETIRED, deactivated_at=now))
+        self.store.write_record(target._replace(state=STATE_ACTIVE, activated_at=target.activated_at or now,
+                                                deactivated_at=None, failure=None))
+        plan = Plan("recover", current.release, target.id, [], [])
+        Executor(self.run, plan, self.outcome).append_history("recovered", EXIT_OK, "settled by hand", None)
+        self.store.clear_journal()
+        self.outcome.changed = True
+        return [f"{target.id} is live and nothing is under way"] + self.store.sweep()
+
+    def _forget_missing(self) -> List[str]:
+        """Drop the records of releases whose files are gone; what is bad stays known as bad."""
+        done, live = [], self.store.current().release
+        records, problems = self.store.records()
+        there = self.store.releases_on_disk()
+        for record in records.values():
+            if record.id in there or record.pruned_at or record.id == live:
+                continue
+            if record.state == STATE_BAD:
+                self.store.write_record(record._replace(pruned_at=format_time(time.time())))
+            else:
+                self.store.remove_record(record.id)
+            done.append(f"forgot {record.id}: its files are gone")
+        return done
+
+
+# ============================================================================
+# 14  Commands
+#    One function each: observe, plan, show, execute.  What they find goes into
+#    the Outcome; what they say goes through the Console.
+# ============================================================================
+
+class Invocation:
+    """One invocation: what was asked, with what settings, and what came of it."""
+
+    def __init__(self, session: Session, flags: Any, deploy_id: str) -> None:
+        self.session, self.flags, self.deploy_id = session, flags, deploy_id
+        self.settings, self.console = session.settings, session.console
+        self.outcome = Outcome(flags.command)
+        self.dry_run = bool(flags.dry_run)
+
+    @property
+    def root(self) -> str:
+        """The root, as an absolute path without symlinks; UsageError where none is configured."""
+        if not self.settings.deploy.root:
+            raise UsageError("no root is given", "name it with --root DIR, or set root in [deploy] of the configuration")
+        return os.path.realpath(self.settings.deploy.root)
+
+    def request(self) -> Request:
+        """What the command line asked for, beyond settings."""
+        flags = vars(self.flags)
+        return Request(
+            command=flags["command"], artifact=flags.get("artifact") or "", release=flags.get("release") or "",
+            sha256=flags.get("sha256") or "", version=flags.get("release_version") or "",
+            allow_downgrade=bool(flags.get("allow_downgrade")), force=bool(flags.get("force")))
+
+    def deploy_command(self, text: str) -> str:
+        """Write a command line that does something with this root."""
+        return f"deploy.py --root {self.root} {text}"
+
+
+@contextmanager
+def reading(call: Invocation) -> Iterator[Store]:
+    """Open the root for looking; UsageError where there is none."""
+    store = Store.open(call.root)
+    if store is None:
+        raise UsageError(f"the root {call.root} does not exist", "name another with --root DIR, or deploy something first")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
+    """Open the root for changing it: lock first, then bring an earlier run's leftovers into line."""
+    store = Store.create(call.root)
+    lock = Lock(store)
+    holder = dict(who(started_by()), command=call.flags.command, since=format_time(time.time()),
+                  deploy_id=call.deploy_id)
+    try:
+        lock.acquire(call.settings.deploy.lock_wait, holder, call.session.interrupts)
+        if recover_first:
+            call.outcome.extra["recovered"] = recover(call, store)
+        yield store
+    finally:
+        lock.release()
+        store.close()
+
+
+def recover(call: Invocation, store: Store) -> List[str]:
+    """Recover, under the lock; every writing command begins with this."""
+    observer = Observer(call.session, store, call.deploy_id)
+    facts = observer.observe(Request("recover"), locked=True)
+    done = Recovery(Run(call.session, store, facts, observer), call.outcome).recover()
+    for line in done:
+        call.console.say(f"recovered: {line}")
+    call.outcome.changed = call.outcome.changed or bool(done)
+    return done
+
+
+def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, checks: bool = True) -> None:
+    """Observe, plan, check and execute; with -n show the plan that would have been executed."""
+    opened = preview(call) if call.dry_run else writing(call)
+    with opened as store:
+        observer = Observer(call.session, store, call.deploy_id)
+        try:
+            facts = observer.observe(call.request(), locked=not call.dry_run)
+            survey = Survey(call.session, facts, store, observer.artifact)
+            if facts.refusal or facts.state_problems or facts.current.problem:
+                preflight(call, survey)
+            plan = planner(call.settings, facts)
+            describe_ends(call, facts, plan)
+            if plan.steps and checks:
+                preflight(call, survey)
+            if call.dry_run:
+                show_plan(call, plan)
+            elif plan.steps and store is not None:
+                Executor(Run(call.session, store, facts, observer), plan, call.outcome).execute()
+        finally:
+            observer.close()
+
+
+@contextmanager
+def preview(call: Invocation) -> Iterator[Optional[Store]]:
+    """Open the root for looking, where there is one: nothing is made, locked or recovered."""
+    store = Store.open(call.root)
+    try:
+        yield store
+    finally:
+        if store is not None:
+            store.close()
+
+
+def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
+    """Put into the result where the plan leads, before anything can go wrong on the way."""
+    call.outcome.release = plan.to_release or None
+    call.outcome.previous = plan.from_release
+    call.console.log_context["release"] = plan.to_release
+    found = facts.artifact
+    if found:
+        call.outcome.extra["artifact"] = {
+            "name": portable(found.name), "source": portable(found.source), "format": found.format,
+            "size": found.size_bytes, "sha256": found.sha256, "version": found.version}
+
+
+def preflight(call: Invocation, survey: Survey) -> None:
+    """Run the checks that guard this command; raise for what failed, artifact troubles first."""
+    going_back = call.flags.command in ("rollback", "activate")
+    started_seconds = time.monotonic()
+    call.outcome.checks = results = run_checks(survey, going_back=going_back)
+    failed = [result for result in results if result.status == "fail"]
+    for result in results:
+        if result.status == "warn":
+            call.console.warn(f"{result.name}: {result.detail}")
+        elif result.status == "fail":
+            call.console.painted("fail", f"{result.name}: {result.detail}")
+        else:
+            call.console.debug(f"{result.status:<5} {result.name}: {result.detail}")
+    if not failed:
+        call.console.painted("ok", f"{'preflight':<20} {format_seconds(time.monotonic() - started_seconds):>7}  "
+                                   f"{count(len(results), 'check')}")
+        return
+    if survey.facts.refusal:
+        raise survey.facts.refusal
+    kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
+    others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
+    raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)
+
+
+def show_plan(call: Invocation, plan: Plan) -> None:
+    """Print the plan of a dry run: the very steps that a real run executes."""
+    outcome = call.outcome
+    outcome.changed = bool(plan.steps)
+    outcome.extra["plan"] = plan.to_json()
+    outcome.steps = [StepResult(step.name, "planned", 0.0, step.describe()) for step in plan.steps]
+    if not plan.steps:
+        outcome.message = "nothing to do"
+        call.console.result("nothing to do")
+        return
+    outcome.message = f"would {call.flags.command}: {count(len(plan.steps), 'step')}"
+    call.console.result(f"plan of {plan.operation} ({count(len(plan.steps), 'step')}; nothing was changed)")
+    for number, step in enumerate(plan.steps, 1):
+        call.console.result(f"  {number:>2}  {step.name:<20} {step.describe()}")
+    if plan.way_back:
+        call.console.result("should anything fail after activation:")
+        for step in plan.way_back:
+            call.console.result(f"      {step.name:<20} {step.describe()}")
+
+
+# -- commands that change what is live ----------------------------------------
+
+def command_deploy(call: Invocation) -> None:
+    """Preflight, stage, activate, restart, probe; rolls back by itself when that fails."""
+    transact(call, plan_deploy)
+    summarize(call, "is live")
+
+
+def command_stage(call: Invocation) -> None:
+    """Verify and unpack only; the release is `staged`."""
+    transact(call, plan_stage)
+    summarize(call, "is staged")
+
+
+def command_activate(call: Invocation) -> None:
+    """Make a staged or earlier release live."""
+    transact(call, plan_activate)
+    summarize(call, "is live")
+
+
+def command_rollback(call: Invocation) -> None:
+    """Re-activate the previous good release, or the one that is named."""
+    transact(call, plan_rollback)
+    summarize(call, "is live again")
+
+
+def summarize(call: Invocation, what: str) -> None:
+    """Say at the end what changed, how long it took, and how to undo it."""
+    outcome, console = call.outcome, call.console
+    if call.dry_run:
+        return
+    if not outcome.steps:
+        outcome.message = f"{outcome.release} {what} already; nothing to do"
+        console.result(outcome.message)
+        return
+    outcome.message = f"{outcome.release} {what}"
+    console.result(f"{application_name(call.settings)}: {outcome.message}")
+    if outcome.previous and call.flags.command != "stage":
+        console.result(f"  before     {outcome.previous}")
+    console.result("\n".join(render_timeline([(step.name, step.seconds) for step in outcome.steps],
+                                             unicode=console.unicode)))
+    if call.flags.command == "stage":
+        console.result(f"  go live    {call.deploy_command(f'activate {outcome.release}')}")
+    elif outcome.previous:
+        undo = "rollback" if call.flags.command != "rollback" else f"activate {outcome.previous}"
+        console.result(f"  undo       {call.deploy_command(undo)}")
+
+
+def command_prune(call: Invocation) -> None:
+    """Delete what keep_releases no longer keeps."""
+    transact(call, plan_prune, checks=False)
+    removed = [step.name.partition(":")[2] for step in call.outcome.steps if step.status in ("done", "planned")]
+    call.outcome.extra["removed"] = removed
+    call.outcome.message = f"{count(len(removed), 'release')} {'would be ' if call.dry_run else ''}removed"
+    if not call.dry_run:
+        call.console.result("\n".join([call.outcome.message] + [f"  {name}" for name in removed]))
+
+
+def command_pin(call: Invocation) -> None:
+    """Protect a release from pruning."""
+    transact(call, plan_pin, checks=False)
+    state = "is pinned" if call.flags.command == "pin" else "is not pinned"
+    call.outcome.message = f"{call.outcome.release} {state}"
+    if not call.dry_run:
+        call.console.result(call.outcome.message)
+
+
+def command_recover(call: Invocation) -> None:
+    """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
+    if call.dry_run:
+        with preview(call) as store:
+            journal = store.read_journal() if store else None
+        text = f"would recover the {journal.operation} of {journal.to_release} ({journal.phase})" if journal \
+            else "nothing to recover"
+        call.outcome.changed, call.outcome.extra["plan"] = bool(journal), []
+        call.outcome.extra["recovered"] = []
+    elif call.flags.to:
+        with writing(call, recover_first=False) as store:
+            observer = Observer(call.session, store, call.deploy_id)
+            facts = observer.observe(call.request(), locked=True)
+            recovery = Recovery(Run(call.session, store, facts, observer), call.outcome)
+            done = recovery.settle_by_hand(select_release(facts, call.flags.to))
+        call.outcome.extra["recovered"] = done
+        text = "; ".join(done)
+    else:
+        with writing(call) as store:
+            call.outcome.release = store.current().release
+        text = "; ".join(call.outcome.extra["recovered"]) or "nothing to recover"
+    call.outcome.message = text
+    call.console.result(text)
+
+
+# -- commands that only look ---------------------------------------------------
+
+def command_preflight(call: Invocation) -> None:
+    """Run every read-only check, and show them as a table."""
+    with preview(call) as store:
+        observer = Observer(call.session, store, call.deploy_id)
+        try:
+            facts = observer.observe(call.request(), locked=False)
+            results = run_checks(Survey(call.session, facts, store, observer.artifact))
+            call.outcome.release = facts.current.release
+        finally:
+            observer.close()
+    call.outcome.checks = results
+    rows = [(result.status, result.name, result.detail) for result in results]
+    call.console.result(render_table(("STATUS", "CHECK", "FOUND"), rows))
+    failed = [result for result in results if result.status == "fail"]
+    warned = [result for result in results if result.status == "warn"]
+    for result in warned:
+        call.console.warnings.append(f"{result.name}: {result.detail}")
+    call.outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed, {count(len(warned), 'warning')}"
+    if failed:
+        names = ", ".join(result.name for result in failed)
+        raise PreflightFailed(f"preflight: {count(len(failed), 'check')} failed: {names}: {failed[0].detail}", failed[0].hint)
+
+
+def command_verify(call: Invocation) -> None:
+    """Hash a release again and compare it with its manifest."""
+    with reading(call) as store:
+        facts = Observer(call.session, store, call.deploy_id).observe(call.request(), locked=False)
+        release = select_release(facts, call.flags.release or "current")
+        call.outcome.release = release.id
+        try:
+            found = check_release(call.session, store, release.id)
+        except StateError as error:
+            raise ProblemFound(error.message, error.hint)
+    call.outcome.extra["differences"] = {name: [portable(path) for path in paths]
+                                         for name, paths in found._asdict().items()}
+    for word, names in found._asdict().items():
+        for name in names:
+            call.console.result(f"  {word:<8} {portable(name)}")
+    total = sum(len(names) for names in found)
+    files = release.tree.get("files", 0)
+    call.outcome.message = f"{release.id}: {count(files, 'file')}, " + \
+        (f"{count(total, 'difference')}" if total else "all as staged")
+    call.console.result(call.outcome.message)
+    if total:
+        raise ProblemFound(call.outcome.message + ": " + ", ".join(
+            f"{word}: {', '.join(map(portable, names[:5]))}" for word, names in found._asdict().items() if names),
+            "deploy the artifact again, or roll back")
+
+
+def command_probe(call: Invocation) -> None:
+    """Run the configured probes now, or an ad-hoc one."""
+    flags, settings = call.flags, call.settings
+    adhoc = [(kind, getattr(flags, kind)) for kind in ("url", "tcp", "probe_command") if getattr(flags, kind)]
+    if len(adhoc) > 1 or adhoc and flags.names:
+        raise UsageError("probe takes names, or one of --url, --tcp and --command", "ask one thing at a time")
+    if adhoc:
+        probes = [adhoc_probe(adhoc[0][0].replace("probe_", ""), adhoc[0][1], flags.expect or [])]
+    else:
+        probes = [settings.probe[name] for name in flags.names or sorted(settings.probe) if known_probe(settings, name)]
+    if not probes:
+        raise UsageError("there is no probe to run", "configure a [probe:NAME], or give --url, --tcp or --command")
+    context, live = probe_context(call)
+    results = []
+    for probe in probes:
+        problem = check_probe(settings, probe)
+        if problem:
+            raise UsageError(f"probe {probe.name}: {problem}", "correct it in the configuration or on the command line")
+        if flags.wait is not None:
+            probe.deadline = flag_duration("--wait", flags.wait)
+        found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
+        results.append(found)
+        status = "ok" if found.ok else "fail" if found.required else "warn"
+        call.console.result(f"  {call.console.paint(status, f'{status:<5}')} {found.name:<16} "
+                            f"{format_seconds(found.seconds):>7}  {found.detail}")
+    call.outcome.extra["probes"] = [found.to_json() for found in results]
+    failed = [found for found in results if not found.ok and found.required]
+    call.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
+    if failed:
+        raise ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
+
+
+def flag_duration(flag: str, text: str) -> float:
+    """Read a duration given to a flag, in seconds; UsageError names the flag."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} 30s")
+
+
+def known_probe(settings: Settings, name: str) -> bool:
+    """Raise UsageError for a probe that is not configured."""
+    if name not in settings.probe:
+        raise UsageError(f"there is no probe {name!r}", nearest(name, settings.probe) or "configure [probe:NAME]")
+    return True
+
+
+def probe_context(call: Invocation) -> Tuple[Context, bool]:
+    """Describe what is live to the probes; without a root (an ad-hoc probe) there is nothing to compare with."""
+    empty = Context("", "/", "", "", "/", "", call.deploy_id)
+    if not call.settings.deploy.root:
+        return empty, False
+    store = Store.open(call.root)
+    if store is None:
+        return empty._replace(root=call.root, release_path=call.root), False
+    facts = Observer(call.session, store, call.deploy_id).observe(Request("probe"), locked=False)
+    store.close()
+    call.outcome.release = facts.current.release
+    return context_for(facts, facts.current.release), facts.current.release in facts.records
+
+
+def command_status(call: Invocation) -> None:
+    """Show what is live, what it can go back to, and whether anything needs a person."""
+    with reading(call) as store:
+        facts = Observer(call.session, store, call.deploy_id).observe(Request("status"), locked=False)
+        last = next(iter(store.history(1)), None) if not facts.state_problems else None
+        manifest_there = facts.current.release is None or store.read_manifest(facts.current.release) is not None
+    current = facts.release(facts.current.release or "")
+    previous = rollback_target(facts, facts.current.release)
+    problems = state_problems(facts, manifest_there=manifest_there)
+    call.outcome.release, call.outcome.previous = facts.current.release, previous.id if previous else None
+    call.outcome.extra["status"] = {
+        "current": current.to_json() if current else None, "previous": previous.to_json() if previous else None,
+        "lock": facts.holder, "journal": facts.journal.to_json() if facts.journal else None,
+        "problems": [problem for problem, _ in problems], "releases": len(facts.on_disk & set(facts.records)),
+        "last": last.to_json() if last else None}
+    rows = status_rows(facts, current, previous, last)
+    state = "; ".join(problem for problem, _ in problems) or "ok"
+    call.console.result("\n".join(f"  {name:<12} {text}" for name, text in
+                                  [("application", facts.application), ("root", facts.root)] + rows + [("state", state)]))
+    call.outcome.message = f"{facts.current.release or 'nothing'} is live; state: {state}"
+    if problems:
+        raise ProblemFound(*problems[0])
+
+
+def state_problems(facts: Facts, *, manifest_there: bool) -> List[Tuple[str, str]]:
+    """Say what is broken, each with what to do about it."""
+    command, problems = f"deploy.py --root {facts.root}", []
+    if facts.current.problem:
+        problems.append((facts.current.problem, facts.current.hint))
+    problems += [(problem, "restore the file from a backup, or move it away") for problem in facts.state_problems]
+    if facts.journal and not facts.holder:
+        problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was interrupted "
+                         f"({facts.journal.phase})", f"{command} recover"))
+    live = facts.current.release
+    if live and live not in facts.records:
+        problems.append((f"{live} is live but has no record", "deploy an artifact to have a known state again"))
+    elif not manifest_there:
+        problems.append((f"{live} is live but its manifest is missing", "deploy its artifact again with --force"))
+    return problems
+
+
+def status_rows(facts: Facts, current: Optional[Record], previous: Optional[Record],
+                last: Optional[HistoryEntry]) -> List[Tuple[str, str]]:
+    """Lay out the card that `status` shows."""
+    rows = [("current", f"{current.id}  version {current.version}, live since {current.activated_at}"
+             if current else facts.current.release or "nothing is live")]
+    if current and current.failure:
+        rows.append(("failure", str(current.failure.get("reason", ""))))
+    rows.append(("previous", f"{previous.id}  version {previous.version}" if previous else "none to roll back to"))
+    rows.append(("releases", f"{len(facts.on_disk & set(facts.records))} on disk"))
+    if last:
+        rows.append(("last run", f"{last.operation} {last.result} at {last.at} by {last.by.get('user')}, "
+                                 f"{format_seconds(last.seconds)}"))
+    rows.append(("lock", f"held by {describe_holder(facts.holder)}" if facts.holder is not None else "free"))
+    return rows
+
+
+def command_releases(call: Invocation) -> None:
+    """List the releases, newest first, `*` on the current one."""
+    with reading(call) as store:
+        facts = Observer(call.session, store, call.deploy_id).observe(Request("releases"), locked=False)
+    newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
+                    key=lambda record: -record.sequence)
+    call.outcome.release = facts.current.release
+    call.outcome.extra["releases"] = [dict(record.to_json(), current=record.id == facts.current.release)
+                                      for record in newest]
+    rows = [("*" if record.id == facts.current.release else "", record.id, record.version,
+             record.state + (", pinned" if record.pinned else ""), record.activated_at or "-",
+             format_size(int(record.tree.get("bytes") or 0))) for record in newest]
+    call.outcome.message = count(len(rows), "release")
+    call.console.result(render_table(("", "RELEASE", "VERSION", "STATE", "ACTIVATED", "SIZE"), rows)
+                        if rows else "no releases yet")
+    if facts.state_problems:
+        raise ProblemFound("; ".join(facts.state_problems), "restore the file from a backup, or move it away")
+
+
+def command_history(call: Invocation) -> None:
+    """List the deployments, oldest first; --verify proves that no line was changed."""
+    with reading(call) as store:
+        if call.flags.verify:
+            verify_history(call, store)
+            return
+        try:
+            entries = store.history(flag_number("--limit", call.flags.limit))
+        except StateError as error:
+            raise ProblemFound(error.message, error.hint)
+    call.outcome.extra["history"] = [entry.to_json() for entry in entries]
+    rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
+             format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in entries]
+    call.outcome.message = count(len(rows), "entry", "entries")
+    call.console.result(render_table(("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY"), rows)
+                        if rows else "no history yet")
+
+
+def flag_number(flag: str, text: str) -> int:
+    """Read a whole number given to a flag; UsageError names the flag."""
+    if not re.match(r"\d{1,9}\Z", text):
+        raise UsageError(f"{flag} {text!r}: expected a whole number", f"for example {flag} 20; 0 means all")
+    return int(text)
+
+
+def verify_history(call: Invocation, store: Store) -> None:
+    """Check the chain of the whole history."""
+    problems = store.verify_history()
+    call.outcome.extra["history"] = []
+    call.outcome.message = "; ".join(problems) or f"{count(len(store.history_lines()), 'entry', 'entries')}, " \
+                                                  f"the chain is whole"
+    call.console.result(call.outcome.message)
+    if problems:
+        raise ProblemFound(f"the history was changed: {problems[0]}",
+                           "compare .deploy/history.jsonl with a backup or with your log")
+
+
+def command_show(call: Invocation) -> None:
+    """Show one deployment with its timeline, and the evidence where it failed."""
+    with reading(call) as store:
+        entries = store.history()
+    text = call.flags.id
+    found = [entry for entry in entries if entry.deploy_id.startswith(text) or str(entry.sequence) == text] or \
+        [entry for entry in entries if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
+    if not found and text in ("latest", "last") and entries:
+        found = entries[-1:]
+    if len({entry.deploy_id for entry in found}) != 1:
+        names = ", ".join(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
+        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment", f"give one of: {names}")
+    entry = found[-1]
+    call.outcome.extra["history"] = [one.to_json() for one in found]
+    call.outcome.release, call.outcome.previous, call.outcome.message = entry.release, entry.previous, entry.result
+    call.console.result("\n".join(f"  {name:<10} {value}" for name, value in (
+        ("id", f"{entry.deploy_id} (entry {entry.sequence})"), ("operation", entry.operation), ("result", entry.result),
+        ("release", entry.release or "-"), ("before", entry.previous or "-"), ("ended", entry.at),
+        ("took", format_seconds(entry.seconds)), ("by", f"{entry.by.get('user')} on {entry.by.get('host')}"),
+        ("exit code", entry.exit_code), ("message", entry.message or "-"))))
+    steps = [(f"{step.get('name')} [{step.get('status')}]", float(step.get("seconds", 0))) for step in entry.steps]
+    call.console.result("\n".join(render_timeline(steps, unicode=call.console.unicode)))
+    show_evidence(call, entry)
+
+
+def show_evidence(call: Invocation, entry: HistoryEntry) -> None:
+    """Show what was seen when a deployment failed."""
+    if not entry.failure:
+        return
+    call.console.result(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
+    for name, value in (entry.failure.get("evidence") or {}).items():
+        lines = [str(line) for line in value] if isinstance(value, list) else [str(value)]
+        call.console.result("\n".join(f"    {name if not number else '':<12} {line}" for number, line in enumerate(lines)))
+
+
+# -- commands beside a root ----------------------------------------------------
+
+def command_pack(call: Invocation) -> None:
+    """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
+    directory = os.path.abspath(call.flags.directory)
+    name = os.path.basename(directory)
+    if call.flags.release_version:
+        check_version(call.flags.release_version)
+        name += "-" + call.flags.release_version
+    target = os.path.abspath(call.flags.output or name + ".tar.gz")
+    if not os.path.isdir(directory):
+        raise UsageError(f"{directory} is not a directory", "name the directory to pack: deploy.py pack DIRECTORY")
+    call.outcome.extra["plan"] = [{"name": "pack", "description": f"pack {directory} into {target} and {target}.sha256"}]
+    call.outcome.changed = True
+    if call.dry_run:
+        call.outcome.message = f"would pack {directory} into {target}"
+        call.console.result(call.outcome.message)
+        return
+    sha256, size_bytes, files = pack(directory, target, call.flags.prefix or "")
+    call.outcome.extra["artifact"] = {"path": portable(target), "sha256": sha256, "size": size_bytes, "files": files}
+    call.outcome.message = f"{portable(target)}: {count(files, 'file')}, {format_size(size_bytes)}"
+    call.console.result(f"{call.outcome.message}\n  sha256     {sha256}")
+
+
+def command_config(call: Invocation) -> None:
+    """Show every option with its value and where it came from."""
+    if call.flags.example:
+        call.console.raw_result(render_example())
+        call.outcome.extra["config"] = {}
+        return
+    rows = []
+    for section, key, text, origin in call.settings.rows():
+        private = looks_secret(key) and section in ("env", "vars") or key.startswith("header.") and looks_secret(key)
+        rows.append((section, key, MASK if private and text else text.replace("\n", " | "), origin))
+    call.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
+                                    for section, key, text, origin in rows}
+    call.outcome.message = count(len(rows), "option")
+    call.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
+
+
+# ============================================================================
+# 15  Command line and main
+#    Parses, loads, runs one command, and turns whatever happens into an exit
+#    code, two lines of error, or one JSON object.
+# ============================================================================
+
+class Flag(NamedTuple):
+    """A flag or argument that is not an option of the configuration.
+
+    `commands` names the commands that take it; none means every command,
+    before and after its name.
+    """
+
+    names: Tuple[str, ...]
+    help: str
+    commands: Tuple[str, ...] = ()
+    metavar: str = ""
+    settings: Dict[str, Any] = {}
+
+
+FLAGS = (
+    Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", {"action": "append"}),
+    Flag(("-n", "--dry-run"), "show the plan, change nothing", (), "", {"action": "store_true"}),
+    Flag(("--json",), "print exactly one JSON object on stdout", (), "", {"action": "store_true"}),
+    Flag(("-v", "--verbose"), "show every check and what each step looks at", (), "", {"action": "store_true"}),
+    Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong", (), "", {"action": "store_true"}),
+    Flag(("--no-color",), "no colour (NO_COLOR is honoured too)", (), "", {"action": "store_true"}),
+    Flag(("-y", "--yes"), "answer yes to every question", (), "", {"action": "store_true"}),
+    Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", {"action": "append", "dest": "assignments"}),
+    Flag(("--detailed-exitcode",), "exit 10 when something changed", (), "", {"action": "store_true"}),
+    Flag(("--debug",), "show tracebacks", (), "", {"action": "store_true"}),
+    Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
+    Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", {"nargs": "?"}),
+    Flag(("release",), "id, unique prefix, version, digest prefix, current, previous or latest",
+         ("activate", "pin", "unpin"), "RELEASE"),
+    Flag(("release",), "the same; default: the previous good one (rollback), current (verify)",
+         ("rollback", "verify"), "RELEASE", {"nargs": "?"}),
+    Flag(("--sha256",), "digest the artifact must have", ("deploy", "stage", "preflight"), "HEX"),
+    Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
+    Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
+         "", {"action": "store_true"}),
+    Flag(("-f", "--force"), "try a bad artifact or release again", ("deploy", "stage", "activate", "rollback", "preflight"),
+         "", {"action": "store_true"}),
+    Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
+    Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
+    Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
+    Flag(("--command",), "run this command", ("probe",), "COMMAND", {"dest": "probe_command"}),
+    Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat", ("probe",), "KEY=VALUE",
+         {"action": "append"}),
+    Flag(("--wait",), "try until it is well, at most this long; default: one try", ("probe",), "DURATION"),
+    Flag(("--verify",), "check the hash chain", ("history",), "", {"action": "store_true"}),
+    Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", {"default": "20"}),
+    Flag(("id",), "deployment id, its prefix or number, or a release", ("show",), "ID"),
+    Flag(("--to",), "settle on this release, whatever the journal says", ("recover",), "RELEASE"),
+    Flag(("directory",), "directory to pack", ("pack",), "DIRECTORY"),
+    Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
+    Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
+    Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
+)
+
+COMMANDS = {
+    "deploy": command_deploy, "stage": command_stage, "activate": command_activate, "rollback": command_rollback,
+    "preflight": command_preflight, "probe": command_probe, "verify": command_verify, "status": command_status,
+    "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
+    "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
+}  # type: Dict[str, Callable[[Invocation], None]]
+
+COMMAND_HELP = {"unpin": "Let a release be pruned again."}
+
+
+def build_parser() -> Any:
+    """Make the parser from the tables; mistakes raise UsageError instead of exiting."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        """argparse, with errors that reach the one boundary."""
+
+        def error(self, message: str) -> Any:
+            """Raise UsageError."""
+            raise UsageError(message, f"see {self.prog} --help")
+
+    parser = Parser(prog="deploy.py", description="Take an artifact live on this host, and back.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"deploy.py {VERSION}")
+    add_global_flags(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, function in COMMANDS.items():
+        text = COMMAND_HELP.get(name) or (function.__doc__ or "").strip()
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for flag in FLAGS:
+            if name in flag.commands:
+                add_flag(command, flag)
+        add_global_flags(command)
+    return parser
+
+
+def add_flag(parser: Any, flag: Flag, **more: Any) -> None:
+    """Add one row of the table."""
+    settings = dict(flag.settings, **more)
+    if flag.metavar:
+        settings["metavar"] = flag.metavar
+    parser.add_argument(*flag.names, help=flag.help.replace("%", "%%"), **settings)
+
+
+def add_global_flags(parser: Any) -> None:
+    """Add what may stand before and after the command; SUPPRESS keeps one place from undoing the other."""
+    import argparse
+    group = parser.add_argument_group("global options")
+    for flag in FLAGS:
+        if not flag.commands:
+            add_flag(group, flag, default=argparse.SUPPRESS)
+    for option in OPTIONS:
+        if option.flag:
+            group.add_argument(option.flag, dest=f"{option.section}.{option.key}", metavar=option.key.upper(),
+                               default=argparse.SUPPRESS, help=f"{option.help} [{option.section}] {option.key}")
+
+
+def parse_command_line(argv: List[str]) -> Any:
+    """Read the command line; UsageError for every mistake."""
+    # argparse keeps only the last place's list of a flag that may repeat: both places count.
+    flags = build_parser().parse_args(hoist_repeated(argv))
+    for flag in FLAGS:
+        name = flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
+        if not hasattr(flags, name):
+            setattr(flags, name, None)
+    if not flags.command:
+        raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
+    return flags
+
+
+def hoist_repeated(argv: List[str]) -> List[str]:
+    """Move -c and --set behind the command, so that argparse collects them in one list."""
+    names = {name for flag in FLAGS if not flag.commands and flag.settings.get("action") == "append" for name in flag.names}
+    moved, rest, position = [], [], 0  # type: List[str], List[str], int
+    while position < len(argv):
+        word = argv[position]
+        if word == "--":
+            return rest + moved + argv[position:]
+        if word in names and position + 1 < len(argv):
+            moved += argv[position:position + 2]
+            position += 1
+        elif word.partition("=")[0] in names and word.startswith("--"):
+            moved.append(word)
+        else:
+            rest.append(word)
+        position += 1
+    return rest + moved
+
+
+def load(flags: Any) -> Settings:
+    """Load the settings that the flags ask for."""
+    given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
+    files = flags.config or discover_files()
+    return load_settings(files, given, flags.assignments or [])  # type: ignore
+
+
+def learn_secrets(settings: Settings, secrets: Secrets) -> None:
+    """Tell the console every private value, before anything is written."""
+    for section, values in (("env", settings.env), ("vars", settings.vars)):
+        for name, value in values.items():
+            if looks_secret(name):
+                secrets.add(value)
+    for name in environment_names():
+        if looks_secret(name):
+            secrets.add(environment(name))
+    for probe in settings.probe.values():
+        for name, value in probe.header.items():
+            if looks_secret(name):
+                secrets.add(value)
+
+
+def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[Invocation]]:
+    """Run one command to its exit code."""
+    flags = parse_command_line(argv)
+    console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), verbose=bool(flags.verbose or flags.debug),
+                      color=not (flags.no_color or environment("NO_COLOR")) and environment("TERM") != "dumb")
+    settings = load(flags)
+    learn_secrets(settings, console.secrets)
+    interrupts = Interrupts()
+    interrupts.install()
+    deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
+    console.log_context = {"deploy_id": deploy_id, "command": flags.command}
+    if settings.log.file:
+        console.open_log(settings.log.file, settings.log.format)
+    call = Invocation(Session(settings, console, interrupts), flags, deploy_id)
+    return guarded(call), call
+
+
+def guarded(call: Invocation) -> int:
+    """Run the command's function; its errors become the outcome."""
+    outcome = call.outcome
+    try:
+        COMMANDS[call.flags.command](call)
+    except DeployError as error:
+        if call.flags.debug:
+            call.console.traceback()
+        outcome.error = error
+        return error.exit_code
+    except OSError as error:
+        if call.flags.debug:
+            call.console.traceback()
+        outcome.error = step_error(error, call.flags.command)
+        return outcome.error.exit_code
+    return EXIT_CHANGED if outcome.changed and call.flags.detailed_exitcode else EXIT_OK
+
+
+def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
+    """Put together the one object of --json."""
+    outcome, console = call.outcome, call.console
+    failed_steps = sum(step.status == "failed" for step in outcome.steps)
+    failed_checks = sum(check.status == "fail" for check in outcome.checks)
+    ok = exit_code in (EXIT_OK, EXIT_CHANGED)
+    root = call.settings.deploy.root
+    result = {
+        "ok": ok, "changed": outcome.changed, "failed": not ok, "command": outcome.command, "exit_code": exit_code,
+        "msg": outcome.error.message if outcome.error else outcome.message,
+        "application": application_name(call.settings) if root else None,
+        "root": portable(os.path.realpath(root)) if root else None, "release": outcome.release,
+        "previous": outcome.previous, "rolled_back": outcome.rolled_back, "deploy_id": call.deploy_id,
+        "dry_run": call.dry_run, "steps": [dict(step._asdict()) for step in outcome.steps],
+        "checks": [dict(check._asdict()) for check in outcome.checks],
+        "summary": {"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
+                    "failed": failed_steps + failed_checks, "warnings": len(console.warnings)},
+        "warnings": console.warnings,
+        "error": {"message": outcome.error.message, "hint": outcome.error.hint} if outcome.error else None,
+        "seconds": round(seconds, 3)}
+    return dict(outcome.extra, **result)
+
+
+def failure_object(error: DeployError) -> Dict[str, Any]:
+    """Put together the object of --json for an error before any command could start."""
+    return {"ok": False, "changed": False, "failed": True, "command": None, "exit_code": error.exit_code,
+            "msg": error.message, "application": None, "root": None, "release": None, "previous": None,
+            "rolled_back": False, "deploy_id": None, "dry_run": False, "steps": [], "checks": [],
+            "summary": {"checked": 0, "changed": 0, "failed": 1, "warnings": 0}, "warnings": [],
+            "error": {"message": error.message, "hint": error.hint}, "seconds": 0.0}
+
+
+def report(call: Invocation, exit_code: int, seconds: float) -> None:
+    """Show the end: the error with its hint, the summary line, or the JSON object."""
+    outcome, console = call.outcome, call.console
+    result = result_object(call, exit_code, seconds)
+    summary = result["summary"]
+    if outcome.steps or outcome.checks:
+        console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
+                    + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
+                    + f" in {format_seconds(seconds)}")
+    if outcome.error:
+        console.error(outcome.error.message, outcome.error.hint)
+    elif outcome.changed and not call.dry_run:
+        console.release_held()
+    if console.json_mode:
+        console.json_result(result)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line; the one place where every error ends."""
+    started_seconds = time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
+    console = Console()
+    console.json_mode = "--json" in argv
+    os.umask(0o022)
+    try:
+        exit_code, call = run_command_line(argv, console)
+        if call is not None:
+            report(call, exit_code, time.monotonic() - started_seconds)
+        return exit_code
+    except DeployError as error:
+        console.error(error.message, error.hint)
+        failure = error
+    except KeyboardInterrupt:
+        failure = Interrupted(signal.SIGINT)
+    except Exception as error:  # the boundary: whatever is left is a defect of this program
+        console.traceback()
+        failure = DeployError(f"internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
+        failure.exit_code = EXIT_INTERNAL
+        console.error(failure.message, failure.hint)
+    if console.json_mode:
+        console.json_result(failure_object(failure))
+    return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+# PYTHON chooses the interpreter, JOBS how many suites `test-all` runs at a time,
+# PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
+PYTHON = python3
+JOBS = 1
+export PYTHONDONTWRITEBYTECODE = 1
+export PYTEST_ARGUMENTS
+
+.PHONY: help demo test test-all bench lint example clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+demo: ## deploy, fail, roll back: a real web application in a temporary directory
+	@$(PYTHON) tests/demo.py
+
+test: ## run the tests in .venv, which is made with pytest
+	$(PYTHON) tests/run_suite.py
+
+test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
+	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS)
+
+bench: ## measure the speed
+	$(PYTHON) tests/bench.py
+
+lint: ## compile without warnings, Python 3.6 syntax, only permitted names at the top level
+	$(PYTHON) -W error tests/lint.py
+
+example: ## write deploy.ini.example again
+	$(PYTHON) deploy.py config --example > deploy.ini.example.new
+	mv deploy.ini.example.new deploy.ini.example
+
+clean: ## remove what make made
+	rm -rf .venv .venvs .cache .pytest_cache deploy.ini.example.new
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""The documents say what the code does: README, deploy.ini.example, Makefile, the program's own help."""
+
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Set, Tuple
+
+import pytest
+
+from support import TESTS, TOP, load_deploy, run_deploy
+
+COMMANDS = ("deploy", "stage", "activate", "rollback", "preflight", "probe", "verify", "status", "releases", "history",
+            "show", "prune", "pin", "unpin", "recover", "pack", "config")
+README, EXAMPLE, MAKEFILE = TOP / "README.md", TOP / "deploy.ini.example", TOP / "Makefile"
+
+deploy = load_deploy()
+
+
+def option_id(option: Any) -> str:
+    """`probe:*.url`, for the tests' names."""
+    return f"{option.section}.{option.key}"
+
+
+def spellings(name: str) -> Set[str]:
+    """How a document may write a name with a star: `probe:*`, `probe:NAME`, `json.PATH`."""
+    return {name} | {name.replace("*", word) for word in ("NAME", "PATH")}
+
+
+# -- README ------------------------------------------------------------------
+
+def readme() -> str:
+    """The text of the README."""
+    return README.read_text(encoding="utf-8")
+
+
+def table_words() -> List[Set[str]]:
+    """For each row of a table in the README: its words, and those of the heading above it."""
+    rows, heading = [], set()  # type: List[Set[str]], Set[str]
+    for line in readme().splitlines():
+        words = set(re.findall(r"[\w.:*-]+", line))
+        if line.startswith("#"):
+            heading = words
+        elif line.startswith("|"):
+            rows.append(words | heading)
+    return rows
+
+
+@pytest.mark.parametrize("option", deploy.OPTIONS, ids=option_id)
+def test_the_readme_has_a_row_for_every_option(option: Any) -> None:
+    sections, keys = spellings(option.section), spellings(option.key)
+    joined = {f"{section}.{key}" for section in sections for key in keys}
+    assert any(words & joined or (words & sections and words & keys) for words in table_words())
+
+
+@pytest.mark.parametrize("code", [code for code, _ in deploy.EXIT_CODES])
+def test_the_readme_has_a_row_for_every_exit_code(code: int) -> None:
+    assert re.search(rf"(?m)^\|[ `]*(\d+ / )?{code}\b", readme())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_and_the_help_know_every_command(command: str) -> None:
+    assert re.search(rf"(?m)^\|[ `]*{command}\b|deploy\.py [^\n]*\b{command}\b", readme())
+    assert command in run_deploy(command, "--help", json=False, check=0).stdout
+    assert re.search(rf"(?m)^\s+{command}\b", run_deploy("--help", json=False, check=0).stdout)
+
+
+def fenced_lines() -> List[str]:
+    """The lines of every fenced or indented block of the README, prompts taken off."""
+    fenced = re.findall(r"(?ms)^```[^\n]*\n(.*?)^```", readme())
+    indented = re.findall(r"(?m)^    (.*)$", readme())
+    return [re.sub(r"^\$ ", "", line) for line in "\n".join(fenced + indented).splitlines()]
+
+
+def test_every_make_command_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"(?m)^([a-z-]+):", MAKEFILE.read_text()))
+    used = {word for line in fenced_lines() if line.startswith("make ")
+            for word in line.split("#")[0].split()[1:] if "=" not in word and not word.startswith("-")}
+    assert used, "the README shows no make command"
+    assert used <= targets
+
+
+def test_every_deploy_command_of_the_readme_exists() -> None:
+    unknown = []
+    for line in fenced_lines():
+        found = re.match(r"(?:sudo )?(?:python3 )?[\w./]*deploy\.py(?:\s+(.*))?\Z", line)
+        words = (found.group(1) or "").split() if found else []
+        if words and not set(words) & set(COMMANDS + ("--help", "--version", "COMMAND")):
+            unknown.append(line)
+    assert unknown == []
+
+
+# -- options and tests -------------------------------------------------------
+
+def other_tests() -> str:
+    """The text of every test but this one, with `\\n` in literals taken for a line's end."""
+    paths = [path for path in sorted(TESTS.glob("test_*.py")) if path.name != Path(__file__).name]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths).replace("\\n", "\n")
+
+
+@pytest.mark.parametrize("option", deploy.OPTIONS, ids=option_id)
+def test_every_option_is_used_by_a_test(option: Any) -> None:
+    section = re.escape(option.section).replace(r"\*", r"\w+")
+    key = re.escape(option.key).replace(r"\*", r"[\w.-]+")
+    ways = [rf"\b{section}\.{key}\b", rf"\[{section}\][^\[]*?(?<![\w.-]){key}\s*="]
+    ways.append(rf"\bDEPLOY_{section.upper()}_{key.upper()}\b")
+    if option.flag:
+        ways.append(rf"{re.escape(option.flag)}\b")
+    if option.section == "deploy":
+        ways.append(rf"(?<![\w.-]){key}\s*=")  # App.configure() has opened the section already
+    assert re.search("|".join(ways), other_tests(), re.DOTALL)
+
+
+# -- deploy.ini.example ------------------------------------------------------
+
+def uncommented() -> str:
+    """The example with every `#key = value` and every `#[section]` in force."""
+    return re.sub(r"(?m)^#(?=\[|[\w.]+ =)", "", EXAMPLE.read_text(encoding="utf-8"))
+
+
+def values(settings: Any) -> Dict[Tuple[str, str], str]:
+    """The text of every plain option."""
+    return {(section, key): text for section, key, text, _ in settings.rows() if "NAME" not in section + key}
+
+
+def test_the_example_is_what_config_prints() -> None:
+    assert EXAMPLE.read_text(encoding="utf-8") == run_deploy("config", "--example", json=False, check=0).stdout
+
+
+def test_the_example_as_it_stands_means_the_defaults() -> None:
+    settings = deploy.load_settings([str(EXAMPLE)], {}, [])
+    assert values(settings) == values(deploy.load_settings([], {}, []))
+
+
+def test_the_example_shows_every_option_with_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.ini"
+    path.write_text(uncommented(), encoding="utf-8")
+    shown = {(section.replace("NAME", "*"), key.replace("NAME", "*")): given.text
+             for (section, key), given in deploy.read_ini(str(path)).items()}
+    assert shown == {(option.section, option.key): option.default for option in deploy.OPTIONS}
+
+
+def test_the_uncommented_plain_sections_still_mean_the_defaults(tmp_path: Path) -> None:
+    # [probe:NAME] and its like are left out: they must say what to probe.
+    plain = re.sub(r"(?ms)^\[\w+:NAME\].*?(?=^\[|\Z)", "", uncommented())
+    path = tmp_path / "deploy.ini"
+    path.write_text(plain, encoding="utf-8")
+    settings, defaults = deploy.load_settings([str(path)], {}, []), deploy.load_settings([], {}, [])
+    for section in {option.section for option in deploy.OPTIONS if not option.section.endswith("*") and option.key != "*"}:
+        assert getattr(settings, section) == getattr(defaults, section)

@@ -1,0 +1,842 @@
+"""Probes against real peers: HTTP, TLS and unix-socket servers that misbehave in earnest."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import deploy
+
+
+# -- support -----------------------------------------------------------------
+
+class Server:
+    """A listening socket whose connections each go to a function in a thread of its own."""
+
+    def __init__(self, answer, address=("127.0.0.1", 0), family=socket.AF_INET, tls=None):
+        self.answer, self.tls = answer, tls
+        self.requests, self.times = [], []
+        self.listener = socket.socket(family, socket.SOCK_STREAM)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(address)
+        self.listener.listen(20)
+        self.stopping = threading.Event()
+        self.hung_up = threading.Event()
+        self.port = self.listener.getsockname()[1] if family != socket.AF_UNIX else 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        try:
+            if self.tls:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            request = b""
+            while b"\r\n\r\n" not in request:
+                piece = connection.recv(65536)
+                if not piece:
+                    return
+                request += piece
+            self.requests.append(request.decode("latin-1"))
+            self.times.append(time.monotonic())
+            self.answer(connection, len(self.requests))
+        except OSError:
+            self.hung_up.set()
+        finally:
+            connection.close()
+
+    def close(self):
+        self.stopping.set()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(answer, **options):
+        if not callable(answer):
+            data = answer
+            answer = lambda connection, number: connection.sendall(data)  # noqa: E731
+        servers.append(Server(answer, **options))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.close()
+
+
+def http(status=200, body=b"", *headers):
+    head = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def drip(data, server, seconds=0.05):
+    """Send a byte at a time until the peer hangs up."""
+    def answer(connection, number):
+        for position in range(len(data)):
+            if server[0].stopping.wait(seconds):
+                return
+            connection.sendall(data[position:position + 1])
+    return answer
+
+
+def session_with(*assignments):
+    settings = deploy.load_settings([], {}, list(assignments))
+    return deploy.Session(settings, deploy.Console(), deploy.Interrupts())
+
+
+CONTEXT = deploy.Context("myapp", "/nonexistent/root", "20260101T000000Z-1.1", "1.1", "/nonexistent/release", "", "id")
+
+
+def ask(kind, target, *assignments, context=CONTEXT, once=True, expect_release=False, session=None, progress=None):
+    session = session or session_with()
+    probe = deploy.adhoc_probe(kind, target, list(assignments))
+    return deploy.run_probe(session, probe, context, expect_release=expect_release, once=once, progress=progress)
+
+
+def url_of(server, path="/", scheme="http", host="127.0.0.1"):
+    return f"{scheme}://{host}:{server.port}{path}"
+
+
+# -- what an answer is held against ------------------------------------------
+
+JSON_BODY = json.dumps({
+    "status": "ok", "version": "1.1", "n": 3, "x": 1.5, "yes": True, "no": False, "none": None,
+    "checks": [{"name": "db", "ok": True}], "dotted.key": 1}).encode()
+
+
+@pytest.mark.parametrize("assignment, detail", [
+    ("status=200", ""),
+    ("status=201, 200-204", ""),
+    ("status=500-599", "status 200, expected 500-599"),
+    ("body=\"status\": \"ok\"", ""),
+    ("body=!fatal", ""),
+    ("body=fatal", "does not match body = fatal"),
+    ("body=!status", "does not match body = !status"),
+    ("json.status=ok", ""),
+    ("json.n=3", ""),
+    ("json.x=1.5", ""),
+    ("json.yes=true", ""),
+    ("json.no=false", ""),
+    ("json.none=null", ""),
+    ("json.checks.0.name=db", ""),
+    ("json.checks.0={\"name\": \"db\", \"ok\": true}", ""),
+    ("json.status=bad", "json status is 'ok', expected 'bad'"),
+    ("json.missing=1", "nothing at 'missing'"),
+    ("json.status.deeper=1", "nothing at 'deeper'"),
+    ("json.checks.1.name=db", "nothing at '1'"),
+    ("json.checks.-1.name=db", "nothing at '-1'"),
+    ("json.checks.x=db", "nothing at 'x'"),
+    ("json.checks.99999999999999999999=db", "nothing at"),
+    ("expect_header.X-Kind=^web$", ""),
+    ("expect_header.x-kind=!db", ""),
+    ("expect_header.X-Kind=db", "header X-Kind is 'web', expected 'db'"),
+    ("expect_header.X-None=a", "header X-None is missing"),
+    ("expect_header.X-None=!a", ""),
+])
+def test_an_answer_is_held_against_every_expectation(serve, assignment, detail):
+    server = serve(http(200, JSON_BODY, "X-Kind: web"))
+    result = ask("url", url_of(server), assignment)
+    assert result.ok == (not detail), result
+    assert detail in result.detail
+    assert result.evidence["status"] == 200
+    assert result.evidence["tries"] == result.tries == 1
+
+
+@pytest.mark.parametrize("where, header, body, ok", [
+    ("json:version", "", b'{"version": "1.1"}', True),
+    ("json:a.0.v", "", b'{"a": [{"v": 1.1}]}', True),
+    ("json:version", "", b'{"version": "20260101T000000Z-1.1"}', True),
+    ("json:version", "", b'{"version": "1.0"}', False),
+    ("json:version", "", b'{"version": "1.1.2"}', False),
+    ("json:other", "", b'{"version": "1.1"}', False),
+    ("json:version", "", b"not json", False),
+    ("header:X-Version", "X-Version: 1.1", b"", True),
+    ("header:X-Version", "X-Version: 1.0", b"", False),
+    ("header:X-Version", "X-Other: 1.1", b"", False),
+    ("body", "", b"running 1.1 now", True),
+    ("body", "", b"v1.1", True),
+    ("body", "", b"1.1", True),
+    ("body", "", b"<b>1.1</b>", True),
+    ("body", "", b"version=1.1.", True),
+    ("body", "", b"myapp-1.1", True),
+    ("body", "", b"20260101T000000Z-1.1", True),
+    ("body", "", b"1.1.2", False),
+    ("body", "", b"11.1", False),
+    ("body", "", b"2.1.1", False),
+    ("body", "", b"1.1-rc1", False),
+    ("body", "", b"1.1+5", False),
+    ("body", "", b"1.1~rc", False),
+    ("body", "", b"1.1b", False),
+    ("body", "", b"1x1", False),
+    ("body", "", b"3-1.1", False),
+    ("body", "", b"1.10", False),
+    ("body", "", b"", False),
+])
+def test_the_answer_must_name_the_new_release(serve, where, header, body, ok):
+    server = serve(http(200, body, *([header] if header else [])))
+    result = ask("url", url_of(server), f"release={where}", expect_release=True)
+    assert result.ok is ok, result
+    assert ask("url", url_of(server), f"release={where}").ok, "not asked for, so not checked"
+
+
+def test_an_old_version_is_named_in_the_failure(serve):
+    server = serve(http(200, b'{"version": "1.0"}'))
+    result = ask("url", url_of(server), "release=json:version", expect_release=True)
+    assert result.detail == "answered with version 1.0, expected 1.1: the old process may still be running"
+
+
+# -- the request -------------------------------------------------------------
+
+def header_of(request, name):
+    found = [line.partition(":")[2].strip() for line in request.split("\r\n")[1:]
+             if line.lower().startswith(name.lower() + ":")]
+    return found
+
+
+def test_the_request_says_who_asks_and_asks_for_plain_bytes(serve):
+    server = serve(http())
+    assert ask("url", url_of(server, "/a?b=c%20d")).ok
+    request = server.requests[0]
+    assert request.startswith("GET /a?b=c%20d HTTP/1.1\r\n")
+    assert header_of(request, "Host") == [f"127.0.0.1:{server.port}"]
+    assert header_of(request, "User-Agent") == [f"deploy.py/{deploy.VERSION}"]
+    assert header_of(request, "Accept-Encoding") == ["identity"]
+    assert header_of(request, "Connection") == ["close"]
+    assert header_of(request, "Authorization") == []
+
+
+def test_headers_and_method_are_the_operators(serve):
+    server = serve(http())
+    assert ask("url", url_of(server), "method=POST", "header.host=example.org", "header.X-A=ä", "header.User-Agent=me").ok
+    request = server.requests[0]
+    assert request.startswith("POST / HTTP/1.1")
+    assert header_of(request, "Host") == ["example.org"]
+    assert header_of(request, "User-Agent") == ["me"]
+    assert header_of(request, "X-A") == ["ä".encode().decode("latin-1")]
+    assert header_of(request, "Content-Length") == ["0"]
+
+
+def test_head_has_no_body(serve):
+    server = serve(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+    assert ask("url", url_of(server), "method=HEAD").ok
+
+
+def test_a_non_ascii_path_is_encoded(serve):
+    server = serve(http())
+    assert ask("url", url_of(server, "/ä")).ok
+    assert server.requests[0].startswith("GET /%C3%A4 ")
+
+
+@pytest.mark.parametrize("content, expected", [
+    ("user:pass word", "user:pass word"),
+    ("user:password\n", "Basic dXNlcjpwYXNzd29yZA=="),
+    ("Bearer abcdefgh\n", "Bearer abcdefgh"),
+])
+def test_auth_file(serve, tmp_path, content, expected):
+    server = serve(http())
+    (tmp_path / "auth").write_text(content)
+    session = session_with()
+    assert ask("url", url_of(server), f"auth_file={tmp_path}/auth", session=session).ok
+    assert header_of(server.requests[0], "Authorization") == [expected]
+    assert expected.split()[-1] not in session.console.clean(f"x {expected.split()[-1]} y")
+
+
+def test_a_missing_auth_file_fails_the_probe(serve, tmp_path):
+    result = ask("url", url_of(serve(http())), f"auth_file={tmp_path}/none")
+    assert not result.ok and "reading auth_file: No such file" in result.detail
+
+
+def test_userinfo_in_the_url_is_basic_auth_and_stays_private(serve):
+    server = serve(http(401))
+    session = session_with()
+    result = ask("url", f"http://me:s%20cret@127.0.0.1:{server.port}/", session=session)
+    assert header_of(server.requests[0], "Authorization") == ["Basic bWU6cyBjcmV0"]
+    assert header_of(server.requests[0], "Host") == [f"127.0.0.1:{server.port}"]
+    assert "cret" not in result.detail
+    assert session.console.clean("s cret") == deploy.MASK
+
+
+def test_proxies_from_the_environment_are_never_used(serve, monkeypatch):
+    server, proxy = serve(http()), serve(http(500))
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, url_of(proxy))
+    assert ask("url", url_of(server)).ok
+    assert not proxy.requests
+
+
+def test_connect_goes_elsewhere_with_the_urls_host(serve):
+    server = serve(http())
+    assert ask("url", "http://www.example.org/x", f"connect=127.0.0.1:{server.port}").ok
+    assert header_of(server.requests[0], "Host") == ["www.example.org"]
+
+
+def test_connect_over_a_unix_socket(serve, tmp_path):
+    path = str(tmp_path / "s")
+    server = serve(http(200, b"over unix"), address=path, family=socket.AF_UNIX)
+    assert ask("url", "http://app/", f"connect=unix:{path}", "body=over unix").ok
+    assert header_of(server.requests[0], "Host") == ["app"]
+    assert ask("tcp", f"unix:{path}").ok
+
+
+def test_ipv6_literal(serve):
+    try:
+        server = serve(http(), address=("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    assert ask("url", url_of(server, host="[::1]")).ok
+    assert header_of(server.requests[0], "Host") == [f"[::1]:{server.port}"]
+    assert ask("tcp", f"[::1]:{server.port}").ok
+
+
+# -- redirects ---------------------------------------------------------------
+
+def redirecting(*locations):
+    def answer(connection, number):
+        if number <= len(locations):
+            connection.sendall(http(302, b"", f"Location: {locations[number - 1]}"))
+        else:
+            connection.sendall(http(200, b"there"))
+    return answer
+
+
+def test_redirects_are_not_followed_by_default(serve):
+    server = serve(redirecting("/there"))
+    result = ask("url", url_of(server))
+    assert not result.ok and "status 302" in result.detail
+    assert ask("url", url_of(serve(redirecting("/there"))), "status=302").ok
+
+
+def test_redirects_within_the_origin_are_followed(serve):
+    server = serve(redirecting("/a", "b?c=d"))
+    assert ask("url", url_of(server), "redirects=2", "body=there").ok
+    assert [request.split()[1] for request in server.requests] == ["/", "/a", "/b?c=d"]
+
+
+def test_too_many_redirects_fail(serve):
+    server = serve(redirecting(*["/"] * 9))
+    result = ask("url", url_of(server), "redirects=2")
+    assert not result.ok and "more than 2 redirects" in result.detail
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("location", [
+    "http://localhost:{port}/", "https://127.0.0.1:{port}/", "http://127.0.0.1:1/", "file:///etc/passwd",
+    "//other/x", "ftp://127.0.0.1/", "http://[", "http://a b/", "gopher:", "http://:0/"])
+def test_redirects_elsewhere_are_refused(serve, location):
+    server = serve(lambda connection, number: connection.sendall(
+        http(302, b"", "Location: " + location.format(port=server.port))))
+    result = ask("url", url_of(server), "redirects=3")
+    assert not result.ok
+    assert len(server.requests) == 1
+
+
+# -- servers that misbehave --------------------------------------------------
+
+def test_a_huge_body_is_read_no_further_than_max_body(serve):
+    def flood(connection, number):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\nstart ")
+        while not server.stopping.is_set():
+            connection.sendall(b"x" * 65536)
+    server = serve(flood)
+    assert ask("url", url_of(server), "max_body=1k", "body=start").ok
+    assert server.hung_up.wait(10), "the connection is closed"
+
+
+@pytest.mark.parametrize("head", [
+    b"HTTP/1.1 200 OK\r\nX: " + b"y" * 400,
+    b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n" + b"z" * 400,
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nz\r\n" * 100,
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
+    b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 80,
+], ids=["header", "body", "chunks", "continue", "headers"])
+def test_a_dripping_answer_is_cut_off_in_time(serve, head):
+    holder = []
+    server = serve(drip(head, holder))
+    holder.append(server)
+    started = time.monotonic()
+    result = ask("url", url_of(server), "timeout=400ms")
+    assert not result.ok and "no answer within 0.40s" in result.detail
+    assert time.monotonic() - started < 1.2
+    assert server.hung_up.wait(10), "the socket is shut down, not left to the thread"
+
+
+def test_evidence_of_a_dripping_body_holds_what_came(serve):
+    def answer(connection, number):
+        connection.sendall(b"HTTP/1.1 503 X\r\nTransfer-Encoding: chunked\r\n\r\n")
+        server.stopping.wait(30)
+    server = serve(answer)
+    result = ask("url", url_of(server), "timeout=300ms")
+    assert result.evidence["status"] == 503 and "still reading the answer" in result.detail
+
+
+def test_a_server_that_accepts_and_says_nothing(serve):
+    server = serve(lambda connection, number: server.stopping.wait(30))
+    result = ask("url", url_of(server), "timeout=300ms")
+    assert "still waiting for the head of the answer" in result.detail
+
+
+def test_a_full_backlog_does_not_hang():
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)  # the kernel queues one or two, and drops the rest
+    clients = []
+    try:
+        for _ in range(4):
+            client = socket.socket()
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(listener.getsockname())
+            clients.append(client)
+        started = time.monotonic()
+        result = ask("url", f"http://127.0.0.1:{listener.getsockname()[1]}/", "timeout=300ms")
+        assert not result.ok and time.monotonic() - started < 1.5
+    finally:
+        for client in clients + [listener]:
+            client.close()
+
+
+def test_hanging_name_resolution_is_cut_off(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: release.wait(30) and [])
+    started = time.monotonic()
+    result = ask("url", "http://example.org/", "timeout=200ms")
+    release.set()
+    assert not result.ok and "still connecting to example.org:80" in result.detail
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_connection_that_comes_too_late_sends_no_request(serve, monkeypatch):
+    server = serve(http())
+    gate, real = threading.Event(), socket.create_connection
+    done = threading.Event()
+
+    def late(address, timeout):
+        gate.wait(30)
+        try:
+            return real(address, 5)
+        finally:
+            done.set()
+    monkeypatch.setattr(socket, "create_connection", late)
+    before = set(threading.enumerate())
+    assert not ask("url", url_of(server), "timeout=100ms").ok
+    gate.set()
+    assert done.wait(5)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\r\n\r\n", b"junk\r\n\r\n", b"HTTP/9.9 200 OK\r\n\r\n", b"HTTP/1.1 999 X\r\n\r\n", b"HTTP/1.1 abc X\r\n\r\n",
+    b"HTTP/1.1 -20 X\r\n\r\n", b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+    b"HTTP/1.1 200 OK\r\nA: " + b"b" * 70000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+    b"\x16\x03\x01\x02\x00\x01" * 20, b"\x00" * 500,
+])
+def test_nonsense_fails_the_probe_and_never_raises(serve, data):
+    result = ask("url", url_of(serve(data)), "status=200")
+    assert not result.ok and result.detail
+
+
+@pytest.mark.parametrize("body", [
+    b"[" * 60000, b'{"a":' * 10000, b"\xff\xfe\x00", b"1" * 6000, b"NaN", b"", b"\xef\xbb\xbf{}", b'"\\ud800"',
+    b'{"a": 1e999}', b'{"a": {"a": {}}}',
+])
+def test_hostile_json_fails_the_probe_and_never_raises(serve, body):
+    result = ask("url", url_of(serve(http(200, body))), "json.a.b.c=1")
+    assert not result.ok and "json" in result.detail.lower()
+
+
+@pytest.mark.parametrize("headers", [
+    ["Content-Length: -5"], ["Content-Length: junk"], ["Content-Length: 99999999999999999999"], ["broken line"],
+    [": empty"], ["A: \xff\x00\x1b[31m"], ["Content-Type: text/html; charset=\"nonsense"], ["Transfer-Encoding: gzip"],
+    ["Content-Length: 3", "Content-Length: 4"], ["Transfer-Encoding: CHUNKED", "Content-Length: 3"]])
+def test_odd_headers_never_raise(serve, headers):
+    data = b"HTTP/1.1 200 OK\r\n" + "\r\n".join(headers).encode("latin-1") + b"\r\n\r\nabc"
+    result = ask("url", url_of(serve(data)), "expect_header.A=!zzz", "timeout=1s")
+    json.dumps(result.to_json())
+
+
+def test_refused_connection_says_so():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for kind, target in (("url", f"http://127.0.0.1:{port}/"), ("tcp", f"127.0.0.1:{port}")):
+        result = ask(kind, target)
+        assert f"connecting to 127.0.0.1:{port}: Connection refused (ECONNREFUSED)" in result.detail
+        assert result.evidence == {"status": None, "body": "", "error": result.detail, "tries": 1}
+
+
+def test_evidence_holds_status_and_the_start_of_the_body(serve):
+    result = ask("url", url_of(serve(http(500, b"trace " + b"x" * 1000))))
+    assert result.evidence["status"] == 500
+    assert result.evidence["body"] == ("trace " + "x" * 1000)[:300]
+    assert result.evidence["error"] == "status 500, expected 200-299"
+    assert json.loads(json.dumps(result.to_json()))["required"] is True
+
+
+# -- TLS ---------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not here")
+    directory = tmp_path_factory.mktemp("tls")
+
+    def make(name, host):
+        config = directory / f"{name}.cnf"
+        config.write_text(f"[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN={name}\n"
+                          f"[ext]\nsubjectAltName={host}\nbasicConstraints=critical,CA:TRUE\n")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-config", str(config),
+                        "-keyout", str(directory / f"{name}.key"), "-out", str(directory / f"{name}.pem")],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    make("server", "DNS:app.test,IP:127.0.0.1")
+    make("client", "DNS:client.test")
+    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:abcd", "-in", str(directory / "client.key"),
+                    "-out", str(directory / "locked.key")], check=True, stderr=subprocess.DEVNULL)
+    return directory
+
+
+def tls_context(directory, client=False):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS if sys.version_info < (3, 10) else ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(directory / "server.pem"), str(directory / "server.key"))
+    if client:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(str(directory / "client.pem"))
+    return context
+
+
+def test_tls_certificates_are_verified_unless_told_otherwise(serve, certificates):
+    server = serve(http(), tls=tls_context(certificates))
+    url = url_of(server, scheme="https")
+    refused = ask("url", url)
+    assert not refused.ok and "TLS: certificate verify failed" in refused.detail
+    assert ask("url", url, "tls_verify=no").ok
+    assert ask("url", url, f"tls_ca={certificates}/server.pem").ok
+    assert not ask("url", url, f"tls_ca={certificates}/client.pem").ok
+    missing = ask("url", url, f"tls_ca={certificates}/none.pem")
+    assert not missing.ok and "reading tls_ca" in missing.detail
+
+
+def test_the_certificates_name_is_the_urls_also_with_connect(serve, certificates):
+    server = serve(http(), tls=tls_context(certificates))
+    connect, authority = f"connect=127.0.0.1:{server.port}", f"tls_ca={certificates}/server.pem"
+    assert ask("url", "https://app.test/", connect, authority).ok
+    wrong = ask("url", "https://other.test/", connect, authority)
+    assert not wrong.ok and "other.test" in wrong.detail
+
+
+def test_sni_is_the_urls_host(serve, certificates):
+    names, context = [], tls_context(certificates)
+    context.set_servername_callback(lambda connection, name, _: names.append(name))
+    server = serve(http(), tls=context)
+    assert ask("url", "https://app.test/", f"connect=127.0.0.1:{server.port}", "tls_verify=no").ok
+    assert names == ["app.test"]
+
+
+def test_client_certificates(serve, certificates):
+    server = serve(http(), tls=tls_context(certificates, client=True))
+    url, authority = url_of(server, scheme="https"), f"tls_ca={certificates}/server.pem"
+    assert not ask("url", url, authority).ok
+    pair = [f"tls_cert={certificates}/client.pem", f"tls_key={certificates}/client.key"]
+    assert ask("url", url, authority, *pair).ok
+
+
+def test_an_encrypted_key_fails_and_asks_nobody(serve, certificates):
+    server = serve(http(), tls=tls_context(certificates))
+    result = ask("url", url_of(server, scheme="https"), "timeout=2s",
+                 f"tls_cert={certificates}/client.pem", f"tls_key={certificates}/locked.key")
+    assert not result.ok and "reading tls_ca, tls_cert and tls_key" in result.detail
+    assert "no answer within" not in result.detail
+
+
+def test_plain_http_where_tls_is_expected_and_the_reverse(serve, certificates):
+    assert "TLS" in ask("url", url_of(serve(http(400)), scheme="https"), "timeout=1s").detail \
+        or "TLS handshake" in ask("url", url_of(serve(http(400)), scheme="https"), "timeout=1s").detail
+    assert not ask("url", url_of(serve(http(), tls=tls_context(certificates))), "timeout=1s").ok
+
+
+def test_a_hanging_handshake_is_cut_off():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        started = time.monotonic()
+        result = ask("url", f"https://127.0.0.1:{listener.getsockname()[1]}/", "timeout=300ms")
+        assert "still in the TLS handshake" in result.detail and time.monotonic() - started < 1.0
+
+
+def test_a_dripping_body_over_tls_is_cut_off(serve, certificates):
+    holder = []
+    server = serve(drip(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 500, holder), tls=tls_context(certificates))
+    holder.append(server)
+    started = time.monotonic()
+    assert not ask("url", url_of(server, scheme="https"), "tls_verify=no", "timeout=500ms").ok
+    assert time.monotonic() - started < 1.3
+    assert server.hung_up.wait(10)
+
+
+# -- timing ------------------------------------------------------------------
+
+FAST = ("period=20ms", "jitter=0", "backoff=1")
+
+
+def flapping(pattern):
+    """Answer 200 for each `+` and 503 for each `-`; the last goes on for ever."""
+    def answer(connection, number):
+        good = pattern[min(number, len(pattern)) - 1] == "+"
+        connection.sendall(http(200 if good else 503))
+    return answer
+
+
+@pytest.mark.parametrize("pattern, successes, tries", [
+    ("+", 1, 1), ("+", 2, 2), ("---+", 2, 5), ("+-+-++", 2, 6), ("-+++", 3, 4), ("+", 0, 1)])
+def test_successes_in_a_row_are_needed(serve, pattern, successes, tries):
+    server = serve(flapping(pattern))
+    result = ask("url", url_of(server), f"successes={successes}", *FAST, once=False)
+    assert result.ok and result.tries == tries == len(server.requests)
+
+
+def test_the_deadline_ends_it_and_the_last_failure_is_told(serve):
+    server = serve(flapping("+-"))
+    started = time.monotonic()
+    result = ask("url", url_of(server), "deadline=400ms", *FAST, once=False)
+    assert not result.ok and result.detail == "not well within 0.40s: status 503, expected 200-299"
+    assert time.monotonic() - started < 1.2 and result.tries > 3
+    assert result.evidence["status"] == 503
+
+
+def test_a_flapping_service_is_not_well(serve):
+    server = serve(lambda connection, number: connection.sendall(http(200 if number % 2 else 503)))
+    result = ask("url", url_of(server), "deadline=400ms", *FAST, once=False)
+    assert not result.ok and "status 503" in result.detail
+
+
+def test_each_try_is_capped_by_what_is_left_of_the_deadline(serve):
+    server = serve(lambda connection, number: server.stopping.wait(30))
+    started = time.monotonic()
+    result = ask("url", url_of(server), "deadline=500ms", "timeout=10s", once=False)
+    assert not result.ok and result.tries == 1 and time.monotonic() - started < 1.3
+
+
+def test_waits_grow_up_to_period_max_and_start_anew_after_a_success(serve):
+    server = serve(flapping("----+---++"))
+    result = ask("url", url_of(server), "period=50ms", "backoff=2", "period_max=150ms", "jitter=0", once=False)
+    assert result.ok
+    waits = [later - earlier for earlier, later in zip(server.times, server.times[1:])]
+    for wait, least in zip(waits, [0.05, 0.1, 0.15, 0.15, 0.05, 0.05, 0.1, 0.15, 0.05]):
+        assert least - 0.005 <= wait < least + 0.12, waits
+
+
+@pytest.mark.parametrize("pattern", ["+", "-+"])
+def test_a_deadline_shorter_than_the_period_still_gives_a_second_chance(serve, pattern):
+    result = ask("url", url_of(serve(flapping(pattern))), "deadline=600ms", "period=10s", once=False)
+    assert result.ok, result
+
+
+def test_initial_delay_comes_before_the_first_try(serve):
+    server = serve(http())
+    started = time.monotonic()
+    assert ask("url", url_of(server), "initial_delay=200ms", "successes=1", once=False).ok
+    assert server.times[0] - started >= 0.2
+
+
+def test_once_is_one_try_without_delay(serve):
+    server = serve(http(500))
+    started = time.monotonic()
+    result = ask("url", url_of(server), "initial_delay=30s", "soak=30s")
+    assert not result.ok and result.tries == 1 and time.monotonic() - started < 5
+
+
+def test_soak_tolerates_fewer_failures_in_a_row(serve):
+    server = serve(flapping("++--+--+"))
+    assert ask("url", url_of(server), "soak=400ms", "failures=3", *FAST, once=False).ok
+
+
+def test_soak_fails_after_failures_in_a_row(serve):
+    server = serve(flapping("++-+---"))
+    result = ask("url", url_of(server), "soak=30s", "failures=3", *FAST, once=False)
+    assert not result.ok and result.tries == 7
+    assert result.detail == "failed 3 times in a row after it was well: status 503, expected 200-299"
+
+
+def test_soak_does_not_end_on_a_failure(serve):
+    server = serve(flapping("++-"))
+    result = ask("url", url_of(server), "soak=50ms", "failures=5", *FAST, once=False)
+    assert not result.ok and result.tries == 7
+
+
+def test_soak_outlasts_the_deadline(serve):
+    server = serve(http())
+    started = time.monotonic()
+    assert ask("url", url_of(server), "deadline=300ms", "soak=500ms", *FAST, once=False).ok
+    assert time.monotonic() - started >= 0.5
+
+
+def test_progress_is_told_of_each_try(serve):
+    class Progress:
+        lines = []
+
+        def update(self, done, detail=""):
+            self.lines.append((done, detail))
+    ask("url", url_of(serve(flapping("-++"))), *FAST, once=False, progress=Progress())
+    assert Progress.lines == [(1, "try 1: status 503, expected 200-299"), (2, "try 2: status 200"), (3, "try 3: status 200")]
+
+
+@pytest.mark.parametrize("waiting", ["period=60s", "timeout=60s"])
+def test_a_signal_interrupts_the_waiting(serve, waiting):
+    asked = threading.Event()
+
+    def answer(connection, number):
+        asked.set()
+        if waiting.startswith("timeout"):
+            server.stopping.wait(30)
+        connection.sendall(http(503))
+    server = serve(answer)
+    session = session_with()
+    before = signal.getsignal(signal.SIGTERM)
+    session.interrupts.install()
+    threading.Thread(target=lambda: (asked.wait(10), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    try:
+        started = time.monotonic()
+        with pytest.raises(deploy.Interrupted):
+            ask("url", url_of(server), "deadline=100s", "period_max=60s", waiting, once=False, session=session)
+        assert time.monotonic() - started < 10
+    finally:
+        for number in session.interrupts.SIGNALS:
+            signal.signal(number, before if number == signal.SIGTERM else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# -- tcp, command, service ---------------------------------------------------
+
+def test_tcp(serve):
+    server = serve(http())
+    result = ask("tcp", f"127.0.0.1:{server.port}")
+    assert result.ok and result.detail == f"127.0.0.1:{server.port} accepts connections (1 try)"
+    missing = ask("tcp", "unix:/nonexistent/s")
+    assert not missing.ok and "No such file" in missing.detail
+    assert not ask("tcp", "unix:/" + "x" * 200).ok
+
+
+def script(tmp_path, text):
+    path = tmp_path / "check"
+    path.write_text(f"#!{sys.executable}\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("code, assignment, detail", [
+    ("print('up 1.1')", "body=up", ""),
+    ("print('up 1.1')", "release=body", ""),
+    ("print('up 1.0')", "release=body", "does not name the version"),
+    ("print('{\"a\": 1}')", "json.a=1", ""),
+    ("print('up')", "body=!up", "does not match"),
+    ("print('broken'); raise SystemExit(3)", "body=", "exited with code 3: broken"),
+    ("import os; os.kill(os.getpid(), 9)", "body=", "was killed by SIGKILL"),
+    ("import time; time.sleep(60)", "timeout=300ms", "timed out after"),
+])
+def test_command(tmp_path, code, assignment, detail):
+    result = ask("command", script(tmp_path, code), "timeout=10s", assignment, expect_release=True)
+    assert result.ok == (not detail), result
+    assert detail in result.detail
+
+
+def test_command_that_does_not_exist():
+    result = ask("command", "/nonexistent/check --now")
+    assert not result.ok and "cannot start /nonexistent/check" in result.detail
+    assert result.evidence["status"] == 127
+
+
+def test_command_sees_the_release_and_is_run_there(tmp_path):
+    (tmp_path / "bin").mkdir()
+    program = script(tmp_path / "bin", "import os; print(os.getcwd(), os.environ['DEPLOY_HOOK'], os.environ['DEPLOY_VERSION'])")
+    context = CONTEXT._replace(release_path=str(tmp_path))
+    result = ask("command", "bin/check", f"body=^{tmp_path} probe:ad-hoc 1.1$", "timeout=10s", context=context)
+    assert result.ok, (result, program)
+
+
+def test_command_as_an_unknown_user_fails_the_probe(tmp_path):
+    session = session_with("hooks.run_as=nosuchuserhere")
+    result = ask("command", "true", session=session)
+    assert not result.ok and "nosuchuserhere" in result.detail
+
+
+def test_service(tmp_path):
+    pidfile = tmp_path / "pid"
+    session = session_with(f"service:app.pidfile={pidfile}", "probe:up.service=app")
+    down = deploy.run_probe(session, session.settings.probe["up"], CONTEXT, expect_release=False, once=True)
+    assert not down.ok and "No such file" in down.detail
+    pidfile.write_text(str(os.getpid()))
+    up = deploy.run_probe(session, session.settings.probe["up"], CONTEXT, expect_release=False, once=True)
+    assert up.ok and "is up" in up.detail
+
+
+# -- check_probe and adhoc_probe ---------------------------------------------
+
+@pytest.mark.parametrize("kind, target, assignments, message", [
+    ("url", "http://a/", [], ""),
+    ("url", "https://a:8443/x?y", ["connect=unix:/run/a", "release=json:a.b"], ""),
+    ("url", "http://[::1]:80/", ["connect=[::1]:80", "release=header:X-Version"], ""),
+    ("url", "ftp://a/", [], "must begin with http"),
+    ("url", "file:///etc/passwd", [], "must begin with http"),
+    ("url", "a/b", [], "must begin with http"),
+    ("url", "http:///x", [], "no host"),
+    ("url", "http://a:99999/", [], "ort"),
+    ("url", "http://[::1/", [], "IPv6"),
+    ("url", "http://a/x y", [], "spaces"),
+    ("url", "http://bücher/", [], "ASCII"),
+    ("url", "http://a/", ["connect=b"], "expected host:port"),
+    ("url", "http://a/", ["connect=unix:relative"], "expected host:port"),
+    ("url", "http://a/", ["method=GET / HTTP"], "expected GET"),
+    ("url", "http://a/", ["release=json:"], "expected json:PATH"),
+    ("url", "http://a/", ["release=cookie:x"], "expected json:PATH"),
+    ("url", "http://a/", ["timeout=0s"], "timeout must be"),
+    ("tcp", "a:80", [], ""),
+    ("tcp", "a", [], "expected host:port"),
+    ("tcp", ":80", [], "expected host:port"),
+    ("tcp", "::1:80", [], "brackets"),
+    ("tcp", "a:0", [], "expected host:port"),
+    ("tcp", "http://a:80", [], "expected host:port"),
+    ("tcp", "a:80", ["release=body"], "no answer that release"),
+    ("command", "true", ["release=header:X"], "no headers"),
+    ("command", "true", ["body=x", "release=body"], ""),
+    ("service", "app", [], "there is no [service:app]"),
+])
+def test_check_probe(kind, target, assignments, message):
+    probe = deploy.adhoc_probe(kind, target, assignments)
+    found = deploy.check_probe(session_with().settings, probe)
+    assert (message in found) if message else found is None, found
+
+
+def test_a_probe_with_wrong_settings_fails_without_a_try():
+    result = ask("url", "file:///etc/passwd")
+    assert not result.ok and result.tries == 0 and result.evidence["error"] == result.detail
+
+
+def test_adhoc_probe_has_the_tables_defaults_and_reports_mistakes():
+    probe = deploy.adhoc_probe("url", "http://a/?b=c", ["status=200,404", "json.a.b=x=y", "header.X=1"])
+    assert (probe.name, probe.url, probe.status, probe.period) == ("ad-hoc", "http://a/?b=c", [(200, 200), (404, 404)], 2.0)
+    assert (probe.json, probe.header) == ({"a.b": "x=y"}, {"X": "1"})
+    for text in ("nonsense=1", "status=abc", "status", "tcp=a:1"):
+        with pytest.raises(deploy.UsageError):
+            deploy.adhoc_probe("url", "http://a/", [text])

@@ -1,0 +1,440 @@
+"""Services: a systemctl that answers from a state file, real processes for pidfiles, real commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import deploy
+
+CONTEXT = deploy.Context("myapp", "/", "20260101T000000Z-1.1", "1.1", "/nonexistent/release", "", "id")
+
+UP = {"LoadState": "loaded", "ActiveState": "active", "SubState": "running", "MainPID": "100", "InvocationID": "aa",
+      "NRestarts": "0", "NeedDaemonReload": "no", "Type": "simple", "Result": "success"}
+
+# Each action may name a series of states: the first is what the action leaves, the rest come one a `show`.
+SYSTEMCTL = """
+import json, os, sys
+here = os.path.dirname(os.path.abspath(sys.argv[0]))
+with open(here + "/calls", "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+with open(here + "/state") as stream:
+    state = json.load(stream)
+verb = sys.argv[1]
+if verb == "show":
+    wanted = sys.argv[sys.argv.index("-p") + 1].split(",")
+    for name in wanted:
+        if name in state["now"]:
+            print(name + "=" + state["now"][name])
+    if state.get("queue"):
+        state["now"].update(state["queue"].pop(0))
+else:
+    said = state.get("on", {}).get(verb, {})
+    state["queue"] = said.get("then", [])
+    state["now"].update(said.get("state", {}))
+    if said.get("say"):
+        print(said["say"], file=sys.stderr)
+    if said.get("sleep"):
+        import time
+        time.sleep(said["sleep"])
+with open(here + "/state.new", "w") as stream:
+    json.dump(state, stream)
+os.rename(here + "/state.new", here + "/state")
+sys.exit(0 if verb == "show" else said.get("code", 0))
+"""
+
+
+class Systemd:
+    """The fake systemctl's state and what it was asked."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.now, self.on = dict(UP), {"restart": {"state": {"InvocationID": "bb", "MainPID": "200"}}}
+
+    def write(self):
+        (self.directory / "state").write_text(json.dumps({"now": self.now, "on": self.on}))
+
+    def calls(self):
+        path = self.directory / "calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def verbs(self):
+        return [call[0] for call in self.calls() if call[0] != "show"]
+
+
+def program(directory, name, code):
+    path = directory / name
+    path.write_text(f"#!{sys.executable} -IS\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def systemd(tmp_path, monkeypatch):
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    program(directory, "systemctl", SYSTEMCTL)
+    program(directory, "journalctl", "import sys; print('journal of', *sys.argv[1:])")
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    return Systemd(directory)
+
+
+def session_with(*assignments):
+    settings = deploy.load_settings([], {}, list(assignments))
+    return deploy.Session(settings, deploy.Console(), deploy.Interrupts())
+
+
+def unit(systemd, *assignments, name="app.service"):
+    systemd.write()
+    given = [f"service:app.{text}" for text in (f"unit={name}", "settle=0s", "timeout=20s", *assignments)]
+    return deploy.make_service(session_with(*given), "app")
+
+
+# -- systemd units -----------------------------------------------------------
+
+def test_restart_reads_the_state_in_one_call_and_confirms_it(systemd):
+    detail = unit(systemd).act(CONTEXT)
+    assert detail == "app.service is active (running, process 200)"
+    assert systemd.verbs() == ["reset-failed", "restart"]
+    shows = [call for call in systemd.calls() if call[0] == "show"]
+    assert shows[0] == ["show", "-p", "LoadState,ActiveState,SubState,MainPID,InvocationID,NRestarts,"
+                        "NeedDaemonReload,Type,Result", "app.service"]
+
+
+def test_daemon_reload_only_where_it_is_needed_and_before_the_action(systemd):
+    systemd.now["NeedDaemonReload"] = "yes"
+    unit(systemd).act(CONTEXT)
+    assert systemd.verbs() == ["daemon-reload", "reset-failed", "restart"]
+
+
+def test_a_reset_failed_that_fails_changes_nothing(systemd):
+    systemd.on["reset-failed"] = {"code": 1, "say": "Unit app.service not loaded."}
+    assert "running" in unit(systemd).act(CONTEXT)
+
+
+@pytest.mark.parametrize("action", ["reload", "reload-or-restart", "start"])
+def test_other_actions_may_leave_the_process_as_it_is(systemd, action):
+    assert "process 100" in unit(systemd, f"action={action}").act(CONTEXT)
+    assert systemd.verbs() == ["reset-failed", action]
+
+
+def test_action_none_does_nothing(systemd):
+    service = unit(systemd, "action=none")
+    assert "nothing to do" in service.act(CONTEXT)
+    assert service.describe() == "leave unit app.service alone"
+    assert systemd.calls() == []
+
+
+def test_a_restart_that_did_not_restart_is_a_failure(systemd):
+    systemd.on["restart"] = {}
+    with pytest.raises(deploy.StepFailed, match="was not restarted"):
+        unit(systemd).act(CONTEXT)
+
+
+@pytest.mark.parametrize("load", ["not-found", "masked", "error"])
+def test_a_unit_that_is_not_loaded_is_refused(systemd, load):
+    systemd.now["LoadState"] = load
+    with pytest.raises(deploy.StepFailed, match=f"LoadState={load}"):
+        unit(systemd).act(CONTEXT)
+    assert systemd.verbs() == []
+    what, hint = unit(systemd).problem()
+    assert load in what and hint
+
+
+STATES = {
+    "failed": ({"ActiveState": "failed", "SubState": "failed", "Result": "exit-code"}, "failed (failed, result exit-code)"),
+    "crash loop": ({"ActiveState": "activating", "SubState": "auto-restart"}, "activating (auto-restart)"),
+    "gone": ({"ActiveState": "inactive", "SubState": "dead"}, "inactive (dead)"),
+    "exited": ({"SubState": "exited"}, "active (exited)"),
+    "oneshot stays": ({"SubState": "exited", "Type": "oneshot"}, ""),
+    "oneshot ended": ({"ActiveState": "inactive", "SubState": "dead", "Type": "oneshot"}, ""),
+    "oneshot failed": ({"ActiveState": "failed", "SubState": "failed", "Type": "oneshot", "Result": "exit-code"}, "exit-code"),
+    "timer": ({"SubState": "waiting", "Type": "", "MainPID": "0"}, ""),
+    "inactive timer": ({"ActiveState": "inactive", "SubState": "dead", "Type": ""}, "inactive"),
+}
+
+
+@pytest.mark.parametrize("change, message", list(STATES.values()), ids=list(STATES))
+def test_which_states_are_up(systemd, change, message):
+    systemd.on["restart"]["state"].update(change)
+    service = unit(systemd)
+    if message:
+        with pytest.raises(deploy.StepFailed) as caught:
+            service.act(CONTEXT)
+        assert message in caught.value.message
+        assert caught.value.evidence["journal"] == ["journal of -u app.service -n 10 --no-pager"]
+        assert message in service.down()
+    else:
+        service.act(CONTEXT)
+        assert service.down() is None
+
+
+@pytest.mark.parametrize("later", [
+    {"MainPID": "300"}, {"InvocationID": "cc"}, {"NRestarts": "1"}, {"ActiveState": "failed", "SubState": "failed"},
+    {"ActiveState": "activating", "SubState": "auto-restart"}, {"ActiveState": "deactivating", "SubState": "stop"}])
+def test_a_change_within_the_settle_time_is_a_failure(systemd, later):
+    systemd.on["restart"]["then"] = [{}, later]
+    with pytest.raises(deploy.StepFailed):
+        unit(systemd, "settle=10s").act(CONTEXT)
+
+
+def test_the_settle_time_is_watched_to_its_end(systemd):
+    started = time.monotonic()
+    unit(systemd, "settle=600ms").act(CONTEXT)
+    assert time.monotonic() - started >= 0.6
+    assert len([call for call in systemd.calls() if call[0] == "show"]) >= 4
+
+
+def test_a_unit_on_its_way_is_waited_for(systemd):
+    systemd.on["restart"]["state"].update(ActiveState="activating", SubState="start-post")
+    systemd.on["restart"]["then"] = [{}, {"ActiveState": "active", "SubState": "running"}]
+    assert "running" in unit(systemd).act(CONTEXT)
+
+
+def test_an_action_that_fails_brings_what_systemctl_and_the_journal_say(systemd):
+    systemd.on["restart"] = {"code": 1, "say": "Job for app.service failed."}
+    with pytest.raises(deploy.StepFailed) as caught:
+        unit(systemd).act(CONTEXT)
+    assert "Job for app.service failed." in caught.value.message
+    assert caught.value.evidence["output"] == ["Job for app.service failed."]
+    assert caught.value.evidence["journal"] and "journalctl -u app.service" in caught.value.hint
+
+
+def test_an_action_that_hangs_is_ended_by_its_timeout(systemd):
+    systemd.on["restart"]["sleep"] = 60
+    started = time.monotonic()
+    with pytest.raises(deploy.StepFailed, match="timed out"):
+        unit(systemd, "timeout=1s").act(CONTEXT)
+    assert time.monotonic() - started < 10
+
+
+def test_preflight_accepts_a_unit_that_is_there(systemd):
+    assert unit(systemd).problem() is None
+
+
+def test_preflight_refuses_the_unit_that_deploy_runs_in(systemd, monkeypatch):
+    monkeypatch.setattr(deploy, "own_units", lambda: {"system.slice", "app.service"})
+    for name in ("app.service", "app"):
+        what, hint = unit(systemd, name=name).problem()
+        assert "deploy.py runs in" in what and hint
+    assert unit(systemd, "action=none").problem() is None
+
+
+def test_own_units_are_read_from_proc():
+    with open("/proc/self/cgroup") as stream:
+        text = stream.read()
+    assert all(part in text for part in deploy.own_units())
+
+
+@pytest.mark.parametrize("name", ["-H root@other", "a b.service", "../x", "--help", ""])
+def test_preflight_refuses_what_is_no_unit_name(systemd, name):
+    service = unit(systemd)
+    service.settings.unit = name
+    assert "not the name of a systemd unit" in service.problem()[0]
+    assert systemd.calls() == []
+
+
+def test_without_systemctl_preflight_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "find_command", lambda name, directory="": None)
+    service = deploy.make_service(session_with("service:app.unit=app.service"), "app")
+    assert "systemctl is not on this host" in service.problem()[0]
+
+
+def test_a_systemctl_that_cannot_work_is_a_problem_and_not_a_crash(systemd):
+    program(systemd.directory, "systemctl", "import sys; sys.exit('System has not been booted with systemd')")
+    service = unit(systemd)
+    assert "has not been booted" in service.problem()[0]
+    assert "has not been booted" in service.down()
+    with pytest.raises(deploy.StepFailed, match="has not been booted"):
+        service.act(CONTEXT)
+
+
+# -- pidfiles ----------------------------------------------------------------
+
+DAEMON = """
+import os, signal, sys, time
+code = {"code": "pass"}
+def on_hup(number, frame):
+    exec(sys.argv[2])
+signal.signal(signal.SIGHUP, on_hup)
+with open(sys.argv[1] + ".new", "w") as stream:
+    stream.write(str(os.getpid()) + "\\n")
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    started = []
+
+    def start(on_hup="open(sys.argv[1] + '.hup', 'w').close()"):
+        pidfile = tmp_path / "app.pid"
+        started.append(subprocess.Popen([sys.executable, "-IS", "-c", DAEMON, str(pidfile), on_hup]))
+        wait_for(pidfile.exists)
+        return pidfile
+    start.started = started
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds=10):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.01)
+
+
+def pidfile_service(path, *assignments):
+    given = [f"service:app.{text}" for text in (f"pidfile={path}", "settle=500ms", *assignments)]
+    return deploy.make_service(session_with(*given), "app")
+
+
+@pytest.mark.parametrize("name", ["HUP", "SIGHUP", "hup"])
+def test_the_signal_reaches_the_process(daemon, name):
+    pidfile = daemon()
+    service = pidfile_service(pidfile, f"signal={name}")
+    assert service.problem() is None
+    assert f"sent to process {pidfile.read_text().strip()}" in service.act(CONTEXT)
+    wait_for(pidfile.with_suffix(".pid.hup").exists)
+    assert service.down() is None
+
+
+def test_a_process_that_dies_of_the_signal_is_a_failure(daemon):
+    pidfile = daemon("os._exit(1)")
+    with pytest.raises(deploy.StepFailed, match="is not running"):
+        pidfile_service(pidfile, "settle=5s").act(CONTEXT)
+
+
+def test_a_zombie_is_not_alive(daemon):
+    pidfile = daemon("os._exit(1)")
+    process = daemon.started[0]
+    process.send_signal(signal.SIGHUP)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert "is not running" in pidfile_service(pidfile).down()
+
+
+def test_a_process_may_go_on_under_another_id(daemon):
+    pidfile = daemon("os.unlink(sys.argv[1]); pid = os.fork()\n"
+                     "if pid: os._exit(0)\n"
+                     "time.sleep(0.1); open(sys.argv[1], 'w').write(str(os.getpid()))")
+    before = int(pidfile.read_text())
+    pidfile_service(pidfile, "settle=1s").act(CONTEXT)
+    after = int(pidfile.read_text())
+    os.kill(after, signal.SIGKILL)
+    assert after != before
+
+
+@pytest.mark.parametrize("content", ["", "abc", "0", "1", "-1", "-5\n", "999999999999", "12 34", "٣٣", "\x00", "+7", "1e3"])
+def test_what_is_no_process_id_is_refused(tmp_path, content):
+    pidfile = tmp_path / "pid"
+    pidfile.write_bytes(content.encode())
+    service = pidfile_service(pidfile)
+    assert service.down() and service.problem()
+    with pytest.raises(deploy.StepFailed):
+        service.act(CONTEXT)
+
+
+def test_a_process_that_is_gone_a_missing_file_and_a_fifo_are_down(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "pid").write_text(str(process.pid))
+    os.mkfifo(str(tmp_path / "fifo"))
+    assert "is not running" in pidfile_service(tmp_path / "pid").down()
+    assert "No such file" in pidfile_service(tmp_path / "none").down()
+    assert "not a regular file" in pidfile_service(tmp_path / "fifo").down()
+
+
+@pytest.mark.parametrize("name", ["NOSUCH", "SIG", "9", "_DFL", "SIG_IGN", "HUP;"])
+def test_preflight_refuses_an_unknown_signal(daemon, name):
+    assert "is not the name of a signal" in pidfile_service(daemon(), f"signal={name}").problem()[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the pidfile away")
+def test_a_pidfile_of_another_user_does_not_choose_roots_victim(daemon):
+    pidfile = daemon()
+    os.chown(str(pidfile), 12345, 12345)
+    assert "belongs to uid 12345" in pidfile_service(pidfile).down()
+
+
+# -- commands ----------------------------------------------------------------
+
+def command_service(command, *assignments):
+    given = [f"service:app.command={command}", *assignments]
+    return deploy.make_service(session_with(*given), "app")
+
+
+def test_a_command_runs_in_the_release_or_else_in_the_root(tmp_path):
+    path = program(tmp_path, "restart", "import os; open('ran', 'w').write(os.environ['DEPLOY_HOOK'])")
+    (tmp_path / "release").mkdir()
+    context = CONTEXT._replace(root=str(tmp_path), release_path=str(tmp_path / "release"))
+    service = command_service(path)
+    assert service.problem() is None and service.down() is None
+    assert service.act(context).endswith("exited with code 0")
+    assert (tmp_path / "release" / "ran").read_text() == "service:app"
+    service.act(context._replace(release_path=str(tmp_path / "missing")))
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_command_that_fails_or_hangs_is_a_failure_with_its_output(tmp_path):
+    failing = program(tmp_path, "failing", "print('it broke'); raise SystemExit(4)")
+    with pytest.raises(deploy.StepFailed) as caught:
+        command_service(failing).act(CONTEXT)
+    assert caught.value.evidence["output"] == ["it broke"] and caught.value.evidence["exit_code"] == 4
+    hanging = program(tmp_path, "hanging", "import time; time.sleep(60)")
+    with pytest.raises(deploy.StepFailed, match="timed out"):
+        command_service(hanging, "service:app.timeout=300ms").act(CONTEXT)
+
+
+def test_preflight_looks_for_the_program(tmp_path):
+    assert "not found" in command_service("no-such-program-here x").problem()[0]
+    assert "not found" in command_service(f"{tmp_path}/none").problem()[0]
+    assert command_service("bin/restart").problem() is None, "it comes with the release"
+    assert command_service("no-such-program-here", "env.PATH=/opt/app/bin").problem() is None
+    assert command_service("true").problem() is None
+
+
+# -- all of them -------------------------------------------------------------
+
+@pytest.mark.parametrize("assignments, text", [
+    (["unit=a.service"], "restart unit a.service"),
+    (["unit=a.service", "action=reload"], "reload unit a.service (a reload keeps the old release's code and working directory)"),
+    (["pidfile=/run/a.pid", "signal=USR2"], "send USR2 to the process in /run/a.pid"),
+    (["command=bin/restart 'a b'"], "run bin/restart 'a b'"),
+    (["command=x", "action=none"], "leave service app alone"),
+])
+def test_describe(assignments, text):
+    session = session_with(*[f"service:app.{each}" for each in assignments])
+    assert deploy.make_service(session, "app").describe() == text
+
+
+def order(**after):
+    given = [f"service:{name}.command=true" for name in after]
+    given += [f"service:{name}.after={chr(10).join(names.split())}" for name, names in after.items() if names]
+    return deploy.services_in_order(deploy.load_settings([], {}, given))
+
+
+def test_services_go_after_those_they_name():
+    assert order(a="c", b="", c="b") == ["b", "c", "a"]
+    assert order(web="db cache", cache="db", db="") == ["db", "cache", "web"]
+    assert order() == []
+
+
+@pytest.mark.parametrize("after, message", [
+    ({"a": "b", "b": "c", "c": "a"}, "a -> b -> c -> a"), ({"a": "a"}, "a -> a"),
+    ({"z": "x", "x": "y", "y": "x"}, "x -> y -> x"), ({"a": "nosuch"}, r"\[service:a\] after = nosuch")])
+def test_cycles_and_unknown_names_are_named(after, message):
+    with pytest.raises(deploy.UsageError, match=message):
+        order(**after)
+
+
+def test_an_unknown_service_is_a_usage_error():
+    with pytest.raises(deploy.UsageError, match="nosuch"):
+        deploy.make_service(session_with("service:app.command=true"), "nosuch")
