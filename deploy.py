@@ -37,6 +37,7 @@ On disk
     ROOT/.deploy/history.jsonl      hash-chained, one JSON object a line
     ROOT/.deploy/releases/ID.json   the record
     ROOT/.deploy/manifests/ID       `sha256sum -c` reads it inside the release
+    ROOT/.deploy/trees/ID           what it cannot tell: directories, links, modes
     ROOT/.deploy/staging, cache, trash   swept by recovery
 
 A release's states
@@ -153,6 +154,7 @@ HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
 EXTRA_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 1 << 30
 MAX_RECOVERIES = 2
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
@@ -869,7 +871,7 @@ class CommandResult(NamedTuple):
         if self.timed_out:
             return f"timed out after {format_seconds(self.seconds)} and was killed with its children"
         if self.exit_code < 0:
-            return f"was killed by {signal.Signals(-self.exit_code).name}"
+            return f"was killed by signal {-self.exit_code}"
         return f"exited with code {self.exit_code}"
 
 
@@ -1004,9 +1006,10 @@ def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None
     `environ` is the whole environment; without it a minimal one is made.  A
     program that cannot be started gives exit code 127 and says why in `tail`.
     """
+    import subprocess
     try:
         running = RunningCommand(argv, environ or base_environment(), directory, run_as)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         return CommandResult(list(argv), 127, False, [f"cannot start {argv[0]}: {why}"], 0.0)
     return running.wait(timeout_seconds, on_line)
@@ -1052,8 +1055,11 @@ class Interrupts:
             return
         self._pending = self._pending or number
         if self._allowed:
+            # Once: a second signal must not cut short the killing of a child.  The
+            # first stays pending, or it would be lost where Python swallows what a
+            # handler raises (in a finalizer).
             self._allowed = False
-            self.check()
+            raise Interrupted(self._pending)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
@@ -1076,8 +1082,12 @@ class Interrupts:
         self._allowed = True
         try:
             yield
+        except Interrupted:
+            self._pending = 0
+            raise
         finally:
             self._allowed = False
+        self.check()
 
 
 # ============================================================================
@@ -1603,7 +1613,7 @@ class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
     artifact: name, source, format, size, sha256, signature, strip_components.
-    tree: files, directories, symlinks, bytes, manifest_sha256.
+    tree: files, directories, symlinks, bytes, manifest_sha256, tree_sha256.
     rollback: release, command.  failure: step, reason, evidence; or None.
     previous: the release that was live when this one last went forward.
     Times are RFC 3339 UTC; sizes are bytes.
@@ -1799,7 +1809,7 @@ class Plan(NamedTuple):
 #    returns, and every name is unique or replaced by rename.
 # ============================================================================
 
-PRIVATE_DIRECTORIES = ("releases", "manifests", "staging", "cache", "trash")
+PRIVATE_DIRECTORIES = ("releases", "manifests", "trees", "staging", "cache", "trash")
 _RELEASE_ID = re.compile(r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*\Z")
 
 
@@ -1977,9 +1987,9 @@ class Store:
             releases.rename(release, trash, name)
             releases.sync()
             trash.remove_tree(name)
-        manifests = self.directory(".deploy/manifests")
-        manifests.discard(release)
-        manifests.sync()
+        for path in (".deploy/manifests", ".deploy/trees"):
+            self.directory(path).discard(release)
+            self.directory(path).sync()
 
     def sweep(self) -> List[str]:
         """Remove what a crash left: staging, trash, temporary files and links.  Returns what was removed."""
@@ -1989,7 +1999,7 @@ class Store:
             for name in directory.names():
                 directory.remove_tree(name)
                 removed.append(f"{path}/{name}")
-        for path in (".deploy", ".deploy/releases", ".deploy/manifests", ".deploy/cache", ""):
+        for path in (".deploy", ".deploy/releases", ".deploy/manifests", ".deploy/trees", ".deploy/cache", ""):
             directory = self.directory(path) if path else self.root
             for name in directory.names():
                 if re.match(r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z", name) and (path or name.startswith(".current.")):
@@ -2026,14 +2036,27 @@ class Store:
         directory.discard(release + ".json")
         directory.sync()
 
-    def read_manifest(self, release: str) -> Optional[bytes]:
-        """Return a release's manifest as it is on disk, or None."""
-        directory = self.optional(".deploy/manifests")
-        return directory.read(release, 1 << 30) if directory else None
+    def read_manifest(self, release: str) -> Tuple[bytes, bytes]:
+        """Return a release's manifest and tree as they are on disk; StateError where one is missing."""
+        found = []
+        for path in (".deploy/manifests", ".deploy/trees"):
+            directory = self.optional(path)
+            data = directory.read(release, MAX_MANIFEST_BYTES) if directory else None
+            if data is None:
+                raise StateError(f"{release} cannot be verified: {self.path}/{path}/{release} is missing",
+                                 "stage the artifact again: deploy.py deploy ARTIFACT")
+            found.append(data)
+        return found[0], found[1]
 
-    def write_manifest(self, release: str, data: bytes) -> None:
-        """Write a release's manifest durably."""
-        self.directory(".deploy/manifests").write(release, data)
+    def has_manifest(self, release: str) -> bool:
+        """Tell whether both files are there, without reading them."""
+        directories = [self.optional(path) for path in (".deploy/manifests", ".deploy/trees")]
+        return all(directory and directory.status(release) for directory in directories)
+
+    def write_manifest(self, release: str, manifest: bytes, tree: bytes) -> None:
+        """Write a release's manifest and tree durably."""
+        self.directory(".deploy/trees").write(release, tree)
+        self.directory(".deploy/manifests").write(release, manifest)
 
     # -- the digest cache ----------------------------------------------------
 
@@ -2650,80 +2673,74 @@ class Manifest:
 
     # -- on disk -------------------------------------------------------------
 
-    def _lines(self) -> Iterator[bytes]:
-        """Digest lines for `sha256sum -c`, then comments, which it skips, each a JSON array."""
-        executable = []
+    def _digest_lines(self) -> Iterator[bytes]:
         for name in sorted(self.files):
-            digest, mode = self.file(name)
             escaped = escape_name(name)
-            yield (b"\\" if escaped != name else b"") + digest.encode() + b"  " + escaped + b"\n"
-            if mode != _MODE_FILE:
-                executable.append((name, mode))
-        for name in sorted(self.directories):
-            yield _comment(DIRECTORY, name, f"{self.directories[name]:04o}")
-        for name in sorted(self.symlinks):
-            yield _comment(SYMLINK, name, self.symlinks[name].decode("utf-8", "surrogateescape"))
-        for name, mode in executable:
-            yield _comment("mode", name, f"{mode:04o}")
+            yield (b"\\" if escaped != name else b"") + self.file(name)[0].encode() + b"  " + escaped + b"\n"
 
-    def to_chunks(self) -> Iterator[bytes]:
-        """Write the manifest in pieces of some 64 KiB; the same tree gives the same bytes."""
-        chunk, size_bytes = [b'# ["manifest", 1]\n'], 0
-        for line in self._lines():
-            chunk.append(line)
-            size_bytes += len(line)
-            if size_bytes >= SLICE_BYTES:
-                yield b"".join(chunk)
-                chunk, size_bytes = [], 0
-        yield b"".join(chunk)
+    def _tree_lines(self) -> Iterator[bytes]:
+        for name in sorted(self.directories):
+            yield _tree_line(DIRECTORY, name, f"{self.directories[name]:04o}")
+        for name in sorted(self.symlinks):
+            yield _tree_line(SYMLINK, name, self.symlinks[name].decode("utf-8", "surrogateescape"))
+        for name in sorted(self.files):
+            mode = self.file(name)[1]
+            if mode != _MODE_FILE:
+                yield _tree_line("mode", name, f"{mode:04o}")
 
     def to_bytes(self) -> bytes:
-        """Write the file `.deploy/manifests/<id>`."""
-        return b"".join(self.to_chunks())
+        """Write the file `.deploy/manifests/<id>`: what `sha256sum -c` reads, and nothing it would stumble over."""
+        return b"".join(self._digest_lines())
+
+    def tree_bytes(self) -> bytes:
+        """Write the file `.deploy/trees/<id>`: directories, symlinks and unusual modes, one JSON array a line."""
+        return b"".join(self._tree_lines())
 
     @property
     def sha256(self) -> str:
-        """The tree digest: the SHA-256 of `to_bytes()`."""
+        """The tree digest: the SHA-256 of both files; the same tree gives the same bytes."""
         hasher = hashlib.sha256()
-        for chunk in self.to_chunks():
-            hasher.update(chunk)
+        for line in list(self._digest_lines()) + list(self._tree_lines()):
+            hasher.update(line)
         return hasher.hexdigest()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Manifest":
-        """Read a manifest; ValueError says what is wrong with it."""
-        manifest, lines = cls(), data.split(b"\n")
-        if lines[0] != b'# ["manifest", 1]' or lines.pop() != b"":
-            raise ValueError("the manifest does not begin or end as one")
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                manifest._read_line(line)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"line {number} of the manifest is malformed") from None
+    def from_bytes(cls, data: bytes, tree: bytes) -> "Manifest":
+        """Read a manifest from its two files; ValueError says what is wrong with it."""
+        manifest = cls()
+        for what, text, read in (("manifest", data, manifest._read_digest), ("tree", tree, manifest._read_tree)):
+            lines = text.split(b"\n")
+            if lines.pop() != b"":
+                raise ValueError(f"the {what} is cut off")
+            for number, line in enumerate(lines, 1):
+                try:
+                    read(line)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ValueError(f"line {number} of the {what} is malformed") from None
         return manifest
 
-    def _read_line(self, line: bytes) -> None:
-        if not line.startswith(b"#"):
-            digest, gap, name = line.lstrip(b"\\").partition(b"  ")
-            if not (_BARE_DIGEST.match(digest) and gap and name):
-                raise ValueError(line)
-            name = unescape_name(name) if line.startswith(b"\\") else name
-            self.files[name] = pack_file(bytes.fromhex(digest.decode("ascii")), _MODE_FILE, 0)
-            return
-        kind, text, value = json.loads(line[1:].decode("ascii"))
+    def _read_digest(self, line: bytes) -> None:
+        digest, gap, name = line.lstrip(b"\\").partition(b"  ")
+        if len(digest) != 64 or not gap or not name:
+            raise ValueError(line)
+        name = unescape_name(name) if line.startswith(b"\\") else name
+        self.files[name] = bytes.fromhex(digest.decode("ascii")) + _MODE_FILE.to_bytes(2, "big") + bytes(6)
+
+    def _read_tree(self, line: bytes) -> None:
+        kind, text, value = json.loads(line.decode("ascii"))
         name = text.encode("utf-8", "surrogateescape")
         if kind == DIRECTORY:
             self.directories[name] = int(value, 8)
         elif kind == SYMLINK:
             self.symlinks[name] = value.encode("utf-8", "surrogateescape")
         elif kind == "mode":
-            self.files[name] = pack_file(self.files[name][:32], int(value, 8), 0)
+            self.files[name] = self.files[name][:32] + int(value, 8).to_bytes(2, "big") + bytes(6)
         else:
             raise ValueError(kind)
 
 
-def _comment(kind: str, name: bytes, value: str) -> bytes:
-    return f"# {json.dumps([kind, name.decode('utf-8', 'surrogateescape'), value])}\n".encode("ascii")
+def _tree_line(kind: str, name: bytes, value: str) -> bytes:
+    return f"{json.dumps([kind, name.decode('utf-8', 'surrogateescape'), value])}\n".encode("ascii")
 
 
 # -- judging -----------------------------------------------------------------
@@ -4562,8 +4579,8 @@ class CommandService(Service):
     def _perform(self, context: Context) -> str:
         call = Call(self.session, context, f"service {self.settings.name}", working_directory(context),
                     self.settings.timeout)
-        result = call.run(self.settings.command, {"DEPLOY_HOOK": f"service:{self.settings.name}"})
-        return f"{spell(result.argv)} exited with code 0"
+        call.run(self.settings.command, {"DEPLOY_HOOK": f"service:{self.settings.name}"})
+        return "its command exited with code 0"
 
 
 SERVICE_KINDS = {"unit": UnitService, "pidfile": PidfileService,
@@ -5253,7 +5270,7 @@ class Observer:
             request=request, root=os.path.realpath(settings.deploy.root), application=application_name(settings),
             deploy_id=self.deploy_id, now_seconds=time.time(), current=store.current() if store else Current(None),
             records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
-            in_use=names_in_use(f"{store.path}/releases") if store else set(), journal=journal, holder=lock_holder(store) if store and not locked else None,
+            in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
             artifact=None, refusal=None)
         if not request.artifact:
             return facts
@@ -5261,6 +5278,11 @@ class Observer:
             return facts._replace(artifact=self._observe_artifact(facts))
         except (ArtifactRefused, UsageError) as error:
             return facts._replace(refusal=error)
+
+    def _in_use(self, request: Request) -> Set[str]:
+        # Going through /proc costs more than all the rest; only what prunes needs it.
+        prunes = request.command in ("deploy", "activate", "prune")
+        return names_in_use(f"{self.store.path}/releases") if self.store and prunes else set()
 
     def _observe_artifact(self, facts: Facts) -> ArtifactFacts:
         settings, request = self.session.settings, facts.request
@@ -5325,20 +5347,20 @@ def application_name(settings: Settings) -> str:
 
 def check_release(session: Session, store: Store, release: str) -> "Differences":
     """Hash a release against its manifest; StateError when the manifest itself is missing or damaged."""
-    data = store.read_manifest(release)
+    manifest, tree = store.read_manifest(release)
     record = store.records()[0].get(release)
-    path = f"{store.path}/.deploy/manifests/{release}"
-    again = "stage the artifact again: deploy.py deploy --force ARTIFACT"
-    if data is None or record is None:
-        raise StateError(f"{release} cannot be verified: {path if data is None else 'its record'} is missing", again)
-    if hashlib.sha256(data).hexdigest() != record.tree.get("manifest_sha256"):
-        raise StateError(f"{release} cannot be verified: {path} was changed", again)
+    again = "stage the artifact again: deploy.py deploy ARTIFACT"
+    if record is None:
+        raise StateError(f"{release} cannot be verified: its record is missing", again)
+    for name, data in (("manifest", manifest), ("tree", tree)):
+        if hashlib.sha256(data).hexdigest() != record.tree.get(f"{name}_sha256"):
+            raise StateError(f"{release} cannot be verified: {store.path}/.deploy/{name}s/{release} was changed", again)
     progress = session.console.progress("verify", int(record.tree.get("bytes") or 0))
     try:
-        with session.interrupts.allowed(), store.directory("releases").child(release) as tree:
-            return compare_tree(tree, Manifest.from_bytes(data), progress.update)
+        with session.interrupts.allowed(), store.directory("releases").child(release) as directory:
+            return compare_tree(directory, Manifest.from_bytes(manifest, tree), progress.update)
     except ValueError as error:
-        raise StateError(f"{release} cannot be verified: {path}: {error}", again)
+        raise StateError(f"{release} cannot be verified: {error}", again)
     finally:
         progress.close()
 
@@ -6018,9 +6040,10 @@ class SealRelease(Step):
             with run.store.directory("releases").child(self.release) as tree:
                 run.manifest = scan_tree(tree, lambda done: None)
             sync_filesystem()
-        manifest = run.manifest.to_bytes()  # type: ignore
-        record = self._record(run, hashlib.sha256(manifest).hexdigest())
-        run.store.write_manifest(self.release, manifest)
+        manifest, tree = run.manifest.to_bytes(), run.manifest.tree_bytes()  # type: ignore
+        record = self._record(run, {"manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+                                    "tree_sha256": hashlib.sha256(tree).hexdigest()})
+        run.store.write_manifest(self.release, manifest, tree)
         run.store.write_record(record)
         run.facts.records[self.release] = record
         run.facts.on_disk.add(self.release)
@@ -6029,7 +6052,7 @@ class SealRelease(Step):
             run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
         return f"manifest {record.tree['manifest_sha256'][:12]}"
 
-    def _record(self, run: Run, manifest_sha256: str) -> Record:
+    def _record(self, run: Run, digests: Dict[str, str]) -> Record:
         found = run.facts.artifact
         if found is None:
             raise StepFailed("there is no artifact to record", "run the command again")
@@ -6040,7 +6063,7 @@ class SealRelease(Step):
             id=self.release, sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
             version=found.version, state=STATE_STAGED, pinned=False,
             artifact=run.session.console.secrets.mask_json(artifact),
-            tree=dict(run.manifest.counts(), manifest_sha256=manifest_sha256),  # type: ignore
+            tree=dict(run.manifest.counts(), **digests),  # type: ignore
             created_at=format_time(time.time()), activated_at=None, deactivated_at=None, previous=None,
             by=run.by, rollback={"release": None, "command": None}, failure=None, pruned_at=None)
 
@@ -6134,10 +6157,10 @@ class Probe(Step):
         finally:
             progress.close()
         if not found.ok:
-            raise StepFailed(f"probe {self.probe} failed after {count(found.tries, 'try', 'tries')} in "
-                             f"{format_seconds(found.seconds)}: {found.detail}",
-                             "look at the service's own log", found.evidence)
-        return f"{found.detail} ({count(found.tries, 'try', 'tries')})"
+            body = f"; the answer began: {found.evidence['body'][:120]!r}" if found.evidence["body"] else ""
+            raise StepFailed(f"probe {self.probe} failed after {count(found.tries, 'try', 'tries')}: "
+                             f"{found.detail}{body}", "look at the service's own log", found.evidence)
+        return found.detail
 
 
 class PruneRelease(Step):
@@ -6617,7 +6640,7 @@ class Executor:
     def roll_back(self, error: DeployError) -> None:
         """After the switch: make the old release live again; raises RolledBack or RollbackFailed."""
         plan, failure = self.plan, failure_of(error, self._failed_step())
-        self.console.painted("failed", f"{error.message}; going back to {plan.from_release or 'nothing live'}")
+        self.console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
         problems = []
         try:
             self._enter(PHASE_ROLLING_BACK, self.console.secrets.mask_json(failure))
@@ -7202,7 +7225,7 @@ def command_status(call: Invocation) -> None:
     with reading(call) as store:
         facts = Observer(call.session, store, call.deploy_id).observe(Request("status"), locked=False)
         last = next(iter(store.history(1)), None) if not facts.state_problems else None
-        manifest_there = facts.current.release is None or store.read_manifest(facts.current.release) is not None
+        manifest_there = facts.current.release is None or store.has_manifest(facts.current.release)
     current = facts.release(facts.current.release or "")
     previous = rollback_target(facts, facts.current.release)
     problems = state_problems(facts, manifest_there=manifest_there)
@@ -7354,7 +7377,8 @@ def command_pack(call: Invocation) -> None:
     if call.flags.release_version:
         check_version(call.flags.release_version)
         name += "-" + call.flags.release_version
-    target = os.path.abspath(call.flags.output or name + ".tar.gz")
+    shown = call.flags.output or name + ".tar.gz"
+    target = os.path.abspath(shown)
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory", "name the directory to pack: deploy.py pack DIRECTORY")
     call.outcome.extra["plan"] = [{"name": "pack", "description": f"pack {directory} into {target} and {target}.sha256"}]
@@ -7365,7 +7389,7 @@ def command_pack(call: Invocation) -> None:
         return
     sha256, size_bytes, files = pack(directory, target, call.flags.prefix or "")
     call.outcome.extra["artifact"] = {"path": portable(target), "sha256": sha256, "size": size_bytes, "files": files}
-    call.outcome.message = f"{portable(target)}: {count(files, 'file')}, {format_size(size_bytes)}"
+    call.outcome.message = f"{portable(shown)}: {count(files, 'file')}, {format_size(size_bytes)}"
     call.console.result(f"{call.outcome.message}\n  sha256     {sha256}")
 
 
@@ -7412,7 +7436,7 @@ FLAGS = (
     Flag(("-v", "--verbose"), "show every check and what each step looks at", (), "", {"action": "store_true"}),
     Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong", (), "", {"action": "store_true"}),
     Flag(("--no-color",), "no colour (NO_COLOR is honoured too)", (), "", {"action": "store_true"}),
-    Flag(("-y", "--yes"), "answer yes to every question", (), "", {"action": "store_true"}),
+    Flag(("-y", "--yes"), "answer yes to every question (none is asked so far)", (), "", {"action": "store_true"}),
     Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", {"action": "append", "dest": "assignments"}),
     Flag(("--detailed-exitcode",), "exit 10 when something changed", (), "", {"action": "store_true"}),
     Flag(("--debug",), "show tracebacks", (), "", {"action": "store_true"}),

@@ -1,12 +1,16 @@
 """The documents say what the code does: README, deploy.ini.example, Makefile, the program's own help."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
-from support import TESTS, TOP, load_deploy, run_deploy
+from support import DEPLOY, TESTS, TOP, load_deploy, run_deploy
+from tables import with_tables
 
 COMMANDS = ("deploy", "stage", "activate", "rollback", "preflight", "probe", "verify", "status", "releases", "history",
             "show", "prune", "pin", "unpin", "recover", "pack", "config")
@@ -61,6 +65,26 @@ def test_the_readme_and_the_help_know_every_command(command: str) -> None:
     assert re.search(rf"(?m)^\|[ `]*{command}\b|deploy\.py [^\n]*\b{command}\b", readme())
     assert command in run_deploy(command, "--help", json=False, check=0).stdout
     assert re.search(rf"(?m)^\s+{command}\b", run_deploy("--help", json=False, check=0).stdout)
+
+
+def test_the_readmes_tables_are_those_of_the_code() -> None:
+    assert readme() == with_tables(readme()), "make example writes them again"
+
+
+def test_the_first_steps_of_the_readme_run_word_for_word(tmp_path: Path) -> None:
+    section = readme().split("## From nothing to a first rollback")[1].split("\n## ")[0]
+    lines = [line[6:] for line in section.splitlines() if line.startswith("    $ ")]
+    assert len(lines) > 8
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    (binaries / "deploy.py").write_text(f"#!/bin/sh\nexec {sys.executable} {DEPLOY} \"$@\"\n")
+    (binaries / "deploy.py").chmod(0o755)
+    environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    for line in lines:
+        run = subprocess.run(["bash", "-c", line.replace("/srv/shop", str(tmp_path / "shop"))], cwd=str(tmp_path),
+                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert run.returncode == 0, f"$ {line}\n{run.stdout.decode()}"
+    assert (tmp_path / "shop" / "current" / "index.html").read_text() == "<h1>shop 1.4.1</h1>\n"
 
 
 def fenced_lines() -> List[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import signal
 import sys
 import threading
 import time
@@ -78,7 +79,8 @@ def test_a_hook_that_hangs_is_killed(place):
     with pytest.raises(deploy.StepFailed, match="timed out") as caught:
         run(place, "./hang", "hooks.timeout=1s")
     assert time.monotonic() - started < 10
-    assert caught.value.evidence["output"] == ["waiting"] and caught.value.evidence["timed_out"]
+    # A slow interpreter may not get as far as its first word.
+    assert caught.value.evidence["output"] in (["waiting"], []) and caught.value.evidence["timed_out"]
     assert "timeout" in caught.value.hint
 
 
@@ -90,7 +92,6 @@ def test_a_program_that_cannot_start_says_why(place, command):
 
 
 def test_a_signal_interrupts_a_hook(place):
-    import signal
     script(place, "hang", "import time; print('up', flush=True); time.sleep(60)")
     session = session_with("hooks.pre_stage=./hang")
     up = threading.Event()
@@ -109,12 +110,12 @@ def test_a_signal_interrupts_a_hook(place):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a hook as somebody else")
 def test_run_as_changes_the_user_and_its_home(place):
     nobody = pwd.getpwnam("nobody")
-    path = script(place, "show", "import os; print(os.getuid(), os.environ['HOME'])")
-    session = session_with("hooks.run_as=nobody")
-    assert deploy.child_environment(session, place, {})["HOME"] == nobody.pw_dir
-    session, results = run(place, f"{sys.executable if os.path.exists('/nonexistent') else '/usr/bin/id'} -u", "hooks.run_as=nobody") \
-        if os.path.exists("/usr/bin/id") else pytest.skip("no id")
-    assert path and results[0].tail == [str(nobody.pw_uid)] or results
+    if not os.access("/usr/bin/env", os.X_OK):
+        pytest.skip("env is not here")
+    session = session_with("hooks.pre_activate=/usr/bin/env\n/usr/bin/id -u", "hooks.run_as=nobody")
+    # Not in the release: pytest's own directories are closed to others.
+    environ, uid = deploy.run_hook(session, "pre_activate", place, directory="/")
+    assert f"HOME={nobody.pw_dir}" in environ.tail and uid.tail == [str(nobody.pw_uid)]
 
 
 def test_run_as_an_unknown_user_is_a_usage_error(place):

@@ -571,8 +571,7 @@ def test_an_encrypted_key_fails_and_asks_nobody(serve, certificates):
 
 
 def test_plain_http_where_tls_is_expected_and_the_reverse(serve, certificates):
-    assert "TLS" in ask("url", url_of(serve(http(400)), scheme="https"), "timeout=1s").detail \
-        or "TLS handshake" in ask("url", url_of(serve(http(400)), scheme="https"), "timeout=1s").detail
+    assert "in the TLS handshake" in ask("url", url_of(serve(http(400)), scheme="https"), "timeout=1s").detail
     assert not ask("url", url_of(serve(http(), tls=tls_context(certificates))), "timeout=1s").ok
 
 
@@ -651,6 +650,13 @@ def test_waits_grow_up_to_period_max_and_start_anew_after_a_success(serve):
 def test_a_deadline_shorter_than_the_period_still_gives_a_second_chance(serve, pattern):
     result = ask("url", url_of(serve(flapping(pattern))), "deadline=600ms", "period=10s", once=False)
     assert result.ok, result
+
+
+def test_jitter_spreads_the_waits(serve):
+    server = serve(flapping("-" * 30 + "+"))
+    assert ask("url", url_of(server), "period=40ms", "jitter=1", "backoff=1", "successes=1", once=False).ok
+    waits = [later - earlier for earlier, later in zip(server.times, server.times[1:])]
+    assert max(waits) - min(waits) > 0.02 and min(waits) > 0.015
 
 
 def test_initial_delay_comes_before_the_first_try(serve):
@@ -738,6 +744,25 @@ def test_tcp(serve):
     assert not ask("tcp", "unix:/" + "x" * 200).ok
 
 
+def test_tcp_never_raises_where_the_peer_resets_at_once():
+    import struct
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+
+        def reset():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = listener.accept()[0]
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.close()
+        threading.Thread(target=reset, daemon=True).start()
+        for _ in range(20):
+            result = ask("tcp", f"127.0.0.1:{listener.getsockname()[1]}")
+            assert result.ok or "reset by peer" in result.detail
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def script(tmp_path, text):
     path = tmp_path / "check"
     path.write_text(f"#!{sys.executable}\n{text}\n")
@@ -765,6 +790,16 @@ def test_command_that_does_not_exist():
     result = ask("command", "/nonexistent/check --now")
     assert not result.ok and "cannot start /nonexistent/check" in result.detail
     assert result.evidence["status"] == 127
+
+
+def test_a_command_and_its_children_end_with_the_try(tmp_path):
+    program = script(tmp_path, "import os, sys, time\n"
+                     "os.fork()\nopen('%s/pid%%d' %% os.getpid(), 'w').close()\ntime.sleep(60)" % tmp_path)
+    started = time.monotonic()
+    assert not ask("command", program, "timeout=1s").ok
+    assert time.monotonic() - started < 5
+    pids = [int(name[3:]) for name in os.listdir(str(tmp_path)) if name.startswith("pid")]
+    assert len(pids) == 2 and not any(deploy.process_is_alive(pid) and not deploy._is_zombie(pid) for pid in pids)
 
 
 def test_command_sees_the_release_and_is_run_there(tmp_path):

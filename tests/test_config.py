@@ -1,0 +1,573 @@
+"""Configuration: where each value comes from, and what is said about a wrong one."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import pytest
+
+from support import App, Result, file, free_port, make_artifact, needs, run_deploy
+
+
+def write(path: Path, text: str) -> Path:
+    """Write a configuration file, making its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def config_of(*args: Any, **options: Any) -> Dict[str, Dict[str, str]]:
+    """What `deploy.py config` shows: {"section.key": {"value", "origin"}}."""
+    found = run_deploy("config", *args, check=0, **options).data["config"]
+    assert found
+    return found
+
+
+def refused(text: str, tmp_path: Path, **options: Any) -> Result:
+    """Run with a configuration that must be refused; the error names the file."""
+    path = write(tmp_path / "wrong.ini", text)
+    result = run_deploy("config", config=path, check=2, **options)
+    assert str(path) in result.data["error"]["message"]
+    assert result.data["error"]["hint"]
+    assert result.stderr.startswith("deploy.py: error: ")
+    assert "Traceback" not in result.stderr
+    return result
+
+
+# -- precedence and origins --------------------------------------------------
+
+LAYERS = [
+    # id, in the first file, in the second file, environment, --set, flag, what wins, its origin
+    ("default", None, None, None, None, None, "0s", "default"),
+    ("file", "1s", None, None, None, None, "1s", "{first}"),
+    ("later-file", "1s", "2s", None, None, None, "2s", "{second}"),
+    ("environment-over-files", "1s", "2s", "3s", None, None, "3s", "environment DEPLOY_DEPLOY_LOCK_WAIT"),
+    ("set-over-environment", "1s", "2s", "3s", "4s", None, "4s", "command line (--set)"),
+    ("flag-over-environment", "1s", "2s", "3s", None, "5s", "5s", "command line"),
+    ("environment-over-default", None, None, "3s", None, None, "3s", "environment DEPLOY_DEPLOY_LOCK_WAIT"),
+    ("flag-over-file", "1s", None, None, None, "5s", "5s", "command line"),
+]
+
+
+@pytest.mark.parametrize("name,first,second,env,assigned,flag,value,origin", LAYERS, ids=[layer[0] for layer in LAYERS])
+def test_a_later_layer_wins_and_config_says_which(
+        name: str, first: Optional[str], second: Optional[str], env: Optional[str], assigned: Optional[str],
+        flag: Optional[str], value: str, origin: str, tmp_path: Path) -> None:
+    paths = {}
+    args = []  # type: List[Any]
+    for which, text in (("first", first), ("second", second)):
+        paths[which] = write(tmp_path / f"{which}.ini", f"[deploy]\nlock_wait = {text}\n" if text else "[deploy]\n")
+        args += ["-c", paths[which]]
+    args += ["--set", f"deploy.lock_wait={assigned}"] if assigned else []
+    args += ["--wait-lock", flag] if flag else []
+    found = config_of(*args, env={"DEPLOY_DEPLOY_LOCK_WAIT": env})["deploy.lock_wait"]
+    assert found == {"value": value, "origin": origin.format(**paths)}
+
+
+def test_files_are_merged_key_by_key(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.ini", "[deploy]\nkeep_releases = 3\nmin_free = 1M\n[env]\nA = 1\nB = 1\n")
+    second = write(tmp_path / "b.ini", "[deploy]\nkeep_releases = 4\n[env]\nB = 2\n")
+    found = config_of("-c", first, "-c", second)
+    assert found["deploy.keep_releases"] == {"value": "4", "origin": str(second)}
+    assert found["deploy.min_free"] == {"value": "1M", "origin": str(first)}
+    assert (found["env.A"]["value"], found["env.B"]["value"]) == ("1", "2")
+
+
+@pytest.mark.parametrize("argv", [
+    ["-c", "{a}", "config", "-c", "{b}"], ["config", "-c", "{a}", "-c", "{b}"], ["-c", "{a}", "-c", "{b}", "config"],
+    ["--config", "{a}", "config", "--config={b}"], ["--config={a}", "config", "-c", "{b}"], ["-c{a}", "config", "-c{b}"],
+], ids=lambda argv: " ".join(argv))
+def test_config_files_count_before_and_after_the_command(argv: List[str], tmp_path: Path) -> None:
+    paths = {"a": str(write(tmp_path / "a.ini", "[deploy]\nkeep_releases = 3\nmin_free = 1M\n")),
+             "b": str(write(tmp_path / "b.ini", "[deploy]\nkeep_releases = 4\n"))}
+    found = run_deploy(*[word.format(**paths) for word in argv], check=0).data["config"]
+    assert (found["deploy.keep_releases"]["value"], found["deploy.min_free"]["value"]) == ("4", "1M")
+
+
+def test_the_last_set_wins_wherever_it_stands() -> None:
+    found = run_deploy("--set", "deploy.keep_releases=7", "config", "--set", "deploy.keep_releases=8",
+                       "--set=deploy.min_free=1M", check=0).data["config"]
+    assert found["deploy.keep_releases"]["value"] == "8"
+    assert found["deploy.min_free"]["value"] == "1M"
+
+
+def test_a_winning_layer_hides_a_bad_value_below_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[deploy]\nkeep_releases = many\n")
+    run_deploy("config", config=path, check=2)
+    assert config_of("--set", "deploy.keep_releases=2", config=path)["deploy.keep_releases"]["value"] == "2"
+
+
+def test_what_config_shows_is_what_a_run_uses(app: App) -> None:
+    app.configure("keep_releases = 9")
+    for version in ("1.0", "1.1", "1.2"):
+        app.deploy(version)
+    shown = app.run("config", env={"DEPLOY_DEPLOY_KEEP_RELEASES": "1"}, check=0).data["config"]["deploy.keep_releases"]
+    assert shown["value"] == "1"
+    done = app.run("prune", env={"DEPLOY_DEPLOY_KEEP_RELEASES": "1"}, check=0).data
+    assert len(done["removed"]) == 1
+
+
+# -- discovery ---------------------------------------------------------------
+
+def test_deploy_config_is_found_before_a_file_in_the_working_directory(tmp_path: Path) -> None:
+    named = write(tmp_path / "named.ini", "[deploy]\nkeep_releases = 3\n")
+    write(tmp_path / "here" / "deploy.ini", "[deploy]\nkeep_releases = 4\n")
+    here = tmp_path / "here"
+    assert config_of(cwd=here, env={"DEPLOY_CONFIG": str(named)})["deploy.keep_releases"]["value"] == "3"
+    assert config_of(cwd=here)["deploy.keep_releases"]["value"] == "4"
+    assert config_of("-c", named, cwd=here)["deploy.keep_releases"]["value"] == "3"
+
+
+def test_a_named_file_switches_discovery_off(tmp_path: Path) -> None:
+    named = write(tmp_path / "named.ini", "[deploy]\nmin_free = 1M\n")
+    write(tmp_path / "deploy.ini", "[deploy]\nkeep_releases = 4\n")
+    found = config_of("-c", named, cwd=tmp_path, env={"DEPLOY_CONFIG": str(tmp_path / "missing.ini")})
+    assert found["deploy.keep_releases"]["origin"] == "default"
+
+
+def test_a_deploy_config_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.ini"
+    result = run_deploy("config", env={"DEPLOY_CONFIG": str(missing)}, check=2)
+    assert str(missing) in result.data["msg"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_etc_deploy_is_the_last_place_and_only_one_file_counts(tmp_path: Path) -> None:
+    unshare = needs("unshare")
+    import subprocess
+    from support import DEPLOY
+    etc, here = tmp_path / "etc", tmp_path / "here"
+    write(etc / "deploy.ini", "[deploy]\nkeep_releases = 7\n")
+    here.mkdir()
+    fresh = not os.path.isdir("/etc/deploy")
+    script = ('mount -t tmpfs none /mnt && mkdir -p /mnt/up /mnt/work /mnt/up/deploy && cp "$1/deploy.ini" /mnt/up/deploy/ && '
+              'mount -t overlay none -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc && cd "$2" && '
+              'exec "$3" "$4" --json config')
+
+    def keep() -> Tuple[str, str]:
+        done = subprocess.run([unshare, "-m", "sh", "-c", script, "sh", str(etc), str(here), sys.executable, str(DEPLOY)],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode:
+            pytest.skip("no overlay mount here: " + done.stderr.decode("utf-8", "replace").strip()[-120:])
+        found = json.loads(done.stdout.decode("ascii"))["config"]["deploy.keep_releases"]
+        return found["value"], found["origin"]
+
+    assert keep() == ("7", "/etc/deploy/deploy.ini")
+    write(here / "deploy.ini", "[deploy]\nmin_free = 1M\n")
+    assert keep() == ("5", "default")
+    assert fresh == (not os.path.isdir("/etc/deploy"))
+
+
+def test_no_configuration_at_all_is_fine() -> None:
+    found = config_of()
+    assert {row["origin"] for row in found.values()} == {"default"}
+    assert found["artifact.checksum"]["value"] == "required"
+
+
+# -- unknown names -----------------------------------------------------------
+
+UNKNOWN = [
+    ("key", "[deploy]\nkeep_release = 3\n", "'keep_release'", "keep_releases"),
+    ("section", "[artefact]\nchecksum = off\n", "[artefact]", "artifact"),
+    ("case-of-key", "[deploy]\nKeep_Releases = 3\n", "'Keep_Releases'", "keep_releases"),
+    ("case-of-section", "[Deploy]\nkeep_releases = 3\n", "[Deploy]", "deploy"),
+    ("key-of-a-named-section", "[probe:web]\nurl = http://x/\nexpect_status = 200\n", "'expect_status'", "status"),
+    ("named-section", "[probes:web]\nurl = http://x/\n", "[probes:web]", "probe"),
+    ("name-missing", "[probe]\nurl = http://x/\n", "[probe]", "probe:"),
+    ("empty-name", "[probe:]\nurl = http://x/\n", "[probe:]", "probe:"),
+    ("empty-section", "[hook]\n", "[hook]", "hooks"),
+    ("prefix-alone", "[probe:web]\nurl = http://x/\njson. = ok\n", "'json.'", "json"),
+    ("name-where-none-belongs", "[deploy:web]\nroot = x\n", "[deploy:web]", "deploy"),
+]
+
+
+@pytest.mark.parametrize("name,text,wrong,meant", UNKNOWN, ids=[row[0] for row in UNKNOWN])
+def test_an_unknown_name_is_refused_and_the_nearest_one_suggested(
+        name: str, text: str, wrong: str, meant: str, tmp_path: Path) -> None:
+    error = refused(text, tmp_path).data["error"]
+    assert wrong in error["message"]
+    assert re.search(rf"did you mean '{meant}", error["hint"]) or meant in error["hint"]
+
+
+def test_a_name_unlike_any_other_gets_the_whole_list(tmp_path: Path) -> None:
+    assert "keep_releases" in refused("[deploy]\nxyzzy = 3\n", tmp_path).data["error"]["hint"]
+    assert "artifact" in refused("[xyzzy]\na = 3\n", tmp_path).data["error"]["hint"]
+
+
+# -- bad values --------------------------------------------------------------
+
+BAD_VALUES = [
+    ("int", "deploy", "keep_releases", "many"), ("int-negative", "deploy", "keep_releases", "-1"),
+    ("int-fraction", "deploy", "keep_releases", "1.5"), ("int-empty", "deploy", "keep_releases", ""),
+    ("int-digits-of-another-script", "deploy", "keep_releases", "\u0663"),
+    ("bool", "deploy", "auto_rollback", "maybe"), ("bool-empty", "deploy", "durable", ""),
+    ("duration-no-unit", "deploy", "lock_wait", "30"), ("duration-unit", "deploy", "lock_wait", "3 d"),
+    ("duration-negative", "hooks", "timeout", "-3s"), ("duration-word", "hooks", "timeout", "forever"),
+    ("size-unit", "deploy", "min_free", "10X"), ("size-word", "limits", "max_file", "lots"),
+    ("size-fraction", "limits", "max_expanded", "1.5G"), ("choice", "artifact", "checksum", "sometimes"),
+    ("choice-empty", "artifact", "symlinks", ""), ("choice-case", "log", "format", "JSON"),
+    ("relative-absolute", "deploy", "shared_dirs", "/var/log"), ("relative-out", "deploy", "shared_files", "../x"),
+    ("relative-hidden-out", "deploy", "shared_dirs", "a/../../x"), ("relative-dot", "deploy", "shared_dirs", "."),
+    ("port-word", "preflight", "free_ports", "http"), ("port-big", "preflight", "free_ports", "70000"),
+    ("port-zero", "preflight", "free_ports", "0"), ("quotes", "hooks", "pre_stage", "echo 'open"),
+    ("empty-command", "hooks", "pre_stage", "''"),
+    ("float", "probe:web", "backoff", "fast"), ("status", "probe:web", "status", "ok"),
+    ("status-range", "probe:web", "status", "200-99"), ("status-backwards", "probe:web", "status", "299-200"),
+    ("regex", "probe:web", "body", "(open"), ("regex-negated", "probe:web", "body", "!(open"),
+    ("header-regex", "probe:web", "expect_header.X", "[z"), ("when", "probe:web", "when", "during"),
+    ("mode", "template:t", "mode", "0999"), ("mode-letters", "template:t", "mode", "rw-r--r--"),
+    ("source-absolute", "template:t", "source", "/etc/passwd"), ("target-out", "template:t", "target", "../../x"),
+    ("action", "service:web", "action", "bounce"), ("service-command", "service:web", "command", "sh -c 'x"),
+]
+NEEDED = {"probe:web": {"url": "http://127.0.0.1/"}, "template:t": {"source": "a", "target": "b"},
+          "service:web": {"command": "true"}}  # type: Dict[str, Dict[str, str]]
+
+
+@pytest.mark.parametrize("name,section,key,value", BAD_VALUES, ids=[row[0] for row in BAD_VALUES])
+def test_a_bad_value_is_named_with_file_section_and_key(
+        name: str, section: str, key: str, value: str, tmp_path: Path) -> None:
+    keys = dict(NEEDED.get(section, {}), **{key: value})
+    text = f"[{section}]\n" + "".join(f"{one} = {other}\n" for one, other in keys.items())
+    message = refused(text, tmp_path).data["error"]["message"]
+    assert f"[{section}]" in message and key in message
+
+
+@pytest.mark.parametrize("how,options,origin", [
+    ("set", {"args": ["--set", "deploy.min_free=x"]}, "--set"),
+    ("flag", {"args": ["--wait-lock", "soon"]}, "command line"),
+    ("environment", {"env": {"DEPLOY_DEPLOY_MIN_FREE": "x"}}, "DEPLOY_DEPLOY_MIN_FREE"),
+    ("log-format", {"args": ["--log-format", "xml"]}, "command line"),
+], ids=["set", "flag", "environment", "log-format"])
+def test_a_bad_value_from_elsewhere_is_named_with_its_origin(how: str, options: Dict[str, Any], origin: str) -> None:
+    result = run_deploy("config", *options.get("args", []), env=options.get("env"), check=2)
+    assert origin in result.data["error"]["message"]
+    assert result.data["error"]["hint"]
+
+
+GROUPS = [
+    ("probe-none", "[probe:web]\ntimeout = 3s\n", "[probe:web]"),
+    ("probe-two", "[probe:web]\nurl = http://x/\ntcp = x:1\n", "[probe:web]"),
+    ("service-none", "[service:web]\naction = restart\n", "[service:web]"),
+    ("service-two", "[service:web]\nunit = a.service\ncommand = true\n", "[service:web]"),
+    ("template-no-source", "[template:t]\ntarget = a\n", "source"),
+    ("template-no-target", "[template:t]\nsource = a\n", "target"),
+]
+
+
+@pytest.mark.parametrize("name,text,wanted", GROUPS, ids=[row[0] for row in GROUPS])
+def test_exactly_one_of_a_group_must_be_given(name: str, text: str, wanted: str, tmp_path: Path) -> None:
+    assert wanted in refused(text, tmp_path).data["error"]["message"]
+
+
+# -- the file itself ---------------------------------------------------------
+
+FILES = [
+    ("default-section", "[DEFAULT]\nroot = /srv/x\n", "DEFAULT"),
+    ("duplicate-key", "[deploy]\nroot = a\nroot = b\n", "root"),
+    ("duplicate-section", "[deploy]\nroot = a\n[deploy]\nmin_free = 1M\n", "deploy"),
+    ("no-section", "root = /srv/x\n", "section"),
+    ("no-equals", "[deploy]\nroot\n", "line"),
+    ("colon", "[deploy]\nroot: /srv/x\n", "line"),
+]
+
+
+@pytest.mark.parametrize("name,text,wanted", FILES, ids=[row[0] for row in FILES])
+def test_a_file_that_is_not_understood_is_refused(name: str, text: str, wanted: str, tmp_path: Path) -> None:
+    assert wanted in refused(text, tmp_path).data["error"]["message"]
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.ini"
+    path.write_bytes(b"[deploy]\napplication = caf\xe9\n")
+    error = run_deploy("config", config=path, check=2).data["error"]
+    assert str(path) in error["message"] and "UTF-8" in error["message"]
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "windows.ini"
+    path.write_bytes(b"\xef\xbb\xbf[deploy]\r\nkeep_releases = 3\r\n")
+    assert config_of(config=path)["deploy.keep_releases"]["value"] == "3"
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    error = run_deploy("config", config=tmp_path / "none.ini", check=2).data["error"]
+    assert str(tmp_path / "none.ini") in error["message"] and "ENOENT" in error["message"]
+
+
+def test_a_directory_or_a_fifo_in_place_of_a_file_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    assert str(tmp_path) in run_deploy("config", config=tmp_path, check=2).data["error"]["message"]
+    os.mkfifo(str(tmp_path / "fifo"))
+    assert "fifo" in run_deploy("config", config=tmp_path / "fifo", check=2, timeout=20).data["error"]["message"]
+
+
+def test_an_enormous_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "huge.ini"
+    path.write_text("[deploy]\n" + "# padding\n" * 200000)
+    assert str(path) in run_deploy("config", config=path, check=2).data["error"]["message"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving up root needs root")
+def test_a_file_without_permission_is_an_error_that_says_so(tmp_path: Path) -> None:
+    import subprocess
+    from support import DEPLOY
+    path = write(tmp_path / "secret.ini", "[deploy]\n")
+    path.chmod(0o600)
+    os.chmod(str(tmp_path), 0o755)
+    done = subprocess.run([needs("setpriv"), "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-"],
+                          input=DEPLOY.read_bytes().replace(b'sys.argv[1:] if argv is None', b'%r if argv is None' % [
+                              "--json", "-c", str(path), "config"], 1),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/")
+    if b"can't open file" in done.stderr or b"cannot execute" in done.stderr:
+        pytest.skip("uid 65534 cannot run Python here")
+    data = json.loads(done.stdout.decode("ascii"))
+    assert data["exit_code"] == 2 and "secret.ini" in data["error"]["message"]
+
+
+# -- paths -------------------------------------------------------------------
+
+def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = write(tmp_path / "etc" / "my.ini", "[deploy]\nroot = ../srv\n[log]\nfile = run.log\n")
+    artifact = make_artifact(tmp_path / "in", "1.0")
+    (tmp_path / "elsewhere").mkdir()
+    result = run_deploy("deploy", artifact, config=config, cwd=tmp_path / "elsewhere", check=0)
+    assert result.data["root"] == str(tmp_path / "srv")
+    assert (tmp_path / "srv" / "current" / "VERSION").read_text() == "1.0\n"
+    assert (tmp_path / "etc" / "run.log").exists()
+    assert os.listdir(str(tmp_path / "elsewhere")) == []
+
+
+def test_a_relative_file_name_does_not_change_what_its_paths_mean(tmp_path: Path) -> None:
+    write(tmp_path / "etc" / "my.ini", "[deploy]\nroot = ../srv\n")
+    result = run_deploy("status", "-c", "etc/my.ini", cwd=tmp_path, check=2)
+    assert result.data["root"] == str(tmp_path / "srv")
+
+
+def test_each_files_paths_are_relative_to_that_file(tmp_path: Path) -> None:
+    first = write(tmp_path / "a" / "x.ini", "[deploy]\nroot = srv\n")
+    second = write(tmp_path / "b" / "y.ini", "[preflight]\nrequire_files =\n    one\n    two\n")
+    (tmp_path / "b" / "one").write_text("1")
+    (tmp_path / "b" / "two").write_text("2")
+    result = run_deploy("preflight", "-c", first, "-c", second, check=0)
+    assert result.data["root"] == str(tmp_path / "a" / "srv")
+
+
+def test_relative_paths_on_the_command_line_and_in_the_environment_are_relative_to_the_working_directory(
+        tmp_path: Path) -> None:
+    config = write(tmp_path / "etc" / "my.ini", "[deploy]\nroot = srv\n")
+    here = tmp_path / "here"
+    here.mkdir()
+    for args, env in ((["--root", "r"], {}), (["--set", "deploy.root=r"], {}), ([], {"DEPLOY_DEPLOY_ROOT": "r"})):
+        assert run_deploy("status", "-c", config, *args, cwd=here, env=env, check=2).data["root"] == str(here / "r")
+
+
+# -- --set -------------------------------------------------------------------
+
+def test_set_reaches_named_sections_and_dotted_keys(tmp_path: Path) -> None:
+    found = config_of("--set", "probe:web.url=http://127.0.0.1:1/a=b", "--set", "probe:web.json.data.status=ok",
+                      "--set", "probe:web.header.X-One.Two=1.5", "--set", "env.A=x=y", "--set", "vars.a.b=c d ")
+    assert found["probe:web.url"]["value"] == "http://127.0.0.1:1/a=b"
+    assert found["probe:web.json.data.status"]["value"] == "ok"
+    assert found["probe:web.header.X-One.Two"]["value"] == "1.5"
+    assert found["env.A"]["value"] == "x=y"
+    assert found["vars.a.b"]["value"] == "c d"
+
+
+@pytest.mark.parametrize("text", ["deploy", "deploy.root", "=x", "root=x", "", ".=x"])
+def test_a_malformed_set_is_refused_with_an_example(text: str) -> None:
+    error = run_deploy("config", "--set", text, check=2).data["error"]
+    assert error["hint"]
+
+
+@pytest.mark.parametrize("text,meant", [("deploy.keep_release=3", "keep_releases"), ("artefact.checksum=off", "artifact"),
+                                        ("probe:web.utl=x", "url")])
+def test_an_unknown_name_in_set_is_refused_and_the_nearest_one_suggested(text: str, meant: str) -> None:
+    error = run_deploy("config", "--set", text, check=2).data["error"]
+    assert "--set" in error["message"] and meant in error["hint"]
+
+
+# -- the environment ---------------------------------------------------------
+
+def test_the_environment_reaches_declared_named_sections_and_chosen_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[probe:web-1]\nurl = http://127.0.0.1:1/\n")
+    found = config_of(config=path, env={"DEPLOY_PROBE_WEB_1_TIMEOUT": "9s", "DEPLOY_ENV_MyName": "a",
+                                        "DEPLOY_VARS_Other": "b", "DEPLOY_LIMITS_MAX_FILES": "12"})
+    assert found["probe:web-1.timeout"] == {"value": "9s", "origin": "environment DEPLOY_PROBE_WEB_1_TIMEOUT"}
+    assert (found["env.MyName"]["value"], found["vars.Other"]["value"]) == ("a", "b")
+    assert found["limits.max_files"]["value"] == "12"
+
+
+def test_variables_that_hooks_are_given_are_no_options(app: App) -> None:
+    # A hook that calls deploy.py again passes these on.
+    env = {name: "x" for name in ("DEPLOY_ROOT", "DEPLOY_APPLICATION", "DEPLOY_RELEASE", "DEPLOY_ID", "DEPLOY_HOOK")}
+    found = app.run("config", env=env, check=0).data
+    assert found["root"] == str(app.root) and found["application"] == "myapp"
+
+
+# -- texts -------------------------------------------------------------------
+
+def test_the_case_of_keys_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[env]\nPath_To = 1\nPATH_TO = 2\npath_to = 3\n")
+    found = config_of(config=path)
+    assert [found[f"env.{key}"]["value"] for key in ("Path_To", "PATH_TO", "path_to")] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("value", ["100%", "%(root)s", "${HOME}", "$HOME", "${deploy:root}", "a # b", "a ; b", "a = b : c",
+                                   "'quoted'", "C:\\x"])
+def test_a_value_is_taken_as_it_stands(value: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", f"[vars]\nX = {value}\n")
+    assert config_of(config=path)["vars.X"]["value"] == value
+
+
+def test_a_value_reaches_a_hook_as_it_stands(app: App) -> None:
+    app.configure("[env]\nODD = 100% ${HOME} $HOME `id` caf\u00e9\nMixedCase = yes\n[hooks]\n"
+                  f"pre_activate = {sys.executable} -c \"import os; open('{app.directory}/out', 'wb').write("
+                  "os.environb[b'ODD'] + b'|' + os.environb[b'MixedCase'])\"")
+    app.deploy("1.0")
+    assert (app.directory / "out").read_bytes().decode("utf-8") == "100% ${HOME} $HOME `id` caf\u00e9|yes"
+
+
+def test_lists_take_one_item_a_line(app: App) -> None:
+    (app.root / "shared").mkdir()
+    (app.root / "shared" / "a b.txt").write_text("shared")
+    app.configure("shared_dirs =\n    logs\n    # a comment\n    var/my data\nshared_files = a b.txt")
+    app.deploy("1.0")
+    assert os.readlink(str(app.root / "current" / "logs")) == "../../shared/logs"
+    assert os.path.isdir(str(app.root / "current" / "var" / "my data"))
+    assert (app.root / "current" / "a b.txt").read_text() == "shared"
+
+
+DURATIONS = [("500ms", True), ("3s", True), ("2m", True), ("1h", True), ("1.5s", True), ("0s", True), ("3", False),
+             ("3S", False), ("s", False), ("1e3s", False), ("3 s", False), ("1h30m", False), ("\u00b2s", False)]
+
+
+@pytest.mark.parametrize("text,fine", DURATIONS, ids=[row[0] for row in DURATIONS])
+def test_durations(text: str, fine: bool) -> None:
+    run_deploy("config", "--wait-lock", text, check=0 if fine else 2)
+
+
+SIZES = [("0", True), ("123", True), ("64k", True), ("64K", True), ("10M", True), ("2G", True), ("1T", True),
+         ("10MB", False), ("1.5G", False), ("-1", False), ("10 M", False), ("", False)]
+
+
+@pytest.mark.parametrize("text,fine", SIZES, ids=[row[0] or "empty" for row in SIZES])
+def test_sizes(text: str, fine: bool) -> None:
+    run_deploy("config", "--set", f"limits.max_artifact={text}", check=0 if fine else 2)
+
+
+@pytest.mark.parametrize("option,beyond,within,exit_code", [
+    ("max_artifact", "10", "1k", 4), ("max_files", "3", "100", 4), ("max_file", "64", "4k", 4),
+    ("max_expanded", "1k", "1M", 4), ("max_ratio", "2", "100000", 4),
+])
+def test_sizes_and_numbers_mean_what_they_say(option: str, beyond: str, within: str, exit_code: int, app: App) -> None:
+    artifact = app.artifact("1.0", {"big.txt": "0" * 2048})
+    result = app.run("stage", artifact, "--set", f"limits.{option}={beyond}", check=exit_code)
+    assert option in result.data["error"]["message"]
+    app.run("stage", artifact, "--set", f"limits.{option}={within}", check=0)
+    app.run("stage", artifact, "--set", f"limits.{option}=0", "--release-version", "2", check=0)
+
+
+@pytest.mark.parametrize("text,value", [("yes", True), ("no", False), ("True", True), ("off", False), ("1", True), ("0", False)])
+def test_booleans(text: str, value: bool, app: App) -> None:
+    artifact = app.artifact("1.0")
+    plan = app.run("stage", "-n", artifact, "--set", f"deploy.durable={text}", check=0).data["plan"]
+    assert any("sync to disk" in step["description"] for step in plan) is value
+
+
+# -- options that are seen in what a run does --------------------------------
+
+def test_match_says_where_the_version_stands(app: App) -> None:
+    app.configure("[artifact]\nmatch = myapp-@v.tar.gz")
+    assert app.deploy("2026.1-beta").data["artifact"]["version"] == "2026.1-beta"
+    other = make_artifact(app.directory / "in", "3.0", name="other")
+    assert "match" in app.run("deploy", other, check=4).data["error"]["message"]
+
+
+def test_strip_components_drops_leading_directories(app: App) -> None:
+    app.configure("[artifact]\nstrip_components = 1")
+    app.deploy("1.0", {"top/inner.txt": "x", "data": file("x")})
+    assert (app.root / "current" / "inner.txt").read_text() == "x"
+
+
+def test_symlinks_can_be_refused(app: App) -> None:
+    app.configure("[artifact]\nsymlinks = refuse")
+    assert "data" in app.deploy("1.0", check=4).data["error"]["message"]
+
+
+def test_checksum_off_and_if_present_do_without_a_digest(app: App) -> None:
+    artifact = app.artifact("1.0")
+    artifact.with_name(artifact.name + ".sha256").unlink()
+    app.run("stage", artifact, check=4)
+    app.run("stage", artifact, "--set", "artifact.checksum=if-present", "--release-version", "1", check=0)
+    artifact.with_name(artifact.name + ".sha256").write_text("0" * 64 + "  " + artifact.name + "\n")
+    app.run("stage", artifact, "--set", "artifact.checksum=if-present", "--release-version", "2", check=4)
+    app.run("stage", artifact, "--set", "artifact.checksum=off", "--release-version", "3", check=0)
+
+
+def test_a_template_is_rendered_with_vars_environment_and_deploy_variables(app: App) -> None:
+    app.configure("[vars]\nport = 8080\nname.with.dots = d\n[template:conf]\nsource = conf.in\ntarget = etc/app.conf\nmode = 0640")
+    app.deploy("1.0", {"conf.in": "${port} ${name.with.dots} ${FROM_ENV} ${DEPLOY_VERSION} $${kept} $x"}, check=3)
+    app.run("deploy", app.directory / "artifacts" / "myapp-1.0.tar.gz", env={"FROM_ENV": "env"}, check=0)
+    target = app.root / "current" / "etc" / "app.conf"
+    assert target.read_text() == "8080 d env 1.0 ${kept} $x"
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_without_auto_rollback_a_failed_release_stays_live(app: App) -> None:
+    app.deploy("1.0")
+    app.configure("auto_rollback = no\n[hooks]\npost_activate = false")
+    result = app.deploy("1.1", check=6)
+    assert app.version == "1.1" and "rollback" in result.data["error"]["hint"]
+
+
+def test_a_configured_port_application_and_log_are_used(app: App) -> None:
+    app.configure(f"[preflight]\nfree_ports = 127.0.0.1:{free_port()}\n[log]\nfile = deploy.log\nformat = json")
+    result = app.deploy("1.0")
+    assert result.data["application"] == "myapp"
+    lines = [json.loads(line) for line in (app.directory / "deploy.log").read_text().splitlines()]
+    assert lines and all({"time", "level", "message"} <= set(line) for line in lines)
+
+
+# -- secrets -----------------------------------------------------------------
+
+SECRETS = [("env", "DB_PASSWORD"), ("env", "API_TOKEN"), ("vars", "secret"), ("vars", "SENTRY_DSN"), ("env", "AWS_SECRET_ACCESS_KEY")]
+
+
+@pytest.mark.parametrize("section,key", SECRETS, ids=[f"{section}.{key}" for section, key in SECRETS])
+@pytest.mark.parametrize("value", ["swordfish-1", "abc"], ids=["long", "short"])
+def test_config_masks_secrets(section: str, key: str, value: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", f"[{section}]\n{key} = {value}\nPLAIN = shown-value\n")
+    for options in ({}, {"json": False}):
+        result = run_deploy("config", config=path, check=0, **options)
+        assert value not in result.stdout + result.stderr
+        assert "shown-value" in result.stdout and key in result.stdout and "[masked]" in result.stdout
+
+
+def test_config_masks_what_a_url_and_a_header_carry(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[probe:web]\nurl = http://me:swordfish@127.0.0.1/x?key=swordfish\n"
+                                     "header.Authorization = Bearer swordfish\nheader.Accept = text/html\n")
+    shown = run_deploy("config", config=path, check=0, json=False).stdout
+    assert "swordfish" not in shown and "127.0.0.1/x" in shown and "text/html" in shown
+
+
+def test_a_secret_in_the_environment_is_masked_wherever_it_turns_up(app: App) -> None:
+    app.configure("[vars]\nURL = http://127.0.0.1/hunter22/x")
+    shown = app.run("config", env={"MY_TOKEN": "hunter22"}, check=0)
+    assert "hunter22" not in shown.stdout + shown.stderr
+
+
+# -- what it prints ----------------------------------------------------------
+
+def test_config_shows_section_key_value_and_origin_as_a_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[deploy]\nkeep_releases = 3\n")
+    lines = run_deploy("config", config=path, json=False, check=0).stdout.splitlines()
+    assert lines[0].split() == ["SECTION", "KEY", "VALUE", "FROM"]
+    assert ["deploy", "keep_releases", "3", str(path)] in [line.split() for line in lines]
+
+
+def test_an_example_written_to_a_file_is_accepted(tmp_path: Path) -> None:
+    text = run_deploy("config", "--example", json=False, check=0).stdout
+    path = write(tmp_path / "example.ini", text)
+    assert config_of(config=path).keys() == config_of().keys()
