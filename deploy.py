@@ -3560,16 +3560,15 @@ def decode_zip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[byte
     What the pass meets must be what the central directory said beforehand:
     local headers, sizes, checksums, no overlap and nothing in between.
     """
-    index, stream = zip_index(artifact), Stream(blocks)
+    index, stream, before = zip_index(artifact), Stream(blocks), None
     for entry in index.entries():
-        if entry.offset != stream.offset:
-            raise refuse(entry.name, "its data overlap another entry's, or hide something before them")
+        check_gap(before, entry.offset, stream)
         check_local_header(entry, stream)
         yield from unpack_entry(entry, stream)
-        if entry.flags & _DESCRIBED_LATER:
-            skip_descriptor(entry, stream)
-    if stream.offset != index.start or stream.take(len(index.central)) != index.central:
-        raise damaged("its central directory is not what it was, or not where it should be")
+        before = entry
+    check_gap(before, index.start, stream)
+    if stream.take(len(index.central)) != index.central:
+        raise damaged("its central directory is not what it was")
 
 
 def check_local_header(entry: ZipEntry, stream: Stream) -> None:
@@ -3619,17 +3618,20 @@ def inflate(pieces: Iterator[memoryview], name: bytes) -> Iterator[bytes]:
         raise refuse(name, "its compressed data do not end where they should", "copy the archive again")
 
 
-def skip_descriptor(entry: ZipEntry, stream: Stream) -> None:
-    """Pass over a data descriptor (APPNOTE 4.3.9), with or without signature, 32 or 64 bits; it must agree."""
-    start = stream.take(4)
-    crc = stream.take(4) if start == _DESCRIPTOR else start
-    sizes = stream.take(8)
-    if sizes[4:] == bytes(4) and entry.packed_bytes and entry.size_bytes:
-        sizes += stream.take(8)
-    half = len(sizes) // 2
-    found = tuple(int.from_bytes(field, "little") for field in (crc, sizes[:half], sizes[half:]))
-    if found != (entry.crc, entry.packed_bytes, entry.size_bytes):
-        raise refuse(entry.name, "its data descriptor and the central directory disagree")
+def check_gap(entry: Optional[ZipEntry], end: int, stream: Stream) -> None:
+    """Pass from an entry's data to what follows; only its data descriptor (APPNOTE 4.3.9) may lie between.
+
+    That comes with or without signature, with sizes of 32 or 64 bits, and must agree.
+    """
+    import struct
+    allowed = {b""}
+    if entry and entry.flags & _DESCRIBED_LATER:
+        values = entry.crc, entry.packed_bytes, entry.size_bytes
+        forms = ["<IQQ"] if max(values) > 0xffffffff else ["<IQQ", "<III"]
+        allowed = {mark + struct.pack(form, *values) for form in forms for mark in (b"", _DESCRIPTOR)}
+    gap_bytes = end - stream.offset
+    if not 0 <= gap_bytes <= 24 or stream.take(gap_bytes) not in allowed:
+        raise refuse(entry.name if entry else b"", "its data overlap another entry's, or something is hidden around them")
 
 
 def read_zip(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, Iterator[memoryview]]]:
@@ -3881,8 +3883,7 @@ class Writer:
         try:
             for piece in pieces:
                 hasher.update(piece)
-                if os.write(descriptor, piece) != len(piece):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(name))
+                write_all(descriptor, piece)
         finally:
             os.close(descriptor)
         return hasher.digest()

@@ -1,0 +1,938 @@
+"""The artifact: digests, versions, manifests, judging, unpacking, comparing and packing."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+import zlib
+
+import pytest
+
+from support import load_deploy, needs
+
+deploy = load_deploy()
+
+
+# -- making archives -----------------------------------------------------------
+
+def header(name, size=0, flag=b"0", target=b"", mode=0o644, **fields):
+    """One ustar header; `fields` override raw bytes: size_field, magic, prefix, checksum, mode_field."""
+    block = struct.pack("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x", name[:100], fields.get("mode_field", b"%07o" % mode),
+                        b"0000000", b"0000000", fields.get("size_field", b"%011o" % size), b"0" * 11, b" " * 8, flag, target[:100],
+                        fields.get("magic", b"ustar\x0000"), b"", b"", b"", b"", fields.get("prefix", b""))
+    return block[:148] + fields.get("checksum", b"%06o\0 " % sum(block)) + block[156:]
+
+
+def entry(name, data=b"", flag=b"0", target=b"", mode=0o644, **fields):
+    return header(name, len(data), flag, target, mode, **fields) + data + bytes(-len(data) % 512)
+
+
+def pax(records, flag=b"x"):
+    body = b"".join(deploy.pax_record(key, value) for key, value in records)
+    return entry(b"pax", body, flag)
+
+
+def tar(*entries, end=1024):
+    return b"".join(entries) + bytes(end)
+
+
+def folder(name, mode=0o755):
+    return entry(name, flag=b"5", mode=mode)
+
+
+def link(name, target):
+    return entry(name, flag=b"2", target=target, mode=0o777)
+
+
+def make_zip(*entries):
+    """Entries are (name, data) or (ZipInfo, data)."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def zip_info(name, mode, system=3):
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr, info.compress_type = system, mode << 16, zipfile.ZIP_DEFLATED
+    return info
+
+
+def settings(**values):
+    return deploy.Settings({tuple(key.split("__")): deploy.Given(str(value), "test", "/") for key, value in values.items()}, [])
+
+
+class Bench:
+    """A directory to unpack into and to keep artifacts in."""
+
+    def __init__(self, path):
+        self.path, self.number = str(path), 0
+
+    def artifact(self, data, name="app-1.0.tar"):
+        path = os.path.join(self.path, name)
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return path
+
+    def unpack(self, source, expected="", **values):
+        path = self.artifact(source) if isinstance(source, bytes) else source
+        self.number += 1
+        self.release = os.path.join(self.path, f"release{self.number}")
+        os.mkdir(self.release, 0o700)
+        with deploy.OpenArtifact.open(path) as artifact, deploy.Directory.open(self.release) as destination:
+            return deploy.unpack(artifact, destination, settings(**values), lambda done: None, expected)
+
+    def read(self, name):
+        with open(os.path.join(self.release, name), "rb") as stream:
+            return stream.read()
+
+    def mode(self, name):
+        return stat.S_IMODE(os.lstat(os.path.join(self.release, name)).st_mode)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    yield Bench(tmp_path)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "artifact"] == []
+
+
+PLAIN = tar(folder(b"bin/"), entry(b"bin/run", b"#!/bin/sh\n", mode=0o755), entry(b"README", b"hello\n" * 1000), link(b"go", b"bin/run"))
+
+
+# -- formats -------------------------------------------------------------------
+
+def zstd(data):
+    if not shutil.which("zstd"):
+        pytest.skip("zstd is not installed")
+    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+FORMATS = {
+    "tar": lambda data: data, "tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress, "tar.zst": zstd,
+}
+HALF = len(PLAIN) // 2
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_told_by_content_and_unpacks(bench, kind):
+    data = FORMATS[kind](PLAIN)
+    path = bench.artifact(data, "misnamed.bin")
+    with deploy.OpenArtifact.open(path) as artifact:
+        assert artifact.format == kind
+    unpacked = bench.unpack(path)
+    assert unpacked.sha256 == hashlib.sha256(data).hexdigest()
+    assert bench.read("README") == b"hello\n" * 1000 and os.readlink(bench.release + "/go") == "bin/run"
+    assert bench.mode("bin/run") == 0o755 and bench.mode("README") == 0o644
+    assert unpacked.counts == {"files": 2, "directories": 1, "symlinks": 1, "bytes": 6010}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "tar"])
+def test_streams_one_after_another_are_one_archive(bench, kind):
+    data = FORMATS[kind](PLAIN[:HALF]) + FORMATS[kind](PLAIN[HALF:])
+    assert bench.unpack(data).sha256 == hashlib.sha256(data).hexdigest()
+    assert bench.read("README") == b"hello\n" * 1000
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_truncated_archive_is_refused(bench, kind, keep):
+    data = FORMATS[kind](tar(entry(b"a", os.urandom(20000)), entry(b"b", os.urandom(20000)), end=0))
+    with pytest.raises(deploy.ArtifactRefused):
+        bench.unpack(data[:int(len(data) * keep)])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "tar"])
+def test_flipped_bits_are_refused(bench, kind):
+    data = bytearray(FORMATS[kind](tar(entry(b"a", os.urandom(5000)))))
+    data[len(data) // 2] ^= 0xff
+    with pytest.raises(deploy.ArtifactRefused):
+        bench.unpack(bytes(data))
+
+
+def test_what_trails_is_hashed(bench):
+    data = PLAIN + bytes(9000) + b"trailing"
+    assert bench.unpack(data).sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_large_file_crosses_many_blocks(bench):
+    content = os.urandom(3 << 20) + b"tail"
+    bench.unpack(gzip.compress(tar(entry(b"before", b"1"), entry(b"large", content), entry(b"after", b"2")), 1))
+    assert bench.read("large") == content and bench.read("after") == b"2"
+
+
+def test_xz_with_a_huge_dictionary_is_refused(bench):
+    data = bytearray(lzma.compress(PLAIN, check=lzma.CHECK_NONE))
+    # The dictionary size stands in the block header's filter properties.
+    at = data.index(b"\x21\x01") + 2
+    data[at] = 40
+    size = (data[12] + 1) * 4
+    data[12 + size - 4:12 + size] = struct.pack("<I", zlib.crc32(bytes(data[12:12 + size - 4])))
+    with pytest.raises(deploy.ArtifactRefused, match="(?i)memory"):
+        bench.unpack(bytes(data))
+
+
+@pytest.mark.parametrize("data,why", [
+    (b"", "is empty"), (b"hello, world", "68656c6c6f2c2077"), (bytes(2048), "unknown format"), (b"MZ" + bytes(600), "unknown format"),
+], ids=["empty", "text", "zeros", "exe"])
+def test_an_unknown_format_is_refused_with_its_first_bytes(bench, data, why):
+    with pytest.raises(deploy.ArtifactRefused, match=why) as refusal:
+        deploy.OpenArtifact.open(bench.artifact(data))
+    assert refusal.value.hint
+
+
+def test_missing_and_special_files_are_refused(bench):
+    with pytest.raises(deploy.ArtifactRefused, match="does not exist"):
+        deploy.OpenArtifact.open(bench.path + "/nothing")
+    os.mkfifo(bench.path + "/fifo")
+    with pytest.raises(deploy.ArtifactRefused, match="neither"):
+        deploy.OpenArtifact.open(bench.path + "/fifo")
+
+
+def test_a_symlink_to_an_artifact_is_resolved_once(bench):
+    path = bench.artifact(PLAIN)
+    os.symlink("app-1.0.tar", bench.path + "/latest")
+    with deploy.OpenArtifact.open(bench.path + "/latest") as artifact:
+        assert (artifact.path, artifact.name) == (path, "app-1.0.tar")
+        assert artifact.identity()["size"] == len(PLAIN)
+
+
+# -- tar -----------------------------------------------------------------------
+
+LONG = b"/".join([b"d" * 60] * 4) + b"/file"
+GOOD = {
+    "dot-slash": (tar(folder(b"./", 0o700), folder(b"./a/"), entry(b"./a/b", b"x")), {"a/b": b"x"}),
+    "git-archive": (tar(pax([(b"comment", b"0" * 40)], b"g"), entry(b"a", b"x")), {"a": b"x"}),
+    "pax-path": (tar(pax([(b"path", LONG), (b"mtime", b"1.5")]), entry(b"short", b"x")), {LONG.decode(): b"x"}),
+    "gnu-long": (tar(entry(b"././@LongLink", LONG + b"\0", b"L"), entry(b"short", b"x", magic=b"ustar  \0")), {LONG.decode(): b"x"}),
+    "prefix": (tar(entry(b"file", b"x", prefix=b"very/long")), {"very/long/file": b"x"}),
+    "v7": (tar(entry(b"a", b"x", b"\0", magic=b"\0" * 8)), {"a": b"x"}),
+    "v7-directory": (tar(entry(b"d/", b"", b"\0"), entry(b"d/a", b"x")), {"d/a": b"x"}),
+    "hard-link": (tar(entry(b"a", b"x"), entry(b"d/b", b"", b"1", b"a")), {"a": b"x", "d/b": b"x"}),
+    "utf-8": (tar(entry("é/ü".encode(), b"x")), {"é/ü": b"x"}),
+    "latin-1": (tar(entry(b"\xe9", b"x")), {os.fsdecode(b"\xe9"): b"x"}),
+    "base-256": (tar(entry(b"a", b"x", size_field=b"\x80" + bytes(10) + b"\x01")), {"a": b"x"}),
+    "directory-twice": (tar(folder(b"d/"), entry(b"d/a", b"x"), folder(b"d/")), {"d/a": b"x"}),
+    "one-zero-block": (tar(entry(b"a", b"x"), end=512), {"a": b"x"}),
+    "empty-file": (tar(entry(b"a", b"")), {"a": b""}),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_ordinary_tars_pass(bench, case):
+    data, files = GOOD[case]
+    unpacked = bench.unpack(data)
+    assert {os.fsdecode(name) for name in unpacked.manifest.files} == set(files)
+    for name, content in files.items():
+        assert bench.read(name) == content
+
+
+def sparse_pax():
+    return pax([(b"GNU.sparse.major", b"1")])
+
+
+HOSTILE = {
+    "absolute": ([entry(b"/etc/passwd", b"x")], "absolute"),
+    "climbs": ([entry(b"a/../../b", b"x")], "climbs"),
+    "dot-dot": ([entry(b"..", b"x")], "climbs"),
+    "dot-inside": ([entry(b"a/./b", b"x")], "empty or '.'"),
+    "empty-component": ([entry(b"a//b", b"x")], "empty or '.'"),
+    "empty-name": ([entry(b"", b"x")], "empty"),
+    "empty-directory-name": ([folder(b"")], "empty"),
+    "root-directory": ([folder(b"/")], "absolute"),
+    "newline": ([entry(b"a\nb", b"x")], "control"),
+    "escape": ([entry(b"a\x1b[2Jb", b"x")], "control"),
+    "nul": ([pax([(b"path", b"a\0b")]), entry(b"a", b"x")], "control"),
+    "backslash": ([entry(b"a\\b", b"x")], "backslash"),
+    "long-component": ([pax([(b"path", b"n" * 256)]), entry(b"a", b"x")], "255"),
+    "long-path": ([pax([(b"path", b"/".join([b"n" * 200] * 6))]), entry(b"a", b"x")], "1024"),
+    "deep": ([pax([(b"path", b"/".join([b"n"] * 65))]), entry(b"a", b"x")], "64"),
+    "twice": ([entry(b"a", b"x"), entry(b"a", b"y")], "twice"),
+    "twice-dotted": ([entry(b"a", b"x"), entry(b"./a", b"y")], "twice"),
+    "file-over-directory": ([entry(b"a/b", b"x"), entry(b"a", b"y")], "directory already"),
+    "directory-over-file": ([entry(b"a", b"x"), folder(b"a/")], "file already"),
+    "below-file": ([entry(b"a", b"x"), entry(b"a/b", b"y")], "below"),
+    "below-symlink": ([link(b"a", b"b"), entry(b"a/c", b"y")], "below"),
+    "symlink-over-directory": ([entry(b"a/b", b"x"), link(b"a", b"c")], "twice"),
+    "symlink-absolute": ([link(b"a", b"/etc")], "absolute"),
+    "symlink-leaves": ([link(b"d/a", b"../../x")], "leaves"),
+    "symlink-leaves-by-symlink": ([folder(b"d/e/"), link(b"d/e/up", b".."), link(b"x", b"d/e/up/../../y")], "leaves"),
+    "symlink-through-file": ([entry(b"f", b"x"), link(b"a", b"f/../b")], "climbs"),
+    "symlink-through-nothing": ([link(b"a", b"nothing/../b")], "climbs"),
+    "symlink-circle": ([link(b"a", b"b"), link(b"b", b"a")], "circle"),
+    "symlink-empty": ([link(b"a", b"")], "empty"),
+    "symlink-control": ([link(b"a", b"b\x07")], "control"),
+    "hard-link-outside": ([entry(b"a", b"", b"1", b"/etc/shadow")], "absolute"),
+    "hard-link-later": ([entry(b"a", b"", b"1", b"b"), entry(b"b", b"x")], "no earlier file"),
+    "hard-link-to-symlink": ([link(b"b", b"c"), entry(b"a", b"", b"1", b"b")], "no earlier file"),
+    "hard-link-to-itself": ([entry(b"a", b"", b"1", b"a")], "no earlier file"),
+    "hard-link-with-data": ([entry(b"b", b"x"), entry(b"a", b"y", b"1", b"b")], "has data"),
+    "device": ([entry(b"a", b"", b"3")], "character device"),
+    "block-device": ([entry(b"a", b"", b"4")], "block device"),
+    "fifo": ([entry(b"a", b"", b"6")], "FIFO"),
+    "sparse": ([entry(b"a", b"", b"S")], "sparse"),
+    "sparse-pax": ([sparse_pax(), entry(b"a", b"x")], "sparse"),
+    "unknown-type": ([entry(b"a", b"", b"Q")], "unknown type"),
+    "symlink-with-data": ([entry(b"a", b"x", b"2", b"b")], "has data"),
+    "negative-size": ([header(b"a", size_field=b"\xff" * 12)], "negative"),
+    "signed-size": ([header(b"a", size_field=b"-0000000001\0")], "negative"),
+    "underscored-size": ([header(b"a", size_field=b"0_0000000001")], "unreadable"),
+    "absurd-size": ([header(b"a", size_field=b"\x80" + b"\x7f" * 11)], "absurd"),
+    "huge-pax": ([header(b"p", size_field=b"\x80" + bytes(6) + b"\2" + bytes(4), flag=b"x")], "too large"),
+    "many-pax": ([pax([(b"comment", b"x")])] * 40 + [entry(b"a", b"x")], "too many"),
+    "pax-size": ([pax([(b"size", b"5")]), entry(b"a", b"x")], "ustar header"),
+    "pax-size-negative": ([pax([(b"size", b"-5")]), entry(b"a", b"x")], "unreadable"),
+    "pax-malformed": ([entry(b"p", b"99 path=x\n", b"x"), entry(b"a", b"x")], "malformed"),
+    "pax-short": ([entry(b"p", b"5 path=x\n", b"x"), entry(b"a", b"x")], "malformed"),
+    "pax-path-twice": ([pax([(b"path", b"a"), (b"path", b"b")]), entry(b"c", b"x")], "twice"),
+    "pax-and-gnu": ([pax([(b"path", b"a")]), entry(b"L", b"b\0", b"L"), entry(b"c", b"x")], "twice"),
+    "pax-global-path": ([pax([(b"path", b"a")], b"g"), entry(b"c", b"x")], "global"),
+    "checksum": ([entry(b"a", b"x"), header(b"b", checksum=b"000001\0 ")], "checksum"),
+    "directory-modes": ([folder(b"d/", 0o700), folder(b"d/", 0o755)], "different modes"),
+    "nothing": ([folder(b"./")], "holds nothing"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_members_are_refused(bench, case):
+    entries, why = HOSTILE[case]
+    first = [] if case == "nothing" else [entry(b"innocent", b"fine")]
+    started = time.monotonic()
+    with pytest.raises(deploy.ArtifactRefused, match=why) as refusal:
+        bench.unpack(tar(*(first + entries)))
+    assert refusal.value.hint and time.monotonic() - started < 5
+    assert not os.path.exists(os.path.dirname(bench.path) + "/b")
+
+
+def test_an_archive_without_its_end_is_refused(bench):
+    with pytest.raises(deploy.ArtifactRefused, match="end-of-archive"):
+        bench.unpack(tar(entry(b"a", b"x"), end=0))
+
+
+def test_members_hidden_after_a_lone_zero_block_are_refused(bench):
+    with pytest.raises(deploy.ArtifactRefused, match="single end-of-archive"):
+        bench.unpack(tar(entry(b"a", b"x"), bytes(512), entry(b"b", b"x")))
+
+
+def test_the_refusal_names_the_member(bench):
+    with pytest.raises(deploy.ArtifactRefused) as refusal:
+        bench.unpack(tar(entry(b"sub/../../evil", b"x")))
+    assert "'sub/../../evil'" in refusal.value.message and refusal.value.exit_code == 4
+
+
+@pytest.mark.parametrize("values,why", [
+    (dict(limits__max_files=3), "max_files"), (dict(limits__max_file=999), "max_file"),
+    (dict(limits__max_expanded=3000), "max_expanded"), (dict(limits__max_artifact=100), "max_artifact"),
+])
+def test_limits_are_kept(bench, values, why):
+    with pytest.raises(deploy.ArtifactRefused, match=why):
+        bench.unpack(gzip.compress(tar(*[entry(b"f%d" % number, b"x" * 1000) for number in range(5)])), **values)
+
+
+def test_implied_directories_count_against_the_limit(bench):
+    with pytest.raises(deploy.ArtifactRefused, match="max_files"):
+        bench.unpack(tar(entry(b"/".join([b"d"] * 40), b"x")), limits__max_files=20)
+
+
+def test_hard_links_count_as_the_copies_they_become(bench):
+    links = [entry(b"l%d" % number, b"", b"1", b"a") for number in range(100)]
+    with pytest.raises(deploy.ArtifactRefused, match="max_expanded"):
+        bench.unpack(tar(entry(b"a", bytes(1 << 20)), *links), limits__max_expanded="8M")
+
+
+def test_a_bomb_is_refused_by_its_ratio(bench):
+    with pytest.raises(deploy.ArtifactRefused, match="max_ratio"):
+        bench.unpack(gzip.compress(tar(entry(b"a", bytes(30 << 20)))))
+    assert bench.unpack(gzip.compress(tar(entry(b"a", bytes(30 << 20)))), limits__max_ratio=0).counts["files"] == 1
+
+
+def test_many_tiny_streams_are_refused_in_time(bench):
+    started = time.monotonic()
+    with pytest.raises(deploy.ArtifactRefused):
+        bench.unpack(gzip.compress(b"") * 300000)
+    assert time.monotonic() - started < 10
+
+
+def test_modes_are_kept_but_for_the_dangerous_bits(bench):
+    unpacked = bench.unpack(tar(folder(b"d/", 0o7777), entry(b"d/s", b"x", mode=0o6777), folder(b"ro/", 0o555),
+                                entry(b"ro/f", b"x", mode=0o444), folder(b"closed/", 0), entry(b"closed/f", b"x", mode=0)))
+    assert [bench.mode(name) for name in ("d", "d/s", "ro", "ro/f", "closed", "closed/f")] == [
+        0o755, 0o755, 0o555, 0o444, 0o500, 0o400]
+    assert unpacked.manifest.file(b"ro/f")[1] == 0o444 and unpacked.manifest.directories[b"ro"] == 0o555
+
+
+def test_modes_do_not_depend_on_the_umask(bench):
+    before = os.umask(0o077)
+    try:
+        bench.unpack(PLAIN)
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    assert bench.mode("README") == 0o644 and bench.mode("bin") == 0o755
+
+
+def test_hard_links_become_independent_copies(bench):
+    bench.unpack(tar(entry(b"a", b"x" * 2000000, mode=0o755), entry(b"b", b"", b"1", b"./a")))
+    assert bench.read("b") == b"x" * 2000000 and os.lstat(bench.release + "/a").st_nlink == 1 and bench.mode("b") == 0o755
+
+
+@pytest.mark.parametrize("entries", [
+    [link(b"a", b"b"), entry(b"b", b"x")], [folder(b"d/"), link(b"d/up", b"..")], [link(b"log", b"missing/later")],
+    [entry(b"d/e/f", b"x"), link(b"s", b"d/e"), link(b"t", b"s/../e/f")],
+], ids=["forward", "to-top", "dangling", "through"])
+def test_symlinks_that_stay_inside_pass_unless_refused_by_setting(bench, entries):
+    assert bench.unpack(tar(*entries)).counts["symlinks"]
+    with pytest.raises(deploy.ArtifactRefused, match="symlinks = refuse"):
+        bench.unpack(tar(*entries), artifact__symlinks="refuse")
+
+
+def test_strip_components(bench):
+    data = tar(folder(b"./pkg/"), entry(b"./pkg/a", b"x"), link(b"pkg/l", b"a"), entry(b"pkg/h", b"", b"1", b"./pkg/a"))
+    assert bench.unpack(data).notes == ["everything lies under 'pkg/': strip_components = 1 would drop it"]
+    unpacked = bench.unpack(data, artifact__strip_components=1)
+    assert sorted(os.listdir(bench.release)) == ["a", "h", "l"] and unpacked.notes == []
+    with pytest.raises(deploy.ArtifactRefused, match="no name"):
+        bench.unpack(data, artifact__strip_components=2)
+    with pytest.raises(deploy.ArtifactRefused, match="climbs"):
+        bench.unpack(tar(entry(b"../a", b"x")), artifact__strip_components=1)
+
+
+def test_names_that_collide_elsewhere_are_noted(bench):
+    unpacked = bench.unpack(tar(entry(b"readme", b"x"), entry(b"README", b"x"), entry("e\u0301".encode(), b"x"),
+                                entry("\u00e9".encode(), b"x"), entry(b"Single", b"x")))
+    assert len(unpacked.notes) == 2 and "README" in unpacked.notes[0]
+
+
+def test_a_wrong_digest_is_refused_and_says_both(bench):
+    for data in (PLAIN, gzip.compress(PLAIN)[:-9]):
+        with pytest.raises(deploy.ArtifactRefused, match="checksum mismatch") as refusal:
+            bench.unpack(data, "a" * 64)
+        assert hashlib.sha256(data).hexdigest() in refusal.value.message and "a" * 64 in refusal.value.message
+    bench.unpack(PLAIN, hashlib.sha256(PLAIN).hexdigest().upper())
+
+
+def test_a_full_disk_is_not_swallowed(bench, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+    real = os.write
+    monkeypatch.setattr(deploy.os, "write", full)
+    try:
+        os.mkdir(bench.path + "/r")
+        with deploy.Directory.open(bench.path + "/r") as place, deploy.OpenArtifact.open(bench.artifact(PLAIN)) as artifact:
+            with pytest.raises(OSError) as failure:
+                deploy.unpack(artifact, place, settings(), lambda done: None)
+    finally:
+        monkeypatch.setattr(deploy.os, "write", real)
+    assert failure.value.errno == 28
+
+
+def test_stopping_early_leaves_no_thread_and_no_child(bench):
+    data = zstd(tar(entry(b"a/../b", b"x"), *[entry(b"f%d" % n, os.urandom(1 << 20)) for n in range(30)]))
+    with pytest.raises(deploy.ArtifactRefused):
+        bench.unpack(data)
+    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "comm="], stdout=subprocess.PIPE).stdout
+    assert b"zstd" not in children
+
+
+def test_memory_stays_flat(bench):
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import deploy\n"
+              "d = deploy.Directory.open(sys.argv[3]); a = deploy.OpenArtifact.open(sys.argv[2])\n"
+              "u = deploy.unpack(a, d, deploy.Settings({}, []), lambda n: None)\n"
+              "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
+    path = bench.path + "/many.tar"
+    with open(path, "wb") as stream:
+        for number in range(50000):
+            stream.write(entry(b"node_modules/some-package-%d/lib/internal/file%d.js" % (number // 50, number), b"x"))
+        stream.write(bytes(1024))
+    os.mkdir(bench.path + "/r")
+    done = subprocess.run([sys.executable, "-c", script, os.path.dirname(deploy.__file__), path, bench.path + "/r"],
+                          stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 64 << 10
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_bytes_never_raise_anything_but_a_refusal(bench, seed):
+    import random
+    chance = random.Random(seed)
+    kind = chance.choice(["tar", "tar", "zip", "zip", "tar.gz", "tar.xz", "tar.bz2"])
+    data = bytearray(make_zip(("a/b", b"x" * 999), ("c", b"y")) if kind == "zip" else FORMATS[kind](
+        tar(pax([(b"path", b"p/q")]), entry(b"a", b"x" * 700), link(b"l", b"a"))))
+    for _ in range(chance.randrange(1, 9)):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    try:
+        with deploy.OpenArtifact.open(bench.artifact(bytes(data))) as artifact:
+            deploy.expected_cost(artifact)
+        bench.unpack(bytes(data))
+    except deploy.ArtifactRefused as refusal:
+        assert refusal.message
+
+
+# -- zip -----------------------------------------------------------------------
+
+def test_zip_keeps_executables_symlinks_and_names(bench):
+    data = make_zip(("plain", b"x" * 100000), (zip_info("bin/run", 0o100755), b"#!"), (zip_info("l", 0o120777), b"bin/run"),
+                    (zip_info("d/", 0o40755), b""), ("é", b"u"), (zip_info("w", 0, 0), b"w"))
+    unpacked = bench.unpack(data)
+    assert unpacked.sha256 == hashlib.sha256(data).hexdigest()
+    assert bench.mode("bin/run") == 0o755 and os.readlink(bench.release + "/l") == "bin/run" and os.path.isdir(bench.release + "/d")
+    assert bench.read("é") == b"u" and bench.read("plain") == b"x" * 100000 and bench.mode("w") == 0o644
+
+
+class Unseekable(io.RawIOBase):
+    """Makes zipfile write data descriptors."""
+
+    def __init__(self):
+        self.data = bytearray()
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.data += data
+        return len(data)
+
+
+def streamed_zip(force64):
+    target = Unseekable()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in (("a", b"x" * 5000), ("empty", b""), ("b", b"y")):
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=force64) as member:
+                member.write(data)
+    return bytes(target.data)
+
+
+@pytest.mark.parametrize("force64", [False, True])
+def test_streamed_zips_with_data_descriptors_pass(bench, force64):
+    bench.unpack(streamed_zip(force64))
+    assert bench.read("a") == b"x" * 5000 and bench.read("b") == b"y" and bench.read("empty") == b""
+
+
+def test_zip_written_by_infozip_passes(bench):
+    if not shutil.which("zip"):
+        pytest.skip("zip is not installed")
+    os.makedirs(bench.path + "/t/d")
+    with open(bench.path + "/t/d/a", "wb") as stream:
+        stream.write(b"x" * 999)
+    subprocess.run(["zip", "-qry", "../z.zip", "."], cwd=bench.path + "/t", check=True)
+    bench.unpack(bench.path + "/z.zip")
+    assert bench.read("d/a") == b"x" * 999
+
+
+def test_zip64_end_records_are_read(bench):
+    data = make_zip(*[("f%05d" % number, b"") for number in range(66000)])
+    assert bench.unpack(data).counts["files"] == 66000
+
+
+def patched(data, at, new):
+    return data[:at] + new + data[at + len(new):]
+
+
+def central(data):
+    return data.index(b"PK\1\2")
+
+
+def overlapping():
+    data = make_zip(("a", b"x" * 50), ("b", b"y" * 50))
+    second = data.index(b"PK\1\2", central(data) + 4)
+    return patched(data, second + 42, bytes(4))
+
+
+def with_gap():
+    data = make_zip(("a", b"x"))
+    at = central(data)
+    data = data[:at] + b"hidden" + data[at:]
+    end = data.index(b"PK\5\6")
+    return patched(data, end + 16, struct.pack("<I", at + 6))
+
+
+ZIP = make_zip(("a", b"x" * 50))
+HOSTILE_ZIPS = {
+    "climbs": (make_zip(("../evil", b"x")), "climbs"),
+    "absolute": (make_zip(("/evil", b"x")), "absolute"),
+    "backslash": (patched(patched(make_zip(("a/b", b"x")), 31, b"\\"), central(make_zip(("a/b", b"x"))) + 47, b"\\"), "backslash"),
+    "symlink-out": (make_zip((zip_info("l", 0o120777), b"../../x")), "leaves"),
+    "device": (make_zip((zip_info("d", 0o20644), b"")), "special file"),
+    "name-differs": (patched(ZIP, 30, b"b"), "disagree"),
+    "size-differs": (patched(ZIP, 22, b"\x09"), "disagree"),
+    "crc": (patched(patched(ZIP, 14, b"\0\0\0\0"), central(ZIP) + 16, b"\0\0\0\0"), "checksum"),
+    "size-lies": (patched(patched(ZIP, 22, b"\x09"), central(ZIP) + 24, b"\x09"), "size or checksum"),
+    "encrypted": (patched(patched(ZIP, 6, b"\1"), central(ZIP) + 8, b"\1"), "encrypted"),
+    "method": (patched(patched(ZIP, 8, b"\x0c"), central(ZIP) + 10, b"\x0c"), "bzip2"),
+    "overlap": (overlapping(), "overlap|local header"),
+    "gap": (with_gap(), "hidden"),
+    "multi-disk": (patched(ZIP, ZIP.index(b"PK\5\6") + 4, b"\1\0"), "disks"),
+    "count": (patched(ZIP, ZIP.index(b"PK\5\6") + 8, b"\2\0\2\0"), "entries|too large"),
+    "cut": (ZIP[:-30], "missing"),
+    "two-ends": (make_zip(("a", b"x"))[:-2] + struct.pack("<H", 22) + b"PK\5\6" + bytes(18), "ambiguous"),
+    "prefixed": (b"PK\3\4" + ZIP, "where it should be"),
+    "empty": (make_zip(), "holds nothing"),
+    "directory-with-data": (make_zip((zip_info("d/", 0o40755), b"data")), "has data"),
+    "file-that-says-directory": (make_zip((zip_info("d", 0o40755), b"")), "disagree"),
+    "twice": (patched(patched(make_zip(("a", b"x"), ("b", b"x")), make_zip(("a", b"x"), ("b", b"x")).index(b"PK\3\4", 4) + 30, b"a"),
+                      make_zip(("a", b"x"), ("b", b"x")).rindex(b"PK\1\2") + 46, b"a"), "twice"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_ZIPS)
+def test_hostile_zips_are_refused(bench, case):
+    data, why = HOSTILE_ZIPS[case]
+    with pytest.raises(deploy.ArtifactRefused, match=why):
+        bench.unpack(data)
+
+
+# -- directories ---------------------------------------------------------------
+
+@pytest.fixture
+def tree(bench):
+    root = bench.path + "/myapp-1.2"
+    os.makedirs(root + "/bin")
+    for name, data, mode in (("bin/run", b"#!", 0o775), ("data", b"x" * 700000, 0o664)):
+        with open(os.path.join(root, name), "wb") as stream:
+            stream.write(data)
+        os.chmod(os.path.join(root, name), mode)
+    os.symlink("bin/run", root + "/go")
+    return root
+
+
+def test_a_directory_is_copied_and_has_a_tree_digest(bench, tree):
+    unpacked = bench.unpack(tree)
+    assert bench.mode("bin/run") == 0o755 and bench.mode("data") == 0o644 and os.readlink(bench.release + "/go") == "bin/run"
+    with deploy.OpenArtifact.open(tree + "/") as artifact:
+        assert deploy.hash_artifact(artifact, lambda done: None) == unpacked.sha256 == unpacked.manifest.sha256
+        assert deploy.expected_cost(artifact) == (700002, 4, True)
+    with deploy.Directory.open(bench.release) as release:
+        assert deploy.scan_tree(release, lambda done: None).sha256 == unpacked.sha256
+
+
+def test_the_tree_digest_does_not_depend_on_stripping(bench):
+    os.makedirs(bench.path + "/t/pkg")
+    with open(bench.path + "/t/pkg/a", "w") as stream:
+        stream.write("x")
+    stripped = bench.unpack(bench.path + "/t", artifact__strip_components=1)
+    assert os.listdir(bench.release) == ["a"] and stripped.sha256 == bench.unpack(bench.path + "/t").sha256
+
+
+def test_sockets_and_fifos_in_a_directory_are_refused(bench, tree):
+    os.mkfifo(tree + "/pipe")
+    with pytest.raises(deploy.ArtifactRefused, match="FIFO"):
+        bench.unpack(tree)
+    os.unlink(tree + "/pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = os.getcwd()
+        os.chdir(tree)
+        try:
+            listener.bind("sock")
+        finally:
+            os.chdir(before)
+        with pytest.raises(deploy.ArtifactRefused, match="socket"):
+            bench.unpack(tree)
+
+
+def test_a_directory_that_holds_the_release_is_refused(bench, tree):
+    with pytest.raises(deploy.ArtifactRefused, match="inside the artifact"):
+        bench.unpack(bench.path)
+
+
+def test_a_file_that_changes_while_it_is_copied_is_refused(bench, tree):
+    def grow(done):
+        with open(tree + "/data", "ab") as stream:
+            stream.write(b"more")
+
+    with deploy.OpenArtifact.open(tree) as artifact:
+        source = deploy.TreeSource(artifact, lambda done: None)
+        with pytest.raises(deploy.ArtifactRefused, match="changed"):
+            for member, pieces in source.members():
+                for _ in pieces:
+                    grow(0)
+
+
+# -- digests -------------------------------------------------------------------
+
+HEX, OTHER = "a1" * 32, "b2" * 32
+SIDECARS = {
+    "text": f"{HEX}  app.tar\n", "binary": f"{HEX} *app.tar\n", "bsd": f"SHA256 (app.tar) = {HEX}\n", "openssl": f"SHA2-256(app.tar)= {HEX}\n",
+    "crlf": f"{HEX}  app.tar\r\n", "upper": f"{HEX.upper()}  app.tar\n", "comment": f"# made by CI\n\n{HEX}  app.tar\n",
+    "bare": f"{HEX}\n", "directory": f"{HEX}  dist/app.tar\n", "dot": f"{HEX}  ./app.tar\n", "same-twice": f"{HEX}  app.tar\n" * 2,
+    "others": f"{OTHER}  other.tar\n{HEX}  app.tar\n", "exact-first": f"{OTHER}  arm/app.tar\n{HEX}  app.tar\n", "no-newline": f"{HEX}  app.tar",
+}
+
+
+def digest_for(bench, policy="required", given="", name="app.tar", **files):
+    path = bench.artifact(PLAIN, name)
+    for suffix, text in files.items():
+        target = bench.path + "/SHA256SUMS" if suffix == "sums" else path + ".sha256"
+        with open(target, "wb") as stream:
+            stream.write(text.encode() if isinstance(text, str) else text)
+    with deploy.OpenArtifact.open(path) as artifact:
+        return deploy.find_digest(artifact, given, policy)
+
+
+@pytest.mark.parametrize("case", SIDECARS)
+def test_every_form_of_sidecar_is_read(bench, case):
+    assert digest_for(bench, own=SIDECARS[case]) == deploy.Digest(HEX, "app.tar.sha256")
+
+
+@pytest.mark.parametrize("case", [case for case in SIDECARS if case != "bare"])
+def test_every_form_is_read_in_sha256sums(bench, case):
+    assert digest_for(bench, sums=SIDECARS[case]) == deploy.Digest(HEX, "SHA256SUMS")
+
+
+@pytest.mark.parametrize("name", ["with\\backslash", "with\nnewline", "with space", "*star"])
+def test_real_sha256sum_writes_what_we_read(bench, name):
+    path = bench.artifact(PLAIN, name)
+    for flags in ([], ["--tag"], ["-b"]):
+        made = subprocess.run(["sha256sum"] + flags + [name], cwd=bench.path, stdout=subprocess.PIPE, check=True).stdout
+        assert digest_for(bench, name=name, own=made).sha256 == hashlib.sha256(PLAIN).hexdigest(), path
+
+
+@pytest.mark.parametrize("text,why", [
+    (f"{OTHER}  other.tar\n", "no entry"), (f"{HEX}  app.tar\n{OTHER}  app.tar\n", "ambiguous"), ("garbage\n", "no digest"), ("", "no digest"),
+    (f"{HEX}\n{OTHER}\n", "ambiguous"), (f"{HEX}  a/app.tar\n{OTHER}  b/app.tar\n", "ambiguous"), ("#" * (2 << 20), "EFBIG"),
+], ids=["other-name", "ambiguous", "garbage", "empty", "two-bare", "two-directories", "too-large"])
+@pytest.mark.parametrize("policy", ["required", "if-present"])
+def test_a_sidecar_that_does_not_help_is_refused(bench, text, why, policy):
+    with pytest.raises(deploy.ArtifactRefused, match=why) as refusal:
+        digest_for(bench, policy, own=text)
+    assert refusal.value.hint
+
+
+def test_policies(bench):
+    with pytest.raises(deploy.ArtifactRefused) as refusal:
+        digest_for(bench)
+    assert f"cd {bench.path} && sha256sum app.tar > app.tar.sha256" in refusal.value.hint
+    assert digest_for(bench, "if-present") is None
+    assert digest_for(bench, "if-present", sums=f"{OTHER}  other\n") is None
+    with pytest.raises(deploy.ArtifactRefused):
+        digest_for(bench, "required", sums=f"{OTHER}  other\n")
+    assert digest_for(bench, "off", own="garbage") is None
+    assert digest_for(bench, "off", HEX.upper(), own="garbage") == deploy.Digest(HEX, "--sha256")
+    with pytest.raises(deploy.UsageError):
+        digest_for(bench, given="xyz")
+
+
+def test_a_directory_needs_no_digest_but_honours_one(bench, tree):
+    with deploy.OpenArtifact.open(tree) as artifact:
+        assert deploy.find_digest(artifact, "", "required") is None
+        with open(tree + ".sha256", "w") as stream:
+            stream.write(HEX)
+        assert deploy.find_digest(artifact, "", "required").sha256 == HEX
+
+
+def test_the_sidecar_itself_may_be_no_fifo(bench):
+    os.mkfifo(bench.path + "/app.tar.sha256")
+    with pytest.raises(deploy.ArtifactRefused, match="not a regular file"):
+        digest_for(bench)
+
+
+# -- versions ------------------------------------------------------------------
+
+@pytest.mark.parametrize("name,pattern,version", [
+    ("myapp-1.4.2.tar.gz", "", "1.4.2"), ("myapp_1.4.2", "", "1.4.2"), ("requests-2.31.0-py3-none-any.whl", "", "2.31.0"),
+    ("foo-1.0.0-rc.1.tgz", "", "1.0.0-rc.1"), ("v1.2.3.tar.gz", "", "1.2.3"), ("1.2.3.zip", "", "1.2.3"), ("app.tar.gz", "", "f" * 12),
+    ("node-v20.1.0-linux-x64.tar.xz", "", "20.1.0"), ("tool_1.4.2_linux_amd64.tar.gz", "", "1.4.2"), ("hello_2.10.orig.tar.gz", "", "2.10"),
+    ("app-20240131.tar.zst", "", "20240131"), ("app-2024-01-31.tar.bz2", "", "2024-01-31"), ("app-main-3f2a1b9.tar.gz", "", "f" * 12),
+    ("python3-app-2.0.tar", "", "2.0"), ("app2.tar", "", "f" * 12), ("app-1.0 beta.tar", "", "f" * 12), ("app-1.0+git~1.tar", "", "1.0+git~1"),
+    ("myapp_7.tar.gz", "myapp_@v.tar.gz", "7"), ("myapp_1.0-rc.tar.gz", "myapp_@v.tar.gz", "1.0-rc"),
+])
+def test_the_version_is_what_an_operator_expects(name, pattern, version):
+    assert deploy.find_version(name, pattern, "f" * 64) == version
+
+
+def test_a_name_that_does_not_fit_the_pattern_is_refused():
+    for name in ("other.tar.gz", "myapp_.tar.gz", "myapp_a b.tar.gz"):
+        with pytest.raises(deploy.ArtifactRefused):
+            deploy.find_version(name, "myapp_@v.tar.gz", "f" * 64)
+    with pytest.raises(deploy.UsageError):
+        deploy.find_version("a", "no mark", "f" * 64)
+
+
+@pytest.mark.parametrize("text", ["", ".1", "-1", "1/2", "a b", "1\n", "x" * 101, "é"])
+def test_a_bad_version_is_a_usage_error(text):
+    with pytest.raises(deploy.UsageError):
+        deploy.check_version(text)
+    assert deploy.check_version("1.0+a~b_c-d") == "1.0+a~b_c-d"
+
+
+# -- the manifest --------------------------------------------------------------
+
+@pytest.fixture
+def odd_release(bench):
+    root = bench.path + "/odd"
+    os.makedirs(root + "/sub/empty")
+    for name in (b"plain", b"new\nline", b"back\\slash", b"cr\rx", b"#hash", b"*star", b" space", b"-dash", b"\xff\xfe", b"sub/x", b"lang\xc3\xa9"):
+        with open(os.path.join(os.fsencode(root), name), "wb") as stream:
+            stream.write(name)
+    os.chmod(root + "/plain", 0o755)
+    os.symlink("plain", root + "/link")
+    return root
+
+
+@pytest.mark.parametrize("flags", [[], ["--strict"], ["--quiet", "--strict", "--warn"]])
+def test_real_sha256sum_accepts_the_manifest(odd_release, flags):
+    with deploy.Directory.open(odd_release) as directory:
+        manifest = deploy.scan_tree(directory, lambda done: None)
+    done = subprocess.run(["sha256sum", "-c"] + flags + ["-"], cwd=odd_release, input=manifest.to_bytes(),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if not flags:
+        assert done.stdout.count(b": OK") == 11
+
+
+def test_the_manifest_reads_back(odd_release):
+    with deploy.Directory.open(odd_release) as directory:
+        manifest = deploy.scan_tree(directory, lambda done: None)
+        texts = manifest.to_bytes(), manifest.tree_bytes()
+        again = deploy.Manifest.from_bytes(*texts)
+        assert (again.to_bytes(), again.tree_bytes()) == texts
+        assert again.sha256 == manifest.sha256 == hashlib.sha256(b"".join(texts)).hexdigest()
+        assert deploy.compare_tree(directory, again, lambda done: None) == ([], [], [])
+    assert again.file(b"plain") == (hashlib.sha256(b"plain").hexdigest(), 0o755) and again.symlinks == {b"link": b"plain"}
+
+
+def test_the_same_tree_gives_the_same_manifest():
+    first, second = deploy.Manifest(), deploy.Manifest()
+    for manifest, order in ((first, 1), (second, -1)):
+        for name in [b"b", b"a/x", b"a.y"][::order]:
+            manifest.add_file(name, hashlib.sha256(name).digest(), 0o644, 1)
+    assert first.to_bytes() == second.to_bytes() and first.counts() == {"files": 3, "directories": 1, "symlinks": 0, "bytes": 3}
+
+
+def test_drop_forgets_all_below():
+    manifest = deploy.Manifest()
+    for name in (b"log/a", b"log/b/c", b"logs", b"x"):
+        manifest.add_file(name, bytes(32), 0o644)
+    manifest.drop(b"log")
+    manifest.add_symlink(b"log", b"../../shared/log")
+    assert sorted(manifest.files) == [b"logs", b"x"] and manifest.directories == {} and list(manifest.symlinks) == [b"log"]
+
+
+@pytest.mark.parametrize("data, tree", [
+    (b"garbage\n", b""), (b"a" * 64, b""), (b"xyz  a\n", b""), (b"a" * 64 + b"  \n", b""), (b"g" * 64 + b"  a\n", b""),
+    (b"\\" + b"a" * 64 + b"  a\\qb\n", b""), (b"", b"nonsense\n"), (b"", b'["odd", "a", "b"]\n'),
+    (b"", b'["mode", "absent", "0755"]\n'), (b"", b'["directory", "a", 7]\n'), (b"", b"[1, 2, 3]\n"),
+    (b"", b'["directory", "a", "0755"]')])
+def test_a_malformed_manifest_is_a_value_error(data, tree):
+    with pytest.raises(ValueError):
+        deploy.Manifest.from_bytes(data, tree)
+
+
+@pytest.mark.parametrize("reader", [["sha256sum", "-c"], ["busybox", "sha256sum", "-c"]], ids=["coreutils", "busybox"])
+def test_a_manifest_is_read_by(reader, bench):
+    needs(reader[0])
+    root = bench.path + "/tree"
+    os.makedirs(root + "/sub/empty")
+    for name in ("plain", "sub/with space", "\u00e9"):
+        with open(os.path.join(root, name), "w") as stream:
+            stream.write(name)
+    with deploy.Directory.open(root) as directory:
+        manifest = deploy.scan_tree(directory, lambda done: None)
+    with open(bench.path + "/manifest", "wb") as stream:
+        stream.write(manifest.to_bytes())
+    done = subprocess.run(reader + [bench.path + "/manifest"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.count(b": OK") == 3
+
+
+def test_every_difference_is_named(bench, monkeypatch):
+    unpacked = bench.unpack(tar(entry(b"same", b"x"), entry(b"edited", b"x"), entry(b"grown", b"x"), entry(b"bin/run", b"x", mode=0o755),
+                                entry(b"gone", b"x"), link(b"l", b"same"), entry(b"was-file", b"x"), folder(b"d/")))
+    monkeypatch.chdir(bench.release)
+    for name, data in (("edited", "y"), ("grown", "xx"), ("new", "n")):
+        with open(name, "w") as stream:
+            stream.write(data)
+    os.chmod("bin/run", 0o644)
+    os.chmod("d", 0o700)
+    os.unlink("gone"), os.unlink("l"), os.symlink("edited", "l"), os.unlink("was-file"), os.mkdir("was-file"), os.mkfifo("fifo")
+    with deploy.Directory.open(bench.release) as release:
+        found = deploy.compare_tree(release, unpacked.manifest, lambda done: None)
+    assert found.changed == ["bin/run (mode 0644, was 0755)", "d (mode 0700, was 0755)", "edited", "grown", "l -> edited, was same",
+                             "was-file (a directory, was a file)"]
+    assert (found.missing, found.added) == (["gone"], ["fifo", "new"])
+
+
+# -- members, cost, pack -------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["tar.gz", "zip", "directory"])
+def test_members_are_read_without_unpacking(bench, kind):
+    if kind == "directory":
+        os.makedirs(bench.path + "/t/pkg/sub")
+        for name, data in (("pkg/VERSION", "1.0"), ("pkg/sub/x", "y")):
+            with open(bench.path + "/t/" + name, "w") as stream:
+                stream.write(data)
+        path = bench.path + "/t"
+    else:
+        path = bench.artifact(gzip.compress(tar(entry(b"pkg/VERSION", b"1.0"), entry(b"pkg/sub/x", b"y"), entry(b"pkg/z", os.urandom(2 << 20))))
+                              if kind == "tar.gz" else make_zip(("pkg/VERSION", b"1.0"), ("pkg/sub/x", b"y")))
+    with deploy.OpenArtifact.open(path) as artifact:
+        for _ in range(2):
+            assert deploy.read_members(artifact, {"VERSION", "sub/x", "absent"}, settings(artifact__strip_components=1)) == {
+                "VERSION": b"1.0", "sub/x": b"y"}
+        deploy.hash_artifact(artifact, lambda done: None)
+
+
+def test_a_member_too_large_to_read_is_refused(bench):
+    with deploy.OpenArtifact.open(bench.artifact(tar(entry(b"a", bytes((1 << 20) + 1))))) as artifact:
+        with pytest.raises(deploy.ArtifactRefused, match="larger"):
+            deploy.read_members(artifact, {"a"}, settings())
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz", "tar.bz2"])
+def test_the_cost_is_estimated_without_reading(bench, kind):
+    data = tar(entry(b"a", os.urandom(300000)))
+    with deploy.OpenArtifact.open(bench.artifact(FORMATS[kind](data))) as artifact:
+        cost = deploy.expected_cost(artifact)
+    assert cost.expanded_bytes == len(data) or kind == "tar.bz2"
+
+
+def test_the_cost_of_a_zip_is_exact(bench):
+    with deploy.OpenArtifact.open(bench.artifact(make_zip(("a", b"x" * 5000), ("b", b"y")))) as artifact:
+        assert deploy.expected_cost(artifact) == deploy.Cost(5001, 2, True)
+
+
+def test_packing_is_reproducible_and_deploys(bench, odd_release):
+    for name in os.listdir(os.fsencode(odd_release)):
+        if any(byte < 32 or byte == 92 for byte in name):
+            os.unlink(os.path.join(os.fsencode(odd_release), name))
+    deep = odd_release + "/" + "/".join(["d" * 60] * 4)
+    os.makedirs(deep)
+    with open(deep + "/long", "w") as stream:
+        stream.write("x")
+    os.symlink("/".join(["d" * 60] * 4) + "/long", odd_release + "/longlink")
+    targets = [bench.path + "/one-1.0.tar.gz", odd_release + "/two-1.0.tar.gz"]
+    results = [deploy.pack(odd_release, target, "app-1.0") for target in targets]
+    os.utime(odd_release + "/plain", (1, 1))
+    os.umask(0o077)
+    results.append(deploy.pack(odd_release, targets[1], "app-1.0"))
+    os.umask(0o022)
+    contents = []
+    for target in targets:
+        with open(target, "rb") as stream:
+            contents.append(stream.read())
+    assert contents[0] == contents[1] and len(set(results)) == 1 and results[0][:2] == (hashlib.sha256(contents[0]).hexdigest(), len(contents[0]))
+    assert subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "one-1.0.tar.gz.sha256"], cwd=bench.path).returncode == 0
+    os.unlink(targets[1]), os.unlink(targets[1] + ".sha256")
+    unpacked = bench.unpack(targets[0], artifact__strip_components=1)
+    with deploy.Directory.open(odd_release) as source:
+        assert deploy.compare_tree(source, unpacked.manifest, lambda done: None) == ([], [], [])
+    listing = subprocess.run(["tar", "-tvzf", targets[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert listing.returncode == 0 and listing.stderr == b"" and b"root/root" in listing.stdout
+    with tarfile.open(targets[0]) as archive:
+        assert {member.mtime for member in archive} == {0}
+
+
+def test_pack_refuses_what_could_not_be_deployed(bench, tree):
+    os.symlink("/etc", tree + "/out")
+    with pytest.raises(deploy.ArtifactRefused, match="absolute"):
+        deploy.pack(tree, bench.path + "/x.tar.gz")
+    assert not [name for name in os.listdir(bench.path) if "x.tar.gz" in name]

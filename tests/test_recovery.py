@@ -1,0 +1,507 @@
+"""A run that was killed at any point: what recovery makes of it, row by row of the crash table, then call by call."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import pytest
+
+from crashes import (Call, Saved, content, find_call, inconsistencies, kill_at, known_calls, record_calls, recover_and_judge,
+                     script, strace, unchanged_part)
+from support import App, Result, needs
+
+KILL = "/bin/sh -c 'kill -9 $PPID'"
+# Every how many calls a run is killed; 1 tries them all and takes minutes.
+STRIDE = int(os.environ.get("DEPLOY_TEST_KILL_STRIDE", "0"))
+
+
+def killed(app: App, *arguments: Any) -> Result:
+    """Run deploy.py with a configuration in which something kills it."""
+    result = app.run(*arguments, json=False)
+    assert result.exit_code == -signal.SIGKILL, f"was not killed\n{result.describe()}"
+    return result
+
+
+def journal(app: App) -> Dict[str, Any]:
+    """The journal on disk."""
+    return json.loads((app.root / ".deploy" / "journal.json").read_text())
+
+
+def state_of(app: App, version: str) -> Optional[str]:
+    """What the newest record of a version says of it."""
+    records = [app.record(path.name[:-5]) for path in (app.root / ".deploy" / "releases").glob("*.json")]
+    found = sorted((record["sequence"], record["state"]) for record in records if record["version"] == version)
+    return found[-1][1] if found else None
+
+
+@pytest.fixture
+def live(app: App) -> App:
+    """An application of which 1.0 is live."""
+    app.deploy("1.0")
+    return app
+
+
+# -- the crash table -----------------------------------------------------------
+
+def test_killed_while_unpacking_leaves_the_old_release_and_an_empty_staging(live: App) -> None:
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    calls = record_calls(live, "deploy", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "symlinkat", r"staging.*\"data\""), "deploy", artifact)
+    assert os.listdir(str(live.root / ".deploy" / "staging")), "nothing was left in staging: the kill came elsewhere"
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert state_of(live, "1.1") is None and len(live.releases()) == 1
+
+
+def test_killed_in_pre_stage_leaves_nothing(live: App) -> None:
+    live.configure(f"[hooks]\npre_stage = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure()
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert state_of(live, "1.1") is None
+
+
+def test_killed_in_post_stage_takes_the_unsealed_release_away(live: App) -> None:
+    live.configure(f"[hooks]\npost_stage = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    assert journal(live)["phase"] == "staging" and len(live.releases()) == 2
+    live.configure()
+    assert recover_and_judge(live, ["1.0"]) == []
+
+
+def test_a_staged_release_without_a_journal_stays_staged(live: App) -> None:
+    live.run("stage", live.artifact("1.1"), check=0)
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert state_of(live, "1.1") == "staged" and len(live.releases()) == 2
+
+
+def test_stage_killed_before_its_verdict_keeps_the_sealed_release(live: App) -> None:
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    calls = record_calls(live, "stage", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "openat", "history.jsonl"), "stage", artifact)
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert state_of(live, "1.1") == "staged"
+    assert live.run("activate", "1.1", check=0).data["changed"] and live.version == "1.1"
+
+
+def test_killed_with_the_intent_journalled_is_closed_as_aborted_and_may_be_tried_again(live: App) -> None:
+    live.configure(f"[hooks]\npre_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    assert journal(live)["phase"] == "intent" and live.version == "1.0"
+    live.configure()
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert live.history()[-1]["result"] == "aborted" and state_of(live, "1.1") == "staged"
+    again = live.run("deploy", live.artifact("1.1"), check=0)
+    assert "unpack" not in [step["name"] for step in again.data["steps"]] and live.version == "1.1"
+
+
+def test_killed_before_the_rename_of_current_leaves_no_temporary_link(live: App) -> None:
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    calls = record_calls(live, "deploy", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "renameat", r"\.current\..*\"current\""), "deploy", artifact)
+    assert [name for name in os.listdir(str(live.root)) if name.startswith(".current.")] and live.version == "1.0"
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert live.history()[-1]["result"] == "aborted"
+
+
+def test_killed_between_the_switch_and_its_note_counts_as_switched(live: App) -> None:
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    calls = record_calls(live, "deploy", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "openat", r"\.journal\.json", after=r"\.current\..*\"current\""), "deploy", artifact)
+    assert journal(live)["phase"] == "intent" and live.version == "1.1"
+    assert recover_and_judge(live, ["1.1"]) == []
+    assert (state_of(live, "1.1"), state_of(live, "1.0")) == ("active", "retired")
+    assert live.run("rollback", check=0).data["release"] and live.version == "1.0"
+
+
+@pytest.mark.parametrize("command, version, states", [
+    ("true", "1.1", ("retired", "active")), ("false", "1.0", ("active", "bad")),
+], ids=["well", "not well"])
+def test_killed_after_the_switch_probes_once_more_and_decides(live: App, command: str, version: str, states: Any) -> None:
+    probe = "[probe:well]\ncommand = %s\ndeadline = 100ms\nperiod = 20ms\nsuccesses = 1\n"
+    # Only the new release can be unwell: the old one is probed as well on the way back.
+    well = script(live.directory / "well", f'test "$DEPLOY_VERSION" = 1.0 || {command}')
+    live.configure(f"[hooks]\npost_activate = {KILL}\n" + probe % well)
+    killed(live, "deploy", live.artifact("1.1"))
+    assert journal(live)["phase"] == "switched" and live.version == "1.1"
+    live.configure(probe % well)
+    assert recover_and_judge(live, [version]) == []
+    assert (state_of(live, "1.0"), state_of(live, "1.1")) == states
+    assert len([line for line in live.history() if line["release"] == live.history()[-1]["release"]]) == 1
+    if version == "1.0":
+        assert live.run("deploy", live.artifact("1.1")).exit_code == 4, "a bad release must not be tried again unasked"
+
+
+@pytest.mark.parametrize("where", ["in its probe", "in its service"])
+def test_killed_by_what_the_new_release_needs_is_decided_by_the_next_deploy(live: App, where: str) -> None:
+    kind = "probe:x]\ncommand" if where == "in its probe" else "service:x]\ncommand"
+    live.configure(f"[{kind} = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    assert live.version == "1.1"
+    live.configure()
+    live.run("deploy", live.artifact("1.2"), check=0)
+    assert inconsistencies(live, ["1.2"]) == []
+    assert (state_of(live, "1.1"), state_of(live, "1.2")) == ("retired", "active")
+
+
+@pytest.mark.parametrize("way_back, linked", [
+    (f"[hooks]\npre_rollback = {KILL}\n", "1.1"),
+    ("[service:x]\ncommand = {killer}\n", "1.0"),
+    (f"[hooks]\npost_rollback = {KILL}\n", "1.0"),
+], ids=["before the switch back", "after the switch back", "at the end"])
+def test_killed_while_rolling_back_goes_on_rolling_back(live: App, way_back: str, linked: str) -> None:
+    killer = script(live.directory / "restart", 'test "$DEPLOY_VERSION" = 1.1 || kill -9 $PPID')
+    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 100ms\nperiod = 20ms\nsuccesses = 1\n"
+    live.configure(way_back.replace("{killer}", str(killer)) + probe)
+    killed(live, "deploy", live.artifact("1.1"))
+    assert journal(live)["phase"] == "rolling_back" and live.version == linked
+    live.configure(probe)
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert (state_of(live, "1.0"), state_of(live, "1.1")) == ("active", "bad")
+    assert "probe sick" in live.history()[-1]["failure"]["reason"], "the reason of the failure was lost in the crash"
+
+
+def test_killed_before_the_journal_goes_only_the_journal_is_removed(live: App) -> None:
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    calls = record_calls(live, "deploy", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "unlinkat", '"journal.json"'), "deploy", artifact)
+    history, before = live.history(), content(live.root)
+    before.pop(".deploy/journal.json")
+    assert recover_and_judge(live, ["1.1"]) == []
+    assert live.history() == history and content(live.root) == before
+
+
+def test_the_first_deployment_killed_after_the_switch_and_failing_leaves_nothing_live(app: App) -> None:
+    probe = "[probe:x]\ncommand = %s\ndeadline = 50ms\nperiod = 20ms\n"
+    app.configure(probe % KILL)
+    killed(app, "deploy", app.artifact("1.0"))
+    assert app.version == "1.0"
+    app.configure(probe % "false")
+    assert recover_and_judge(app, [None]) == []
+    assert not os.path.lexists(str(app.root / "current")) and state_of(app, "1.0") == "bad"
+
+
+def test_recovery_says_what_it_did_and_reports_a_change(live: App) -> None:
+    live.configure(f"[hooks]\npre_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure()
+    status = live.run("status", check=7)
+    assert "recover" in status.data["error"]["hint"] and "1.1" in status.data["error"]["message"]
+    before = unchanged_part(live.root)
+    assert live.run("-n", "recover", check=0).data["changed"] and unchanged_part(live.root) == before
+    done = live.run("recover", check=0)
+    assert done.data["changed"] and any("1.1" in line for line in done.data["recovered"])
+    assert live.run("--detailed-exitcode", "recover").exit_code == 0
+
+
+# -- refusals ------------------------------------------------------------------
+
+def kill_after_switch(app: App) -> None:
+    """Leave 1.1 switched, with 1.0 as where it came from and 0.9 beside."""
+    app.deploy("0.9")
+    app.deploy("1.0")
+    app.configure(f"[hooks]\npost_activate = {KILL}\n")
+    killed(app, "deploy", app.artifact("1.1"))
+    app.configure()
+
+
+def point(app: App, target: str) -> None:
+    """Let somebody else point `current` elsewhere."""
+    (app.root / "current").unlink()
+    (app.root / "current").symlink_to(target)
+
+
+def to_third(app: App) -> None:
+    """`current` at a release that the journal does not know."""
+    point(app, "releases/" + [name for name in app.releases() if name.endswith("-0.9")][0])
+
+
+def to_missing(app: App) -> None:
+    """`current` at nothing."""
+    point(app, "releases/20200101T000000Z-0.1")
+
+
+def to_outside(app: App) -> None:
+    """`current` outside releases/."""
+    point(app, "/etc")
+
+
+def to_directory(app: App) -> None:
+    """`current` is a directory."""
+    (app.root / "current").unlink()
+    (app.root / "current").mkdir()
+
+
+@pytest.mark.parametrize("change", [to_third, to_missing, to_outside, to_directory], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("command", ["recover", "deploy"])
+def test_current_neither_old_nor_new_is_refused_and_nothing_changes(
+        app: App, command: str, change: Callable[[App], None]) -> None:
+    kill_after_switch(app)
+    change(app)
+    before = unchanged_part(app.root)
+    result = app.run(command, *([app.artifact("1.2")] if command == "deploy" else []))
+    assert result.exit_code in (3, 6), result.describe()
+    assert "current" in result.data["error"]["message"] and result.data["error"]["hint"]
+    assert unchanged_part(app.root) == before
+    assert app.run("status").exit_code == 7
+
+
+@pytest.mark.parametrize("command", ["recover", "prune", "deploy"])
+def test_a_missing_target_of_current_is_refused_and_nothing_changes_without_a_journal_either(live: App, command: str) -> None:
+    release = live.root / "releases" / str(live.current)
+    release.rename(live.directory / "taken away")
+    before = unchanged_part(live.root)
+    result = live.run(command, *([live.artifact("1.1")] if command == "deploy" else []))
+    assert result.exit_code in (3, 6), result.describe()
+    assert "current" in result.data["error"]["message"]
+    assert unchanged_part(live.root) == before
+    # The release is found again: nothing that belongs to it may have been thrown away.
+    (live.directory / "taken away").rename(release)
+    assert recover_and_judge(live, ["1.0"]) == []
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut off": lambda data: data[:len(data) // 2],
+    "another value": lambda data: data.replace(b'"switched"', b'"intent"'),
+    "not JSON": lambda data: b"\x00\xff" * 40,
+    "another type": lambda data: b"[]",
+    "deep": lambda data: b"[" * 100000,
+}  # type: Dict[str, Callable[[bytes], bytes]]
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES))
+def test_a_damaged_journal_is_refused_with_what_to_do_and_settled_by_hand(app: App, damage: str) -> None:
+    kill_after_switch(app)
+    path = app.root / ".deploy" / "journal.json"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    before = unchanged_part(app.root)
+    # Only one damage is shown to every command; the way there is the same.
+    commands = [["recover"]] + ([["deploy", app.artifact("1.2")], ["rollback"], ["prune"]] if damage == "cut off" else [])
+    for command in commands:
+        result = app.run(*command)
+        assert result.exit_code in (3, 6), result.describe()
+        assert "journal" in result.data["error"]["message"] and "recover --to" in result.data["error"]["hint"]
+        assert unchanged_part(app.root) == before
+    assert app.run("status").exit_code == 7
+    app.run("recover", "--to", "1.0", check=0)
+    assert recover_and_judge(app, ["1.0"]) == []
+    app.deploy("1.2")
+    assert inconsistencies(app, ["1.2"]) == []
+
+
+@pytest.mark.parametrize("version", ["0.9", "1.0", "1.1"])
+def test_recover_to_settles_on_the_release_that_a_person_names(app: App, version: str) -> None:
+    kill_after_switch(app)
+    app.run("recover", "--to", version, check=0)
+    assert recover_and_judge(app, [version]) == []
+    assert app.history()[-1]["result"] == "recovered" and state_of(app, version) == "active"
+
+
+def test_recover_to_a_damaged_release_is_refused(app: App) -> None:
+    kill_after_switch(app)
+    release = [name for name in app.releases() if name.endswith("-1.0")][0]
+    (app.root / "releases" / release / "VERSION").write_text("tampered\n")
+    before = unchanged_part(app.root)
+    result = app.run("recover", "--to", "1.0")
+    assert result.exit_code not in (0, 70), "a release that is not what was staged went live\n" + result.describe()
+    assert unchanged_part(app.root) == before
+
+
+def test_two_automatic_recoveries_that_fail_stop_with_exit_6(live: App) -> None:
+    tries = live.directory / "tries"
+    # The service cannot be brought onto any release: neither forward nor back.
+    service = f"[service:x]\ncommand = {script(live.directory / 'broken', f'echo x >> {tries}; exit 1')}\n"
+    live.configure(f"[hooks]\npost_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure(service)
+    for _ in range(2):
+        assert live.run("recover").exit_code == 6
+    tried, before = tries.read_text(), unchanged_part(live.root)
+    stopped = live.run("recover")
+    assert stopped.exit_code == 6 and "recover --to" in stopped.data["error"]["hint"]
+    assert live.run("deploy", live.artifact("1.2")).exit_code == 6
+    assert tries.read_text() == tried, "a third recovery was tried"
+    assert unchanged_part(live.root) == before
+    live.configure()
+    live.run("recover", "--to", "1.0", check=0)
+    assert recover_and_judge(live, ["1.0"]) == []
+
+
+def test_two_recoveries_that_are_killed_stop_with_exit_6(live: App) -> None:
+    live.configure(f"[service:x]\ncommand = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    for _ in range(2):
+        killed(live, "recover")
+    assert live.run("recover").exit_code == 6
+    live.configure()
+    live.run("recover", "--to", "1.1", check=0)
+    assert recover_and_judge(live, ["1.1"]) == []
+
+
+# -- damaged files -------------------------------------------------------------
+
+def test_a_torn_last_line_of_the_history_is_cut_off_by_the_next_run(live: App) -> None:
+    path = live.root / ".deploy" / "history.jsonl"
+    with path.open("ab") as stream:
+        stream.write(b'{"sequence": 2, "at": "20')
+    assert live.run("history", check=0).data["history"][-1]["version"] == "1.0"
+    assert live.run("status", check=0)
+    live.deploy("1.1")
+    assert [line["version"] for line in live.history()] == ["1.0", "1.1"]
+    assert inconsistencies(live, ["1.1"]) == [] and live.run("history", "--verify", check=0)
+
+
+def test_a_history_that_is_only_a_torn_line_starts_over(live: App) -> None:
+    (live.root / ".deploy" / "history.jsonl").write_bytes(b'{"seq')
+    live.deploy("1.1")
+    assert [line["version"] for line in live.history()] == ["1.1"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "not JSON", "another type", "deep"])
+def test_a_damaged_record_is_named_and_nothing_is_changed(live: App, damage: str) -> None:
+    live.deploy("1.1")
+    path = live.root / ".deploy" / "releases" / f"{live.current}.json"
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole))
+    before = unchanged_part(live.root)
+    status = live.run("status", check=7)
+    assert path.name in status.data["error"]["message"] and status.data["error"]["hint"]
+    for command in ([["deploy", live.artifact("1.2")], ["rollback"], ["prune"]] if damage == "cut off" else [["rollback"]]):
+        result = live.run(*command)
+        assert result.exit_code == 3 and path.name in result.stderr, result.describe()
+        assert unchanged_part(live.root) == before
+    path.write_bytes(whole)
+    assert live.run("rollback", check=0) and inconsistencies(live, ["1.0"]) == []
+
+
+# -- the kill matrix -----------------------------------------------------------
+
+class Scenario(NamedTuple):
+    """One command to be killed again and again: how to get there, and what may be live afterwards."""
+
+    prepare: Callable[[App], List[Any]]
+    versions: List[Optional[str]]
+    stride: int
+
+
+SICK = ("keep_releases = 1\n[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION != 1.2'\n"
+        "deadline = 20ms\nperiod = 10ms\nsuccesses = 1\n")
+
+
+def prepare_first(app: App) -> List[Any]:
+    """A first deployment: nothing is there yet, not even .deploy."""
+    return ["deploy", app.artifact("1.0")]
+
+
+def prepare_deploy(app: App) -> List[Any]:
+    """A deployment that prunes 1.0."""
+    app.deploy("1.0")
+    app.deploy("1.1")
+    app.configure("keep_releases = 1\n")
+    return ["deploy", app.artifact("1.2")]
+
+
+def prepare_failing(app: App) -> List[Any]:
+    """A deployment whose probe fails, so that 1.1 comes back."""
+    app.deploy("1.1")
+    app.configure(SICK)
+    return ["deploy", app.artifact("1.2")]
+
+
+def prepare_undone(app: App) -> List[Any]:
+    """A deployment that fails before activation and is undone."""
+    app.deploy("1.1")
+    app.configure("[hooks]\npre_activate = false\n")
+    return ["deploy", app.artifact("1.2")]
+
+
+def prepare_rollback(app: App) -> List[Any]:
+    """A rollback by hand."""
+    app.deploy("1.0")
+    app.deploy("1.1")
+    return ["rollback"]
+
+
+def prepare_prune(app: App) -> List[Any]:
+    """Two releases to be pruned."""
+    for version in ("1.0", "1.1", "1.2", "1.3"):
+        app.deploy(version)
+    app.configure("keep_releases = 1\n")
+    return ["prune"]
+
+
+def prepare_recover(app: App) -> List[Any]:
+    """The recovery of a deployment that must go back."""
+    app.deploy("1.1")
+    app.configure(SICK + f"[hooks]\npost_activate = {KILL}\n")
+    killed(app, "deploy", app.artifact("1.2"))
+    app.configure(SICK)
+    return ["recover"]
+
+
+SCENARIOS = {
+    "first deploy": Scenario(prepare_first, [None, "1.0"], 9),
+    "deploy": Scenario(prepare_deploy, ["1.1", "1.2"], 7),
+    "deploy that rolls back": Scenario(prepare_failing, ["1.1"], 9),
+    "deploy that is undone": Scenario(prepare_undone, ["1.1"], 9),
+    "rollback": Scenario(prepare_rollback, ["1.0", "1.1"], 6),
+    "prune": Scenario(prepare_prune, ["1.3"], 5),
+    "recover": Scenario(prepare_recover, ["1.1"], 7),
+}  # type: Dict[str, Scenario]
+
+# What a run that is undone or rolled back may find: the kill can come before the probe's verdict.
+WELL_BY_THEN = "keep_releases = 1\n"
+
+
+@pytest.mark.parametrize("name", sorted(SCENARIOS))
+def test_killed_at_any_call_one_recover_leaves_old_or_new_complete(app: App, name: str) -> None:
+    needs("strace")
+    scenario, problems, killed_at = SCENARIOS[name], [], 0  # type: Any, List[str], int
+    arguments = scenario.prepare(app)
+    saved, config = Saved(app), app.config.read_text()
+    calls = record_calls(app, *arguments)
+    assert len(calls) > 10, calls
+    for call in calls[::STRIDE or scenario.stride]:
+        saved.restore()
+        kill_at(app, call, *arguments)
+        killed_at += 1
+        if "hooks" in config:
+            app.configure()
+        problems += [f"killed at {call.name} {call.number}: {call.text}\n    {problem}"
+                     for problem in recover_and_judge(app, scenario.versions)]
+        app.config.write_text(config)
+    assert killed_at >= 4 and not problems, "\n".join(problems)
+
+
+def test_the_kill_matrix_sees_a_run_that_survives(live: App) -> None:
+    """The matrix rests on strace's counting: beyond the last call nothing is killed."""
+    calls = record_calls(live, "deploy", live.artifact("1.1"), check=0)
+    with pytest.raises(AssertionError, match="was not killed"):
+        kill_at(live, Call("renameat", 1000, ""), "deploy", live.artifact("1.2"))
+    assert live.version == "1.2" and len({call.name for call in calls}) > 5
+
+
+def test_nothing_is_published_by_rename_before_its_data_was_synced(live: App) -> None:
+    live.run("deploy", live.artifact("1.1"), python=strace(live, "-e", "trace=" + known_calls()), check=0)
+    dirty, published = {}, 0  # type: Dict[str, str], int
+    for line in (live.directory / "trace").read_text().splitlines():
+        if " write(" in line and str(live.root) in line:
+            path = line.split("<", 1)[1].split(">", 1)[0]
+            dirty[path] = line
+        elif " fsync(" in line and "<" in line:
+            dirty.pop(line.split("<", 1)[1].split(">", 1)[0], None)
+        elif " sync(" in line:
+            dirty.clear()
+        elif " renameat(" in line or " rename(" in line:
+            published += 1
+            source = line.split("<", 1)[1].split(">", 1)[0] + "/" + line.split('"')[1]
+            behind = [path for path in dirty if path == source or path.startswith(source + "/")]
+            assert not behind, f"{line}\npublishes what was not synced: {behind}"
+    assert published >= 5
