@@ -42,10 +42,9 @@ On disk
 
 A release's states
     staged --activate--> active --another goes live--> retired --prune--> gone
-       |                   |  ^                           |
-       |                   |  +---------rollback----------+
-       |                   +--failure after activation--> bad --prune--> gone
-       +--prune--> gone
+                           |  ^                           |
+                           |  +---------rollback----------+
+                           +--failure after activation--> bad --prune--> gone
 
 A deployment's phases, as the journal names them
     staging --> intent --> switched --> (journal removed: the verdict is in)
@@ -249,7 +248,7 @@ class Interrupted(DeployError):
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s@]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)(\s*[:=]\s*)\S[^\r\n]*")
-_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api_?key|access_?key|auth|cookie|_key$|^key$|dsn)")
+_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api_?key|access_?key|auth(?!or)|cookie|_key$|^key$|dsn)")
 _SECRET_ASSIGNMENT = re.compile(
     r"(?i)\b([\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|credential)[\w.-]*[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
 MASK = "[masked]"
@@ -306,7 +305,8 @@ class Secrets:
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, dict):
-            return {self.mask(str(key)): self.mask_json(item) for key, item in value.items()}
+            return {key: MASK if isinstance(item, str) and item and looks_secret(str(key)) else self.mask_json(item)
+                    for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.mask_json(item) for item in value]
         return value
@@ -513,6 +513,8 @@ class Console:
         import logging
         import logging.handlers
         try:
+            # Made here, so that its mode is ours and no symlink is followed.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640))
             # WatchedFileHandler: logrotate may move the file under a long run.
             handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace") \
                 if sys.version_info >= (3, 9) else logging.handlers.WatchedFileHandler(path, encoding="utf-8")
@@ -694,6 +696,8 @@ class Directory:
         try:
             try:
                 write_all(descriptor, data)
+                # Not left to open(): the umask would take bits away that were asked for.
+                os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -763,9 +767,22 @@ def temporary_name(name: str) -> str:
     return f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
 
 
-def sync_filesystem() -> None:
-    """Make everything written so far durable, in one call for all files (sync(2) waits on Linux)."""
-    os.sync()
+def sync_filesystem(descriptor: int) -> None:
+    """Make everything written to a filesystem durable, in one call for all files.
+
+    `descriptor` must have been opened before the writing: syncfs(2) then
+    reports a write that failed on its way to the disk, which sync(2) cannot.
+    Without ctypes or syncfs it is sync(2), which waits on Linux.
+    """
+    try:
+        import ctypes
+        library = ctypes.CDLL(None, use_errno=True)
+        failed = library.syncfs(descriptor) != 0
+    except (ImportError, OSError, AttributeError):
+        os.sync()
+        return
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def boot_id() -> str:
@@ -836,18 +853,28 @@ def trust_problem(path: str) -> Optional[Tuple[str, str]]:
     the effective user and not be writable by group or others (a sticky
     directory such as /tmp may be).  Returns (problem, hint) or None.
     """
-    path = os.path.realpath(path)
-    while True:
-        found = os.stat(path)
-        mode = stat.S_IMODE(found.st_mode)
-        if found.st_uid not in (0, os.geteuid()):
-            return f"{path} belongs to uid {found.st_uid}", f"chown root {path}"
-        sticky_directory = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX
-        if mode & 0o022 and not sticky_directory:
-            return f"{path} is writable by group or others (mode {mode:04o})", f"chmod go-w {path}"
-        if path == "/":
-            return None
-        path = os.path.dirname(path)
+    # The path as it is written and the path it leads to: a symlink on the way can be swapped as well.
+    for here in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
+        while True:
+            problem = _writable_by_others(here)
+            if problem or here == "/":
+                break
+            here = os.path.dirname(here)
+        if problem:
+            return problem
+    return None
+
+
+def _writable_by_others(path: str) -> Optional[Tuple[str, str]]:
+    found = os.lstat(path)
+    mode = stat.S_IMODE(found.st_mode)
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to uid {found.st_uid}", f"chown root {path}"
+    if stat.S_ISLNK(found.st_mode) or stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX:
+        return None
+    if mode & 0o022:
+        return f"{path} is writable by group or others (mode {mode:04o})", f"chmod go-w {path}"
+    return None
 
 
 # -- commands ----------------------------------------------------------------
@@ -871,7 +898,8 @@ class CommandResult(NamedTuple):
         if self.timed_out:
             return f"timed out after {format_seconds(self.seconds)} and was killed with its children"
         if self.exit_code < 0:
-            return f"was killed by signal {-self.exit_code}"
+            names = {int(number): number.name for number in signal.Signals}
+            return f"was killed by {names.get(-self.exit_code, f'signal {-self.exit_code}')}"
         return f"exited with code {self.exit_code}"
 
 
@@ -929,12 +957,13 @@ class RunningCommand:
         self._output = self._process.stdout.fileno()  # type: ignore
         os.set_blocking(self._output, False)
 
-    def wait(self, timeout_seconds: float, on_line: Callable[[str], None]) -> CommandResult:
-        """Read its output until it ends or its time is up; then nothing of it is left running in the group."""
+    def wait(self, timeout_seconds: float, on_line: Callable[[str], None], check: Callable[[], None]) -> CommandResult:
+        """Read its output until it ends; when its time is up, or on any error, its whole group is killed."""
         import select
         timed_out = False
         try:
             while self._process.poll() is None:
+                check()
                 left_seconds = timeout_seconds - (time.monotonic() - self._started_seconds)
                 if left_seconds <= 0:
                     timed_out = True
@@ -983,13 +1012,15 @@ class RunningCommand:
 
     def _kill_group(self) -> None:
         """TERM to the whole group, KILL after a grace period."""
-        deadline = time.monotonic() + self.KILL_AFTER_SECONDS
-        self._signal_group(signal.SIGTERM)
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(self.POLL_SECONDS)
-        # Also when the leader is gone: its children may have ignored TERM.
-        self._signal_group(signal.SIGKILL)
-        self._process.wait()
+        deadline_seconds = time.monotonic() + self.KILL_AFTER_SECONDS
+        try:
+            self._signal_group(signal.SIGTERM)
+            while self._process.poll() is None and time.monotonic() < deadline_seconds:
+                time.sleep(self.POLL_SECONDS)
+        finally:
+            # Also when the leader is gone: its children may have ignored TERM.
+            self._signal_group(signal.SIGKILL)
+            self._process.wait()
 
     def _signal_group(self, number: int) -> None:
         try:
@@ -1000,19 +1031,22 @@ class RunningCommand:
 
 def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None, directory: str = "/",
                 timeout_seconds: float = 60.0, on_line: Callable[[str], None] = lambda line: None,
-                run_as: str = "") -> CommandResult:
+                run_as: str = "", interrupts: Optional["Interrupts"] = None) -> CommandResult:
     """Run a command to its end, without a shell, stdin closed, in its own process group.
 
-    `environ` is the whole environment; without it a minimal one is made.  A
-    program that cannot be started gives exit code 127 and says why in `tail`.
+    `environ` is the whole environment; without it a minimal one is made.  With
+    `interrupts` a signal ends it, group and all.  A program that cannot be started gives exit code 127 and says why in `tail`.
     """
     import subprocess
+    interrupts = interrupts or Interrupts()
     try:
-        running = RunningCommand(argv, environ or base_environment(), directory, run_as)
+        # An exception inside Popen would leave a child behind that nobody knows of.
+        with interrupts.held():
+            running = RunningCommand(argv, environ or base_environment(), directory, run_as)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         return CommandResult(list(argv), 127, False, [f"cannot start {argv[0]}: {why}"], 0.0)
-    return running.wait(timeout_seconds, on_line)
+    return running.wait(timeout_seconds, on_line, interrupts.check)
 
 
 def base_environment() -> Dict[str, str]:
@@ -1078,6 +1112,7 @@ class Interrupts:
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Let signals interrupt the block at once."""
+        before = self._allowed
         self.check()
         self._allowed = True
         try:
@@ -1086,8 +1121,17 @@ class Interrupts:
             self._pending = 0
             raise
         finally:
-            self._allowed = False
+            self._allowed = before
         self.check()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep signals waiting during the block, within `allowed()` too."""
+        before, self._allowed = self._allowed, False
+        try:
+            yield
+        finally:
+            self._allowed = before
 
 
 # ============================================================================
@@ -1443,6 +1487,14 @@ class Settings:
         found = self.given.get((section, key))
         return found.origin if found else "default"
 
+    def command_line(self, text: str) -> str:
+        """Write the command line that does something with this root under this very configuration."""
+        import shlex
+        words = ["deploy.py"] + [f"-c {shlex.quote(os.path.abspath(path))}" for path in self.files]
+        if self.deploy.root and self.origin("deploy", "root") not in self.files:
+            words.append(f"--root {shlex.quote(os.path.realpath(self.deploy.root))}")
+        return " ".join(words + [text])
+
     def rows(self) -> List[Tuple[str, str, str, str]]:
         """List every option in force as (section, key, text, origin), in the table's order."""
         rows = []
@@ -1600,13 +1652,23 @@ def _fields(data: Any, what: str, types: Dict[str, Any]) -> Dict[str, Any]:
     return {name: data[name] for name in types}
 
 
+_RELEASE_ID = re.compile(r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*\Z")
+
+
+def _check_ids(what: str, *releases: Optional[str]) -> None:
+    """Raise ValueError for what is no release id: it becomes a file name."""
+    for release in releases:
+        if release is not None and not _RELEASE_ID.match(release):
+            raise ValueError(f"{what} names {release!r}, which is no release id")
+
+
 _TEXT_OR_NULL, _OBJECT_OR_NULL = (str, type(None)), (dict, type(None))
 
 
 _RECORD_TYPES = {"id": str, "sequence": int, "version": str, "state": str, "pinned": bool, "artifact": dict,
     "tree": dict, "created_at": str, "activated_at": _TEXT_OR_NULL, "deactivated_at": _TEXT_OR_NULL,
     "previous": _TEXT_OR_NULL, "by": dict, "rollback": dict, "failure": _OBJECT_OR_NULL,
-    "pruned_at": _TEXT_OR_NULL}  # type: Dict[str, Any]
+    "rolled_back_at": _TEXT_OR_NULL, "pruned_at": _TEXT_OR_NULL}  # type: Dict[str, Any]
 
 
 class Record(NamedTuple):
@@ -1616,6 +1678,7 @@ class Record(NamedTuple):
     tree: files, directories, symlinks, bytes, manifest_sha256, tree_sha256.
     rollback: release, command.  failure: step, reason, evidence; or None.
     previous: the release that was live when this one last went forward.
+    rolled_back_at: when a rollback left it; no rollback returns to it.
     Times are RFC 3339 UTC; sizes are bytes.
     """
 
@@ -1633,6 +1696,7 @@ class Record(NamedTuple):
     by: Dict[str, Any]
     rollback: Dict[str, Any]
     failure: Optional[Dict[str, Any]]
+    rolled_back_at: Optional[str]
     pruned_at: Optional[str]
 
     @property
@@ -1648,6 +1712,7 @@ class Record(NamedTuple):
     def from_json(cls, data: Any) -> "Record":
         """Read a record; ValueError when it is not one."""
         record = cls(**_fields(data, "the record", _RECORD_TYPES))
+        _check_ids("the record", record.id, record.previous)
         if record.state not in STATES:
             raise ValueError(f"the record has the unknown state {record.state!r}")
         return record
@@ -1692,6 +1757,7 @@ class Journal(NamedTuple):
         fields = _fields(data, "the journal", _JOURNAL_TYPES)
         fields["from_release"], fields["to_release"] = fields.pop("from"), fields.pop("to")
         journal = cls(**fields)
+        _check_ids("the journal", journal.to_release, journal.from_release)
         if journal.phase not in PHASES:
             raise ValueError(f"the journal has the unknown phase {journal.phase!r}")
         return journal
@@ -1708,7 +1774,8 @@ class HistoryEntry(NamedTuple):
 
     result: deployed, staged, activated, rolled_back (by hand), failed (undone
     before activation), reverted (failed after activation, previous release
-    live again), rollback_failed, pruned, pinned, unpinned, aborted or recovered.
+    live again), left_live (auto_rollback = no), rollback_failed, pruned,
+    pinned, unpinned, aborted (found half done) or recovered (settled by hand).
     `previous_sha256` is the SHA-256 of the line before, without its newline.
     """
 
@@ -1810,7 +1877,6 @@ class Plan(NamedTuple):
 # ============================================================================
 
 PRIVATE_DIRECTORIES = ("releases", "manifests", "trees", "staging", "cache", "trash")
-_RELEASE_ID = re.compile(r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*\Z")
 
 
 def seal(data: Dict[str, Any]) -> Dict[str, Any]:
@@ -1850,16 +1916,18 @@ class Store:
     half way.
     """
 
-    def __init__(self, root: Directory) -> None:
-        self.root = root
-        self.path = root.path
+    def __init__(self, root: Directory, command_line: Callable[[str], str]) -> None:
+        self.root, self.path, self.command_line = root, root.path, command_line
         self._open = {}  # type: Dict[str, Directory]
 
     @classmethod
-    def open(cls, path: str) -> Optional["Store"]:
+    def open(cls, settings: Settings) -> Optional["Store"]:
         """Open a root for looking; None where there is no such directory."""
+        path = os.path.realpath(settings.deploy.root)
         try:
-            return cls(Directory.open(os.path.realpath(path)))
+            store = cls(Directory.open(path), settings.command_line)
+            store.check_owner()
+            return store
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -1867,15 +1935,18 @@ class Store:
                                   "name a directory that this user can read: --root DIR")
 
     @classmethod
-    def create(cls, path: str) -> "Store":
+    def create(cls, settings: Settings) -> "Store":
         """Open a root for writing, making it and what belongs into it; PreflightFailed where that cannot be."""
-        path = os.path.realpath(path)
+        path = os.path.realpath(settings.deploy.root)
         try:
             try:
                 os.mkdir(path, 0o755)
+                with Directory.open(os.path.dirname(path)) as parent:
+                    parent.sync()
             except FileExistsError:
                 pass
-            store = cls(Directory.open(path))
+            store = cls(Directory.open(path), settings.command_line)
+            store.check_owner()
             store.root.make("releases").close()
             with store.root.make(".deploy", 0o700) as private:
                 for name in PRIVATE_DIRECTORIES:
@@ -1887,6 +1958,22 @@ class Store:
                 f"the root and what is in it must be directories that {user_name()} can write"
             raise PreflightFailed(f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
         return store
+
+    def check_owner(self) -> None:
+        """Refuse a .deploy that somebody else made or could write: what stands in it is acted on.
+
+        Raises StateError with the command that mends it.
+        """
+        for name in ("",) + PRIVATE_DIRECTORIES:
+            path = f".deploy/{name}".rstrip("/")
+            directory = self.optional(path)
+            found = os.fstat(directory.descriptor) if directory else None
+            if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
+                raise StateError(f"{self.path}/{path} belongs to uid {found.st_uid}, and its contents would be believed",
+                                 f"look at what is in it, then: chown -R root {self.path}/.deploy")
+            if found and found.st_mode & 0o022:
+                raise StateError(f"{self.path}/{path} is writable by group or others "
+                                 f"(mode {stat.S_IMODE(found.st_mode):04o})", f"chmod -R go-w {self.path}/.deploy")
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -1935,7 +2022,7 @@ class Store:
         releases = self.optional("releases")
         if not releases or not releases.is_directory(release):
             return Current(None, f"{link} points to {target}, which does not exist",
-                           f"remove the link (rm {link}), then activate a release: deploy.py --root {self.path} releases")
+                           f"remove the link (rm {link}), then activate a release: {self.command_line('releases')}")
         return Current(release)
 
     def switch(self, expected: Optional[str], target: Optional[str]) -> None:
@@ -1952,9 +2039,13 @@ class Store:
         else:
             temporary = temporary_name("current")
             os.symlink(f"releases/{target}", temporary, dir_fd=self.root.descriptor)
-            # The new link must be on disk before it takes the old one's place.
-            self.root.sync()
-            self.root.rename(temporary, self.root, "current")
+            try:
+                # The new link must be on disk before it takes the old one's place.
+                self.root.sync()
+                self.root.rename(temporary, self.root, "current")
+            except OSError:
+                self.root.discard(temporary)
+                raise
         self.root.sync()
 
     def new_staging(self) -> str:
@@ -2044,7 +2135,7 @@ class Store:
             data = directory.read(release, MAX_MANIFEST_BYTES) if directory else None
             if data is None:
                 raise StateError(f"{release} cannot be verified: {self.path}/{path}/{release} is missing",
-                                 "stage the artifact again: deploy.py deploy ARTIFACT")
+                                 "stage the artifact again: deploy.py deploy --force ARTIFACT")
             found.append(data)
         return found[0], found[1]
 
@@ -2086,7 +2177,7 @@ class Store:
         except (OSError, ValueError) as error:
             raise StateError(f"the journal cannot be read: {reason(error) if isinstance(error, OSError) else error}",
                              f"check that the release you want is live, then: "
-                             f"deploy.py --root {self.path} recover --to RELEASE")
+                             f"{self.command_line('recover --to RELEASE')}")
 
     def write_journal(self, journal: Journal) -> None:
         """Write the journal durably."""
@@ -2132,7 +2223,7 @@ class Store:
                 entries.append(HistoryEntry.from_json(unseal(line, "a line of the history")))
             except ValueError as error:
                 raise StateError(f"{self.path}/.deploy/history.jsonl: {error}",
-                                 f"see which: deploy.py --root {self.path} history --verify")
+                                 f"see which: {self.command_line('history --verify')}")
         return entries
 
     def append_history(self, entry: HistoryEntry) -> HistoryEntry:
@@ -2155,7 +2246,11 @@ class Store:
         finally:
             os.close(descriptor)
         head = {"sequence": sequence, "sha256": hashlib.sha256(line).hexdigest()}
-        directory.write("history.head", json.dumps(seal(head)).encode("ascii"))
+        try:
+            directory.write("history.head", json.dumps(seal(head)).encode("ascii"))
+        except OSError:
+            # The line is durable, so the verdict is; a head that is one behind is allowed for.
+            pass
         return entry
 
     def _cut_torn_line(self, directory: Directory) -> None:
@@ -4252,7 +4347,8 @@ class Call(NamedTuple):
         """Run it to its end, however it ends."""
         return run_command([native(word) for word in argv], on_line=on_line, directory=self.directory,
                            environ=child_environment(self.session, self.context, extra),
-                           timeout_seconds=self.timeout_seconds, run_as=self.session.settings.hooks.run_as)
+                           timeout_seconds=self.timeout_seconds, run_as=self.session.settings.hooks.run_as,
+                           interrupts=self.session.interrupts)
 
     def run(self, argv: Sequence[str], extra: Dict[str, str]) -> CommandResult:
         """Run it and show its output; StepFailed with the last lines when it fails."""
@@ -5233,6 +5329,7 @@ class Facts(NamedTuple):
 
     request: Request
     root: str
+    command_line: Callable[[str], str]
     application: str
     deploy_id: str
     now_seconds: float
@@ -5268,7 +5365,7 @@ class Observer:
         except StateError as error:
             problems.append(error.message)
         facts = Facts(
-            request=request, root=os.path.realpath(settings.deploy.root), application=application_name(settings),
+            request=request, root=os.path.realpath(settings.deploy.root), command_line=settings.command_line, application=application_name(settings),
             deploy_id=self.deploy_id, now_seconds=time.time(), current=store.current() if store else Current(None),
             records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
             in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
@@ -5303,7 +5400,7 @@ class Observer:
         if candidate is None:
             return found
         self._confirm(artifact, digest)
-        if candidate != facts.current.release and not self._is_whole(candidate):
+        if candidate != facts.current.release and not self._is_whole(facts.records[candidate]):
             self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
             return found
         return found._replace(release=candidate)
@@ -5311,19 +5408,21 @@ class Observer:
     def _made_before(self, facts: Facts, found: ArtifactFacts) -> Optional[str]:
         """Name the newest release that was made from the same bytes, version and options."""
         strip = self.session.settings.artifact.strip_components
+        if facts.request.force:
+            return None
         same = [record for record in facts.records.values()
                 if record.sha256 == found.sha256 and record.version == found.version and record.id in facts.on_disk
                 and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
         return max(same, key=lambda record: record.sequence).id if same else None
 
-    def _confirm(self, artifact: "OpenArtifact", digest: "Digest") -> None:
+    def _confirm(self, artifact: OpenArtifact, digest: Digest) -> None:
         """Before staging is skipped: the bytes must really have the digest they are said to have."""
         if digest.source == "computed":
             return
         known = self.store.remembered_digest(artifact.path, artifact.identity()) if self.store else ""
         compare_digests(known or self._hash(artifact), digest.sha256, artifact.name)
 
-    def _hash(self, artifact: "OpenArtifact") -> str:
+    def _hash(self, artifact: OpenArtifact) -> str:
         progress = self.session.console.progress("hash", artifact.size_bytes)
         try:
             with self.session.interrupts.allowed():
@@ -5331,9 +5430,12 @@ class Observer:
         finally:
             progress.close()
 
-    def _is_whole(self, release: str) -> bool:
-        """Tell whether a staged release still is what its manifest says."""
-        return self.store is not None and not problems_of(check_release(self.session, self.store, release))
+    def _is_whole(self, record: Record) -> bool:
+        """Tell whether a staged release still is what its manifest says; without one it is not."""
+        try:
+            return not problems_of(check_release(self.session, self.store, record))
+        except StateError:
+            return False
 
     def close(self) -> None:
         """Close the artifact."""
@@ -5346,13 +5448,12 @@ def application_name(settings: Settings) -> str:
     return settings.deploy.application or os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
 
 
-def check_release(session: Session, store: Store, release: str) -> "Differences":
+def check_release(session: Session, store: Optional[Store], record: Record) -> Differences:
     """Hash a release against its manifest; StateError when the manifest itself is missing or damaged."""
+    if store is None:
+        raise StateError(f"{record.id} cannot be verified: its root is missing", "name another with --root DIR")
+    release, again = record.id, "stage the artifact again: deploy.py deploy --force ARTIFACT"
     manifest, tree = store.read_manifest(release)
-    record = store.records()[0].get(release)
-    again = "stage the artifact again: deploy.py deploy ARTIFACT"
-    if record is None:
-        raise StateError(f"{release} cannot be verified: its record is missing", again)
     for name, data in (("manifest", manifest), ("tree", tree)):
         if hashlib.sha256(data).hexdigest() != record.tree.get(f"{name}_sha256"):
             raise StateError(f"{release} cannot be verified: {store.path}/.deploy/{name}s/{release} was changed", again)
@@ -5366,7 +5467,7 @@ def check_release(session: Session, store: Store, release: str) -> "Differences"
         progress.close()
 
 
-def problems_of(differences: "Differences") -> str:
+def problems_of(differences: Differences) -> str:
     """Say what makes a release unfit to go live; files that were only added (caches, logs) do not."""
     parts = [f"{count(len(names), 'entry', 'entries')} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
              for word, names in (("changed", differences.changed), ("missing", differences.missing)) if names]
@@ -5381,7 +5482,7 @@ class Survey(NamedTuple):
     session: Session
     facts: Facts
     store: Optional[Store]
-    artifact: Optional["OpenArtifact"]
+    artifact: Optional[OpenArtifact]
 
     @property
     def settings(self) -> Settings:
@@ -5438,15 +5539,21 @@ def check_configuration(survey: Survey) -> Finding:
 
 def check_trust(survey: Survey) -> Finding:
     """Could somebody else have written what is about to be believed?"""
-    problems = [found for found in map(trust_problem, survey.settings.files) if found]
-    if survey.store:
-        private = survey.store.root.status(".deploy")
-        if private and stat.S_IMODE(private.st_mode) & 0o077:
-            path = f"{survey.facts.root}/.deploy"
-            problems.append((f"{path} is open to others (mode {stat.S_IMODE(private.st_mode):04o})", f"chmod 0700 {path}"))
-    if problems and os.geteuid() != 0 and survey.settings.files:
-        return ("warn",) + _all_of(problems, "")[1:]
-    return _all_of(problems, "configuration and state belong to us alone")
+    problems = untrusted(survey.settings)
+    private = survey.store.root.status(".deploy") if survey.store else None
+    if private and stat.S_IMODE(private.st_mode) & 0o077:
+        path = f"{survey.facts.root}/.deploy"
+        problems.append((f"{path} is open to others (mode {stat.S_IMODE(private.st_mode):04o})", f"chmod 0700 {path}"))
+    finding = _all_of(problems, "configuration and state belong to us alone")
+    if finding[0] == "fail" and os.geteuid() != 0:
+        return ("warn",) + finding[1:]
+    root = trust_problem(survey.facts.root) if survey.store else None
+    return ("warn",) + root if root and finding[0] == "ok" else finding
+
+
+def untrusted(settings: Settings) -> List[Tuple[str, str]]:
+    """List the configuration files, and their directories, that somebody else could have written, with the remedy."""
+    return [found for found in map(trust_problem, settings.files) if found]
 
 
 def check_root(survey: Survey) -> Finding:
@@ -5545,9 +5652,10 @@ def check_bad(survey: Survey) -> Finding:
 
 
 def bad_record(facts: Facts, sha256: str) -> Optional[Record]:
-    """Return the newest record that says this digest failed."""
-    found = [record for record in facts.records.values() if record.sha256 == sha256 and record.state == STATE_BAD]
-    return max(found, key=lambda record: record.sequence) if found else None
+    """Return the record that says this digest failed, unless a newer try of it did not."""
+    found = [record for record in facts.records.values() if record.sha256 == sha256]
+    newest = max(found, key=lambda record: record.sequence) if found else None
+    return newest if newest and newest.state == STATE_BAD else None
 
 
 def bad_refusal(bad: Record) -> Tuple[str, str]:
@@ -5670,20 +5778,42 @@ def check_ports(survey: Survey) -> Finding:
     import socket
     taken = []
     for host, port in survey.settings.preflight.free_ports:
-        family = socket.AF_INET6 if ":" in host or not host and socket.has_ipv6 else socket.AF_INET
         try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # As servers do: connections that linger in TIME_WAIT do not count as taken.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
+            # Without a host: on every IPv6 and IPv4 address, as far as the host has them.
+            for family in (socket.AF_INET6, socket.AF_INET) if not host else \
+                    (socket.AF_INET6 if ":" in host else socket.AF_INET,):
+                bind_for_an_instant(family, host, port)
         except OSError as error:
             taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}", f"see who has it: ss -ltnp 'sport = :{port}'"))
     return _all_of(taken, count(len(survey.settings.preflight.free_ports), "port"))
 
 
+def bind_for_an_instant(family: int, host: str, port: int) -> None:
+    """Bind a TCP port and let it go; OSError where it is taken, nothing where the family is not there."""
+    import socket
+    try:
+        probe = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:
+            return
+        raise
+    with probe:
+        # As servers do: connections that linger in TIME_WAIT do not count as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL or host:
+                raise
+
+
 def check_probes_before(survey: Survey) -> Finding:
     """Probes with when = before or both: the database is down now, not because of us."""
     session, failed, run = survey.session, [], 0
+    if os.geteuid() == 0 and untrusted(survey.settings):
+        return _skip("not run: somebody else could have written the configuration")
     context = context_for(survey.facts, None)
     for name, probe in sorted(survey.settings.probe.items()):
         if probe.when == "after" or check_probe(survey.settings, probe):
@@ -5746,7 +5876,7 @@ CHECKS = (
     ("root", check_root, True),
     ("filesystem", check_filesystem, True),
     ("current", check_current, True),
-    ("state", check_state, True),
+    ("state", check_state, False),
     ("recovery", check_recovery, True),
     ("lock", check_lock, True),
     ("clock", check_clock, False),
@@ -5809,9 +5939,10 @@ class Run:
     def __init__(self, session: Session, store: Store, facts: Facts, observer: Observer) -> None:
         self.session, self.store, self.facts, self.observer = session, store, facts, observer
         self.staging = ""
+        # What was live before the release in question; the way back turns it round.
+        self.before = facts.current.release
         self.manifest = None  # type: Optional[Manifest]
         self.by = who(started_by())
-        self.notes = []  # type: List[str]
 
     @property
     def settings(self) -> Settings:
@@ -5820,7 +5951,7 @@ class Run:
 
     def context(self, release: Optional[str]) -> Context:
         """Describe a release to a hook, service, probe or template."""
-        return context_for(self.facts, release)
+        return context_for(self.facts, release)._replace(previous=self.before or "")
 
     def staged_tree(self) -> Directory:
         """Open the tree that is being staged."""
@@ -6004,7 +6135,7 @@ class Publish(Step):
     name = "publish"
 
     def __init__(self, release: str, *, durable: bool) -> None:
-        self.release, self.durable = release, durable
+        self.release, self.durable, self.published = release, durable, False
 
     def describe(self) -> str:
         """Name the release."""
@@ -6013,14 +6144,15 @@ class Publish(Step):
     def apply(self, run: Run) -> str:
         """Sync before the rename: a name must never lead to data that a power cut can take."""
         if self.durable:
-            sync_filesystem()
+            sync_filesystem(run.store.directory(".deploy/staging").descriptor)
         run.store.publish(run.staging, self.release)
-        run.staging = ""
+        run.staging, self.published = "", True
         return self.release
 
     def undo(self, run: Run) -> None:
-        """Take the release away again."""
-        run.store.remove_release(self.release)
+        """Take the release away again, where it was this run that published it."""
+        if self.published:
+            run.store.remove_release(self.release)
 
 
 class SealRelease(Step):
@@ -6038,9 +6170,12 @@ class SealRelease(Step):
     def apply(self, run: Run) -> str:
         """Hash again what a hook may have changed, then write."""
         if self.rescan:
-            with run.store.directory("releases").child(self.release) as tree:
-                run.manifest = scan_tree(tree, lambda done: None)
-            sync_filesystem()
+            progress = run.session.console.progress("hash")
+            with run.store.directory("releases").child(self.release) as directory:
+                run.manifest = scan_tree(directory, lambda done: progress.update(done, format_size(done)))
+            progress.close()
+            if run.settings.deploy.durable:
+                sync_filesystem(run.store.directory(".deploy/staging").descriptor)
         manifest, tree = run.manifest.to_bytes(), run.manifest.tree_bytes()  # type: ignore
         record = self._record(run, {"manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                                     "tree_sha256": hashlib.sha256(tree).hexdigest()})
@@ -6050,7 +6185,10 @@ class SealRelease(Step):
         run.facts.on_disk.add(self.release)
         artifact = run.observer.artifact
         if artifact is not None and artifact.format != "directory":
-            run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
+            try:
+                run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
+            except OSError as error:
+                run.session.console.debug(f"the digest was not cached: {reason(error)}")
         return f"manifest {record.tree['manifest_sha256'][:12]}"
 
     def _record(self, run: Run, digests: Dict[str, str]) -> Record:
@@ -6066,7 +6204,7 @@ class SealRelease(Step):
             artifact=run.session.console.secrets.mask_json(artifact),
             tree=dict(run.manifest.counts(), **digests),  # type: ignore
             created_at=format_time(time.time()), activated_at=None, deactivated_at=None, previous=None,
-            by=run.by, rollback={"release": None, "command": None}, failure=None, pruned_at=None)
+            by=run.by, rollback={"release": None, "command": None}, failure=None, rolled_back_at=None, pruned_at=None)
 
     def undo(self, run: Run) -> None:
         """Forget the release."""
@@ -6089,11 +6227,11 @@ class VerifyRelease(Step):
 
     def apply(self, run: Run) -> str:
         """StepFailed names what was changed or is missing; added files only give a warning."""
-        differences = check_release(run.session, run.store, self.release)
+        differences = check_release(run.session, run.store, run.facts.records[self.release])
         problem = problems_of(differences)
         if problem:
             raise StepFailed(f"{self.release} is not what was staged: {problem}",
-                             f"see all of it: deploy.py --root {run.store.path} verify {self.release}; "
+                             f"see all of it: {run.settings.command_line(f'verify {self.release}')}; "
                              f"then deploy the artifact again", {"differences": differences._asdict()})
         if differences.added:
             run.session.console.warn(f"{self.release} holds {count(len(differences.added), 'file')} that "
@@ -6121,7 +6259,8 @@ class Switch(Step):
 
     def undo(self, run: Run) -> None:
         """Point it back, where the switch was done and only its confirmation failed."""
-        run.store.switch(self.to_release, self.from_release)
+        if run.store.current().release == self.to_release:
+            run.store.switch(self.to_release, self.from_release)
 
 
 class RestartService(Step):
@@ -6178,6 +6317,8 @@ class PruneRelease(Step):
 
     def apply(self, run: Run) -> str:
         """Files first, then the record; a bad one's digest is remembered."""
+        if self.record.id in names_in_use(f"{run.store.path}/releases"):
+            raise StepFailed(f"{self.record.id} is in use by a running process", "prune once it has ended")
         if self.on_disk:
             run.store.remove_release(self.record.id)
         if self.record.state == STATE_BAD and self.on_disk:
@@ -6243,7 +6384,7 @@ def _select_by_role(facts: Facts, role: str, there: Dict[str, Record]) -> Record
     else:
         found = rollback_target(facts, facts.current.release)
     if found is None:
-        raise UsageError(f"there is no {role} release", f"see what there is: deploy.py --root {facts.root} releases")
+        raise UsageError(f"there is no {role} release", f"see what there is: {facts.command_line('releases')}")
     return found
 
 
@@ -6256,14 +6397,19 @@ def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
     seen, name = {live}, (facts.records[live].previous if live in facts.records else None)
     while name and name not in seen:
         found = facts.release(name)
-        if found and found.state in (STATE_RETIRED, STATE_ACTIVE):
+        if found and is_good(found):
             return found
         seen.add(name)
         name = facts.records[name].previous if name in facts.records else None
     sequence = facts.records[live].sequence if live in facts.records else 0
     older = [record for record in facts.records.values() if record.id in facts.on_disk
-             and record.state == STATE_RETIRED and record.sequence < sequence]
+             and is_good(record) and record.sequence < sequence]
     return max(older, key=lambda record: record.sequence) if older else None
+
+
+def is_good(record: Record) -> bool:
+    """Tell whether a rollback may go to a release: it was live, and neither failed nor was rolled back from."""
+    return record.state in (STATE_ACTIVE, STATE_RETIRED) and record.rolled_back_at is None
 
 
 def new_release_id(facts: Facts, version: str) -> str:
@@ -6315,9 +6461,17 @@ def service_steps(settings: Settings, release: str) -> List[Step]:
 def forward_steps(settings: Settings, live: Optional[str], release: str) -> List[Step]:
     """Plan the second half of a deployment: switch, restart, probe."""
     before = _hook(settings, "pre_activate", release) + [Switch(live, release)]
-    after = _hook(settings, "post_activate", release) + service_steps(settings, release) + \
-        _hook(settings, "post_deploy", release)
-    return _in_phase(PHASE_INTENT, before) + _in_phase(PHASE_SWITCHED, after)
+    return _in_phase(PHASE_INTENT, before) + settling_steps(settings, "deploy", release)
+
+
+def settling_steps(settings: Settings, operation: str, release: str) -> List[Step]:
+    """Plan what follows the switch of an operation; recovery takes up here."""
+    if operation == "rollback":
+        steps = service_steps(settings, release) + _hook(settings, "post_rollback", release)
+    else:
+        steps = _hook(settings, "post_activate", release) + service_steps(settings, release) + \
+            _hook(settings, "post_deploy", release)
+    return _in_phase(PHASE_SWITCHED, steps)
 
 
 def way_back_steps(settings: Settings, live: Optional[str], release: str) -> List[Step]:
@@ -6375,15 +6529,14 @@ def plan_rollback(settings: Settings, facts: Facts) -> Plan:
         found = rollback_target(facts, live)
         if found is None:
             raise PreflightFailed("there is no previous good release to roll back to",
-                             f"see what there is: deploy.py --root {facts.root} releases")
+                             f"see what there is: {facts.command_line('releases')}")
         target = found
     if target.id == live:
         return Plan("rollback", live, target.id, [], [])
     if target.state == STATE_BAD and not facts.request.force:
         raise ArtifactRefused(*bad_refusal(target))
     before = [VerifyRelease(target.id)] + _hook(settings, "pre_rollback", target.id) + [Switch(live, target.id)]
-    after = service_steps(settings, target.id) + _hook(settings, "post_rollback", target.id)
-    steps = _in_phase(PHASE_INTENT, before) + _in_phase(PHASE_SWITCHED, after)
+    steps = _in_phase(PHASE_INTENT, before) + settling_steps(settings, "rollback", target.id)
     return Plan("rollback", live, target.id, steps, way_back_steps(settings, live, target.id))
 
 
@@ -6417,6 +6570,18 @@ def plan_prune(settings: Settings, facts: Facts) -> Plan:
     target = rollback_target(facts, live)
     steps = prune_steps(settings, facts, live, target.id if target else None)
     return Plan("prune", live, live or "", steps, [])
+
+
+def plan_settle(settings: Settings, facts: Facts) -> Plan:
+    """Plan `recover --to RELEASE`: a person has decided, so only a damaged release stops it."""
+    target, live = select_release(facts, facts.request.release), facts.current.release
+    if facts.current.problem:
+        raise StateError(facts.current.problem, facts.current.hint)
+    steps = [VerifyRelease(target.id)] + ([Switch(live, target.id)] if target.id != live else [])  # type: List[Step]
+    for step in service_steps(settings, target.id):
+        step.optional = True
+        steps.append(step)
+    return Plan("recover", live, target.id, steps, [])
 
 
 def plan_pin(settings: Settings, facts: Facts) -> Plan:
@@ -6460,7 +6625,7 @@ class Executor:
         self.console, self.store = run.session.console, run.store
         self.journal, self.interrupted = journal, False
         self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
-        self._phase = journal.phase if journal else ""
+        self._phase, self._done_before = (journal.phase, journal.done) if journal else ("", [])
         self._done = []  # type: List[Step]
         self._started_seconds = time.monotonic()
 
@@ -6480,12 +6645,30 @@ class Executor:
             self.run.session.interrupts.close()
             self.interrupted = isinstance(error, Interrupted)
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
+        except Exception as error:  # a defect of this program must not leave a release live that nobody asked
+            self.run.session.interrupts.close()
+            try:
+                self._fail(StepFailed(f"internal error: {type(error).__name__}: {error}"))
+            except DeployError:
+                pass
+            raise
         # Signals from here on change nothing: the verdict is in.
         self.run.session.interrupts.close()
         for step in self.plan.steps:
             if not step.phase:
                 self._take(step)
-        self.outcome.changed = self.outcome.changed or bool(self.plan.steps)
+        self._conclude()
+        self.outcome.changed = self.outcome.changed or any(result.status == "done" for result in self.outcome.steps)
+
+    def _conclude(self) -> None:
+        """Close an operation that needed no journal."""
+        results = {"prune": "pruned", "pin": "pinned", "unpin": "unpinned", "recover": "recovered"}
+        if self.plan.operation == "recover":
+            self._activate_records()
+        if self.plan.operation in results and not self._phase:
+            self.append_history(results[self.plan.operation], EXIT_OK, "", None)
+        if self.plan.operation == "recover":
+            self.store.clear_journal()
 
     # -- one step ------------------------------------------------------------
 
@@ -6497,7 +6680,7 @@ class Executor:
         started_seconds = time.monotonic()
         self.console.log_context["step"] = step.name
         try:
-            detail, status = step.apply(self.run), "done"
+            detail = step.apply(self.run)
         except Interrupted:
             self._note(step, "failed", started_seconds, "interrupted")
             raise
@@ -6510,7 +6693,10 @@ class Executor:
             return
         finally:
             self.console.log_context.pop("step", None)
-        self._note(step, status, started_seconds, detail)
+        self._note(step, "done", started_seconds, detail)
+        if isinstance(step, RunHook) and step.phase == PHASE_SWITCHED:
+            # A recovery must not run it again.
+            self._enter(PHASE_SWITCHED)
 
     def _note(self, step: Step, status: str, started_seconds: float, detail: str) -> None:
         seconds = time.monotonic() - started_seconds
@@ -6530,7 +6716,8 @@ class Executor:
                 started_at=format_time(facts.now_seconds), deadline=None, recoveries=0,
                 plan=self.console.secrets.mask_json(plan.to_json()), done=[], failure=None, by=self.run.by)
         self.journal = self.journal._replace(
-            phase=phase, done=[step.name for step in self._done], failure=failure or self.journal.failure,
+            phase=phase, done=self._done_before + [step.name for step in self._done],
+            failure=failure or self.journal.failure,
             deadline=format_time(time.time() + longest_seconds(self.run.settings)))
         self._phase = phase
         self.store.write_journal(self.journal)
@@ -6546,26 +6733,32 @@ class Executor:
             self._activate_records()
         self.append_history({"stage": "staged", "deploy": "deployed", "activate": "activated",
                               "rollback": "rolled_back"}[plan.operation], EXIT_OK, "", None)
-        self.store.clear_journal()
+        try:
+            self.store.clear_journal()
+        except OSError as error:
+            # The verdict is durable: from here on nothing may be taken back.
+            self.console.warn(f"the journal could not be removed: {reason(error)}; the next run does it")
         self.outcome.changed = True
         self.outcome.release = plan.to_release
         self.outcome.previous = plan.from_release if plan.operation != "stage" else \
             facts.records[plan.to_release].previous
 
-    def _activate_records(self) -> None:
-        """The old release retires, the new one is active and knows the way back."""
+    def _activate_records(self, failure: Optional[Dict[str, Any]] = None) -> None:
+        """The new release is active and knows the way back; every other one that was active retires."""
         plan, records, now = self.plan, self.run.facts.records, format_time(time.time())
-        old = records.get(plan.from_release or "")
-        if old and old.id != plan.to_release:
-            self._write(old._replace(state=STATE_BAD if old.state == STATE_BAD else STATE_RETIRED, deactivated_at=now))
+        back = plan.operation in ("rollback", "recover")
+        for old in [record for record in records.values() if record.state == STATE_ACTIVE]:
+            if old.id != plan.to_release:
+                self._write(old._replace(state=STATE_RETIRED, deactivated_at=now, rolled_back_at=now if back else None))
         new = records.get(plan.to_release)
         if new is None:
             return
         # A rollback keeps the older `previous`, so that the next one goes further back.
-        previous = new.previous if plan.operation == "rollback" else plan.from_release
+        previous = new.previous if back else plan.from_release
+        command = self.run.settings.command_line("rollback") if previous else None
         self._write(new._replace(
-            state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous, failure=None,
-            rollback={"release": previous, "command": rollback_command(self.store.path) if previous else None}))
+            state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous, failure=failure,
+            rolled_back_at=None, rollback={"release": previous, "command": command}))
 
     def _write(self, record: Record) -> None:
         self.store.write_record(record)
@@ -6573,17 +6766,15 @@ class Executor:
 
     def append_history(self, result: str, exit_code: int, message: str, failure: Optional[Dict[str, Any]]) -> None:
         """Write the run's line into the history, masked."""
-        plan, facts = self.plan, self.run.facts
+        plan, facts, mask = self.plan, self.run.facts, self.console.secrets.mask_json
         found = facts.records.get(plan.to_release)
         version = found.version if found else facts.artifact.version if facts.artifact else None
         entry = HistoryEntry(
             sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id, operation=plan.operation, result=result,
             release=plan.to_release or None, version=version, previous=plan.from_release, exit_code=exit_code,
-            seconds=round(time.monotonic() - self._started_seconds, 3), message=message, by=self.run.by,
-            steps=[dict(step._asdict()) for step in self.outcome.steps], failure=failure, previous_sha256="")
-        masked = self.console.secrets.mask_json(entry.to_json())
-        masked.pop("schema")
-        self.store.append_history(HistoryEntry(**masked))
+            seconds=round(time.monotonic() - self._started_seconds, 3), message=mask(message), by=self.run.by,
+            steps=mask([dict(step._asdict()) for step in self.outcome.steps]), failure=mask(failure), previous_sha256="")
+        self.store.append_history(entry)
 
     # -- the bad ends --------------------------------------------------------
 
@@ -6605,9 +6796,7 @@ class Executor:
                 step.undo(self.run)
             except (DeployError, OSError) as undo_error:
                 problems.append(f"{step.name}: {step_error(undo_error, step.name).message}")
-        undone = {step.name for step in self._done}
-        self.outcome.steps = [result._replace(status="undone") if result.status == "done" and result.name in undone
-                              else result for result in self.outcome.steps]
+        self._mark_undone({step.name for step in self._done}, before=len(self.outcome.steps))
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
             self.console.warn("not everything could be undone: " + "; ".join(problems))
@@ -6615,6 +6804,12 @@ class Executor:
         self._close(lambda: self.append_history("failed", error.exit_code, error.message, failure_of(error, self._failed_step())))
         self._run_on_failure(error)
         raise error
+
+    def _mark_undone(self, names: Set[str], before: int) -> None:
+        """Say of the steps among the first `before` results that they were taken back."""
+        self.outcome.steps = [
+            result._replace(status="undone") if result.status == "done" and result.name in names and number < before
+            else result for number, result in enumerate(self.outcome.steps)]
 
     def _failed_step(self) -> str:
         failed = [result.name for result in self.outcome.steps if result.status == "failed"]
@@ -6632,19 +6827,27 @@ class Executor:
 
     def _leave_live(self, error: DeployError) -> None:
         """auto_rollback = no: the failed release stays, and a person decides."""
-        command = rollback_command(self.store.path)
-        self._close(lambda: self._settle_failed("rollback_failed", EXIT_ROLLBACK_FAILED, error, STATE_ACTIVE))
+        failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
+        self.outcome.changed = True
+        self._close(lambda: self._settle_left_live(error, failure))
         self._run_on_failure(error)
         raise RollbackFailed(f"{error.message}; {self.plan.to_release} is live all the same: auto_rollback is off",
-                             f"go back with: {command}")
+                             f"go back with: {self.run.settings.command_line('rollback')}")
+
+    def _settle_left_live(self, error: DeployError, failure: Dict[str, Any]) -> None:
+        self._activate_records(failure)
+        self.append_history("left_live", EXIT_ROLLBACK_FAILED, error.message, failure)
 
     def roll_back(self, error: DeployError) -> None:
         """After the switch: make the old release live again; raises RolledBack or RollbackFailed."""
-        plan, failure = self.plan, failure_of(error, self._failed_step())
+        plan = self.plan
+        self.run.session.interrupts.close()
+        self.run.before = plan.to_release
+        failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
         self.console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
-        problems = []
+        problems, taken = [], len(self.outcome.steps)
         try:
-            self._enter(PHASE_ROLLING_BACK, self.console.secrets.mask_json(failure))
+            self._enter(PHASE_ROLLING_BACK, failure)
         except OSError as journal_error:
             # Going back matters more than noting it: the journal still says `switched`.
             self.console.warn(f"the journal could not be written: {reason(journal_error)}")
@@ -6655,49 +6858,51 @@ class Executor:
                 problems.append(step_error(back_error, step.name).message)
                 if isinstance(step, Switch):
                     break
+        undone = {step.name for step in self._done if step.phase in (PHASE_INTENT, PHASE_SWITCHED)}
+        self._mark_undone(undone - {VerifyRelease.name}, before=taken)
+        self.outcome.changed = True
         if problems:
-            self._give_up(error, problems)
-        failed = self.run.facts.records.get(plan.to_release)
-        # An interrupted release proved nothing: it may be tried again.
-        state = STATE_BAD if not isinstance(error, Interrupted) else \
-            STATE_RETIRED if failed and failed.activated_at else STATE_STAGED
-        self._close(lambda: self._settle_failed("reverted", EXIT_ROLLED_BACK, error, state))
+            self._give_up(error, problems, failure)
+        self._close(lambda: self._settle_failed("reverted", EXIT_ROLLED_BACK, error, failure))
         self._run_on_failure(error)
-        self.outcome.rolled_back = self.outcome.changed = True
+        self.outcome.rolled_back = True
         self.outcome.release, self.outcome.previous = plan.from_release, plan.to_release
         live = f"{plan.from_release} is live again" if plan.from_release else "nothing is live, as before"
         raise RolledBack(f"{error.message}; rolled back: {live}",
-                         error.hint or f"see what happened: deploy.py --root {self.store.path} show {self.deploy_id}")
+                         error.hint or f"see what happened: {self.run.settings.command_line(f'show {self.deploy_id}')}")
 
-    def _settle_failed(self, result: str, exit_code: int, error: DeployError, state: str) -> None:
-        """Records and history of a release that failed after activation."""
-        records, now = self.run.facts.records, format_time(time.time())
-        failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
-        failed, old = records.get(self.plan.to_release), records.get(self.plan.from_release or "")
-        if state != STATE_ACTIVE and old and old.state != STATE_ACTIVE:
+    def _settle_failed(self, result: str, exit_code: int, error: DeployError, failure: Dict[str, Any]) -> None:
+        """Records and history of a release that failed after activation and is not live any more."""
+        old = self.run.facts.records.get(self.plan.from_release or "")
+        if old and old.state != STATE_ACTIVE:
             self._write(old._replace(state=STATE_ACTIVE, deactivated_at=None))
-        if failed and failed.id != self.plan.from_release:
-            self._write(failed._replace(state=state, failure=failure, activated_at=failed.activated_at or now,
-                                        deactivated_at=None if state == STATE_ACTIVE else now))
-        if state == STATE_ACTIVE and old:
-            self._write(old._replace(state=STATE_RETIRED, deactivated_at=now))
+        self._mark_failed(error, failure)
         self.append_history(result, exit_code, error.message, failure)
 
-    def _give_up(self, error: DeployError, problems: List[str]) -> None:
+    def _mark_failed(self, error: DeployError, failure: Dict[str, Any]) -> None:
+        """Mark the release bad, unless it was good before or was only interrupted: neither proves it bad."""
+        failed = self.run.facts.records.get(self.plan.to_release)
+        if failed and failed.id != self.plan.from_release:
+            state = failed.state if failed.state == STATE_BAD else STATE_RETIRED if failed.activated_at else \
+                STATE_STAGED if isinstance(error, Interrupted) else STATE_BAD
+            self._write(failed._replace(state=state, failure=failure, deactivated_at=format_time(time.time())))
+
+    def _give_up(self, error: DeployError, problems: List[str], failure: Dict[str, Any]) -> None:
         """The way back failed too: keep the journal, say what a person must do."""
         try:
-            self.append_history("rollback_failed", EXIT_ROLLBACK_FAILED, error.message,
-                                 failure_of(error, self._failed_step()))
-        except OSError as history_error:
-            self.console.warn(f"the history could not be written: {reason(history_error)}")
+            self._mark_failed(error, failure)
+            self.append_history("rollback_failed", EXIT_ROLLBACK_FAILED, error.message, failure)
+        except OSError as write_error:
+            self.console.warn(f"the verdict could not be written: {reason(write_error)}")
         self._run_on_failure(error)
         found = self.store.current()
         live = found.release or found.problem or "nothing"
         self.outcome.release = found.release
-        command = f"deploy.py --root {self.store.path}"
+        command = self.run.settings.command_line
         raise RollbackFailed(
             f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
-            f"mend the cause, then: {command} recover; or settle on a release by hand: {command} recover --to RELEASE")
+            f"mend the cause, then: {command('recover')}; or settle on a release by hand: "
+            f"{command('recover --to RELEASE')}")
 
     def _run_on_failure(self, error: DeployError) -> None:
         """Run the on_failure hook; its own failure is a warning."""
@@ -6729,11 +6934,6 @@ def failure_of(error: DeployError, step: str) -> Dict[str, Any]:
     return {"step": step, "reason": error.message, "evidence": evidence}
 
 
-def rollback_command(root: str) -> str:
-    """Return the command that goes back to the previous release."""
-    return f"deploy.py --root {root} rollback"
-
-
 def longest_seconds(settings: Settings) -> float:
     """Return how long restarts and probes may take in all, for the journal's deadline."""
     services = sum(service.timeout + service.settle for service in settings.service.values())
@@ -6760,11 +6960,11 @@ class Recovery:
         return done + self._forget_missing()
 
     def _settle(self, journal: Journal) -> str:
-        last = self.store.history(1)
-        if last and last[0].deploy_id == journal.deploy_id and last[0].result != "rollback_failed":
-            self.store.clear_journal()
-            return f"{journal.operation} of {journal.to_release} was finished ({last[0].result})"
         current = self.store.current()
+        verdict = self._verdict(journal, current.release)
+        if verdict:
+            self.store.clear_journal()
+            return f"{journal.operation} of {journal.to_release} was finished ({verdict})"
         if current.problem or current.release not in (journal.from_release, journal.to_release):
             raise StateError(
                 f"cannot recover the {journal.operation} of {journal.to_release}: "
@@ -6778,13 +6978,31 @@ class Recovery:
         if journal.recoveries >= MAX_RECOVERIES:
             raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered "
                                  f"{journal.recoveries} times without success; live now: {current.release}", self._by_hand())
-        journal = journal._replace(recoveries=journal.recoveries + 1)
+        # The link tells how far the run came; the journal may be one write behind it.
+        phase = PHASE_ROLLING_BACK if current.release != journal.to_release else \
+            PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
+        journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1)
         self.store.write_journal(journal)
         return self._go_on(journal)
 
+    def _verdict(self, journal: Journal, live: Optional[str]) -> str:
+        """Return the result in the history, where the run had come to one and `current` agrees with it."""
+        try:
+            last = self.store.history(1)
+        except StateError:
+            # A damaged line must not stand in the way of recovery; --verify finds it.
+            return ""
+        if not last or last[0].deploy_id != journal.deploy_id:
+            return ""
+        where = {"deployed": journal.to_release, "activated": journal.to_release, "rolled_back": journal.to_release,
+                 "left_live": journal.to_release, "staged": live, "recovered": live, "failed": journal.from_release,
+                 "reverted": journal.from_release, "aborted": journal.from_release}
+        result = last[0].result
+        return result if result in where and where[result] == live else ""
+
     def _by_hand(self) -> str:
         return (f"see which release should be live, then settle on it: "
-                f"deploy.py --root {self.store.path} recover --to RELEASE")
+                f"{self.store.command_line('recover --to RELEASE')}")
 
     def _abort(self, journal: Journal) -> str:
         """Nothing was switched: a staged release that is whole stays, anything less goes."""
@@ -6801,7 +7019,10 @@ class Recovery:
     def _go_on(self, journal: Journal) -> str:
         """The switch was made: ask the services, finish or go back."""
         settings = self.run.settings
-        steps = _in_phase(PHASE_SWITCHED, service_steps(settings, journal.to_release))
+        # Restarting and probing again does no harm; a hook that ended is not run twice.
+        steps = [step for step in settling_steps(settings, journal.operation, journal.to_release)
+                 if not (isinstance(step, RunHook) and step.name in journal.done)]
+        self.run.before = journal.from_release
         way_back = way_back_steps(settings, journal.from_release, journal.to_release)
         executor = Executor(self.run, self._plan(journal, steps, way_back), self.outcome, journal)
         self.outcome.changed = True
@@ -6817,25 +7038,6 @@ class Recovery:
             self.outcome.rolled_back = False
             return f"{journal.operation} of {journal.to_release} was rolled back: {error.message}"
         return f"{journal.operation} of {journal.to_release} was finished: it is live"
-
-    def settle_by_hand(self, target: Record) -> List[str]:
-        """An operator says which release is right: make it so, and close what was under way."""
-        current = self.store.current()
-        if current.problem:
-            raise StateError(current.problem, current.hint)
-        if current.release != target.id:
-            self.store.switch(current.release, target.id)
-        now = format_time(time.time())
-        for record in self.run.facts.records.values():
-            if record.state == STATE_ACTIVE and record.id != target.id:
-                self.store.write_record(record._replace(state=STATE_RETIRED, deactivated_at=now))
-        self.store.write_record(target._replace(state=STATE_ACTIVE, activated_at=target.activated_at or now,
-                                                deactivated_at=None, failure=None))
-        plan = Plan("recover", current.release, target.id, [], [])
-        Executor(self.run, plan, self.outcome).append_history("recovered", EXIT_OK, "settled by hand", None)
-        self.store.clear_journal()
-        self.outcome.changed = True
-        return [f"{target.id} is live and nothing is under way"] + self.store.sweep()
 
     def _forget_missing(self) -> List[str]:
         """Drop the records of releases whose files are gone; what is bad stays known as bad."""
@@ -6879,19 +7081,29 @@ class Invocation:
         """What the command line asked for, beyond settings."""
         flags = vars(self.flags)
         return Request(
-            command=flags["command"], artifact=flags.get("artifact") or "", release=flags.get("release") or "",
+            command=flags["command"], artifact=flags.get("artifact") or "", release=flags.get("release") or flags.get("to") or "",
             sha256=flags.get("sha256") or "", version=flags.get("release_version") or "",
             allow_downgrade=bool(flags.get("allow_downgrade")), force=bool(flags.get("force")))
 
-    def deploy_command(self, text: str) -> str:
-        """Write a command line that does something with this root."""
-        return f"deploy.py --root {self.root} {text}"
+
+def open_store(call: Invocation) -> Optional[Store]:
+    """Open the root for looking, if it is there; UsageError where none is configured."""
+    return Store.open(call.settings) if call.root else None
+
+
+def existing(call: Invocation) -> Store:
+    """Open a root that something was deployed to; UsageError where there is none."""
+    store = open_store(call)
+    if store is None or store.optional(".deploy") is None:
+        raise UsageError(f"nothing was ever deployed to {call.root}",
+                         "name another root with --root DIR, or deploy something first")
+    return Store.create(call.settings)
 
 
 @contextmanager
 def reading(call: Invocation) -> Iterator[Store]:
     """Open the root for looking; UsageError where there is none."""
-    store = Store.open(call.root)
+    store = open_store(call)
     if store is None:
         raise UsageError(f"the root {call.root} does not exist", "name another with --root DIR, or deploy something first")
     try:
@@ -6903,7 +7115,7 @@ def reading(call: Invocation) -> Iterator[Store]:
 @contextmanager
 def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then bring an earlier run's leftovers into line."""
-    store = Store.create(call.root)
+    store = Store.create(call.settings) if call.flags.command in ("deploy", "stage") else existing(call)
     lock = Lock(store)
     holder = dict(who(started_by()), command=call.flags.command, since=format_time(time.time()),
                   deploy_id=call.deploy_id)
@@ -6921,10 +7133,13 @@ def recover(call: Invocation, store: Store) -> List[str]:
     """Recover, under the lock; every writing command begins with this."""
     observer = Observer(call.session, store, call.deploy_id)
     facts = observer.observe(Request("recover"), locked=True)
-    done = Recovery(Run(call.session, store, facts, observer), call.outcome).recover()
+    # What recovery did is not what the command did: its steps are its own.
+    outcome = call.outcome if call.flags.command == "recover" else Outcome("recover")
+    done = Recovery(Run(call.session, store, facts, observer), outcome).recover()
     for line in done:
         call.console.say(f"recovered: {line}")
     call.outcome.changed = call.outcome.changed or bool(done)
+    call.session.interrupts.reopen()
     return done
 
 
@@ -6953,7 +7168,7 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
 @contextmanager
 def preview(call: Invocation) -> Iterator[Optional[Store]]:
     """Open the root for looking, where there is one: nothing is made, locked or recovered."""
-    store = Store.open(call.root)
+    store = open_store(call)
     try:
         yield store
     finally:
@@ -7059,10 +7274,10 @@ def summarize(call: Invocation, what: str) -> None:
     console.result("\n".join(render_timeline([(step.name, step.seconds) for step in outcome.steps],
                                              unicode=console.unicode)))
     if call.flags.command == "stage":
-        console.result(f"  go live    {call.deploy_command(f'activate {outcome.release}')}")
+        console.result(f"  go live    {call.settings.command_line(f'activate {outcome.release}')}")
     elif outcome.previous:
         undo = "rollback" if call.flags.command != "rollback" else f"activate {outcome.previous}"
-        console.result(f"  undo       {call.deploy_command(undo)}")
+        console.result(f"  undo       {call.settings.command_line(undo)}")
 
 
 def command_prune(call: Invocation) -> None:
@@ -7086,27 +7301,42 @@ def command_pin(call: Invocation) -> None:
 
 def command_recover(call: Invocation) -> None:
     """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
+    if call.flags.to:
+        settle_by_hand(call)
+        return
     if call.dry_run:
         with preview(call) as store:
             journal = store.read_journal() if store else None
         text = f"would recover the {journal.operation} of {journal.to_release} ({journal.phase})" if journal \
             else "nothing to recover"
-        call.outcome.changed, call.outcome.extra["plan"] = bool(journal), []
-        call.outcome.extra["recovered"] = []
-    elif call.flags.to:
-        with writing(call, recover_first=False) as store:
-            observer = Observer(call.session, store, call.deploy_id)
-            facts = observer.observe(call.request(), locked=True)
-            recovery = Recovery(Run(call.session, store, facts, observer), call.outcome)
-            done = recovery.settle_by_hand(select_release(facts, call.flags.to))
-        call.outcome.extra["recovered"] = done
-        text = "; ".join(done)
+        call.outcome.changed = bool(journal)
+        call.outcome.extra["plan"] = [{"name": "recover", "description": text}] if journal else []
     else:
         with writing(call) as store:
             call.outcome.release = store.current().release
         text = "; ".join(call.outcome.extra["recovered"]) or "nothing to recover"
     call.outcome.message = text
     call.console.result(text)
+
+
+def settle_by_hand(call: Invocation) -> None:
+    """Make the release live that a person names, and close whatever was under way."""
+    with preview(call) if call.dry_run else writing(call, recover_first=False) as store:
+        observer = Observer(call.session, store, call.deploy_id)
+        facts = observer.observe(call.request(), locked=not call.dry_run)
+        plan = plan_settle(call.settings, facts)
+        describe_ends(call, facts, plan)
+        if call.dry_run or store is None:
+            show_plan(call, plan)
+            return
+        executor = Executor(Run(call.session, store, facts, observer), plan, call.outcome)
+        # Under the id of what is being settled, where that is known: its story ends here.
+        executor.deploy_id = facts.journal.deploy_id if facts.journal else call.deploy_id
+        executor.execute()
+        call.outcome.extra["recovered"] = [f"{plan.to_release} is live, and nothing is under way"] + store.sweep()
+    call.outcome.changed = True
+    call.outcome.message = call.outcome.extra["recovered"][0]
+    call.console.result(call.outcome.message)
 
 
 # -- commands that only look ---------------------------------------------------
@@ -7141,7 +7371,7 @@ def command_verify(call: Invocation) -> None:
         release = select_release(facts, call.flags.release or "current")
         call.outcome.release = release.id
         try:
-            found = check_release(call.session, store, release.id)
+            found = check_release(call.session, store, release)
         except StateError as error:
             raise ProblemFound(error.message, error.hint)
     call.outcome.extra["differences"] = {name: [portable(path) for path in paths]
@@ -7212,7 +7442,7 @@ def probe_context(call: Invocation) -> Tuple[Context, bool]:
     empty = Context("", "/", "", "", "/", "", call.deploy_id)
     if not call.settings.deploy.root:
         return empty, False
-    store = Store.open(call.root)
+    store = open_store(call)
     if store is None:
         return empty._replace(root=call.root, release_path=call.root), False
     facts = Observer(call.session, store, call.deploy_id).observe(Request("probe"), locked=False)
@@ -7225,7 +7455,11 @@ def command_status(call: Invocation) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     with reading(call) as store:
         facts = Observer(call.session, store, call.deploy_id).observe(Request("status"), locked=False)
-        last = next(iter(store.history(1)), None) if not facts.state_problems else None
+        try:
+            last = next(iter(store.history(1)), None)
+        except StateError as error:
+            last = None
+            facts.state_problems.append(error.message)
         manifest_there = facts.current.release is None or store.has_manifest(facts.current.release)
     current = facts.release(facts.current.release or "")
     previous = rollback_target(facts, facts.current.release)
@@ -7247,13 +7481,13 @@ def command_status(call: Invocation) -> None:
 
 def state_problems(facts: Facts, *, manifest_there: bool) -> List[Tuple[str, str]]:
     """Say what is broken, each with what to do about it."""
-    command, problems = f"deploy.py --root {facts.root}", []
+    problems = []
     if facts.current.problem:
         problems.append((facts.current.problem, facts.current.hint))
     problems += [(problem, "restore the file from a backup, or move it away") for problem in facts.state_problems]
     if facts.journal and not facts.holder:
         problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was interrupted "
-                         f"({facts.journal.phase})", f"{command} recover"))
+                         f"({facts.journal.phase})", facts.command_line("recover")))
     live = facts.current.release
     if live and live not in facts.records:
         problems.append((f"{live} is live but has no record", "deploy an artifact to have a known state again"))
@@ -7337,7 +7571,10 @@ def verify_history(call: Invocation, store: Store) -> None:
 def command_show(call: Invocation) -> None:
     """Show one deployment with its timeline, and the evidence where it failed."""
     with reading(call) as store:
-        entries = store.history()
+        try:
+            entries = store.history()
+        except StateError as error:
+            raise ProblemFound(error.message, error.hint)
     text = call.flags.id
     found = [entry for entry in entries if entry.deploy_id.startswith(text) or str(entry.sequence) == text] or \
         [entry for entry in entries if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
@@ -7451,7 +7688,7 @@ FLAGS = (
     Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
     Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
          "", {"action": "store_true"}),
-    Flag(("-f", "--force"), "try a bad artifact or release again", ("deploy", "stage", "activate", "rollback", "preflight"),
+    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already", ("deploy", "stage", "activate", "rollback", "preflight"),
          "", {"action": "store_true"}),
     Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
     Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
@@ -7550,7 +7787,7 @@ def hoist_repeated(argv: List[str]) -> List[str]:
         if word in names and position + 1 < len(argv):
             moved += argv[position:position + 2]
             position += 1
-        elif word.partition("=")[0] in names and word.startswith("--"):
+        elif word.partition("=")[0] in names or word[:2] in names:
             moved.append(word)
         else:
             rest.append(word)
@@ -7563,6 +7800,13 @@ def load(flags: Any) -> Settings:
     given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
     files = flags.config or discover_files()
     return load_settings(files, given, flags.assignments or [])  # type: ignore
+
+
+def check_believed(flags: Any, settings: Settings) -> None:
+    """As root, act on no configuration that somebody else could have written; looking at it is allowed."""
+    if os.geteuid() == 0 and flags.command not in ("preflight", "config", "status", "releases", "history", "show"):
+        for problem, hint in untrusted(settings):
+            raise PreflightFailed(f"the configuration cannot be trusted: {problem}", hint)
 
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
@@ -7586,12 +7830,13 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
     console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), verbose=bool(flags.verbose or flags.debug),
                       color=not (flags.no_color or environment("NO_COLOR")) and environment("TERM") != "dumb")
     settings = load(flags)
+    check_believed(flags, settings)
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
     deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
     console.log_context = {"deploy_id": deploy_id, "command": flags.command}
-    if settings.log.file:
+    if settings.log.file and not flags.dry_run:
         console.open_log(settings.log.file, settings.log.format)
     call = Invocation(Session(settings, console, interrupts), flags, deploy_id)
     return guarded(call), call

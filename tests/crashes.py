@@ -42,8 +42,7 @@ def under(app: App, name: str, *command: Any) -> str:
 
 def strace(app: App, *options: str) -> str:
     """A Python under strace, which writes the trace to the file that `trace_of` names."""
-    return under(app, "traced", needs("strace"), "-f", "--seccomp-bpf", "-qq", "-y", "-s", "300", "-o", trace_of(app),
-                 *options)
+    return under(app, "traced", needs("strace"), "-f", "-qq", "-y", "-s", "300", "-o", trace_of(app), *options)
 
 
 def trace_of(app: App) -> Path:

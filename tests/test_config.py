@@ -322,12 +322,10 @@ def test_a_file_without_permission_is_an_error_that_says_so(tmp_path: Path) -> N
     path = write(tmp_path / "secret.ini", "[deploy]\n")
     path.chmod(0o600)
     os.chmod(str(tmp_path), 0o755)
-    done = subprocess.run([needs("setpriv"), "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-"],
-                          input=DEPLOY.read_bytes().replace(b'sys.argv[1:] if argv is None', b'%r if argv is None' % [
-                              "--json", "-c", str(path), "config"], 1),
+    # From stdin: this checkout may lie where others cannot go.
+    done = subprocess.run([needs("setpriv"), "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-I", "-",
+                           "--json", "-c", str(path), "config"], input=DEPLOY.read_bytes(),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/")
-    if b"can't open file" in done.stderr or b"cannot execute" in done.stderr:
-        pytest.skip("uid 65534 cannot run Python here")
     data = json.loads(done.stdout.decode("ascii"))
     assert data["exit_code"] == 2 and "secret.ini" in data["error"]["message"]
 

@@ -1,0 +1,398 @@
+"""Hooks through the command line: when they run, with what, and what becomes of a run when they fail."""
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import pytest
+
+from crashes import content, is_running, script, wait_gone
+from support import App, clean_environment, file, needs, run_deploy, start_deploy, wait_until
+
+FORWARD = ["pre_stage", "post_stage", "pre_activate", "post_activate", "post_deploy"]
+EVERY = FORWARD + ["on_failure", "pre_rollback", "post_rollback"]
+
+SPY = """#!{python} -IS
+import json, os, sys
+def link(path):
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+with open({log!r}, "a") as log:
+    log.write(json.dumps({{
+        "env": dict(os.environ), "cwd": os.getcwd(), "current": link({current!r}), "argv": sys.argv[1:],
+        "stdin": os.read(0, 10).decode(), "fds": sorted(link("/proc/self/fd/" + fd) or "" for fd in os.listdir("/proc/self/fd")),
+        "session": os.getsid(0), "pid": os.getpid(), "umask": os.umask(0)}}) + "\\n")
+"""
+
+
+class Spy:
+    """A program that notes how it is run, for every hook."""
+
+    def __init__(self, app: App) -> None:
+        self.path, self.log = app.directory / "spy", app.directory / "spy.log"
+        self.path.write_text(SPY.format(python=sys.executable, log=str(self.log), current=str(app.root / "current")))
+        self.path.chmod(0o755)
+
+    def calls(self) -> List[Dict[str, Any]]:
+        """Every call since the last question."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.write_text("")
+        return [json.loads(line) for line in lines]
+
+    def hooks(self, **others: str) -> str:
+        """A [hooks] section in which every hook is the spy."""
+        return "[hooks]\n" + "".join(f"{name} = {others.get(name, self.path)}\n" for name in EVERY)
+
+
+@pytest.fixture
+def spy(app: App) -> Spy:
+    """A spy in the application's directory."""
+    return Spy(app)
+
+
+def names(calls: List[Dict[str, Any]]) -> List[str]:
+    """Which hooks were called."""
+    return [call["env"]["DEPLOY_HOOK"] for call in calls]
+
+
+def pids_in(path: Path) -> List[int]:
+    """The process ids that a script wrote down, one a line."""
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.fixture
+def pids(tmp_path: Path) -> Iterator[Path]:
+    """A file for process ids; what still runs at the end is killed."""
+    path = tmp_path / "pids"
+    yield path
+    for pid in pids_in(path):
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+# -- when and with what ----------------------------------------------------------
+
+def test_every_hook_runs_at_its_point(app: App, spy: Spy) -> None:
+    app.configure(spy.hooks())
+    first = app.deploy("1.0").data
+    spy.calls()
+    second = app.deploy("1.1").data
+    old, new = "releases/" + first["release"], "releases/" + second["release"]
+    assert [(call["env"]["DEPLOY_HOOK"], call["current"]) for call in spy.calls()] == [
+        ("pre_stage", old), ("post_stage", old), ("pre_activate", old), ("post_activate", new), ("post_deploy", new)]
+    app.run("rollback", check=0)
+    assert [(call["env"]["DEPLOY_HOOK"], call["current"]) for call in spy.calls()] == [
+        ("pre_rollback", new), ("post_rollback", old)]
+    app.run("stage", app.artifact("1.2"), check=0)
+    assert names(spy.calls()) == ["pre_stage", "post_stage"]
+    app.run("activate", "1.2", check=0)
+    assert names(spy.calls()) == ["pre_activate", "post_activate", "post_deploy"]
+
+
+def test_no_hook_runs_when_there_is_nothing_to_do_or_in_a_dry_run(app: App, spy: Spy) -> None:
+    app.configure(spy.hooks())
+    app.deploy("1.0")
+    spy.calls()
+    app.deploy("1.0")
+    app.run("-n", "deploy", app.artifact("1.1"), check=0)
+    app.run("-n", "rollback")
+    assert spy.calls() == []
+
+
+def test_a_hook_gets_exactly_the_documented_environment(app: App, spy: Spy) -> None:
+    app.configure(spy.hooks() + "[env]\nMODE = blue green\nQUOTED = a = 'b' ; c\n")
+    first = app.deploy("1.0").data
+    spy.calls()
+    second = app.run("deploy", app.artifact("1.1"), check=0, env={"SECRET_OF_OURS": "x", "PYTHONPATH": "/nowhere"}).data
+    home = clean_environment()["HOME"]
+    for call in [call for call in spy.calls() if call["env"]["DEPLOY_HOOK"] != "pre_stage"]:
+        path = call["env"].pop("PATH").split(":")
+        assert {"/usr/sbin", "/usr/bin", "/sbin", "/bin"} <= set(path) and "" not in path
+        assert call["env"] == {
+            "HOME": home, "LANG": "C.UTF-8", "MODE": "blue green", "QUOTED": "a = 'b' ; c",
+            "DEPLOY_APPLICATION": "myapp", "DEPLOY_ROOT": str(app.root), "DEPLOY_RELEASE": second["release"],
+            "DEPLOY_VERSION": "1.1", "DEPLOY_RELEASE_PATH": f"{app.root}/releases/{second['release']}",
+            "DEPLOY_CURRENT_PATH": f"{app.root}/current", "DEPLOY_SHARED_PATH": f"{app.root}/shared",
+            "DEPLOY_PREVIOUS_RELEASE": first["release"], "DEPLOY_ID": second["deploy_id"],
+            "DEPLOY_HOOK": call["env"]["DEPLOY_HOOK"]}
+        assert call["cwd"] == f"{app.root}/releases/{second['release']}"
+
+
+def test_pre_stage_knows_which_release_is_about_to_be_made(app: App, spy: Spy) -> None:
+    app.configure(spy.hooks())
+    release = app.deploy("1.0").data["release"]
+    call = spy.calls()[0]
+    assert call["env"]["DEPLOY_HOOK"] == "pre_stage" and call["cwd"].startswith(str(app.root))
+    assert (call["env"]["DEPLOY_VERSION"], call["env"]["DEPLOY_RELEASE"]) == ("1.0", release)
+
+
+def test_a_hook_has_no_stdin_no_descriptors_and_a_session_of_its_own(app: App, spy: Spy) -> None:
+    app.configure(spy.hooks())
+    app.deploy("1.0")
+    for call in spy.calls():
+        assert call["stdin"] == "" and call["session"] == call["pid"] and call["umask"] == 0o022
+        inherited = [fd for fd in call["fds"] if fd.startswith(str(app.root))]
+        assert not inherited, f"{names([call])} inherited {inherited}: an inherited lock outlives its holder"
+
+
+def test_a_hook_is_an_argv_and_never_a_shell_line(app: App, spy: Spy) -> None:
+    app.configure(f"[hooks]\npre_stage =\n  {spy.path} 'a b' $HOME *; touch owned\n  {spy.path} second \"q'q\"\n")
+    app.deploy("1.0")
+    assert [call["argv"] for call in spy.calls()] == [["a b", "$HOME", "*;", "touch", "owned"], ["second", "q'q"]]
+
+
+def test_a_relative_program_is_the_releases_own(app: App) -> None:
+    tree = {"bin/migrate": file("#!/bin/sh\necho migrating $(cat VERSION) in $(pwd) > ../../migrated\n", 0o755)}
+    app.configure("[hooks]\npre_activate = bin/migrate\npost_activate = ./bin/migrate\n")
+    app.deploy("1.0", tree)
+    assert (app.root / "migrated").read_text() == f"migrating 1.0 in {app.root}/releases/{app.current}\n"
+
+
+def test_what_post_stage_adds_belongs_to_the_release(app: App) -> None:
+    add = script(app.directory / "add", "mkdir -p built/deep && echo made > built/deep/file && chmod 640 built/deep/file && "
+                                        "ln -s built/deep/file linked && echo changed > lib/nested/data.txt && rm bin/run")
+    app.configure(f"[hooks]\npost_stage = {add}\n")
+    app.deploy("1.0")
+    manifest = (app.root / ".deploy" / "manifests" / str(app.current)).read_text()
+    assert "built/deep/file" in manifest and "bin/run" not in manifest
+    app.run("verify", check=0)
+    assert app.record(str(app.current))["tree"]["files"] == 3
+    (app.root / "current" / "built" / "deep" / "file").write_text("tampered\n")
+    assert app.run("verify", check=7).data["differences"]["changed"] == ["built/deep/file"]
+
+
+# -- failing ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("hook, exit_code, program", [
+    ("pre_stage", 1, "false"), ("post_stage", 1, "false"), ("pre_activate", 1, "false"),
+    ("pre_activate", 1, "./no-such-program"), ("post_activate", 5, "false"), ("post_deploy", 5, "false"),
+    ("post_deploy", 5, "/bin/sh -c 'kill -9 $$'"), ("post_deploy", 5, "./no-such-program")])
+def test_a_failing_hook_undoes_or_rolls_back(app: App, spy: Spy, hook: str, exit_code: int, program: str) -> None:
+    app.deploy("1.0")
+    live, before = app.current, content(app.root)
+    app.configure(spy.hooks(**{hook: program}))
+    result = app.run("deploy", app.artifact("1.1"), check=exit_code)
+    assert hook in result.data["error"]["message"] and result.data["error"]["hint"]
+    assert (app.current, app.version, app.leftovers()) == (live, "1.0", [])
+    assert result.data["rolled_back"] is (exit_code == 5)
+    expected = FORWARD[:FORWARD.index(hook)] + (["pre_rollback", "post_rollback"] if exit_code == 5 else []) + ["on_failure"]
+    assert names(spy.calls()) == expected
+    if exit_code == 1:
+        assert content(app.root) == before
+    assert app.history()[-1]["failure"]["step"] == f"hook:{hook}"
+    assert app.run("status").exit_code == 0
+
+
+def test_a_first_deployment_that_a_hook_fails_leaves_nothing_live(app: App, spy: Spy) -> None:
+    app.configure(spy.hooks(post_activate="false"))
+    app.run("deploy", app.artifact("1.0"), check=5)
+    assert not os.path.lexists(str(app.root / "current"))
+    assert names(spy.calls()) == ["pre_stage", "post_stage", "pre_activate", "pre_rollback", "post_rollback", "on_failure"]
+
+
+def test_the_commands_of_a_hook_stop_at_the_first_that_fails(app: App, spy: Spy) -> None:
+    app.configure(f"[hooks]\npre_activate =\n  {spy.path} one\n  false\n  {spy.path} three\n")
+    app.run("deploy", app.artifact("1.0"), check=1)
+    assert [call["argv"] for call in spy.calls()] == [["one"]]
+
+
+def test_hooks_of_the_way_back_cannot_stop_it(app: App, spy: Spy) -> None:
+    app.deploy("1.0")
+    app.configure(spy.hooks(post_deploy="false", pre_rollback="false", post_rollback="false", on_failure="false"))
+    result = app.run("deploy", app.artifact("1.1"), check=5)
+    assert app.version == "1.0" and len([text for text in result.data["warnings"] if "rollback" in text]) == 2
+
+
+@pytest.mark.parametrize("hook, exit_code", [("pre_rollback", 1), ("post_rollback", 5)])
+def test_a_hook_that_fails_a_rollback_by_hand_leaves_live_what_was_live(app: App, spy: Spy, hook: str, exit_code: int) -> None:
+    app.deploy("1.0")
+    app.deploy("1.1")
+    app.configure(spy.hooks(**{hook: "false"}))
+    app.run("rollback", check=exit_code)
+    assert app.version == "1.1" and app.leftovers() == []
+
+
+def test_hooks_of_the_way_back_are_told_what_becomes_live_and_what_was(app: App, spy: Spy) -> None:
+    old = app.deploy("1.0").data["release"]
+    app.configure(spy.hooks(post_deploy="false"))
+    app.run("deploy", app.artifact("1.1"), check=5)
+    failed = [name for name in app.releases() if name != old][0]
+    back = [call for call in spy.calls() if "rollback" in call["env"]["DEPLOY_HOOK"]]
+    assert [(call["env"]["DEPLOY_RELEASE"], call["env"]["DEPLOY_VERSION"]) for call in back] == [(old, "1.0")] * 2
+    assert [call["current"] for call in back] == ["releases/" + failed, "releases/" + old]
+    # As in a rollback by hand: the release that is being left.
+    assert [call["env"]["DEPLOY_PREVIOUS_RELEASE"] for call in back] == [failed] * 2
+
+
+@pytest.mark.parametrize("hook", ["pre_activate", "post_deploy"])
+def test_on_failure_is_told_which_release_failed(app: App, spy: Spy, hook: str) -> None:
+    app.deploy("1.0")
+    app.configure(spy.hooks(**{hook: "false"}))
+    result = app.run("deploy", app.artifact("1.1"))
+    call = spy.calls()[-1]
+    assert names([call]) == ["on_failure"] and call["current"].endswith("-1.0")
+    assert (call["env"]["DEPLOY_VERSION"], call["env"]["DEPLOY_ID"]) == ("1.1", result.data["deploy_id"])
+    assert call["env"]["DEPLOY_RELEASE"].endswith("-1.1")
+
+
+def test_undoing_never_deletes_what_somebody_else_made(app: App) -> None:
+    app.deploy("1.0")
+    # Under the very name that the new release is to have.
+    take = script(app.directory / "take", f"to=$(sed -n 's/.*\"to\": \"\\(.*\\)\".*/\\1/p' {app.root}/.deploy/journal.json)\n"
+                                          f"mkdir {app.root}/releases/$to && echo data > {app.root}/releases/$to/precious")
+    app.configure(f"[hooks]\npre_stage = {take}\n")
+    app.run("deploy", app.artifact("1.1"), check=1)
+    assert [path.read_text() for path in app.root.glob("releases/*/precious")] == ["data\n"]
+
+
+# -- time --------------------------------------------------------------------------
+
+def test_a_background_child_that_holds_stdout_does_not_hang_the_run(app: App, pids: Path) -> None:
+    leave = script(app.directory / "leave", f"echo started\nsleep 600 &\necho $! >> {pids}")
+    app.configure(f"[hooks]\npre_activate = {leave}\npost_activate = {leave}\ntimeout = 100s\n")
+    started = time.monotonic()
+    app.run("deploy", app.artifact("1.0"), check=0)
+    assert time.monotonic() - started < 10
+    assert len(pids_in(pids)) == 2
+
+
+@pytest.mark.parametrize("hook, exit_code", [("pre_activate", 1), ("post_activate", 5)])
+def test_a_hook_past_its_timeout_is_killed_with_its_children(app: App, pids: Path, hook: str, exit_code: int) -> None:
+    app.deploy("1.0")
+    hang = script(app.directory / "hang", f"echo $$ >> {pids}\n(trap '' TERM; sleep 600) & echo $! >> {pids}\n"
+                                          f"sleep 600 & echo $! >> {pids}\necho waiting; wait")
+    app.configure(f"[hooks]\n{hook} = {hang}\ntimeout = 400ms\n")
+    result = app.run("deploy", app.artifact("1.1"), check=exit_code)
+    assert "timed out" in result.data["error"]["message"] and "timeout" in result.data["error"]["hint"]
+    assert len(pids_in(pids)) == 3
+    wait_gone(pids_in(pids))
+    assert app.version == "1.0"
+
+
+def test_a_hook_that_ignores_term_is_killed(app: App, pids: Path) -> None:
+    stubborn = script(app.directory / "stubborn", f"trap '' TERM\necho $$ >> {pids}\nwhile :; do sleep 1; done")
+    app.configure(f"[hooks]\npre_stage = {stubborn}\ntimeout = 100ms\n")
+    app.run("deploy", app.artifact("1.0"), check=1)
+    wait_gone(pids_in(pids))
+
+
+# -- output --------------------------------------------------------------------------
+
+def test_output_reaches_the_log_line_by_line_while_the_hook_runs(app: App, tmp_path: Path) -> None:
+    log, go = tmp_path / "log", tmp_path / "go"
+    wait = script(app.directory / "wait", f"echo first line\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done\n"
+                                          f"echo last line")
+    app.configure(f"[hooks]\npre_activate = {wait}\n")
+    process = start_deploy("--log-file", log, "deploy", app.artifact("1.0"), config=app.config)
+    try:
+        wait_until(lambda: log.exists() and "first line" in log.read_text(), what="the first line is in the log")
+        assert process.poll() is None and "last line" not in log.read_text()
+        go.touch()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "last line" in log.read_text()
+
+
+@pytest.mark.parametrize("ends", [0, 1], ids=["well", "failed"])
+def test_the_tail_of_the_output_is_kept_in_the_history(app: App, ends: int) -> None:
+    talk = script(app.directory / "talk", f"echo out of it; echo complaint >&2; exit {ends}")
+    app.configure(f"[hooks]\npre_activate = {talk}\n")
+    app.run("deploy", app.artifact("1.0"), check=ends)
+    line = json.dumps(app.history()[-1])
+    assert "complaint" in line and "out of it" in line
+
+
+@pytest.mark.parametrize("flood", ["seq 1 20000; echo the end", "head -c 3000000 /dev/zero | tr '\\0' x; echo; echo the end",
+                                   "head -c 1000000 /dev/urandom; echo; echo the end"], ids=["lines", "one line", "noise"])
+def test_a_flood_of_output_is_survived_and_only_its_end_is_kept(app: App, tmp_path: Path, flood: str) -> None:
+    app.configure(f"[hooks]\npre_activate = {script(app.directory / 'flood', flood + '; exit 1')}\n")
+    started = time.monotonic()
+    result = app.run("--log-file", tmp_path / "log", "deploy", app.artifact("1.0"), check=1)
+    assert time.monotonic() - started < 15
+    failure = app.history()[-1]["failure"]
+    assert failure["evidence"]["output"][-1] == "the end"
+    assert len(json.dumps(app.history()[-1])) < 200000 and len(result.data["error"]["message"]) < 5000
+
+
+def test_a_flood_without_end_is_stopped_by_the_timeout(app: App) -> None:
+    app.configure("[hooks]\npre_activate = yes\ntimeout = 300ms\n")
+    started = time.monotonic()
+    app.run("-q", "deploy", app.artifact("1.0"), check=1)
+    assert time.monotonic() - started < 15
+
+
+def test_binary_output_cannot_reach_a_terminal(app: App, tmp_path: Path) -> None:
+    noise = script(app.directory / "noise", r"printf '\377\376\000\033[31mred\033[0m\r\302\205 b\303\244r\n\033]0;title\007\n'; exit 1")
+    app.configure(f"[hooks]\npre_activate = {noise}\n")
+    result = app.run("--log-file", tmp_path / "log", "deploy", app.artifact("1.0"), check=1)
+    log = (tmp_path / "log").read_bytes().decode("utf-8")
+    for where, text in (("stderr", result.stderr), ("stdout", result.stdout), ("log", log)):
+        assert not set(text) & set("\x1b\x00\x07\x85"), where
+    assert "red" in log and "b\u00e4r" in log
+
+
+def test_secrets_are_masked_in_log_stderr_and_history(app: App, tmp_path: Path) -> None:
+    leak = script(app.directory / "leak", 'echo "connecting with $DB_PASSWORD"; echo "https://u:$DB_PASSWORD@h/?k=$DB_PASSWORD"; exit 1')
+    app.configure(f"[hooks]\npre_activate = {leak}\n[env]\nDB_PASSWORD = correct-horse-battery\n")
+    result = app.run("-v", "--log-file", tmp_path / "log", "deploy", app.artifact("1.0"), check=1)
+    kept = "".join(path.read_text(errors="replace") for path in (app.root / ".deploy").rglob("*") if path.is_file())
+    for text in (result.stderr, (tmp_path / "log").read_text(), kept):
+        assert "correct-horse-battery" not in text and "connecting with" in text
+    assert "correct-horse-battery" not in result.stdout
+
+
+# -- run_as --------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a hook as somebody else")
+
+
+@needs_root
+def test_run_as_runs_hooks_as_that_user_with_its_groups_and_home(app: App, tmp_path: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    commands = "\n".join(f"  {needs(name)}{rest}" for name, rest in (("id", " -u"), ("id", " -G"), ("printenv", " HOME")))
+    app.configure(f"[hooks]\npre_activate =\n{commands}\nrun_as = nobody\n")
+    log = tmp_path / "log"
+    app.run("--log-file", log, "deploy", app.artifact("1.0"), check=0)
+    said = [line.rpartition("] ")[2] for line in log.read_text().splitlines()]
+    groups = sorted(os.getgrouplist("nobody", nobody.pw_gid))
+    assert [line for line in said if line in (str(nobody.pw_uid), " ".join(map(str, groups)), nobody.pw_dir)]
+    assert str(nobody.pw_uid) in said and nobody.pw_dir in said and "0" not in said
+
+
+@pytest.mark.parametrize("user", ["no-such-user-here", "-1", ""], ids=["unknown", "number", "empty"])
+def test_run_as_an_unknown_user_is_refused_before_anything_runs(app: App, spy: Spy, user: str) -> None:
+    app.configure(spy.hooks() + f"run_as = {user}\n")
+    result = app.run("deploy", app.artifact("1.0"))
+    if user:
+        assert result.exit_code in (2, 3) and user in result.data["error"]["message"], result.describe()
+        assert app.releases() == [] and spy.calls() == []
+    else:
+        assert result.exit_code == 0
+
+
+@needs_root
+def test_run_as_without_the_right_to_is_an_error_and_no_traceback(app: App) -> None:
+    place = Path(tempfile.mkdtemp(prefix="deploy-test-nobody-"))
+    try:
+        shutil.copy(str(app.artifact("1.0")), str(place))
+        shutil.copy(str(app.artifact("1.0")) + ".sha256", str(place))
+        os.chown(str(place), pwd.getpwnam("nobody").pw_uid, -1)
+        place.chmod(0o755)
+        python = script(app.directory / "as-nobody", f"exec {needs('setpriv')} --reuid=nobody --clear-groups {sys.executable} \"$@\"")
+        result = run_deploy("--set", "hooks.run_as=root", "--set", "hooks.pre_stage=true", "deploy", place / "myapp-1.0.tar.gz",
+                            root=place / "root", python=str(python), cwd="/")
+        assert result.exit_code in (1, 2, 3) and "Traceback" not in result.stderr, result.describe()
+        assert "root" in result.data["error"]["message"]
+    finally:
+        shutil.rmtree(str(place))

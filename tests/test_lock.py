@@ -1,0 +1,197 @@
+"""One run at a time: a kernel lock that names its holder, dies with it, and is inherited by nobody."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Iterator, List
+
+import pytest
+
+from scenes import Gate, alive, configure, deploy_all
+from support import App, fake_command, make_artifact, start_deploy, wait_until
+
+
+@pytest.fixture
+def app(app: App) -> App:
+    """An application that does not sync the whole filesystem."""
+    configure(app)
+    return app
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """A gate that is open at the end, whatever happened."""
+    made = Gate(tmp_path / "gates")
+    yield made
+    made.open()
+
+
+@pytest.fixture
+def holder(app: App, gate: Gate) -> Iterator[subprocess.Popen]:
+    """A deployment of 2.0 over 1.0 that holds the lock until the gate opens."""
+    app.deploy("1.0")
+    configure(app, f"[hooks]\npre_activate = {gate.command}\n")
+    process = start_deploy("deploy", app.artifact("2.0"), config=app.config)
+    gate.wait_for_visitor()
+    yield process
+    gate.open()
+    process.kill()
+    process.wait()
+
+
+def waits_for_the_lock(app: App, process: subprocess.Popen) -> bool:
+    """Whether a process has the lock's file open, and thus stands in the queue."""
+    try:
+        links = [os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]
+    except OSError:
+        return False
+    return str(app.root / ".deploy" / "lock") in links
+
+
+def test_of_twenty_that_deploy_at_once_one_wins_and_the_state_is_whole(app: App, gate: Gate) -> None:
+    first = app.deploy("1.0").data["release"]
+    configure(app, f"[hooks]\npre_activate = {gate.command}\n")
+    artifacts = [app.artifact(f"2.{number}") for number in range(20)]
+    processes = [start_deploy("deploy", artifact, config=app.config) for artifact in artifacts]
+    gate.wait_for_visitor(40)
+    # The winner stands at the gate until every other has given up.
+    wait_until(lambda: sum(process.poll() is not None for process in processes) == 19, 40)
+    assert app.current == first
+    gate.open()
+    codes = [process.wait(20) for process in processes]
+    assert sorted(codes) == [0] + [75] * 19
+    winner = codes.index(0)
+    assert app.version == f"2.{winner}"
+    assert app.releases() == sorted([first, str(app.current)])
+    assert [entry["result"] for entry in app.history()] == ["deployed", "deployed"]
+    assert app.leftovers() == []
+    configure(app)
+    app.run("status", check=0)
+    app.run("verify", check=0)
+    app.run("history", "--verify", check=0)
+
+
+def test_runs_that_wait_go_one_after_the_other(app: App) -> None:
+    artifacts = [app.artifact(f"1.{number}") for number in range(6)]
+    processes = [start_deploy("deploy", artifact, "--wait-lock", "60s", "--allow-downgrade", config=app.config)
+                 for artifact in artifacts]
+    assert [process.wait(60) for process in processes] == [0] * 6
+    history = app.history()
+    assert [entry["sequence"] for entry in history] == list(range(1, 7))
+    assert sorted(entry["version"] for entry in history) == [f"1.{number}" for number in range(6)]
+    # Each saw what the one before had made live: no update was lost.
+    assert [entry["previous"] for entry in history] == [None] + [entry["release"] for entry in history[:-1]]
+    assert app.current == history[-1]["release"]
+
+
+WRITING = ["deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover"]
+
+
+def test_every_writing_command_gives_way_to_the_holder_and_names_it(app: App, holder: subprocess.Popen) -> None:
+    live, releases = app.current, app.releases()
+    for command in WRITING:
+        words = {"deploy": [app.artifact("3.0")], "stage": [app.artifact("3.0")], "activate": ["1.0"], "pin": ["1.0"],
+                 "unpin": ["1.0"]}.get(command, [])  # type: List[Any]
+        busy = app.run(command, *words, check=75).data
+        assert f"pid {holder.pid}" in busy["error"]["message"] and "deploy since" in busy["error"]["message"]
+        assert "--wait-lock" in busy["error"]["hint"]
+        assert (busy["ok"], busy["changed"]) == (False, False)
+    assert (app.current, app.releases(), holder.poll()) == (live, releases, None)
+
+
+def test_commands_that_look_do_not_wait(app: App, holder: subprocess.Popen) -> None:
+    for command in ("releases", "history", "verify"):
+        app.run(command, check=0)
+    lock = app.run("status", check=0).data["status"]["lock"]
+    assert (lock["pid"], lock["command"]) == (holder.pid, "deploy")
+
+
+def test_a_look_at_the_lock_does_not_take_it_from_anybody(app: App, holder: subprocess.Popen, gate: Gate) -> None:
+    failed = app.run("preflight", check=3).data
+    lock = next(check for check in failed["checks"] if check["name"] == "lock")
+    assert (lock["status"], f"pid {holder.pid}" in lock["detail"]) == ("fail", True)
+    app.run("-n", "deploy", app.artifact("3.0"), "--set", "hooks.pre_activate=")
+    gate.open()
+    assert holder.wait(20) == 0
+
+
+def test_wait_lock_waits_until_the_holder_is_done(app: App, holder: subprocess.Popen, gate: Gate) -> None:
+    waiting = start_deploy("deploy", app.artifact("3.0"), "--wait-lock", "60s", config=app.config)
+    wait_until(lambda: waits_for_the_lock(app, waiting), 20)
+    assert (waiting.poll(), app.version) == (None, "1.0")
+    gate.open()
+    assert (holder.wait(20), waiting.wait(20)) == (0, 0)
+    assert app.version == "3.0"
+    assert app.record(str(app.current))["previous"] == app.history()[1]["release"], "it observed only once it had the lock"
+
+
+@pytest.mark.parametrize("way", ["--wait-lock", "lock_wait", "DEPLOY_DEPLOY_LOCK_WAIT"])
+def test_waiting_for_the_lock_ends_after_the_time_that_was_given(app: App, holder: subprocess.Popen, way: str) -> None:
+    configure(app, "lock_wait = 300ms\n" if way == "lock_wait" else "")
+    words = ["--wait-lock", "300ms"] if way == "--wait-lock" else []
+    env = {way: "300ms"} if way.startswith("DEPLOY") else {}
+    started = time.monotonic()
+    busy = app.run("prune", *words, env=env, check=75).data
+    assert 0.3 <= time.monotonic() - started < 10
+    assert f"pid {holder.pid}" in busy["error"]["message"]
+
+
+def test_a_killed_holder_frees_the_lock(app: App, holder: subprocess.Popen) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    configure(app)
+    # Its hook still runs: the lock was not inherited.
+    done = app.run("deploy", app.artifact("3.0"), check=0).data
+    assert (app.version, app.leftovers(), len(done["recovered"])) == ("3.0", [], 1)
+
+
+def test_a_background_child_of_a_hook_does_not_keep_the_lock(app: App, gate: Gate) -> None:
+    pid_file = app.directory / "pid"
+    script = (f"import subprocess\nchild = subprocess.Popen(['cat', {str(gate.path)!r}], close_fds=False)\n"
+              f"open({str(pid_file)!r}, 'w').write(str(child.pid))")
+    hook = fake_command(app.directory / "bin", "daemon", script)
+    configure(app, f"[hooks]\npost_activate = {hook.path}\n")
+    app.deploy("1.0")
+    child = int(pid_file.read_text())
+    assert alive(child)
+    configure(app)
+    app.deploy("2.0")
+    assert alive(child)
+    lock = str(app.root / ".deploy" / "lock")
+    assert lock not in [os.readlink(f"/proc/{child}/fd/{name}") for name in os.listdir(f"/proc/{child}/fd")]
+    gate.open()
+    wait_until(lambda: not alive(child))
+
+
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"pid": 1, "user": "root", "host": "old", "command": "deploy",
+                                                          "since": "2020-01-01T00:00:00Z"}), "\0" * 5000],
+                         ids=["empty", "cut off", "an old holder", "zeros"])
+def test_what_stands_in_the_lock_file_is_only_information(app: App, content: str) -> None:
+    app.deploy("1.0")
+    (app.root / ".deploy" / "lock").write_text(content)
+    app.deploy("2.0")
+    assert app.version == "2.0"
+
+
+def test_the_lock_file_is_never_replaced(app: App, holder: subprocess.Popen, gate: Gate) -> None:
+    lock = app.root / ".deploy" / "lock"
+    before = lock.stat().st_ino
+    app.run("prune", check=75)
+    assert lock.stat().st_ino == before
+    gate.open()
+    holder.wait(20)
+    app.deploy("3.0")
+    assert lock.stat().st_ino == before
+    assert re.match(r"0o600\Z", oct(lock.stat().st_mode & 0o777))
+
+
+def test_two_applications_do_not_wait_for_each_other(app: App, holder: subprocess.Popen, tmp_path: Path) -> None:
+    other = App(tmp_path / "other")
+    configure(other)
+    other.run("deploy", make_artifact(tmp_path / "builds", "1.0"), check=0)
+    assert (other.version, holder.poll()) == ("1.0", None)
+    assert deploy_all(other, "2.0") == [other.current]

@@ -1,0 +1,633 @@
+"""Preflight: every check made to fail by its real cause, with what to do about it, and nothing changed."""
+
+import fcntl
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import pytest
+
+from support import (
+    DEPLOY, App, Result, clean_environment, fake_command, free_port, load_deploy, needs, run_deploy, snapshot, start_deploy, wait_until)
+
+deploy = load_deploy()
+NAMES = [name for name, _, _ in deploy.CHECKS]
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: Any) -> App:
+    """An application with 1.0 live, to be copied."""
+    app = App(tmp_path_factory.mktemp("template") / "app")
+    app.deploy("1.0")
+    return app
+
+
+@pytest.fixture
+def deployed(template: App, app: App) -> App:
+    """An application of one's own with 1.0 live: a copy, which takes no time."""
+    app.root.rmdir()
+    shutil.copytree(str(template.root), str(app.root), symlinks=True)
+    return app
+
+
+class Broken(NamedTuple):
+    """What a case adds to the command line and to the environment, and what it wants closed at the end."""
+
+    args: List[Any] = []
+    env: Dict[str, Optional[str]] = {}
+    keep: Any = None
+
+
+def python_hook(code: str) -> str:
+    """A hook's command line that runs Python code (without single quotes or newlines)."""
+    return f"{sys.executable} -ISc '{code}'"
+
+
+def rewrite_record(app: App, release: str, **changes: Any) -> None:
+    """Change a record as this program would have written it."""
+    data = dict(app.record(release), **changes)
+    (app.root / ".deploy" / "releases" / f"{release}.json").write_text(json.dumps(deploy.seal(data)))
+
+
+# -- one function a cause; each gets an application with 1.0 live ------------
+
+def wrong_user(app: App) -> Broken:
+    """[preflight] user names somebody else."""
+    app.configure("[preflight]\nuser = somebody-else")
+    return Broken()
+
+
+def unknown_run_as(app: App) -> Broken:
+    """[hooks] run_as names nobody."""
+    app.configure("[hooks]\nrun_as = no-such-user")
+    return Broken()
+
+
+def probe_of_no_service(app: App) -> Broken:
+    """A probe asks for a service that is not configured."""
+    app.configure("[probe:web]\nservice = web")
+    return Broken()
+
+
+def probe_release_unreadable(app: App) -> Broken:
+    """A probe's `release` says nothing."""
+    app.configure("[probe:web]\nurl = http://127.0.0.1:1/\nrelease = version")
+    return Broken()
+
+
+def config_writable_by_others(app: App) -> Broken:
+    """Anybody may write the configuration."""
+    app.config.chmod(0o646)
+    return Broken()
+
+
+def config_directory_writable_by_others(app: App) -> Broken:
+    """Anybody may replace the configuration."""
+    app.directory.chmod(0o777)
+    return Broken()
+
+
+def config_of_another_user(app: App) -> Broken:
+    """The configuration belongs to somebody else."""
+    os.chown(str(app.config), 61234, -1)
+    return Broken()
+
+
+def state_open_to_others(app: App) -> Broken:
+    """.deploy can be read by anybody."""
+    (app.root / ".deploy").chmod(0o755)
+    return Broken()
+
+
+def root_without_a_parent(app: App) -> Broken:
+    """The root cannot be made."""
+    return Broken(["--root", app.directory / "no" / "such" / "root"])
+
+
+def state_directory_is_a_file(app: App) -> Broken:
+    """A file stands where a directory of .deploy/ belongs."""
+    os.rename(str(app.root / ".deploy" / "trash"), str(app.root / ".deploy" / "trash.old"))
+    (app.root / ".deploy" / "trash").write_text("")
+    return Broken()
+
+
+def current_is_a_directory(app: App) -> Broken:
+    """`current` is a real directory with something in it."""
+    (app.root / "current").unlink()
+    (app.root / "current").mkdir()
+    (app.root / "current" / "precious").write_text("data")
+    return Broken()
+
+
+def current_points_outside(app: App) -> Broken:
+    """`current` points outside releases/."""
+    (app.root / "current").unlink()
+    (app.root / "current").symlink_to(app.directory / "artifacts")
+    return Broken()
+
+
+def current_dangles(app: App) -> Broken:
+    """`current` points to a release that is gone."""
+    (app.root / "current").unlink()
+    (app.root / "current").symlink_to("releases/20200101T000000Z-0.1")
+    return Broken()
+
+
+def damaged_record(app: App) -> Broken:
+    """A record was edited by hand."""
+    path = app.root / ".deploy" / "releases" / f"{app.current}.json"
+    path.write_text(path.read_text().replace('"1.0"', '"1.1"'))
+    return Broken()
+
+
+def held_lock(app: App) -> Broken:
+    """Another process holds the lock."""
+    lock = open(str(app.root / ".deploy" / "lock"), "r+")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return Broken(keep=lock)
+
+
+def clock_behind(app: App) -> Broken:
+    """The newest record is from the future."""
+    rewrite_record(app, str(app.current), created_at="2999-01-01T00:00:00Z")
+    return Broken()
+
+
+def missing_digest(app: App) -> Broken:
+    """The artifact has no digest beside it."""
+    (app.directory / "artifacts" / "myapp-1.1.tar.gz.sha256").unlink()
+    return Broken()
+
+
+def wrong_digest(app: App) -> Broken:
+    """The digest beside the artifact is another's."""
+    (app.directory / "artifacts" / "myapp-1.1.tar.gz.sha256").write_text("0" * 64 + "  myapp-1.1.tar.gz\n")
+    return Broken()
+
+
+def known_bad(app: App) -> Broken:
+    """The artifact failed before."""
+    app.run("deploy", app.directory / "artifacts" / "myapp-1.1.tar.gz", "--set", "hooks.post_activate=false", check=5)
+    return Broken()
+
+
+def known_bad_forced(app: App) -> Broken:
+    """The artifact failed before, and the operator insists."""
+    return known_bad(app)._replace(args=["--force"])
+
+
+def older(app: App) -> Broken:
+    """The version is older than what is live."""
+    return Broken(["--release-version", "0.9"])
+
+
+def older_allowed(app: App) -> Broken:
+    """The version is older, and the operator insists."""
+    return Broken(["--release-version", "0.9", "--allow-downgrade"])
+
+
+def no_space(app: App) -> Broken:
+    """More than the disk has must stay free."""
+    app.configure("min_free = 999T")
+    return Broken()
+
+
+def missing_command(app: App) -> Broken:
+    """A required program is not installed."""
+    app.configure("[preflight]\nrequire_commands =\n    sh\n    no-such-program")
+    return Broken()
+
+
+def missing_variable(app: App) -> Broken:
+    """A required variable is not set, another is empty."""
+    app.configure("[preflight]\nrequire_env =\n    PATH\n    NOT_SET\n    EMPTY")
+    return Broken(env={"EMPTY": ""})
+
+
+def missing_file(app: App) -> Broken:
+    """A required file is not there."""
+    app.configure("[preflight]\nrequire_files =\n    deploy.ini\n    licence.key")
+    return Broken()
+
+
+def missing_shared_file(app: App) -> Broken:
+    """A shared file was never put in place."""
+    app.configure("shared_files = config/app.env")
+    return Broken()
+
+
+def shared_directory_is_a_file(app: App) -> Broken:
+    """A file stands where a shared directory belongs."""
+    (app.root / "shared").mkdir()
+    (app.root / "shared" / "logs").write_text("")
+    app.configure("shared_dirs = logs")
+    return Broken()
+
+
+def nested_shared(app: App) -> Broken:
+    """One shared directory lies inside another."""
+    app.configure("shared_dirs =\n    var\n    var/log")
+    return Broken()
+
+
+def taken_port(app: App) -> Broken:
+    """Another process listens on a port that must be free."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1)
+    app.configure(f"[preflight]\nfree_ports =\n    127.0.0.1:{free_port()}\n    127.0.0.1:{listener.getsockname()[1]}")
+    return Broken(keep=listener)
+
+
+def taken_port_without_host(app: App) -> Broken:
+    """Another process listens on a port on every address."""
+    listener = socket.socket()
+    listener.bind(("0.0.0.0", 0))
+    listener.listen(1)
+    app.configure(f"[preflight]\nfree_ports = {listener.getsockname()[1]}")
+    return Broken(keep=listener)
+
+
+def unknown_unit(app: App) -> Broken:
+    """systemd does not know the unit."""
+    fake = fake_command(app.directory.parent / "bin", "systemctl", "print('LoadState=not-found')")
+    app.configure("[service:web]\nunit = no-such.service")
+    return Broken(env=dict(fake.env))
+
+
+def services_in_a_circle(app: App) -> Broken:
+    """Each service wants the other one to go first."""
+    app.configure("[service:a]\ncommand = true\nafter = b\n[service:b]\ncommand = true\nafter = a")
+    return Broken()
+
+
+def missing_hook(app: App) -> Broken:
+    """A hook's program is not installed."""
+    app.configure("[hooks]\npost_deploy = no-such-program --flag\npre_activate = /no/such/program\npost_stage = bin/run\n"
+                  "pre_stage = true\npost_activate = true\non_failure = true\npre_rollback = true\npost_rollback = true\ntimeout = 5s")
+    return Broken()
+
+
+def unresolved_template(app: App) -> Broken:
+    """A placeholder has no value."""
+    app.configure("[template:conf]\nsource = conf.in\ntarget = app.conf\n[vars]\nknown = 1")
+    return Broken()
+
+
+def missing_template(app: App) -> Broken:
+    """The template is not in the artifact."""
+    app.configure("[template:conf]\nsource = etc/none.in\ntarget = app.conf\nmode = 0600")
+    return Broken()
+
+
+def sick_before(app: App) -> Broken:
+    """What the application needs is down before anything is changed."""
+    app.configure(f"[probe:database]\ntcp = 127.0.0.1:{free_port()}\nwhen = before\ndeadline = 100ms\nperiod = 50ms\nrequired = yes")
+    return Broken()
+
+
+CAUSES = [
+    # cause, checks (what the same cause spoils for others included), status of those, what detail and hint say, how deploy ends
+    (wrong_user, "user", "fail", "somebody-else", "sudo -u somebody-else", 3),
+    (unknown_run_as, "configuration", "fail", "no-such-user", "run_as", 3),
+    (probe_of_no_service, "configuration", "fail", "probe:web", "correct", 3),
+    (probe_release_unreadable, "configuration", "fail", "json:PATH", "correct", 3),
+    (config_writable_by_others, "permissions", "fail", "deploy.ini", "chmod go-w", 3),
+    (config_directory_writable_by_others, "permissions", "fail", "writable by", "chmod go-w", 3),
+    (config_of_another_user, "permissions", "fail", "61234", "chown", 3),
+    (state_open_to_others, "permissions", "fail", "open to others", "chmod 0700", 3),
+    (root_without_a_parent, "root space inodes", "fail", "no/such", "mkdir -p", 3),
+    (state_directory_is_a_file, "filesystem", "fail", "not a directory", "move it", 3),
+    (current_is_a_directory, "current", "fail", "not a symlink", "mv ", 3),
+    (current_points_outside, "current", "fail", "outside releases/", "rm ", 3),
+    (current_dangles, "current", "fail", "does not exist", "rm ", 3),
+    (damaged_record, "current state", "fail", "checksum", "backup", 3),
+    (held_lock, "lock", "fail", "held by pid", "--wait-lock", 75),
+    (clock_behind, "clock", "warn", "2999", "time", 0),
+    (missing_digest, "artifact", "fail", "SHA-256", "sha256sum", 4),
+    (wrong_digest, "artifact", "fail", "0000000000", "", 4),
+    (known_bad, "known-bad", "fail", "marked bad", "--force", 4),
+    (known_bad_forced, "known-bad", "warn", "tried again", "", 0),
+    (older, "downgrade", "fail", "older than 1.0", "--allow-downgrade", 4),
+    (older_allowed, "downgrade", "warn", "older than 1.0", "", 0),
+    (no_space, "space", "fail", "kept free", "min_free", 3),
+    (missing_command, "commands", "fail", "no-such-program", "install no-such-program", 3),
+    (missing_variable, "environment", "fail", "NOT_SET", "set NOT_SET", 3),
+    (missing_file, "files", "fail", "licence.key", "create", 3),
+    (missing_shared_file, "shared", "fail", "shared/config/app.env", "put the real file", 3),
+    (shared_directory_is_a_file, "shared", "fail", "not a directory", "move", 3),
+    (nested_shared, "shared", "fail", "inside", "outer", 3),
+    (taken_port, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (taken_port_without_host, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (unknown_unit, "services", "fail", "no-such.service", "", 3),
+    (services_in_a_circle, "configuration services", "fail", "a -> b -> a", "after", 2),
+    (missing_hook, "hooks", "fail", "no-such-program", "install", 3),
+    (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
+    (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
+    (sick_before, "probes", "fail", "database", "before deploying", 3),
+]
+
+
+@pytest.mark.parametrize("cause,check,status,detail,hint,deploy_exit", CAUSES, ids=[row[0].__name__ for row in CAUSES])
+def test_a_check_finds_its_cause_and_stops_a_deployment(
+        cause: Callable[[App], Broken], check: str, status: str, detail: str, hint: str, deploy_exit: int, deployed: App) -> None:
+    if os.geteuid() != 0 and (cause is config_of_another_user or check == "permissions"):
+        pytest.skip("needs root")
+    artifact = deployed.artifact("1.1", {"conf.in": "${known} ${unknown}\n"})
+    broken = cause(deployed)
+    options = {"env": broken.env}  # type: Dict[str, Any]
+    try:
+        before = snapshot(deployed.directory)
+        result = deployed.run("preflight", artifact, *broken.args, check=3 if status == "fail" else 0, **options)
+        assert_found(result, check, status, detail, hint)
+        assert snapshot(deployed.directory) == before
+        done = deployed.run("deploy", artifact, *broken.args, check=deploy_exit, **options)
+    finally:
+        if broken.keep is not None:
+            broken.keep.close()
+    if deploy_exit:
+        after = snapshot(deployed.directory)
+        for path in ("root/current", "root/releases"):
+            assert {name: what for name, what in after.items() if name.startswith(path)} == {
+                name: what for name, what in before.items() if name.startswith(path)}
+        assert done.data["error"]["hint"] and "Traceback" not in done.stderr
+    else:
+        assert done.data["warnings"]
+
+
+def assert_found(result: Result, check: str, status: str, detail: str, hint: str) -> None:
+    """All checks ran, in order, and exactly these are not well; one of them has this status, detail and hint."""
+    checks = result.data["checks"]
+    assert [found["name"] for found in checks] == NAMES
+    unwell = [found for found in checks if found["status"] in ("fail", "warn")]
+    assert [found["name"] for found in unwell] == check.split(), result.describe()
+    found = next((found for found in unwell if found["status"] == status and detail in found["detail"]), None)
+    assert found and hint in found["hint"], unwell
+    if status == "fail":
+        assert found["hint"] and detail in result.data["error"]["message"] and result.data["error"]["hint"] == found["hint"]
+    else:
+        assert result.data["warnings"]
+
+
+def test_every_check_has_a_cause_in_these_tests() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    covered = {name for row in CAUSES for name in row[1].split()} | set(re.findall(r'found_alone\(\w+, "([a-z-]+)"', text))
+    # `runtime` only says where it runs.
+    assert set(NAMES) - covered == {"runtime"}
+
+
+def found_alone(result: Result, check: str) -> Dict[str, Any]:
+    """The one check that is not well."""
+    unwell = [found for found in result.data["checks"] if found["status"] in ("fail", "warn")]
+    assert [found["name"] for found in unwell] == [check], result.describe()
+    return unwell[0]  # type: ignore
+
+
+# -- all of them -------------------------------------------------------------
+
+def test_all_is_well_on_a_good_host(app: App) -> None:
+    result = app.run("preflight", app.artifact("1.0"), check=0)
+    assert {found["status"] for found in result.data["checks"]} <= {"ok", "skip"}
+    assert result.data["summary"] == {"checked": len(NAMES), "changed": 0, "failed": 0, "warnings": 0}
+    assert all(found["detail"] for found in result.data["checks"])
+
+
+def test_every_check_runs_and_every_failure_is_shown_whatever_fails_first(deployed: App) -> None:
+    deployed.configure("min_free = 999T\nshared_files = none\n[preflight]\nuser = somebody-else\nrequire_commands = no-such-program\n"
+                  "require_env = NOT_SET\nrequire_files = none\n[hooks]\npre_stage = no-such-program")
+    wanted = {"user", "space", "commands", "environment", "files", "shared", "hooks", "artifact"}
+    for words, exit_code in ((["preflight", "/nonexistent/x.tar.gz"], 3), (["deploy", "/nonexistent/x.tar.gz"], 4)):
+        result = deployed.run(*words, check=exit_code)
+        assert {found["name"] for found in result.data["checks"] if found["status"] == "fail"} == wanted
+        assert result.data["summary"]["failed"] == len(wanted)
+        assert all(found["hint"] for found in result.data["checks"] if found["status"] == "fail")
+
+
+def test_people_get_a_table_and_the_hints_of_everything_that_failed(app: App) -> None:
+    app.configure("min_free = 999T\n[preflight]\nrequire_commands = no-such-program")
+    result = app.run("preflight", json=False, check=3)
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["STATUS", "CHECK", "FOUND"] and len(lines) >= 1 + len(NAMES)
+    assert [line.split()[1] for line in lines if line.startswith("fail")] == ["space", "commands"]
+    everything = result.stdout + result.stderr
+    assert "min_free" in everything and "install no-such-program" in everything
+
+
+def test_several_problems_of_one_check_are_all_named(app: App) -> None:
+    app.configure("[preflight]\nrequire_commands =\n    no-such-1\n    sh\n    no-such-2\nrequire_env =\n    NOT_1\n    NOT_2")
+    checks = {found["name"]: found for found in app.run("preflight", check=3).data["checks"]}
+    assert all(name in checks["commands"]["detail"] for name in ("no-such-1", "no-such-2"))
+    assert all(name in checks["environment"]["hint"] for name in ("NOT_1", "NOT_2"))
+
+
+def test_what_is_required_and_there_is_well(app: App) -> None:
+    app.configure(f"shared_dirs = var\nshared_files = app.env\n[preflight]\nuser = {deploy.user_name()}\nrequire_commands = sh\n"
+                  f"require_env = NEEDED\nrequire_files = deploy.ini\nfree_ports =\n    127.0.0.1:{free_port()}\n    {free_port()}\n"
+                  "[service:web]\ncommand = true\n[hooks]\npost_stage = bin/run\n[probe:db]\ncommand = true\nwhen = both\nsuccesses = 1")
+    (app.root / "shared").mkdir()
+    (app.root / "shared" / "app.env").write_text("A=1")
+    result = app.run("preflight", app.artifact("1.0"), env={"NEEDED": "1"}, check=0)
+    assert not [found for found in result.data["checks"] if found["status"] in ("fail", "warn")]
+    checks = {found["name"]: found["status"] for found in result.data["checks"]}
+    assert all(checks[name] == "ok" for name in ("user", "commands", "environment", "files", "shared", "ports", "services", "hooks",
+                                                 "probes"))
+    assert app.run("deploy", app.artifact("1.0"), env={"NEEDED": "1"}, check=0).data["changed"]
+
+
+def test_the_user_may_be_given_by_number(app: App) -> None:
+    app.configure(f"[preflight]\nuser = {os.geteuid()}")
+    app.run("preflight", check=0)
+
+
+def test_a_root_that_will_be_made_is_well(app: App) -> None:
+    app.root.rmdir()
+    checks = {found["name"]: found for found in app.run("preflight", app.artifact("1.0"), check=0).data["checks"]}
+    assert "will be made" in checks["root"]["detail"] and not app.root.exists()
+
+
+# -- the way back ------------------------------------------------------------
+
+@pytest.mark.parametrize("words", [["rollback"], ["activate", "1.0"]], ids=["rollback", "activate"])
+def test_the_way_back_does_not_wait_for_what_only_the_next_release_needs(words: List[str], app: App) -> None:
+    app.deploy("1.0")
+    app.deploy("1.1")
+    app.configure("min_free = 999T\nshared_files = none\n[preflight]\nrequire_commands = no-such-program\nrequire_env = NOT_SET\n"
+                  f"[probe:db]\ntcp = 127.0.0.1:{free_port()}\nwhen = before\ndeadline = 100ms")
+    app.run(*words, check=0)
+    assert app.version == "1.0"
+
+
+@pytest.mark.parametrize("words", [["rollback"], ["activate", "1.0"]], ids=["rollback", "activate"])
+def test_the_way_back_is_guarded_by_what_would_break_it(words: List[str], app: App) -> None:
+    app.deploy("1.0")
+    app.deploy("1.1")
+    app.configure("[preflight]\nuser = somebody-else")
+    app.run(*words, check=3)
+    assert app.version == "1.1"
+
+
+# -- current -----------------------------------------------------------------
+
+@pytest.mark.parametrize("words,cause", [
+    (["stage", "{artifact}"], current_is_a_directory), (["stage", "{artifact}"], current_points_outside),
+    (["activate", "1.0"], current_dangles), (["activate", "1.0"], current_is_a_directory), (["rollback", "1.0"], current_points_outside),
+], ids=lambda value: value[0] if isinstance(value, list) else value.__name__)
+def test_a_wrong_current_is_left_alone_and_the_mending_command_mends_it(
+        words: List[str], cause: Callable[[App], Broken], deployed: App) -> None:
+    artifact = deployed.artifact("1.1")
+    cause(deployed)
+    before = snapshot(deployed.root / "current")
+    result = deployed.run(*[word.format(artifact=artifact) for word in words], check=3)
+    assert snapshot(deployed.root / "current") == before
+    hint = result.data["error"]["hint"]
+    found = re.search(r"\b(mv|rm) \S+( \S+?\.old)?", hint)
+    assert found, hint
+    subprocess.check_call(["/bin/sh", "-c", found.group().rstrip("),")], cwd="/")
+    deployed.run("activate", "1.0", check=0)
+    assert deployed.version == "1.0"
+
+
+def test_status_of_a_wrong_current_is_a_problem_with_the_mending_command(deployed: App) -> None:
+    current_is_a_directory(deployed)
+    result = deployed.run("status", check=7)
+    assert "mv " in result.data["error"]["hint"] and (deployed.root / "current" / "precious").read_text() == "data"
+
+
+# -- recovery ----------------------------------------------------------------
+
+def test_what_a_crash_left_is_a_warning(deployed: App) -> None:
+    mark = deployed.directory / "mark"
+    deployed.configure("[hooks]\npre_activate = " + python_hook(f'import time; open("{mark}", "w").close(); time.sleep(60)'))
+    process = start_deploy("deploy", deployed.artifact("1.1"), config=deployed.config)
+    try:
+        wait_until(mark.exists, what="the hook to start")
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+    deployed.configure()
+    result = deployed.run("preflight", check=0)
+    found = found_alone(result, "recovery")
+    assert found["status"] == "warn" and "1.1" in found["detail"] and found["hint"]
+    assert any("1.1" in warning for warning in result.data["warnings"])
+
+
+# -- filesystems -------------------------------------------------------------
+
+def in_a_mount_namespace(app: App, mount: str, *args: Any) -> Result:
+    """Run deploy.py in a mount namespace of its own, after a shell command that mounts something."""
+    argv = [sys.executable, str(DEPLOY), "--json", "-c", str(app.config)] + [str(arg) for arg in args]
+    script = f"mount --make-rprivate / 2>/dev/null; {mount} || exit 99; exec \"$@\""
+    done = subprocess.run([needs("unshare"), "-m", "/bin/sh", "-c", script, "sh"] + argv, env=clean_environment(), cwd="/",
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if done.returncode in (1, 99) and not done.stdout:
+        pytest.skip("cannot mount here: " + done.stderr.decode("utf-8", "replace").strip())
+    return Result(argv, done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), json.loads(done.stdout.decode("ascii")))
+
+
+@as_root
+@pytest.mark.parametrize("place", ["releases", ".deploy/staging", ".deploy"])
+def test_another_filesystem_below_the_root_is_refused(place: str, app: App) -> None:
+    app.run("recover", check=0)
+    artifact, current = app.artifact("1.0"), app.current
+    mount = f"mount -t tmpfs -o mode=0700 none {app.root}/{place}"
+    result = in_a_mount_namespace(app, mount, "preflight", artifact)
+    assert result.exit_code == 3, result.describe()
+    found = found_alone(result, "filesystem")
+    assert found["status"] == "fail" and place in found["detail"] and f"{app.root}/{place}" in found["hint"]
+    assert in_a_mount_namespace(app, mount, "deploy", artifact).exit_code == 3
+    assert app.current == current and app.leftovers() == []
+
+
+@as_root
+def test_too_few_inodes_are_noticed_before_anything_is_unpacked(app: App) -> None:
+    mount = f"mount -t tmpfs -o nr_inodes=60 none {app.root}"
+    app.configure("min_free = 0")
+    result = in_a_mount_namespace(app, mount, "deploy", app.artifact("1.0"))
+    assert result.exit_code == 3, result.describe()
+    assert "inodes free" in found_alone(result, "inodes")["detail"]
+
+
+@as_root
+def test_a_small_disk_is_noticed_before_anything_is_unpacked(app: App) -> None:
+    app.configure("min_free = 0")
+    artifact = app.artifact("1.0", {"big": os.urandom(3 << 20)})
+    result = in_a_mount_namespace(app, f"mount -t tmpfs -o size=2m none {app.root}", "deploy", artifact)
+    assert result.exit_code == 3, result.describe()
+    found = found_alone(result, "space")
+    assert "prune" in found["hint"] and "free" in found["detail"]
+
+
+@as_root
+def test_a_read_only_root_is_refused_with_its_reason(app: App) -> None:
+    app.deploy("1.0")
+    mount = f"mount -t tmpfs none {app.root} && mount -o remount,ro {app.root}"
+    result = in_a_mount_namespace(app, mount, "preflight")
+    assert result.exit_code == 3 and found_alone(result, "root")["hint"]
+    assert in_a_mount_namespace(app, mount, "deploy", app.artifact("1.1")).exit_code == 3
+
+
+# -- permissions, users ------------------------------------------------------
+
+@as_root
+def test_a_user_who_is_not_root_is_only_warned_of_a_writable_configuration() -> None:
+    place = Path(tempfile.mkdtemp(prefix="deploy-test-trust-"))
+    try:
+        place.chmod(0o755)
+        app = App(place / "app")
+        app.config.chmod(0o666)
+        for path in (app.directory, app.root):
+            os.chown(str(path), 61234, 61234)
+        done = subprocess.run(
+            [needs("setpriv"), "--reuid=61234", "--regid=61234", "--clear-groups", "/usr/bin/python3", "-I", "-", "--json", "-c",
+             str(app.config), "preflight"], input=DEPLOY.read_bytes(), env={}, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        data = json.loads(done.stdout.decode("ascii"))
+        assert done.returncode == 0, data
+        assert [found["name"] for found in data["checks"] if found["status"] == "warn"] == ["permissions"]
+    finally:
+        shutil.rmtree(str(place))
+
+
+@as_root
+def test_hooks_run_as_another_user(app: App) -> None:
+    try:
+        user = pwd.getpwnam("nobody")
+    except KeyError:
+        pytest.skip("there is no user nobody")
+    place = Path("/tmp") / f"deploy-test-run-as-{os.getpid()}"
+    app.configure(f"[hooks]\nrun_as = {user.pw_name}\npost_deploy = /bin/sh -c 'id -u > {place}'\ntimeout = 20s")
+    try:
+        app.run("preflight", check=0)
+        app.deploy("1.0")
+        assert place.read_text().strip() == str(user.pw_uid)
+    finally:
+        if place.exists():
+            place.unlink()
+
+
+# -- probes before -----------------------------------------------------------
+
+@pytest.mark.parametrize("when,stopped", [("before", True), ("both", True), ("after", False)])
+def test_a_probe_stops_a_deployment_before_anything_changes_only_where_it_says_so(when: str, stopped: bool, app: App) -> None:
+    mark = app.directory / "mark"
+    app.configure(f"[hooks]\npre_stage = {python_hook(f'''open({str(mark)!r}, chr(119)).close()'''.replace(chr(39), chr(34)))}\n"
+                  f"[probe:web]\ncommand = false\nwhen = {when}\ndeadline = 100ms\nperiod = 20ms")
+    result = app.deploy("1.0", check=3 if stopped else 5)
+    assert mark.exists() is not stopped
+    assert app.current is None
+    assert "web" in result.data["error"]["message"]
+
+
+def test_an_optional_probe_before_only_warns(app: App) -> None:
+    app.configure("[probe:cache]\ncommand = false\nwhen = before\nrequired = no\ndeadline = 100ms\nperiod = 20ms")
+    result = app.run("preflight", app.artifact("1.0"), check=0)
+    assert found_alone(result, "probes")["status"] == "warn"
+    app.deploy("1.0")

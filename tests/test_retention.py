@@ -1,0 +1,228 @@
+"""What pruning takes and what it never takes, and that nothing grows without end."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+
+from scenes import configure, deploy_all
+from support import DEPLOY, App, clean_environment, deploy_argv, fake_command, make_tree, needs, snapshot
+
+
+@pytest.fixture
+def app(app: App) -> App:
+    """An application that keeps two releases and does not sync the whole filesystem."""
+    configure(app, "keep_releases = 2\n")
+    return app
+
+
+def records(app: App) -> List[str]:
+    """The ids that have a record."""
+    return sorted(path.name[:-5] for path in (app.root / ".deploy" / "releases").glob("*.json"))
+
+
+def manifests(app: App) -> List[str]:
+    """The ids that have a manifest."""
+    return sorted(os.listdir(str(app.root / ".deploy" / "manifests")))
+
+
+# -- how many are kept ------------------------------------------------------------
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_good_releases_are_kept(app: App, keep: int) -> None:
+    configure(app, f"keep_releases = {keep}\n")
+    ids = deploy_all(app, *[f"1.{number}" for number in range(5)])
+    # What was live before comes on top: a rollback must always be possible.
+    assert app.releases() == sorted(ids[-max(keep, 2):])
+    assert app.current == ids[-1]
+    assert records(app) == manifests(app) == app.releases()
+    assert app.leftovers() == []
+    app.run("rollback", check=0)
+    assert app.current == ids[-2]
+
+
+def test_the_default_keeps_five(app: App) -> None:
+    configure(app)
+    ids = deploy_all(app, *[f"1.{number}" for number in range(7)])
+    assert app.releases() == sorted(ids[-5:])
+
+
+def test_the_result_says_what_was_pruned(app: App) -> None:
+    ids = deploy_all(app, "1.0", "2.0", "3.0")
+    steps = app.deploy("4.0").data["steps"]
+    assert [step["name"] for step in steps if step["name"].startswith("prune:")] == [f"prune:{ids[1]}"]
+
+
+def test_prune_deletes_at_once_what_a_smaller_number_no_longer_keeps(app: App) -> None:
+    configure(app, "keep_releases = 9\n")
+    ids = deploy_all(app, "1.0", "2.0", "3.0", "4.0")
+    configure(app, "keep_releases = 2\n")
+    planned = app.run("-n", "prune", check=0).data
+    assert (planned["removed"], app.releases()) == ([ids[1], ids[0]], sorted(ids))
+    done = app.run("prune", check=0).data
+    assert (sorted(done["removed"]), done["changed"], app.releases()) == (sorted(ids[:2]), True, sorted(ids[2:]))
+    again = app.run("prune", "--detailed-exitcode", check=0).data
+    assert (again["removed"], again["changed"]) == ([], False)
+
+
+# -- what is never deleted ----------------------------------------------------------
+
+def test_current_and_previous_stay_after_a_rollback(app: App) -> None:
+    configure(app, "keep_releases = 9\n")
+    ids = deploy_all(app, "1.0", "2.0", "3.0", "4.0")
+    app.run("rollback", "2.0", check=0)
+    app.run("prune", "--set", "deploy.keep_releases=1", check=0)
+    assert app.current == ids[1] and app.version == "2.0"
+    assert ids[0] in app.releases(), "where the next rollback goes"
+    app.run("rollback", check=0)
+    assert app.current == ids[0]
+
+
+def test_pinned_releases_stay_until_they_are_unpinned(app: App) -> None:
+    ids = deploy_all(app, "1.0")
+    pinned = app.run("pin", "1.0", check=0).data
+    assert (pinned["changed"], app.record(ids[0])["pinned"]) == (True, True)
+    assert app.run("pin", "1.0", check=0).data["changed"] is False
+    ids += deploy_all(app, "2.0", "3.0", "4.0")
+    assert app.releases() == sorted([ids[0]] + ids[2:])
+    assert "pinned" in app.run("releases", json=False, check=0).stdout
+    assert app.run("prune", check=0).data["removed"] == []
+    assert app.run("unpin", "1.0", check=0).data["changed"] is True
+    assert app.run("unpin", "1.0", check=0).data["changed"] is False
+    assert app.run("prune", check=0).data["removed"] == [ids[0]]
+
+
+def live_in(release: Path, how: str) -> subprocess.Popen:
+    """Start a process that has its working directory or its program inside a release."""
+    argv, cwd = ["sleep", "300"], str(release / "lib" / "nested")
+    if how == "exe":
+        shutil.copy(needs("sleep"), str(release / "log" / "worker"))
+        argv, cwd = [str(release / "log" / "worker"), "300"], "/"
+    return subprocess.Popen(argv, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("how", ["cwd", "exe"])
+def test_a_release_that_a_process_runs_from_stays_until_it_ends(app: App, how: str) -> None:
+    ids = deploy_all(app, "1.0")
+    process = live_in(app.root / "releases" / ids[0], how)
+    try:
+        ids += deploy_all(app, "2.0", "3.0", "4.0")
+        assert app.releases() == sorted([ids[0]] + ids[2:])
+        assert app.run("prune", check=0).data["removed"] == []
+    finally:
+        process.kill()
+        process.wait()
+    assert app.run("prune", check=0).data["removed"] == [ids[0]]
+
+
+def test_unknown_names_in_releases_are_left_alone_and_not_counted(app: App) -> None:
+    deploy_all(app, "1.0")
+    releases = app.root / "releases"
+    make_tree(releases / "20200101T000000Z-0.1", {"file": "made by hand"})
+    make_tree(releases / "backup", {"file": "precious"})
+    (releases / "README").write_text("a note")
+    (releases / "latest").symlink_to(app.releases()[0])
+    unknown = {name: found for name, found in snapshot(releases).items()
+               if name.split("/")[0] in ("20200101T000000Z-0.1", "backup", "README", "latest")}
+    ids = deploy_all(app, "2.0", "3.0", "4.0")
+    app.run("prune", check=0)
+    assert app.releases() == sorted(ids[1:] + ["20200101T000000Z-0.1", "backup", "README", "latest"])
+    assert {name: found for name, found in snapshot(releases).items() if name in unknown} == unknown
+    assert len(app.run("releases", check=0).data["releases"]) == 2
+    assert app.run("status", check=0).data["status"]["releases"] == 2
+
+
+# -- bad ones -------------------------------------------------------------------
+
+def failing(app: App) -> str:
+    """Configuration in which every 2.x fails after activation."""
+    command = fake_command(app.directory / "bin", "check", "sys.exit(os.environ['DEPLOY_VERSION'].startswith('2.'))")
+    return f"keep_releases = 3\n[hooks]\npost_activate = {command.path}\n"
+
+
+def test_bad_releases_do_not_take_the_place_of_good_ones(app: App) -> None:
+    configure(app, failing(app))
+    good = deploy_all(app, "1.0", "1.1", "1.2")
+    bad = [app.run("deploy", app.artifact(f"2.{number}"), check=5).data["previous"] for number in range(4)]
+    assert set(good) <= set(app.releases())
+    good.append(app.deploy("3.0").data["release"])
+    assert app.releases() == sorted(good[1:] + [bad[-1]]), "one bad release is kept to be looked at"
+
+
+def test_deployments_that_fail_one_after_the_other_do_not_fill_the_disk(app: App) -> None:
+    configure(app, failing(app))
+    app.deploy("1.0")
+    for number in range(5):
+        app.run("deploy", app.artifact(f"2.{number}"), check=5)
+    # One bad one is kept; the newest may wait for the next run.
+    assert len(app.releases()) <= 3
+
+
+# -- two hundred in a row ---------------------------------------------------------
+
+def system_calls(app: App, trace: Path, *words: str) -> int:
+    """How many system calls a command makes that open or read."""
+    argv = [needs("strace"), "-f", "-o", str(trace), "-e", "trace=open,openat,read,pread64,getdents64"]
+    subprocess.run(argv + deploy_argv(*words, config=app.config), env=clean_environment(), timeout=60, check=True,
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return len([line for line in trace.read_text().splitlines() if str(app.root) in line or "json" in line or "read" in line])
+
+
+DEPLOY_EACH = """
+import argparse, configparser, importlib.util, json, os, pwd, subprocess, sys
+spec = importlib.util.spec_from_file_location("deploy", sys.argv[1])
+deploy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(deploy)
+for artifact in sys.argv[3:]:
+    child = os.fork()
+    if not child:
+        os._exit(deploy.main(["--json", "-c", sys.argv[2], "deploy", artifact]))
+    if os.waitpid(child, 0)[1]:
+        sys.exit("failed: " + artifact)
+"""
+
+
+def deploy_each(app: App, artifacts: List[Path]) -> None:
+    """Deploy many artifacts, a process and a whole command line for each, but read the program only once."""
+    argv = [sys.executable, "-B", "-c", DEPLOY_EACH, str(DEPLOY), str(app.config)] + [str(path) for path in artifacts]
+    done = subprocess.run(argv, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def disk_use(app: App) -> Dict[str, int]:
+    """Bytes under the root, apart from the history: files and directories alike."""
+    return {name: found[2] for name, found in snapshot(app.root).items() if not name.startswith(".deploy/history")}
+
+
+def test_two_hundred_deployments_leave_no_more_than_a_few(app: App, tmp_path: Path) -> None:
+    configure(app, "keep_releases = 3\n")
+    builds = [app.artifact(f"1.{number}", {"noise": os.urandom(100)}, suffix=".tar") for number in range(200)]
+    deploy_each(app, builds[:10])
+    early, early_calls = disk_use(app), system_calls(app, tmp_path / "early", "status")
+    deploy_each(app, builds[10:])
+    late, late_calls = disk_use(app), system_calls(app, tmp_path / "late", "status")
+    assert len(app.releases()) == 3
+    assert records(app) == manifests(app) == app.releases()
+    assert app.leftovers() == []
+    assert len(late) == len(early)
+    assert sum(late.values()) <= sum(early.values()) + 4096
+    assert late_calls <= early_calls + 20, "status must not read more and more"
+    history = app.history()
+    assert [entry["sequence"] for entry in history] == list(range(1, 201))
+    assert app.record(str(app.current))["sequence"] == 200
+    app.run("history", "--verify", check=0)
+    app.run("verify", check=0)
+
+
+def test_sequence_numbers_are_never_given_twice(app: App) -> None:
+    ids = deploy_all(app, "1.0", "2.0", "3.0")
+    seen = [app.record(name)["sequence"] for name in ids[1:]]
+    app.run("rollback", check=0)
+    app.run("prune", "--set", "deploy.keep_releases=1", check=0)
+    newest = app.deploy("4.0").data["release"]
+    assert app.record(newest)["sequence"] > max(seen)
