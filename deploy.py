@@ -248,7 +248,7 @@ class Interrupted(DeployError):
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s@]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)(\s*[:=]\s*)\S[^\r\n]*")
-_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api_?key|access_?key|auth(?!or)|cookie|_key$|^key$|dsn)")
+_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api_?key|access_?key|auth(?!or(?!i))|cookie|_key$|^key$|dsn)")
 _SECRET_ASSIGNMENT = re.compile(
     r"(?i)\b([\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|credential)[\w.-]*[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
 MASK = "[masked]"
@@ -381,18 +381,19 @@ class Console:
     def __init__(self) -> None:
         self.secrets = Secrets()
         self.json_mode = self.quiet = self.verbose = False
-        self.colour = self.unicode = self.shows_progress = False
+        self.colour = self.utf8 = self.unicode = self.shows_progress = False
         self.log_context = {}  # type: Dict[str, str]
         self.warnings = []  # type: List[str]
         self._logger = None  # type: Any
         self._held = []  # type: List[str]
         self._broken = set()  # type: Set[int]
 
-    def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool) -> None:
+    def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool, utf8: bool) -> None:
         """Choose what is shown, from the command line and from what the terminal can do."""
         self.json_mode, self.quiet, self.verbose = json_mode, quiet, verbose
         terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.unicode = "utf" in (getattr(sys.stderr, "encoding", "") or "").lower() and terminal
+        self.utf8 = utf8
+        self.unicode = terminal and utf8
         self.colour = terminal and color
         self.shows_progress = terminal and not quiet
 
@@ -430,9 +431,12 @@ class Console:
         self._stderr(self.paint("dim", "    | ") + self.clean(text))
 
     def result(self, text: str) -> None:
-        """Lines of the result, on stdout; --json replaces them by its one object."""
-        if not self.json_mode and not self.quiet:
-            self._write(sys.stdout, "\n".join(self.clean(line) for line in text.split("\n")) + "\n")
+        """Lines of the result, on stdout; --json replaces them by its one object, -q holds them back."""
+        lines = "\n".join(self.clean(line) for line in text.split("\n"))
+        if self.quiet and not self.json_mode:
+            self._stderr(lines)
+        elif not self.json_mode:
+            self._write(sys.stdout, lines + "\n")
 
     def raw_result(self, text: str) -> None:
         """Text that is the result as it stands (generated files); not escaped, own words only."""
@@ -487,19 +491,15 @@ class Console:
             self._write(sys.stderr, line + "\n")
 
     def _write(self, stream: Any, text: str) -> None:
-        """Write bytes that the stream's encoding can hold; a closed pipe never changes the outcome."""
+        """Write bytes that the terminal can show; a closed pipe or a full disk never changes the outcome."""
         if stream is None or id(stream) in self._broken:
             return
         try:
             stream.flush()
-            data = text.encode(stream.encoding or "ascii", "backslashreplace")
-            target = getattr(stream, "buffer", None)
-            if target is None:
-                stream.write(data.decode(stream.encoding or "ascii"))
-            else:
-                target.write(data)
+            data = text.encode("utf-8" if self.utf8 else "ascii", "backslashreplace")
+            stream.buffer.write(data)
             stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             self._broken.add(id(stream))
             silence(stream)
 
@@ -595,6 +595,25 @@ def environment(name: str, default: str = "") -> str:
 def environment_names() -> List[str]:
     """List the names of this process's environment variables."""
     return list(os.environ)
+
+
+def locale_is_utf8() -> bool:
+    """Tell whether the environment's locale says that UTF-8 can be shown.
+
+    LC_CTYPE=C.UTF-8 does not count: the interpreter itself sets it where the
+    locale is C (PEP 538).
+    """
+    ctype = environment("LC_CTYPE")
+    chosen = environment("LC_ALL") or (ctype if ctype not in ("C.UTF-8", "C.utf8", "UTF-8") else "") or environment("LANG")
+    return "utf" in chosen.lower()
+
+
+def current_directory() -> str:
+    """Return the working directory; the root directory where it was deleted under us."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "/"
 
 
 def native(text: str) -> str:
@@ -1224,7 +1243,10 @@ def _parse_statuses(text: str) -> List[Tuple[int, int]]:
         found = re.match(r"\s*([1-5]\d\d)(?:\s*-\s*([1-5]\d\d))?\s*\Z", item)
         if not found:
             raise ValueError("expected HTTP status codes such as 200-299, 301")
-        ranges.append((int(found.group(1)), int(found.group(2) or found.group(1))))
+        low, high = int(found.group(1)), int(found.group(2) or found.group(1))
+        if high < low:
+            raise ValueError(f"{low}-{high} ends before it begins")
+        ranges.append((low, high))
     return ranges
 
 
@@ -1490,7 +1512,7 @@ class Settings:
     def command_line(self, text: str) -> str:
         """Write the command line that does something with this root under this very configuration."""
         import shlex
-        words = ["deploy.py"] + [f"-c {shlex.quote(os.path.abspath(path))}" for path in self.files]
+        words = ["deploy.py"] + [f"-c {shlex.quote(os.path.join(current_directory(), path))}" for path in self.files]
         if self.deploy.root and self.origin("deploy", "root") not in self.files:
             words.append(f"--root {shlex.quote(os.path.realpath(self.deploy.root))}")
         return " ".join(words + [text])
@@ -1522,21 +1544,13 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str], assig
     for path in files:
         given.update(read_ini(path))
     given.update(read_environment({section for section, _ in given}))
-    here = os.getcwd() if _has_working_directory() else "/"
+    here = current_directory()
     for (section, key), text in flags.items():
         given[section, key] = Given(text, "command line", here)
     for assignment in assignments:
         section, key, text = split_assignment(assignment)
         given[section, key] = Given(text, "command line (--set)", here)
     return Settings(given, list(files))
-
-
-def _has_working_directory() -> bool:
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def discover_files() -> List[str]:
@@ -1551,7 +1565,7 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
     import configparser
     parser = configparser.RawConfigParser(
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
-        empty_lines_in_values=False, default_section="\0none")
+        default_section="\0none")
     parser.optionxform = str  # type: ignore  # keys keep their case
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1591,7 +1605,7 @@ def read_environment(sections: Set[str]) -> Dict[Tuple[str, str], Given]:
     """Take options from DEPLOY_<SECTION>_<KEY>; `sections` are those with names that the files declare."""
     given = {}
     names = set(environment_names())
-    directory = os.getcwd() if _has_working_directory() else "/"
+    directory = current_directory()
     for option in OPTIONS:
         for section in [name for name in sections if wildcard(name) == option.section] or [option.section]:
             prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
@@ -2096,6 +2110,15 @@ class Store:
                 if re.match(r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z", name) and (path or name.startswith(".current.")):
                     directory.discard(name)
                     removed.append(f"{path}/{name}".lstrip("/"))
+        return removed
+
+    def sweep_manifests(self, releases: Set[str]) -> List[str]:
+        """Remove the manifests of releases that are not among those given.  Returns what was removed."""
+        removed = []
+        for path in (".deploy/manifests", ".deploy/trees"):
+            for name in set(self.directory(path).names()) - releases:
+                self.directory(path).discard(name)
+                removed.append(f"{path}/{name}")
         return removed
 
     # -- records and manifests -----------------------------------------------
@@ -5256,8 +5279,13 @@ class ProbeRun:
         """Try within what is left; returns how many tries in a row were well."""
         timeout_seconds = max(0.001, min(self.probe.timeout, left_seconds))
         self.tries += 1
+        started_seconds = time.monotonic()
         answer = PROBE_KINDS[probe_kind(self.probe)](self.question._replace(timeout_seconds=timeout_seconds)).run()
-        self.answer, self.last_failure = answer, self.last_failure if answer.ok else answer
+        # A try that the deadline cut short tells less than the answer before it.
+        cut_short = timeout_seconds < self.probe.timeout and time.monotonic() - started_seconds >= timeout_seconds
+        self.answer = answer
+        if not answer.ok and not (cut_short and self.failed_in_a_row):
+            self.last_failure = answer
         self.well_in_a_row = self.well_in_a_row + 1 if answer.ok else 0
         self.failed_in_a_row = 0 if answer.ok else self.failed_in_a_row + 1
         told = f"try {self.tries}: {answer.detail}"
@@ -5512,7 +5540,7 @@ def check_runtime(survey: Survey) -> Finding:
     """Which host, Python, user and working directory this is."""
     python = ".".join(str(part) for part in sys.version_info[:3])
     detail = f"{os.uname().nodename}, Python {python}, user {user_name()}"
-    survey.session.console.debug(f"python {sys.executable}, cwd {os.path.realpath('.')}, PATH {command_path()}")
+    survey.session.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
     return _ok(detail)
 
 
@@ -5598,8 +5626,11 @@ def check_current(survey: Survey) -> Finding:
 
 def check_state(survey: Survey) -> Finding:
     """Records and journal can be read."""
-    if survey.facts.state_problems:
-        return "fail", "; ".join(survey.facts.state_problems), \
+    facts = survey.facts
+    if facts.state_problems:
+        # A way back that can be told must not wait for the record of some other release.
+        harmless = facts.request.command in ("rollback", "activate") and facts.current.release in facts.records
+        return "warn" if harmless else "fail", "; ".join(facts.state_problems), \
             "restore the file from a backup, or move it away: its release is then unknown"
     return _ok(count(len(survey.facts.records), "record"))
 
@@ -5876,7 +5907,7 @@ CHECKS = (
     ("root", check_root, True),
     ("filesystem", check_filesystem, True),
     ("current", check_current, True),
-    ("state", check_state, False),
+    ("state", check_state, True),
     ("recovery", check_recovery, True),
     ("lock", check_lock, True),
     ("clock", check_clock, False),
@@ -6135,7 +6166,7 @@ class Publish(Step):
     name = "publish"
 
     def __init__(self, release: str, *, durable: bool) -> None:
-        self.release, self.durable, self.published = release, durable, False
+        self.release, self.durable = release, durable
 
     def describe(self) -> str:
         """Name the release."""
@@ -6146,12 +6177,12 @@ class Publish(Step):
         if self.durable:
             sync_filesystem(run.store.directory(".deploy/staging").descriptor)
         run.store.publish(run.staging, self.release)
-        run.staging, self.published = "", True
         return self.release
 
     def undo(self, run: Run) -> None:
         """Take the release away again, where it was this run that published it."""
-        if self.published:
+        # Where the tree still lies in staging, the name belongs to somebody else.
+        if not run.store.directory(".deploy/staging").is_directory(run.staging):
             run.store.remove_release(self.release)
 
 
@@ -6677,8 +6708,17 @@ class Executor:
         if step.phase and step.phase != self._phase:
             self._enter(step.phase)
         self._done.append(step)
-        started_seconds = time.monotonic()
         self.console.log_context["step"] = step.name
+        try:
+            self._apply(step)
+        finally:
+            self.console.log_context.pop("step", None)
+        if isinstance(step, RunHook) and step.phase == PHASE_SWITCHED:
+            # A recovery must not run it again.
+            self._enter(PHASE_SWITCHED)
+
+    def _apply(self, step: Step) -> None:
+        started_seconds = time.monotonic()
         try:
             detail = step.apply(self.run)
         except Interrupted:
@@ -6690,13 +6730,8 @@ class Executor:
             if not step.optional:
                 raise
             self.console.warnings.append(f"{step.name}: {detail}")
-            return
-        finally:
-            self.console.log_context.pop("step", None)
-        self._note(step, "done", started_seconds, detail)
-        if isinstance(step, RunHook) and step.phase == PHASE_SWITCHED:
-            # A recovery must not run it again.
-            self._enter(PHASE_SWITCHED)
+        else:
+            self._note(step, "done", started_seconds, detail)
 
     def _note(self, step: Step, status: str, started_seconds: float, detail: str) -> None:
         seconds = time.monotonic() - started_seconds
@@ -6749,7 +6784,9 @@ class Executor:
         back = plan.operation in ("rollback", "recover")
         for old in [record for record in records.values() if record.state == STATE_ACTIVE]:
             if old.id != plan.to_release:
-                self._write(old._replace(state=STATE_RETIRED, deactivated_at=now, rolled_back_at=now if back else None))
+                # One that had failed and was left live is not good for having been replaced.
+                state = STATE_BAD if old.failure else STATE_RETIRED
+                self._write(old._replace(state=state, deactivated_at=now, rolled_back_at=now if back else None))
         new = records.get(plan.to_release)
         if new is None:
             return
@@ -6865,6 +6902,7 @@ class Executor:
             self._give_up(error, problems, failure)
         self._close(lambda: self._settle_failed("reverted", EXIT_ROLLED_BACK, error, failure))
         self._run_on_failure(error)
+        self._prune_failed()
         self.outcome.rolled_back = True
         self.outcome.release, self.outcome.previous = plan.from_release, plan.to_release
         live = f"{plan.from_release} is live again" if plan.from_release else "nothing is live, as before"
@@ -6903,6 +6941,13 @@ class Executor:
             f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
             f"mend the cause, then: {command('recover')}; or settle on a release by hand: "
             f"{command('recover --to RELEASE')}")
+
+    def _prune_failed(self) -> None:
+        """A timer that deploys one broken artifact after the other must not fill the disk."""
+        facts = self.run.facts
+        target = rollback_target(facts, self.plan.from_release)
+        for step in prune_steps(self.run.settings, facts, self.plan.from_release, target.id if target else None):
+            self._take(step)
 
     def _run_on_failure(self, error: DeployError) -> None:
         """Run the on_failure hook; its own failure is a warning."""
@@ -6953,7 +6998,9 @@ class Recovery:
         Raises StateError where nothing may be concluded, RollbackFailed when it
         was tried before and failed.
         """
-        journal, done = self.store.read_journal(), []
+        journal, done, current = self.store.read_journal(), [], self.store.current()
+        if current.problem:
+            raise StateError(current.problem, current.hint)
         if journal is not None:
             done.append(self._settle(journal))
         done += [f"removed {name}" for name in self.store.sweep()]
@@ -7040,10 +7087,13 @@ class Recovery:
         return f"{journal.operation} of {journal.to_release} was finished: it is live"
 
     def _forget_missing(self) -> List[str]:
-        """Drop the records of releases whose files are gone; what is bad stays known as bad."""
+        """Drop records without files and manifests without a record; what is bad stays known as bad."""
         done, live = [], self.store.current().release
         records, problems = self.store.records()
         there = self.store.releases_on_disk()
+        if problems:
+            return done
+        done += [f"removed {path}" for path in self.store.sweep_manifests(set(records))]
         for record in records.values():
             if record.id in there or record.pruned_at or record.id == live:
                 continue
@@ -7717,19 +7767,25 @@ COMMANDS = {
 COMMAND_HELP = {"unpin": "Let a release be pruned again."}
 
 
+class HelpAsked(Exception):
+    """--help or --version: the text to show instead of running a command."""
+
+
 def build_parser() -> Any:
-    """Make the parser from the tables; mistakes raise UsageError instead of exiting."""
+    """Make the parser from the tables; it raises UsageError and HelpAsked, and neither prints nor exits."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        """argparse, with errors that reach the one boundary."""
+        """argparse, with everything it has to say handed to the one boundary."""
 
         def error(self, message: str) -> Any:
             """Raise UsageError."""
             raise UsageError(message, f"see {self.prog} --help")
 
+        def _print_message(self, message: str, file: Any = None) -> None:
+            raise HelpAsked(message)
+
     parser = Parser(prog="deploy.py", description="Take an artifact live on this host, and back.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"deploy.py {VERSION}")
     add_global_flags(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, function in COMMANDS.items():
@@ -7754,6 +7810,7 @@ def add_global_flags(parser: Any) -> None:
     """Add what may stand before and after the command; SUPPRESS keeps one place from undoing the other."""
     import argparse
     group = parser.add_argument_group("global options")
+    group.add_argument("--version", action="version", version=f"deploy.py {VERSION}", help="show the version and exit")
     for flag in FLAGS:
         if not flag.commands:
             add_flag(group, flag, default=argparse.SUPPRESS)
@@ -7828,7 +7885,8 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
     """Run one command to its exit code."""
     flags = parse_command_line(argv)
     console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), verbose=bool(flags.verbose or flags.debug),
-                      color=not (flags.no_color or environment("NO_COLOR")) and environment("TERM") != "dumb")
+                      color=not (flags.no_color or environment("NO_COLOR")) and environment("TERM") != "dumb",
+                      utf8=locale_is_utf8())
     settings = load(flags)
     check_believed(flags, settings)
     learn_secrets(settings, console.secrets)
@@ -7883,13 +7941,14 @@ def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str,
     return dict(outcome.extra, **result)
 
 
-def failure_object(error: DeployError) -> Dict[str, Any]:
-    """Put together the object of --json for an error before any command could start."""
-    return {"ok": False, "changed": False, "failed": True, "command": None, "exit_code": error.exit_code,
-            "msg": error.message, "application": None, "root": None, "release": None, "previous": None,
-            "rolled_back": False, "deploy_id": None, "dry_run": False, "steps": [], "checks": [],
-            "summary": {"checked": 0, "changed": 0, "failed": 1, "warnings": 0}, "warnings": [],
-            "error": {"message": error.message, "hint": error.hint}, "seconds": 0.0}
+def result_of(error: Optional[DeployError]) -> Dict[str, Any]:
+    """Put together the object of --json where no command was run: an early error, or help."""
+    return {"ok": error is None, "changed": False, "failed": error is not None, "command": None,
+            "exit_code": error.exit_code if error else EXIT_OK, "msg": error.message if error else "",
+            "application": None, "root": None, "release": None, "previous": None, "rolled_back": False,
+            "deploy_id": None, "dry_run": False, "steps": [], "checks": [],
+            "summary": {"checked": 0, "changed": 0, "failed": 1 if error else 0, "warnings": 0}, "warnings": [],
+            "error": {"message": error.message, "hint": error.hint} if error else None, "seconds": 0.0}
 
 
 def report(call: Invocation, exit_code: int, seconds: float) -> None:
@@ -7922,8 +7981,15 @@ def main(argv: Optional[List[str]] = None) -> int:
             report(call, exit_code, time.monotonic() - started_seconds)
         return exit_code
     except DeployError as error:
+        if "--debug" in argv:
+            console.traceback()
         console.error(error.message, error.hint)
         failure = error
+    except HelpAsked as asked:
+        console.raw_result(str(asked))
+        if console.json_mode:
+            console.json_result(dict(result_of(None), msg=str(asked)))
+        return EXIT_OK
     except KeyboardInterrupt:
         failure = Interrupted(signal.SIGINT)
     except Exception as error:  # the boundary: whatever is left is a defect of this program
@@ -7932,7 +7998,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         failure.exit_code = EXIT_INTERNAL
         console.error(failure.message, failure.hint)
     if console.json_mode:
-        console.json_result(failure_object(failure))
+        console.json_result(result_of(failure))
     return failure.exit_code
 
 

@@ -76,7 +76,7 @@ def record_calls(app: App, *arguments: Any, **options: Any) -> List[Call]:
         counts[name] = counts.get(name, 0) + 1
         if name == "openat" and "O_CREAT" not in line and "O_RDWR" not in line or "EEXIST" in line:
             continue
-        if str(app.root) in line or name == "sync":
+        if str(app.root) in line or name in ("sync", "syncfs"):
             calls.append(Call(name, counts[name], line))
     return calls
 

@@ -114,7 +114,7 @@ def live(tmp_path_factory: Any) -> App:
 
 def global_words(app: App, log: Path) -> List[str]:
     """Every global option that can be seen to have worked."""
-    return ["-c", str(app.config), "--root", str(app.root), "-n", "--json", "-v", "--no-color", "-y", "--wait-lock", "1s",
+    return ["-c", str(app.config), "--root", str(app.root), "--json", "-v", "--no-color", "-y", "--wait-lock", "1s",
             "--set", "deploy.min_free=1M", "--set", "vars.X=1", "--log-file", str(log), "--log-format", "json",
             "--detailed-exitcode", "--debug"]
 
@@ -125,10 +125,18 @@ def test_global_options_count_before_and_after_the_command(before: bool, app: Ap
     words, command = global_words(app, log), ["stage", str(artifact)]
     result = run_deploy(*(words + command if before else command + words), json=False, check=10)
     data = decode_one_object(result)
-    assert data["dry_run"] is True and data["root"] == str(app.root) and app.releases() == []
+    assert data["changed"] is True and data["root"] == str(app.root) and len(app.releases()) == 1
     assert all(json.loads(line) for line in log.read_text().splitlines()) and log.stat().st_size
     assert any("1.0 MB kept free" in check["detail"] for check in data["checks"])
     assert "python" in result.stderr  # -v
+
+
+@pytest.mark.parametrize("words", [["-n", "stage", "{artifact}"], ["stage", "--dry-run", "{artifact}"], ["stage", "{artifact}", "-n"]],
+                         ids=["before", "between", "after"])
+def test_dry_run_counts_wherever_it_stands(words: List[str], app: App) -> None:
+    artifact = app.artifact("1.0")
+    result = app.run(*[word.format(artifact=artifact) for word in words], check=0)
+    assert result.data["dry_run"] is True and app.releases() == []
 
 
 def test_an_option_given_in_both_places_counts_as_the_later_one(tmp_path: Path) -> None:
@@ -491,9 +499,9 @@ def test_odd_bytes_in_file_names_survive(env: Dict[str, Optional[str]], tmp_path
     names = {f"{odd}.txt": "odd", "caf\u00e9/x": "x"}
     artifact = make_artifact(tmp_path / odd, "1.0", names)
     root = tmp_path / (odd + "-root")
-    for words in (["deploy", artifact], ["status"], ["releases"], ["verify"], ["show", "1"], ["history"], ["preflight", artifact]):
-        for as_json in (True, False):
-            run_deploy(*words, root=root, env=env, check=0, json=as_json)
+    for as_json, words in ((True, ["deploy", artifact]), (True, ["status"]), (False, ["status"]), (False, ["releases"]),
+                           (False, ["show", "1"]), (False, ["preflight", artifact])):
+        run_deploy(*words, root=root, env=env, check=0, json=as_json)
     assert sorted(os.listdir(os.fsencode(str(root / "current")))) == sorted(
         [b"VERSION", b"bin", b"lib", b"data", b"log", b"caf\xc3\xa9", b"odd \xff \xc3\xa9.txt"])
     (root / "current" / f"{odd}.txt").write_text("changed")

@@ -41,6 +41,15 @@ def refused(text: str, tmp_path: Path, **options: Any) -> Result:
     return result
 
 
+def refusal(text: str, tmp_path: Path) -> Any:
+    """The error that a configuration is refused with; it names the file and has a hint."""
+    path = write(tmp_path / "wrong.ini", text)
+    with pytest.raises(deploy.UsageError) as caught:
+        deploy.load_settings([str(path)], {}, [])
+    assert str(path) in caught.value.message and caught.value.hint
+    return caught.value
+
+
 # -- precedence and origins --------------------------------------------------
 
 LAYERS = [
@@ -189,14 +198,14 @@ UNKNOWN = [
 @pytest.mark.parametrize("name,text,wrong,meant", UNKNOWN, ids=[row[0] for row in UNKNOWN])
 def test_an_unknown_name_is_refused_and_the_nearest_one_suggested(
         name: str, text: str, wrong: str, meant: str, tmp_path: Path) -> None:
-    error = refused(text, tmp_path).data["error"]
-    assert wrong in error["message"]
-    assert re.search(rf"did you mean '{meant}", error["hint"]) or meant in error["hint"]
+    error = refusal(text, tmp_path)
+    assert wrong in error.message
+    assert re.search(rf"did you mean '{meant}", error.hint) or meant in error.hint
 
 
 def test_a_name_unlike_any_other_gets_the_whole_list(tmp_path: Path) -> None:
-    assert "keep_releases" in refused("[deploy]\nxyzzy = 3\n", tmp_path).data["error"]["hint"]
-    assert "artifact" in refused("[xyzzy]\na = 3\n", tmp_path).data["error"]["hint"]
+    assert "keep_releases" in refusal("[deploy]\nxyzzy = 3\n", tmp_path).hint
+    assert "artifact" in refusal("[xyzzy]\na = 3\n", tmp_path).hint
 
 
 # -- bad values --------------------------------------------------------------
@@ -230,17 +239,17 @@ NEEDED = {"probe:web": {"url": "http://127.0.0.1/"}, "template:t": {"source": "a
 def test_a_bad_value_is_named_with_file_section_and_key(
         name: str, section: str, key: str, value: str, tmp_path: Path) -> None:
     keys = dict(NEEDED.get(section, {}), **{key: value})
-    path = write(tmp_path / "a.ini", f"[{section}]\n" + "".join(f"{one} = {other}\n" for one, other in keys.items()))
-    with pytest.raises(deploy.UsageError) as caught:
-        deploy.load_settings([str(path)], {}, [])
-    assert str(path) in caught.value.message and f"[{section}] {key}" in caught.value.message
-    assert caught.value.hint
+    error = refusal(f"[{section}]\n" + "".join(f"{one} = {other}\n" for one, other in keys.items()), tmp_path)
+    assert f"[{section}] {key}" in error.message
 
 
-@pytest.mark.parametrize("section,key,value", [("deploy", "keep_releases", "many"), ("log", "format", "JSON")])
-def test_a_bad_value_ends_every_command_with_two_lines_and_exit_code_2(
-        section: str, key: str, value: str, tmp_path: Path) -> None:
-    assert f"[{section}] {key}" in refused(f"[{section}]\n{key} = {value}\n", tmp_path).data["error"]["message"]
+@pytest.mark.parametrize("name,text,wanted", [
+    ("value", "[deploy]\nkeep_releases = many\n", "[deploy] keep_releases"), ("section", "[artefact]\nx = 1\n", "[artefact]"),
+    ("key", "[deploy]\nkeep = 1\n", "'keep'"), ("default", "[DEFAULT]\nroot = x\n", "DEFAULT"),
+    ("syntax", "[deploy]\nroot\n", "line"), ("group", "[probe:web]\ntimeout = 3s\n", "[probe:web]"),
+], ids=["value", "section", "key", "default", "syntax", "group"])
+def test_a_wrong_file_ends_the_run_with_two_lines_and_exit_code_2(name: str, text: str, wanted: str, tmp_path: Path) -> None:
+    assert wanted in refused(text, tmp_path).data["error"]["message"]
 
 
 @pytest.mark.parametrize("how,options,origin", [
@@ -267,7 +276,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("name,text,wanted", GROUPS, ids=[row[0] for row in GROUPS])
 def test_exactly_one_of_a_group_must_be_given(name: str, text: str, wanted: str, tmp_path: Path) -> None:
-    assert wanted in refused(text, tmp_path).data["error"]["message"]
+    assert wanted in refusal(text, tmp_path).message
 
 
 # -- the file itself ---------------------------------------------------------
@@ -284,7 +293,7 @@ FILES = [
 
 @pytest.mark.parametrize("name,text,wanted", FILES, ids=[row[0] for row in FILES])
 def test_a_file_that_is_not_understood_is_refused(name: str, text: str, wanted: str, tmp_path: Path) -> None:
-    assert wanted in refused(text, tmp_path).data["error"]["message"]
+    assert wanted in refusal(text, tmp_path).message
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -418,11 +427,13 @@ def test_the_case_of_keys_is_kept(tmp_path: Path) -> None:
     assert [found[f"env.{key}"]["value"] for key in ("Path_To", "PATH_TO", "path_to")] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("value", ["100%", "%(root)s", "${HOME}", "$HOME", "${deploy:root}", "a # b", "a ; b", "a = b : c",
-                                   "'quoted'", "C:\\x"])
-def test_a_value_is_taken_as_it_stands(value: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.ini", f"[vars]\nX = {value}\n")
-    assert config_of(config=path)["vars.X"]["value"] == value
+PLAIN = ["100%", "%(root)s", "${HOME}", "$HOME", "${deploy:root}", "a # b", "a ; b", "a = b : c", "'quoted'", "C:\\x"]
+
+
+def test_a_value_is_taken_as_it_stands(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[vars]\n" + "".join(f"X{number} = {value}\n" for number, value in enumerate(PLAIN)))
+    found = config_of(config=path)
+    assert [found[f"vars.X{number}"]["value"] for number in range(len(PLAIN))] == PLAIN
 
 
 def test_a_value_reaches_a_hook_as_it_stands(app: App) -> None:
@@ -485,7 +496,12 @@ def test_sizes_and_numbers_mean_what_they_say(option: str, beyond: str, within: 
     result = app.run("stage", artifact, "--set", f"limits.{option}={beyond}", check=4)
     assert option in result.data["error"]["message"]
     app.run("stage", artifact, "--set", f"limits.{option}={within}", check=0)
-    app.run("stage", artifact, "--set", f"limits.{option}=0", "--release-version", "2", check=0)
+
+
+def test_0_is_no_limit(app: App) -> None:
+    names = ("max_artifact", "max_files", "max_file", "max_expanded", "max_ratio")
+    app.configure("[limits]\n" + "".join(f"{name} = 0\n" for name in names))
+    app.deploy("1.0", {"big.txt": "0" * (8 << 20)})
 
 
 @pytest.mark.parametrize("text,value", [("yes", True), ("no", False), ("True", True), ("off", False), ("1", True), ("0", False)])
@@ -557,14 +573,16 @@ def test_a_configured_port_application_and_log_are_used(app: App) -> None:
 SECRETS = [("env", "DB_PASSWORD"), ("env", "API_TOKEN"), ("vars", "secret"), ("vars", "SENTRY_DSN"), ("env", "AWS_SECRET_ACCESS_KEY")]
 
 
-@pytest.mark.parametrize("section,key", SECRETS, ids=[f"{section}.{key}" for section, key in SECRETS])
-@pytest.mark.parametrize("value", ["swordfish-1", "abc"], ids=["long", "short"])
-def test_config_masks_secrets(section: str, key: str, value: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.ini", f"[{section}]\n{key} = {value}\nPLAIN = shown-value\n")
-    for options in ({}, {"json": False}):
-        result = run_deploy("config", config=path, check=0, **options)
-        assert value not in result.stdout + result.stderr
-        assert "shown-value" in result.stdout and key in result.stdout and "[masked]" in result.stdout
+@pytest.mark.parametrize("value", ["swordfish-1", "xyz"], ids=["long", "short"])
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "table"])
+def test_config_masks_secrets(value: str, as_json: bool, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "".join(
+        f"[{section}]\nPLAIN = shown-value\n" + "".join(f"{key} = {value}\n" for where, key in SECRETS if where == section)
+        for section in ("env", "vars")))
+    result = run_deploy("config", config=path, check=0, json=as_json)
+    assert value not in result.stdout + result.stderr
+    assert result.stdout.count("shown-value") == 2 and result.stdout.count("[masked]") == len(SECRETS)
+    assert all(key in result.stdout for _, key in SECRETS)
 
 
 def test_config_masks_what_a_url_and_a_header_carry(tmp_path: Path) -> None:

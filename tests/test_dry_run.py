@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -60,6 +61,23 @@ def planned(app: App, *words: Any) -> List[Dict[str, str]]:
 
 
 # -- the plan is what a run journals -----------------------------------------
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: Any) -> App:
+    """An application with 1.0 retired and 1.1 live, to be copied."""
+    app = App(tmp_path_factory.mktemp("template") / "app")
+    two_releases(app)
+    return app
+
+
+@pytest.fixture
+def two(template: App, app: App) -> App:
+    """An application of one's own with 1.0 retired and 1.1 live: a copy, which takes no time."""
+    app.root.rmdir()
+    shutil.copytree(str(template.root), str(app.root), symlinks=True)
+    artifact(app, "1.1")
+    return app
+
 
 def two_releases(app: App) -> None:
     """1.0 retired, 1.1 live."""
@@ -122,11 +140,10 @@ def test_the_plan_of_pruning_is_what_pruning_does(app: App) -> None:
 
 
 @pytest.mark.parametrize("words", [["pin", "1.0"], ["unpin", "1.1"]], ids=["pin", "unpin"])
-def test_the_plan_of_pinning_is_what_pinning_does(words: List[str], app: App) -> None:
-    two_releases(app)
-    app.run("pin", "1.1", check=0)
-    plan = planned(app, *words)
-    done = app.run(*words, check=0).data
+def test_the_plan_of_pinning_is_what_pinning_does(words: List[str], two: App) -> None:
+    two.run("pin", "1.1", check=0)
+    plan = planned(two, *words)
+    done = two.run(*words, check=0).data
     assert [(step["name"], step["description"]) for step in plan] == [(words[0], f"{words[0]} {done['release']}")]
     assert [step["name"] for step in done["steps"]] == [words[0]]
 
@@ -217,28 +234,26 @@ def test_an_empty_root_stays_empty(app: App) -> None:
 
 @pytest.mark.parametrize("words", [["deploy", "{live}"], ["stage", "{live}"], ["activate", "current"], ["unpin", "current"], ["prune"],
                                    ["recover"]], ids=lambda words: words[0])
-def test_nothing_to_do_is_an_empty_plan(words: List[str], app: App) -> None:
-    two_releases(app)
-    live = app.directory / "artifacts" / "myapp-1.1.tar.gz"
-    before = snapshot(app.directory)
-    data = app.run("-n", *[word.format(live=live) for word in words], check=0).data
+def test_nothing_to_do_is_an_empty_plan(words: List[str], two: App) -> None:
+    live = two.directory / "artifacts" / "myapp-1.1.tar.gz"
+    before = snapshot(two.directory)
+    data = two.run("-n", *[word.format(live=live) for word in words], check=0).data
     assert data["plan"] == [] and data["changed"] is False
-    assert snapshot(app.directory) == before
-    assert app.run(*[word.format(live=live) for word in words], check=0).data["changed"] is False
+    assert snapshot(two.directory) == before
+    assert two.run(*[word.format(live=live) for word in words], check=0).data["changed"] is False
 
 
 @pytest.mark.parametrize("words,exit_code", [
     (["deploy", "{artifact}", "--set", "deploy.min_free=999T"], 3),
     (["stage", "{artifact}", "--set", "preflight.require_env=NOT_SET"], 3), (["activate", "9.9"], 2), (["deploy", "{older}"], 4),
 ], ids=["space", "environment", "release", "downgrade"])
-def test_a_dry_run_fails_as_the_run_would_and_changes_nothing(words: List[str], exit_code: int, app: App) -> None:
-    two_releases(app)
-    paths = {"artifact": artifact(app, "1.2"), "older": artifact(app, "0.9")}
-    before = snapshot(app.directory)
+def test_a_dry_run_fails_as_the_run_would_and_changes_nothing(words: List[str], exit_code: int, two: App) -> None:
+    paths = {"artifact": artifact(two, "1.2"), "older": artifact(two, "0.9")}
+    before = snapshot(two.directory)
     argv = [word.format(**paths) for word in words]
-    announced = app.run("-n", *argv, check=exit_code).data
-    assert snapshot(app.directory) == before
-    assert app.run(*argv, check=exit_code).data["error"] == announced["error"]
+    announced = two.run("-n", *argv, check=exit_code).data
+    assert snapshot(two.directory) == before
+    assert two.run(*argv, check=exit_code).data["error"] == announced["error"]
 
 
 def test_a_dry_run_notices_a_wrong_digest(app: App) -> None:
@@ -248,18 +263,17 @@ def test_a_dry_run_notices_a_wrong_digest(app: App) -> None:
     assert snapshot(app.directory) == before
 
 
-def test_a_dry_run_takes_no_lock_and_waits_for_none(app: App) -> None:
-    two_releases(app)
-    with open(str(app.root / ".deploy" / "lock"), "r+") as lock:
+def test_a_dry_run_takes_no_lock_and_waits_for_none(two: App) -> None:
+    with open(str(two.root / ".deploy" / "lock"), "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert planned(app, "pin", "1.0")
-        before = snapshot(app.directory)
-        result = app.run("-n", "rollback", "--wait-lock", "1h", timeout=20)
-        assert snapshot(app.directory) == before
+        assert planned(two, "pin", "1.0")
+        before = snapshot(two.directory)
+        result = two.run("-n", "rollback", "--wait-lock", "1h", timeout=20)
+        assert snapshot(two.directory) == before
     assert result.exit_code in (3, 75) and "held by" in result.data["error"]["message"]
 
 
-def test_a_dry_run_writes_nothing_into_a_log_below_the_root(app: App) -> None:
+def test_a_dry_run_writes_no_log_below_the_root(app: App) -> None:
     app.run("deploy", artifact(app, "1.0"), check=0)
     app.configure(f"[log]\nfile = {app.root}/deploy.log")
     path = artifact(app, "1.1")

@@ -23,7 +23,7 @@ def busy(tmp_path_factory: Any) -> App:
     app.deploy("1.0")
     app.deploy("1.1")
     app.configure("[probe:web]\ncommand = /bin/sh -c 'if grep -q 1.2 VERSION; then echo the database is away; exit 3; fi'\n"
-                  "deadline = 300ms\nperiod = 20ms\nsuccesses = 1")
+                  "deadline = 1s\nperiod = 400ms\nsuccesses = 1")
     app.deploy("1.2", check=5)
     app.configure()
     app.run("stage", app.artifact("1.3"), check=0)
@@ -183,6 +183,7 @@ def three(tmp_path_factory: Any) -> App:
     app = App(tmp_path_factory.mktemp("three") / "app")
     for version in ("1.0", "1.1", "1.2"):
         app.deploy(version)
+    app.run("history", "--verify", check=0)
     return app
 
 
@@ -190,7 +191,6 @@ def three(tmp_path_factory: Any) -> App:
 def test_history_verify_finds_what_was_done_to_it(name: str, tamper: Callable[[List[str]], List[str]], said: str, three: App) -> None:
     path = three.root / ".deploy" / "history.jsonl"
     before = path.read_text()
-    three.run("history", "--verify", check=0)
     try:
         path.write_text("".join(line + "\n" for line in tamper(before.splitlines())))
         error = three.run("history", "--verify", check=7).data["error"]
@@ -212,7 +212,7 @@ def test_a_missing_head_is_found(three: App) -> None:
 # -- show --------------------------------------------------------------------
 
 def test_show_has_a_timeline_with_every_step(busy: App) -> None:
-    shown = busy.run("show", "2", json=False, check=0).stdout
+    shown = busy.run("show", "1.1", json=False, check=0).stdout
     for word in ("unpack", "publish", "seal", "activate"):
         assert re.search(rf"(?m)^ +{word} \[done\] +[ #]+ +\d+\.\d+s$", shown), shown
     assert busy.current in shown and "deployed" in shown  # type: ignore

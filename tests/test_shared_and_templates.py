@@ -1,14 +1,13 @@
 """What outlives releases, and what is rendered into them."""
 
-import json
 import os
 import stat
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import pytest
 
 from crashes import inconsistencies, unchanged_part
-from support import App, directory, file, link
+from support import App, application_tree, directory, file, link, make_tar, tree_members, write_checksum
 
 # -- shared ------------------------------------------------------------------------
 
@@ -136,7 +135,6 @@ def test_a_path_through_the_artifacts_own_link_is_refused(app: App, tree: Dict[s
     where = "sub/lib/deep/target" if "sub/lib" in tree else "lib/deep/target"
     app.configure(f"shared_dirs = {where}\n" if kind == "shared" else f"[template:x]\nsource = VERSION\ntarget = {where}\n")
     base = {"lib/nested/data.txt": None, "data": link("VERSION")}  # type: Dict[str, Any]
-    from support import application_tree, make_tar, tree_members, write_checksum
     entries = {name: spec for name, spec in application_tree("1.1").items() if not name.startswith("lib/") and name not in base}
     path = app.directory / "artifacts" / "myapp-1.1.tar.gz"
     make_tar(path, tree_members(dict(entries, **tree)))
@@ -255,7 +253,7 @@ def test_values_never_show_in_any_output(app: App) -> None:
     assert "password is" in log.read_text()
 
 
-def test_a_template_larger_than_state_files_may_be_is_rendered_or_refused_cleanly(app: App) -> None:
+def test_a_template_that_is_not_utf_8_is_rendered_or_refused_cleanly(app: App) -> None:
     configure_template(app)
     result = app.run("deploy", app.artifact("1.0", {"app.conf.in": b"\xff\xfe binary ${DEPLOY_VERSION}\n"}))
     assert result.exit_code in (0, 1, 3) and "Traceback" not in result.stderr

@@ -136,7 +136,7 @@ def test_a_signal_between_fork_and_exec_leaves_no_child(live: App) -> None:
     pid, children = running.pid, []  # type: int, List[int]
 
     def holds_child() -> bool:
-        found = re.findall(r"(?m)^(\d+) execve\(\S*/quiet", trace_of(live).read_text())
+        found = re.findall(r"(?m)^(\d+) +execve\(\S*/quiet", trace_of(live).read_text())
         children[:] = [int(text) for text in found if int(text) != pid]
         return bool(children)
     wait_until(holds_child, what="the hook's process is about to exec")
