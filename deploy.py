@@ -155,6 +155,7 @@ MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 30
 MAX_RECOVERIES = 2
+MAX_DEPTH = 64
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
 
@@ -738,7 +739,16 @@ class Directory:
             pass
 
     def remove_tree(self, name: str) -> None:
-        """Remove an entry and all below it, never following a symlink; nothing there is fine."""
+        """Remove an entry and all below it, never following a symlink; nothing there is fine.
+
+        What lies very deep is brought up here first, so that no tree, however
+        deep an application made it, exhausts the stack or the descriptors.
+        """
+        pending = [name]
+        while pending:
+            self._remove(pending.pop(), self, pending, 0)
+
+    def _remove(self, name: str, top: "Directory", pending: List[str], level: int) -> None:
         found = self.status(name)
         if found is None:
             return
@@ -748,9 +758,13 @@ class Directory:
         if found.st_mode & 0o700 != 0o700:
             # A read-only directory of the artifact cannot be emptied as it is.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
+        if level > MAX_DEPTH:
+            pending.append(temporary_name("deep"))
+            self.rename(name, top, pending[-1])
+            return
         with self.child(name) as below:
             for entry in os.listdir(below.descriptor):
-                below.remove_tree(entry)
+                below._remove(entry, top, pending, level + 1)
         os.rmdir(name, dir_fd=self.descriptor)
 
     def sync(self) -> None:
@@ -1062,10 +1076,10 @@ def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None
         # An exception inside Popen would leave a child behind that nobody knows of.
         with interrupts.held():
             running = RunningCommand(argv, environ or base_environment(), directory, run_as)
+            return running.wait(timeout_seconds, on_line, interrupts.check)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         return CommandResult(list(argv), 127, False, [f"cannot start {argv[0]}: {why}"], 0.0)
-    return running.wait(timeout_seconds, on_line, interrupts.check)
 
 
 def base_environment() -> Dict[str, str]:
@@ -1183,20 +1197,20 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_int(text: str) -> int:
-    if not re.match(r"\d{1,18}\Z", text):
+    if not re.match(r"[0-9]{1,18}\Z", text):
         raise ValueError("expected a whole number, 0 or more")
     return int(text)
 
 
 def _parse_float(text: str) -> float:
-    if not re.match(r"\d{1,9}(\.\d{1,9})?\Z", text):
+    if not re.match(r"[0-9]{1,9}(\.[0-9]{1,9})?\Z", text):
         raise ValueError("expected a number such as 1.5")
     return float(text)
 
 
 def parse_duration(text: str) -> float:
     """Read `500ms`, `3s`, `2m` or `1h` as seconds; ValueError for anything else."""
-    found = re.match(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)\Z", text)
+    found = re.match(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)\Z", text)
     if not found:
         raise ValueError("expected a duration such as 500ms, 3s, 2m or 1h")
     return float(found.group(1)) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found.group(2)]
@@ -1204,7 +1218,7 @@ def parse_duration(text: str) -> float:
 
 def parse_size(text: str) -> int:
     """Read `64k`, `10M` or `2G` as bytes (powers of 1024); ValueError for anything else."""
-    found = re.match(r"(\d{1,12})([kKMGT]?)\Z", text)
+    found = re.match(r"([0-9]{1,12})([kKMGT]?)\Z", text)
     if not found:
         raise ValueError("expected a size such as 64k, 10M or 2G")
     return int(found.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found.group(2).upper()]
@@ -1240,7 +1254,7 @@ def _parse_regex(text: str) -> str:
 def _parse_statuses(text: str) -> List[Tuple[int, int]]:
     ranges = []
     for item in text.split(","):
-        found = re.match(r"\s*([1-5]\d\d)(?:\s*-\s*([1-5]\d\d))?\s*\Z", item)
+        found = re.match(r"\s*([1-5][0-9][0-9])(?:\s*-\s*([1-5][0-9][0-9]))?\s*\Z", item)
         if not found:
             raise ValueError("expected HTTP status codes such as 200-299, 301")
         low, high = int(found.group(1)), int(found.group(2) or found.group(1))
@@ -1829,12 +1843,18 @@ class CheckResult(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """How a step ended: done, skipped, failed, undone or planned."""
+    """How a step ended: done, skipped, failed, undone or planned; and the last lines its commands wrote."""
 
     name: str
     status: str
     seconds: float
     detail: str
+    output: Sequence[str] = ()
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return what the history keeps and --json shows; `output` only where there is some."""
+        data = {"name": self.name, "status": self.status, "seconds": self.seconds, "detail": self.detail}
+        return dict(data, output=list(self.output)) if self.output else data
 
 
 class Session(NamedTuple):
@@ -1933,6 +1953,7 @@ class Store:
     def __init__(self, root: Directory, command_line: Callable[[str], str]) -> None:
         self.root, self.path, self.command_line = root, root.path, command_line
         self._open = {}  # type: Dict[str, Directory]
+        self.left_over = []  # type: List[str]
 
     @classmethod
     def open(cls, settings: Settings) -> Optional["Store"]:
@@ -1980,7 +2001,12 @@ class Store:
         """
         for name in ("",) + PRIVATE_DIRECTORIES:
             path = f".deploy/{name}".rstrip("/")
-            directory = self.optional(path)
+            try:
+                directory = self.optional(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                continue  # for the filesystem check to tell
             found = os.fstat(directory.descriptor) if directory else None
             if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
                 raise StateError(f"{self.path}/{path} belongs to uid {found.st_uid}, and its contents would be believed",
@@ -2096,20 +2122,29 @@ class Store:
             self.directory(path).discard(release)
             self.directory(path).sync()
 
+    def leftovers(self) -> List[Tuple[str, str]]:
+        """List what a crash left, as (directory, name): staging, trash, temporary files and links."""
+        found = []
+        for path in (".deploy/staging", ".deploy/trash", ".deploy", ".deploy/releases", ".deploy/manifests",
+                     ".deploy/trees", ".deploy/cache", ""):
+            directory = self.optional(path) if path else self.root
+            for name in directory.names() if directory else []:
+                temporary = re.match(r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z", name) and (path or name.startswith(".current."))
+                if temporary or path in (".deploy/staging", ".deploy/trash"):
+                    found.append((path, name))
+        return found
+
     def sweep(self) -> List[str]:
-        """Remove what a crash left: staging, trash, temporary files and links.  Returns what was removed."""
+        """Remove the leftovers; returns what was removed, and notes in `left_over` what could not be."""
         removed = []
-        for path in (".deploy/staging", ".deploy/trash"):
-            directory = self.directory(path)
-            for name in directory.names():
-                directory.remove_tree(name)
-                removed.append(f"{path}/{name}")
-        for path in (".deploy", ".deploy/releases", ".deploy/manifests", ".deploy/trees", ".deploy/cache", ""):
-            directory = self.directory(path) if path else self.root
-            for name in directory.names():
-                if re.match(r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z", name) and (path or name.startswith(".current.")):
-                    directory.discard(name)
-                    removed.append(f"{path}/{name}".lstrip("/"))
+        for path, name in self.leftovers():
+            shown = f"{path}/{name}".lstrip("/")
+            try:
+                (self.directory(path) if path else self.root).remove_tree(name)
+                removed.append(shown)
+            except OSError as error:
+                # It stands in nobody's way; the next run tries again.
+                self.left_over.append(f"{shown} cannot be removed: {reason(error)}")
         return removed
 
     def sweep_manifests(self, releases: Set[str]) -> List[str]:
@@ -2415,7 +2450,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_CENTRAL_BYTES = 64 << 20
 MAX_DECODER_BYTES = 128 << 20
 MAX_EXTENSIONS, MAX_STREAMS, MAX_LINK_HOPS, MAX_LINK_STEPS = 16, 100000, 40, 4000000
-MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_DEPTH = 255, 1024, 64
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 MAX_SIZE_BYTES = 1 << 47
 FILTER_STALL_SECONDS = 60.0
 
@@ -3910,7 +3945,8 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[TreeEntry]:
         try:
             status = os.fstat(descriptor)
             yield TreeEntry(prefix + base, descriptor, status, b"")
-            if stat.S_ISDIR(status.st_mode):
+            # No artifact goes deeper: what does was added, and is named by its topmost directory.
+            if stat.S_ISDIR(status.st_mode) and prefix.count(b"/") < MAX_DEPTH:
                 yield from walk_tree(descriptor, prefix + base + b"/")
         finally:
             os.close(descriptor)
@@ -4071,16 +4107,24 @@ def scan_tree(directory: Directory, progress_update: Callable[[int], None]) -> M
 
 
 class Differences(NamedTuple):
-    """How a tree differs from its manifest; names as the os module gives them, some with what changed."""
+    """How a tree differs from its manifest: names as the os module gives them.
+
+    `reasons` says of a changed name what changed where it is not its bytes.
+    """
 
     changed: List[str]
     missing: List[str]
     added: List[str]
+    reasons: Dict[str, str]
+
+    def lists(self) -> List[Tuple[str, List[str]]]:
+        """Return the three lists with their names."""
+        return [("changed", self.changed), ("missing", self.missing), ("added", self.added)]
 
 
 def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
     """Hash a tree and name every file that is not as the manifest has it."""
-    changed, added, done_bytes = [], [], 0  # type: List[str], List[str], int
+    changed, added, reasons, done_bytes = [], [], {}, 0  # type: List[str], List[str], Dict[str, str], int
     unseen = set(manifest.files)
     unseen.update(manifest.directories, manifest.symlinks)
     for entry in walk_tree(directory.descriptor):
@@ -4090,10 +4134,12 @@ def compare_tree(directory: Directory, manifest: Manifest, progress_update: Call
         unseen.discard(entry.name)
         difference = compare_entry(entry, manifest)
         if difference is not None:
-            changed.append(os.fsdecode(entry.name) + difference)
+            changed.append(os.fsdecode(entry.name))
+            if difference:
+                reasons[changed[-1]] = difference
         done_bytes += entry.status.st_size
         progress_update(done_bytes)
-    return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)], added)
+    return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)], added, reasons)
 
 
 def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
@@ -4102,17 +4148,17 @@ def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
     kind = _KINDS_ON_DISK.get(stat.S_IFMT(entry.status.st_mode), "special file")
     was = FILE if name in manifest.files else DIRECTORY if name in manifest.directories else SYMLINK
     if kind != was:
-        return f" (a {kind}, was a {was})"
+        return f"is a {kind}, was a {was}"
     if kind == SYMLINK:
         expected_target = manifest.symlinks[name]
-        return None if entry.target == expected_target else f" -> {os.fsdecode(entry.target)}, was {os.fsdecode(expected_target)}"
+        return None if entry.target == expected_target else f"leads to {os.fsdecode(entry.target)}, was {os.fsdecode(expected_target)}"
     expected_mode = manifest.directories.get(name)
     if kind == FILE:
         packed = manifest.files[name]
         expected_mode = packed[32] << 8 | packed[33]
         if hash_open_file(entry) != packed[:32]:
             return ""
-    return None if mode == expected_mode else f" (mode {mode:04o}, was {expected_mode:04o})"
+    return None if mode == expected_mode else f"has mode {mode:04o}, was {expected_mode:04o}"
 
 
 # -- what it will cost -------------------------------------------------------
@@ -5332,6 +5378,8 @@ class Request(NamedTuple):
     version: str = ""
     allow_downgrade: bool = False
     force: bool = False
+    # Nothing will be unpacked, so only a look of its own tells whether the bytes are right.
+    confirm_digest: bool = False
 
 
 class ArtifactFacts(NamedTuple):
@@ -5425,9 +5473,10 @@ class Observer:
         found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes, digest.sha256,
                               digest.source, version, expected_cost(artifact), None)
         candidate = self._made_before(facts, found)
+        if candidate or request.confirm_digest:
+            self._confirm(artifact, digest)
         if candidate is None:
             return found
-        self._confirm(artifact, digest)
         if candidate != facts.current.release and not self._is_whole(facts.records[candidate]):
             self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
             return found
@@ -5444,7 +5493,7 @@ class Observer:
         return max(same, key=lambda record: record.sequence).id if same else None
 
     def _confirm(self, artifact: OpenArtifact, digest: Digest) -> None:
-        """Before staging is skipped: the bytes must really have the digest they are said to have."""
+        """Where no unpacking will tell: the bytes must really have the digest they are said to have."""
         if digest.source == "computed":
             return
         known = self.store.remembered_digest(artifact.path, artifact.identity()) if self.store else ""
@@ -5842,7 +5891,7 @@ def bind_for_an_instant(family: int, host: str, port: int) -> None:
 
 def check_probes_before(survey: Survey) -> Finding:
     """Probes with when = before or both: the database is down now, not because of us."""
-    session, failed, run = survey.session, [], 0
+    session, failed, doubtful, run = survey.session, [], [], 0
     if os.geteuid() == 0 and untrusted(survey.settings):
         return _skip("not run: somebody else could have written the configuration")
     context = context_for(survey.facts, None)
@@ -5854,8 +5903,10 @@ def check_probes_before(survey: Survey) -> Finding:
         found = run_probe(session, probe, context, expect_release=False, progress=progress)
         progress.close()
         if not found.ok:
-            failed.append((f"probe {name}: {found.detail}", "mend what it asks for before deploying"))
-    return _all_of(failed, count(run, "probe"))
+            problem = f"probe {name}: {found.detail}", "mend what it asks for before deploying"
+            (failed if probe.required else doubtful).append(problem)
+    finding = _all_of(failed or doubtful, count(run, "probe"))
+    return finding if failed or not doubtful else ("warn",) + finding[1:]
 
 
 def check_services(survey: Survey) -> Finding:
@@ -5996,6 +6047,8 @@ class Step:
     phase = ""
     # A step that may fail without failing the run: its failure is a warning.
     optional = False
+    # The last lines that its commands wrote.
+    output = ()  # type: Sequence[str]
 
     def describe(self) -> str:
         """Say what apply() will do, from what the plan knows."""
@@ -6025,6 +6078,7 @@ class RunHook(Step):
         context = run.context(self.release)
         directory = context.release_path if os.path.isdir(context.release_path) else context.root
         results = run_hook(run.session, self.hook, context, directory=directory)
+        self.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
         return count(len(results), "command")
 
 
@@ -6466,7 +6520,7 @@ def _hook(settings: Settings, hook: str, release: Optional[str], *, optional: bo
 
 def staging_steps(settings: Settings, artifact: ArtifactFacts, release: str) -> List[Step]:
     """Plan what makes an artifact a staged release."""
-    steps = _hook(settings, "pre_stage", None) + [Unpack(artifact)]
+    steps = _hook(settings, "pre_stage", release) + [Unpack(artifact)]
     if settings.deploy.shared_dirs or settings.deploy.shared_files:
         steps.append(LinkShared(settings.deploy.shared_dirs, settings.deploy.shared_files))
     if settings.template:
@@ -6735,7 +6789,8 @@ class Executor:
 
     def _note(self, step: Step, status: str, started_seconds: float, detail: str) -> None:
         seconds = time.monotonic() - started_seconds
-        self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), self.console.secrets.mask(detail)))
+        mask = self.console.secrets.mask
+        self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail), [mask(line) for line in step.output]))
         shown = "warn" if status == "failed" and step.optional else status
         self.console.painted(shown, f"{step.name:<20} {format_seconds(seconds):>7}  {detail}")
 
@@ -6761,7 +6816,7 @@ class Executor:
 
     def _commit(self) -> None:
         """Records, history, and only then the journal: the verdict is durable before the note is gone."""
-        plan, facts = self.plan, self.run.facts
+        plan = self.plan
         if not self._phase:
             return
         if plan.operation != "stage":
@@ -6775,8 +6830,7 @@ class Executor:
             self.console.warn(f"the journal could not be removed: {reason(error)}; the next run does it")
         self.outcome.changed = True
         self.outcome.release = plan.to_release
-        self.outcome.previous = plan.from_release if plan.operation != "stage" else \
-            facts.records[plan.to_release].previous
+        self.outcome.previous = plan.from_release
 
     def _activate_records(self, failure: Optional[Dict[str, Any]] = None) -> None:
         """The new release is active and knows the way back; every other one that was active retires."""
@@ -6810,7 +6864,7 @@ class Executor:
             sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id, operation=plan.operation, result=result,
             release=plan.to_release or None, version=version, previous=plan.from_release, exit_code=exit_code,
             seconds=round(time.monotonic() - self._started_seconds, 3), message=mask(message), by=self.run.by,
-            steps=mask([dict(step._asdict()) for step in self.outcome.steps]), failure=mask(failure), previous_sha256="")
+            steps=mask([step.to_json() for step in self.outcome.steps]), failure=mask(failure), previous_sha256="")
         self.store.append_history(entry)
 
     # -- the bad ends --------------------------------------------------------
@@ -6953,8 +7007,7 @@ class Executor:
         """Run the on_failure hook; its own failure is a warning."""
         commands = self.run.settings.hooks.on_failure
         if commands and self._phase:
-            release = self.plan.to_release if self.plan.to_release in self.run.facts.records else None
-            self._take(RunHook("on_failure", release, commands, optional=True))
+            self._take(RunHook("on_failure", self.plan.to_release, commands, optional=True))
 
 
 def step_error(error: Exception, step: str) -> DeployError:
@@ -7004,6 +7057,8 @@ class Recovery:
         if journal is not None:
             done.append(self._settle(journal))
         done += [f"removed {name}" for name in self.store.sweep()]
+        for problem in self.store.left_over:
+            self.console.warn(problem)
         return done + self._forget_missing()
 
     def _settle(self, journal: Journal) -> str:
@@ -7053,7 +7108,9 @@ class Recovery:
 
     def _abort(self, journal: Journal) -> str:
         """Nothing was switched: a staged release that is whole stays, anything less goes."""
-        if journal.phase == PHASE_STAGING and journal.to_release not in self.run.facts.records:
+        # activate and rollback go to a release that was there before.
+        made_here = journal.operation in ("deploy", "stage")
+        if made_here and journal.to_release not in self.run.facts.records:
             self.store.remove_release(journal.to_release)
         executor = Executor(self.run, self._plan(journal, [], []), Outcome("recover"), journal)
         executor.append_history("aborted", EXIT_FAILED, "interrupted before activation", None)
@@ -7093,7 +7150,6 @@ class Recovery:
         there = self.store.releases_on_disk()
         if problems:
             return done
-        done += [f"removed {path}" for path in self.store.sweep_manifests(set(records))]
         for record in records.values():
             if record.id in there or record.pruned_at or record.id == live:
                 continue
@@ -7102,7 +7158,7 @@ class Recovery:
             else:
                 self.store.remove_record(record.id)
             done.append(f"forgot {record.id}: its files are gone")
-        return done
+        return done + [f"removed {path}" for path in self.store.sweep_manifests(there)]
 
 
 # ============================================================================
@@ -7133,7 +7189,8 @@ class Invocation:
         return Request(
             command=flags["command"], artifact=flags.get("artifact") or "", release=flags.get("release") or flags.get("to") or "",
             sha256=flags.get("sha256") or "", version=flags.get("release_version") or "",
-            allow_downgrade=bool(flags.get("allow_downgrade")), force=bool(flags.get("force")))
+            allow_downgrade=bool(flags.get("allow_downgrade")), force=bool(flags.get("force")),
+            confirm_digest=self.dry_run or flags["command"] == "preflight")
 
 
 def open_store(call: Invocation) -> Optional[Store]:
@@ -7141,10 +7198,15 @@ def open_store(call: Invocation) -> Optional[Store]:
     return Store.open(call.settings) if call.root else None
 
 
+def is_untouched(call: Invocation) -> bool:
+    """Tell whether nothing was ever deployed to the root."""
+    with preview(call) as store:
+        return store is None or store.optional(".deploy") is None
+
+
 def existing(call: Invocation) -> Store:
     """Open a root that something was deployed to; UsageError where there is none."""
-    store = open_store(call)
-    if store is None or store.optional(".deploy") is None:
+    if is_untouched(call):
         raise UsageError(f"nothing was ever deployed to {call.root}",
                          "name another root with --root DIR, or deploy something first")
     return Store.create(call.settings)
@@ -7195,6 +7257,9 @@ def recover(call: Invocation, store: Store) -> List[str]:
 
 def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, checks: bool = True) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
+    if call.flags.command in ("deploy", "stage") and not call.dry_run and open_store(call) is None:
+        # Before a root is made, everything else must be right: it may be a slip of the pen.
+        look_before_making(call)
     opened = preview(call) if call.dry_run else writing(call)
     with opened as store:
         observer = Observer(call.session, store, call.deploy_id)
@@ -7213,6 +7278,16 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
                 Executor(Run(call.session, store, facts, observer), plan, call.outcome).execute()
         finally:
             observer.close()
+
+
+def look_before_making(call: Invocation) -> None:
+    """Run the checks without a root; raises what they find."""
+    observer = Observer(call.session, None, call.deploy_id)
+    try:
+        facts = observer.observe(call.request(), locked=False)
+        preflight(call, Survey(call.session, facts, None, observer.artifact), show=False)
+    finally:
+        observer.close()
 
 
 @contextmanager
@@ -7238,25 +7313,28 @@ def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
             "size": found.size_bytes, "sha256": found.sha256, "version": found.version}
 
 
-def preflight(call: Invocation, survey: Survey) -> None:
+def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
     """Run the checks that guard this command; raise for what failed, artifact troubles first."""
     going_back = call.flags.command in ("rollback", "activate")
     started_seconds = time.monotonic()
     call.outcome.checks = results = run_checks(survey, going_back=going_back)
     failed = [result for result in results if result.status == "fail"]
-    for result in results:
+    for result in results if show or failed else []:
         if result.status == "warn":
             call.console.warn(f"{result.name}: {result.detail}")
         elif result.status == "fail":
             call.console.painted("fail", f"{result.name}: {result.detail}")
         else:
             call.console.debug(f"{result.status:<5} {result.name}: {result.detail}")
-    if not failed:
+    if not failed and show:
         call.console.painted("ok", f"{'preflight':<20} {format_seconds(time.monotonic() - started_seconds):>7}  "
                                    f"{count(len(results), 'check')}")
+    if not failed:
         return
     if survey.facts.refusal:
         raise survey.facts.refusal
+    if failed[0].name == "lock":
+        raise Busy(f"another run holds the lock: {failed[0].detail}", failed[0].hint)
     kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
     others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
     raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)
@@ -7357,10 +7435,13 @@ def command_recover(call: Invocation) -> None:
     if call.dry_run:
         with preview(call) as store:
             journal = store.read_journal() if store else None
-        text = f"would recover the {journal.operation} of {journal.to_release} ({journal.phase})" if journal \
-            else "nothing to recover"
-        call.outcome.changed = bool(journal)
-        call.outcome.extra["plan"] = [{"name": "recover", "description": text}] if journal else []
+            plan = [f"recover the {journal.operation} of {journal.to_release} ({journal.phase})"] if journal else []
+            plan += [f"remove {path}/{name}" for path, name in store.leftovers()] if store else []
+        text = "; ".join(plan) or "nothing to recover"
+        call.outcome.changed = bool(plan)
+        call.outcome.extra["plan"] = [{"name": "recover", "description": description} for description in plan]
+    elif is_untouched(call):
+        text = "nothing to recover"
     else:
         with writing(call) as store:
             call.outcome.release = store.current().release
@@ -7404,6 +7485,9 @@ def command_preflight(call: Invocation) -> None:
     call.outcome.checks = results
     rows = [(result.status, result.name, result.detail) for result in results]
     call.console.result(render_table(("STATUS", "CHECK", "FOUND"), rows))
+    hints = [f"hint ({result.name}): {result.hint}" for result in results if result.hint]
+    if hints:
+        call.console.result("\n".join(hints))
     failed = [result for result in results if result.status == "fail"]
     warned = [result for result in results if result.status == "warn"]
     for result in warned:
@@ -7424,20 +7508,19 @@ def command_verify(call: Invocation) -> None:
             found = check_release(call.session, store, release)
         except StateError as error:
             raise ProblemFound(error.message, error.hint)
-    call.outcome.extra["differences"] = {name: [portable(path) for path in paths]
-                                         for name, paths in found._asdict().items()}
-    for word, names in found._asdict().items():
+    call.outcome.extra["differences"] = dict(
+        {word: [portable(path) for path in paths] for word, paths in found.lists()},
+        reasons={portable(path): portable(why) for path, why in found.reasons.items()})
+    for word, names in found.lists():
         for name in names:
-            call.console.result(f"  {word:<8} {portable(name)}")
-    total = sum(len(names) for names in found)
-    files = release.tree.get("files", 0)
+            call.console.result(f"  {word:<8} {portable(name)}  {portable(found.reasons.get(name, ''))}".rstrip())
+    total, files = sum(len(names) for _, names in found.lists()), release.tree.get("files", 0)
     call.outcome.message = f"{release.id}: {count(files, 'file')}, " + \
         (f"{count(total, 'difference')}" if total else "all as staged")
     call.console.result(call.outcome.message)
     if total:
-        raise ProblemFound(call.outcome.message + ": " + ", ".join(
-            f"{word}: {', '.join(map(portable, names[:5]))}" for word, names in found._asdict().items() if names),
-            "deploy the artifact again, or roll back")
+        some = ", ".join(f"{word}: {', '.join(map(portable, names[:5]))}" for word, names in found.lists() if names)
+        raise ProblemFound(f"{call.outcome.message}: {some}", "deploy the artifact again, or roll back")
 
 
 def command_probe(call: Invocation) -> None:
@@ -7626,7 +7709,8 @@ def command_show(call: Invocation) -> None:
         except StateError as error:
             raise ProblemFound(error.message, error.hint)
     text = call.flags.id
-    found = [entry for entry in entries if entry.deploy_id.startswith(text) or str(entry.sequence) == text] or \
+    found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
+        [entry for entry in entries if entry.deploy_id.startswith(text)] or \
         [entry for entry in entries if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
     if not found and text in ("latest", "last") and entries:
         found = entries[-1:]
@@ -7670,12 +7754,17 @@ def command_pack(call: Invocation) -> None:
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory", "name the directory to pack: deploy.py pack DIRECTORY")
     call.outcome.extra["plan"] = [{"name": "pack", "description": f"pack {directory} into {target} and {target}.sha256"}]
-    call.outcome.changed = True
     if call.dry_run:
+        call.outcome.changed = True
         call.outcome.message = f"would pack {directory} into {target}"
         call.console.result(call.outcome.message)
         return
-    sha256, size_bytes, files = pack(directory, target, call.flags.prefix or "")
+    prefix = call.flags.prefix or ""
+    problem = name_problem(os.fsencode(prefix)) if prefix else ""
+    if problem:
+        raise UsageError(f"--prefix {prefix!r}: {problem}", "name a relative directory, such as shop-1.4.2")
+    sha256, size_bytes, files = pack(directory, target, prefix)
+    call.outcome.changed = True
     call.outcome.extra["artifact"] = {"path": portable(target), "sha256": sha256, "size": size_bytes, "files": files}
     call.outcome.message = f"{portable(shown)}: {count(files, 'file')}, {format_size(size_bytes)}"
     call.console.result(f"{call.outcome.message}\n  sha256     {sha256}")
@@ -7836,20 +7925,34 @@ def parse_command_line(argv: List[str]) -> Any:
 def hoist_repeated(argv: List[str]) -> List[str]:
     """Move -c and --set behind the command, so that argparse collects them in one list."""
     names = {name for flag in FLAGS if not flag.commands and flag.settings.get("action") == "append" for name in flag.names}
-    moved, rest, position = [], [], 0  # type: List[str], List[str], int
-    while position < len(argv):
-        word = argv[position]
+    moved, rest, words = [], [], iter(split_short(argv))  # type: List[str], List[str], Iterator[str]
+    for word in words:
         if word == "--":
-            return rest + moved + argv[position:]
-        if word in names and position + 1 < len(argv):
-            moved += argv[position:position + 2]
-            position += 1
-        elif word.partition("=")[0] in names or word[:2] in names:
+            return rest + moved + [word] + list(words)
+        if word in names:
+            moved += [word] + [value for value in [next(words, None)] if value is not None]
+        elif word.partition("=")[0] in names:
             moved.append(word)
         else:
             rest.append(word)
-        position += 1
     return rest + moved
+
+
+def split_short(argv: List[str]) -> List[str]:
+    """Take joined short options apart (-qn, -cFILE): 3.6 and 3.7 forbid them along with abbreviations."""
+    takes_value = {name[1]: bool(flag.metavar) for flag in FLAGS for name in flag.names if re.match(r"-[a-z]\Z", name)}
+    words = []  # type: List[str]
+    for position, word in enumerate(argv):
+        if word == "--":
+            return words + argv[position:]
+        while re.match(r"-[a-z].", word) and word[1] in takes_value:
+            words.append(word[:2])
+            if takes_value[word[1]]:
+                word = word[2:].lstrip("=")
+                break
+            word = "-" + word[2:]
+        words.append(word)
+    return words
 
 
 def load(flags: Any) -> Settings:
@@ -7931,7 +8034,7 @@ def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str,
         "application": application_name(call.settings) if root else None,
         "root": portable(os.path.realpath(root)) if root else None, "release": outcome.release,
         "previous": outcome.previous, "rolled_back": outcome.rolled_back, "deploy_id": call.deploy_id,
-        "dry_run": call.dry_run, "steps": [dict(step._asdict()) for step in outcome.steps],
+        "dry_run": call.dry_run, "steps": [step.to_json() for step in outcome.steps],
         "checks": [dict(check._asdict()) for check in outcome.checks],
         "summary": {"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
                     "failed": failed_steps + failed_checks, "warnings": len(console.warnings)},

@@ -797,7 +797,7 @@ def test_the_manifest_reads_back(odd_release):
         again = deploy.Manifest.from_bytes(*texts)
         assert (again.to_bytes(), again.tree_bytes()) == texts
         assert again.sha256 == manifest.sha256 == hashlib.sha256(b"".join(texts)).hexdigest()
-        assert deploy.compare_tree(directory, again, lambda done: None) == ([], [], [])
+        assert deploy.compare_tree(directory, again, lambda done: None) == ([], [], [], {})
     assert again.file(b"plain") == (hashlib.sha256(b"plain").hexdigest(), 0o755) and again.symlinks == {b"link": b"plain"}
 
 
@@ -856,8 +856,9 @@ def test_every_difference_is_named(bench, monkeypatch):
     os.unlink("gone"), os.unlink("l"), os.symlink("edited", "l"), os.unlink("was-file"), os.mkdir("was-file"), os.mkfifo("fifo")
     with deploy.Directory.open(bench.release) as release:
         found = deploy.compare_tree(release, unpacked.manifest, lambda done: None)
-    assert found.changed == ["bin/run (mode 0644, was 0755)", "d (mode 0700, was 0755)", "edited", "grown", "l -> edited, was same",
-                             "was-file (a directory, was a file)"]
+    assert found.changed == ["bin/run", "d", "edited", "grown", "l", "was-file"]
+    assert found.reasons == {"bin/run": "has mode 0644, was 0755", "d": "has mode 0700, was 0755",
+                             "l": "leads to edited, was same", "was-file": "is a directory, was a file"}
     assert (found.missing, found.added) == (["gone"], ["fifo", "new"])
 
 
@@ -924,7 +925,7 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
     os.unlink(targets[1]), os.unlink(targets[1] + ".sha256")
     unpacked = bench.unpack(targets[0], artifact__strip_components=1)
     with deploy.Directory.open(odd_release) as source:
-        assert deploy.compare_tree(source, unpacked.manifest, lambda done: None) == ([], [], [])
+        assert deploy.compare_tree(source, unpacked.manifest, lambda done: None) == ([], [], [], {})
     listing = subprocess.run(["tar", "-tvzf", targets[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert listing.returncode == 0 and listing.stderr == b"" and b"root/root" in listing.stdout
     with tarfile.open(targets[0]) as archive:

@@ -126,6 +126,8 @@ def test_every_option_is_used_by_a_test(option: Any) -> None:
     key = re.escape(option.key).replace(r"\*", r"[\w.-]+")
     ways = [rf"\b{section}\.{key}\b", rf"\[{section}\][^\[]*?(?<![\w.-]){key}\s*="]
     ways.append(rf"\bDEPLOY_{section.upper()}_{key.upper()}\b")
+    if option.section.endswith("*"):
+        ways.append(rf"(?<![\w.-]){key}=|[\"']{key}[\"']:")  # KEY=VALUE texts, keyword arguments and dictionaries
     if option.flag:
         ways.append(rf"{re.escape(option.flag)}\b")
     if option.section == "deploy":

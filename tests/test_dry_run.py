@@ -226,6 +226,13 @@ def test_a_missing_root_is_not_made(words: List[str], exit_code: int, app: App) 
     assert snapshot(app.directory) == before
 
 
+def test_a_run_that_is_refused_before_it_begins_makes_no_root(app: App) -> None:
+    app.root.rmdir()
+    before = snapshot(app.directory)
+    app.run("deploy", app.directory / "no-such-artifact.tar.gz", check=4)
+    assert snapshot(app.directory) == before
+
+
 def test_an_empty_root_stays_empty(app: App) -> None:
     path = artifact(app, "1.0")
     assert [step["name"] for step in planned(app, "deploy", path)] == ["unpack", "publish", "seal", "activate"]

@@ -227,6 +227,13 @@ def test_show_of_a_failure_has_its_evidence(busy: App) -> None:
     assert "failed at" in shown and "the database is away" in shown and "probe:web [failed]" in shown
 
 
+def test_a_last_try_that_the_deadline_cuts_off_does_not_hide_what_the_others_said(app: App) -> None:
+    app.configure("[probe:web]\ncommand = /bin/sh -c 'sleep 0.15; echo the database is away; exit 3'\ndeadline = 1s\nperiod = 100ms\n"
+                  "backoff = 1.0\njitter = 0\nsuccesses = 1")
+    result = app.deploy("1.0", check=5)
+    assert "the database is away" in json.dumps(app.history()[-1]["failure"]), result.describe()
+
+
 @pytest.mark.parametrize("text", ["2", "1.1", "{id}", "{prefix}", "{release}"])
 def test_show_takes_a_number_a_version_an_id_or_a_release(text: str, busy: App) -> None:
     entry = busy.history()[1]

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import pytest
 
 from support import (
-    DEPLOY, App, Result, clean_environment, fake_command, free_port, load_deploy, needs, run_deploy, snapshot, start_deploy, wait_until)
+    DEPLOY, App, Result, clean_environment, fake_command, free_port, load_deploy, needs, snapshot, start_deploy, wait_until)
 
 deploy = load_deploy()
 NAMES = [name for name, _, _ in deploy.CHECKS]
