@@ -7508,9 +7508,7 @@ def command_verify(call: Invocation) -> None:
             found = check_release(call.session, store, release)
         except StateError as error:
             raise ProblemFound(error.message, error.hint)
-    call.outcome.extra["differences"] = dict(
-        {word: [portable(path) for path in paths] for word, paths in found.lists()},
-        reasons={portable(path): portable(why) for path, why in found.reasons.items()})
+    call.outcome.extra["differences"] = {word: [portable(path) for path in paths] for word, paths in found.lists()}
     for word, names in found.lists():
         for name in names:
             call.console.result(f"  {word:<8} {portable(name)}  {portable(found.reasons.get(name, ''))}".rstrip())
