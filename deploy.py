@@ -5273,7 +5273,7 @@ class ProbeRun:
     def __init__(self, question: Question, progress: Any = None) -> None:
         self.question, self.probe, self.progress = question, question.probe, progress
         self.tries = self.well_in_a_row = self.failed_in_a_row = 0
-        self.answer = self.last_failure = Answer(False, "was not tried", {})
+        self.answer = self.last_failure = self._untried = Answer(False, "was not tried", {})
 
     def once(self) -> str:
         """Try once; returns what is wrong, or nothing."""
@@ -5330,7 +5330,7 @@ class ProbeRun:
         # A try that the deadline cut short tells less than the answer before it.
         cut_short = timeout_seconds < self.probe.timeout and time.monotonic() - started_seconds >= timeout_seconds
         self.answer = answer
-        if not answer.ok and not (cut_short and self.failed_in_a_row):
+        if not answer.ok and not (cut_short and self.last_failure is not self._untried):
             self.last_failure = answer
         self.well_in_a_row = self.well_in_a_row + 1 if answer.ok else 0
         self.failed_in_a_row = 0 if answer.ok else self.failed_in_a_row + 1

@@ -390,9 +390,7 @@ def test_run_as_without_the_right_to_is_an_error_and_no_traceback(app: App) -> N
         shutil.copy(str(app.artifact("1.0")) + ".sha256", str(place))
         os.chown(str(place), pwd.getpwnam("nobody").pw_uid, -1)
         place.chmod(0o755)
-        python = script(app.directory / "as-nobody", f"exec {needs('setpriv')} --reuid=nobody --clear-groups {sys.executable} \"$@\"")
-        if subprocess.run([str(python), "-c", ""], stderr=subprocess.DEVNULL).returncode:
-            pytest.skip("nobody may not run this Python")
+        python = script(app.directory / "as-nobody", f"exec {needs('setpriv')} --reuid=nobody --clear-groups {needs('/usr/bin/python3')} \"$@\"")
         result = run_deploy("--set", "hooks.run_as=root", "--set", "hooks.pre_stage=true", "deploy", place / "myapp-1.0.tar.gz",
                             root=place / "root", python=str(python), cwd="/")
         assert result.exit_code in (1, 2, 3) and "Traceback" not in result.stderr, result.describe()
