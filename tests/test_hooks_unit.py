@@ -10,7 +10,9 @@ import time
 
 import pytest
 
-import deploy
+from support import load_deploy
+
+deploy = load_deploy()
 
 
 @pytest.fixture

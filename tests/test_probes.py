@@ -14,7 +14,9 @@ import time
 
 import pytest
 
-import deploy
+from support import load_deploy, wait_until
+
+deploy = load_deploy()
 
 
 # -- support -----------------------------------------------------------------
@@ -439,8 +441,7 @@ def test_a_connection_that_comes_too_late_sends_no_request(serve, monkeypatch):
     assert not ask("url", url_of(server), "timeout=100ms").ok
     gate.set()
     assert done.wait(5)
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
+    wait_until(lambda: not set(threading.enumerate()) - before, timeout=5)
     assert not server.requests
 
 
@@ -799,7 +800,9 @@ def test_a_command_and_its_children_end_with_the_try(tmp_path):
     assert not ask("command", program, "timeout=1s").ok
     assert time.monotonic() - started < 5
     pids = [int(name[3:]) for name in os.listdir(str(tmp_path)) if name.startswith("pid")]
-    assert len(pids) == 2 and not any(deploy.process_is_alive(pid) and not deploy._is_zombie(pid) for pid in pids)
+    assert len(pids) == 2
+    # A killed process takes a moment to be gone.
+    wait_until(lambda: not any(deploy.process_is_alive(pid) and not deploy._is_zombie(pid) for pid in pids), timeout=5)
 
 
 def test_command_sees_the_release_and_is_run_there(tmp_path):

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-import deploy
+from support import load_deploy
+
+deploy = load_deploy()
 
 CONTEXT = deploy.Context("myapp", "/", "20260101T000000Z-1.1", "1.1", "/nonexistent/release", "", "id")
 
