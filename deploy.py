@@ -610,11 +610,19 @@ def locale_is_utf8() -> bool:
 
 
 def current_directory() -> str:
-    """Return the working directory; the root directory where it was deleted under us."""
+    """Return the working directory, or an empty string where it was deleted under us."""
     try:
         return os.getcwd()
     except OSError:
-        return "/"
+        return ""
+
+
+def absolute(path: str) -> str:
+    """Make a path absolute; UsageError for a relative one where the working directory is gone."""
+    directory = "" if os.path.isabs(path) else current_directory()
+    if not directory and not os.path.isabs(path):
+        raise UsageError(f"{path!r} leads nowhere: the working directory was deleted", "cd to another directory")
+    return os.path.normpath(os.path.join(directory, path))
 
 
 def native(text: str) -> str:
@@ -1501,10 +1509,10 @@ class Settings:
         except ValueError as error:
             raise UsageError(f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
                              f"{option.key}: {option.help}")
-        if option.kind == "path" and value and given.directory:
-            return os.path.normpath(os.path.join(given.directory, value))
-        if option.kind == "paths" and given.directory:
-            return [os.path.normpath(os.path.join(given.directory, path)) for path in value]
+        if option.kind == "path" and value:
+            return absolute(os.path.join(given.directory, value))
+        if option.kind == "paths":
+            return [absolute(os.path.join(given.directory, path)) for path in value]
         return value
 
     def _check_groups(self) -> None:
@@ -1526,7 +1534,7 @@ class Settings:
     def command_line(self, text: str) -> str:
         """Write the command line that does something with this root under this very configuration."""
         import shlex
-        words = ["deploy.py"] + [f"-c {shlex.quote(os.path.join(current_directory(), path))}" for path in self.files]
+        words = ["deploy.py"] + [f"-c {shlex.quote(absolute(path))}" for path in self.files]
         if self.deploy.root and self.origin("deploy", "root") not in self.files:
             words.append(f"--root {shlex.quote(os.path.realpath(self.deploy.root))}")
         return " ".join(words + [text])
@@ -1592,7 +1600,7 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
     except configparser.Error as error:
         raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
                          "lines are [section], key = value, or a continuation that is indented")
-    directory = os.path.dirname(os.path.abspath(path))
+    directory = os.path.dirname(absolute(path))
     given = {}
     for section in parser.sections():
         for key, text in parser.items(section):
@@ -1960,13 +1968,11 @@ class Store:
         """Open a root for looking; None where there is no such directory."""
         path = os.path.realpath(settings.deploy.root)
         try:
-            store = cls(Directory.open(path), settings.command_line)
-            store.check_owner()
-            return store
+            return cls(Directory.open(path), settings.command_line)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise PreflightFailed(f"cannot open the root {path}: {reason(error)}",
+            raise PreflightFailed(f"cannot open the root {error.filename or path}: {reason(error)}",
                                   "name a directory that this user can read: --root DIR")
 
     @classmethod
@@ -2010,7 +2016,7 @@ class Store:
             found = os.fstat(directory.descriptor) if directory else None
             if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
                 raise StateError(f"{self.path}/{path} belongs to uid {found.st_uid}, and its contents would be believed",
-                                 f"look at what is in it, then: chown -R root {self.path}/.deploy")
+                                 f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...")
             if found and found.st_mode & 0o022:
                 raise StateError(f"{self.path}/{path} is writable by group or others "
                                  f"(mode {stat.S_IMODE(found.st_mode):04o})", f"chmod -R go-w {self.path}/.deploy")
@@ -2499,7 +2505,7 @@ class OpenArtifact:
     @classmethod
     def open(cls, path: str) -> "OpenArtifact":
         """Open an archive or a directory; ArtifactRefused when it is missing, unreadable or of no known format."""
-        path = os.path.abspath(path)
+        path = absolute(path)
         # A link is followed now and once; O_NOFOLLOW then holds for the result.
         path = os.path.realpath(path) if os.path.islink(path) else path
         try:
@@ -3592,9 +3598,17 @@ class ZipEntry(NamedTuple):
     attributes: int
     offset: int
 
+    def _is_plain_utf8(self) -> bool:
+        """Info-ZIP on Unix writes UTF-8 names and leaves the flag out (APPNOTE 4.4.4, bit 11)."""
+        try:
+            self.name.decode("utf-8")
+        except UnicodeDecodeError:
+            return False
+        return self.system == 3
+
     def member(self) -> Member:
         """Describe the entry as a member; Unix modes come from the external attributes."""
-        name = self.name if self.flags & _UTF8 else self.name.decode("cp437").encode("utf-8")
+        name = self.name if self.flags & _UTF8 or self._is_plain_utf8() else self.name.decode("cp437").encode("utf-8")
         mode = self.attributes >> 16 if self.system == 3 else 0
         kind = DIRECTORY if name.endswith(b"/") else FILE
         kinds = {0: kind, stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
@@ -4298,7 +4312,7 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
     and 0755, times `epoch_seconds`.  What could not be deployed is refused
     (ArtifactRefused); nothing is left at `target` then.
     """
-    directory, base = os.path.split(os.path.abspath(target))
+    directory, base = os.path.split(absolute(target))
     temporary = temporary_name(base)
     with OpenArtifact.open(source) as artifact, Directory.open(os.path.realpath(directory)) as place:
         descriptor = os.open(temporary, _CREATE_FLAGS, 0o644, dir_fd=place.descriptor)
@@ -5283,7 +5297,9 @@ class ProbeRun:
         """Wait for the service to be well, then that it stays so; returns what is wrong, or nothing."""
         pause(self.question.session, self.probe.initial_delay)
         if not self._becomes_well():
-            return f"not well within {format_seconds(self.probe.deadline)}: {self.last_failure.detail}"
+            why = f"only {self.well_in_a_row} of {self.probe.successes} tries in a row were well" if self.answer.ok \
+                else self.last_failure.detail
+            return f"not well within {format_seconds(self.probe.deadline)}: {why}"
         if not self._stays_well():
             return f"failed {count(self.failed_in_a_row, 'time')} in a row after it was well: {self.answer.detail}"
         return ""
@@ -5606,6 +5622,14 @@ def check_configuration(survey: Survey) -> Finding:
     settings = survey.settings
     problems = [(f"[probe:{name}] {problem}", "correct the configuration") for name, problem in
                 ((name, check_probe(settings, settings.probe[name])) for name in settings.probe) if problem]
+    for name, probe in sorted(settings.probe.items()):
+        for key in ("auth_file", "tls_ca", "tls_cert", "tls_key"):
+            path = getattr(probe, key)
+            if path and not os.access(path, os.R_OK):
+                problems.append((f"[probe:{name}] {key}: {path} is missing or cannot be read", f"create {path}"))
+        program = probe.command[0] if probe.command else "/"
+        if ("/" not in program or program.startswith("/")) and program != "/" and not find_command(program):
+            problems.append((f"[probe:{name}] command: {program} is not found or not executable", f"install {program}"))
     services_in_order(settings)
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)
@@ -5617,6 +5641,8 @@ def check_configuration(survey: Survey) -> Finding:
 def check_trust(survey: Survey) -> Finding:
     """Could somebody else have written what is about to be believed?"""
     problems = untrusted(survey.settings)
+    if survey.store:
+        survey.store.check_owner()
     private = survey.store.root.status(".deploy") if survey.store else None
     if private and stat.S_IMODE(private.st_mode) & 0o077:
         path = f"{survey.facts.root}/.deploy"
@@ -6449,6 +6475,9 @@ def select_release(facts: Facts, text: str) -> Record:
         return there[text]
     if text in ("current", "previous", "latest"):
         return _select_by_role(facts, text, there)
+    exact = [record for record in there.values() if record.version == text]
+    if len(exact) == 1:
+        return exact[0]
     rules = (lambda record: record.id.startswith(text), lambda record: record.version == text,
              lambda record: len(text) >= 4 and record.sha256.startswith(text.lower()))
     found = {record.id: record for record in there.values() for rule in rules if rule(record)}
@@ -6990,11 +7019,11 @@ class Executor:
         found = self.store.current()
         live = found.release or found.problem or "nothing"
         self.outcome.release = found.release
-        command = self.run.settings.command_line
+        command, tried = self.run.settings.command_line, self.journal.recoveries if self.journal else 0
+        again = f"mend the cause, then: {command('recover')}; or " if tried < MAX_RECOVERIES else ""
         raise RollbackFailed(
             f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
-            f"mend the cause, then: {command('recover')}; or settle on a release by hand: "
-            f"{command('recover --to RELEASE')}")
+            f"{again}settle on a release by hand: {command('recover --to RELEASE')}")
 
     def _prune_failed(self) -> None:
         """A timer that deploys one broken artifact after the other must not fill the disk."""
@@ -7181,7 +7210,10 @@ class Invocation:
         """The root, as an absolute path without symlinks; UsageError where none is configured."""
         if not self.settings.deploy.root:
             raise UsageError("no root is given", "name it with --root DIR, or set root in [deploy] of the configuration")
-        return os.path.realpath(self.settings.deploy.root)
+        root = os.path.realpath(self.settings.deploy.root)
+        if root == "/" or escape(root) != root:
+            raise UsageError(f"{root!r} cannot be a root", "name the application's own directory: --root DIR")
+        return root
 
     def request(self) -> Request:
         """What the command line asked for, beyond settings."""
@@ -7518,7 +7550,7 @@ def command_verify(call: Invocation) -> None:
     call.console.result(call.outcome.message)
     if total:
         some = ", ".join(f"{word}: {', '.join(map(portable, names[:5]))}" for word, names in found.lists() if names)
-        raise ProblemFound(f"{call.outcome.message}: {some}", "deploy the artifact again, or roll back")
+        raise ProblemFound(f"{call.outcome.message}: {some}", "deploy the artifact again with --force, or roll back")
 
 
 def command_probe(call: Invocation) -> None:
@@ -7527,6 +7559,8 @@ def command_probe(call: Invocation) -> None:
     adhoc = [(kind, getattr(flags, kind)) for kind in ("url", "tcp", "probe_command") if getattr(flags, kind)]
     if len(adhoc) > 1 or adhoc and flags.names:
         raise UsageError("probe takes names, or one of --url, --tcp and --command", "ask one thing at a time")
+    if flags.expect and not adhoc:
+        raise UsageError("--expect goes with --url, --tcp or --command", "configured probes have their own expectations")
     if adhoc:
         probes = [adhoc_probe(adhoc[0][0].replace("probe_", ""), adhoc[0][1], flags.expect or [])]
     else:
@@ -7615,11 +7649,20 @@ def state_problems(facts: Facts, *, manifest_there: bool) -> List[Tuple[str, str
     problems = []
     if facts.current.problem:
         problems.append((facts.current.problem, facts.current.hint))
-    problems += [(problem, "restore the file from a backup, or move it away") for problem in facts.state_problems]
+    problems += [(problem, facts.command_line("recover --to RELEASE") if "journal" in problem else
+                  "restore the file from a backup, or move it away") for problem in facts.state_problems]
     if facts.journal and not facts.holder:
-        problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was interrupted "
-                         f"({facts.journal.phase})", facts.command_line("recover")))
+        by_hand = " --to RELEASE" if facts.journal.recoveries >= MAX_RECOVERIES else ""
+        problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was not finished "
+                         f"({facts.journal.phase})", facts.command_line("recover" + by_hand)))
     live = facts.current.release
+    for record in facts.records.values():
+        settled = not facts.current.problem and not facts.holder and not facts.journal
+        if record.state == STATE_ACTIVE and record.id != live and record.id in facts.on_disk and settled:
+            problems.append((f"{record.id} should be live, but current " + (f"points to {live}" if live else "is missing"),
+                             facts.command_line(f"activate {record.id}")))
+        elif record.id == live and record.failure and settled:
+            problems.append((f"{live} is live, but failed: {record.failure.get('reason')}", facts.command_line("rollback")))
     if live and live not in facts.records:
         problems.append((f"{live} is live but has no record", "deploy an artifact to have a known state again"))
     elif not manifest_there:
@@ -7725,7 +7768,8 @@ def command_show(call: Invocation) -> None:
         ("exit code", entry.exit_code), ("message", entry.message or "-"))))
     steps = [(f"{step.get('name')} [{step.get('status')}]", float(step.get("seconds", 0))) for step in entry.steps]
     call.console.result("\n".join(render_timeline(steps, unicode=call.console.unicode)))
-    show_evidence(call, entry)
+    for one in found:
+        show_evidence(call, one)
 
 
 def show_evidence(call: Invocation, entry: HistoryEntry) -> None:
@@ -7742,13 +7786,13 @@ def show_evidence(call: Invocation, entry: HistoryEntry) -> None:
 
 def command_pack(call: Invocation) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
-    directory = os.path.abspath(call.flags.directory)
+    directory = absolute(call.flags.directory)
     name = os.path.basename(directory)
     if call.flags.release_version:
         check_version(call.flags.release_version)
         name += "-" + call.flags.release_version
     shown = call.flags.output or name + ".tar.gz"
-    target = os.path.abspath(shown)
+    target = absolute(shown)
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory", "name the directory to pack: deploy.py pack DIRECTORY")
     call.outcome.extra["plan"] = [{"name": "pack", "description": f"pack {directory} into {target} and {target}.sha256"}]
@@ -7854,6 +7898,13 @@ COMMANDS = {
 COMMAND_HELP = {"unpin": "Let a release be pruned again."}
 
 
+def suggestion(message: str) -> str:
+    """Guess what was meant from what argparse says it does not know."""
+    found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s']+)", message)
+    flags = [name for flag in FLAGS for name in flag.names] + [option.flag for option in OPTIONS if option.flag]
+    return nearest(found.group(1).partition("=")[0], list(COMMANDS) + flags) if found else ""
+
+
 class HelpAsked(Exception):
     """--help or --version: the text to show instead of running a command."""
 
@@ -7867,7 +7918,7 @@ def build_parser() -> Any:
 
         def error(self, message: str) -> Any:
             """Raise UsageError."""
-            raise UsageError(message, f"see {self.prog} --help")
+            raise UsageError(message, suggestion(message) or f"see {self.prog} --help")
 
         def _print_message(self, message: str, file: Any = None) -> None:
             raise HelpAsked(message)
@@ -7915,6 +7966,10 @@ def parse_command_line(argv: List[str]) -> Any:
         name = flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
         if not hasattr(flags, name):
             setattr(flags, name, None)
+    for name, value in vars(flags).items():
+        # A variable that was never set must not pass for an option that was never given.
+        if value == "" or isinstance(value, list) and "" in value:
+            raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
     if not flags.command:
         raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
     return flags
@@ -7956,6 +8011,9 @@ def split_short(argv: List[str]) -> List[str]:
 def load(flags: Any) -> Settings:
     """Load the settings that the flags ask for."""
     given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
+    wait = given.get(("deploy", "lock_wait"), "")  # type: ignore
+    if wait.isdigit():
+        given["deploy", "lock_wait"] = wait + "s"  # a bare number on the command line is seconds
     files = flags.config or discover_files()
     return load_settings(files, given, flags.assignments or [])  # type: ignore
 
@@ -8104,4 +8162,8 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit_code = main()
+    # Python gives signals back while it ends: one that comes now must not turn "done" into 143.
+    for _number in Interrupts.SIGNALS:
+        signal.signal(_number, signal.SIG_IGN)
+    sys.exit(_exit_code)
