@@ -1589,6 +1589,7 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
         default_section="\0none")
     parser.optionxform = str  # type: ignore  # keys keep their case
+    directory = os.path.dirname(absolute(path))
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         parser.read_string(read_descriptor(descriptor, path, MAX_CONFIG_BYTES).decode("utf-8-sig"), path)
@@ -1600,7 +1601,6 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
     except configparser.Error as error:
         raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
                          "lines are [section], key = value, or a continuation that is indented")
-    directory = os.path.dirname(absolute(path))
     given = {}
     for section in parser.sections():
         for key, text in parser.items(section):

@@ -1,0 +1,132 @@
+"""Slips of a tired operator, each of which once had a surprising answer."""
+
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from support import DEPLOY, App, clean_environment, deploy_argv, needs, run_deploy, write_checksum
+
+
+def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> None:
+    for number in range(8):
+        artifact = app.artifact(f"1.{number}")
+        process = subprocess.Popen(deploy_argv("deploy", artifact, config=app.config, json=False), env=clean_environment(),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for line in process.stderr:
+            if line.startswith(b"checked "):
+                process.send_signal(signal.SIGTERM)
+        process.stderr.close()
+        assert process.wait(30) == 0 and app.version == f"1.{number}"
+
+
+@pytest.mark.parametrize("words", [["--root", "relative", "status"], ["-c", "../x.ini", "status"], ["--root", "/x", "deploy", "a.tar.gz"],
+                                   ["pack", "directory"]], ids=["root", "configuration", "artifact", "pack"])
+def test_a_relative_path_in_a_deleted_directory_leads_nowhere(words: List[str], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(["/bin/sh", "-c", 'cd "$1" && rmdir "$1" && shift && exec "$@"', "sh", str(gone), sys.executable, str(DEPLOY)] + words,
+                          env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode in (2, 4) and b"working directory was deleted" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("words", [["rollback", ""], ["deploy", "--sha256", "", "x"], ["verify", ""], ["recover", "--to", ""],
+                                   ["probe", "--url", ""], ["pack", ""], ["stage", "--release-version", "", "x"]], ids=lambda words: words[0])
+def test_a_variable_that_was_never_set_is_not_an_option_left_out(words: List[str], app: App) -> None:
+    app.deploy("1.0")
+    app.deploy("1.1")
+    assert "empty" in app.run(*words, check=2).data["error"]["message"]
+    assert app.version == "1.1"
+
+
+def test_status_tells_that_the_link_is_gone_or_was_moved_by_hand(app: App) -> None:
+    first, second = app.deploy("1.0").data["release"], app.deploy("1.1").data["release"]
+    link = app.root / "current"
+    link.unlink()
+    assert "missing" in app.run("status", check=7).data["error"]["message"]
+    link.symlink_to(f"releases/{first}")
+    error = app.run("status", check=7).data["error"]
+    assert first in error["message"] and f"activate {second}" in error["hint"]
+    app.run("activate", second, check=0)
+    app.run("status", check=0)
+
+
+def test_what_verify_finds_is_mended_by_what_it_hints(app: App) -> None:
+    artifact = app.artifact("1.0")
+    app.run("deploy", artifact, check=0)
+    (app.root / "current" / "VERSION").write_text("else")
+    assert "--force" in app.run("verify", check=7).data["error"]["hint"]
+    app.run("deploy", "--force", artifact, check=0)
+    app.run("verify", check=0)
+
+
+@pytest.mark.parametrize("key, value", [("auth_file", "/nonexistent"), ("tls_ca", "/nonexistent"), ("tls_cert", "/nonexistent")])
+def test_a_file_that_a_probe_needs_is_missed_before_anything_changes(key: str, value: str, app: App) -> None:
+    app.configure(f"[probe:web]\nurl = http://127.0.0.1:1/\n{key} = {value}\n")
+    assert value in app.run("deploy", app.artifact("1.0"), check=3).data["error"]["message"]
+    assert app.releases() == []
+
+
+def test_a_program_that_a_probe_needs_is_missed_before_anything_changes(app: App) -> None:
+    app.configure("[probe:web]\ncommand = no-such-program\n")
+    assert "no-such-program" in app.run("deploy", app.artifact("1.0"), check=3).data["error"]["message"]
+
+
+def test_expectations_for_configured_probes_are_refused(app: App) -> None:
+    app.configure("[probe:web]\ncommand = true\n")
+    app.run("probe", "web", "--expect", "body=x", check=2)
+
+
+def test_too_many_successes_are_told_as_such(tmp_path: Path) -> None:
+    result = run_deploy("probe", "--command", "true", "--wait", "300ms", "--expect", "successes=1000", "--expect", "period=10ms", check=7)
+    assert "tries in a row were well" in result.data["error"]["message"]
+
+
+def test_names_of_a_zip_made_on_unix_are_utf8_without_the_flag(tmp_path: Path) -> None:
+    raw = "grüße.txt".encode("utf-8")
+    artifact = tmp_path / "app-1.0.zip"
+    with zipfile.ZipFile(str(artifact), "w") as archive:
+        entry = zipfile.ZipInfo("X" * len(raw))
+        entry.create_system, entry.external_attr = 3, 0o100644 << 16
+        archive.writestr(entry, "x")
+    data = artifact.read_bytes()
+    artifact.write_bytes(data.replace(b"X" * len(raw), raw))
+    write_checksum(artifact)
+    run_deploy("deploy", artifact, root=tmp_path / "root", check=0)
+    assert os.listdir(os.fsencode(str(tmp_path / "root" / "current"))) == [raw]
+
+
+def test_a_short_version_wins_over_the_prefix_of_every_id(app: App) -> None:
+    app.deploy("1.0")
+    second = app.deploy("2").data["release"]
+    assert app.run("pin", "2", check=0).data["release"] == second
+
+
+@pytest.mark.parametrize("root", ["/", "bad\nname"])
+def test_some_directories_cannot_be_a_root(root: str, tmp_path: Path) -> None:
+    run_deploy("status", root=root, cwd=tmp_path, check=2)
+
+
+def test_a_lock_is_waited_for_in_plain_seconds(app: App) -> None:
+    app.run("--wait-lock", "5", "deploy", app.artifact("1.0"), check=0)
+
+
+def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App) -> None:
+    if os.geteuid():
+        pytest.skip("only root may give files away")
+    needs("chown")
+    app.deploy("1.0")
+    subprocess.check_call(["chown", "-R", "65534", str(app.root)])
+    for command in ("status", "releases", "history", "verify"):
+        app.run(command, check=0)
+    assert "sudo -u" in app.run("rollback", check=3).data["error"]["hint"]
+
+
+@pytest.mark.parametrize("words, meant", [(["deplyo"], "deploy"), (["status", "--jsno"], "--json")])
+def test_a_typing_error_is_answered_with_the_nearest_name(words: List[str], meant: str) -> None:
+    assert repr(meant) in run_deploy(*words, json=False, check=2).stderr
