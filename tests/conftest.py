@@ -1,6 +1,7 @@
 """Fixtures: a root, an application, a server."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Iterator
@@ -33,3 +34,10 @@ def server(app: App, tmp_path: Path) -> Iterator[Server]:
     running = Server(app.root / "current" / "VERSION", tmp_path / "bin")
     yield running
     running.stop()
+
+
+def pytest_configure() -> None:
+    """Undo what a starter may have ignored (nohup, a background job): deploy.py keeps to that, and tests send signals."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
