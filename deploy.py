@@ -247,11 +247,11 @@ class Interrupted(DeployError):
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides:
 # what can move a cursor, forge a log line or hide text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s@]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
+_URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)(\s*[:=]\s*)\S[^\r\n]*")
-_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api_?key|access_?key|auth(?!or(?!i))|cookie|_key$|^key$|dsn)")
+_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)\b([\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|credential)[\w.-]*[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
+    r"(?i)\b([\w.-]*(?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|credential)[\w.-]*[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
 MASK = "[masked]"
 
 
@@ -511,14 +511,24 @@ class Console:
 
         Raises UsageError when the file cannot be opened.
         """
-        import logging
         import logging.handlers
+
+        class LogFile(logging.handlers.WatchedFileHandler):
+            """logrotate may move the file under a run; however often it is opened, its mode is ours and no symlink is followed."""
+
+            def _open(self) -> Any:
+                flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace",
+                            opener=lambda path, mode: os.open(path, mode | flags, 0o640))
+
+            def emit(self, record: Any) -> None:
+                try:
+                    super().emit(record)
+                except OSError:  # a log that cannot be opened again must not end a deployment half way
+                    pass
+
         try:
-            # Made here, so that its mode is ours and no symlink is followed.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640))
-            # WatchedFileHandler: logrotate may move the file under a long run.
-            handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace") \
-                if sys.version_info >= (3, 9) else logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+            handler = LogFile(path)
         except OSError as error:
             raise UsageError(f"cannot open the log file {path}: {error.strerror}",
                              "choose a file that this user can write: --log-file FILE")
@@ -763,8 +773,8 @@ class Directory:
         if not stat.S_ISDIR(found.st_mode):
             self.discard(name)
             return
-        if found.st_mode & 0o700 != 0o700:
-            # A read-only directory of the artifact cannot be emptied as it is.
+        if found.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
+            # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod follows a link swapped in.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
@@ -1691,11 +1701,15 @@ def _fields(data: Any, what: str, types: Dict[str, Any]) -> Dict[str, Any]:
 _RELEASE_ID = re.compile(r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*\Z")
 
 
-def _check_ids(what: str, *releases: Optional[str]) -> None:
-    """Raise ValueError for what is no release id: it becomes a file name."""
-    for release in releases:
-        if release is not None and not _RELEASE_ID.match(release):
-            raise ValueError(f"{what} names {release!r}, which is no release id")
+def _check_ids(what: str, release: str, other: Optional[str]) -> None:
+    """Raise ValueError for what is no release id: it becomes a file name.
+
+    `other` may be what another tool made under releases/: any name, but one name.
+    """
+    if not _RELEASE_ID.match(release):
+        raise ValueError(f"{what} names {release!r}, which is no release id")
+    if other is not None and (other in ("", ".", "..") or "/" in other or "\0" in other):
+        raise ValueError(f"{what} names {other!r}, which is no release")
 
 
 _TEXT_OR_NULL, _OBJECT_OR_NULL = (str, type(None)), (dict, type(None))
@@ -2351,7 +2365,7 @@ class Store:
         directory = self.optional(".deploy")
         data = directory.read("history.head") if directory else None
         if data is None:
-            return ["the history has lines, but history.head is missing"] if last else []
+            return ["the history has lines, but history.head is missing"] if sequence > 1 else []
         try:
             head = unseal(data, "history.head")
         except ValueError as error:
@@ -3394,6 +3408,8 @@ class Pump:
 
     def _raw(self) -> Iterator[bytes]:
         for block in self._artifact.blocks():
+            if self._stopping:
+                return
             self._hasher.update(block)
             self.read_bytes += len(block)
             yield block
@@ -3776,6 +3792,8 @@ def inflate(pieces: Iterator[memoryview], name: bytes) -> Iterator[bytes]:
     decoder = Inflater(-15)
     try:
         for data in pieces:
+            if decoder.eof:  # zlib would collect all that follows
+                raise refuse(name, "its compressed data do not end where they should", "copy the archive again")
             yield decoder.decompress(bytes(data), BLOCK_BYTES)
             while not decoder.needs_input and not decoder.eof:
                 yield decoder.decompress(b"", BLOCK_BYTES)
@@ -4243,6 +4261,8 @@ def xz_numbers(data: bytes) -> Iterator[int]:
     for byte in data:
         value |= (byte & 0x7f) << shift
         shift += 7
+        if shift > 63:  # the format's own limit; without it one number costs the square of its length
+            return
         if byte < 0x80:
             yield value
             value = shift = 0
@@ -4714,18 +4734,19 @@ class PidfileService(Service):
     def _pid(self) -> int:
         """Return the id of the living process; ValueError or OSError says why there is none."""
         path = self.settings.pidfile
-        text = (_read_text(path).splitlines() or [""])[0].strip()
+        descriptor = os.open(path, _READ_FLAGS)
+        owner = os.fstat(descriptor).st_uid
+        text = (read_descriptor(descriptor, path, 65536).decode("utf-8", "replace").splitlines() or [""])[0].strip()
         if not re.match(r"[0-9]{1,9}\Z", text) or int(text) <= 1:
             raise ValueError(f"{path} holds {text[:40]!r} and not a process id")
         if not process_is_alive(int(text)) or _is_zombie(int(text)):
             raise ValueError(f"process {text} of {path} is not running")
-        _check_owner(path, int(text))
+        _check_owner(path, owner, int(text))
         return int(text)
 
 
-def _check_owner(path: str, pid: int) -> None:
+def _check_owner(path: str, owner: int, pid: int) -> None:
     """A user who may write the pidfile must not choose which process of others root signals."""
-    owner = os.stat(path).st_uid
     try:
         process_owner = os.stat(f"/proc/{pid}").st_uid
     except OSError:
@@ -4742,6 +4763,12 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
+def may_be_run(settings: Settings, program: str) -> bool:
+    """Look for a program, unless it comes with the release or [env] has a PATH of its own."""
+    in_release = "/" in program and not program.startswith("/")
+    return in_release or "/" not in program and "PATH" in settings.env or bool(find_command(program))
+
+
 class CommandService(Service):
     """A service that an operator's command restarts, under the rules for hooks."""
 
@@ -4750,8 +4777,7 @@ class CommandService(Service):
     def problem(self) -> Optional[Tuple[str, str]]:
         """Look for the program, unless it comes with the release or [env] has a PATH of its own."""
         program = self.settings.command[0]
-        in_release = "/" in program and not program.startswith("/")
-        if in_release or ("/" not in program and "PATH" in self.session.settings.env) or find_command(program):
+        if may_be_run(self.session.settings, program):
             return None
         return (f"the program {program} of [service:{self.settings.name}] is not found or not executable",
                 "install it, or correct `command`")
@@ -5287,7 +5313,7 @@ class ProbeRun:
     def __init__(self, question: Question, progress: Any = None) -> None:
         self.question, self.probe, self.progress = question, question.probe, progress
         self.tries = self.well_in_a_row = self.failed_in_a_row = 0
-        self.answer = self.last_failure = self._untried = Answer(False, "was not tried", {})
+        self.answer = self.last_failure = Answer(False, "was not tried", {})
 
     def once(self) -> str:
         """Try once; returns what is wrong, or nothing."""
@@ -5343,11 +5369,11 @@ class ProbeRun:
         self.tries += 1
         started_seconds = time.monotonic()
         answer = PROBE_KINDS[probe_kind(self.probe)](self.question._replace(timeout_seconds=timeout_seconds)).run()
-        # A try that the deadline cut short tells less than the answer before it.
         cut_short = timeout_seconds < self.probe.timeout and time.monotonic() - started_seconds >= timeout_seconds
-        self.answer = answer
-        if not answer.ok and not (cut_short and self.last_failure is not self._untried):
-            self.last_failure = answer
+        if cut_short and not answer.ok and self.tries > 1:
+            # A try that the deadline cut short tells less than the answer before it.
+            return 0
+        self.answer, self.last_failure = answer, self.last_failure if answer.ok else answer
         self.well_in_a_row = self.well_in_a_row + 1 if answer.ok else 0
         self.failed_in_a_row = 0 if answer.ok else self.failed_in_a_row + 1
         told = f"try {self.tries}: {answer.detail}"
@@ -5948,7 +5974,7 @@ def check_hooks(survey: Survey) -> Finding:
     for name in HOOK_NAMES:
         for argv in getattr(survey.settings.hooks, name):
             total += 1
-            if ("/" not in argv[0] or argv[0].startswith("/")) and not find_command(argv[0]):
+            if not may_be_run(survey.settings, argv[0]):
                 missing.append((f"[hooks] {name}: {argv[0]} is not found or not executable", f"install {argv[0]}"))
     return _all_of(missing, count(total, "command"))
 
@@ -5958,11 +5984,11 @@ def check_templates(survey: Survey) -> Finding:
     templates = survey.settings.template
     if not templates or survey.artifact is None or survey.facts.artifact is None:
         return _skip("no templates" if not templates else "no artifact given")
-    sources = {portable(template.source) for template in templates.values()}
-    found = read_members(survey.artifact, sources, survey.settings)
+    with survey.session.interrupts.allowed():
+        found = read_members(survey.artifact, {template.source for template in templates.values()}, survey.settings)
     values, problems = template_values(survey.settings, context_for(survey.facts, None)), []
     for name, template in sorted(templates.items()):
-        data = found.get(portable(template.source))
+        data = found.get(template.source)
         try:
             if data is None:
                 raise StepFailed(f"{template.source} is not in the artifact", f"correct [template:{name}] source")
@@ -6019,6 +6045,8 @@ def run_checks(survey: Survey, *, going_back: bool = False) -> List[CheckResult]
         except Interrupted:
             raise
         except DeployError as error:
+            # Whichever check reads it: what is wrong with the artifact refuses the artifact.
+            name = "artifact" if isinstance(error, ArtifactRefused) else name
             results.append(CheckResult(name, "fail", error.message, error.hint))
         except OSError as error:
             results.append(CheckResult(name, "fail", f"{error.filename or ''}: {reason(error)}", "see that it can be read"))
@@ -6738,6 +6766,7 @@ class Executor:
         self.run, self.plan, self.outcome = run, plan, outcome
         self.console, self.store = run.session.console, run.store
         self.journal, self.interrupted = journal, False
+        self._well = False  # every step was done: what fails from here on does not make the release bad
         self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
         self._phase, self._done_before = (journal.phase, journal.done) if journal else ("", [])
         self._done = []  # type: List[Step]
@@ -6754,6 +6783,7 @@ class Executor:
                 if isinstance(step, Switch):
                     self._enter(PHASE_SWITCHED)
             self.run.session.interrupts.check()
+            self._well = True
             self._commit()
         except (DeployError, OSError) as error:
             self.run.session.interrupts.close()
@@ -6869,12 +6899,12 @@ class Executor:
             if old.id != plan.to_release:
                 # One that had failed and was left live is not good for having been replaced.
                 state = STATE_BAD if old.failure else STATE_RETIRED
-                self._write(old._replace(state=state, deactivated_at=now, rolled_back_at=now if back else None))
+                self._write(old._replace(state=state, deactivated_at=now, rolled_back_at=now if plan.operation == "rollback" else None))
         new = records.get(plan.to_release)
         if new is None:
             return
         # A rollback keeps the older `previous`, so that the next one goes further back.
-        previous = new.previous if back else plan.from_release
+        previous = new.previous if back and new.activated_at else plan.from_release
         command = self.run.settings.command_line("rollback") if previous else None
         self._write(new._replace(
             state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous, failure=failure,
@@ -6921,6 +6951,7 @@ class Executor:
             # The journal stays: the next run finishes what could not be undone now.
             self.console.warn("not everything could be undone: " + "; ".join(problems))
             raise error
+        self.outcome.release, self.outcome.previous = self.plan.from_release, None
         self._close(lambda: self.append_history("failed", error.exit_code, error.message, failure_of(error, self._failed_step())))
         self._run_on_failure(error)
         raise error
@@ -6963,7 +6994,7 @@ class Executor:
         plan = self.plan
         self.run.session.interrupts.close()
         self.run.before = plan.to_release
-        failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
+        failure = self.journal and self.journal.failure or self.console.secrets.mask_json(failure_of(error, self._failed_step()))
         self.console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
         problems, taken = [], len(self.outcome.steps)
         try:
@@ -7005,7 +7036,7 @@ class Executor:
         failed = self.run.facts.records.get(self.plan.to_release)
         if failed and failed.id != self.plan.from_release:
             state = failed.state if failed.state == STATE_BAD else STATE_RETIRED if failed.activated_at else \
-                STATE_STAGED if isinstance(error, Interrupted) else STATE_BAD
+                STATE_STAGED if self._well or failure.get("interrupted") else STATE_BAD
             self._write(failed._replace(state=state, failure=failure, deactivated_at=format_time(time.time())))
 
     def _give_up(self, error: DeployError, problems: List[str], failure: Dict[str, Any]) -> None:
@@ -7058,7 +7089,7 @@ def step_error(error: Exception, step: str) -> DeployError:
 def failure_of(error: DeployError, step: str) -> Dict[str, Any]:
     """Describe a failure for record, history and journal."""
     evidence = error.evidence if isinstance(error, StepFailed) else {}
-    return {"step": step, "reason": error.message, "evidence": evidence}
+    return {"step": step, "reason": error.message, "evidence": evidence, "interrupted": isinstance(error, Interrupted)}
 
 
 def longest_seconds(settings: Settings) -> float:
@@ -7088,7 +7119,17 @@ class Recovery:
         done += [f"removed {name}" for name in self.store.sweep()]
         for problem in self.store.left_over:
             self.console.warn(problem)
-        return done + self._forget_missing()
+        return done + self._agree() + self._forget_missing()
+
+    def _agree(self) -> List[str]:
+        """The link is the truth: what it names is `active`, and nothing else is."""
+        live, done = self.store.current().release, []
+        for record in self.store.records()[0].values():
+            state = STATE_ACTIVE if record.id == live else STATE_RETIRED if record.state == STATE_ACTIVE else record.state
+            if state != record.state:
+                self.store.write_record(record._replace(state=state))
+                done.append(f"{record.id} is {state}, not {record.state}")
+        return done
 
     def _settle(self, journal: Journal) -> str:
         current = self.store.current()
@@ -7289,7 +7330,7 @@ def recover(call: Invocation, store: Store) -> List[str]:
 
 def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, checks: bool = True) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
-    if call.flags.command in ("deploy", "stage") and not call.dry_run and open_store(call) is None:
+    if call.flags.command in ("deploy", "stage") and not call.dry_run and is_untouched(call):
         # Before a root is made, everything else must be right: it may be a slip of the pen.
         look_before_making(call)
     opened = preview(call) if call.dry_run else writing(call)
@@ -7298,11 +7339,12 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
         try:
             facts = observer.observe(call.request(), locked=not call.dry_run)
             survey = Survey(call.session, facts, store, observer.artifact)
-            if facts.refusal or facts.state_problems or facts.current.problem:
+            broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
+            if broken:
                 preflight(call, survey)
             plan = planner(call.settings, facts)
             describe_ends(call, facts, plan)
-            if plan.steps and checks:
+            if plan.steps and checks and not broken:
                 preflight(call, survey)
             if call.dry_run:
                 show_plan(call, plan)
@@ -7314,12 +7356,13 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
 
 def look_before_making(call: Invocation) -> None:
     """Run the checks without a root; raises what they find."""
-    observer = Observer(call.session, None, call.deploy_id)
-    try:
-        facts = observer.observe(call.request(), locked=False)
-        preflight(call, Survey(call.session, facts, None, observer.artifact), show=False)
-    finally:
-        observer.close()
+    with preview(call) as store:
+        observer = Observer(call.session, store, call.deploy_id)
+        try:
+            facts = observer.observe(call.request(), locked=False)
+            preflight(call, Survey(call.session, facts, store, observer.artifact), show=False)
+        finally:
+            observer.close()
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_killed_between_the_switch_and_its_note_counts_as_switched(live: App) ->
     ("true", "1.1", ("retired", "active")), ("false", "1.0", ("active", "bad")),
 ], ids=["well", "not well"])
 def test_killed_after_the_switch_probes_once_more_and_decides(live: App, command: str, version: str, states: Any) -> None:
-    probe = "[probe:well]\ncommand = %s\ndeadline = 100ms\nperiod = 20ms\nsuccesses = 1\n"
+    probe = "[probe:well]\ncommand = %s\ndeadline = 5s\nperiod = 20ms\nsuccesses = 1\n"
     # Only the new release can be unwell: the old one is probed as well on the way back.
     well = script(live.directory / "well", f'test "$DEPLOY_VERSION" = 1.0 || {command}')
     live.configure(f"[hooks]\npost_activate = {KILL}\n" + probe % well)
@@ -156,7 +156,7 @@ def test_killed_by_what_the_new_release_needs_is_decided_by_the_next_deploy(live
 ], ids=["before the switch back", "after the switch back", "at the end"])
 def test_killed_while_rolling_back_goes_on_rolling_back(live: App, way_back: str, linked: str) -> None:
     killer = script(live.directory / "restart", 'test "$DEPLOY_VERSION" = 1.1 || kill -9 $PPID')
-    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 100ms\nperiod = 20ms\nsuccesses = 1\n"
+    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 500ms\nperiod = 20ms\nsuccesses = 1\n"
     live.configure(way_back.replace("{killer}", str(killer)) + probe)
     killed(live, "deploy", live.artifact("1.1"))
     assert journal(live)["phase"] == "rolling_back" and live.version == linked
@@ -392,7 +392,7 @@ class Scenario(NamedTuple):
 
 
 SICK = ("keep_releases = 1\n[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION != 1.2'\n"
-        "deadline = 20ms\nperiod = 10ms\nsuccesses = 1\n")
+        "deadline = 500ms\nperiod = 10ms\nsuccesses = 1\n")
 
 
 def prepare_first(app: App) -> List[Any]:

@@ -223,7 +223,7 @@ def test_signals_while_undoing_change_nothing(live: App) -> None:
 
 
 def test_a_signal_while_recovery_goes_back_does_not_call_for_a_person(live: App) -> None:
-    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 50ms\nperiod = 20ms\nsuccesses = 1\n"
+    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 500ms\nperiod = 20ms\nsuccesses = 1\n"
     live.configure("[hooks]\npre_rollback = /bin/sh -c 'kill -9 $PPID'\n" + probe)
     assert live.run("deploy", live.artifact("1.1"), json=False).exit_code == -signal.SIGKILL
     go, there = live.directory / "go", live.directory / "there"
