@@ -5323,8 +5323,10 @@ class ProbeRun:
         """Wait for the service to be well, then that it stays so; returns what is wrong, or nothing."""
         pause(self.question.session, self.probe.initial_delay)
         if not self._becomes_well():
-            why = f"only {self.well_in_a_row} of {self.probe.successes} tries in a row were well" if self.answer.ok \
-                else self.last_failure.detail
+            why = self.last_failure.detail
+            if self.answer.ok:
+                before = f", before that: {why}" if self.well_in_a_row < self.tries else ""
+                why = f"only {self.well_in_a_row} of {self.probe.successes} tries in a row were well{before}"
             return f"not well within {format_seconds(self.probe.deadline)}: {why}"
         if not self._stays_well():
             return f"failed {count(self.failed_in_a_row, 'time')} in a row after it was well: {self.answer.detail}"
