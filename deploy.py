@@ -1329,7 +1329,7 @@ KINDS = {
 OPTIONS = (
     Option("deploy", "application", "text", "", "name of what is deployed; default: the root's last component"),
     Option("deploy", "root", "path", "", "directory that holds current, releases, shared and .deploy", "--root"),
-    Option("deploy", "keep_releases", "int", "5", "good releases kept by prune; current, previous and pinned ones come on top"),
+    Option("deploy", "keep_releases", "int", "5", "good releases kept by prune; current, previous and pinned ones always stay"),
     Option("deploy", "shared_dirs", "relatives", "", "directories linked from shared/ into every release, made when missing"),
     Option("deploy", "shared_files", "relatives", "", "files linked from shared/ into every release; they must exist"),
     Option("deploy", "auto_rollback", "bool", "yes", "go back to the previous release when anything fails after activation"),
@@ -7361,7 +7361,7 @@ def look_before_making(call: Invocation) -> None:
     with preview(call) as store:
         observer = Observer(call.session, store, call.deploy_id)
         try:
-            facts = observer.observe(call.request(), locked=False)
+            facts = observer.observe(call.request(), locked=True)
             preflight(call, Survey(call.session, facts, store, observer.artifact), show=False)
         finally:
             observer.close()
