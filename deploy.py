@@ -89,6 +89,7 @@ if __name__ == "__main__" and not sys.flags.isolated:
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -249,9 +250,12 @@ class Interrupted(DeployError):
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)(\s*[:=]\s*)\S[^\r\n]*")
-_SECRET_NAME = re.compile(r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
+_SECRET_NAME = re.compile(
+    r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn"
+    r"|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)\b([\w.-]*(?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|credential)[\w.-]*[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
+    r"(?i)\b([\w.-]*(?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|credential)[\w.-]*"
+    r"[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
 MASK = "[masked]"
 
 
@@ -514,7 +518,7 @@ class Console:
         import logging.handlers
 
         class LogFile(logging.handlers.WatchedFileHandler):
-            """logrotate may move the file under a run; however often it is opened, its mode is ours and no symlink is followed."""
+            """logrotate may move the file under a run; opened again, its mode is ours and no symlink is followed."""
 
             def _open(self) -> Any:
                 flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -897,30 +901,33 @@ def names_in_use(directory: str) -> Set[str]:
     return found
 
 
-def trust_problem(path: str) -> Optional[Tuple[str, str]]:
+def trust_problems(path: str) -> Dict[str, Tuple[str, str]]:
     """Say why a file that root is about to believe could have been written by somebody else.
 
     Looks at the file and every directory above it: each must belong to root or
     the effective user and not be writable by group or others (a sticky
-    directory such as /tmp may be).  Returns (problem, hint) or None.
+    directory such as /tmp may be).  Returns {path: (problem, hint)}.
     """
+    problems = {}
     # The path as it is written and the path it leads to: a symlink on the way can be swapped as well.
     for here in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
-        while True:
+        while here != "/":
             problem = _writable_by_others(here)
-            if problem or here == "/":
-                break
+            if problem:
+                problems[here] = problem
             here = os.path.dirname(here)
-        if problem:
-            return problem
-    return None
+    return problems
 
 
 def _writable_by_others(path: str) -> Optional[Tuple[str, str]]:
-    found = os.lstat(path)
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None  # others see to it that it is there
     mode = stat.S_IMODE(found.st_mode)
     if found.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to uid {found.st_uid}", f"chown root {path}"
+        return f"{path} belongs to uid {found.st_uid}", \
+            f"chown root {path}, or run as its owner: sudo -u '#{found.st_uid}' deploy.py ..."
     if stat.S_ISLNK(found.st_mode) or stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX:
         return None
     if mode & 0o022:
@@ -980,8 +987,11 @@ def become_user(name: str) -> Callable[[], None]:
     except KeyError:
         raise UsageError(f"user {name!r} does not exist on this host", "create it, or correct run_as in [hooks]")
 
+    # Looked up here: between fork and exec a name service must not be asked (it may lock, or load libraries).
+    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+
     def change() -> None:
-        os.initgroups(entry.pw_name, entry.pw_gid)
+        os.setgroups(groups)
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
     return change
@@ -1350,6 +1360,8 @@ OPTIONS = (
     Option("preflight", "require_files", "paths", "", "files that must exist and be readable"),
     Option("preflight", "free_ports", "addresses", "", "TCP ports that nothing may listen on yet"),
     Option("preflight", "user", "text", "", "user that deploy.py must be run as"),
+    Option("preflight", "accept_risk", "paths", "", "paths that root believes although others may change them; "
+           "the configuration's own only by --set or from the environment"),
     Option("env", "*", "text", "", "environment variable handed to hooks and commands"),
     Option("hooks", "pre_stage", "commands", "", "before the artifact is unpacked"),
     Option("hooks", "post_stage", "commands", "", "in the unpacked release, before it is sealed; may add to it"),
@@ -1466,6 +1478,12 @@ def parse_option(option: Option, text: str) -> Any:
     return text
 
 
+def default_of(section: str, key: str) -> Any:
+    """Return an option's default as parsed; an empty dictionary for chosen keys (`json` of `json.*`)."""
+    found = next(option for option in OPTIONS if option.section == section and key in (option.key, option.key[:-2]))
+    return {} if found.key.endswith(".*") else parse_option(found, found.default)
+
+
 class Given(NamedTuple):
     """One value as somebody gave it, and where, for errors and for `config`."""
 
@@ -1531,10 +1549,14 @@ class Settings:
                 full = f"{section[:-2]}:{name}"
                 present = [key for key in keys if self.given.get((full, key), Given("", "", "")).text]
                 if len(present) != 1:
-                    origin = next(given.origin for (where, _), given in self.given.items() if where == full)
                     wanted = keys[0] if len(keys) == 1 else "exactly one of " + ", ".join(keys)
                     got = f", not {' and '.join(present)}" if present else ", and has none"
-                    raise UsageError(f"{origin}: [{full}] needs {wanted}{got}", f"correct the section [{full}]")
+                    raise self.wrong(full, f"needs {wanted}{got}")
+
+    def wrong(self, section: str, problem: str) -> UsageError:
+        """Make the error for a section whose values do not go together."""
+        origin = next(given.origin for (name, _), given in self.given.items() if name == section)
+        return UsageError(f"{origin}: [{section}] {problem}", f"correct the section [{section}]")
 
     def origin(self, section: str, key: str) -> str:
         """Say where a value came from."""
@@ -2199,6 +2221,10 @@ class Store:
         data = json.dumps(seal(record.to_json()), indent=2).encode("ascii") + b"\n"
         self.directory(".deploy/releases").write(record.id + ".json", data)
 
+    def has_record(self, release: str) -> bool:
+        """Tell whether a release has a record, be it damaged."""
+        return self.directory(".deploy/releases").status(release + ".json") is not None
+
     def remove_record(self, release: str) -> None:
         """Remove a record."""
         directory = self.directory(".deploy/releases")
@@ -2467,9 +2493,10 @@ SLICE_BYTES = 64 << 10
 QUEUE_BLOCKS = 4
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
+MAX_HEADERS_BYTES = 64 << 20
 MAX_CENTRAL_BYTES = 64 << 20
 MAX_DECODER_BYTES = 128 << 20
-MAX_EXTENSIONS, MAX_STREAMS, MAX_LINK_HOPS, MAX_LINK_STEPS = 16, 100000, 40, 4000000
+MAX_EXTENSIONS, MAX_STREAMS, MAX_LINK_HOPS, MAX_LINK_STEPS, MAX_NOTES = 16, 100000, 40, 4000000, 5
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 MAX_SIZE_BYTES = 1 << 47
 FILTER_STALL_SECONDS = 60.0
@@ -2957,9 +2984,9 @@ class Judge:
     became necessary are appended to `fresh`, parents first.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, limit: Tuple[int, str] = (1 << 63, "max_expanded")) -> None:
         self.manifest, self.fresh = Manifest(), []  # type: Manifest, List[bytes]
-        self._limits, self._policy = settings.limits, settings.artifact.symlinks
+        self._limits, self._policy, self._limit = settings.limits, settings.artifact.symlinks, limit
         self._strip = settings.artifact.strip_components
         self._implied = set()  # type: Set[bytes]
         self._resolved = {}  # type: Dict[bytes, bytes]
@@ -3080,9 +3107,11 @@ class Judge:
         if 0 < limits.max_files < total:
             raise refuse(member.name, f"it is beyond the {limits.max_files:,} members that [limits] max_files allows",
                          "raise [limits] max_files if that is right")
-        if 0 < limits.max_expanded < self._expanded_bytes:
-            raise refuse(member.name, f"with it the archive has over {format_size(limits.max_expanded)}, "
-                         "more than [limits] max_expanded allows", "raise [limits] max_expanded if that is right")
+        # The decoder counts what comes out; copies that hard links become are seen here alone.
+        limit_bytes, option = self._limit
+        if limit_bytes < self._expanded_bytes:
+            raise refuse(member.name, f"with it the archive has over {format_size(limit_bytes)}, "
+                         f"more than [limits] {option} allows", f"raise [limits] {option} if that is right")
 
     # -- the whole archive ---------------------------------------------------
 
@@ -3093,7 +3122,9 @@ class Judge:
                 f" that strip_components = {self._strip} leaves" if self._strip and self._members else ""), REBUILD)
         for name in self.manifest.symlinks:
             self._resolve_link(name, 0)
-        return list(self._note_top()) + list(self._note_collisions())
+        collisions = list(itertools.islice(self._note_collisions(), MAX_NOTES + 1))
+        more = ["and there are more such names"] if len(collisions) > MAX_NOTES else []
+        return list(self._note_top()) + collisions[:MAX_NOTES] + more
 
     def _resolve_link(self, name: bytes, hops: int) -> bytes:
         """Follow a symlink through the archive's own map to a path inside; the disk is never asked."""
@@ -3431,7 +3462,7 @@ def expansion_limit(artifact: OpenArtifact, limits: Any) -> Tuple[int, str]:
     bounds = [(MAX_SIZE_BYTES, "max_expanded")]
     if limits.max_expanded:
         bounds.append((limits.max_expanded, "max_expanded"))
-    if limits.max_ratio and artifact.format != "tar":
+    if limits.max_ratio and artifact.format not in ("tar", "directory"):
         bounds.append((max(RATIO_FLOOR_BYTES, artifact.size_bytes * limits.max_ratio), "max_ratio"))
     return min(bounds)
 
@@ -3494,7 +3525,7 @@ def read_tar(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, I
     archive without its end (CVE-2025-8194: no size is negative here).
     """
     special = {}  # type: Dict[bytes, bytes]
-    extensions = 0
+    extensions = extension_bytes = 0
     while True:
         if stream.at_end():
             raise damaged("its end-of-archive block is missing")
@@ -3507,8 +3538,8 @@ def read_tar(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, I
         size_bytes = tar_number(header[124:136], name)
         start = stream.offset
         if header[156:157] in _EXTENSIONS:
-            extensions += 1
-            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES:
+            extensions, extension_bytes = extensions + 1, extension_bytes + size_bytes
+            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES or extension_bytes > MAX_HEADERS_BYTES:
                 raise refuse(name, "its extension headers are too many or too large")
             _EXTENSIONS[header[156:157]](stream.take(size_bytes), name, special)
         else:
@@ -4011,14 +4042,14 @@ def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings,
     read, and OSError from writing (a full disk) as the system gives it.
     """
     status = os.fstat(destination.descriptor)
-    judge = Judge(settings)
+    judge = Judge(settings, expansion_limit(artifact, settings.limits))
     source = open_source(artifact, settings, progress_update, (status.st_dev, status.st_ino))
     umask = os.umask(0)
     try:
         notes = Writer(destination, judge).write(source)
     except ArtifactRefused:
         source.close()
-        if expected:  # wrong bytes explain best why they could not be read
+        if expected and artifact.format != "directory":  # wrong bytes explain best why they could not be read
             compare_digests(hash_artifact(artifact, progress_update), expected, artifact.name)
         raise
     finally:
@@ -4053,9 +4084,6 @@ class Writer:
         notes = self._judge.finish()
         for name, target in self._manifest.symlinks.items():
             os.symlink(target, name, dir_fd=self._directory)
-        for name in sorted(self._manifest.directories, reverse=True):  # what lies below goes first
-            if self._manifest.directories[name] != _MODE_DIRECTORY:
-                os.chmod(name, self._manifest.directories[name], dir_fd=self._directory)
         return notes
 
     def _make_directories(self) -> None:
@@ -4084,6 +4112,13 @@ class Writer:
         finally:
             os.close(descriptor)
         self._manifest.files[name] = packed
+
+
+def close_directories(tree: Directory, manifest: Manifest) -> None:
+    """Give directories the modes they are to keep, when nothing will be made in them any more."""
+    for name in sorted(manifest.directories, reverse=True):  # what lies below goes first
+        if manifest.directories[name] != _MODE_DIRECTORY:
+            os.chmod(name, manifest.directories[name], dir_fd=tree.descriptor)
 
 
 def read_members(artifact: OpenArtifact, names: Set[str], settings: Settings) -> Dict[str, bytes]:
@@ -4123,11 +4158,10 @@ def scan_tree(directory: Directory, progress_update: Callable[[int], None]) -> M
     """Make the manifest of a tree as it is on disk; ArtifactRefused for what a release cannot hold."""
     manifest, done_bytes = Manifest(), 0
     for entry in walk_tree(directory.descriptor):
-        mode = stat.S_IMODE(entry.status.st_mode)
-        kind = _KINDS_ON_DISK.get(stat.S_IFMT(entry.status.st_mode), "special file")
+        _, kind, mode, size_bytes, _ = entry.member()
         if kind == FILE:
-            manifest.add_file(entry.name, hash_open_file(entry), mode, entry.status.st_size)
-            done_bytes += entry.status.st_size
+            manifest.add_file(entry.name, hash_open_file(entry), mode, size_bytes)
+            done_bytes += size_bytes
             progress_update(done_bytes)
         elif kind == DIRECTORY:
             manifest.add_directory(entry.name, mode)
@@ -4196,11 +4230,12 @@ def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
 # -- what it will cost -------------------------------------------------------
 
 class Cost(NamedTuple):
-    """What an artifact takes on disk; `exact` is False for an estimate."""
+    """What an artifact takes on disk; `exact` where it says so itself, `counted` where its files could be counted."""
 
     expanded_bytes: int
     files: int
     exact: bool
+    counted: bool
 
 
 GUESSED_RATIO = {"tar.gz": 4, "tar.bz2": 5, "tar.xz": 6, "tar.zst": 5, "tar": 1}
@@ -4213,11 +4248,11 @@ def expected_cost(artifact: OpenArtifact) -> Cost:
         return tree_cost(artifact)
     if artifact.format == "zip":
         index = zip_index(artifact)
-        return Cost(sum(entry.size_bytes for entry in index.entries()), len(index.positions), True)
+        return Cost(sum(entry.size_bytes for entry in index.entries()), len(index.positions), True, True)
     size_bytes = artifact.size_bytes
     known_bytes = {"tar.gz": gzip_size, "tar.xz": xz_size}.get(artifact.format, lambda artifact: 0)(artifact)
     expanded_bytes = known_bytes or size_bytes * GUESSED_RATIO[artifact.format]
-    return Cost(expanded_bytes, expanded_bytes // GUESSED_FILE_BYTES + 1, False)
+    return Cost(expanded_bytes, expanded_bytes // GUESSED_FILE_BYTES + 1, bool(known_bytes), False)
 
 
 def tree_cost(artifact: OpenArtifact) -> Cost:
@@ -4229,7 +4264,7 @@ def tree_cost(artifact: OpenArtifact) -> Cost:
             size_bytes += entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
     except OSError as error:
         raise ArtifactRefused(f"cannot read artifact {artifact.path}: {reason(error)}", "make all of it readable for this user")
-    return Cost(size_bytes, files, True)
+    return Cost(size_bytes, files, True, True)
 
 
 def gzip_size(artifact: OpenArtifact) -> int:
@@ -4270,7 +4305,7 @@ def xz_numbers(data: bytes) -> Iterator[int]:
 
 # -- packing -----------------------------------------------------------------
 
-class GzipFile:
+class GzipWriter:
     """A gzip stream on a descriptor (RFC 1952), without a name or a time in its header; hashed as it is written."""
 
     def __init__(self, descriptor: int) -> None:
@@ -4339,7 +4374,7 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
         try:
             # Neither this file nor what an earlier run left may become part of it.
             own = [place.status(name) for name in (temporary, base, base + ".sha256")]
-            stream = GzipFile(descriptor)
+            stream = GzipWriter(descriptor)
             files = pack_tree(artifact, stream, os.fsencode(prefix), epoch_seconds,
                               {(status.st_dev, status.st_ino) for status in own if status})
             sha256 = stream.finish()
@@ -4355,7 +4390,7 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
     return sha256, stream.size_bytes, files
 
 
-def pack_tree(artifact: OpenArtifact, stream: GzipFile, prefix: bytes, epoch_seconds: int,
+def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, epoch_seconds: int,
               own: Set[Tuple[int, int]]) -> int:
     """Write a directory's members as tar, judged as an artifact would be; return how many files there are."""
     if artifact.format != "directory":
@@ -4374,6 +4409,8 @@ def pack_tree(artifact: OpenArtifact, stream: GzipFile, prefix: bytes, epoch_sec
     judge.finish()
     stream.write(bytes(2 * TAR_BLOCK_BYTES))
     return len(judge.manifest.files)
+
+
 # ============================================================================
 # 9  Hooks, services, probes, templates
 #    What runs the operator's commands and asks whether the program is well.
@@ -4381,7 +4418,7 @@ def pack_tree(artifact: OpenArtifact, stream: GzipFile, prefix: bytes, epoch_sec
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
-POLL_SECONDS = 0.25
+WATCH_SECONDS = 0.25
 
 
 def pause(session: Session, seconds: float) -> None:
@@ -4389,7 +4426,7 @@ def pause(session: Session, seconds: float) -> None:
     ends_seconds = time.monotonic() + seconds
     while time.monotonic() < ends_seconds:
         session.interrupts.check()
-        time.sleep(max(0.0, min(POLL_SECONDS, ends_seconds - time.monotonic())))
+        time.sleep(max(0.0, min(WATCH_SECONDS, ends_seconds - time.monotonic())))
 
 
 # -- hooks -------------------------------------------------------------------
@@ -4424,12 +4461,12 @@ def working_directory(context: Context) -> str:
     return next((path for path in (context.release_path, context.root) if os.path.isdir(path)), "/")
 
 
-def run_hook(session: Session, name: str, context: Context, *, directory: str) -> List[CommandResult]:
-    """Run every command of a hook in order, in `directory`; StepFailed at the first that fails.
+def run_hook(session: Session, name: str, context: Context) -> List[CommandResult]:
+    """Run every command of a hook in order, in the release; StepFailed at the first that fails.
 
-    A program with a "/" in its name is relative to `directory`, the release.
+    A program with a "/" in its name is relative to the release.
     """
-    results = []
+    results, directory = [], working_directory(context)
     for argv in getattr(session.settings.hooks, name):
         call = Call(session, context, f"hook {name}", directory, session.settings.hooks.timeout)
         with session.interrupts.allowed():
@@ -4556,7 +4593,7 @@ class Service:
             left_seconds = ends_seconds - time.monotonic()
             if left_seconds <= 0:
                 return
-            pause(self.session, min(POLL_SECONDS, left_seconds))
+            pause(self.session, min(WATCH_SECONDS, left_seconds))
 
     def _failure(self, why: str, **evidence: Any) -> StepFailed:
         return StepFailed(f"service {self.settings.name}: {why}", self.words(self.HINT), evidence)
@@ -4631,7 +4668,8 @@ class UnitService(Service):
         return super()._failure(f"unit {self.settings.unit} {why}", **evidence)
 
     def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
-        result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds)
+        result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,
+                             interrupts=self.session.interrupts)
         if result.ok or not must:
             return result
         why = f"systemctl {arguments[0]} {result.verdict()}: {' '.join(result.tail[-3:])}"
@@ -4650,7 +4688,7 @@ class UnitService(Service):
         state = self._show()
         while state.get("ActiveState") in ("activating", "reloading", "refreshing") \
                 and not state.get("SubState", "").startswith("auto-restart") and time.monotonic() < ends_seconds:
-            pause(self.session, POLL_SECONDS)
+            pause(self.session, WATCH_SECONDS)
             state = self._show()
         return state
 
@@ -4721,7 +4759,7 @@ class PidfileService(Service):
     def _down_twice(self) -> Optional[str]:
         """A re-exec leaves a moment between the old process and the new pidfile; longer is down."""
         if self.down():
-            pause(self.session, POLL_SECONDS)
+            pause(self.session, WATCH_SECONDS)
         return self.down()
 
     def _signal(self) -> int:
@@ -4741,11 +4779,11 @@ class PidfileService(Service):
             raise ValueError(f"{path} holds {text[:40]!r} and not a process id")
         if not process_is_alive(int(text)) or _is_zombie(int(text)):
             raise ValueError(f"process {text} of {path} is not running")
-        _check_owner(path, owner, int(text))
+        _refuse_foreign(path, owner, int(text))
         return int(text)
 
 
-def _check_owner(path: str, owner: int, pid: int) -> None:
+def _refuse_foreign(path: str, owner: int, pid: int) -> None:
     """A user who may write the pidfile must not choose which process of others root signals."""
     try:
         process_owner = os.stat(f"/proc/{pid}").st_uid
@@ -5199,7 +5237,7 @@ class TcpTry(NetworkTry):
             split_address(probe.tcp)
         except ValueError as error:
             return str(error)
-        return _without_answer("tcp", probe)
+        return None
 
     def _ask(self) -> Answer:
         self._connect(split_address(self.probe.tcp))
@@ -5211,10 +5249,8 @@ class CommandTry(Try):
 
     @staticmethod
     def check(settings: Settings, probe: Any) -> Optional[str]:
-        """Check that nothing is expected of headers, which a command has none of."""
-        if probe.expect_header or probe.release.startswith("header:"):
-            return "a command's output has no headers"
-        return None
+        """Check that the release is not looked for in headers, which a command has none of."""
+        return "a command's output has no headers" if probe.release.startswith("header:") else None
 
     def run(self) -> Answer:
         """Run it under the try's time limit and hold its output against the expectations."""
@@ -5248,7 +5284,7 @@ class ServiceTry(Try):
             return f"there is no [service:{probe.service}] {nearest(probe.service, settings.service)}".rstrip()
         if settings.service[probe.service].command:
             return f"whether [service:{probe.service}] is up cannot be known: it has only a command"
-        return _without_answer("service", probe)
+        return None
 
     def run(self) -> Answer:
         """Ask the service itself."""
@@ -5258,13 +5294,16 @@ class ServiceTry(Try):
         return Answer(not why, why or service.words(service.TARGET) + " is up", self.evidence)
 
 
-def _without_answer(kind: str, probe: Any) -> Optional[str]:
-    unused = [key for key in ("body", "json", "expect_header", "release") if getattr(probe, key)]
-    return f"a {kind} probe gets no answer that {' or '.join(unused)} could be held against" if unused else None
-
-
 PROBE_KINDS = {"url": UrlTry, "tcp": TcpTry, "command": CommandTry,
                "service": ServiceTry}  # type: Dict[str, Type[Try]]
+
+
+_HTTP_KEYS = ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects", "tls_verify", "tls_ca",
+              "tls_cert", "tls_key")
+_ANSWER_KEYS = ("body", "json", "release", "max_body")
+# What means nothing to a kind of probe: an expectation that nobody checks would be a false comfort.
+UNUSED_KEYS = {"url": (), "command": _HTTP_KEYS, "tcp": _HTTP_KEYS + _ANSWER_KEYS,
+               "service": _HTTP_KEYS + _ANSWER_KEYS}  # type: Dict[str, Tuple[str, ...]]
 
 
 def probe_kind(probe: Any) -> str:
@@ -5278,6 +5317,9 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         return f"release = {probe.release}: expected json:PATH, header:NAME or body"
     if probe.timeout <= 0:
         return "timeout must be more than 0s"
+    unused = [key for key in UNUSED_KEYS[probe_kind(probe)] if getattr(probe, key) != default_of("probe:*", key)]
+    if unused:
+        return f"{' and '.join(unused)} mean{'s' if len(unused) == 1 else ''} nothing to a {probe_kind(probe)} probe"
     return PROBE_KINDS[probe_kind(probe)].check(settings, probe)
 
 
@@ -5485,7 +5527,8 @@ class Observer:
         except StateError as error:
             problems.append(error.message)
         facts = Facts(
-            request=request, root=os.path.realpath(settings.deploy.root), command_line=settings.command_line, application=application_name(settings),
+            request=request, root=os.path.realpath(settings.deploy.root), command_line=settings.command_line,
+            application=application_name(settings),
             deploy_id=self.deploy_id, now_seconds=time.time(), current=store.current() if store else Current(None),
             records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
             in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
@@ -5507,15 +5550,16 @@ class Observer:
         if request.version:
             check_version(request.version)
         self.artifact = artifact = OpenArtifact.open(request.artifact)
-        limit_bytes = settings.limits.max_artifact
-        if limit_bytes and artifact.size_bytes > limit_bytes:
-            raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than "
-                                  f"[limits] max_artifact = {format_size(limit_bytes)}", "raise the limit if this is right")
+        check_limits(artifact, settings.limits)
         digest = find_digest(artifact, request.sha256, settings.artifact.checksum) or \
             Digest(self._hash(artifact), "computed")
         version = request.version or find_version(artifact.name, settings.artifact.match, digest.sha256)
+        cost = expected_cost(artifact)
+        if cost.exact and 0 < settings.limits.max_expanded < cost.expanded_bytes:
+            raise ArtifactRefused(f"{artifact.name} expands to {format_size(cost.expanded_bytes)}, more than [limits] "
+                                  "max_expanded allows", "raise [limits] max_expanded if that is right")
         found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes, digest.sha256,
-                              digest.source, version, expected_cost(artifact), None)
+                              digest.source, version, cost, None)
         candidate = self._made_before(facts, found)
         if candidate or request.confirm_digest:
             self._confirm(artifact, digest)
@@ -5612,6 +5656,7 @@ class Survey(NamedTuple):
 
 
 Finding = Tuple[str, str, str]  # status, detail, hint
+SPARE_INODES = 64  # for what a deployment writes beside the release
 
 
 def _ok(detail: str) -> Finding:
@@ -5646,10 +5691,8 @@ def check_user(survey: Survey) -> Finding:
 
 
 def check_configuration(survey: Survey) -> Finding:
-    """What cannot be seen from one value alone: probes, services and templates that fit together."""
-    settings = survey.settings
-    problems = [(f"[probe:{name}] {problem}", "correct the configuration") for name, problem in
-                ((name, check_probe(settings, settings.probe[name])) for name in settings.probe) if problem]
+    """What the configuration names is there: key files, programs of probes, the user for hooks."""
+    settings, problems = survey.settings, []
     for name, probe in sorted(settings.probe.items()):
         for key in ("auth_file", "tls_ca", "tls_cert", "tls_key"):
             path = getattr(probe, key)
@@ -5658,7 +5701,6 @@ def check_configuration(survey: Survey) -> Finding:
         program = probe.command[0] if probe.command else "/"
         if ("/" not in program or program.startswith("/")) and program != "/" and not find_command(program):
             problems.append((f"[probe:{name}] command: {program} is not found or not executable", f"install {program}"))
-    services_in_order(settings)
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)
         if os.geteuid() != 0:
@@ -5668,23 +5710,49 @@ def check_configuration(survey: Survey) -> Finding:
 
 def check_trust(survey: Survey) -> Finding:
     """Could somebody else have written what is about to be believed?"""
-    problems = untrusted(survey.settings)
+    refused, accepted = untrusted(survey.settings)
+    problems = list(refused.values())
     if survey.store:
         survey.store.check_owner()
     private = survey.store.root.status(".deploy") if survey.store else None
     if private and stat.S_IMODE(private.st_mode) & 0o077:
         path = f"{survey.facts.root}/.deploy"
         problems.append((f"{path} is open to others (mode {stat.S_IMODE(private.st_mode):04o})", f"chmod 0700 {path}"))
-    finding = _all_of(problems, "configuration and state belong to us alone")
-    if finding[0] == "fail" and os.geteuid() != 0:
-        return ("warn",) + finding[1:]
-    root = trust_problem(survey.facts.root) if survey.store else None
-    return ("warn",) + root if root and finding[0] == "ok" else finding
+    status, detail, hint = _all_of(problems or list(accepted.values()), "what is believed belongs to us alone")
+    doubtful = status == "fail" and (os.geteuid() != 0 or not problems)
+    return "warn" if doubtful else status, detail, hint
 
 
-def untrusted(settings: Settings) -> List[Tuple[str, str]]:
-    """List the configuration files, and their directories, that somebody else could have written, with the remedy."""
-    return [found for found in map(trust_problem, settings.files) if found]
+def untrusted(settings: Settings) -> Tuple[Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]]:
+    """Find what somebody else could have changed: what is refused, and what the operator accepts.
+
+    Both are {path: (problem, hint)}.  A configuration that others may write
+    cannot accept its own risk.
+    """
+    own, others = {}, {}  # type: Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]
+    for path in settings.files:
+        own.update(trust_problems(path))
+    for path in believed_paths(settings):
+        others.update(trust_problems(path))
+    by_file = settings.origin("preflight", "accept_risk") in settings.files
+    accepted = {path for path in settings.preflight.accept_risk if not by_file or path not in own}
+    found = dict(own, **others)
+    return {path: found[path] for path in found if path not in accepted}, \
+        {path: found[path] for path in found if path in accepted}
+
+
+def believed_paths(settings: Settings) -> List[str]:
+    """List the files that this program runs or acts on beside its configuration, and the root."""
+    paths = [settings.deploy.root] if settings.deploy.root else []
+    commands = [argv for name in HOOK_NAMES for argv in getattr(settings.hooks, name)]
+    commands += [section.command for section in [*settings.service.values(), *settings.probe.values()] if section.command]
+    for argv in commands if not settings.hooks.run_as else []:
+        # What is relative comes with the release; under run_as a program gets no more rights than its user has.
+        found = argv[0] if argv[0].startswith("/") else None if "/" in argv[0] else find_command(argv[0])
+        paths += [found] if found else []
+    for probe in settings.probe.values():
+        paths += [path for path in (probe.auth_file, probe.tls_ca, probe.tls_cert, probe.tls_key) if path]
+    return paths
 
 
 def check_root(survey: Survey) -> Finding:
@@ -5844,9 +5912,11 @@ def check_space(survey: Survey) -> Finding:
         return "fail", f"{place}: {reason(error)}", "name a root that exists"
     free_bytes, keep_bytes = found.f_bavail * found.f_frsize, survey.settings.deploy.min_free
     detail = f"{format_size(free_bytes)} free, {estimate}{format_size(needed_bytes)} needed and {format_size(keep_bytes)} kept free"
-    if free_bytes < needed_bytes + keep_bytes:
-        return "fail", detail, "free some space (deploy.py prune), or lower [deploy] min_free"
-    return _ok(detail)
+    if free_bytes >= needed_bytes + keep_bytes:
+        return _ok(detail)
+    # An estimate must not stop what may well fit; that the disk is full is found in time.
+    doubtful = estimate and free_bytes >= keep_bytes
+    return "warn" if doubtful else "fail", detail, "free some space (deploy.py prune), or lower [deploy] min_free"
 
 
 def check_inodes(survey: Survey) -> Finding:
@@ -5856,12 +5926,14 @@ def check_inodes(survey: Survey) -> Finding:
         found = os.statvfs(place)
     except OSError as error:
         return "fail", f"{place}: {reason(error)}", "name a root that exists"
-    cost = survey.facts.artifact.cost.files if survey.facts.artifact else 0
+    cost = survey.facts.artifact.cost if survey.facts.artifact and not survey.facts.artifact.release else Cost(0, 0, True, True)
     if not found.f_files:
         return _skip("this filesystem does not count inodes")
-    if found.f_favail < cost + 64:
-        return "fail", f"{found.f_favail:,} inodes free, {cost:,} needed", "remove small files, or deploy.py prune"
-    return _ok(f"{found.f_favail:,} free")
+    if found.f_favail >= cost.files + SPARE_INODES:
+        return _ok(f"{found.f_favail:,} free")
+    doubtful = not cost.counted and found.f_favail >= SPARE_INODES
+    return "warn" if doubtful else "fail", f"{found.f_favail:,} inodes free, {'' if cost.counted else 'about '}" \
+        f"{cost.files:,} needed", "remove small files, or deploy.py prune"
 
 
 def _cost_of(survey: Survey) -> Tuple[int, str]:
@@ -5918,7 +5990,8 @@ def check_ports(survey: Survey) -> Finding:
                     (socket.AF_INET6 if ":" in host else socket.AF_INET,):
                 bind_for_an_instant(family, host, port)
         except OSError as error:
-            taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}", f"see who has it: ss -ltnp 'sport = :{port}'"))
+            taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}",
+                          f"see who has it: ss -ltnp 'sport = :{port}'"))
     return _all_of(taken, count(len(survey.settings.preflight.free_ports), "port"))
 
 
@@ -5946,8 +6019,8 @@ def bind_for_an_instant(family: int, host: str, port: int) -> None:
 def check_probes_before(survey: Survey) -> Finding:
     """Probes with when = before or both: the database is down now, not because of us."""
     session, failed, doubtful, run = survey.session, [], [], 0
-    if os.geteuid() == 0 and untrusted(survey.settings):
-        return _skip("not run: somebody else could have written the configuration")
+    if os.geteuid() == 0 and untrusted(survey.settings)[0]:
+        return _skip("not run: somebody else could have written what is believed")
     context = context_for(survey.facts, None)
     for name, probe in sorted(survey.settings.probe.items()):
         if probe.when == "after" or check_probe(survey.settings, probe):
@@ -6131,9 +6204,7 @@ class RunHook(Step):
 
     def apply(self, run: Run) -> str:
         """Run them one after the other; StepFailed for the first that fails."""
-        context = run.context(self.release)
-        directory = context.release_path if os.path.isdir(context.release_path) else context.root
-        results = run_hook(run.session, self.hook, context, directory=directory)
+        results = run_hook(run.session, self.hook, run.context(self.release))
         self.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
         return count(len(results), "command")
 
@@ -6284,6 +6355,8 @@ class Publish(Step):
 
     def apply(self, run: Run) -> str:
         """Sync before the rename: a name must never lead to data that a power cut can take."""
+        with run.staged_tree() as tree:
+            close_directories(tree, run.manifest)  # type: ignore
         if self.durable:
             sync_filesystem(run.store.directory(".deploy/staging").descriptor)
         run.store.publish(run.staging, self.release)
@@ -6462,7 +6535,7 @@ class PruneRelease(Step):
             raise StepFailed(f"{self.record.id} is in use by a running process", "prune once it has ended")
         if self.on_disk:
             run.store.remove_release(self.record.id)
-        if self.record.state == STATE_BAD and self.on_disk:
+        if self.on_disk and bad_record(run.facts, self.record.sha256) == self.record:
             run.store.write_record(self.record._replace(pruned_at=format_time(time.time())))
         else:
             run.store.remove_record(self.record.id)
@@ -6639,6 +6712,8 @@ def plan_deploy(settings: Settings, facts: Facts) -> Plan:
     """Plan `deploy`; nothing to do where the artifact is live already."""
     artifact, live = _artifact_of(facts), facts.current.release
     if artifact.release and artifact.release == live:
+        if facts.records[live].failure:
+            raise ArtifactRefused(*bad_refusal(facts.records[live]))
         return Plan("deploy", live, artifact.release, [], [])
     release = artifact.release or new_release_id(facts, artifact.version)
     steps = [] if artifact.release else staging_steps(settings, artifact, release)
@@ -6851,7 +6926,8 @@ class Executor:
     def _note(self, step: Step, status: str, started_seconds: float, detail: str) -> None:
         seconds = time.monotonic() - started_seconds
         mask = self.console.secrets.mask
-        self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail), [mask(line) for line in step.output]))
+        self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
+                                             [mask(line) for line in step.output]))
         shown = "warn" if status == "failed" and step.optional else status
         self.console.painted(shown, f"{step.name:<20} {format_seconds(seconds):>7}  {detail}")
 
@@ -6901,7 +6977,8 @@ class Executor:
             if old.id != plan.to_release:
                 # One that had failed and was left live is not good for having been replaced.
                 state = STATE_BAD if old.failure else STATE_RETIRED
-                self._write(old._replace(state=state, deactivated_at=now, rolled_back_at=now if plan.operation == "rollback" else None))
+                left = now if plan.operation == "rollback" else None
+                self._write(old._replace(state=state, deactivated_at=now, rolled_back_at=left))
         new = records.get(plan.to_release)
         if new is None:
             return
@@ -7144,8 +7221,10 @@ class Recovery:
                 f"cannot recover the {journal.operation} of {journal.to_release}: "
                 f"{current.problem or f'current is {current.release}'}, neither where it came from "
                 f"({journal.from_release}) nor where it went", self._by_hand())
+        before = ", before the last boot" if journal.boot_id != boot_id() else ""
+        due = f", its verdict due at {journal.deadline}" if journal.deadline else ""
         self.console.say(f"recovering the {journal.operation} of {journal.to_release} ({journal.phase}, "
-                         f"begun {journal.started_at})")
+                         f"begun {journal.started_at}{before}{due})")
         if journal.phase == PHASE_STAGING or \
                 journal.phase == PHASE_INTENT and current.release == journal.from_release:
             return self._abort(journal)
@@ -7182,15 +7261,16 @@ class Recovery:
         """Nothing was switched: a staged release that is whole stays, anything less goes."""
         # activate and rollback go to a release that was there before.
         made_here = journal.operation in ("deploy", "stage")
-        if made_here and journal.to_release not in self.run.facts.records:
+        sealed = self.store.has_record(journal.to_release)
+        if made_here and not sealed:
             self.store.remove_release(journal.to_release)
-        executor = Executor(self.run, self._plan(journal, [], []), Outcome("recover"), journal)
+        plan = Plan(journal.operation, journal.from_release, journal.to_release, [], [])
+        executor = Executor(self.run, plan, Outcome("recover"), journal)
         executor.append_history("aborted", EXIT_FAILED, "interrupted before activation", None)
         self.store.clear_journal()
-        return f"{journal.operation} of {journal.to_release} was undone: it had not been activated"
-
-    def _plan(self, journal: Journal, steps: List[Step], way_back: List[Step]) -> Plan:
-        return Plan(journal.operation, journal.from_release, journal.to_release, steps, way_back)
+        what = "was not finished; the release stays staged" if made_here and sealed else \
+            "was undone: it had not been activated"
+        return f"{journal.operation} of {journal.to_release} {what}"
 
     def _go_on(self, journal: Journal) -> str:
         """The switch was made: ask the services, finish or go back."""
@@ -7200,7 +7280,8 @@ class Recovery:
                  if not (isinstance(step, RunHook) and step.name in journal.done)]
         self.run.before = journal.from_release
         way_back = way_back_steps(settings, journal.from_release, journal.to_release)
-        executor = Executor(self.run, self._plan(journal, steps, way_back), self.outcome, journal)
+        plan = Plan(journal.operation, journal.from_release, journal.to_release, steps, way_back)
+        executor = Executor(self.run, plan, self.outcome, journal)
         self.outcome.changed = True
         try:
             if journal.phase == PHASE_ROLLING_BACK:
@@ -7268,11 +7349,6 @@ class Invocation:
             confirm_digest=self.dry_run or flags["command"] == "preflight")
 
 
-def open_store(call: Invocation) -> Optional[Store]:
-    """Open the root for looking, if it is there; UsageError where none is configured."""
-    return Store.open(call.settings) if call.root else None
-
-
 def is_untouched(call: Invocation) -> bool:
     """Tell whether nothing was ever deployed to the root."""
     with preview(call) as store:
@@ -7290,13 +7366,11 @@ def existing(call: Invocation) -> Store:
 @contextmanager
 def reading(call: Invocation) -> Iterator[Store]:
     """Open the root for looking; UsageError where there is none."""
-    store = open_store(call)
-    if store is None:
-        raise UsageError(f"the root {call.root} does not exist", "name another with --root DIR, or deploy something first")
-    try:
+    with preview(call) as store:
+        if store is None:
+            raise UsageError(f"the root {call.root} does not exist",
+                             "name another with --root DIR, or deploy something first")
         yield store
-    finally:
-        store.close()
 
 
 @contextmanager
@@ -7370,7 +7444,7 @@ def look_before_making(call: Invocation) -> None:
 @contextmanager
 def preview(call: Invocation) -> Iterator[Optional[Store]]:
     """Open the root for looking, where there is one: nothing is made, locked or recovered."""
-    store = open_store(call)
+    store = Store.open(call.settings) if call.root else None
     try:
         yield store
     finally:
@@ -7380,8 +7454,10 @@ def preview(call: Invocation) -> Iterator[Optional[Store]]:
 
 def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
+    target = rollback_target(facts, facts.current.release)
+    nothing_to_do = plan.from_release == plan.to_release
     call.outcome.release = plan.to_release or None
-    call.outcome.previous = plan.from_release
+    call.outcome.previous = plan.from_release if not nothing_to_do else target.id if target else None
     call.console.log_context["release"] = plan.to_release
     found = facts.artifact
     if found:
@@ -7408,6 +7484,7 @@ def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
                                    f"{count(len(results), 'check')}")
     if not failed:
         return
+    call.outcome.release, call.outcome.previous = survey.facts.current.release, None
     if survey.facts.refusal:
         raise survey.facts.refusal
     if failed[0].name == "lock":
@@ -7652,11 +7729,10 @@ def probe_context(call: Invocation) -> Tuple[Context, bool]:
     empty = Context("", "/", "", "", "/", "", call.deploy_id)
     if not call.settings.deploy.root:
         return empty, False
-    store = open_store(call)
-    if store is None:
-        return empty._replace(root=call.root, release_path=call.root), False
-    facts = Observer(call.session, store, call.deploy_id).observe(Request("probe"), locked=False)
-    store.close()
+    with preview(call) as store:
+        if store is None:
+            return empty._replace(root=call.root, release_path=call.root), False
+        facts = Observer(call.session, store, call.deploy_id).observe(Request("probe"), locked=False)
     call.outcome.release = facts.current.release
     return context_for(facts, facts.current.release), facts.current.release in facts.records
 
@@ -7914,8 +7990,8 @@ FLAGS = (
     Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
     Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
          "", {"action": "store_true"}),
-    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already", ("deploy", "stage", "activate", "rollback", "preflight"),
-         "", {"action": "store_true"}),
+    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already",
+         ("deploy", "stage", "activate", "rollback", "preflight"), "", {"action": "store_true"}),
     Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
     Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
     Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
@@ -7939,6 +8015,9 @@ COMMANDS = {
     "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
     "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
 }  # type: Dict[str, Callable[[Invocation], None]]
+
+# Commands that run nothing and follow no setting but the root.
+LOOKING = ("config", "status", "releases", "history", "show", "verify")
 
 COMMAND_HELP = {"unpin": "Let a release be pruned again."}
 
@@ -8064,10 +8143,20 @@ def load(flags: Any) -> Settings:
 
 
 def check_believed(flags: Any, settings: Settings) -> None:
-    """As root, act on no configuration that somebody else could have written; looking at it is allowed."""
-    if os.geteuid() == 0 and flags.command not in ("preflight", "config", "status", "releases", "history", "show"):
-        for problem, hint in untrusted(settings):
-            raise PreflightFailed(f"the configuration cannot be trusted: {problem}", hint)
+    """As root, act on nothing that somebody else could have written; looking at it is allowed."""
+    if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight",):
+        for path, (problem, hint) in untrusted(settings)[0].items():
+            raise PreflightFailed(f"what root acts on could have been written by others: {problem}",
+                                  f"{hint}; or accept it: --set preflight.accept_risk={path}")
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UsageError for values that are proper one by one and do not go together."""
+    for name, probe in settings.probe.items():
+        problem = check_probe(settings, probe)
+        if problem:
+            raise settings.wrong(f"probe:{name}", problem)
+    services_in_order(settings)
 
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
@@ -8092,7 +8181,6 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
                       color=not (flags.no_color or environment("NO_COLOR")) and environment("TERM") != "dumb",
                       utf8=locale_is_utf8())
     settings = load(flags)
-    check_believed(flags, settings)
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
@@ -8108,6 +8196,9 @@ def guarded(call: Invocation) -> int:
     """Run the command's function; its errors become the outcome."""
     outcome = call.outcome
     try:
+        if call.flags.command not in LOOKING:
+            check_settings(call.settings)
+        check_believed(call.flags, call.settings)
         COMMANDS[call.flags.command](call)
     except DeployError as error:
         if call.flags.debug:
@@ -8124,24 +8215,21 @@ def guarded(call: Invocation) -> int:
 
 def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
     """Put together the one object of --json."""
-    outcome, console = call.outcome, call.console
+    outcome, warnings, root = call.outcome, call.console.warnings, call.settings.deploy.root
     failed_steps = sum(step.status == "failed" for step in outcome.steps)
     failed_checks = sum(check.status == "fail" for check in outcome.checks)
     ok = exit_code in (EXIT_OK, EXIT_CHANGED)
-    root = call.settings.deploy.root
-    result = {
-        "ok": ok, "changed": outcome.changed, "failed": not ok, "command": outcome.command, "exit_code": exit_code,
-        "msg": outcome.error.message if outcome.error else outcome.message,
-        "application": application_name(call.settings) if root else None,
-        "root": portable(os.path.realpath(root)) if root else None, "release": outcome.release,
-        "previous": outcome.previous, "rolled_back": outcome.rolled_back, "deploy_id": call.deploy_id,
-        "dry_run": call.dry_run, "steps": [step.to_json() for step in outcome.steps],
-        "checks": [dict(check._asdict()) for check in outcome.checks],
-        "summary": {"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
-                    "failed": failed_steps + failed_checks, "warnings": len(console.warnings)},
-        "warnings": console.warnings,
-        "error": {"message": outcome.error.message, "hint": outcome.error.hint} if outcome.error else None,
-        "seconds": round(seconds, 3)}
+    result = result_of(outcome.error)
+    result.update(
+        ok=ok, changed=outcome.changed, failed=not ok, command=outcome.command, exit_code=exit_code,
+        msg=outcome.error.message if outcome.error else outcome.message,
+        application=application_name(call.settings) if root else None,
+        root=portable(os.path.realpath(root)) if root else None, release=outcome.release, previous=outcome.previous,
+        rolled_back=outcome.rolled_back, deploy_id=call.deploy_id, dry_run=call.dry_run,
+        steps=[step.to_json() for step in outcome.steps], checks=[dict(check._asdict()) for check in outcome.checks],
+        summary={"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
+                 "failed": failed_steps + failed_checks, "warnings": len(warnings)},
+        warnings=warnings, seconds=round(seconds, 3))
     return dict(outcome.extra, **result)
 
 

@@ -27,8 +27,9 @@ import tempfile
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
 
@@ -609,3 +610,32 @@ class App:
         found = [str(path.relative_to(self.root)) for name in ("staging", "trash") for path in (state / name).glob("*")]
         found += [str(path.relative_to(self.root)) for path in self.root.rglob("*.tmp")]
         return sorted(found + (["journal.json"] if (state / "journal.json").exists() else []))
+
+
+# -- another user --------------------------------------------------------------
+
+ANOTHER_UID = 61234
+
+
+@contextmanager
+def open_to_others() -> Iterator[App]:
+    """An application in a place that every user may enter, which pytest's own directories are not."""
+    place = Path(tempfile.mkdtemp(prefix="deploy-test-another-"))
+    try:
+        place.chmod(0o755)
+        yield App(place / "app")
+    finally:
+        shutil.rmtree(str(place))
+
+
+def run_as_another(app: App, *args: Any) -> Dict[str, Any]:
+    """Give an application to a user without any rights and run deploy.py as that user: the JSON result.
+
+    By the system's Python, fed through stdin: nothing else need be readable to that user.
+    """
+    for path in (app.directory, *app.directory.rglob("*")):
+        os.chown(str(path), ANOTHER_UID, ANOTHER_UID, follow_symlinks=False)
+    argv = [needs("setpriv"), f"--reuid={ANOTHER_UID}", f"--regid={ANOTHER_UID}", "--clear-groups", "/usr/bin/python3", "-I", "-",
+            "--json", "-c", str(app.config), *map(str, args)]
+    done = subprocess.run(argv, input=DEPLOY.read_bytes(), env={}, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return json_module.loads(done.stdout.decode("ascii"))

@@ -368,6 +368,8 @@ def test_many_tiny_streams_are_refused_in_time(bench):
 def test_modes_are_kept_but_for_the_dangerous_bits(bench):
     unpacked = bench.unpack(tar(folder(b"d/", 0o7777), entry(b"d/s", b"x", mode=0o6777), folder(b"ro/", 0o555),
                                 entry(b"ro/f", b"x", mode=0o444), folder(b"closed/", 0), entry(b"closed/f", b"x", mode=0)))
+    with deploy.Directory.open(bench.release) as release:
+        deploy.close_directories(release, unpacked.manifest)
     assert [bench.mode(name) for name in ("d", "d/s", "ro", "ro/f", "closed", "closed/f")] == [
         0o755, 0o755, 0o555, 0o444, 0o500, 0o400]
     assert unpacked.manifest.file(b"ro/f")[1] == 0o444 and unpacked.manifest.directories[b"ro"] == 0o555
@@ -611,7 +613,7 @@ def test_a_directory_is_copied_and_has_a_tree_digest(bench, tree):
     assert bench.mode("bin/run") == 0o755 and bench.mode("data") == 0o644 and os.readlink(bench.release + "/go") == "bin/run"
     with deploy.OpenArtifact.open(tree + "/") as artifact:
         assert deploy.hash_artifact(artifact, lambda done: None) == unpacked.sha256 == unpacked.manifest.sha256
-        assert deploy.expected_cost(artifact) == (700002, 4, True)
+        assert deploy.expected_cost(artifact) == (700002, 4, True, True)
     with deploy.Directory.open(bench.release) as release:
         assert deploy.scan_tree(release, lambda done: None).sha256 == unpacked.sha256
 
@@ -898,7 +900,7 @@ def test_the_cost_is_estimated_without_reading(bench, kind):
 
 def test_the_cost_of_a_zip_is_exact(bench):
     with deploy.OpenArtifact.open(bench.artifact(make_zip(("a", b"x" * 5000), ("b", b"y")))) as artifact:
-        assert deploy.expected_cost(artifact) == deploy.Cost(5001, 2, True)
+        assert deploy.expected_cost(artifact) == deploy.Cost(5001, 2, True, True)
 
 
 def test_packing_is_reproducible_and_deploys(bench, odd_release):

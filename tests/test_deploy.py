@@ -467,6 +467,34 @@ def test_without_auto_rollback_the_failed_release_stays_live(app: App) -> None:
     assert command.details()[-1]["env"]["DEPLOY_VERSION"] == "1.0", "its service follows"
 
 
+def test_without_auto_rollback_the_failed_release_is_not_taken_for_done(app: App) -> None:
+    app.deploy("1.0")
+    app.configure("auto_rollback = no\n[hooks]\npost_activate = false")
+    app.deploy("1.1", check=6)
+    app.configure()
+    again = app.run("deploy", app.artifact("1.1"), check=4)
+    assert "bad" in again.data["error"]["message"] and "--force" in again.data["error"]["hint"]
+    app.run("deploy", app.artifact("1.1"), "--force", check=0)
+    assert app.run("status", check=0) and app.version == "1.1"
+
+
+def test_the_result_names_what_is_live_and_what_a_rollback_goes_to(app: App) -> None:
+    first = app.deploy("1.0").data
+    second = app.deploy("1.1").data
+    assert (second["release"], second["previous"]) == (app.current, first["release"])
+    again = app.run("deploy", app.artifact("1.1"), check=0).data
+    assert (again["changed"], again["release"], again["previous"]) == (False, second["release"], first["release"])
+    refused = app.run("deploy", app.artifact("0.9"), check=4).data
+    assert (refused["release"], refused["previous"]) == (second["release"], None)
+
+
+def test_a_directory_that_holds_its_own_root_is_refused_for_that(app: App) -> None:
+    for digest in ((), ("--sha256", "0" * 64)):
+        result = app.run("deploy", app.directory, *digest, check=4)
+        assert "made inside the artifact" in result.data["error"]["message"], result.describe()
+    assert app.leftovers() == []
+
+
 def test_without_auto_rollback_the_hint_goes_back_to_what_was_live(app: App) -> None:
     ids = deploy_all(app, "1.0", "2.0", "3.0")
     command = fails_for(app.directory / "bin", "1.0")

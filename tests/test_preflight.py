@@ -9,14 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import pytest
 
 from support import (
-    DEPLOY, App, Result, clean_environment, fake_command, free_port, load_deploy, needs, snapshot, start_deploy, wait_until)
+    DEPLOY, App, Result, clean_environment, fake_command, free_port, load_deploy, needs, open_to_others, run_as_another, snapshot,
+    start_deploy, wait_until)
 
 deploy = load_deploy()
 NAMES = [name for name, _, _ in deploy.CHECKS]
@@ -299,8 +299,6 @@ CAUSES = [
     # cause, checks (what the same cause spoils for others included), status of those, what detail and hint say, how deploy ends
     (wrong_user, "user", "fail", "somebody-else", "sudo -u somebody-else", 3),
     (unknown_run_as, "configuration", "fail", "no-such-user", "run_as", 3),
-    (probe_of_no_service, "configuration", "fail", "probe:web", "correct", 3),
-    (probe_release_unreadable, "configuration", "fail", "json:PATH", "correct", 3),
     (config_writable_by_others, "permissions", "fail", "deploy.ini", "chmod go-w", 3),
     (config_directory_writable_by_others, "permissions", "fail", "writable by", "chmod go-w", 3),
     (config_of_another_user, "permissions", "fail", "61234", "chown", 3),
@@ -329,12 +327,35 @@ CAUSES = [
     (taken_port, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
     (taken_port_without_host, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
     (unknown_unit, "services", "fail", "no-such.service", "", 3),
-    (services_in_a_circle, "configuration services", "fail", "a -> b -> a", "after", 2),
     (missing_hook, "hooks", "fail", "no-such-program", "install", 3),
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
     (sick_before, "probes", "fail", "database", "before deploying", 3),
 ]
+
+
+def probe_with_a_useless_expectation(app: App) -> Broken:
+    app.configure("[probe:web]\ntcp = localhost:80\nstatus = 204\nbody = fine")
+    return Broken()
+
+
+@pytest.mark.parametrize("cause, where, message", [
+    (probe_of_no_service, "[probe:web]", "there is no [service:"),
+    (probe_release_unreadable, "[probe:web]", "expected json:PATH"),
+    (probe_with_a_useless_expectation, "[probe:web]", "status and body mean nothing to a tcp probe"),
+    (services_in_a_circle, "", "a -> b -> a"),
+], ids=lambda value: getattr(value, "__name__", None))
+def test_sections_that_do_not_go_together_are_a_configuration_error(
+        cause: Callable[[App], Broken], where: str, message: str, deployed: App) -> None:
+    cause(deployed)
+    before = snapshot(deployed.directory)
+    for command in (("preflight",), ("deploy", deployed.artifact("1.1")), ("rollback",)):
+        before = snapshot(deployed.directory)
+        result = deployed.run(*command, check=2)
+        assert message in result.data["error"]["message"] and result.data["error"]["hint"]
+        assert where in result.data["error"]["message"] and (not where or str(deployed.config) in result.stderr)
+        assert snapshot(deployed.directory) == before
+    assert deployed.run("status").exit_code == 0
 
 
 @pytest.mark.parametrize("cause,check,status,detail,hint,deploy_exit", CAUSES, ids=[row[0].__name__ for row in CAUSES])
@@ -569,6 +590,15 @@ def test_a_small_disk_is_noticed_before_anything_is_unpacked(app: App) -> None:
 
 
 @as_root
+def test_a_guess_at_the_size_only_warns(app: App) -> None:
+    app.configure("min_free = 0")
+    artifact = app.artifact("1.0", {"zeros": bytes(1000), "random": os.urandom(600 << 10)}, suffix=".tar.bz2")
+    result = in_a_mount_namespace(app, f"mount -t tmpfs -o size=2m none {app.root}", "deploy", artifact)
+    assert result.exit_code == 0, result.describe()
+    assert found_alone(result, "space")["status"] == "warn"
+
+
+@as_root
 def test_a_read_only_root_is_refused_with_its_reason(app: App) -> None:
     app.deploy("1.0")
     mount = f"mount -t tmpfs none {app.root} && mount -o remount,ro {app.root}"
@@ -581,21 +611,11 @@ def test_a_read_only_root_is_refused_with_its_reason(app: App) -> None:
 
 @as_root
 def test_a_user_who_is_not_root_is_only_warned_of_a_writable_configuration() -> None:
-    place = Path(tempfile.mkdtemp(prefix="deploy-test-trust-"))
-    try:
-        place.chmod(0o755)
-        app = App(place / "app")
+    with open_to_others() as app:
         app.config.chmod(0o666)
-        for path in (app.directory, app.root):
-            os.chown(str(path), 61234, 61234)
-        done = subprocess.run(
-            [needs("setpriv"), "--reuid=61234", "--regid=61234", "--clear-groups", "/usr/bin/python3", "-I", "-", "--json", "-c",
-             str(app.config), "preflight"], input=DEPLOY.read_bytes(), env={}, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        data = json.loads(done.stdout.decode("ascii"))
-        assert done.returncode == 0, data
+        data = run_as_another(app, "preflight")
+        assert data["exit_code"] == 0, data
         assert [found["name"] for found in data["checks"] if found["status"] == "warn"] == ["permissions"]
-    finally:
-        shutil.rmtree(str(place))
 
 
 @as_root

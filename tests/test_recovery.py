@@ -82,7 +82,11 @@ def test_stage_killed_before_its_verdict_keeps_the_sealed_release(live: App) -> 
     calls = record_calls(live, "stage", artifact, check=0)
     saved.restore()
     kill_at(live, find_call(calls, "openat", "history.jsonl"), "stage", artifact)
-    assert recover_and_judge(live, ["1.0"]) == []
+
+    def says_so(result: Result) -> None:
+        assert "stays staged" in result.data["msg"] and "undone" not in result.data["msg"]
+
+    assert recover_and_judge(live, ["1.0"], says_so) == []
     assert state_of(live, "1.1") == "staged"
     assert live.run("activate", "1.1", check=0).data["changed"] and live.version == "1.1"
 
@@ -379,6 +383,20 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(live: App, damage: str
         assert unchanged_part(live.root) == before
     path.write_bytes(whole)
     assert live.run("rollback", check=0) and inconsistencies(live, ["1.0"]) == []
+
+
+def test_recovery_keeps_a_release_whose_record_it_cannot_read(live: App) -> None:
+    live.configure(f"[hooks]\npre_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure()
+    release = journal(live)["to"]
+    path = live.root / ".deploy" / "releases" / f"{release}.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    live.run("recover")
+    assert release in live.releases()
+    path.write_bytes(whole)
+    assert recover_and_judge(live, ["1.0"]) == [] and state_of(live, "1.1") == "staged"
 
 
 # -- the kill matrix -----------------------------------------------------------

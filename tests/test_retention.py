@@ -153,6 +153,21 @@ def test_bad_releases_do_not_take_the_place_of_good_ones(app: App) -> None:
     assert app.releases() == sorted(good[1:] + [bad[-1]]), "one bad release is kept to be looked at"
 
 
+def test_an_artifact_that_was_good_in_a_second_try_is_not_bad_again_once_pruned(app: App) -> None:
+    app.deploy("1.0")
+    configure(app, "keep_releases = 1\n[hooks]\npost_activate = false\n")
+    app.deploy("1.1", check=5)
+    configure(app, "keep_releases = 1\n")
+    app.run("deploy", app.artifact("1.1"), "--force", check=0)
+    configure(app, "keep_releases = 1\n[hooks]\npost_activate = false\n")
+    app.deploy("1.2", check=5)  # one bad release is kept: the older one is pruned
+    configure(app, "keep_releases = 1\n")
+    for version in ("1.3", "1.4", "1.5"):
+        app.deploy(version)
+    assert "1.1" not in [record["version"] for record in map(app.record, app.releases())]
+    app.run("deploy", app.artifact("1.1"), "--allow-downgrade", check=0)
+
+
 def test_deployments_that_fail_one_after_the_other_do_not_fill_the_disk(app: App) -> None:
     configure(app, failing(app))
     app.deploy("1.0")

@@ -7,7 +7,8 @@ from typing import Any, Dict
 import pytest
 
 from crashes import inconsistencies, unchanged_part
-from support import App, application_tree, directory, file, link, make_tar, tree_members, write_checksum
+from support import (App, application_tree, directory, file, link, make_tar, open_to_others, run_as_another, tree_members,
+                     write_checksum)
 
 # -- shared ------------------------------------------------------------------------
 
@@ -91,6 +92,21 @@ def test_the_artifacts_own_copy_is_replaced(app: App, own: Dict[str, Any]) -> No
     if isinstance(own.get("uploads"), type(link("x"))) and own["uploads"].link:
         # What the replaced link pointed to is not what was meant.
         assert (app.root / "current" / "lib" / "nested" / "data.txt").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_links_and_templates_may_lie_in_a_directory_that_the_artifact_closes() -> None:
+    with open_to_others() as app:
+        app.configure("shared_dirs = ro/log\n[vars]\na = b\n[template:conf]\nsource = ro/conf.in\ntarget = ro/conf")
+        tree = dict(application_tree("1.0"), **{"ro": directory(0o555), "ro/conf.in": "a is ${a}"})
+        artifact = make_tar(app.directory / "myapp-1.0.tar", tree_members(tree))
+        write_checksum(artifact)
+        data = run_as_another(app, "deploy", artifact)
+        assert data["exit_code"] == 0, data
+        place = app.root / "current" / "ro"
+        assert stat.S_IMODE(place.stat().st_mode) == 0o555 and (place / "conf").read_text() == "a is b"
+        assert run_as_another(app, "verify")["exit_code"] == 0
+        assert run_as_another(app, "deploy", artifact, "--force")["exit_code"] == 0
 
 
 def test_rollback_keeps_what_is_shared(app: App) -> None:
