@@ -8033,8 +8033,8 @@ class HelpAsked(Exception):
     """--help or --version: the text to show instead of running a command."""
 
 
-def build_parser() -> Any:
-    """Make the parser from the tables; it raises UsageError and HelpAsked, and neither prints nor exits."""
+def build_parser(names: Sequence[str]) -> Any:
+    """Make the parser of these commands from the tables; it raises UsageError and HelpAsked, and never prints or exits."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -8050,8 +8050,8 @@ def build_parser() -> Any:
     parser = Parser(prog="deploy.py", description="Take an artifact live on this host, and back.", allow_abbrev=False)
     add_global_flags(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for name, function in COMMANDS.items():
-        text = COMMAND_HELP.get(name) or (function.__doc__ or "").strip()
+    for name in names:
+        text = COMMAND_HELP.get(name) or (COMMANDS[name].__doc__ or "").strip()
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for flag in FLAGS:
             if name in flag.commands:
@@ -8084,8 +8084,10 @@ def add_global_flags(parser: Any) -> None:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
+    # Making all seventeen parsers takes a third of a short run; without a command's name all are needed for the help.
+    names = [name for name in COMMANDS if name in argv] or list(COMMANDS)
     # argparse keeps only the last place's list of a flag that may repeat: both places count.
-    flags = build_parser().parse_args(hoist_repeated(argv))
+    flags = build_parser(names).parse_args(hoist_repeated(argv))
     for flag in FLAGS:
         name = flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
         if not hasattr(flags, name):
