@@ -97,7 +97,7 @@ import signal
 import stat
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
                     Optional, Sequence, Set, Tuple, Type, Union)
@@ -154,7 +154,6 @@ HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
 EXTRA_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
-MAX_MANIFEST_BYTES = 1 << 30
 MAX_RECOVERIES = 2
 MAX_DEPTH = 64
 OUTPUT_TAIL_LINES = 40
@@ -731,13 +730,18 @@ class Directory:
             return None
         return read_descriptor(descriptor, f"{self.path}/{name}", limit_bytes)
 
-    def write(self, name: str, data: bytes, mode: int = 0o600) -> None:
+    def stream(self, name: str) -> Any:
+        """Open a regular file for reading as binary; FileNotFoundError where there is none."""
+        return open_regular(os.open(name, _READ_FLAGS, dir_fd=self.descriptor), f"{self.path}/{name}")
+
+    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> None:
         """Replace a file durably: a unique temporary file, fsync, rename, fsync of the directory."""
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
         try:
             try:
-                write_all(descriptor, data)
+                for piece in [data] if isinstance(data, bytes) else data:
+                    write_all(descriptor, piece)
                 # Not left to open(): the umask would take bits away that were asked for.
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
@@ -806,11 +810,17 @@ class Directory:
         self.close()
 
 
+def open_regular(descriptor: int, path: str) -> Any:
+    """Make a binary stream of a descriptor; OSError(EINVAL) for what is no regular file."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return os.fdopen(descriptor, "rb")
+
+
 def read_descriptor(descriptor: int, path: str, limit_bytes: int) -> bytes:
     """Read a regular file from a descriptor and close it; OSError(EFBIG) beyond the limit."""
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
+    with open_regular(descriptor, path) as stream:
         data = stream.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise OSError(errno.EFBIG, f"larger than {format_size(limit_bytes)}", path)
@@ -1346,6 +1356,9 @@ OPTIONS = (
     Option("deploy", "lock_wait", "duration", "0s", "how long to wait for another run to finish", "--wait-lock"),
     Option("deploy", "min_free", "size", "256M", "free space that must be left after staging"),
     Option("deploy", "durable", "bool", "yes", "sync every release to disk before it is published"),
+    Option("deploy", "share_unchanged", "no|reflink|hardlink", "reflink", "how a file that is the same in the live release "
+           "takes no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere; hard links are one "
+           "file, so changing one by hand changes all"),
     Option("artifact", "checksum", "required|if-present|off", "required", "whether an artifact needs a SHA-256 to be compared with"),
     Option("artifact", "match", "text", "", "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
     Option("artifact", "strip_components", "int", "0", "leading directories to drop from every name, as tar does"),
@@ -2231,27 +2244,32 @@ class Store:
         directory.discard(release + ".json")
         directory.sync()
 
-    def read_manifest(self, release: str) -> Tuple[bytes, bytes]:
-        """Return a release's manifest and tree as they are on disk; StateError where one is missing."""
-        found = []
-        for path in (".deploy/manifests", ".deploy/trees"):
-            directory = self.optional(path)
-            data = directory.read(release, MAX_MANIFEST_BYTES) if directory else None
-            if data is None:
-                raise StateError(f"{release} cannot be verified: {self.path}/{path}/{release} is missing",
-                                 "stage the artifact again: deploy.py deploy --force ARTIFACT")
-            found.append(data)
-        return found[0], found[1]
+    @contextmanager
+    def open_manifest(self, release: str) -> Iterator[Tuple[Any, Any]]:
+        """Open a release's manifest and tree as binary streams; StateError where one is missing."""
+        with ExitStack() as stack:
+            found = []
+            for path in (".deploy/manifests", ".deploy/trees"):
+                try:
+                    found.append(stack.enter_context(self.directory(path).stream(release)))
+                except FileNotFoundError:
+                    raise StateError(f"{release} cannot be verified: {self.path}/{path}/{release} is missing",
+                                     "stage the artifact again: deploy.py deploy --force ARTIFACT")
+            yield found[0], found[1]
 
     def has_manifest(self, release: str) -> bool:
         """Tell whether both files are there, without reading them."""
         directories = [self.optional(path) for path in (".deploy/manifests", ".deploy/trees")]
         return all(directory and directory.status(release) for directory in directories)
 
-    def write_manifest(self, release: str, manifest: bytes, tree: bytes) -> None:
-        """Write a release's manifest and tree durably."""
-        self.directory(".deploy/trees").write(release, tree)
-        self.directory(".deploy/manifests").write(release, manifest)
+    def write_manifest(self, release: str, manifest: Iterator[bytes], tree: Iterator[bytes]) -> Dict[str, str]:
+        """Write the lines of a release's manifest and tree durably; returns their digests as the record holds them."""
+        digests = {}
+        for name, lines in (("tree", tree), ("manifest", manifest)):
+            hasher = hashlib.sha256()
+            self.directory(f".deploy/{name}s").write(release, _hashed_blocks(lines, hasher))
+            digests[name + "_sha256"] = hasher.hexdigest()
+        return digests
 
     # -- the digest cache ----------------------------------------------------
 
@@ -2404,6 +2422,16 @@ class Store:
         return []
 
 
+def _hashed_blocks(lines: Iterator[bytes], hasher: Any) -> Iterator[bytes]:
+    """Join lines to blocks: a manifest of 200,000 lines is never in memory as a whole."""
+    while True:
+        block = b"".join(itertools.islice(lines, 1000))
+        if not block:
+            return
+        hasher.update(block)
+        yield block
+
+
 class Lock:
     """The kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
 
@@ -2489,12 +2517,13 @@ def describe_holder(holder: Dict[str, Any]) -> str:
 # ============================================================================
 
 BLOCK_BYTES = 512 << 10
-SLICE_BYTES = 64 << 10
+SLICE_BYTES = 128 << 10
 QUEUE_BLOCKS = 4
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_HEADERS_BYTES = 64 << 20
 MAX_CENTRAL_BYTES = 64 << 20
+MAX_ENTRY_BYTES = 46 + 3 * 65535  # of a zip's central directory
 MAX_DECODER_BYTES = 128 << 20
 MAX_EXTENSIONS, MAX_STREAMS, MAX_LINK_HOPS, MAX_LINK_STEPS, MAX_NOTES = 16, 100000, 40, 4000000, 5
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
@@ -2873,12 +2902,14 @@ class Manifest:
 
     # -- on disk -------------------------------------------------------------
 
-    def _digest_lines(self) -> Iterator[bytes]:
+    def digest_lines(self) -> Iterator[bytes]:
+        """Write the lines of `.deploy/manifests/<id>`: what `sha256sum -c` reads, and nothing it would stumble over."""
         for name in sorted(self.files):
             escaped = escape_name(name)
             yield (b"\\" if escaped != name else b"") + self.file(name)[0].encode() + b"  " + escaped + b"\n"
 
-    def _tree_lines(self) -> Iterator[bytes]:
+    def tree_lines(self) -> Iterator[bytes]:
+        """Write the lines of `.deploy/trees/<id>`: directories, symlinks and unusual modes, a JSON array each."""
         for name in sorted(self.directories):
             yield _tree_line(DIRECTORY, name, f"{self.directories[name]:04o}")
         for name in sorted(self.symlinks):
@@ -2888,33 +2919,24 @@ class Manifest:
             if mode != _MODE_FILE:
                 yield _tree_line("mode", name, f"{mode:04o}")
 
-    def to_bytes(self) -> bytes:
-        """Write the file `.deploy/manifests/<id>`: what `sha256sum -c` reads, and nothing it would stumble over."""
-        return b"".join(self._digest_lines())
-
-    def tree_bytes(self) -> bytes:
-        """Write the file `.deploy/trees/<id>`: directories, symlinks and unusual modes, one JSON array a line."""
-        return b"".join(self._tree_lines())
-
     @property
     def sha256(self) -> str:
         """The tree digest: the SHA-256 of both files; the same tree gives the same bytes."""
         hasher = hashlib.sha256()
-        for line in list(self._digest_lines()) + list(self._tree_lines()):
+        for line in itertools.chain(self.digest_lines(), self.tree_lines()):
             hasher.update(line)
         return hasher.hexdigest()
 
     @classmethod
-    def from_bytes(cls, data: bytes, tree: bytes) -> "Manifest":
-        """Read a manifest from its two files; ValueError says what is wrong with it."""
+    def from_lines(cls, digests: Iterable[bytes], tree: Iterable[bytes]) -> "Manifest":
+        """Read a manifest from the lines of its two files; ValueError says what is wrong with it."""
         manifest = cls()
-        for what, text, read in (("manifest", data, manifest._read_digest), ("tree", tree, manifest._read_tree)):
-            lines = text.split(b"\n")
-            if lines.pop() != b"":
-                raise ValueError(f"the {what} is cut off")
+        for what, lines, read in (("manifest", digests, manifest._read_digest), ("tree", tree, manifest._read_tree)):
             for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    raise ValueError(f"the {what} is cut off")
                 try:
-                    read(line)
+                    read(line[:-1])
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(f"line {number} of the {what} is malformed") from None
         return manifest
@@ -3261,7 +3283,14 @@ def decode_bzip2(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[by
 
 
 def decode_xz(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode xz streams whose dictionary fits into the memory a deployment may take."""
+    """Decode xz streams whose dictionary fits into the memory a deployment may take.
+
+    With the xz program where there is one: it uses every core.  busybox has an
+    xz of its own, which knows neither -T nor a limit.
+    """
+    program = find_command("xz")
+    if program and os.path.basename(os.path.realpath(program)) == "xz":
+        return run_filter([program, "-dcq", "-T0", f"--memlimit-decompress={MAX_DECODER_BYTES >> 20}MiB"], blocks)
     import lzma
     return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES), lzma.LZMAError)
 
@@ -3380,17 +3409,18 @@ class Stream:
 
 
 class Pump:
-    """The second thread: reads, hashes and decodes the artifact while the main thread writes.
+    """The second thread: reads and decodes the artifact while the main thread hashes and writes.
 
     Iterating gives decoded blocks; what failed in the thread is raised from
-    there, whole.  `close` ends the thread wherever it is.
+    there, whole.  `close` ends the thread wherever it is.  Decoding is what
+    takes longest, so the artifact's own bytes are handed over to be hashed.
     """
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         import queue
         import threading
         self._artifact, self._limits = artifact, settings.limits
-        self._hasher, self.read_bytes = hashlib.sha256(), 0
+        self._hasher, self.read_bytes, self._unhashed = hashlib.sha256(), 0, []  # type: Any, int, List[bytes]
         self._stopping, self._ended, self._empty = False, False, queue.Empty
         self._queue = queue.Queue(QUEUE_BLOCKS)  # type: Any
         self._thread = threading.Thread(target=self._run, name="artifact", daemon=True)
@@ -3403,13 +3433,13 @@ class Pump:
 
     def __iter__(self) -> Iterator[bytes]:
         while not self._ended:
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                self._ended = True
-                raise item
-            self._ended = not item
-            if item:
-                yield item
+            raw, decoded, self._ended, error = self._queue.get()
+            for block in raw:
+                self._hasher.update(block)
+            if error is not None:
+                raise error
+            if decoded:
+                yield decoded
 
     def close(self) -> None:
         """Let the thread end, and wait for it."""
@@ -3426,22 +3456,28 @@ class Pump:
         decoded = self._decode(raw)
         try:
             for block in gather(decoded):
-                self._queue.put(block)
+                self._hand_over(block)
                 if self._stopping:
                     return
             for _ in raw:  # what trails is hashed as well
                 pass
-            self._queue.put(b"")
+            self._hand_over(b"", ended=True)
         except BaseException as error:  # raised again in the main thread
-            self._queue.put(error)
+            self._hand_over(b"", ended=True, error=error)
         finally:
             decoded.close()  # type: ignore
+
+    def _hand_over(self, decoded: bytes, *, ended: bool = False, error: Optional[BaseException] = None) -> None:
+        raw, self._unhashed = self._unhashed, []
+        self._queue.put((raw, decoded, ended, error))
 
     def _raw(self) -> Iterator[bytes]:
         for block in self._artifact.blocks():
             if self._stopping:
                 return
-            self._hasher.update(block)
+            if len(self._unhashed) >= QUEUE_BLOCKS:
+                self._hand_over(b"")
+            self._unhashed.append(block)
             self.read_bytes += len(block)
             yield block
 
@@ -3473,7 +3509,7 @@ def gather(pieces: Iterator[bytes]) -> Iterator[bytes]:
     for piece in pieces:
         size_bytes += len(piece)
         small.append(piece)
-        if size_bytes >= BLOCK_BYTES // 2:
+        if size_bytes >= BLOCK_BYTES // 4:
             yield small[0] if len(small) == 1 else b"".join(small)
             small, size_bytes = [], 0
     if size_bytes:
@@ -3667,31 +3703,54 @@ class ZipEntry(NamedTuple):
 
 
 class ZipIndex:
-    """A zip's central directory, kept as it is on disk; entries are taken from it in the order of their data."""
+    """A zip's central directory, read in pieces: that of 200,000 files takes more memory than they do.
 
-    def __init__(self, central: bytes, start: int, places: List[int]) -> None:
-        from array import array
-        self.central, self.start = central, start
-        self.positions = array("I", [place & 0xffffffff for place in sorted(places)])
+    Entries come in the order of their data, which is the directory's own order
+    in what the usual programs write; only another one is kept in memory.
+    """
+
+    def __init__(self, artifact: OpenArtifact, start: int, size_bytes: int, number: int) -> None:
+        self._artifact, self.start, self.size_bytes, self.number = artifact, start, size_bytes, number
+        self._sorted, self.expanded_bytes = None, 0  # type: Optional[List[ZipEntry]], int
+        before, entries, ordered = -1, 0, True
+        for entry in self._in_directory_order():
+            ordered, before = ordered and before < entry.offset, entry.offset
+            entries, self.expanded_bytes = entries + 1, self.expanded_bytes + entry.size_bytes
+        if entries != number:
+            raise damaged(f"its central directory has {entries} entries where {number} are announced")
+        if not ordered:
+            self._sorted = sorted(self._in_directory_order(), key=lambda entry: entry.offset)
 
     def entries(self) -> Iterator[ZipEntry]:
         """Go through the entries in the order of their data."""
-        for position in self.positions:
-            yield zip_entry(self.central, position)[0]
+        return self._in_directory_order() if self._sorted is None else iter(self._sorted)
+
+    def _in_directory_order(self) -> Iterator[ZipEntry]:
+        position = base = 0
+        window = b""
+        while position < self.size_bytes:
+            end = base + len(window)
+            if position + MAX_ENTRY_BYTES > end and end < self.size_bytes:
+                base = position
+                window = self._artifact.read_at(self.start + base, min(BLOCK_BYTES, self.size_bytes - base))
+            entry, after = zip_entry(window, position - base)
+            position = base + after
+            yield entry
+
+    def is_same(self, pieces: Iterable[memoryview]) -> bool:
+        """Compare the directory as it is read in passing with what it was beforehand."""
+        import hmac
+        position, same = self.start, True
+        for piece in pieces:
+            same = same and hmac.compare_digest(self._artifact.read_at(position, len(piece)), bytes(piece))
+            position += len(piece)
+        return same
 
 
 def zip_index(artifact: OpenArtifact) -> ZipIndex:
     """Read the central directory, once; ArtifactRefused for one that is damaged, split or ambiguous."""
     if artifact.zip_index is None:
-        start, size_bytes, number = find_central(artifact)
-        central, position, places = artifact.read_at(start, size_bytes), 0, []
-        while position < size_bytes:
-            entry, after = zip_entry(central, position)
-            places.append(entry.offset << 32 | position)  # one number sorts with less memory than a pair
-            position = after
-        if len(places) != number or position != size_bytes:
-            raise damaged(f"its central directory has {len(places)} entries where {number} are announced")
-        artifact.zip_index = ZipIndex(central, start, places)
+        artifact.zip_index = ZipIndex(artifact, *find_central(artifact))
     return artifact.zip_index
 
 
@@ -3781,7 +3840,7 @@ def decode_zip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[byte
         yield from unpack_entry(entry, stream)
         before = entry
     check_gap(before, index.start, stream)
-    if stream.take(len(index.central)) != index.central:
+    if not index.is_same(stream.pieces(index.size_bytes)):
         raise damaged("its central directory is not what it was")
 
 
@@ -3901,8 +3960,8 @@ def check_limits(artifact: OpenArtifact, limits: Any) -> None:
     if 0 < limits.max_artifact < artifact.size_bytes:
         raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than [limits] max_artifact allows",
                               "raise [limits] max_artifact if that is right")
-    if artifact.format == "zip" and 0 < limits.max_files < len(zip_index(artifact).positions):
-        raise ArtifactRefused(f"the zip has {len(zip_index(artifact).positions):,} entries, more than [limits] max_files "
+    if artifact.format == "zip" and 0 < limits.max_files < find_central(artifact)[2]:
+        raise ArtifactRefused(f"the zip has {find_central(artifact)[2]:,} entries, more than [limits] max_files "
                               "allows", "raise [limits] max_files if that is right")
 
 
@@ -4034,8 +4093,8 @@ class Unpacked(NamedTuple):
     notes: List[str]
 
 
-def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings,
-           progress_update: Callable[[int], None], expected: str = "") -> Unpacked:
+def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings, progress_update: Callable[[int], None],
+           expected: str = "", sharer: Optional["Sharer"] = None) -> Unpacked:
     """Hash, judge and unpack an artifact in one pass into an empty directory nobody else can reach.
 
     Raises ArtifactRefused, also when `expected` is not the SHA-256 of what was
@@ -4046,7 +4105,7 @@ def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings,
     source = open_source(artifact, settings, progress_update, (status.st_dev, status.st_ino))
     umask = os.umask(0)
     try:
-        notes = Writer(destination, judge).write(source)
+        notes = Writer(destination, judge, sharer).write(source)
     except ArtifactRefused:
         source.close()
         if expected and artifact.format != "directory":  # wrong bytes explain best why they could not be read
@@ -4067,8 +4126,9 @@ class Writer:
     here, and symlinks are made when no file will follow.
     """
 
-    def __init__(self, destination: Directory, judge: Judge) -> None:
+    def __init__(self, destination: Directory, judge: Judge, sharer: Optional["Sharer"] = None) -> None:
         self._directory, self._judge, self._manifest = destination.descriptor, judge, judge.manifest
+        self._sharer = sharer
 
     def write(self, source: Union[ArchiveSource, TreeSource]) -> List[str]:
         """Write everything; return the judge's notes."""
@@ -4077,7 +4137,7 @@ class Writer:
             if self._judge.fresh:
                 self._make_directories()
             if name and member.kind == FILE:
-                digest = self._file(name, file_mode(member.mode), pieces)
+                digest = self._file(name, file_mode(member.mode), member.size_bytes, pieces)
                 self._manifest.files[name] = digest + self._manifest.files[name][32:]
             elif name and member.kind == HARD_LINK:
                 self._copy(self._judge.link_source(member), name)
@@ -4091,8 +4151,18 @@ class Writer:
             os.mkdir(name, _MODE_DIRECTORY, dir_fd=self._directory)
         del self._judge.fresh[:]
 
-    def _file(self, name: bytes, mode: int, pieces: Iterable[Union[bytes, memoryview]]) -> bytes:
+    def _file(self, name: bytes, mode: int, size_bytes: int, pieces: Iterable[Union[bytes, memoryview]]) -> bytes:
         hasher = hashlib.sha256()
+        twin = self._sharer.find(name, mode, size_bytes) if self._sharer else None
+        if twin:
+            with twin:
+                pieces = twin.differing(pieces, hasher)
+                if twin.is_same and self._sharer.share(twin, name, mode, self._directory):  # type: ignore
+                    return hasher.digest()
+                return self._write(name, mode, itertools.chain(twin.compared(), pieces), hashlib.sha256())
+        return self._write(name, mode, pieces, hasher)
+
+    def _write(self, name: bytes, mode: int, pieces: Iterable[Union[bytes, memoryview]], hasher: Any) -> bytes:
         descriptor = os.open(name, _CREATE_FLAGS, mode, dir_fd=self._directory)
         try:
             for piece in pieces:
@@ -4108,10 +4178,114 @@ class Writer:
         descriptor = os.open(source, _READ_FLAGS, dir_fd=self._directory)
         try:
             blocks = iter(lambda: os.read(descriptor, BLOCK_BYTES), b"")
-            self._file(name, int.from_bytes(packed[32:34], "big"), blocks)
+            self._write(name, int.from_bytes(packed[32:34], "big"), blocks, hashlib.sha256())
         finally:
             os.close(descriptor)
         self._manifest.files[name] = packed
+
+
+_FICLONE = 0x40049409  # ioctl_ficlone(2)
+
+
+class Twin:
+    """The live release's file of the same name, size and mode as one that is being unpacked.
+
+    It is read along with the new bytes: whether it is the same is not a
+    question of digests written down earlier.
+    """
+
+    def __init__(self, directory: Directory, name: bytes, descriptor: int, status: os.stat_result) -> None:
+        self.directory, self.name, self.descriptor, self.status = directory, name, descriptor, status
+        self.is_same, self._same_bytes = True, 0
+
+    def differing(self, pieces: Iterable[Union[bytes, memoryview]], hasher: Any) -> Iterator[Union[bytes, memoryview]]:
+        """Hash new pieces as long as they are the same as here; returns those from the first that is not."""
+        rest = iter(pieces)
+        for piece in rest:
+            # Through bytes: a memoryview is compared item by item, a hundred times as slow.
+            if os.pread(self.descriptor, len(piece), self._same_bytes) != bytes(piece):
+                self.is_same = False
+                return itertools.chain([piece], rest)
+            hasher.update(piece)
+            self._same_bytes += len(piece)
+        return iter(())
+
+    def compared(self) -> Iterator[bytes]:
+        """Give the bytes that were found to be the same once more."""
+        for offset in range(0, self._same_bytes, BLOCK_BYTES):
+            yield os.pread(self.descriptor, min(BLOCK_BYTES, self._same_bytes - offset), offset)
+
+    def __enter__(self) -> "Twin":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        os.close(self.descriptor)
+
+
+class Sharer:
+    """Lets files that are the same in the live release take no space again: a reflink (FICLONE) or a hard link."""
+
+    def __init__(self, release: Directory, how: str) -> None:
+        self._release, self._how, self.shared_files = release, how, 0
+        self._parent, self._directory = None, None  # type: Optional[bytes], Optional[Directory]
+
+    def find(self, name: bytes, mode: int, size_bytes: int) -> Optional[Twin]:
+        """Open the file that may be the same; None where there is none.  No symlink is followed."""
+        if not size_bytes or self._how == "no":
+            return None
+        parent, _, base = name.rpartition(b"/")
+        try:
+            if parent != self._parent:  # members come directory by directory
+                self.close()
+                self._parent = parent
+                self._directory = self._release.walk_to(os.fsdecode(parent))
+            if self._directory is None:
+                return None
+            descriptor = os.open(base, _READ_FLAGS, dir_fd=self._directory.descriptor)
+        except OSError:
+            return None
+        status = os.fstat(descriptor)
+        if (stat.S_IFREG | mode, size_bytes, os.geteuid()) != (status.st_mode, status.st_size, status.st_uid):
+            os.close(descriptor)
+            return None
+        return Twin(self._directory, base, descriptor, status)
+
+    def share(self, twin: Twin, name: bytes, mode: int, destination: int) -> bool:
+        """Make the new file from its twin; False where that cannot be, and the bytes must be written."""
+        try:
+            if self._how == "hardlink":
+                os.link(twin.name, name, src_dir_fd=twin.directory.descriptor, dst_dir_fd=destination, follow_symlinks=False)
+            else:
+                clone(twin.descriptor, name, mode, destination)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+            self._how = "no" if error.errno != errno.EMLINK else self._how
+            return False
+        after = os.stat(name, dir_fd=destination, follow_symlinks=False)
+        now = os.fstat(twin.descriptor)
+        if (after.st_size, now.st_size, now.st_mtime_ns) != (twin.status.st_size, twin.status.st_size, twin.status.st_mtime_ns):
+            raise OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(name))
+        self.shared_files += 1
+        return True
+
+    def close(self) -> None:
+        """Close the directory that is open."""
+        if self._directory is not None:
+            self._directory.close()
+            self._directory = None
+
+
+def clone(source: int, name: bytes, mode: int, destination: int) -> None:
+    """Make a file that shares another's blocks until one of them is changed; OSError where the filesystem cannot."""
+    descriptor = os.open(name, _CREATE_FLAGS, mode, dir_fd=destination)
+    try:
+        fcntl.ioctl(descriptor, _FICLONE, source)
+    except OSError:
+        os.unlink(name, dir_fd=destination)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def close_directories(tree: Directory, manifest: Manifest) -> None:
@@ -4140,6 +4314,15 @@ def read_members(artifact: OpenArtifact, names: Set[str], settings: Settings) ->
 
 
 # -- trees on disk -----------------------------------------------------------
+
+def hash_stream(stream: Any) -> str:
+    """Return the SHA-256 of a binary stream, which is then at its beginning again."""
+    hasher = hashlib.sha256()
+    for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
+        hasher.update(block)
+    stream.seek(0)
+    return hasher.hexdigest()
+
 
 def hash_open_file(entry: TreeEntry) -> bytes:
     """Hash an open file as far as its size went when it was opened."""
@@ -4248,7 +4431,7 @@ def expected_cost(artifact: OpenArtifact) -> Cost:
         return tree_cost(artifact)
     if artifact.format == "zip":
         index = zip_index(artifact)
-        return Cost(sum(entry.size_bytes for entry in index.entries()), len(index.positions), True, True)
+        return Cost(index.expanded_bytes, index.number, True, True)
     size_bytes = artifact.size_bytes
     known_bytes = {"tar.gz": gzip_size, "tar.xz": xz_size}.get(artifact.format, lambda artifact: 0)(artifact)
     expanded_bytes = known_bytes or size_bytes * GUESSED_RATIO[artifact.format]
@@ -5618,14 +5801,14 @@ def check_release(session: Session, store: Optional[Store], record: Record) -> D
     if store is None:
         raise StateError(f"{record.id} cannot be verified: its root is missing", "name another with --root DIR")
     release, again = record.id, "stage the artifact again: deploy.py deploy --force ARTIFACT"
-    manifest, tree = store.read_manifest(release)
-    for name, data in (("manifest", manifest), ("tree", tree)):
-        if hashlib.sha256(data).hexdigest() != record.tree.get(f"{name}_sha256"):
-            raise StateError(f"{release} cannot be verified: {store.path}/.deploy/{name}s/{release} was changed", again)
     progress = session.console.progress("verify", int(record.tree.get("bytes") or 0))
     try:
-        with session.interrupts.allowed(), store.directory("releases").child(release) as directory:
-            return compare_tree(directory, Manifest.from_bytes(manifest, tree), progress.update)
+        with session.interrupts.allowed(), store.open_manifest(release) as streams:
+            for name, stream in zip(("manifest", "tree"), streams):
+                if hash_stream(stream) != record.tree.get(f"{name}_sha256"):
+                    raise StateError(f"{release} cannot be verified: {store.path}/.deploy/{name}s/{release} was changed", again)
+            with store.directory("releases").child(release) as directory:
+                return compare_tree(directory, Manifest.from_lines(*streams), progress.update)
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", again)
     finally:
@@ -6230,14 +6413,28 @@ class Unpack(Step):
             raise StepFailed("the artifact is not open", "run the command again")
         progress = run.session.console.progress("unpack", artifact.size_bytes)
         try:
-            with run.session.interrupts.allowed(), run.staged_tree() as tree:
-                found = unpack(artifact, tree, run.settings, progress.update, self.artifact.sha256)
+            with run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
+                found = unpack(artifact, tree, run.settings, progress.update, self.artifact.sha256, sharer)
         finally:
             progress.close()
         run.manifest = found.manifest
         for note in found.notes:
             run.session.console.warn(note)
-        return f"{count(found.counts['files'], 'file')}, {format_size(found.counts['bytes'])}"
+        shared = f", {sharer.shared_files:,} shared with {run.facts.current.release}" if sharer and sharer.shared_files else ""
+        return f"{count(found.counts['files'], 'file')}, {format_size(found.counts['bytes'])}{shared}"
+
+    @contextmanager
+    def _sharer(self, run: Run) -> Iterator[Optional[Sharer]]:
+        how, live = run.settings.deploy.share_unchanged, run.facts.current.release
+        if how == "no" or live is None:
+            yield None
+            return
+        with run.store.directory("releases").child(live) as release:
+            sharer = Sharer(release, how)
+            try:
+                yield sharer
+            finally:
+                sharer.close()
 
     def undo(self, run: Run) -> None:
         """Remove what was unpacked."""
@@ -6390,10 +6587,8 @@ class SealRelease(Step):
             progress.close()
             if run.settings.deploy.durable:
                 sync_filesystem(run.store.directory(".deploy/staging").descriptor)
-        manifest, tree = run.manifest.to_bytes(), run.manifest.tree_bytes()  # type: ignore
-        record = self._record(run, {"manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-                                    "tree_sha256": hashlib.sha256(tree).hexdigest()})
-        run.store.write_manifest(self.release, manifest, tree)
+        manifest = run.manifest  # type: Any
+        record = self._record(run, run.store.write_manifest(self.release, manifest.digest_lines(), manifest.tree_lines()))
         run.store.write_record(record)
         run.facts.records[self.release] = record
         run.facts.on_disk.add(self.release)

@@ -785,7 +785,7 @@ def odd_release(bench):
 def test_real_sha256sum_accepts_the_manifest(odd_release, flags):
     with deploy.Directory.open(odd_release) as directory:
         manifest = deploy.scan_tree(directory, lambda done: None)
-    done = subprocess.run(["sha256sum", "-c"] + flags + ["-"], cwd=odd_release, input=manifest.to_bytes(),
+    done = subprocess.run(["sha256sum", "-c"] + flags + ["-"], cwd=odd_release, input=b"".join(manifest.digest_lines()),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
     if not flags:
@@ -795,10 +795,10 @@ def test_real_sha256sum_accepts_the_manifest(odd_release, flags):
 def test_the_manifest_reads_back(odd_release):
     with deploy.Directory.open(odd_release) as directory:
         manifest = deploy.scan_tree(directory, lambda done: None)
-        texts = manifest.to_bytes(), manifest.tree_bytes()
-        again = deploy.Manifest.from_bytes(*texts)
-        assert (again.to_bytes(), again.tree_bytes()) == texts
-        assert again.sha256 == manifest.sha256 == hashlib.sha256(b"".join(texts)).hexdigest()
+        texts = list(manifest.digest_lines()), list(manifest.tree_lines())
+        again = deploy.Manifest.from_lines(*texts)
+        assert (list(again.digest_lines()), list(again.tree_lines())) == texts
+        assert again.sha256 == manifest.sha256 == hashlib.sha256(b"".join(texts[0] + texts[1])).hexdigest()
         assert deploy.compare_tree(directory, again, lambda done: None) == ([], [], [], {})
     assert again.file(b"plain") == (hashlib.sha256(b"plain").hexdigest(), 0o755) and again.symlinks == {b"link": b"plain"}
 
@@ -808,7 +808,7 @@ def test_the_same_tree_gives_the_same_manifest():
     for manifest, order in ((first, 1), (second, -1)):
         for name in [b"b", b"a/x", b"a.y"][::order]:
             manifest.add_file(name, hashlib.sha256(name).digest(), 0o644, 1)
-    assert first.to_bytes() == second.to_bytes() and first.counts() == {"files": 3, "directories": 1, "symlinks": 0, "bytes": 3}
+    assert list(first.digest_lines()) == list(second.digest_lines()) and first.counts() == {"files": 3, "directories": 1, "symlinks": 0, "bytes": 3}
 
 
 def test_drop_forgets_all_below():
@@ -827,7 +827,7 @@ def test_drop_forgets_all_below():
     (b"", b'["directory", "a", "0755"]')])
 def test_a_malformed_manifest_is_a_value_error(data, tree):
     with pytest.raises(ValueError):
-        deploy.Manifest.from_bytes(data, tree)
+        deploy.Manifest.from_lines(io.BytesIO(data), io.BytesIO(tree))
 
 
 @pytest.mark.parametrize("reader", [["sha256sum", "-c"], ["busybox", "sha256sum", "-c"]], ids=["coreutils", "busybox"])
@@ -841,7 +841,7 @@ def test_a_manifest_is_read_by(reader, bench):
     with deploy.Directory.open(root) as directory:
         manifest = deploy.scan_tree(directory, lambda done: None)
     with open(bench.path + "/manifest", "wb") as stream:
-        stream.write(manifest.to_bytes())
+        stream.writelines(manifest.digest_lines())
     done = subprocess.run(reader + [bench.path + "/manifest"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.count(b": OK") == 3
 
