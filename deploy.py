@@ -850,6 +850,15 @@ def sync_filesystem(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def trim_memory() -> None:
+    """Give back what compiling this file took, some 20 MB, which the C library would keep (malloc_trim(3))."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError):
+        pass
+
+
 def boot_id() -> str:
     """Return the kernel's id of this boot, or an empty string where there is none."""
     try:
@@ -1131,6 +1140,42 @@ def start_filter(argv: Sequence[str]) -> Any:
     import subprocess
     return subprocess.Popen(list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+class Helper:
+    """A forked copy of this process that computes something beside it, for work that threads cannot share.
+
+    `result` waits for what the work returned (JSON); None where it failed, and
+    the caller does it himself.  Leaving the block ends the process.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._reading, writing = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            exit_code = EXIT_INTERNAL
+            try:
+                write_all(writing, json.dumps(work()).encode("ascii"))
+                exit_code = EXIT_OK
+            finally:
+                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
+        os.close(writing)
+
+    def result(self) -> Any:
+        """Wait for the end of the work and return its result."""
+        data = b"".join(iter(lambda: os.read(self._reading, 1 << 16), b""))
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return json.loads(data.decode("ascii")) if status == 0 else None
+
+    def __enter__(self) -> "Helper":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        os.close(self._reading)
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
 
 # -- signals -----------------------------------------------------------------
@@ -2833,6 +2878,9 @@ def guess_version(name: str) -> str:
 _MODE_FILE, _MODE_DIRECTORY = 0o644, 0o755
 
 
+_PACKED_BYTES = 40
+
+
 def pack_file(digest: bytes, mode: int, size_bytes: int) -> bytes:
     """Put what a manifest knows of a file into 40 bytes."""
     return digest + mode.to_bytes(2, "big") + size_bytes.to_bytes(6, "big")
@@ -2848,16 +2896,61 @@ def directory_mode(mode: int) -> int:
     return mode & 0o755 | 0o500
 
 
+class FileTable:
+    """What is known of files by name, as 40 bytes each; a mapping that keeps 200,000 of them in 30 MB.
+
+    Directory by directory: whole names, and an object for each value, would
+    take nearly twice as much.
+    """
+
+    def __init__(self) -> None:
+        self._directories = {}  # type: Dict[bytes, Tuple[Dict[bytes, int], bytearray]]
+
+    def __contains__(self, name: bytes) -> bool:
+        parent, _, base = name.rpartition(b"/")
+        found = self._directories.get(parent)
+        return found is not None and base in found[0]
+
+    def __getitem__(self, name: bytes) -> bytes:
+        parent, _, base = name.rpartition(b"/")
+        places, packed = self._directories[parent]
+        start = places[base] * _PACKED_BYTES
+        return bytes(packed[start:start + _PACKED_BYTES])
+
+    def __setitem__(self, name: bytes, value: bytes) -> None:
+        parent, _, base = name.rpartition(b"/")
+        found = self._directories.get(parent)
+        if found is None:
+            found = self._directories[parent] = ({}, bytearray())
+        places, packed = found
+        start = places.setdefault(base, len(packed) // _PACKED_BYTES) * _PACKED_BYTES
+        packed[start:start + _PACKED_BYTES] = value
+
+    def __delitem__(self, name: bytes) -> None:
+        parent, _, base = name.rpartition(b"/")
+        del self._directories[parent][0][base]
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Go through the names, directory by directory, both sorted."""
+        for parent in sorted(self._directories):
+            prefix = parent + b"/" if parent else b""
+            for base in sorted(self._directories[parent][0]):
+                yield prefix + base
+
+    def __len__(self) -> int:
+        return sum(len(places) for places, _ in self._directories.values())
+
+
 class Manifest:
     """What a release holds: the SHA-256 of every file, and what sha256sum does not know.
 
     `directories` maps names to modes, `symlinks` to targets, `files` to 40
-    bytes: digest, mode and size packed, because 200,000 of them must stay
-    small; `file()` unpacks one.  Names are bytes, relative, without `./`.
+    bytes: digest, mode and size packed; `file()` unpacks one.  Names are bytes,
+    relative, without `./`.
     """
 
     def __init__(self) -> None:
-        self.files = {}  # type: Dict[bytes, bytes]
+        self.files = FileTable()
         self.directories = {}  # type: Dict[bytes, int]
         self.symlinks = {}  # type: Dict[bytes, bytes]
 
@@ -2890,13 +2983,23 @@ class Manifest:
     def drop(self, name: bytes) -> None:
         """Forget a path and everything below it."""
         below = name + b"/"
-        for entries in (self.files, self.directories, self.symlinks):
+        for entries in (self.files, self.directories, self.symlinks):  # type: Any
             for entry in [entry for entry in entries if entry == name or entry.startswith(below)]:
-                del entries[entry]  # type: ignore
+                del entries[entry]
+
+    def names(self) -> Iterator[bytes]:
+        """Go through all names."""
+        return itertools.chain(self.directories, self.files, self.symlinks)
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self.files or name in self.directories or name in self.symlinks
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.directories) + len(self.symlinks)
 
     def counts(self) -> Dict[str, int]:
         """Count files, directories, symlinks and bytes; a manifest read back does not know its bytes (0)."""
-        size_bytes = sum(int.from_bytes(packed[34:], "big") for packed in self.files.values())
+        size_bytes = sum(int.from_bytes(self.files[name][34:], "big") for name in self.files)
         return {"files": len(self.files), "directories": len(self.directories),
                 "symlinks": len(self.symlinks), "bytes": size_bytes}
 
@@ -2904,7 +3007,7 @@ class Manifest:
 
     def digest_lines(self) -> Iterator[bytes]:
         """Write the lines of `.deploy/manifests/<id>`: what `sha256sum -c` reads, and nothing it would stumble over."""
-        for name in sorted(self.files):
+        for name in self.files:
             escaped = escape_name(name)
             yield (b"\\" if escaped != name else b"") + self.file(name)[0].encode() + b"  " + escaped + b"\n"
 
@@ -2914,7 +3017,7 @@ class Manifest:
             yield _tree_line(DIRECTORY, name, f"{self.directories[name]:04o}")
         for name in sorted(self.symlinks):
             yield _tree_line(SYMLINK, name, self.symlinks[name].decode("utf-8", "surrogateescape"))
-        for name in sorted(self.files):
+        for name in self.files:
             mode = self.file(name)[1]
             if mode != _MODE_FILE:
                 yield _tree_line("mode", name, f"{mode:04o}")
@@ -3012,7 +3115,7 @@ class Judge:
         self._strip = settings.artifact.strip_components
         self._implied = set()  # type: Set[bytes]
         self._resolved = {}  # type: Dict[bytes, bytes]
-        self._members = self._expanded_bytes = self._steps = 0
+        self._members = self._files = self._expanded_bytes = self._steps = 0
 
     def admit(self, member: Member) -> Optional[bytes]:
         """Return the name under which a member may be written, None when stripping drops it.
@@ -3095,7 +3198,7 @@ class Judge:
             raise refuse(member.name, f"it has {format_size(member.size_bytes)}, more than [limits] max_file allows",
                          "raise [limits] max_file if that is right")
         self.manifest.files[name] = pack_file(bytes(32), file_mode(member.mode), member.size_bytes)  # the digest comes later
-        self._expanded_bytes += member.size_bytes
+        self._files, self._expanded_bytes = self._files + 1, self._expanded_bytes + member.size_bytes
 
     def _admit_symlink(self, name: bytes, member: Member) -> None:
         self._new(name, member)
@@ -3125,7 +3228,7 @@ class Judge:
     def _count(self, member: Member) -> None:
         manifest, limits = self.manifest, self._limits
         # Directories that only a long name implies cost as much as members do.
-        total = max(self._members, len(manifest.files) + len(manifest.directories) + len(manifest.symlinks))
+        total = max(self._members, self._files + len(manifest.directories) + len(manifest.symlinks))
         if 0 < limits.max_files < total:
             raise refuse(member.name, f"it is beyond the {limits.max_files:,} members that [limits] max_files allows",
                          "raise [limits] max_files if that is right")
@@ -3139,7 +3242,7 @@ class Judge:
 
     def finish(self) -> List[str]:
         """Judge what only the whole archive tells: where symlinks lead; return notes for the operator."""
-        if not (self.manifest.files or self.manifest.symlinks or self.manifest.directories):
+        if not len(self.manifest):
             raise ArtifactRefused("the artifact holds nothing" + (
                 f" that strip_components = {self._strip} leaves" if self._strip and self._members else ""), REBUILD)
         for name in self.manifest.symlinks:
@@ -3179,22 +3282,24 @@ class Judge:
 
     def _note_top(self) -> Iterator[str]:
         manifest = self.manifest
-        everything = (name for names in (manifest.files, manifest.symlinks, manifest.directories) for name in names)
-        tops = [name for name in everything if b"/" not in name]
-        if not self._strip and len(tops) == 1 and tops[0] in manifest.directories and manifest.files:
+        tops = list(itertools.islice((name for name in manifest.names() if b"/" not in name), 2))
+        if not self._strip and len(tops) == 1 and tops[0] in manifest.directories and self._files:
             yield f"everything lies under {show(tops[0] + b'/')}: strip_components = 1 would drop it"
 
     def _note_collisions(self) -> Iterator[str]:
         """Find names that are one name where case or Unicode form does not count."""
-        folded, manifest = {}, self.manifest  # type: Dict[bytes, bytes], Manifest
-        for names in (manifest.directories, manifest.files, manifest.symlinks):
-            for name in names:
-                key = fold_name(name)
-                # Only names that folding changes need memory; most do not.
-                other = folded.setdefault(key, name) if key != name else name
-                other = key if other == name and self._kind_of(key) else other
-                if other != name:
-                    yield f"{show(other)} and {show(name)} are the same name on systems that ignore case or Unicode form"
+        # A table of hashes tells the few that may be: 200,000 folded names would take more memory than all else.
+        seen, twice, folded = bytearray(1 << 22), set(), {}  # type: bytearray, Set[int], Dict[bytes, bytes]
+        for name in self.manifest.names():
+            place = hash(fold_name(name)) % len(seen)
+            if seen[place]:
+                twice.add(place)
+            seen[place] = 1
+        for name in self.manifest.names() if twice else ():
+            key = fold_name(name)
+            other = folded.setdefault(key, name) if hash(key) % len(seen) in twice else name
+            if other != name:
+                yield f"{show(other)} and {show(name)} are the same name on systems that ignore case or Unicode form"
 
 
 def fold_name(name: bytes) -> bytes:
@@ -3498,7 +3603,7 @@ def expansion_limit(artifact: OpenArtifact, limits: Any) -> Tuple[int, str]:
     bounds = [(MAX_SIZE_BYTES, "max_expanded")]
     if limits.max_expanded:
         bounds.append((limits.max_expanded, "max_expanded"))
-    if limits.max_ratio and artifact.format not in ("tar", "directory"):
+    if limits.max_ratio and artifact.format != "directory":
         bounds.append((max(RATIO_FLOOR_BYTES, artifact.size_bytes * limits.max_ratio), "max_ratio"))
     return min(bounds)
 
@@ -3598,6 +3703,8 @@ def tar_member(header: bytes, name: bytes, size_bytes: int, special: Dict[bytes,
     if special:
         name, target = special.get(b"path", name), special.get(b"linkpath", target)
         size_bytes = pax_size(special, size_bytes, name)
+        if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
+            raise refuse(name, f"its extension header makes a link of it, its own header a {kind}")
     if flag in b"0\0" and name.endswith(b"/"):
         kind = DIRECTORY  # how tar wrote directories before POSIX
     return Member(name, kind, mode, size_bytes, target)
@@ -3852,10 +3959,12 @@ def check_local_header(entry: ZipEntry, stream: Stream) -> None:
     if signature != _LOCAL:
         raise refuse(entry.name, "its data do not begin with a local header")
     name, extra = stream.take(name_length), stream.take(extra_length)
-    later = entry.flags & _DESCRIBED_LATER
-    if later and (crc, packed, size) in ((0, 0, 0), (0, 0xffffffff, 0xffffffff)):
-        crc, packed, size = entry.crc, entry.packed_bytes, entry.size_bytes
-    size, packed = zip64_values(extra, (size, packed), name)
+    if entry.flags & _DESCRIBED_LATER:
+        # Any of the three may be left for the descriptor, which is held against the central directory as well.
+        packed, size = (0, 0) if (packed, size) == (0xffffffff, 0xffffffff) and not crc else (packed, size)
+        crc, packed, size = crc or entry.crc, packed or entry.packed_bytes, size or entry.size_bytes
+    else:
+        size, packed = zip64_values(extra, (size, packed), name)
     if (name, flags, method, crc, packed, size) != (entry.name, entry.flags, entry.method, entry.crc,
                                                     entry.packed_bytes, entry.size_bytes):
         raise refuse(entry.name, "its local header and the central directory disagree")
@@ -4051,9 +4160,14 @@ _KINDS_ON_DISK = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYM
                   stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
 
 
-def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[TreeEntry]:
-    """Go through a tree by descriptors, names sorted; each entry is open while it is handed out."""
+def walk_tree(directory: int, prefix: bytes = b"", wanted: Callable[[bytes], bool] = bool) -> Iterator[TreeEntry]:
+    """Go through a tree by descriptors, names sorted; each entry is open while it is handed out.
+
+    What is not `wanted`, by its name, is passed over with all that lies below.
+    """
     for base in sorted(map(os.fsencode, os.listdir(directory))):
+        if not wanted(prefix + base):
+            continue
         try:
             # One open tells a file, a directory or something else, without a stat before it.
             descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
@@ -4069,7 +4183,7 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[TreeEntry]:
             yield TreeEntry(prefix + base, descriptor, status, b"")
             # No artifact goes deeper: what does was added, and is named by its topmost directory.
             if stat.S_ISDIR(status.st_mode) and prefix.count(b"/") < MAX_DEPTH:
-                yield from walk_tree(descriptor, prefix + base + b"/")
+                yield from walk_tree(descriptor, prefix + base + b"/", wanted)
         finally:
             os.close(descriptor)
 
@@ -4094,7 +4208,7 @@ class Unpacked(NamedTuple):
 
 
 def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings, progress_update: Callable[[int], None],
-           expected: str = "", sharer: Optional["Sharer"] = None) -> Unpacked:
+           *, expected: str = "", sharer: Optional["Sharer"] = None) -> Unpacked:
     """Hash, judge and unpack an artifact in one pass into an empty directory nobody else can reach.
 
     Raises ArtifactRefused, also when `expected` is not the SHA-256 of what was
@@ -4371,24 +4485,64 @@ class Differences(NamedTuple):
         return [("changed", self.changed), ("missing", self.missing), ("added", self.added)]
 
 
+PARALLEL_FILES = 2000
+
+
 def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
-    """Hash a tree and name every file that is not as the manifest has it."""
-    changed, added, reasons, done_bytes = [], [], {}, 0  # type: List[str], List[str], Dict[str, str], int
-    unseen = set(manifest.files)
-    unseen.update(manifest.directories, manifest.symlinks)
+    """Hash a tree and name every file that is not as the manifest has it; of a large one two processes take half each."""
+    if len(manifest.files) < PARALLEL_FILES or len(os.sched_getaffinity(0)) < 2:
+        changed = compare_share(directory, manifest, progress_update, (0, 1))
+    else:
+        with Helper(lambda: compare_share(directory, manifest, lambda done_bytes: None, (1, 2))) as helper:
+            changed = compare_share(directory, manifest, lambda done_bytes: progress_update(2 * done_bytes), (0, 2))
+            others = helper.result()
+        changed.update(others if others is not None else compare_share(directory, manifest, progress_update, (1, 2)))
+    added, missing = compare_names(directory, manifest)
+    return Differences(sorted(changed), missing, added, {name: why for name, why in changed.items() if why})
+
+
+def compare_names(directory: Directory, manifest: Manifest) -> Tuple[List[str], List[str]]:
+    """Name what is in a tree and not in its manifest, and the reverse; only directories and what was added are opened."""
+    added, known = [], 0
+
+    def to_be_opened(name: bytes) -> bool:
+        nonlocal known
+        if name not in manifest:
+            added.append(os.fsdecode(name))
+            return True
+        known += 1
+        return name in manifest.directories
+
+    for _ in walk_tree(directory.descriptor, wanted=to_be_opened):
+        pass
+    if known == len(manifest):
+        return added, []
+    unseen = set(manifest.names())
     for entry in walk_tree(directory.descriptor):
-        if entry.name not in unseen:
-            added.append(os.fsdecode(entry.name))
-            continue
         unseen.discard(entry.name)
-        difference = compare_entry(entry, manifest)
-        if difference is not None:
-            changed.append(os.fsdecode(entry.name))
-            if difference:
-                reasons[changed[-1]] = difference
-        done_bytes += entry.status.st_size
-        progress_update(done_bytes)
-    return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)], added, reasons)
+    return added, [os.fsdecode(name) for name in sorted(unseen)]
+
+
+def compare_share(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None],
+                  share: Tuple[int, int]) -> Dict[str, str]:
+    """Hash one share (number, of how many) of a tree: each entry's difference from the manifest, empty for its bytes.
+
+    The shares are told by a hash of the names; every share goes through all directories.
+    """
+    import zlib
+    changed, done_bytes, (number, shares) = {}, 0, share
+
+    def is_mine(name: bytes) -> bool:
+        return zlib.crc32(name) % shares == number
+
+    for entry in walk_tree(directory.descriptor, wanted=lambda name: name in manifest.directories or is_mine(name)):
+        if is_mine(entry.name) and entry.name in manifest:
+            difference = compare_entry(entry, manifest)
+            if difference is not None:
+                changed[os.fsdecode(entry.name)] = difference
+            done_bytes += entry.status.st_size
+            progress_update(done_bytes)
+    return changed
 
 
 def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
@@ -6408,13 +6562,14 @@ class Unpack(Step):
     def apply(self, run: Run) -> str:
         """Unpack; ArtifactRefused for what is wrong with it."""
         run.staging = run.store.new_staging()
+        trim_memory()
         artifact = run.observer.artifact
         if artifact is None:
             raise StepFailed("the artifact is not open", "run the command again")
         progress = run.session.console.progress("unpack", artifact.size_bytes)
         try:
             with run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
-                found = unpack(artifact, tree, run.settings, progress.update, self.artifact.sha256, sharer)
+                found = unpack(artifact, tree, run.settings, progress.update, expected=self.artifact.sha256, sharer=sharer)
         finally:
             progress.close()
         run.manifest = found.manifest
@@ -7038,7 +7193,7 @@ class Executor:
         self.run, self.plan, self.outcome = run, plan, outcome
         self.console, self.store = run.session.console, run.store
         self.journal, self.interrupted = journal, False
-        self._well = False  # every step was done: what fails from here on does not make the release bad
+        self._well = False  # what failed, if anything, does not make the release bad
         self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
         self._phase, self._done_before = (journal.phase, journal.done) if journal else ("", [])
         self._done = []  # type: List[Step]
@@ -7060,6 +7215,8 @@ class Executor:
         except (DeployError, OSError) as error:
             self.run.session.interrupts.close()
             self.interrupted = isinstance(error, Interrupted)
+            # A disk that refuses this program's own notes says nothing against the release.
+            self._well = self._well or isinstance(error, OSError)
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
         except Exception as error:  # a defect of this program must not leave a release live that nobody asked
             self.run.session.interrupts.close()
@@ -7356,7 +7513,8 @@ def step_error(error: Exception, step: str) -> DeployError:
              errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
              errno.EACCES: "let this user write there, then run again",
              errno.EIO: "check the disk and the kernel's log before anything else"}
-    where = f" at {escape(portable(os.fsdecode(error.filename)))}" if error.filename else ""
+    # os.listdir() of a descriptor puts a number there.
+    where = f" at {escape(portable(os.fsdecode(error.filename)))}" if isinstance(error.filename, (str, bytes)) else ""
     return StepFailed(f"{step}: {reason(error)}{where}", hints.get(error.errno or 0, "mend the cause, then run again"))
 
 
@@ -7389,11 +7547,19 @@ class Recovery:
         if current.problem:
             raise StateError(current.problem, current.hint)
         if journal is not None:
+            self._refuse_unreadable(journal)
             done.append(self._settle(journal))
         done += [f"removed {name}" for name in self.store.sweep()]
         for problem in self.store.left_over:
             self.console.warn(problem)
         return done + self._agree() + self._forget_missing()
+
+    def _refuse_unreadable(self, journal: Journal) -> None:
+        """What is to be done depends on both ends: a record that cannot be read now must not pass for none."""
+        for release in (journal.from_release, journal.to_release):
+            if release and release not in self.run.facts.records and self.store.has_record(release):
+                raise StateError(f"cannot recover the {journal.operation} of {journal.to_release}: "
+                                 + "; ".join(self.run.facts.state_problems), self._by_hand())
 
     def _agree(self) -> List[str]:
         """The link is the truth: what it names is `active`, and nothing else is."""

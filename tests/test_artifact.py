@@ -93,7 +93,7 @@ class Bench:
         self.release = os.path.join(self.path, f"release{self.number}")
         os.mkdir(self.release, 0o700)
         with deploy.OpenArtifact.open(path) as artifact, deploy.Directory.open(self.release) as destination:
-            return deploy.unpack(artifact, destination, settings(**values), lambda done: None, expected)
+            return deploy.unpack(artifact, destination, settings(**values), lambda done: None, expected=expected)
 
     def read(self, name):
         with open(os.path.join(self.release, name), "rb") as stream:
