@@ -2396,6 +2396,7 @@ class Store:
     def append_history(self, entry: HistoryEntry) -> HistoryEntry:
         """Append a line, chained to the one before, durably; returns it with its number."""
         directory = self.directory(".deploy")
+        is_first = directory.status("history.jsonl") is None
         self._cut_torn_line(directory)
         last = (self.history_lines(1) or [b""])[0]
         try:
@@ -2412,26 +2413,47 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        head = {"sequence": sequence, "sha256": hashlib.sha256(line).hexdigest()}
+        if is_first:
+            directory.sync()
         try:
-            directory.write("history.head", json.dumps(seal(head)).encode("ascii"))
+            self._write_head(sequence, line)
         except OSError:
             # The line is durable, so the verdict is; a head that is one behind is allowed for.
             pass
         return entry
 
-    def _cut_torn_line(self, directory: Directory) -> None:
+    def _write_head(self, sequence: int, line: bytes) -> None:
+        head = {"sequence": sequence, "sha256": hashlib.sha256(line).hexdigest()}
+        self.directory(".deploy").write("history.head", json.dumps(seal(head)).encode("ascii"))
+
+    def _cut_torn_line(self, directory: Directory) -> bool:
         """Take away a line that a crash cut off before its newline."""
         found = directory.status("history.jsonl")
         if not found or not found.st_size:
-            return
+            return False
         descriptor = os.open("history.jsonl", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor)
         try:
-            if os.pread(descriptor, 1, found.st_size - 1) != b"\n":
-                os.ftruncate(descriptor, sum(len(line) + 1 for line in self.history_lines()))
-                os.fsync(descriptor)
+            if os.pread(descriptor, 1, found.st_size - 1) == b"\n":
+                return False
+            os.ftruncate(descriptor, sum(len(line) + 1 for line in self.history_lines()))
+            os.fsync(descriptor)
+            return True
         finally:
             os.close(descriptor)
+
+    def mend_history(self) -> List[str]:
+        """Cut off a torn line and bring a head that a crash left one behind up to date; returns what was done."""
+        directory = self.directory(".deploy")
+        done = ["cut off a torn line of the history"] if self._cut_torn_line(directory) else []
+        before, last = ([b"", b""] + self.history_lines(2))[-2:]
+        try:
+            head = unseal(directory.read("history.head") or b"", "history.head")
+            if (head["sequence"], head["sha256"]) == (json.loads(last.decode())["sequence"] - 1, hashlib.sha256(before).hexdigest()):
+                self._write_head(head["sequence"] + 1, last)
+                done.append("brought history.head up to date")
+        except (ValueError, KeyError, TypeError):
+            pass  # what is damaged is left for history --verify to tell
+        return done
 
     def verify_history(self) -> List[str]:
         """Find lines that were changed or are missing; returns what is wrong, empty when nothing is."""
@@ -6974,6 +6996,17 @@ def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
     return max(older, key=lambda record: record.sequence) if older else None
 
 
+def refuse_unreadable(facts: Facts, live: Optional[str]) -> None:
+    """Raise StateError where the way back leads through a release whose record cannot be read: it may be the one."""
+    seen, name = {live}, (facts.records[live].previous if live in facts.records else None)
+    while name and name not in seen and not (name in facts.records and is_good(facts.records[name])):
+        seen.add(name)
+        if name in facts.on_disk and name not in facts.records and facts.state_problems:
+            raise StateError(f"the previous release {name} cannot be judged: {'; '.join(facts.state_problems)}",
+                             f"name the release to go back to: {facts.command_line('rollback RELEASE')}")
+        name = facts.records[name].previous if name in facts.records else None
+
+
 def is_good(record: Record) -> bool:
     """Tell whether a rollback may go to a release: it was live, and neither failed nor was rolled back from."""
     return record.state in (STATE_ACTIVE, STATE_RETIRED) and record.rolled_back_at is None
@@ -7095,6 +7128,7 @@ def plan_rollback(settings: Settings, facts: Facts) -> Plan:
     if facts.request.release:
         target = select_release(facts, facts.request.release)
     else:
+        refuse_unreadable(facts, live)
         found = rollback_target(facts, live)
         if found is None:
             raise PreflightFailed("there is no previous good release to roll back to",
@@ -7552,7 +7586,7 @@ class Recovery:
         done += [f"removed {name}" for name in self.store.sweep()]
         for problem in self.store.left_over:
             self.console.warn(problem)
-        return done + self._agree() + self._forget_missing()
+        return done + self.store.mend_history() + self._agree() + self._forget_missing()
 
     def _refuse_unreadable(self, journal: Journal) -> None:
         """What is to be done depends on both ends: a record that cannot be read now must not pass for none."""

@@ -4,25 +4,36 @@ import hashlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from support import App, Result, application_tree, entry, needs, run_deploy, snapshot, wait_until
+from support import (TESTS, App, Result, application_tree, checked, clean_environment, compiled, deploy_argv, entry, needs,
+                     snapshot, wait_until)
 
-MUTATING = ("openat", "write", "pwrite64", "ftruncate", "rename", "renameat", "renameat2", "symlink", "symlinkat", "link",
-            "linkat", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "chmod", "fchmod", "fchmodat", "fsync", "fdatasync",
-            "sync", "syncfs")
+MUTATING = ("open", "openat", "creat", "write", "pwrite64", "writev", "truncate", "ftruncate", "fallocate", "sendfile",
+            "copy_file_range", "rename", "renameat", "renameat2", "symlink", "symlinkat", "link", "linkat", "unlink",
+            "unlinkat", "rmdir", "mkdir", "mkdirat", "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown",
+            "fchownat", "utimensat", "fsync", "fdatasync", "sync", "syncfs", "flock")
+PHASE = re.compile(r'\\"phase\\": \\"(\w+)\\"')
 
 
 class Call(NamedTuple):
-    """One system call of a run: `number` counts those of the same name, as strace's `when` does."""
+    """One system call of a run: `number` counts those of the same name, as strace's `when` does.
+
+    `phase` is how far the run is: "" before its first journal, then what it noted there last or is about to note of the
+    switch, and "closed" once the verdict is in the history.
+    """
 
     name: str
     number: int
     text: str
+    phase: str = ""
 
 
 def script(path: Any, text: str) -> Path:
@@ -51,39 +62,153 @@ def trace_of(app: App) -> Path:
 
 
 class Saved:
-    """An application's root as it was, to be put back before each try."""
+    """An application's root as it was (it may not have been there), to be put back before each try."""
 
     def __init__(self, app: App) -> None:
         self.app, self.copy = app, app.directory / "saved"
         shutil.rmtree(str(self.copy), ignore_errors=True)
-        shutil.copytree(str(app.root), str(self.copy), symlinks=True)
+        if app.root.exists():
+            shutil.copytree(str(app.root), str(self.copy), symlinks=True)
 
     def restore(self) -> None:
         """Put the root back."""
-        shutil.rmtree(str(self.app.root))
-        shutil.copytree(str(self.copy), str(self.app.root), symlinks=True)
+        shutil.rmtree(str(self.app.root), ignore_errors=True)
+        if self.copy.exists():
+            shutil.copytree(str(self.copy), str(self.app.root), symlinks=True)
 
 
-def record_calls(app: App, *arguments: Any, **options: Any) -> List[Call]:
-    """Run deploy.py once and list the calls that changed, or made durable, something under the root."""
-    app.run(*arguments, python=strace(app, "-e", "trace=" + known_calls()), **options)
-    counts, calls, main = {}, [], None  # type: Dict[str, int], List[Call], Optional[str]
+class Warm:
+    """A Python that has deploy.py loaded and forks a child for each run; see warm.py."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-B", str(TESTS / "warm.py"), compiled()], env=clean_environment(), cwd="/",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+    def run(self, *arguments: Any, config: Any, json: bool = True, check: Optional[int] = None, trace: Any = None,
+            options: Sequence[str] = ()) -> Result:
+        """Run deploy.py to its end as `run_deploy` does, under strace where a file for the trace is given."""
+        argv = deploy_argv(*arguments, config=config, json=json)
+        with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+            self._ask({"argv": argv[2:], "env": clean_environment(), "stdout": stdout.name, "stderr": stderr.name,
+                       "stopped": trace is not None})
+            pid = self._answer()
+            try:
+                tracer = self._trace(pid, trace, options) if trace else None
+                exit_code = self._answer()
+            except BaseException:
+                os.killpg(pid, signal.SIGKILL)
+                self._answer()
+                raise
+            if tracer:
+                tracer.communicate()
+            texts = [stream.read().decode("utf-8", "surrogateescape") for stream in (stdout, stderr)]
+        return checked(Result(argv, exit_code, texts[0], texts[1], None), json=json, check=check)
+
+    def _ask(self, request: Dict[str, Any]) -> None:
+        self._process.stdin.write(json.dumps(request).encode("ascii") + b"\n")  # type: ignore
+        self._process.stdin.flush()  # type: ignore
+
+    def _answer(self, timeout: float = 60) -> int:
+        stream = self._process.stdout.fileno()  # type: ignore
+        # One byte at a time: a buffer would hide from select() what came with the line before.
+        text = b""
+        while not text.endswith(b"\n"):
+            assert select.select([stream], [], [], timeout)[0], f"no answer within {timeout} s"
+            text += os.read(stream, 1) or b"1\n"
+        return int(text.decode("ascii"))
+
+    def _trace(self, pid: int, trace: Any, options: Sequence[str]) -> subprocess.Popen:
+        """Take hold of a stopped run, and let it go on."""
+        tracer = subprocess.Popen([needs("strace"), "-y", "-s", "400", "-o", str(trace), "-p", str(pid)] + list(options),
+                                  stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        said = tracer.stderr.readline().decode("utf-8", "replace")  # type: ignore
+        assert "attached" in said, f"strace cannot trace: {said}"
+        os.kill(pid, signal.SIGCONT)
+        return tracer
+
+
+_warm = {}  # type: Dict[str, Warm]
+
+
+def warm() -> Warm:
+    """The one such Python of this process, for deploy.py as it is now."""
+    if compiled() not in _warm:
+        _warm[compiled()] = Warm()
+    return _warm[compiled()]
+
+
+class QuickApp(App):
+    """An application whose runs start quickly, for tests that need very many."""
+
+    def run(self, *args: Any, **options: Any) -> Result:
+        """Run deploy.py with this configuration; takes `json` and `check`."""
+        return warm().run(*args, config=self.config, **options)
+
+
+def record_calls(app: App, *arguments: Any, check: Optional[int] = None, reading: bool = False) -> List[Call]:
+    """Run deploy.py once and list the calls that changed, or made durable, something under the root, or those that read."""
+    warm().run(*arguments, config=app.config, check=check, trace=trace_of(app),
+               options=["-e", "trace=" + known_calls() + ",getdents64"])
+    return list(recorded_calls(app, reading))
+
+
+def recorded_calls(app: App, reading: bool) -> Iterator[Call]:
+    """Read the last trace, of the program itself without its children."""
+    counts, progress, published = {}, Progress(), ""  # type: Dict[str, int], Progress, str
+    # The root's own directory as well: what makes a new root durable.
+    ours = re.compile(re.escape(str(app.root)) + r"[>/\"]|<" + re.escape(str(app.directory)) + ">")
     for line in trace_of(app).read_text(errors="replace").splitlines():
-        found = re.match(r"(\d+) +(\w+)\((.*)", line)
-        if not found or found.group(1) != (main or found.group(1)):
-            continue
-        main, name = found.group(1), found.group(2)
+        name = line.partition("(")[0]
         counts[name] = counts.get(name, 0) + 1
-        if name == "openat" and "O_CREAT" not in line and "O_RDWR" not in line or "EEXIST" in line:
-            continue
-        if str(app.root) in line or name in ("sync", "syncfs"):
-            calls.append(Call(name, counts[name], line))
-    return calls
+        progress.see_before(line)
+        # What is written may name the root as well.
+        where = line.partition(', "')[0] if name in ("write", "pwrite64") else line
+        reads = name == "getdents64" or name in ("open", "openat") and not re.search("O_CREAT|O_RDWR|O_WRONLY", line)
+        if (ours.search(where) or name in ("sync", "syncfs")) and "EEXIST" not in line and reads == reading:
+            # The sync of a directory belongs to what was done in it.
+            of_directory = name == "fsync" and not re.search(r"(\.tmp|\.jsonl)>", line)
+            yield Call(name, counts[name], line + (f" after {published}" if of_directory else ""), progress.phase)
+            if re.match("rename|unlink|symlink|mkdir", name):
+                published = re.sub(r'.*, "([^"]*)".*', r"\1", line)
+        progress.see_after(line)
+
+
+class Progress:
+    """How far a run is, read off its calls."""
+
+    def __init__(self) -> None:
+        self.phase, self._written, self._moved, self._told = "", "", False, False
+
+    def see_before(self, line: str) -> None:
+        """A call is about to be made."""
+        if self._moved and self.phase == "intent" and '".journal.json.' in line:
+            self.phase = "switched"
+
+    def see_after(self, line: str) -> None:
+        """A call was made."""
+        found = PHASE.search(line) if ".journal.json." in line else None
+        self._written = found.group(1) if found else self._written
+        self._moved = self._moved or ', "current")' in line
+        self._told = self._told or line.startswith("write(") and "/history.jsonl>" in line
+        if ', "journal.json")' in line:
+            self.phase = self._written
+        elif self._told and line.startswith("fsync("):
+            self.phase, self._told = "closed", False
 
 
 def known_calls() -> str:
     """The calls to trace, those that this architecture does not have marked as optional."""
     return ",".join("?" + name for name in MUTATING)
+
+
+def same_place(call: Call) -> str:
+    """A call without what differs from run to run: numbers, temporary names, what is written."""
+    text = re.sub(r"\.\d+\.[0-9a-f]{8}\.tmp", ".tmp", call.text.partition(" = ")[0])
+    text = re.sub(r"\d{8}T\d{6}Z|<unfinished.*|\(\d+<|, \d+<|, 0x.*", "#", text)
+    if call.name in ("write", "pwrite64", "ftruncate"):
+        return text.partition(">,")[0]
+    return re.sub(r"\)?\s*\Z", "", text)
 
 
 def find_call(calls: List[Call], name: str, pattern: str, after: str = "") -> Call:
@@ -97,17 +222,27 @@ def find_call(calls: List[Call], name: str, pattern: str, after: str = "") -> Ca
     raise AssertionError(f"no {name} that matches {pattern!r} after {after!r} in\n{listing}")
 
 
-def inject(app: App, call: Call, what: str, *arguments: Any, **options: Any) -> Result:
+def inject(app: App, call: Call, what: str, *arguments: Any) -> Result:
     """Run deploy.py, and kill it (`signal=KILL`) or let it fail (`error=EIO`) at one call."""
-    python = strace(app, "-e", f"trace={call.name}", "-e", f"inject={call.name}:{what}:when={call.number}")
     # A killed run prints nothing, so its output cannot be decoded.
-    return run_deploy(*arguments, config=app.config, python=python, json=False, **options)
+    result = warm().run(*arguments, config=app.config, json="KILL" not in what, trace=trace_of(app), options=[
+        "-e", f"trace={call.name}", "-e", f"inject={call.name}:{what}:when={call.number}"])
+    check_hit(app, call, result)
+    return result
+
+
+def check_hit(app: App, call: Call, result: Result) -> None:
+    """See that it was this call, and not another of the same number in a run that went differently."""
+    lines = [line for line in trace_of(app).read_text(errors="replace").splitlines() if line.startswith(call.name + "(")]
+    assert len(lines) >= call.number, f"was not hit: {call}\n{result.describe()}"
+    hit = call._replace(text=lines[call.number - 1])
+    assert same_place(hit) == same_place(call), f"hit {hit.text}\ninstead of {call.text}"
 
 
 def kill_at(app: App, call: Call, *arguments: Any) -> Result:
     """Kill deploy.py just before one system call."""
     result = inject(app, call, "signal=KILL", *arguments)
-    assert result.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL), f"was not killed at {call}\n{result.describe()}"
+    assert result.exit_code == -signal.SIGKILL, f"was not killed at {call}\n{result.describe()}"
     return result
 
 
@@ -184,6 +319,17 @@ def is_whole(app: App, release: str, version: str) -> bool:
         elif not path.is_file() or path.read_bytes() != found.content:
             return False
     return True
+
+
+def damaged_files(app: App, release: str) -> List[str]:
+    """Which files of a release are not what its manifest says."""
+    top, problems = app.root / "releases" / release, []
+    for line in (app.root / ".deploy" / "manifests" / release).read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        path = top / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            problems.append(f"{release}/{name} is not what was staged")
+    return problems
 
 
 def broken_chain(app: App) -> List[str]:

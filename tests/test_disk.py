@@ -22,17 +22,20 @@ def check_error(result: Result, word: str) -> None:
 # -- a disk that is really full ----------------------------------------------------
 
 class SmallDisk:
-    """A root on a tmpfs in a mount namespace of its own; `app.root` is the view of it from outside."""
+    """A root on a disk of its own in a mount namespace of its own; `app.root` is the view of it from outside.
 
-    def __init__(self, app: App, size: str) -> None:
+    `mount` are the commands that mount it, with `{root}` where that is to be.
+    """
+
+    def __init__(self, app: App, mount: str) -> None:
         unshare, self.inside = needs("unshare"), str(app.root)
         ready = app.directory / "ready"
         self.process = subprocess.Popen(
-            [unshare, "-m", "sh", "-c", f"mount -t tmpfs -o size={size},mode=755 tmpfs {self.inside} && touch {ready} && exec sleep 600"],
-            stderr=subprocess.DEVNULL, start_new_session=True)
+            [unshare, "-m", "sh", "-c", f"{mount.format(root=self.inside)} && touch {ready} && exec sleep 600"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         wait_until(lambda: ready.exists() or self.process.poll() is not None)
         if not ready.exists():
-            pytest.skip("this user may not mount a tmpfs in a namespace of its own")
+            pytest.skip("this user may not mount such a disk in a namespace of its own")
         self.app, app.root = app, Path(f"/proc/{self.process.pid}/root{self.inside}")
         self.python = under(app, "in-namespace", needs("nsenter"), "-t", self.process.pid, "-m")
 
@@ -44,22 +47,58 @@ class SmallDisk:
         """Run deploy.py inside."""
         return self.app.run(*arguments, python=self.python, **options)
 
+    def do(self, *argv: str) -> None:
+        """Run a command inside."""
+        subprocess.run([needs("nsenter"), "-t", str(self.process.pid), "-m"] + list(argv), check=True)
+
     def close(self) -> None:
         """Let the namespace go."""
         self.process.kill()
         self.process.wait()
 
 
-@pytest.fixture
-def disk(app: App) -> Iterator[SmallDisk]:
-    """A disk of 1 MB on which 1.0 is live."""
-    small = SmallDisk(app, "1m")
+def with_release(app: App, mount: str) -> Iterator[SmallDisk]:
+    """Mount a disk and make 1.0 live on it."""
+    small = SmallDisk(app, mount)
     try:
         small.configure()
         small.run("deploy", app.artifact("1.0"), check=0)
         yield small
     finally:
         small.close()
+
+
+@pytest.fixture
+def disk(app: App) -> Iterator[SmallDisk]:
+    """A disk of 1 MB on which 1.0 is live."""
+    yield from with_release(app, "mount -t tmpfs -o size=1m,mode=755 tmpfs {root}")
+
+
+@pytest.fixture
+def few_inodes(app: App) -> Iterator[SmallDisk]:
+    """A disk with room for 150 files on which 1.0 is live."""
+    yield from with_release(app, "mount -t tmpfs -o size=1m,nr_inodes=150,mode=755 tmpfs {root}")
+
+
+@pytest.fixture
+def real_disk(app: App) -> Iterator[SmallDisk]:
+    """An ext4 of 8 MB on which 1.0 is live: it can fail as a disk fails, and forgets then what was not synced."""
+    image = app.directory / "image"
+    with image.open("wb") as stream:
+        stream.truncate(8 << 20)
+    make = f"{needs('mkfs.ext4')} -q {image}"
+    yield from with_release(app, make + f" && mount -o loop {image} {{root}} && rmdir {{root}}/lost+found")
+
+
+def settle(disk: SmallDisk, *versions: Any) -> None:
+    """The disk is well again: one recover brings all into line, a second finds nothing, and the next deployment works."""
+    app = disk.app
+    disk.configure()
+    first = disk.run("recover", check=0)
+    assert inconsistencies(app, list(versions)) == [], first.describe()
+    assert not disk.run("recover", check=0).data["changed"] and disk.run("status", check=0)
+    disk.run("deploy", "--force", app.artifact("1.2"), check=0)
+    assert inconsistencies(app, ["1.2"]) == []
 
 
 def filler(disk: SmallDisk, then: str = "") -> Path:
@@ -81,12 +120,56 @@ def test_a_full_disk_leaves_the_old_release_live(disk: SmallDisk, hook: str, exi
     if not then:
         check_error(result, "ENOSPC")
     (app.root / "shared-filler").unlink()
-    disk.configure()
-    first = disk.run("recover", check=0)
-    assert inconsistencies(app, ["1.0"]) == [], first.describe()
-    assert not disk.run("recover", check=0).data["changed"] and disk.run("status", check=0)
-    disk.run("deploy", "--force", app.artifact("1.2"), check=0)
-    assert inconsistencies(app, ["1.2"]) == []
+    settle(disk, "1.0")
+
+
+@pytest.mark.parametrize("hook, exit_codes", [
+    ("pre_stage", [1]), ("post_stage", [1]), ("pre_activate", [1]), ("post_activate", [5, 6]), ("post_deploy", [5, 6]),
+], ids=["before unpacking", "before the manifest", "before the switch", "after the switch", "at the end"])
+def test_a_full_inode_table(few_inodes: SmallDisk, hook: str, exit_codes: List[int]) -> None:
+    """The way back needs an inode for its link: where there is none it says so, and the next run decides."""
+    app, names = few_inodes.app, few_inodes.app.root / "shared"
+    names.mkdir()
+    # `true`, not `:`, whose failed redirection would end the shell.
+    full = script(app.directory / "fill",
+                  f"cd {few_inodes.inside}/shared; while true > x$i; do i=$((i+1)); done 2>/dev/null")
+    few_inodes.configure(f"[hooks]\n{hook} = {full}\n")
+    result = few_inodes.run("deploy", app.artifact("1.1"))
+    assert len(os.listdir(str(names))) > 20, "the disk was not filled"
+    assert result.exit_code in exit_codes, result.describe()
+    assert app.version == ("1.1" if result.exit_code == 6 else "1.0"), result.describe()
+    check_error(result, "ENOSPC")
+    for name in os.listdir(str(names)):
+        (names / name).unlink()
+    settle(few_inodes, str(app.version))
+
+
+def test_too_few_inodes_are_refused_before_anything_changes(few_inodes: SmallDisk) -> None:
+    app = few_inodes.app
+    before = {name: found for name, found in snapshot(app.root).items() if name != ".deploy/lock"}
+    many = {f"many/{number}": "x" for number in range(200)}
+    result = few_inodes.run("deploy", app.artifact("1.1", many, suffix=".zip"), check=3)
+    assert "inodes" in result.data["error"]["message"], result.describe()
+    assert {name: found for name, found in snapshot(app.root).items() if name != ".deploy/lock"} == before
+
+
+@pytest.mark.parametrize("hook, exit_code, live", [
+    ("pre_stage", 1, ["1.0"]), ("post_stage", 1, ["1.0"]), ("pre_activate", 1, ["1.0"]),
+    ("post_activate", 6, ["1.0", "1.1"]), ("post_deploy", 6, ["1.0", "1.1"]),
+], ids=["before unpacking", "before the manifest", "before the switch", "after the switch", "at the end"])
+def test_a_disk_that_turns_read_only_during_the_run(
+        real_disk: SmallDisk, hook: str, exit_code: int, live: List[str]) -> None:
+    """As ext4 does by itself after an error of the disk; what was not synced is gone once it is mounted again."""
+    app = real_disk.app
+    real_disk.configure(f"[hooks]\n{hook} = mount -o remount,abort {real_disk.inside}\n")
+    result = real_disk.run("deploy", app.artifact("1.1"))
+    assert result.exit_code == exit_code and app.version in live, result.describe()
+    check_error(result, "(EROFS|EIO)")
+    if exit_code == 6:
+        assert "recover" in result.data["error"]["hint"]
+    real_disk.do("umount", real_disk.inside)
+    real_disk.do("mount", "-o", "loop", str(app.directory / "image"), real_disk.inside)
+    settle(real_disk, *live)
 
 
 def test_an_artifact_that_cannot_fit_is_refused_before_anything_changes(disk: SmallDisk) -> None:
@@ -113,7 +196,7 @@ def test_a_full_disk_can_be_pruned_and_rolled_back(disk: SmallDisk) -> None:
 
 
 def test_a_read_only_root_is_refused_with_a_reason(disk: SmallDisk) -> None:
-    subprocess.run([needs("nsenter"), "-t", str(disk.process.pid), "-m", "mount", "-o", "remount,ro", disk.inside], check=True)
+    disk.do("mount", "-o", "remount,ro", disk.inside)
     for command in (["deploy", disk.app.artifact("1.1")], ["prune"], ["recover"]):
         result = disk.run(*command)
         assert result.exit_code in (1, 3), result.describe()

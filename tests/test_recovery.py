@@ -1,27 +1,18 @@
-"""A run that was killed at any point: what recovery makes of it, row by row of the crash table, then call by call."""
+"""A run that was killed: what recovery makes of it, row by row of the crash table.
+
+test_crash_matrix.py goes call by call.
+"""
 
 import json
 import os
-import signal
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Optional
 
 import pytest
 
-from crashes import (Call, Saved, content, find_call, inconsistencies, kill_at, known_calls, record_calls, recover_and_judge,
+from crash_scenarios import KILL, killed
+from crashes import (Saved, content, find_call, inconsistencies, kill_at, known_calls, record_calls, recover_and_judge,
                      script, strace, unchanged_part)
-from support import App, Result, needs
-
-KILL = "/bin/sh -c 'kill -9 $PPID'"
-# Every how many calls a run is killed; 1 tries them all and takes minutes.
-START = int(os.environ.get("DEPLOY_TEST_KILL_START", "3"))
-STRIDE = int(os.environ.get("DEPLOY_TEST_KILL_STRIDE", "0"))
-
-
-def killed(app: App, *arguments: Any) -> Result:
-    """Run deploy.py with a configuration in which something kills it."""
-    result = app.run(*arguments, json=False)
-    assert result.exit_code == -signal.SIGKILL, f"was not killed\n{result.describe()}"
-    return result
+from support import App
 
 
 def journal(app: App) -> Dict[str, Any]:
@@ -349,6 +340,25 @@ def test_two_recoveries_that_are_killed_stop_with_exit_6(live: App) -> None:
     assert recover_and_judge(live, ["1.1"]) == []
 
 
+@pytest.mark.parametrize("damage", ["cut off", "another type"])
+def test_a_release_is_not_thrown_away_because_its_record_cannot_be_read(live: App, damage: str) -> None:
+    """An earlier release is deployed again, killed before the switch, and its record is damaged: recovery asks a person."""
+    old, artifact = live.current, live.artifact("1.0")
+    live.deploy("1.1")
+    live.configure(f"[hooks]\npre_activate = {KILL}\n")
+    killed(live, "deploy", "--allow-downgrade", artifact)
+    live.configure()
+    path = live.root / ".deploy" / "releases" / f"{old}.json"
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole))
+    result = live.run("recover")
+    assert old in live.releases(), f"the rollback's target was deleted\n{result.describe()}"
+    assert result.exit_code in (3, 6) and path.name in result.stderr, result.describe()
+    path.write_bytes(whole)
+    assert recover_and_judge(live, ["1.1"]) == []
+    assert live.run("rollback", check=0) and live.version == "1.0"
+
+
 # -- damaged files -------------------------------------------------------------
 
 def test_a_torn_last_line_of_the_history_is_cut_off_by_the_next_run(live: App) -> None:
@@ -383,140 +393,3 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(live: App, damage: str
         assert unchanged_part(live.root) == before
     path.write_bytes(whole)
     assert live.run("rollback", check=0) and inconsistencies(live, ["1.0"]) == []
-
-
-def test_recovery_keeps_a_release_whose_record_it_cannot_read(live: App) -> None:
-    live.configure(f"[hooks]\npre_activate = {KILL}\n")
-    killed(live, "deploy", live.artifact("1.1"))
-    live.configure()
-    release = journal(live)["to"]
-    path = live.root / ".deploy" / "releases" / f"{release}.json"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:100])
-    live.run("recover")
-    assert release in live.releases()
-    path.write_bytes(whole)
-    assert recover_and_judge(live, ["1.0"]) == [] and state_of(live, "1.1") == "staged"
-
-
-# -- the kill matrix -----------------------------------------------------------
-
-class Scenario(NamedTuple):
-    """One command to be killed again and again: how to get there, and what may be live afterwards."""
-
-    prepare: Callable[[App], List[Any]]
-    versions: List[Optional[str]]
-    stride: int
-
-
-SICK = ("keep_releases = 1\n[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION != 1.2'\n"
-        "deadline = 500ms\nperiod = 10ms\nsuccesses = 1\n")
-
-
-def prepare_first(app: App) -> List[Any]:
-    """A first deployment: nothing is there yet, not even .deploy."""
-    return ["deploy", app.artifact("1.0")]
-
-
-def prepare_deploy(app: App) -> List[Any]:
-    """A deployment that prunes 1.0."""
-    app.deploy("1.0")
-    app.deploy("1.1")
-    app.configure("keep_releases = 1\n")
-    return ["deploy", app.artifact("1.2")]
-
-
-def prepare_failing(app: App) -> List[Any]:
-    """A deployment whose probe fails, so that 1.1 comes back."""
-    app.deploy("1.1")
-    app.configure(SICK)
-    return ["deploy", app.artifact("1.2")]
-
-
-def prepare_undone(app: App) -> List[Any]:
-    """A deployment that fails before activation and is undone."""
-    app.deploy("1.1")
-    app.configure("[hooks]\npre_activate = false\n")
-    return ["deploy", app.artifact("1.2")]
-
-
-def prepare_rollback(app: App) -> List[Any]:
-    """A rollback by hand."""
-    app.deploy("1.0")
-    app.deploy("1.1")
-    return ["rollback"]
-
-
-def prepare_prune(app: App) -> List[Any]:
-    """Two releases to be pruned."""
-    for version in ("1.0", "1.1", "1.2", "1.3"):
-        app.deploy(version)
-    app.configure("keep_releases = 1\n")
-    return ["prune"]
-
-
-def prepare_recover(app: App) -> List[Any]:
-    """The recovery of a deployment that must go back."""
-    app.deploy("1.1")
-    app.configure(SICK + f"[hooks]\npost_activate = {KILL}\n")
-    killed(app, "deploy", app.artifact("1.2"))
-    app.configure(SICK)
-    return ["recover"]
-
-
-SCENARIOS = {
-    "first deploy": Scenario(prepare_first, [None, "1.0"], 19),
-    "deploy": Scenario(prepare_deploy, ["1.1", "1.2"], 17),
-    "deploy that rolls back": Scenario(prepare_failing, ["1.1"], 19),
-    "deploy that is undone": Scenario(prepare_undone, ["1.1"], 19),
-    "rollback": Scenario(prepare_rollback, ["1.0", "1.1"], 13),
-    "prune": Scenario(prepare_prune, ["1.3"], 9),
-    "recover": Scenario(prepare_recover, ["1.1"], 17),
-}  # type: Dict[str, Scenario]
-
-
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
-def test_killed_at_any_call_one_recover_leaves_old_or_new_complete(app: App, name: str) -> None:
-    needs("strace")
-    scenario, problems, killed_at = SCENARIOS[name], [], 0  # type: Any, List[str], int
-    arguments = scenario.prepare(app)
-    saved, config = Saved(app), app.config.read_text()
-    calls = record_calls(app, *arguments)
-    assert len(calls) > 10, calls
-    for call in calls[START::STRIDE or scenario.stride]:
-        saved.restore()
-        kill_at(app, call, *arguments)
-        killed_at += 1
-        if "hooks" in config:
-            app.configure()
-        problems += [f"killed at {call.name} {call.number}: {call.text}\n    {problem}"
-                     for problem in recover_and_judge(app, scenario.versions)]
-        app.config.write_text(config)
-    assert killed_at >= 3 and not problems, "\n".join(problems)
-
-
-def test_the_kill_matrix_sees_a_run_that_survives(live: App) -> None:
-    """The matrix rests on strace's counting: beyond the last call nothing is killed."""
-    calls = record_calls(live, "deploy", live.artifact("1.1"), check=0)
-    with pytest.raises(AssertionError, match="was not killed"):
-        kill_at(live, Call("renameat", 1000, ""), "deploy", live.artifact("1.2"))
-    assert live.version == "1.2" and len({call.name for call in calls}) > 5
-
-
-def test_nothing_is_published_by_rename_before_its_data_was_synced(live: App) -> None:
-    live.run("deploy", live.artifact("1.1"), python=strace(live, "-e", "trace=" + known_calls()), check=0)
-    dirty, published = {}, 0  # type: Dict[str, str], int
-    for line in (live.directory / "trace").read_text().splitlines():
-        if " write(" in line and str(live.root) in line:
-            path = line.split("<", 1)[1].split(">", 1)[0]
-            dirty[path] = line
-        elif " fsync(" in line and "<" in line:
-            dirty.pop(line.split("<", 1)[1].split(">", 1)[0], None)
-        elif " sync(" in line or " syncfs(" in line:
-            dirty.clear()
-        elif " renameat(" in line or " rename(" in line:
-            published += 1
-            source = line.split("<", 1)[1].split(">", 1)[0] + "/" + line.split('"')[1]
-            behind = [path for path in dirty if path == source or path.startswith(source + "/")]
-            assert not behind, f"{line}\npublishes what was not synced: {behind}"
-    assert published >= 5

@@ -1,0 +1,77 @@
+"""A few thousand mutated archives: each is unpacked or refused.  fuzz.py takes millions.
+
+DEPLOY_FUZZ_SEED and DEPLOY_FUZZ_INPUTS choose others.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fuzz
+from support import TESTS, clean_environment
+
+SEED = int(os.environ.get("DEPLOY_FUZZ_SEED") or 1)
+INPUTS = int(os.environ.get("DEPLOY_FUZZ_INPUTS") or 3000)
+
+
+def test_mutated_archives_are_unpacked_or_refused() -> None:
+    argv = [sys.executable, "-B", str(TESTS / "fuzz.py"), "--inputs", str(INPUTS), "--seed", str(SEED)]
+    done = subprocess.run(argv, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=600 + INPUTS // 10)
+    text = done.stdout.decode("utf-8", "replace")
+    assert done.returncode == 0, text
+    assert " 0 failures" in text.splitlines()[0], text
+
+
+def test_inputs_depend_on_the_seed_and_the_index_alone() -> None:
+    assert [fuzz.make_input(7, index) for index in range(50)] == [fuzz.make_input(7, index) for index in range(50)]
+    assert fuzz.make_input(7, 1) != fuzz.make_input(8, 1)
+
+
+def test_many_refusals_and_many_acceptances_are_reached(tmp_path: Path) -> None:
+    tally = fuzz.run(1, range(600), str(tmp_path / "ground"))
+    assert tally.failures == [] and tally.outcomes["accepted"] > 60 and len(tally.outcomes) > 40
+
+
+def unchecked_names(monkeypatch: Any) -> None:
+    """Names are no longer judged."""
+    monkeypatch.setattr(fuzz.deploy, "name_problem", lambda name: "")
+
+
+def files_above(monkeypatch: Any) -> None:
+    """Files are written beside the release."""
+    write = fuzz.deploy.Writer._file
+
+    def write_above(self: Any, name: bytes, mode: int, pieces: Any) -> bytes:
+        return bytes(write(self, b"../" + name, mode, pieces))
+
+    monkeypatch.setattr(fuzz.deploy.Writer, "_file", write_above)
+
+
+def unchecked_links(monkeypatch: Any) -> None:
+    """Symlinks are no longer followed."""
+    monkeypatch.setattr(fuzz.deploy.Judge, "_resolve_link", lambda self, name, hops: b"")
+
+
+def wide_modes(monkeypatch: Any) -> None:
+    """Modes are kept as they are."""
+    monkeypatch.setattr(fuzz.deploy, "file_mode", lambda mode: mode & 0o7777 | 0o400)
+
+
+def wrong_numbers(monkeypatch: Any) -> None:
+    """A number that cannot be read is another error."""
+    monkeypatch.setattr(fuzz.deploy, "tar_number", lambda field, name: int(field.strip(b" \0") or b"0", 8))
+
+
+@pytest.mark.parametrize("sabotage,failure", [
+    (unchecked_names, "FileExistsError"), (files_above, "written outside"), (unchecked_links, "leads outside"),
+    (wide_modes, "Wrong"), (wrong_numbers, "ValueError"),
+], ids=["names", "files", "links", "modes", "numbers"])
+def test_the_fuzzer_notices(tmp_path: Path, monkeypatch: Any, sabotage: Any, failure: str) -> None:
+    sabotage(monkeypatch)
+    tally = fuzz.run(1, range(800), str(tmp_path / "ground"))
+    assert any(failure in text for _, text in tally.failures), tally.failures[:5]

@@ -1,0 +1,85 @@
+"""A Python that has deploy.py loaded already and forks a child for each run: most of a short run is starting.
+
+Usage: warm.py PROGRAM
+
+Reads one JSON request a line: {"argv", "env", "stdout", "stderr", "stopped"}.
+Answers each with two lines: the child's process id, at once, and its exit code
+(negative for a signal) at its end.  With "stopped" the child stops itself
+before its first step, so that a tracer can take hold of it; SIGCONT lets it go
+on.  The end of the input is the end of the program.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import Any, Dict
+
+# What deploy.py imports only when a command needs it.
+LATER = ("argparse", "bz2", "configparser", "ctypes", "hmac", "lzma", "pwd", "queue", "random", "select", "shlex", "shutil",
+         "socket", "struct", "subprocess", "threading", "zlib")
+
+
+def load(path: str) -> Any:
+    """Import the program, source or bytecode, and what it will import."""
+    for name in LATER:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location("deploy", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deploy"] = module
+    spec.loader.exec_module(module)  # type: ignore
+    return module
+
+
+def become(request: Dict[str, Any]) -> None:
+    """Take on what a process of its own would have: a session, three streams, a directory, an environment."""
+    os.setsid()
+    for number, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
+        descriptor = os.open(path, os.O_RDWR)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir("/")
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv[1:] = request["argv"]
+
+
+def run_child(module: Any, request: Dict[str, Any]) -> None:
+    """Run the program once and end as it would; never returns."""
+    exit_code = 1
+    try:
+        become(request)
+        if request["stopped"]:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        exit_code = module.main(request["argv"])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def serve(module: Any) -> None:
+    """Answer requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            run_child(module, request)
+        if request["stopped"]:
+            os.waitpid(pid, os.WUNTRACED)
+        answers.write(f"{pid}\n")
+        answers.flush()
+        status = os.waitpid(pid, 0)[1]
+        answers.write(f"{-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(load(sys.argv[1]))
