@@ -2396,7 +2396,8 @@ class Store:
     def append_history(self, entry: HistoryEntry) -> HistoryEntry:
         """Append a line, chained to the one before, durably; returns it with its number."""
         directory = self.directory(".deploy")
-        is_first = directory.status("history.jsonl") is None
+        if directory.status("history.jsonl") is None:
+            directory.write("history.jsonl", b"")  # its name is durable before its first line counts
         self._cut_torn_line(directory)
         last = (self.history_lines(1) or [b""])[0]
         try:
@@ -2406,15 +2407,13 @@ class Store:
             sequence = 1
         entry = entry._replace(sequence=sequence, previous_sha256=hashlib.sha256(last).hexdigest() if last else "")
         line = json.dumps(seal(entry.to_json())).encode("ascii")
-        descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
-                             0o600, dir_fd=directory.descriptor)
+        descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
+                             dir_fd=directory.descriptor)
         try:
             write_all(descriptor, line + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if is_first:
-            directory.sync()
         try:
             self._write_head(sequence, line)
         except OSError:

@@ -44,12 +44,12 @@ def unchecked_names(monkeypatch: Any) -> None:
 
 def files_above(monkeypatch: Any) -> None:
     """Files are written beside the release."""
-    write = fuzz.deploy.Writer._file
+    write = fuzz.deploy.Writer._write
 
-    def write_above(self: Any, name: bytes, mode: int, pieces: Any) -> bytes:
-        return bytes(write(self, b"../" + name, mode, pieces))
+    def write_above(self: Any, name: bytes, *arguments: Any) -> bytes:
+        return bytes(write(self, b"../" + name, *arguments))
 
-    monkeypatch.setattr(fuzz.deploy.Writer, "_file", write_above)
+    monkeypatch.setattr(fuzz.deploy.Writer, "_write", write_above)
 
 
 def unchecked_links(monkeypatch: Any) -> None:

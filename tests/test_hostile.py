@@ -377,7 +377,7 @@ TAR_DAMAGE = {
     "gz-header-flags-without-an-end": Case(b"\x1f\x8b\x08\x18" + bytes(6) + b"n" * 5000, "too early"),
     "bz2-cut": Case(cut(bz2.compress(WHOLE), 0.6), "too early"),
     "bz2-damaged": Case(flipped(bz2.compress(WHOLE), 60), "damaged"),
-    "xz-cut": Case(cut(lzma.compress(WHOLE), 0.6), "too early"),
+    "xz-cut": Case(cut(lzma.compress(WHOLE), 0.6), "too early|end of input"),
     "xz-damaged": Case(flipped(lzma.compress(WHOLE), 60), "damaged"),
     "xz-dictionary-of-4-gib": Case(xz_with_dictionary(40), "(?i)memory"),
     "xz-dictionary-of-192-mib": Case(xz_with_dictionary(31), "(?i)memory"),

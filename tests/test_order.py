@@ -45,6 +45,8 @@ UNIMPORTANT = [
     Excuse("*", STATE + "/cache", "renameat *digests.json", "a digest that is not remembered is computed again"),
     Excuse("*", STATE, "renameat *history.head",
            "a head that is one line behind is allowed for, and the journal's removal syncs it"),
+    Excuse("first deploy*", STATE, "renameat *history.jsonl",
+           "the sync that follows history.head covers it; this one is for when the head cannot be written"),
     Excuse("*", STATE + "/releases", "renameat *.1.?.json.tmp *", "the next record's sync of the same directory covers it"),
     Excuse("dressed deploy", STATE + "/staging/.staging.tmp/etc*", "*",
            "the syncfs of the release covers what a template made"),
