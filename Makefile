@@ -5,7 +5,7 @@ JOBS = 1
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 
-.PHONY: help demo test test-all bench lint example clean
+.PHONY: help demo test test-all test-crash fuzz bench lint example clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -18,6 +18,14 @@ test: ## run the tests in .venv, which is made with pytest
 
 test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
 	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS)
+
+test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state
+	$(PYTHON) tests/crash_matrix.py --jobs $(JOBS)
+	$(PYTHON) tests/replay.py --states 10000 --jobs $(JOBS)
+	$(PYTHON) tests/test_damage.py --stride 5 --jobs $(JOBS)
+
+fuzz: ## unpack a million mutated archives
+	$(PYTHON) tests/fuzz.py --inputs 1000000 --jobs $(JOBS)
 
 bench: ## measure the speed
 	$(PYTHON) tests/bench.py

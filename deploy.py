@@ -246,15 +246,15 @@ class Interrupted(DeployError):
 
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides:
 # what can move a cursor, forge a log line or hide text.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)(\s*[:=]\s*)\S[^\r\n]*")
 _SECRET_NAME = re.compile(
     r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn"
     r"|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)\b([\w.-]*(?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|credential)[\w.-]*"
-    r"[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)")
+    r"(?i)\b([\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key|cookie|dsn"
+    r"|[_-](?:key|pwd|pass)(?![a-z]))[\w.-]*[\"']?\s*[=:]\s*)(\"[^\"\n]*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
 MASK = "[masked]"
 
 
@@ -656,7 +656,8 @@ def reason(error: OSError) -> str:
 
 def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
     """Write everything, however many calls the kernel wants for it."""
-    view = memoryview(data)
+    written_bytes = os.write(descriptor, data)
+    view = memoryview(data)[written_bytes:] if written_bytes < len(data) else b""
     while view:
         view = view[os.write(descriptor, view):]
 
@@ -1026,9 +1027,11 @@ class RunningCommand:
     POLL_SECONDS = 0.02
     KILL_AFTER_SECONDS = 5.0
 
-    def __init__(self, argv: Sequence[str], environ: Dict[str, str], directory: str, run_as: str = "") -> None:
+    def __init__(self, argv: Sequence[str], environ: Dict[str, str], directory: str, run_as: str = "",
+                 mask: Callable[[str], str] = str) -> None:
         import subprocess
         self.argv, self.tail, self._rest = list(argv), deque(maxlen=OUTPUT_TAIL_LINES), b""  # type: ignore
+        self._mask, self._is_cut = mask, False
         self._started_seconds = time.monotonic()
         # The program is looked up in the child's PATH, the one the operator is shown.
         self._process = subprocess.Popen(
@@ -1069,15 +1072,19 @@ class RunningCommand:
             self._output = -1
             return False
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > OUTPUT_LINE_CHARACTERS:
-            lines.append(self._rest)
-            self._rest = b""
+        if lines and self._is_cut:
+            del lines[0]
+            self._is_cut = False
+        # Twice what is shown, so that a secret which begins in it is whole when it is masked.
+        if len(self._rest) > 2 * OUTPUT_LINE_CHARACTERS:
+            lines += [] if self._is_cut else [self._rest]
+            self._rest, self._is_cut = b"", True
         for line in lines:
             self._emit(line, on_line)
         return True
 
     def _emit(self, line: bytes, on_line: Callable[[str], None]) -> None:
-        text = line.decode("utf-8", "backslashreplace").rstrip("\r")[:OUTPUT_LINE_CHARACTERS]
+        text = self._mask(line.decode("utf-8", "backslashreplace").rstrip("\r"))[:OUTPUT_LINE_CHARACTERS]
         self.tail.append(text)
         on_line(text)
 
@@ -1086,9 +1093,9 @@ class RunningCommand:
         for _ in range(64):
             if self._output < 0 or not self._read(on_line):
                 break
-        if self._rest:
+        if self._rest and not self._is_cut:
             self._emit(self._rest, on_line)
-            self._rest = b""
+        self._rest = b""
 
     def _kill_group(self) -> None:
         """TERM to the whole group, KILL after a grace period."""
@@ -1111,18 +1118,20 @@ class RunningCommand:
 
 def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None, directory: str = "/",
                 timeout_seconds: float = 60.0, on_line: Callable[[str], None] = lambda line: None,
-                run_as: str = "", interrupts: Optional["Interrupts"] = None) -> CommandResult:
+                run_as: str = "", interrupts: Optional["Interrupts"] = None,
+                mask: Callable[[str], str] = str) -> CommandResult:
     """Run a command to its end, without a shell, stdin closed, in its own process group.
 
     `environ` is the whole environment; without it a minimal one is made.  With
-    `interrupts` a signal ends it, group and all.  A program that cannot be started gives exit code 127 and says why in `tail`.
+    `interrupts` a signal ends it, group and all.  `mask` is applied to each line
+    before it is cut.  A program that cannot be started gives exit code 127 and says why in `tail`.
     """
     import subprocess
     interrupts = interrupts or Interrupts()
     try:
         # An exception inside Popen would leave a child behind that nobody knows of.
         with interrupts.held():
-            running = RunningCommand(argv, environ or base_environment(), directory, run_as)
+            running = RunningCommand(argv, environ or base_environment(), directory, run_as, mask)
             return running.wait(timeout_seconds, on_line, interrupts.check)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
@@ -1688,9 +1697,14 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
                          "name a configuration that this user can read: -c FILE")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8")
+    except configparser.ParsingError as error:
+        # Not its own words: they quote the line, which may hold a password.
+        numbers = [number for number, _ in getattr(error, "errors", [])] or [getattr(error, "lineno", 0)]
+        raise UsageError(f"cannot understand {path}: line {', '.join(map(str, numbers))} is none that can stand there",
+                         "lines are [section], then key = value, or a continuation that is indented") from None
     except configparser.Error as error:
         raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
-                         "lines are [section], key = value, or a continuation that is indented")
+                         "every section and every key may stand there once")
     given = {}
     for section in parser.sections():
         for key, text in parser.items(section):
@@ -1857,7 +1871,7 @@ class Journal(NamedTuple):
     """What is under way, `.deploy/journal.json`; it exists only while something is.
 
     `recoveries` counts the automatic recoveries that were begun; `deadline` is
-    when the run meant to have a verdict; `done` names the steps that ended.
+    when the run meant to have a verdict; `done` names the steps that were taken up.
     """
 
     deploy_id: str
@@ -2450,8 +2464,8 @@ class Store:
             if (head["sequence"], head["sha256"]) == (json.loads(last.decode())["sequence"] - 1, hashlib.sha256(before).hexdigest()):
                 self._write_head(head["sequence"] + 1, last)
                 done.append("brought history.head up to date")
-        except (ValueError, KeyError, TypeError):
-            pass  # what is damaged is left for history --verify to tell
+        except (ValueError, KeyError, TypeError, OSError):
+            pass  # what is damaged is left for history --verify to tell, and a full disk must not stop a prune
         return done
 
     def verify_history(self) -> List[str]:
@@ -2507,7 +2521,7 @@ class Lock:
 
     def __init__(self, store: Store) -> None:
         self._directory = store.directory(".deploy")
-        self._descriptor = -1
+        self._descriptor, self._is_owner = -1, False
 
     def acquire(self, wait_seconds: float, holder: Dict[str, Any], interrupts: Interrupts) -> None:
         """Take the lock, or raise Busy naming the holder once the time is up."""
@@ -2523,8 +2537,12 @@ class Lock:
                     raise Busy(f"another run holds the lock: {describe_holder(found)}",
                                "wait for it with --wait-lock 5m, or look at what it does")
                 time.sleep(0.02)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode("ascii"), 0)
+        self._is_owner = True
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(holder).encode("ascii"), 0)
+        except OSError:
+            pass  # a full disk must not stop the prune that would mend it
 
     def _try(self, operation: int) -> bool:
         try:
@@ -2534,10 +2552,16 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, and take the holder's name out of it: the next one has not written his at once."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            try:
+                if self._is_owner:
+                    os.ftruncate(self._descriptor, 0)
+            except OSError:
+                pass  # what stands there is information only
+            finally:
+                os.close(self._descriptor)
+                self._descriptor, self._is_owner = -1, False
 
 
 def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
@@ -2641,6 +2665,9 @@ class OpenArtifact:
     @classmethod
     def open(cls, path: str) -> "OpenArtifact":
         """Open an archive or a directory; ArtifactRefused when it is missing, unreadable or of no known format."""
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+            raise ArtifactRefused(f"artifact {path} is a URL, and an artifact is a file or a directory of this host",
+                                  "download it first, with its .sha256 beside it")
         path = absolute(path)
         # A link is followed now and once; O_NOFOLLOW then holds for the result.
         path = os.path.realpath(path) if os.path.islink(path) else path
@@ -2947,6 +2974,13 @@ class FileTable:
         start = places.setdefault(base, len(packed) // _PACKED_BYTES) * _PACKED_BYTES
         packed[start:start + _PACKED_BYTES] = value
 
+    def set_digest(self, name: bytes, digest: bytes) -> None:
+        """Write a known file's digest, the first 32 of its bytes."""
+        parent, _, base = name.rpartition(b"/")
+        places, packed = self._directories[parent]
+        start = places[base] * _PACKED_BYTES
+        packed[start:start + len(digest)] = digest
+
     def __delitem__(self, name: bytes) -> None:
         parent, _, base = name.rpartition(b"/")
         del self._directories[parent][0][base]
@@ -3161,7 +3195,7 @@ class Judge:
 
     def _name(self, member: Member) -> bytes:
         """Judge the name as it stands, and strip leading components from it as tar does."""
-        name = _LEADING_DOT.sub(b"", member.name)
+        name = _LEADING_DOT.sub(b"", member.name) if member.name.startswith(b".") else member.name
         if member.kind == DIRECTORY:
             name = name.rstrip(b"/") if not name.startswith(b"/") else name
             if not name and member.name:
@@ -3169,7 +3203,7 @@ class Judge:
         problem = name_problem(name)
         if problem:
             raise refuse(member.name, problem)
-        parts = name.split(b"/", self._strip)
+        parts = name.split(b"/", self._strip) if self._strip else [name]
         if len(parts) > self._strip:
             return parts[-1]
         if member.kind == DIRECTORY:
@@ -3249,8 +3283,8 @@ class Judge:
     def _count(self, member: Member) -> None:
         manifest, limits = self.manifest, self._limits
         # Directories that only a long name implies cost as much as members do.
-        total = max(self._members, self._files + len(manifest.directories) + len(manifest.symlinks))
-        if 0 < limits.max_files < total:
+        entries = self._files + len(manifest.directories) + len(manifest.symlinks)
+        if 0 < limits.max_files and (limits.max_files < entries or limits.max_files < self._members):
             raise refuse(member.name, f"it is beyond the {limits.max_files:,} members that [limits] max_files allows",
                          "raise [limits] max_files if that is right")
         # The decoder counts what comes out; copies that hard links become are seen here alone.
@@ -3311,9 +3345,10 @@ class Judge:
         """Find names that are one name where case or Unicode form does not count."""
         # A table of hashes tells the few that may be: 200,000 folded names would take more memory than all else.
         seen, twice, folded = bytearray(1 << 22), set(), {}  # type: bytearray, Set[int], Dict[bytes, bytes]
-        for name in self.manifest.names():
-            place = hash(fold_name(name)) % len(seen)
-            if seen[place]:
+        for name in filter(_MAY_FOLD.search, self.manifest.names()):
+            key = fold_name(name)
+            place = hash(key) % len(seen)
+            if seen[place] or key in self.manifest:
                 twice.add(place)
             seen[place] = 1
         for name in self.manifest.names() if twice else ():
@@ -3323,9 +3358,12 @@ class Judge:
                 yield f"{show(other)} and {show(name)} are the same name on systems that ignore case or Unicode form"
 
 
+_MAY_FOLD, _NOT_ASCII = re.compile(rb"[A-Z\x80-\xff]"), re.compile(rb"[\x80-\xff]")
+
+
 def fold_name(name: bytes) -> bytes:
     """Return what a name becomes where neither case nor the Unicode form counts."""
-    if name.isalpha() or max(name, default=0) < 128:
+    if not _NOT_ASCII.search(name):
         return name.lower()
     import unicodedata
     text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape")).casefold()
@@ -3521,6 +3559,10 @@ class Stream:
 
     def skip_to(self, offset: int) -> None:
         """Pass over what nobody took."""
+        position = offset - self._base
+        if position <= len(self._block):
+            self._position = position
+            return
         for _ in self.pieces(offset - self.offset):
             pass
 
@@ -3535,18 +3577,19 @@ class Stream:
 
 
 class Pump:
-    """The second thread: reads and decodes the artifact while the main thread hashes and writes.
+    """The second thread: reads and decodes the artifact while the main thread writes.
 
     Iterating gives decoded blocks; what failed in the thread is raised from
-    there, whole.  `close` ends the thread wherever it is.  Decoding is what
-    takes longest, so the artifact's own bytes are handed over to be hashed.
+    there, whole.  `close` ends the thread wherever it is.  The artifact's own
+    bytes are hashed by whichever thread has to wait for the other.
     """
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         import queue
         import threading
         self._artifact, self._limits = artifact, settings.limits
-        self._hasher, self.read_bytes, self._unhashed = hashlib.sha256(), 0, []  # type: Any, int, List[bytes]
+        self._hasher, self._hashing, self._unhashed = hashlib.sha256(), threading.Lock(), deque()  # type: Any, Any, Any
+        self.read_bytes = 0
         self._stopping, self._ended, self._empty = False, False, queue.Empty
         self._queue = queue.Queue(QUEUE_BLOCKS)  # type: Any
         self._thread = threading.Thread(target=self._run, name="artifact", daemon=True)
@@ -3559,13 +3602,15 @@ class Pump:
 
     def __iter__(self) -> Iterator[bytes]:
         while not self._ended:
-            raw, decoded, self._ended, error = self._queue.get()
-            for block in raw:
-                self._hasher.update(block)
-            if error is not None:
-                raise error
-            if decoded:
-                yield decoded
+            if self._queue.empty():
+                self._hash()
+            item = self._queue.get()
+            self._ended = not item or isinstance(item, BaseException)
+            if isinstance(item, BaseException):
+                raise item
+            if item:
+                yield item
+        self._hash()
 
     def close(self) -> None:
         """Let the thread end, and wait for it."""
@@ -3582,28 +3627,32 @@ class Pump:
         decoded = self._decode(raw)
         try:
             for block in gather(decoded):
-                self._hand_over(block)
+                if self._queue.full():
+                    self._hash()
+                self._queue.put(block)
                 if self._stopping:
                     return
             for _ in raw:  # what trails is hashed as well
                 pass
-            self._hand_over(b"", ended=True)
+            self._queue.put(b"")
         except BaseException as error:  # raised again in the main thread
-            self._hand_over(b"", ended=True, error=error)
+            self._queue.put(error)
         finally:
             decoded.close()  # type: ignore
 
-    def _hand_over(self, decoded: bytes, *, ended: bool = False, error: Optional[BaseException] = None) -> None:
-        raw, self._unhashed = self._unhashed, []
-        self._queue.put((raw, decoded, ended, error))
+    def _hash(self) -> None:
+        """Hash what was read so far."""
+        with self._hashing:
+            while self._unhashed:
+                self._hasher.update(self._unhashed.popleft())
 
     def _raw(self) -> Iterator[bytes]:
         for block in self._artifact.blocks():
             if self._stopping:
                 return
-            if len(self._unhashed) >= QUEUE_BLOCKS:
-                self._hand_over(b"")
             self._unhashed.append(block)
+            if len(self._unhashed) > QUEUE_BLOCKS:
+                self._hash()
             self.read_bytes += len(block)
             yield block
 
@@ -4272,8 +4321,7 @@ class Writer:
             if self._judge.fresh:
                 self._make_directories()
             if name and member.kind == FILE:
-                digest = self._file(name, file_mode(member.mode), member.size_bytes, pieces)
-                self._manifest.files[name] = digest + self._manifest.files[name][32:]
+                self._manifest.files.set_digest(name, self._file(name, file_mode(member.mode), member.size_bytes, pieces))
             elif name and member.kind == HARD_LINK:
                 self._copy(self._judge.link_source(member), name)
         notes = self._judge.finish()
@@ -4305,7 +4353,7 @@ class Writer:
                 write_all(descriptor, piece)
         finally:
             os.close(descriptor)
-        return hasher.digest()
+        return bytes(hasher.digest())
 
     def _copy(self, source: bytes, name: bytes) -> None:
         """Make a hard link an independent copy: one file changed by hand must not change another."""
@@ -4846,7 +4894,7 @@ class Call(NamedTuple):
         return run_command([native(word) for word in argv], on_line=on_line, directory=self.directory,
                            environ=child_environment(self.session, self.context, extra),
                            timeout_seconds=self.timeout_seconds, run_as=self.session.settings.hooks.run_as,
-                           interrupts=self.session.interrupts)
+                           interrupts=self.session.interrupts, mask=self.session.console.secrets.mask)
 
     def run(self, argv: Sequence[str], extra: Dict[str, str]) -> CommandResult:
         """Run it and show its output; StepFailed with the last lines when it fails."""
@@ -5324,6 +5372,10 @@ class Try:
         """Ask once, within the question's time limit; never raises for what the other side does."""
         raise NotImplementedError
 
+    def _excerpt(self, text: str) -> str:
+        """Return the start of a text as evidence, masked before it is cut: half a secret is not recognized."""
+        return self.question.session.console.secrets.mask(text)[:EVIDENCE_CHARACTERS]
+
     def _judge(self, text: str, header: Callable[[str], Optional[str]], well: str) -> Answer:
         """Hold an answer against the expectations."""
         try:
@@ -5374,7 +5426,7 @@ class NetworkTry(Try):
         except socket.timeout:
             answer = self._late()
         except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
-            answer = Answer(False, f"{self.stage}: {_network_reason(error)}", self.evidence)
+            answer = Answer(False, self._excerpt(f"{self.stage}: {_network_reason(error)}"), self.evidence)
         finally:
             if self.socket is not None:
                 self.socket.close()
@@ -5426,7 +5478,7 @@ def _network_reason(error: Exception) -> str:
         return "TLS: " + re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(error))
     if isinstance(error, OSError) and error.errno:
         return reason(error)
-    return f"{type(error).__name__}: {error}"[:EVIDENCE_CHARACTERS]
+    return f"{type(error).__name__}: {error}"
 
 
 def split_address(text: str) -> Tuple[str, int]:
@@ -5581,7 +5633,7 @@ class UrlTry(NetworkTry):
             if not piece:
                 break
             body += piece
-            self.evidence["body"] = body[:4 * EVIDENCE_CHARACTERS].decode("utf-8", "replace")[:EVIDENCE_CHARACTERS]
+            self.evidence["body"] = self._excerpt(body[:8 * EVIDENCE_CHARACTERS].decode("utf-8", "replace"))
         return body.decode("utf-8-sig", "replace")
 
 
@@ -5626,7 +5678,7 @@ class CommandTry(Try):
             return Answer(False, error.message, {})
         # Nothing was read of a command that could not be started; its tail says why.
         text = "\n".join(lines or result.tail)
-        self.evidence.update(status=result.exit_code, body=text[:EVIDENCE_CHARACTERS])
+        self.evidence.update(status=result.exit_code, body=self._excerpt(text))
         if not result.ok:
             return Answer(False, result.verdict() + (f": {result.tail[-1]}" if result.tail else ""), self.evidence)
         return self._judge(text, lambda name: None, "exited with code 0")
@@ -8420,6 +8472,8 @@ def suggestion(message: str) -> str:
     """Guess what was meant from what argparse says it does not know."""
     found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s']+)", message)
     flags = [name for flag in FLAGS for name in flag.names] + [option.flag for option in OPTIONS if option.flag]
+    if found and found.group(1) in flags:
+        return f"{found.group(1)} belongs behind a command that takes it"
     return nearest(found.group(1).partition("=")[0], list(COMMANDS) + flags) if found else ""
 
 
@@ -8568,6 +8622,24 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         for name, value in probe.header.items():
             if looks_secret(name):
                 secrets.add(value)
+        learn_probe_secrets(probe, secrets)
+
+
+def learn_probe_secrets(probe: Any, secrets: Secrets) -> None:
+    """Learn what a probe will send, before a hook or a server can show it: auth_file, userinfo and query of the URL."""
+    userinfo = re.match(r"[a-z]+://([^/?#@]*)@", probe.url)
+    texts = [userinfo.group(1)] if userinfo else []
+    try:
+        texts += [_read_text(probe.auth_file).strip()] if probe.auth_file else []
+    except OSError:
+        pass  # for preflight to tell
+    for text in texts:
+        for value in (text, text.partition(":")[2], text.partition(" ")[2]):
+            secrets.add(value)
+    for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", probe.url):
+        # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
+        if len(value) >= 8 or looks_secret(name):
+            secrets.add(value)
 
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[Invocation]]:
@@ -8692,7 +8764,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == "__main__":
     _exit_code = main()
-    # Python gives signals back while it ends: one that comes now must not turn "done" into 143.
-    for _number in Interrupts.SIGNALS:
-        signal.signal(_number, signal.SIG_IGN)
-    sys.exit(_exit_code)
+    # At once: while Python tidies up, signals have their effect back, and one must not turn "done" into 143.
+    os._exit(_exit_code)

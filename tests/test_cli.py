@@ -285,6 +285,8 @@ def test_a_held_lock_gives_one_complete_object_that_names_the_holder(app: App) -
     app.deploy("1.0")
     with open(str(app.root / ".deploy" / "lock"), "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(json.dumps({"pid": 1, "user": "me", "host": "here", "command": "deploy", "since": "now"}))
+        lock.flush()
         for words in (["prune"], ["prune", "--wait-lock", "100ms"]):
             result = app.run(*words, check=75)
             assert wrong_with(result) == []

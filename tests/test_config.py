@@ -285,7 +285,7 @@ FILES = [
     ("default-section", "[DEFAULT]\nroot = /srv/x\n", "DEFAULT"),
     ("duplicate-key", "[deploy]\nroot = a\nroot = b\n", "root"),
     ("duplicate-section", "[deploy]\nroot = a\n[deploy]\nmin_free = 1M\n", "deploy"),
-    ("no-section", "root = /srv/x\n", "section"),
+    ("no-section", "root = /srv/x\n", "line 1"),
     ("no-equals", "[deploy]\nroot\n", "line"),
     ("colon", "[deploy]\nroot: /srv/x\n", "line"),
 ]

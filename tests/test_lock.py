@@ -11,6 +11,7 @@ from typing import Any, Iterator, List
 
 import pytest
 
+import starters
 from scenes import Gate, alive, configure, deploy_all
 from support import App, fake_command, make_artifact, start_deploy, wait_until
 
@@ -88,6 +89,15 @@ def test_runs_that_wait_go_one_after_the_other(app: App) -> None:
     assert app.current == history[-1]["release"]
 
 
+@pytest.mark.parametrize("rounds", [2, pytest.param(200, marks=pytest.mark.skipif(
+    not os.environ.get("DEPLOY_TEST_FULL"), reason="minutes long: DEPLOY_TEST_FULL=1, or python3 tests/starters.py"))])
+def test_of_fifty_that_start_at_once_one_owns_the_lock_and_the_others_give_way(rounds: int, tmp_path: Path) -> None:
+    """Losers exit with 75 while the owner still holds the lock, having changed nothing and used little time of their own."""
+    figures = starters.run(tmp_path, 50, rounds)
+    assert figures.problems == [], figures.line()
+    assert figures.losers == 49 * rounds and figures.slowest_own_seconds < 1, figures.line()
+
+
 WRITING = ["deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover"]
 
 
@@ -147,6 +157,55 @@ def test_a_killed_holder_frees_the_lock(app: App, holder: subprocess.Popen) -> N
     # Its hook still runs: the lock was not inherited.
     done = app.run("deploy", app.artifact("3.0"), check=0).data
     assert (app.version, app.leftovers(), len(done["recovered"])) == ("3.0", [], 1)
+
+
+def test_a_killed_holder_frees_the_lock_for_one_that_waits(app: App, holder: subprocess.Popen) -> None:
+    configure(app)
+    waiting = start_deploy("deploy", app.artifact("3.0"), "--wait-lock", "60s", config=app.config)
+    wait_until(lambda: waits_for_the_lock(app, waiting), 20)
+    holder.send_signal(signal.SIGKILL)
+    assert (waiting.wait(20), app.version, app.leftovers()) == (0, "3.0", [])
+
+
+def test_a_stopped_holder_is_named_and_goes_on_when_it_is_woken(app: App, holder: subprocess.Popen, gate: Gate) -> None:
+    live, releases = app.current, app.releases()
+    holder.send_signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: state_of(holder.pid) == "T", what="the holder stands still")
+        for command in (["deploy", app.artifact("3.0")], ["rollback"], ["prune"]):
+            message = app.run(*command, check=75).data["error"]["message"]
+            assert re.search(rf"\bpid {holder.pid} of \S+ on \S+, deploy since ", message), message
+        lock = app.run("status", "--set", "hooks.pre_activate=").data["status"]["lock"]
+        assert lock["pid"] == holder.pid
+        assert (app.current, app.releases()) == (live, releases)
+    finally:
+        holder.send_signal(signal.SIGCONT)
+    gate.open()
+    assert (holder.wait(20), app.version) == (0, "2.0")
+
+
+def state_of(pid: int) -> str:
+    """The letter that /proc gives for a process's state."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("how", ["failed", "timed out"])
+def test_a_background_child_of_a_failing_hook_does_not_keep_the_lock(how: str, app: App, gate: Gate) -> None:
+    """Detached with setsid, it outlives the run; the lock does not."""
+    pid_file = app.directory / "pid"
+    script = (f"import subprocess, time\nchild = subprocess.Popen(['setsid', 'cat', {str(gate.path)!r}], close_fds=False)\n"
+              f"open({str(pid_file)!r}, 'w').write(str(child.pid))\n"
+              "time.sleep(0.3)\n" + ("sys.exit(3)" if how == "failed" else "time.sleep(600)"))
+    hook = fake_command(app.directory / "bin", "daemon", script)
+    configure(app, f"[hooks]\npre_activate = {hook.path}\ntimeout = 1s\n")
+    app.deploy("1.0", check=1)
+    child = int(pid_file.read_text())
+    assert alive(child)
+    configure(app)
+    app.deploy("2.0")
+    assert alive(child)
+    gate.open()
+    wait_until(lambda: not alive(child))
 
 
 def test_a_background_child_of_a_hook_does_not_keep_the_lock(app: App, gate: Gate) -> None:

@@ -153,6 +153,8 @@ def held_lock(app: App) -> Broken:
     """Another process holds the lock."""
     lock = open(str(app.root / ".deploy" / "lock"), "r+")
     fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(json.dumps({"pid": 1, "user": "me", "host": "here", "command": "deploy", "since": "now"}))
+    lock.flush()
     return Broken(keep=lock)
 
 

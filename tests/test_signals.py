@@ -5,14 +5,16 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
-from crashes import content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone
-from support import App, needs, start_deploy, wait_until
+from crashes import Call, Saved, content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone
+from support import DEPLOY, App, clean_environment, needs, start_deploy, wait_until
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 by_signal = pytest.mark.parametrize("number, exit_code", SIGNALS, ids=[number.name for number, _ in SIGNALS])
@@ -238,6 +240,202 @@ def test_a_signal_while_recovery_goes_back_does_not_call_for_a_person(live: App)
     live.configure()
     live.run("recover", check=0)
     assert inconsistencies(live, ["1.0"]) == []
+
+
+# -- at every boundary -------------------------------------------------------------
+
+STEPS = ("durable = no\n[hooks]\npre_stage = true\npost_stage = true\npre_activate = true\npost_activate = true\n"
+         "post_deploy = true\n"
+         "pre_rollback = true\npost_rollback = true\n[service:x]\ncommand = true\n[probe:y]\ncommand = true\nsuccesses = 1\n"
+         "when = both\n")
+def trace(app: App, *arguments: Any) -> Tuple[List[str], List[Call]]:
+    """Run deploy.py once, well: its steps, and the calls of its main thread that write to stderr or sync."""
+    running = Running(app, *arguments, python=strace(app, "-e", "trace=write,fsync"))
+    data = running.end()
+    assert data["exit_code"] == 0, data["error"]
+    return [step["name"] for step in data["steps"]], calls_of(app)
+
+
+def calls_of(app: App) -> List[Call]:
+    """The calls in the last trace, each with its number among those of its name."""
+    counts, calls, main = {}, [], ""  # type: Dict[str, int], List[Call], str
+    for line in trace_of(app).read_text(errors="replace").splitlines():
+        found = re.match(r"(\d+) +(write|fsync)\((.*)", line)
+        if not found or found.group(1) != (main or found.group(1)):
+            continue
+        main, name = found.group(1), found.group(2)
+        counts[name] = counts.get(name, 0) + 1
+        if name == "fsync" or f"<{app.directory}/stderr>" in line:
+            calls.append(Call(name, counts[name], found.group(3)))
+    return calls
+
+
+def signal_at(app: App, call: Call, number: int, *arguments: Any) -> Tuple[Any, str]:
+    """Send the program a signal at one of its calls; the JSON result, and the line that it was writing."""
+    what = f"inject={call.name}:signal={signal.Signals(number).name}:when={call.number}"
+    python = strace(app, "-e", "trace=write,fsync", "-e", what)
+    running = Running(app, *arguments, python=python)
+    data = running.end()
+    met = next((found.text for found in calls_of(app) if (found.name, found.number) == (call.name, call.number)), "")
+    return data, met
+
+
+def expected_at(step: str, steps: List[str], exit_code: int) -> int:
+    """The exit code that a signal between two steps must give: undone before the switch, gone back from after it."""
+    return exit_code if steps.index(step) < steps.index("activate") else 5
+
+
+@pytest.mark.parametrize("command, least", [("deploy", 11), ("rollback", 5)], ids=["deploy", "rollback"])
+def test_a_signal_at_every_step_boundary_undoes_or_goes_back(live: App, command: str, least: int) -> None:
+    """Each step prints its line when it ends: the signal comes with that line."""
+    live.deploy("1.1")
+    live.configure(STEPS)
+    words = [command, live.artifact("1.2")] if command == "deploy" else [command]
+    steps, calls = trace(twin_of(live), *words)
+    assert len(steps) >= least, steps
+    problems, saved = [], Saved(live)
+    for index, step in enumerate(steps):
+        saved.restore()
+        number, exit_code = SIGNALS[index % 3]
+        ends = re.compile(r'"  done +' + re.escape(step))
+        call = next(call for call in calls if call.name == "write" and ends.search(call.text))
+        data, met = signal_at(live, call, number, *words)
+        assert ends.search(met), f"write {call.number} is {met}, not the end of {step}"
+        wanted = expected_at(step, steps, exit_code)
+        problems += [f"{step}, {signal.Signals(number).name}: {problem}" for problem in inconsistencies(live, ["1.1"])]
+        if data["exit_code"] != wanted or data["rolled_back"] is not (wanted == 5):
+            problems.append(f"{step}: exit code {data['exit_code']}, rolled back {data['rolled_back']}, not {wanted}: "
+                            f"{data['error']}")
+        if live.releases() != sorted(known(live)):
+            problems.append(f"{step}: releases {live.releases()}, known {known(live)}")
+    assert problems == []
+
+
+def twin_of(app: App) -> App:
+    """An application like it, in which a run can be recorded while the one under test stays as it is."""
+    twin = App(app.directory / "twin")
+    for version in ("1.0", "1.1"):
+        twin.deploy(version)
+        if version == app.version:
+            break
+    twin.configure(STEPS)
+    return twin
+
+
+def known(app: App) -> List[str]:
+    """The releases that have a record and were not pruned."""
+    records = [json.loads(path.read_text()) for path in (app.root / ".deploy" / "releases").glob("*.json")]
+    return [record["id"] for record in records if not record["pruned_at"]]
+
+
+def test_a_signal_at_every_fsync_leaves_the_old_or_the_new_release_whole(live: App) -> None:
+    """Among them every change of the journal: what is half durable when the signal comes is finished first."""
+    live.configure(STEPS)
+    calls = [call for call in trace(twin_of(live), "deploy", live.artifact("1.1"))[1] if call.name == "fsync"]
+    assert len([call for call in calls if "journal" in call.text]) >= 4, "the trace shows what is synced"
+    problems, seen, saved = [], set(), Saved(live)
+    for index, call in enumerate(calls if os.environ.get("DEPLOY_TEST_FULL") else calls[::4]):
+        saved.restore()
+        number, exit_code = SIGNALS[index % 3]
+        data, _ = signal_at(live, call, number, "deploy", live.artifact("1.1"))
+        seen.add(data["exit_code"])
+        if data["exit_code"] not in (0, 5, exit_code):
+            problems.append(f"{call}: exit code {data['exit_code']}: {data['error']}")
+        problems += [f"{call}: {problem}" for problem in inconsistencies(live, ["1.1"] if data["exit_code"] == 0
+                                                                         else ["1.0"])]
+    assert problems == [] and {0, 5} <= seen
+
+
+# -- more than one signal, and children ----------------------------------------------
+
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_second_signal_does_not_cut_short_the_end_of_a_hook(live: App, again: int) -> None:
+    """A person presses Control-C twice: the hook still gets its time to clean up, and everything is undone."""
+    before, cleaned = content(live.root), live.directory / "cleaned"
+    slow = script(live.directory / "slow", f"trap 'echo $$ >> {live.directory}/asked; sleep 0.8; echo done > {cleaned}; "
+                                           f"exit 0' TERM\n"
+                                           f"sleep 600 &\necho $! >> {live.directory}/pids\necho $$ >> "
+                                           f"{live.directory}/pids\nwait; wait")
+    live.configure(f"[hooks]\npre_activate = {slow}\n")
+    running = Running(live, "deploy", live.artifact("1.1"))
+    wait_blocked(live)
+    running.process.send_signal(signal.SIGINT)
+    wait_until((live.directory / "asked").exists, what="the hook was asked to end")
+    running.process.send_signal(again)
+    data = running.end()
+    assert (data["exit_code"], data["error"]["message"]) == (130, "interrupted by SIGINT")
+    assert cleaned.exists(), "the hook was not left the time to clean up"
+    wait_gone(pids(live))
+    assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
+
+
+@by_signal
+def test_a_signal_in_a_probe_before_the_deployment_changes_nothing(live: App, number: int, exit_code: int) -> None:
+    before = content(live.root)
+    live.configure(f"[probe:x]\ncommand = {block(live)}\ntimeout = 60s\nwhen = before\n")
+    running = Running(live, "deploy", live.artifact("1.1"))
+    wait_blocked(live)
+    running.process.send_signal(number)
+    assert running.end()["exit_code"] == exit_code
+    wait_gone(pids(live))
+    assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
+
+
+@pytest.mark.parametrize("hook, exit_code", [("pre_activate", 143), ("post_activate", 5)])
+def test_children_end_with_the_run_unless_they_detached_on_purpose(live: App, hook: str, exit_code: int) -> None:
+    detached = live.directory / "detached"
+    leave = script(live.directory / "leave", f'test "$DEPLOY_VERSION" = 1.0 && exit 0\nsetsid sh -c \'echo $$ > '
+                                             f'{detached}; exec sleep 600\' &\n'
+                                             f"(trap '' TERM HUP INT; sleep 600) &\necho $! >> {live.directory}/pids\n"
+                                             f"echo $$ >> {live.directory}/pids\nwait")
+    live.configure(f"[hooks]\n{hook} = {leave}\n")
+    running = Running(live, "deploy", live.artifact("1.1"))
+    wait_blocked(live)
+    wait_until(lambda: detached.exists() and detached.read_text().strip(), what="a child has detached itself")
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end()["exit_code"] == exit_code
+    pid = int(detached.read_text())
+    try:
+        wait_gone(pids(live))
+        assert is_running(pid), "what has a session of its own was meant to stay"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+# -- closed pipes ------------------------------------------------------------------------
+
+PIPES = [("| head -1", ""), ("2>&1 | head -1", ""), ("2>&1 >/dev/null | head -1", "-v"), ("2>&1 | true", "-q"),
+         ("2>&1 | true", "--json")]
+TALKS = "[hooks]\npre_activate = /bin/sh -c 'seq 1 3000'\n" \
+    "post_activate = /bin/sh -c 'seq 1 3000; {}'\npost_deploy = /bin/sh -c 'yes | head -2'\n"
+
+
+@pytest.mark.parametrize("pipe, options", PIPES)
+def test_a_reader_that_goes_away_never_changes_the_outcome(live: App, pipe: str, options: str) -> None:
+    """Neither of a deployment nor of one that has to go back half way."""
+    for version, ends, exit_code, alive in (("1.1", "true", 0, "1.1"), ("1.2", 'test "$DEPLOY_VERSION" != 1.2', 5, "1.1")):
+        live.configure("durable = no\n" + TALKS.format(ends))
+        assert piped(live, pipe, *options.split(), "deploy", str(live.artifact(version))) == exit_code
+        assert inconsistencies(live, [alive]) == []
+    assert [entry["result"] for entry in live.history()] == ["deployed", "deployed", "reverted"]
+
+
+def piped(app: App, pipe: str, *words: str) -> int:
+    """Run deploy.py in front of a pipe whose reader leaves early; the exit code of deploy.py itself."""
+    line = f'"$0" "$@" {pipe}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run([needs("bash"), "-c", line, sys.executable, "-B", str(DEPLOY), "-c", str(app.config), *words],
+                          env=clean_environment(), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr
+    return done.returncode
+
+
+def test_sigpipe_kills_a_hook_that_writes_to_nobody_as_anywhere_else(live: App) -> None:
+    """Python ignores SIGPIPE; what it starts must not, or `yes | head` in a hook never ends."""
+    live.configure("[hooks]\npre_activate = /bin/bash -c 'yes | head -1 > /dev/null; test ${PIPESTATUS[0]} = 141'\ntimeout "
+                   "= 10s\n")
+    started = time.monotonic()
+    assert Running(live, "deploy", live.artifact("1.1")).end()["exit_code"] == 0
+    assert time.monotonic() - started < 9
 
 
 # -- who is not meant ------------------------------------------------------------
