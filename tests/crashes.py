@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -89,13 +90,18 @@ class Warm:
             options: Sequence[str] = ()) -> Result:
         """Run deploy.py to its end as `run_deploy` does, under strace where a file for the trace is given."""
         argv = deploy_argv(*arguments, config=config, json=json)
+        return checked(self.run_argv(argv, {"env": clean_environment(), "cwd": "/"}, trace=trace, options=options),
+                       json=json, check=check)
+
+    def run_argv(self, argv: List[str], place: Dict[str, Any], *, timeout: float = 60, trace: Any = None,
+                 options: Sequence[str] = ()) -> Result:
+        """Run deploy.py with the arguments of a `deploy_argv`, with the `env` and `cwd` of the place."""
         with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-            self._ask({"argv": argv[2:], "env": clean_environment(), "stdout": stdout.name, "stderr": stderr.name,
-                       "stopped": trace is not None})
+            self._ask(dict(place, argv=argv[2:], stdout=stdout.name, stderr=stderr.name, stopped=trace is not None))
             pid = self._answer()
             try:
                 tracer = self._trace(pid, trace, options) if trace else None
-                exit_code = self._answer()
+                exit_code = self._answer(timeout)
             except BaseException:
                 os.killpg(pid, signal.SIGKILL)
                 self._answer()
@@ -103,7 +109,7 @@ class Warm:
             if tracer:
                 tracer.communicate()
             texts = [stream.read().decode("utf-8", "surrogateescape") for stream in (stdout, stderr)]
-        return checked(Result(argv, exit_code, texts[0], texts[1], None), json=json, check=check)
+        return Result(argv, exit_code, texts[0], texts[1], None)
 
     def _ask(self, request: Dict[str, Any]) -> None:
         self._process.stdin.write(json.dumps(request).encode("ascii") + b"\n")  # type: ignore
@@ -136,6 +142,19 @@ def warm() -> Warm:
     if compiled() not in _warm:
         _warm[compiled()] = Warm()
     return _warm[compiled()]
+
+
+_warm_is_free = threading.Lock()
+
+
+def run_warm(argv: List[str], *, env: Dict[str, str], cwd: str, timeout: float) -> Optional[Result]:
+    """Run a command line in the one such Python; None where it is busy with another thread's."""
+    if not _warm_is_free.acquire(blocking=False):
+        return None
+    try:
+        return warm().run_argv(argv, {"env": env, "cwd": cwd}, timeout=timeout)
+    finally:
+        _warm_is_free.release()
 
 
 class QuickApp(App):

@@ -15,6 +15,7 @@ import json as json_module
 import lzma
 import os
 import py_compile
+import re
 import shutil
 import signal
 import socket
@@ -47,6 +48,8 @@ except ImportError:  # crash_matrix.py runs without it
 TESTS = Path(__file__).resolve().parent
 TOP = TESTS.parent
 DEPLOY = TOP / "deploy.py"
+# Fork runs from a Python that has deploy.py loaded instead of starting one for each: the same suite in half the time.
+WARM = bool(os.environ.get("DEPLOY_TEST_WARM"))
 
 # 2026-01-01T00:00:00Z: every generated member carries it, so that archives are reproducible.
 FIXED_MTIME = 1767225600
@@ -122,6 +125,11 @@ def run_deploy(*args: Any, root: Any = None, config: Any = None, env: Optional[D
     output.  A run that outlives `timeout` seconds is killed, and fails the test.
     """
     options = {"root": root, "config": config, "python": python, "json": json}
+    if WARM and python == sys.executable and not re.search(r"(?m)^(LANG|LC_|PYTHON)", "\n".join(env or {})):
+        from crashes import run_warm
+        result = run_warm(deploy_argv(*args, **options), env=clean_environment(env), cwd=str(cwd or "/"), timeout=timeout)
+        if result is not None:
+            return checked(result, json=json, check=check)
     # Files, not pipes: a background child that keeps stdout open cannot hang the test.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = start_deploy(*args, env=env, cwd=cwd or "/", stdout=stdout, stderr=stderr, **options)

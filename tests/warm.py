@@ -2,7 +2,7 @@
 
 Usage: warm.py PROGRAM
 
-Reads one JSON request a line: {"argv", "env", "stdout", "stderr", "stopped"}.
+Reads one JSON request a line: {"argv", "env", "cwd", "stdout", "stderr", "stopped"}.
 Answers each with two lines: the child's process id, at once, and its exit code
 (negative for a signal) at its end.  With "stopped" the child stops itself
 before its first step, so that a tracer can take hold of it; SIGCONT lets it go
@@ -42,7 +42,7 @@ def become(request: Dict[str, Any]) -> None:
         descriptor = os.open(path, os.O_RDWR)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    os.chdir("/")
+    os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv[1:] = request["argv"]
