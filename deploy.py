@@ -158,6 +158,7 @@ MAX_RECOVERIES = 2
 MAX_DEPTH = 64
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
+MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 
 
 # ============================================================================
@@ -247,14 +248,16 @@ class Interrupted(DeployError):
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides:
 # what can move a cursor, forge a log line or hide text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_URL_PRIVATE = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
-_AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)(\s*[:=]\s*)\S[^\r\n]*")
+_URL_PRIVATE = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
+_AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)([\"']?\s*[:=]\s*)\S[^\r\n]*")
 _SECRET_NAME = re.compile(
     r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn"
     r"|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
+# The name is looked at once, from its beginning: otherwise a long line of such names would take minutes.
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)\b([\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key|cookie|dsn"
-    r"|[_-](?:key|pwd|pass)(?![a-z]))[\w.-]*[\"']?\s*[=:]\s*)(\"[^\"\n]*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
+    r"(?i)(?<![\w.-])(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"|signing[_-]?key|cookie|(?<![a-z])dsn(?![a-z])|[_-](?:pwd|pass)(?![a-z])))"
+    r"([\w.-]+[\"']?\s*[=:]\s*)(\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
 MASK = "[masked]"
 
 
@@ -860,6 +863,11 @@ def trim_memory() -> None:
         pass
 
 
+def cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def boot_id() -> str:
     """Return the kernel's id of this boot, or an empty string where there is none."""
     try:
@@ -1075,8 +1083,8 @@ class RunningCommand:
         if lines and self._is_cut:
             del lines[0]
             self._is_cut = False
-        # Twice what is shown, so that a secret which begins in it is whole when it is masked.
-        if len(self._rest) > 2 * OUTPUT_LINE_CHARACTERS:
+        # Much more than is shown (a character may have four bytes): a secret that begins in it is whole when it is masked.
+        if len(self._rest) > MASKED_BYTES:
             lines += [] if self._is_cut else [self._rest]
             self._rest, self._is_cut = b"", True
         for line in lines:
@@ -1084,7 +1092,7 @@ class RunningCommand:
         return True
 
     def _emit(self, line: bytes, on_line: Callable[[str], None]) -> None:
-        text = self._mask(line.decode("utf-8", "backslashreplace").rstrip("\r"))[:OUTPUT_LINE_CHARACTERS]
+        text = self._mask(line[:MASKED_BYTES].decode("utf-8", "backslashreplace").rstrip("\r"))[:OUTPUT_LINE_CHARACTERS]
         self.tail.append(text)
         on_line(text)
 
@@ -1155,26 +1163,38 @@ class Helper:
     """A forked copy of this process that computes something beside it, for work that threads cannot share.
 
     `result` waits for what the work returned (JSON); None where it failed, and
-    the caller does it himself.  Leaving the block ends the process.
+    the caller does it himself.  Leaving the block ends the process, and so does
+    the end of this one: a copy that lived on would hold the lock.
     """
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[Callable[[], None]], Any]) -> None:
         self._reading, writing = os.pipe()
-        self._pid = os.fork()
+        parent = os.getpid()
+        try:
+            self._pid = os.fork()
+        except OSError:  # too many processes
+            self._pid = -1
         if self._pid == 0:
             exit_code = EXIT_INTERNAL
             try:
-                write_all(writing, json.dumps(work()).encode("ascii"))
+                write_all(writing, json.dumps(work(lambda: self._end_with(parent))).encode("ascii"))
                 exit_code = EXIT_OK
             finally:
                 os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
         os.close(writing)
 
+    @staticmethod
+    def _end_with(parent: int) -> None:
+        if os.getppid() != parent:
+            os._exit(EXIT_INTERNAL)
+
     def result(self) -> Any:
         """Wait for the end of the work and return its result."""
+        if self._pid < 0:
+            return None
         data = b"".join(iter(lambda: os.read(self._reading, 1 << 16), b""))
         _, status = os.waitpid(self._pid, 0)
-        self._pid = 0
+        self._pid = -1
         return json.loads(data.decode("ascii")) if status == 0 else None
 
     def __enter__(self) -> "Helper":
@@ -1182,7 +1202,7 @@ class Helper:
 
     def __exit__(self, *details: Any) -> None:
         os.close(self._reading)
-        if self._pid:
+        if self._pid > 0:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
 
@@ -1411,8 +1431,8 @@ OPTIONS = (
     Option("deploy", "min_free", "size", "256M", "free space that must be left after staging"),
     Option("deploy", "durable", "bool", "yes", "sync every release to disk before it is published"),
     Option("deploy", "share_unchanged", "no|reflink|hardlink", "reflink", "how a file that is the same in the live release "
-           "takes no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere; hard links are one "
-           "file, so changing one by hand changes all"),
+           "takes no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a "
+           "post_stage hook); hard links are one file, so changing one by hand changes all"),
     Option("artifact", "checksum", "required|if-present|off", "required", "whether an artifact needs a SHA-256 to be compared with"),
     Option("artifact", "match", "text", "", "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
     Option("artifact", "strip_components", "int", "0", "leading directories to drop from every name, as tar does"),
@@ -3452,7 +3472,7 @@ def decode_xz(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes
     With the xz program where there is one: it uses every core.  busybox has an
     xz of its own, which knows neither -T nor a limit.
     """
-    program = find_command("xz")
+    program = find_decoder("xz")
     if program and os.path.basename(os.path.realpath(program)) == "xz":
         return run_filter([program, "-dcq", "-T0", f"--memlimit-decompress={MAX_DECODER_BYTES >> 20}MiB"], blocks)
     import lzma
@@ -3464,12 +3484,18 @@ def decode_zstd(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[byt
     try:
         from compression import zstd  # type: ignore
     except ImportError:
-        program = find_command("zstd")
+        program = find_decoder("zstd")
         if not program:
             raise ArtifactRefused("this Python and this host cannot read zstd", "install zstd, or deploy a .tar.gz")
         return run_filter([program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"], blocks)
     options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
     return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+
+
+def find_decoder(name: str) -> Optional[str]:
+    """Find a program in the system's own directories: PATH must not choose what decodes an artifact."""
+    import shutil
+    return shutil.which(name, path=EXTRA_PATH)
 
 
 def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -3889,6 +3915,7 @@ class ZipIndex:
     def __init__(self, artifact: OpenArtifact, start: int, size_bytes: int, number: int) -> None:
         self._artifact, self.start, self.size_bytes, self.number = artifact, start, size_bytes, number
         self._sorted, self.expanded_bytes = None, 0  # type: Optional[List[ZipEntry]], int
+        self._digests = set()  # type: Set[bytes]
         before, entries, ordered = -1, 0, True
         for entry in self._in_directory_order():
             ordered, before = ordered and before < entry.offset, entry.offset
@@ -3903,25 +3930,26 @@ class ZipIndex:
         return self._in_directory_order() if self._sorted is None else iter(self._sorted)
 
     def _in_directory_order(self) -> Iterator[ZipEntry]:
-        position = base = 0
-        window = b""
+        position = base = hashed_bytes = 0
+        window, hasher = b"", hashlib.sha256()
         while position < self.size_bytes:
             end = base + len(window)
             if position + MAX_ENTRY_BYTES > end and end < self.size_bytes:
                 base = position
                 window = self._artifact.read_at(self.start + base, min(BLOCK_BYTES, self.size_bytes - base))
+                hasher.update(window[hashed_bytes - base:])
+                hashed_bytes = base + len(window)
             entry, after = zip_entry(window, position - base)
             position = base + after
             yield entry
+        self._digests.add(hasher.digest())
 
     def is_same(self, pieces: Iterable[memoryview]) -> bool:
-        """Compare the directory as it is read in passing with what it was beforehand."""
-        import hmac
-        position, same = self.start, True
+        """Tell whether the directory that is read in passing is the one that every parsing of it has seen."""
+        hasher = hashlib.sha256()
         for piece in pieces:
-            same = same and hmac.compare_digest(self._artifact.read_at(position, len(piece)), bytes(piece))
-            position += len(piece)
-        return same
+            hasher.update(piece)
+        return self._digests == {hasher.digest()}
 
 
 def zip_index(artifact: OpenArtifact) -> ZipIndex:
@@ -4342,7 +4370,7 @@ class Writer:
                 pieces = twin.differing(pieces, hasher)
                 if twin.is_same and self._sharer.share(twin, name, mode, self._directory):  # type: ignore
                     return hasher.digest()
-                return self._write(name, mode, itertools.chain(twin.compared(), pieces), hashlib.sha256())
+                return self._write(name, mode, itertools.chain(twin.compared(hasher.digest()), pieces), hashlib.sha256())
         return self._write(name, mode, pieces, hasher)
 
     def _write(self, name: bytes, mode: int, pieces: Iterable[Union[bytes, memoryview]], hasher: Any) -> bytes:
@@ -4393,10 +4421,19 @@ class Twin:
             self._same_bytes += len(piece)
         return iter(())
 
-    def compared(self) -> Iterator[bytes]:
-        """Give the bytes that were found to be the same once more."""
+    def compared(self, digest: bytes) -> Iterator[bytes]:
+        """Give the bytes that were found to be the same once more; OSError where they no longer are (by their digest)."""
+        hasher = hashlib.sha256()
         for offset in range(0, self._same_bytes, BLOCK_BYTES):
-            yield os.pread(self.descriptor, min(BLOCK_BYTES, self._same_bytes - offset), offset)
+            block = os.pread(self.descriptor, min(BLOCK_BYTES, self._same_bytes - offset), offset)
+            hasher.update(block)
+            yield block
+        if hasher.digest() != digest:
+            raise self.changed()
+
+    def changed(self) -> OSError:
+        """Make the error for a live release that somebody changes."""
+        return OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(self.name))
 
     def __enter__(self) -> "Twin":
         return self
@@ -4441,14 +4478,15 @@ class Sharer:
             else:
                 clone(twin.descriptor, name, mode, destination)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.EMLINK):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
                 raise
             self._how = "no" if error.errno != errno.EMLINK else self._how
             return False
         after = os.stat(name, dir_fd=destination, follow_symlinks=False)
-        now = os.fstat(twin.descriptor)
-        if (after.st_size, now.st_size, now.st_mtime_ns) != (twin.status.st_size, twin.status.st_size, twin.status.st_mtime_ns):
-            raise OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(name))
+        now, then = os.fstat(twin.descriptor), twin.status
+        if (after.st_size, now.st_size, now.st_mtime_ns) != (then.st_size, then.st_size, then.st_mtime_ns) or \
+                self._how == "hardlink" and (after.st_dev, after.st_ino) != (then.st_dev, then.st_ino):
+            raise twin.changed()
         self.shared_files += 1
         return True
 
@@ -4559,19 +4597,23 @@ PARALLEL_FILES = 2000
 
 def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
     """Hash a tree and name every file that is not as the manifest has it; of a large one two processes take half each."""
-    if len(manifest.files) < PARALLEL_FILES or len(os.sched_getaffinity(0)) < 2:
+    if len(manifest.files) < PARALLEL_FILES or cores() < 2:
         changed = compare_share(directory, manifest, progress_update, (0, 1))
     else:
-        with Helper(lambda: compare_share(directory, manifest, lambda done_bytes: None, (1, 2))) as helper:
+        with Helper(lambda check: compare_share(directory, manifest, lambda done_bytes: check(), (1, 2))) as helper:
             changed = compare_share(directory, manifest, lambda done_bytes: progress_update(2 * done_bytes), (0, 2))
             others = helper.result()
         changed.update(others if others is not None else compare_share(directory, manifest, progress_update, (1, 2)))
-    added, missing = compare_names(directory, manifest)
+    added, missing = compare_names(directory, manifest, {os.fsencode(name) for name, why in changed.items() if why})
     return Differences(sorted(changed), missing, added, {name: why for name, why in changed.items() if why})
 
 
-def compare_names(directory: Directory, manifest: Manifest) -> Tuple[List[str], List[str]]:
-    """Name what is in a tree and not in its manifest, and the reverse; only directories and what was added are opened."""
+def compare_names(directory: Directory, manifest: Manifest, changed: Set[bytes]) -> Tuple[List[str], List[str]]:
+    """Name what is in a tree and not in its manifest, and the reverse.
+
+    Only directories, what was added and what is `changed` (a file may have
+    become a directory) are opened.
+    """
     added, known = [], 0
 
     def to_be_opened(name: bytes) -> bool:
@@ -4580,7 +4622,7 @@ def compare_names(directory: Directory, manifest: Manifest) -> Tuple[List[str], 
             added.append(os.fsdecode(name))
             return True
         known += 1
-        return name in manifest.directories
+        return name in manifest.directories or name in changed
 
     for _ in walk_tree(directory.descriptor, wanted=to_be_opened):
         pass
@@ -4658,7 +4700,9 @@ def expected_cost(artifact: OpenArtifact) -> Cost:
     size_bytes = artifact.size_bytes
     known_bytes = {"tar.gz": gzip_size, "tar.xz": xz_size}.get(artifact.format, lambda artifact: 0)(artifact)
     expanded_bytes = known_bytes or size_bytes * GUESSED_RATIO[artifact.format]
-    return Cost(expanded_bytes, expanded_bytes // GUESSED_FILE_BYTES + 1, bool(known_bytes), False)
+    # Above 4 GiB and in several members gzip's own number is a guess; it is believed where it must be near.
+    exact = bool(known_bytes) and (artifact.format == "tar.xz" or size_bytes < 1 << 29)
+    return Cost(expanded_bytes, expanded_bytes // GUESSED_FILE_BYTES + 1, exact, False)
 
 
 def tree_cost(artifact: OpenArtifact) -> Cost:
@@ -6654,7 +6698,8 @@ class Unpack(Step):
     @contextmanager
     def _sharer(self, run: Run) -> Iterator[Optional[Sharer]]:
         how, live = run.settings.deploy.share_unchanged, run.facts.current.release
-        if how == "no" or live is None:
+        # A hook may write to the files of the release that it is to complete: hard links would reach into the live one.
+        if how == "no" or how == "hardlink" and run.settings.hooks.post_stage or live is None:
             yield None
             return
         with run.store.directory("releases").child(live) as release:
@@ -8532,10 +8577,16 @@ def add_global_flags(parser: Any) -> None:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
-    # Making all seventeen parsers takes a third of a short run; without a command's name all are needed for the help.
-    names = [name for name in COMMANDS if name in argv] or list(COMMANDS)
+    # Making all seventeen parsers takes a third of a short run, but the help of all and a misspelt command need them.
+    first = next((word for word in argv if word in COMMANDS or word in ("-h", "--help")), "")
+    names = [name for name in COMMANDS if name in argv] if first in COMMANDS else list(COMMANDS)
     # argparse keeps only the last place's list of a flag that may repeat: both places count.
-    flags = build_parser(names).parse_args(hoist_repeated(argv))
+    try:
+        flags = build_parser(names).parse_args(hoist_repeated(argv))
+    except UsageError:
+        if len(names) == len(COMMANDS):
+            raise
+        flags = build_parser(list(COMMANDS)).parse_args(hoist_repeated(argv))
     for flag in FLAGS:
         name = flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
         if not hasattr(flags, name):
@@ -8595,9 +8646,11 @@ def load(flags: Any) -> Settings:
 def check_believed(flags: Any, settings: Settings) -> None:
     """As root, act on nothing that somebody else could have written; looking at it is allowed."""
     if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight",):
-        for path, (problem, hint) in untrusted(settings)[0].items():
+        refused = untrusted(settings)[0]
+        for problem, hint in refused.values():
+            accept = spell(["--set", "preflight.accept_risk=" + "\n".join([*settings.preflight.accept_risk, *refused])])
             raise PreflightFailed(f"what root acts on could have been written by others: {problem}",
-                                  f"{hint}; or accept it: --set preflight.accept_risk={path}")
+                                  f"{hint}; or accept the risk, for every such path: {accept}")
 
 
 def check_settings(settings: Settings) -> None:
@@ -8633,13 +8686,14 @@ def learn_probe_secrets(probe: Any, secrets: Secrets) -> None:
         texts += [_read_text(probe.auth_file).strip()] if probe.auth_file else []
     except OSError:
         pass  # for preflight to tell
-    for text in texts:
-        for value in (text, text.partition(":")[2], text.partition(" ")[2]):
-            secrets.add(value)
-    for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", probe.url):
-        # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
-        if len(value) >= 8 or looks_secret(name):
-            secrets.add(value)
+    values = [value for text in texts for value in (text, text.partition(":")[2], text.partition(" ")[2])]
+    # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
+    values += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", probe.url) if len(value) >= 8 or looks_secret(name)]
+    for value in values:
+        secrets.add(value)
+        if "%" in value or "+" in value:
+            from urllib.parse import unquote_plus
+            secrets.add(unquote_plus(value))
 
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[Invocation]]:

@@ -16,7 +16,8 @@ import zipfile
 import pytest
 
 from archives import FORMATS, entry, folder, link, make_zip, pax, tar, zip_info, zstd
-from support import load_deploy, needs
+from crashes import is_running
+from support import load_deploy, needs, wait_until
 
 deploy = load_deploy()
 
@@ -703,3 +704,67 @@ def test_pack_refuses_what_could_not_be_deployed(bench, tree):
     with pytest.raises(deploy.ArtifactRefused, match="absolute"):
         deploy.pack(tree, bench.path + "/x.tar.gz")
     assert not [name for name in os.listdir(bench.path) if "x.tar.gz" in name]
+
+
+def test_a_zip_directory_that_changes_after_it_was_parsed_is_noticed(bench):
+    data = make_zip((zip_info("b", 0o100644), b"1"), (zip_info("a", 0o100644), b"2"))
+    central = data.index(b"PK\1\2")
+    path = bench.artifact(data, "app.zip")
+    with deploy.OpenArtifact.open(path) as artifact:
+        with open(path, "r+b") as stream:
+            stream.seek(central + 38)
+            stream.write((0o100755 << 16).to_bytes(4, "little"))
+        deploy.zip_index(artifact)
+        with open(path, "r+b") as stream:
+            stream.write(data)
+        place = os.path.join(bench.path, "place")
+        os.mkdir(place)
+        with deploy.Directory.open(place) as destination, pytest.raises(deploy.ArtifactRefused, match="not what it was"):
+            deploy.unpack(artifact, destination, settings(), lambda done: None)
+
+
+MANY = {f"d{number % 7}/f{number}": str(number) for number in range(deploy.PARALLEL_FILES + 10)}
+
+
+@pytest.fixture
+def many(tmp_path):
+    for name, text in MANY.items():
+        path = tmp_path / "many" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with deploy.Directory.open(str(tmp_path / "many")) as directory:
+        yield directory, deploy.scan_tree(directory, lambda done: None)
+
+
+@pytest.mark.parametrize("fork", ["works", "fails"])
+def test_a_large_tree_is_compared_by_two_or_by_one_alike(many, monkeypatch, fork):
+    directory, manifest = many
+    if fork == "fails":
+        monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(11, "Resource temporarily unavailable")))
+    monkeypatch.setattr(deploy, "cores", lambda: 2)
+    assert deploy.compare_tree(directory, manifest, lambda done: None) == ([], [], [], {})
+    changed = sorted(MANY)[::300]
+    for name in changed:
+        with open(os.path.join(directory.path, name), "a") as stream:
+            stream.write("x")
+    os.unlink(os.path.join(directory.path, "d0/f7"))
+    os.mkdir(os.path.join(directory.path, "d0/f7"))
+    for name in ("d0/f7/x", "added"):
+        with open(os.path.join(directory.path, name), "w"):
+            pass
+    os.unlink(os.path.join(directory.path, "d1/f8"))
+    found = deploy.compare_tree(directory, manifest, lambda done: None)
+    assert set(found.changed) == set(changed) - {"d1/f8"} | {"d0/f7"} and found.missing == ["d1/f8"]
+    assert sorted(found.added) == ["added", "d0/f7/x"] and found.reasons == {"d0/f7": "is a directory, was a file"}
+
+
+def test_the_helper_ends_with_its_parent(tmp_path):
+    mark = tmp_path / "pid"
+    program = (f"import sys; sys.path.insert(0, {os.path.dirname(deploy.__file__)!r}); import deploy, os, signal, time\n"
+               "def work(check):\n"
+               f"    open({str(mark)!r}, 'w').write(str(os.getpid()))\n"
+               "    while True:\n        check(); time.sleep(0.01)\n"
+               f"with deploy.Helper(work) as helper:\n    while not os.path.exists({str(mark)!r}): time.sleep(0.01)\n"
+               "    os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert subprocess.run([sys.executable, "-B", "-c", program]).returncode == -9
+    wait_until(lambda: not is_running(int(mark.read_text())), 5, "the helper is gone")

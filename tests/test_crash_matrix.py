@@ -38,7 +38,8 @@ def test_an_error_at_any_call_ends_as_promised(stage: Stage) -> None:
 
 
 def test_what_cannot_be_read_ends_as_promised(stage: Stage) -> None:
-    assert problems_at(stage, stage.points("read")[::2 * STRIDE]) == ""
+    points = stage.points("read")
+    assert problems_at(stage, points[::min(2 * STRIDE, len(points) // 2)]) == ""
 
 
 @pytest.fixture(scope="module")

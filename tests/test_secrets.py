@@ -374,3 +374,29 @@ def test_a_secret_of_fewer_than_four_characters_is_by_design_not_masked_by_value
                   "password=q7z; exit 1'\n")
     text = everything(app, app.run("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", check=1))
     assert "bare q7z" in text and "password=q7z" not in text
+
+
+@pytest.mark.parametrize("line", ["token." * 4000, "_key-" * 4000, "a-" * 8000, "x" * 20000 + "http://a?b=c"],
+                         ids=["names", "half names", "dashes", "scheme"])
+def test_a_long_line_that_looks_like_secrets_takes_no_time(line: str, app: App) -> None:
+    path = app.directory / "line"
+    path.write_text(line + "\n")
+    app.configure(f"[hooks]\npre_activate = cat {path}\ntimeout = 5s\n")
+    app.run("deploy", app.artifact("1.0"), check=0, timeout=20)
+
+
+def test_half_a_secret_is_not_shown_where_characters_take_several_bytes(app: App) -> None:
+    script = app.directory / "say"
+    script.write_text(f"#!{sys.executable}\nimport sys, time\nout = sys.stdout.buffer\nout.write('{chr(0x20ac)}'.encode('utf-8') "
+                      "* 2726 + b' SuperSecretVal'); out.flush(); time.sleep(0.3); out.write(b'ue123\\n'); sys.exit(1)\n")
+    script.chmod(0o755)
+    app.configure(f"durable = no\n[env]\nAPI_TOKEN = SuperSecretValue123\n[hooks]\npre_activate = {script}\n")
+    text = everything(app, app.run("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", check=1))
+    assert "SuperSecret" not in text
+
+
+def test_the_decoded_form_of_a_query_value_is_masked_as_well(app: App) -> None:
+    app.configure("durable = no\n[probe:p]\nurl = http://me:p%40ssw0rd@127.0.0.1:9/?sig=ab%2Bcd%2Fef0123\ndeadline = 100ms\n"
+                  "[hooks]\npre_activate = /bin/sh -c 'echo ab+cd/ef0123 p@ssw0rd; exit 1'\n")
+    text = everything(app, app.run("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", check=1))
+    assert "ab+cd/ef0123" not in text.replace("echo ab+cd/ef0123", "") and "[masked] [masked]" in text

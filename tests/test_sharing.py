@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from crashes import inconsistencies
-from support import App, file, link, make_tar, make_zip, needs, sha256_of, tree_members, write_checksum
+from support import App, file, link, load_deploy, make_tar, make_zip, needs, sha256_of, tree_members, write_checksum
 
 BIG = os.urandom(1500000)
 TREE = {"VERSION": "1.0\n", "bin/run": file("#!/bin/sh\n", 0o755), "lib/big": BIG, "lib/small": "small",
@@ -172,3 +172,61 @@ def test_unchanged_files_share_their_blocks_where_the_filesystem_can(cloning: Ap
         stream.write(b"changed")
     assert sha256_of(cloning.root / "releases" / first / "lib" / "big") != sha256_of(path)
     cloning.run("rollback", check=0)
+
+
+# -- a live release that changes meanwhile --------------------------------------
+
+def unpack_while(app: App, pieces: List[bytes], between: Any, how: str) -> Any:
+    """Unpack one file `f` whose data come in pieces, with something done to the live release before the second."""
+    live, new = app.directory / "live", app.directory / "new"
+    new.mkdir()
+    program = load_deploy()
+
+    def data() -> Iterator[bytes]:
+        for number, piece in enumerate(pieces):
+            if number:
+                between(live / "f")
+            yield piece
+
+    class Source:
+        def members(self) -> Iterator[Any]:
+            yield program.Member(b"f", program.FILE, 0o644, sum(map(len, pieces))), data()
+
+    with program.Directory.open(str(live)) as release, program.Directory.open(str(new)) as place:
+        sharer = program.Sharer(release, how)
+        try:
+            program.Writer(place, program.Judge(program.Settings({}, [])), sharer).write(Source())
+        finally:
+            sharer.close()
+    return new / "f"
+
+
+def overwrite(path: Path) -> None:
+    """Change the beginning in place."""
+    with open(str(path), "r+b") as stream:
+        stream.write(b"EVIL")
+
+
+def replace(path: Path) -> None:
+    """Put another file of the same size there."""
+    other = path.parent / "other"
+    other.write_bytes(b"e" * path.stat().st_size)
+    other.rename(path)
+
+
+@pytest.mark.parametrize("change, last, how", [(overwrite, b"different", "reflink"), (overwrite, b"b" * 9, "hardlink"),
+                                               (replace, b"b" * 9, "hardlink")])
+def test_what_changes_in_the_live_release_meanwhile_is_never_taken_over(app: App, change: Any, last: bytes, how: str) -> None:
+    live = app.directory / "live"
+    live.mkdir()
+    (live / "f").write_bytes(b"a" * 100000 + b"b" * 9)
+    (live / "f").chmod(0o644)
+    with pytest.raises(OSError, match="changed meanwhile"):
+        unpack_while(app, [b"a" * 100000, last], change, how)
+
+
+def test_a_post_stage_hook_cannot_reach_the_live_release_through_hard_links(linked: App) -> None:
+    linked.configure("share_unchanged = hardlink\n[hooks]\npost_stage = /bin/sh -c 'echo added >> lib/small'")
+    linked.run("stage", artifact(linked, "1.1", dict(TREE, VERSION="1.1\n")), check=0)
+    linked.run("verify", "current", check=0)
+    assert (linked.root / "current" / "lib" / "small").read_text() == "small"
