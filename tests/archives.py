@@ -5,7 +5,6 @@ field may lie.
 """
 
 import bz2
-import gzip
 import io
 import lzma
 import struct
@@ -13,7 +12,7 @@ import subprocess
 import zipfile
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
-from support import needs
+from support import compress, needs
 
 BLOCK_BYTES = 512
 
@@ -86,7 +85,7 @@ def zstd(data: bytes, *options: str) -> bytes:
 
 
 FORMATS = {
-    "tar": lambda data: data, "tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress, "tar.zst": zstd,
+    "tar": lambda data: data, "tar.gz": lambda data: compress(data, "gz"), "tar.bz2": bz2.compress, "tar.xz": lzma.compress, "tar.zst": zstd,
 }  # type: Dict[str, Any]
 
 

@@ -610,8 +610,8 @@ def try_case(case: Case) -> List[str]:
 
 # -- scenarios -------------------------------------------------------------------
 
-PROBE = ("keep_releases = 1\n[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION != 1.2'\n"
-         "deadline = 40ms\nperiod = 10ms\nsuccesses = 1\n")
+# A service, not a probe: its verdict does not depend on how long a try takes on a busy machine.
+PROBE = "keep_releases = 1\n[service:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION != 1.2'\n"
 
 
 def play_first(app: App) -> Tuple[List[Any], Optional[str], Optional[str]]:

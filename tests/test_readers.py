@@ -12,7 +12,7 @@ import pytest
 
 import readers
 from scenes import configure
-from support import App, load_deploy
+from support import App, load_deploy, wait_until
 
 # Of a switch that is not one rename (remove, then link) a reader notices within the first few hundred.
 SWITCHES, OPENS = 1000, 20000
@@ -45,10 +45,12 @@ def test_deploy_activate_and_rollback_from_the_command_line_keep_readers_content
     app.deploy("1.0", files)
     processes = readers.start_readers(str(tmp_path), str(app.root / "current"), 2)
     try:
+        wait_until(lambda: all(readers.read_report(report).seen for report in processes), what="both have read 1.0")
         app.deploy("1.1", {name: "1.1" for name in readers.FILES})
         for _ in range(2):
             app.run("rollback", check=0)
             app.run("activate", "1.1", check=0)
+        wait_until(lambda: "1.1" in readers.total(list(processes)).seen, what="one has read 1.1")
     finally:
         (tmp_path / "stop").write_text("")
         codes = [process.wait(20) for process in processes.values()]
