@@ -2436,7 +2436,7 @@ class Store:
         last = (self.history_lines(1) or [b""])[0]
         try:
             sequence = int(json.loads(last.decode("utf-8"))["sequence"]) + 1 if last else 1
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             # A damaged line must not stop a deployment that is live already; --verify finds it.
             sequence = 1
         entry = entry._replace(sequence=sequence, previous_sha256=hashlib.sha256(last).hexdigest() if last else "")
@@ -2484,7 +2484,7 @@ class Store:
             if (head["sequence"], head["sha256"]) == (json.loads(last.decode())["sequence"] - 1, hashlib.sha256(before).hexdigest()):
                 self._write_head(head["sequence"] + 1, last)
                 done.append("brought history.head up to date")
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, RecursionError, OSError):
             pass  # what is damaged is left for history --verify to tell, and a full disk must not stop a prune
         return done
 
@@ -4465,21 +4465,19 @@ class Sharer:
         except OSError:
             return None
         status = os.fstat(descriptor)
-        if (stat.S_IFREG | mode, size_bytes, os.geteuid()) != (status.st_mode, status.st_size, status.st_uid):
+        if (stat.S_IFREG | mode, size_bytes, os.geteuid()) != (status.st_mode, status.st_size, status.st_uid) or \
+                self._how == "hardlink" and has_attributes(descriptor):
             os.close(descriptor)
             return None
         return Twin(self._directory, base, descriptor, status)
 
     def share(self, twin: Twin, name: bytes, mode: int, destination: int) -> bool:
         """Make the new file from its twin; False where that cannot be, and the bytes must be written."""
-        try:
-            if self._how == "hardlink":
-                os.link(twin.name, name, src_dir_fd=twin.directory.descriptor, dst_dir_fd=destination, follow_symlinks=False)
-            else:
-                clone(twin.descriptor, name, mode, destination)
-        except OSError as error:
+        error = link_to(twin, name, destination) if self._how == "hardlink" else \
+            clone(twin.descriptor, name, mode, destination)
+        if error is not None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-                raise
+                raise error
             self._how = "no" if error.errno != errno.EMLINK else self._how
             return False
         after = os.stat(name, dir_fd=destination, follow_symlinks=False)
@@ -4497,16 +4495,34 @@ class Sharer:
             self._directory = None
 
 
-def clone(source: int, name: bytes, mode: int, destination: int) -> None:
-    """Make a file that shares another's blocks until one of them is changed; OSError where the filesystem cannot."""
+def has_attributes(descriptor: int) -> bool:
+    """Tell whether a file has extended attributes of its own (capabilities, ACLs), which a hard link would carry over."""
+    try:
+        return bool(set(os.listxattr(descriptor)) - {"security.selinux"})
+    except (OSError, AttributeError):
+        return False
+
+
+def clone(source: int, name: bytes, mode: int, destination: int) -> Optional[OSError]:
+    """Make a file that shares another's blocks until one of them is changed; returns why the filesystem does not."""
     descriptor = os.open(name, _CREATE_FLAGS, mode, dir_fd=destination)
     try:
         fcntl.ioctl(descriptor, _FICLONE, source)
-    except OSError:
+    except OSError as error:
         os.unlink(name, dir_fd=destination)
-        raise
+        return error
     finally:
         os.close(descriptor)
+    return None
+
+
+def link_to(twin: Twin, name: bytes, destination: int) -> Optional[OSError]:
+    """Make a hard link to a twin; returns why that cannot be."""
+    try:
+        os.link(twin.name, name, src_dir_fd=twin.directory.descriptor, dst_dir_fd=destination, follow_symlinks=False)
+    except OSError as error:
+        return error
+    return None
 
 
 def close_directories(tree: Directory, manifest: Manifest) -> None:

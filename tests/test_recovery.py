@@ -393,3 +393,12 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(live: App, damage: str
         assert unchanged_part(live.root) == before
     path.write_bytes(whole)
     assert live.run("rollback", check=0) and inconsistencies(live, ["1.0"]) == []
+
+
+@pytest.mark.parametrize("command", ["recover", "rollback", "prune", "deploy"])
+def test_a_history_line_too_deep_to_be_read_stops_nothing(live: App, command: str) -> None:
+    live.deploy("1.1")
+    (live.root / ".deploy" / "history.jsonl").write_text("[" * 100000 + "\n")
+    result = live.run(command, *([live.artifact("1.2")] if command == "deploy" else []))
+    assert result.exit_code == 0 and "Traceback" not in result.stderr, result.describe()
+    assert live.run("history", "--verify").exit_code == 7

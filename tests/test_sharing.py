@@ -230,3 +230,14 @@ def test_a_post_stage_hook_cannot_reach_the_live_release_through_hard_links(link
     linked.run("stage", artifact(linked, "1.1", dict(TREE, VERSION="1.1\n")), check=0)
     linked.run("verify", "current", check=0)
     assert (linked.root / "current" / "lib" / "small").read_text() == "small"
+
+
+def test_a_file_with_attributes_of_its_own_is_not_linked(linked: App) -> None:
+    first = str(linked.current)
+    try:
+        os.setxattr(str(linked.root / "current" / "lib" / "small"), "trusted.test", b"1")
+    except OSError as error:
+        pytest.skip(f"this filesystem has no such attributes: {error}")
+    deploy(linked, "1.1", TREE)
+    assert "lib/small" not in shared(linked, first, str(linked.current))
+    assert os.listxattr(str(linked.root / "current" / "lib" / "small")) == []
