@@ -4662,13 +4662,16 @@ def compare_share(directory: Directory, manifest: Manifest, progress_update: Cal
     def is_mine(name: bytes) -> bool:
         return zlib.crc32(name) % shares == number
 
-    for entry in walk_tree(directory.descriptor, wanted=lambda name: name in manifest.directories or is_mine(name)):
-        if is_mine(entry.name) and entry.name in manifest:
-            difference = compare_entry(entry, manifest)
-            if difference is not None:
-                changed[os.fsdecode(entry.name)] = difference
-            done_bytes += entry.status.st_size
-            progress_update(done_bytes)
+    # Opened anew: a forked process shares its parent's descriptor and with it the place in the
+    # listing, so that of two who read it one may see an empty directory, and no difference.
+    with directory.child(".") as own:
+        for entry in walk_tree(own.descriptor, wanted=lambda name: name in manifest.directories or is_mine(name)):
+            if is_mine(entry.name) and entry.name in manifest:
+                difference = compare_entry(entry, manifest)
+                if difference is not None:
+                    changed[os.fsdecode(entry.name)] = difference
+                done_bytes += entry.status.st_size
+                progress_update(done_bytes)
     return changed
 
 

@@ -758,6 +758,22 @@ def test_a_large_tree_is_compared_by_two_or_by_one_alike(many, monkeypatch, fork
     assert sorted(found.added) == ["added", "d0/f7/x"] and found.reasons == {"d0/f7": "is a directory, was a file"}
 
 
+def test_a_difference_is_found_while_a_forked_process_reads_the_same_open_directory(tmp_path):
+    """A descriptor that a fork shares has one place in the listing for both."""
+    (tmp_path / "file").write_text("as it was")
+    with deploy.Directory.open(str(tmp_path)) as directory:
+        manifest = deploy.scan_tree(directory, lambda done: None)
+        (tmp_path / "file").write_text("changed")
+
+        def read_on(check):
+            while True:
+                check(), os.listdir(directory.descriptor)
+
+        with deploy.Helper(read_on):
+            for _ in range(3000):
+                assert deploy.compare_share(directory, manifest, lambda done: None, (0, 1)) == {"file": ""}
+
+
 def test_the_helper_ends_with_its_parent(tmp_path):
     mark = tmp_path / "pid"
     program = (f"import sys; sys.path.insert(0, {os.path.dirname(deploy.__file__)!r}); import deploy, os, signal, time\n"
