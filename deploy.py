@@ -60,16 +60,17 @@ Exit codes
     5 failed and rolled back        130, 143 interrupted, undone
 
 Sections, each using only what stands above it
-     1 Constants and exit codes      9 Hooks, services, probes, templates
-     2 Errors                       10 Facts and preflight
-     3 Console                      11 Steps
-     4 System                       12 Planner
-     5 Options                      13 Executor
-     6 Model                        14 Commands
-     7 State                        15 Command line and main
-     8 Artifact
+     1 Constants and exit codes     10 Facts and preflight
+     2 Errors                       11 Steps
+     3 Console                      12 Planner
+     4 System                       13 Executor
+     5 Options                      14 Reference
+     6 Model                        15 Commands
+     7 State                        16 Reports
+     8 Artifact                     17 Command line and main
+     9 Hooks, services, probes, templates
 
-To follow a deployment, read sections 14, 12, 13 and 11 in that order: observe,
+To follow a deployment, read sections 15, 12, 13 and 11 in that order: observe,
 plan, execute, and what each step does.
 """
 
@@ -1281,8 +1282,8 @@ class Interrupts:
 
 # ============================================================================
 # 5  Options
-#    The one table: flags, INI keys, environment variables, help, the example
-#    file and the README's table are all made from it.
+#    The tables: options, flags, commands.  Flags, INI keys, environment
+#    variables, help, the example file and the README are all made from them.
 # ============================================================================
 
 class Option(NamedTuple):
@@ -1530,6 +1531,82 @@ ONE_OF = (
 )
 
 
+COMMAND_HELP = (
+    ("deploy", "preflight, stage, activate, restart, probe; rolls back by itself when that fails"),
+    ("stage", "verify and unpack only; the release is `staged`"),
+    ("activate", "make a staged or earlier release live"),
+    ("rollback", "re-activate the previous good release, or the one that is named"),
+    ("preflight", "run every read-only check, and show them as a table"),
+    ("probe", "run the configured probes now, or an ad-hoc one"),
+    ("verify", "hash a release again and compare it with its manifest"),
+    ("status", "show what is live, what it can go back to, and whether anything needs a person"),
+    ("releases", "list the releases, newest first, `*` on the current one"),
+    ("history", "list the deployments, oldest first; --verify proves that no line was changed"),
+    ("show", "show one deployment with its timeline, and the evidence where it failed"),
+    ("prune", "delete what keep_releases no longer keeps"),
+    ("pin", "protect a release from pruning"),
+    ("unpin", "let a release be pruned again"),
+    ("recover", "finish or undo what a crash left; --to settles by hand what cannot be decided"),
+    ("pack", "pack a directory into a reproducible .tar.gz, with its .sha256 beside it"),
+    ("config", "show every option with its value and where it came from"),
+)
+
+
+class Flag(NamedTuple):
+    """A flag or argument that is not an option of the configuration.
+
+    `commands` names the commands that take it; none means every command,
+    before and after its name.
+    """
+
+    names: Tuple[str, ...]
+    help: str
+    commands: Tuple[str, ...] = ()
+    metavar: str = ""
+    settings: Dict[str, Any] = {}
+
+
+FLAGS = (
+    Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", {"action": "append"}),
+    Flag(("-n", "--dry-run"), "show the plan, change nothing", (), "", {"action": "store_true"}),
+    Flag(("--json",), "print exactly one JSON object on stdout", (), "", {"action": "store_true"}),
+    Flag(("-v", "--verbose"), "show every check and what each step looks at", (), "", {"action": "store_true"}),
+    Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong", (), "", {"action": "store_true"}),
+    Flag(("--no-color",), "no colour (NO_COLOR is honoured too)", (), "", {"action": "store_true"}),
+    Flag(("-y", "--yes"), "answer yes to every question (none is asked so far)", (), "", {"action": "store_true"}),
+    Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", {"action": "append", "dest": "assignments"}),
+    Flag(("--detailed-exitcode",), "exit 10 when something changed", (), "", {"action": "store_true"}),
+    Flag(("--debug",), "show tracebacks", (), "", {"action": "store_true"}),
+    Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
+    Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", {"nargs": "?"}),
+    Flag(("release",), "id, unique prefix, version, digest prefix, current, previous or latest",
+         ("activate", "pin", "unpin"), "RELEASE"),
+    Flag(("release",), "the same; default: the previous good one (rollback), current (verify)",
+         ("rollback", "verify"), "RELEASE", {"nargs": "?"}),
+    Flag(("--sha256",), "digest the artifact must have", ("deploy", "stage", "preflight"), "HEX"),
+    Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
+    Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
+         "", {"action": "store_true"}),
+    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already",
+         ("deploy", "stage", "activate", "rollback", "preflight"), "", {"action": "store_true"}),
+    Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
+    Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
+    Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
+    Flag(("--command",), "run this command", ("probe",), "COMMAND", {"dest": "probe_command"}),
+    Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat", ("probe",), "KEY=VALUE",
+         {"action": "append"}),
+    Flag(("--wait",), "try until it is well, at most this long; default: one try", ("probe",), "DURATION"),
+    Flag(("--verify",), "check the hash chain", ("history",), "", {"action": "store_true"}),
+    Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", {"default": "20"}),
+    Flag(("id",), "deployment id, its prefix or number, or a release", ("show",), "ID"),
+    Flag(("--to",), "settle on this release, whatever the journal says", ("recover",), "RELEASE"),
+    Flag(("directory",), "directory to pack", ("pack",), "DIRECTORY"),
+    Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
+    Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
+    Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
+)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Suggest the name that was probably meant: ` (did you mean X?)` or nothing."""
     import difflib
@@ -1773,25 +1850,6 @@ def split_assignment(text: str) -> Tuple[str, str, str]:
         raise UsageError(f"--set {text!r}: expected SECTION.KEY=VALUE", "for example --set deploy.keep_releases=3")
     check_known(section, key, "--set")
     return section, key, value.strip()
-
-
-def render_example() -> str:
-    """Write the configuration file that shows every option, commented, with its default and help."""
-    lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
-             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line, indented.",
-             "# Relative paths are relative to this file."]
-    for section, text in SECTION_HELP:
-        lines += ["", f"# {text}", f"#[{section.replace('*', 'NAME')}]" if section.endswith("*") else f"[{section}]"]
-        for option in OPTIONS:
-            if option.section == section:
-                key = option.key.replace("*", "NAME")
-                lines += [f"# {option.help} ({kind_name(option.kind)})", f"#{key} = {option.default}".rstrip()]
-    return "\n".join(lines) + "\n"
-
-
-def kind_name(kind: str) -> str:
-    """Say what sort of text an option takes."""
-    return KINDS[kind][1] if kind in KINDS else kind.replace("|", ", ")
 
 
 # ============================================================================
@@ -7825,7 +7883,32 @@ class Recovery:
 
 
 # ============================================================================
-# 14  Commands
+# 14  Reference
+#    Texts made from the tables: what the program can say about itself.  Uses
+#    no state, no root and no clock.
+# ============================================================================
+
+def render_example() -> str:
+    """Write the configuration file that shows every option, commented, with its default and help."""
+    lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
+             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line, indented.",
+             "# Relative paths are relative to this file."]
+    for section, text in SECTION_HELP:
+        lines += ["", f"# {text}", f"#[{section.replace('*', 'NAME')}]" if section.endswith("*") else f"[{section}]"]
+        for option in OPTIONS:
+            if option.section == section:
+                key = option.key.replace("*", "NAME")
+                lines += [f"# {option.help} ({kind_name(option.kind)})", f"#{key} = {option.default}".rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def kind_name(kind: str) -> str:
+    """Say what sort of text an option takes."""
+    return KINDS[kind][1] if kind in KINDS else kind.replace("|", ", ")
+
+
+# ============================================================================
+# 15  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
 #    the Outcome; what they say goes through the Console.
 # ============================================================================
@@ -8460,64 +8543,63 @@ def command_config(call: Invocation) -> None:
 
 
 # ============================================================================
-# 15  Command line and main
+# 16  Reports
+#    What a run tells once it has ended: the one JSON object, the summary, the
+#    error.  Nothing here changes the outcome.
+# ============================================================================
+
+def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
+    """Put together the one object of --json."""
+    outcome, warnings, root = call.outcome, call.console.warnings, call.settings.deploy.root
+    failed_steps = sum(step.status == "failed" for step in outcome.steps)
+    failed_checks = sum(check.status == "fail" for check in outcome.checks)
+    ok = exit_code in (EXIT_OK, EXIT_CHANGED)
+    result = result_of(outcome.error)
+    result.update(
+        ok=ok, changed=outcome.changed, failed=not ok, command=outcome.command, exit_code=exit_code,
+        msg=outcome.error.message if outcome.error else outcome.message,
+        application=application_name(call.settings) if root else None,
+        root=portable(os.path.realpath(root)) if root else None, release=outcome.release, previous=outcome.previous,
+        rolled_back=outcome.rolled_back, deploy_id=call.deploy_id, dry_run=call.dry_run,
+        steps=[step.to_json() for step in outcome.steps], checks=[dict(check._asdict()) for check in outcome.checks],
+        summary={"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
+                 "failed": failed_steps + failed_checks, "warnings": len(warnings)},
+        warnings=warnings, seconds=round(seconds, 3))
+    return dict(outcome.extra, **result)
+
+
+def result_of(error: Optional[DeployError]) -> Dict[str, Any]:
+    """Put together the object of --json where no command was run: an early error, or help."""
+    return {"ok": error is None, "changed": False, "failed": error is not None, "command": None,
+            "exit_code": error.exit_code if error else EXIT_OK, "msg": error.message if error else "",
+            "application": None, "root": None, "release": None, "previous": None, "rolled_back": False,
+            "deploy_id": None, "dry_run": False, "steps": [], "checks": [],
+            "summary": {"checked": 0, "changed": 0, "failed": 1 if error else 0, "warnings": 0}, "warnings": [],
+            "error": {"message": error.message, "hint": error.hint} if error else None, "seconds": 0.0}
+
+
+def report(call: Invocation, exit_code: int, seconds: float) -> None:
+    """Show the end: the error with its hint, the summary line, or the JSON object."""
+    outcome, console = call.outcome, call.console
+    result = result_object(call, exit_code, seconds)
+    summary = result["summary"]
+    if outcome.steps or outcome.checks:
+        console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
+                    + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
+                    + f" in {format_seconds(seconds)}")
+    if outcome.error:
+        console.error(outcome.error.message, outcome.error.hint)
+    elif outcome.changed and not call.dry_run:
+        console.release_held()
+    if console.json_mode:
+        console.json_result(result)
+
+
+# ============================================================================
+# 17  Command line and main
 #    Parses, loads, runs one command, and turns whatever happens into an exit
 #    code, two lines of error, or one JSON object.
 # ============================================================================
-
-class Flag(NamedTuple):
-    """A flag or argument that is not an option of the configuration.
-
-    `commands` names the commands that take it; none means every command,
-    before and after its name.
-    """
-
-    names: Tuple[str, ...]
-    help: str
-    commands: Tuple[str, ...] = ()
-    metavar: str = ""
-    settings: Dict[str, Any] = {}
-
-
-FLAGS = (
-    Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", {"action": "append"}),
-    Flag(("-n", "--dry-run"), "show the plan, change nothing", (), "", {"action": "store_true"}),
-    Flag(("--json",), "print exactly one JSON object on stdout", (), "", {"action": "store_true"}),
-    Flag(("-v", "--verbose"), "show every check and what each step looks at", (), "", {"action": "store_true"}),
-    Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong", (), "", {"action": "store_true"}),
-    Flag(("--no-color",), "no colour (NO_COLOR is honoured too)", (), "", {"action": "store_true"}),
-    Flag(("-y", "--yes"), "answer yes to every question (none is asked so far)", (), "", {"action": "store_true"}),
-    Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", {"action": "append", "dest": "assignments"}),
-    Flag(("--detailed-exitcode",), "exit 10 when something changed", (), "", {"action": "store_true"}),
-    Flag(("--debug",), "show tracebacks", (), "", {"action": "store_true"}),
-    Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
-    Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", {"nargs": "?"}),
-    Flag(("release",), "id, unique prefix, version, digest prefix, current, previous or latest",
-         ("activate", "pin", "unpin"), "RELEASE"),
-    Flag(("release",), "the same; default: the previous good one (rollback), current (verify)",
-         ("rollback", "verify"), "RELEASE", {"nargs": "?"}),
-    Flag(("--sha256",), "digest the artifact must have", ("deploy", "stage", "preflight"), "HEX"),
-    Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
-    Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
-         "", {"action": "store_true"}),
-    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already",
-         ("deploy", "stage", "activate", "rollback", "preflight"), "", {"action": "store_true"}),
-    Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
-    Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
-    Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
-    Flag(("--command",), "run this command", ("probe",), "COMMAND", {"dest": "probe_command"}),
-    Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat", ("probe",), "KEY=VALUE",
-         {"action": "append"}),
-    Flag(("--wait",), "try until it is well, at most this long; default: one try", ("probe",), "DURATION"),
-    Flag(("--verify",), "check the hash chain", ("history",), "", {"action": "store_true"}),
-    Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", {"default": "20"}),
-    Flag(("id",), "deployment id, its prefix or number, or a release", ("show",), "ID"),
-    Flag(("--to",), "settle on this release, whatever the journal says", ("recover",), "RELEASE"),
-    Flag(("directory",), "directory to pack", ("pack",), "DIRECTORY"),
-    Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
-    Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
-    Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
-)
 
 COMMANDS = {
     "deploy": command_deploy, "stage": command_stage, "activate": command_activate, "rollback": command_rollback,
@@ -8528,9 +8610,6 @@ COMMANDS = {
 
 # Commands that run nothing and follow no setting but the root.
 LOOKING = ("config", "status", "releases", "history", "show", "verify")
-
-COMMAND_HELP = {"unpin": "Let a release be pruned again."}
-
 
 def suggestion(message: str) -> str:
     """Guess what was meant from what argparse says it does not know."""
@@ -8563,7 +8642,7 @@ def build_parser(names: Sequence[str]) -> Any:
     add_global_flags(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in names:
-        text = COMMAND_HELP.get(name) or (COMMANDS[name].__doc__ or "").strip()
+        text = dict(COMMAND_HELP)[name]
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for flag in FLAGS:
             if name in flag.commands:
@@ -8752,53 +8831,6 @@ def guarded(call: Invocation) -> int:
         outcome.error = step_error(error, call.flags.command)
         return outcome.error.exit_code
     return EXIT_CHANGED if outcome.changed and call.flags.detailed_exitcode else EXIT_OK
-
-
-def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
-    """Put together the one object of --json."""
-    outcome, warnings, root = call.outcome, call.console.warnings, call.settings.deploy.root
-    failed_steps = sum(step.status == "failed" for step in outcome.steps)
-    failed_checks = sum(check.status == "fail" for check in outcome.checks)
-    ok = exit_code in (EXIT_OK, EXIT_CHANGED)
-    result = result_of(outcome.error)
-    result.update(
-        ok=ok, changed=outcome.changed, failed=not ok, command=outcome.command, exit_code=exit_code,
-        msg=outcome.error.message if outcome.error else outcome.message,
-        application=application_name(call.settings) if root else None,
-        root=portable(os.path.realpath(root)) if root else None, release=outcome.release, previous=outcome.previous,
-        rolled_back=outcome.rolled_back, deploy_id=call.deploy_id, dry_run=call.dry_run,
-        steps=[step.to_json() for step in outcome.steps], checks=[dict(check._asdict()) for check in outcome.checks],
-        summary={"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
-                 "failed": failed_steps + failed_checks, "warnings": len(warnings)},
-        warnings=warnings, seconds=round(seconds, 3))
-    return dict(outcome.extra, **result)
-
-
-def result_of(error: Optional[DeployError]) -> Dict[str, Any]:
-    """Put together the object of --json where no command was run: an early error, or help."""
-    return {"ok": error is None, "changed": False, "failed": error is not None, "command": None,
-            "exit_code": error.exit_code if error else EXIT_OK, "msg": error.message if error else "",
-            "application": None, "root": None, "release": None, "previous": None, "rolled_back": False,
-            "deploy_id": None, "dry_run": False, "steps": [], "checks": [],
-            "summary": {"checked": 0, "changed": 0, "failed": 1 if error else 0, "warnings": 0}, "warnings": [],
-            "error": {"message": error.message, "hint": error.hint} if error else None, "seconds": 0.0}
-
-
-def report(call: Invocation, exit_code: int, seconds: float) -> None:
-    """Show the end: the error with its hint, the summary line, or the JSON object."""
-    outcome, console = call.outcome, call.console
-    result = result_object(call, exit_code, seconds)
-    summary = result["summary"]
-    if outcome.steps or outcome.checks:
-        console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
-                    + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
-                    + f" in {format_seconds(seconds)}")
-    if outcome.error:
-        console.error(outcome.error.message, outcome.error.hint)
-    elif outcome.changed and not call.dry_run:
-        console.release_held()
-    if console.json_mode:
-        console.json_result(result)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -38,11 +38,8 @@ def own_flags(deploy: Any, command: str) -> str:
 
 def commands(deploy: Any) -> str:
     """What each command does, and the flags of its own."""
-    rows = []
-    for name, function in deploy.COMMANDS.items():
-        text = deploy.COMMAND_HELP.get(name) or (function.__doc__ or "").strip()
-        rows.append((usage(deploy, name), text.rstrip("."), own_flags(deploy, name)))
-    return table(("command", "does", "flags"), rows)
+    return table(("command", "does", "flags"),
+                 [(usage(deploy, name), text, own_flags(deploy, name)) for name, text in deploy.COMMAND_HELP])
 
 
 def flags(deploy: Any) -> str:

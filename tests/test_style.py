@@ -16,7 +16,7 @@ from support import DEPLOY
 
 LONGEST_MEDIAN, LONGEST_95TH, LONGEST = 10, 35, 60
 MOST_POSITIONAL = 5
-DRY_RUN_SECTIONS = {5, 14, 15}
+DRY_RUN_SECTIONS = {5, 15, 16, 17}
 FORBIDDEN_TEXTS = [
     # What ansible takes for a module of another kind.
     "from ansible.module" + "_utils", "import ansible.module" + "_utils.", "#<<INCLUDE_ANSIBLE" + "_MODULE_COMMON>>",
