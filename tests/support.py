@@ -429,6 +429,12 @@ def needs(tool: str) -> str:
     return str(path)
 
 
+def once_in_ci(test: Any) -> Any:
+    """Mark a heavy test: where the suite runs under many Pythons (DEPLOY_TEST_ONCE=0), one of them is enough."""
+    skipped = os.environ.get("DEPLOY_TEST_ONCE") == "0"
+    return pytest.mark.skipif(skipped, reason="heavy: run by `make test`, under one Python")(test)
+
+
 def needs_artifact(pattern: str) -> Path:
     """A fetched artifact that matches a pattern; see fetch_artifacts.sh."""
     where = Path(os.environ.get("DEPLOY_TEST_ARTIFACTS") or str(TOP / ".cache" / "artifacts"))
