@@ -964,6 +964,13 @@ def _writable_by_others(path: str) -> Optional[Tuple[str, str]]:
     return None
 
 
+def private_file(name: str, path: str) -> str:
+    """Return the credential that systemd handed over under this name (LoadCredential=NAME:..., systemd.exec(5)), else `path`."""
+    directory = environment("CREDENTIALS_DIRECTORY")
+    credential = os.path.join(directory, name)
+    return credential if directory and os.path.exists(credential) else path
+
+
 # -- commands ----------------------------------------------------------------
 
 class CommandResult(NamedTuple):
@@ -1403,6 +1410,7 @@ def _parse_relatives(text: str) -> List[str]:
 KINDS = {
     "text": (str, "text"),
     "path": (native, "path"),
+    "private": (native, "path"),
     "paths": (lambda text: [native(line) for line in _parse_list(text)], "paths, one a line"),
     "relative": (_parse_relative, "relative path"),
     "relatives": (_parse_relatives, "relative paths, one a line"),
@@ -1485,7 +1493,8 @@ OPTIONS = (
     Option("probe:*", "release", "text", "", "where the answer names its version: json:PATH, header:NAME or body"),
     Option("probe:*", "method", "text", "GET", "HTTP method"),
     Option("probe:*", "header.*", "text", "", "request header"),
-    Option("probe:*", "auth_file", "path", "", "file with the Authorization header's value; or user:password for Basic"),
+    Option("probe:*", "auth_file", "private", "", "file with the Authorization header's value, or user:password for Basic; "
+           "a credential from systemd that has the probe's NAME goes before it"),
     Option("probe:*", "redirects", "int", "0", "redirects to follow, on the same host"),
     Option("probe:*", "max_body", "size", "64k", "how much of the answer is read"),
     Option("probe:*", "tls_verify", "bool", "yes", "check the certificate and its name"),
@@ -1701,8 +1710,9 @@ class Settings:
         except ValueError as error:
             raise UsageError(f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
                              f"{option.key}: {option.help}")
-        if option.kind == "path" and value:
-            return absolute(os.path.join(given.directory, value))
+        if option.kind in ("path", "private") and value:
+            path = absolute(os.path.join(given.directory, value))
+            return private_file(section.partition(":")[2], path) if option.kind == "private" else path
         if option.kind == "paths":
             return [absolute(os.path.join(given.directory, path)) for path in value]
         return value
@@ -8767,7 +8777,7 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
             if looks_secret(name):
                 secrets.add(value)
     for name in environment_names():
-        if looks_secret(name):
+        if looks_secret(name) and name != "CREDENTIALS_DIRECTORY":  # a path that errors must be able to name
             secrets.add(environment(name))
     for probe in settings.probe.values():
         for name, value in probe.header.items():
