@@ -5537,7 +5537,10 @@ class NetworkTry(Try):
         thread = threading.Thread(target=self._ask_safely, daemon=True)
         try:
             thread.start()
-            thread.join(self.question.timeout_seconds)
+            # In short pieces: a signal that arrives just before a wait does not end it.
+            while thread.is_alive() and time.monotonic() < self._ends_seconds:
+                thread.join(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
+                self.question.session.interrupts.check()
         except RuntimeError as error:
             return Answer(False, f"cannot start a thread: {error}", {})
         finally:
