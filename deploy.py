@@ -1558,6 +1558,7 @@ COMMAND_HELP = (
     ("recover", "finish or undo what a crash left; --to settles by hand what cannot be decided"),
     ("pack", "pack a directory into a reproducible .tar.gz, with its .sha256 beside it"),
     ("config", "show every option with its value and where it came from"),
+    ("help", "show a page of the reference, or how a command is used; needs no configuration"),
 )
 
 
@@ -1613,6 +1614,30 @@ FLAGS = (
     Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
     Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
     Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
+    Flag(("topic",), "page or command; default: the list of pages", ("help",), "TOPIC", {"nargs": "?"}),
+)
+
+# What the one object of --json holds after every command: (key, type, meaning).
+RESULT_KEYS = (
+    ("ok", "bool", "it went well: `exit_code` is 0 or 10"),
+    ("changed", "bool", "something changed; with `-n`: a real run would change something"),
+    ("failed", "bool", "the contrary of `ok`"),
+    ("command", "str", "what was run; null where the command line was not understood"),
+    ("exit_code", "int", "the exit code"),
+    ("msg", "str", "the end in one line"),
+    ("application", "str", "name of the application, or null"),
+    ("root", "str", "its root, or null"),
+    ("release", "str", "what is live (or staged) at the end, or null"),
+    ("previous", "str", "what was live before, or null"),
+    ("rolled_back", "bool", "it failed, and the release from before is live again"),
+    ("deploy_id", "str", "the run's id, by which `show` finds it"),
+    ("dry_run", "bool", "nothing was to be changed"),
+    ("steps", "list", "[{`name`, `status` (done, skipped, failed, undone, planned), `seconds`, `detail`}]"),
+    ("checks", "list", "[{`name`, `status` (ok, warn, fail, skip), `detail`, `hint`}]"),
+    ("summary", "dict", "{`checked`, `changed`, `failed`, `warnings`}: how many"),
+    ("warnings", "list", "one text each"),
+    ("error", "dict", "{`message`, `hint`}, or null"),
+    ("seconds", "float", "how long the run took"),
 )
 
 
@@ -7920,6 +7945,370 @@ def kind_name(kind: str) -> str:
     return KINDS[kind][1] if kind in KINDS else kind.replace("|", ", ")
 
 
+# -- tables: one source, for a terminal and for the README -----------------------
+
+# Lays out headers and rows of light Markdown: as aligned columns here, as a Markdown table in the README.
+TableWriter = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+PAGE_COLUMNS = 79
+
+
+def aligned_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table for a terminal of 80 columns; what does not fit wraps within its column."""
+    import textwrap
+    table = [[cell.replace("`", "") for cell in row] for row in [[name.upper() for name in headers], *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    while sum(widths) + 2 * len(widths) > PAGE_COLUMNS:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in table:
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            lines.append("".join(f"  {part:<{width}}" for part, width in zip(parts, widths)).rstrip())
+    return "\n".join(lines)
+
+
+def usage(command: str) -> str:
+    """Write a command with its arguments: `deploy ARTIFACT`, `rollback [RELEASE]`."""
+    words = [command]
+    for flag in FLAGS:
+        if command in flag.commands and not flag.names[0].startswith("-"):
+            count = flag.settings.get("nargs", "")
+            words.append(f"[{flag.metavar}{'...' if count == '*' else ''}]" if count else flag.metavar)
+    return " ".join(words)
+
+
+def commands_table(write: TableWriter) -> str:
+    """What each command does, and the flags that few others take."""
+    rows = []
+    for name, text in COMMAND_HELP:
+        own = [" ".join(filter(None, (flag.names[-1], flag.metavar)))
+               for flag in FLAGS if name in flag.commands and flag.names[0].startswith("-")]
+        rows.append((f"`{usage(name)}`", text, ", ".join(f"`{flag}`" for flag in own)))
+    return write(("command", "does", "flags"), rows)
+
+
+def flags_table(write: TableWriter) -> str:
+    """The global options."""
+    rows = [(", ".join(f"`{name}{' ' + flag.metavar if flag.metavar else ''}`" for name in flag.names), flag.help)
+            for flag in FLAGS if not flag.commands]
+    rows += [(f"`{option.flag} {option.key.upper()}`", option.help) for option in OPTIONS if option.flag]
+    return write(("option", "means"), rows)
+
+
+def options_table(write: TableWriter) -> str:
+    """Every option of the configuration, a table for each section."""
+    parts = []
+    for section, text in SECTION_HELP:
+        rows = [(f"`{option.key.replace('*', 'NAME')}`", kind_name(option.kind),
+                 f"`{option.default}`" if option.default else "", option.help)
+                for option in OPTIONS if option.section == section]
+        parts += [f"### [{section.replace('*', 'NAME')}]", text, write(("key", "takes", "default", "means"), rows)]
+    return "\n\n".join(parts)
+
+
+def exit_codes_table(write: TableWriter) -> str:
+    """What each exit code promises."""
+    return write(("code", "means"), [(str(code), text) for code, text in EXIT_CODES])
+
+
+def result_table(write: TableWriter) -> str:
+    """What the one object of --json holds."""
+    return write(("key", "type", "means"), [(f"`{key}`", kind, text) for key, kind, text in RESULT_KEYS])
+
+
+TABLES = {
+    "commands": commands_table, "flags": flags_table, "options": options_table,
+    "exit-codes": exit_codes_table, "result": result_table,
+}  # type: Dict[str, Callable[[TableWriter], str]]
+
+
+# -- pages -----------------------------------------------------------------------
+
+class Topic(NamedTuple):
+    """One page of the reference: its name, what it is about in one line, and its text.
+
+    The text is light Markdown that reads well as it stands: lines of up to 79
+    characters, `###` for headings, code indented by four.  A line {{NAME}}
+    stands for a table of TABLES.  README shows the same pages (make example).
+    """
+
+    name: str
+    about: str
+    text: str
+
+
+TOPICS = (
+    Topic("commands", "what each command does, and the global options", """\
+{{commands}}
+
+RELEASE is an id, a unique prefix of one, a version, a digest prefix (4
+characters or more), `current`, `previous` or `latest`. `rollback` goes to the
+last good release that was live before the current one; a second rollback goes
+further back, never to what a rollback has left. `activate` goes to any.
+
+Global options stand before or after the command:
+
+{{flags}}"""),
+    Topic("configuration", "the INI file: where it is read from, checksums, archives, trust, every option", """\
+INI files with `=` as the only delimiter, no interpolation and no `[DEFAULT]`;
+lists have one item a line. Precedence: command line, then the environment
+(`DEPLOY_<SECTION>_<KEY>`, such as `DEPLOY_DEPLOY_ROOT`), then files, then the
+default; `deploy.py config` shows every value and where it came from. Without
+`-c` the first of `$DEPLOY_CONFIG`, `./deploy.ini` and
+`/etc/deploy/deploy.ini` is read. Durations are written `500ms`, `3s`, `2m`,
+`1h`; sizes `64k`, `10M`, `2G`. Relative paths are relative to the
+configuration file. `deploy.py config --example` prints a file to begin with.
+
+### Checksums
+
+`--sha256`, else `<artifact>.sha256`, else `SHA256SUMS` beside the artifact;
+coreutils text, binary and BSD (`--tag`) forms. The artifact is opened once:
+the bytes that are hashed are the bytes that are unpacked. A directory has no
+bytes of its own to hash: its digest is that of its manifest, and it is copied
+as it is.
+
+### Archives
+
+Members are judged before anything of them is written; one unsafe member
+refuses the whole archive, and nothing is ever renamed to something safer.
+Refused are absolute names, `..`, control characters and backslashes, duplicate
+names, anything below a symlink, symlinks that leave the release, devices and
+other special files, sparse members, headers that contradict each other,
+damaged or cut-off streams, and whatever is over `[limits]`. Setuid bits,
+owners and extended attributes are dropped.
+
+What is the same in the live release takes no space again: `share_unchanged =
+reflink` shares the blocks on filesystems that can (btrfs, xfs), `hardlink`
+makes one file of both anywhere. Either way the old bytes are compared with the
+new ones, not a digest written down earlier.
+
+An archive whose files all lie under one top directory keeps it, as `tar` does;
+`strip_components = 1` drops it (a leading `./` does not count).
+
+### Permissions and trust
+
+deploy.py can do whatever the user can who runs it, and so can whoever may
+write what it believes. So as root its configuration, the root directory, the
+programs of hooks, services and probes (unless `run_as` is set), the probes'
+key files, and every directory above them must belong to root and not be
+writable by group or others: anything else is refused (exit 3) with the command
+that mends it. `[preflight] accept_risk` names paths for which that is meant,
+such as a root that belongs to the application's user; for the configuration
+itself only `--set` and the environment count. `.deploy/` is 0700. Releases are
+made under umask 022 whatever the caller's is. Values of keys and variables
+that look secret (password, token, key, ...), URL userinfo and query strings,
+and Authorization headers are masked in all output, logs, records and the
+history.
+
+{{options}}"""),
+    Topic("exit-codes", "what the exit code promises, how errors read, the object of --json", """\
+{{exit-codes}}
+
+An error reads `deploy.py: error: WHAT: WHY`, with `hint: WHAT TO DO NEXT` on
+the next line.
+
+### JSON
+
+With `--json` stdout holds exactly one object, whatever happens:
+
+{{result}}
+
+Commands add `releases`, `history`, `plan`, `probes`, `config`, `differences`
+{`changed`, `missing`, `added`}, `removed`, `recovered`, `artifact`, `status`
+and `help`."""),
+    Topic("probes", "how the running program is asked whether it is well", """\
+A `[probe:NAME]` asks a `url`, connects to a `tcp` address, runs a `command`,
+or looks whether a `service` is up, after every switch, forward and back. All
+that it expects must hold. `release` wants the *new* version in the answer: the
+old process answering is a failure.
+
+    [probe:web]
+    url = http://127.0.0.1:8080/health
+    status = 200
+    json.status = ok
+    release = json:version
+    deadline = 30s
+    soak = 10s
+
+Until `successes` tries in a row are well, only `deadline` counts; then `soak`
+begins, in which `failures` tries in a row mean failure. Every try is cut off
+at `timeout`, a slowly dripping answer included. Proxies from the environment
+are never used. `when = before` asks during preflight, before anything changes.
+
+What a kind of probe cannot check (`status` of a `tcp` probe) is a
+configuration error, not ignored. Probes also run by themselves; exit 7 means
+that one is not well:
+
+    deploy.py probe                        # every configured probe, one try
+    deploy.py probe web --wait 30s         # until it is well
+    deploy.py probe --url http://127.0.0.1:8080/health --expect json.status=ok"""),
+    Topic("hooks", "commands at named points, services, shared files and templates", """\
+A hook is one or more commands, one a line, split like a shell would but run
+without one, in the release (`pre_stage` in the root).
+
+    [hooks]
+    post_stage = bin/install-dependencies
+    pre_activate =
+        bin/migrate --check
+        bin/migrate
+    timeout = 5m
+    run_as = shop
+
+Each runs under `timeout` in a process group of its own, stdin closed, with
+PATH, HOME, LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`,
+`DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`,
+`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`,
+`DEPLOY_ID` and `DEPLOY_HOOK`. After a timeout the whole group is ended (TERM,
+then KILL). A background child that keeps stdout open is not waited for.
+
+`post_stage` may add to the release (dependencies, compiled assets); afterwards
+the release is sealed: the manifest is written, and later changes are found by
+`verify`. Files that were only added do not stop a rollback, changed or missing
+ones do. `pre_rollback` and `post_rollback` run with DEPLOY_RELEASE naming the
+release that goes live again; on the automatic way back their failure is only a
+warning.
+
+### Services
+
+    [service:web]
+    unit = shop-web.service
+
+    [service:worker]
+    pidfile = /run/shop/worker.pid
+    signal = HUP
+    after = web
+
+`unit` is restarted through systemctl and must stay up unchanged for `settle`;
+a process in `pidfile` gets `signal`; `command` is an argv that restarts the
+service. They are acted on in the order of `after`, after every switch, forward
+and back.
+
+### Shared files and templates
+
+    [deploy]
+    shared_dirs = var/uploads
+    shared_files = .env
+
+    [template:nginx]
+    source = etc/nginx.conf.in
+    target = etc/nginx.conf
+
+    [vars]
+    server_name = shop.example.com
+
+`shared_dirs` are made under `shared/` where they are missing; `shared_files`
+must exist, and a missing one fails preflight: an empty file in its place would
+be a lie. What the artifact brings at a shared path is replaced by the link.
+
+A template's `${name}` is looked up in `[vars]`, then among the `DEPLOY_*`
+variables above, then in the environment. `$${name}` gives a literal `${name}`;
+a name without a value is an error."""),
+    Topic("files", "what lies under the root, what is deleted, what survives a crash", """\
+    /srv/shop/                    root
+        current -> releases/ID    relative symlink
+        releases/
+            20261121T101500Z-1.4.2/   exactly the artifact, plus shared links
+                                      and rendered templates
+        shared/
+        .deploy/                  mode 0700: deploy.py's own
+            lock                  flock; never unlinked, what it holds is
+                                  information only
+            journal.json          only while something is under way
+            history.jsonl         one JSON object a line, hash-chained;
+                                  history.head names the last
+            releases/ID.json      the record: rollback metadata
+            manifests/ID          the SHA-256 of every file, for sha256sum -c
+            trees/ID              directories, symlinks and modes
+            staging, cache, trash swept by recovery
+
+Everything lies on one filesystem. Directories under `releases/` that have no
+record are left alone and never counted. A release can be checked without
+deploy.py:
+
+    (cd current && sha256sum -c ../../.deploy/manifests/ID)
+
+`prune`, which also follows every deployment, keeps the newest `keep_releases`
+good releases (the current one is one of them) and the newest bad one, and
+never deletes current, previous, a pinned release, a staged one, or one that a
+running process has as its working directory or executable.
+
+After a crash, a `kill -9` or a power cut, `current` is the old or the new
+release, complete. The next command that writes, or `deploy.py recover`,
+finishes or undoes the rest: what had not been activated is undone; what had is
+taken up where it stopped (a hook that had ended is not run again, services are
+restarted and probed), then kept or rolled back. After two recoveries that
+failed, a person decides: `deploy.py recover --to RELEASE`, which verifies the
+release, makes it live and closes what was under way."""),
+    Topic("systemd", "run by a service or a timer", """\
+    [Unit]
+    Description=Deploy shop
+
+    [Service]
+    Type=oneshot
+    ExecStart=/usr/local/sbin/deploy.py -c /etc/deploy/shop.ini --wait-lock 1m \\
+        -q deploy /var/lib/artifacts/shop.tar.gz
+    SuccessExitStatus=75
+    TimeoutStartSec=15min
+    TimeoutStopSec=5min
+    KillMode=mixed
+    ProtectSystem=strict
+    ReadWritePaths=/srv/shop
+    ProtectHome=yes
+    PrivateTmp=yes
+    NoNewPrivileges=yes
+
+One `ReadWritePaths=`, the root: two of them are two mounts, and no rename
+crosses them. On SIGTERM the run undoes or rolls back, so give it the time its
+probes need."""),
+    Topic("cron", "run by cron, silent when nothing changed", """\
+    */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q deploy /var/lib/artifacts/shop.tar.gz
+
+`-q` prints nothing when nothing changed and nothing is wrong, and one block on
+stderr otherwise. PATH is extended by the system directories that cron leaves
+out."""),
+    Topic("logging", "where what was said is kept", """\
+`--log-file FILE` (or `[log] file`) appends everything that was said, and the
+output of hooks line by line; `--log-format json` writes one object a line with
+deployment id, release and step. The file may be rotated under a run.
+
+    [log]
+    file = /var/log/deploy/shop.log
+    format = json"""),
+)  # type: Tuple[Topic, ...]
+
+
+def page(topic: Topic, write: TableWriter) -> str:
+    """Write a page with its tables filled in."""
+    return re.sub(r"(?m)^\{\{([a-z-]+)\}\}$", lambda found: TABLES[found.group(1)](write), topic.text)
+
+
+def help_page(name: str) -> str:
+    """Write a page for a terminal, or the list of pages where none is named; UsageError for an unknown one."""
+    topics = {topic.name: topic for topic in TOPICS}
+    if not name:
+        return HELP_INDEX + aligned_table(("topic", "about"), [(topic.name, topic.about) for topic in TOPICS]) + "\n"
+    if name not in topics:
+        raise UsageError(f"there is no help on {name!r}",
+                         nearest(name, [*topics, *dict(COMMAND_HELP)]) or "the topics are " + ", ".join(topics))
+    text = re.sub("(?m)^### ", "", page(topics[name], aligned_table))
+    return f"{name}: {topics[name].about}\n\n{text}\n"
+
+
+HELP_INDEX = """\
+deploy.py takes an artifact live on this host, and back.
+
+  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz     goes live
+  deploy.py --root /srv/shop rollback                     and back
+  deploy.py --root /srv/shop status                       what is live now
+
+  deploy.py --help             every command and every global option
+  deploy.py help COMMAND       one command: its flags, an example
+  deploy.py help TOPIC         one of these pages
+  deploy.py config --example   a configuration file to begin with
+
+"""
+
+
 # ============================================================================
 # 15  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
@@ -8555,6 +8944,15 @@ def command_config(call: Invocation) -> None:
     call.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
 
 
+def command_help(call: Invocation) -> None:
+    """Show a page of the reference; `help COMMAND` has become `COMMAND --help` before it comes here."""
+    name = call.flags.topic or ""
+    text = help_page(name)
+    call.outcome.extra["help"] = {"topic": name or None, "text": text}
+    call.outcome.message = f"help on {name}" if name else "the topics of help"
+    call.console.raw_result(text)
+
+
 # ============================================================================
 # 16  Reports
 #    What a run tells once it has ended: the one JSON object, the summary, the
@@ -8619,10 +9017,13 @@ COMMANDS = {
     "preflight": command_preflight, "probe": command_probe, "verify": command_verify, "status": command_status,
     "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
     "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
+    "help": command_help,
 }  # type: Dict[str, Callable[[Invocation], None]]
 
+# Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
+TELLING = ("help",)
 # Commands that run nothing and follow no setting but the root.
-LOOKING = ("config", "status", "releases", "history", "show", "verify")
+LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify")
 
 def suggestion(message: str) -> str:
     """Guess what was meant from what argparse says it does not know."""
@@ -8708,6 +9109,8 @@ def parse_command_line(argv: List[str]) -> Any:
             raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
     if not flags.command:
         raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
+    if flags.command == "help" and flags.topic in COMMANDS:
+        build_parser([flags.topic]).parse_args([flags.topic, "--help"])
     return flags
 
 
@@ -8746,6 +9149,8 @@ def split_short(argv: List[str]) -> List[str]:
 
 def load(flags: Any) -> Settings:
     """Load the settings that the flags ask for."""
+    if flags.command in TELLING:
+        return Settings({}, [])
     given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
     wait = given.get(("deploy", "lock_wait"), "")  # type: ignore
     if wait.isdigit():
@@ -8866,7 +9271,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except HelpAsked as asked:
         console.raw_result(str(asked))
         if console.json_mode:
-            console.json_result(dict(result_of(None), msg=str(asked)))
+            console.json_result(dict(result_of(None), msg=str(asked), help={"topic": None, "text": str(asked)}))
         return EXIT_OK
     except KeyboardInterrupt:
         failure = Interrupted(signal.SIGINT)

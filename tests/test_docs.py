@@ -10,13 +10,12 @@ from typing import Any, Dict, List, Set, Tuple
 import pytest
 
 from support import DEPLOY, TESTS, TOP, load_deploy, run_deploy
-from tables import with_tables
+from tables import README, with_topics
 
-COMMANDS = ("deploy", "stage", "activate", "rollback", "preflight", "probe", "verify", "status", "releases", "history",
-            "show", "prune", "pin", "unpin", "recover", "pack", "config")
-README, EXAMPLE, MAKEFILE = TOP / "README.md", TOP / "deploy.ini.example", TOP / "Makefile"
+EXAMPLE, MAKEFILE = TOP / "deploy.ini.example", TOP / "Makefile"
 
 deploy = load_deploy()
+COMMANDS = tuple(deploy.COMMANDS)
 
 
 def option_id(option: Any) -> str:
@@ -67,8 +66,14 @@ def test_the_readme_and_the_help_know_every_command(command: str) -> None:
     assert re.search(rf"(?m)^\s+{command}\b", run_deploy("--help", json=False, check=0).stdout)
 
 
-def test_the_readmes_tables_are_those_of_the_code() -> None:
-    assert readme() == with_tables(readme()), "make example writes them again"
+def test_the_readmes_reference_is_that_of_the_code() -> None:
+    assert readme() == with_topics(readme()), "make example writes it again"
+
+
+def test_the_readme_has_a_place_for_every_page_of_help_and_no_other() -> None:
+    names = sorted(topic.name for topic in deploy.TOPICS)
+    assert sorted(re.findall(r"<!-- topic ([\w-]+) -->", readme())) == names
+    assert sorted(re.findall(r"<!-- /topic ([\w-]+) -->", readme())) == names
 
 
 def test_the_first_steps_of_the_readme_run_word_for_word(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""`deploy.py help`: the reference is in the file, whatever else is broken."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import load_deploy, run_deploy
+
+deploy = load_deploy()
+
+
+def lines(topic: Any) -> "list":
+    """A page's lines as a terminal gets them."""
+    return deploy.help_page(topic.name).splitlines()
+
+
+@pytest.mark.parametrize("topic", deploy.TOPICS, ids=lambda topic: topic.name)
+def test_a_page_fits_a_terminal_in_any_locale(topic: Any) -> None:
+    assert [line for line in lines(topic) if len(line) > 79 and not line.startswith("    ")] == []
+    assert [line for line in lines(topic) if not re.match(r"[ -~]*\Z", line)] == []
+    assert not re.search(r"(?m)^#|\{\{|```", deploy.help_page(topic.name))
+
+
+@pytest.mark.parametrize("topic", deploy.TOPICS, ids=lambda topic: topic.name)
+def test_a_page_is_shown_without_and_with_json(topic: Any) -> None:
+    text = run_deploy("help", topic.name, json=False, check=0).stdout
+    assert text == deploy.help_page(topic.name)
+    assert text.startswith(f"{topic.name}: {topic.about}\n\n")
+    result = run_deploy("help", topic.name, check=0)
+    assert result.data["help"] == {"topic": topic.name, "text": text}
+
+
+def test_without_a_topic_every_page_is_listed_with_what_to_type_next() -> None:
+    text = run_deploy("help", json=False, check=0).stdout
+    for topic in deploy.TOPICS:
+        assert re.search(rf"(?m)^  {topic.name} +{topic.about[:20]}", text)
+    assert "deploy.py help TOPIC" in text and "deploy.py help COMMAND" in text
+    assert run_deploy("help", check=0).data["help"] == {"topic": None, "text": text}
+
+
+def test_help_on_a_command_is_the_commands_own() -> None:
+    own = run_deploy("pin", "--help", json=False, check=0).stdout
+    assert "RELEASE" in own
+    assert run_deploy("help", "pin", json=False, check=0).stdout == own
+    assert run_deploy("help", "pin", check=0).data["help"]["text"] == own
+
+
+@pytest.mark.parametrize("name, meant", [("probs", "probes"), ("exitcodes", "exit-codes"), ("rolback", "rollback")])
+def test_an_unknown_topic_is_an_error_that_suggests_the_nearest(name: str, meant: str) -> None:
+    result = run_deploy("help", name, check=2)
+    assert name in result.data["error"]["message"]
+    assert result.data["error"]["hint"] == f"did you mean {meant!r}?"
+
+
+def test_an_unknown_topic_that_resembles_none_lists_them_all() -> None:
+    hint = run_deploy("help", "xyzzy", check=2).data["error"]["hint"]
+    assert all(topic.name in hint for topic in deploy.TOPICS)
+
+
+@pytest.mark.parametrize("way", ["beside", "named", "environment", "value"])
+def test_help_reads_no_configuration(way: str, tmp_path: Path) -> None:
+    (tmp_path / "deploy.ini").write_text("[nonsense\nroot == =\n")
+    environment = {"environment": {"DEPLOY_CONFIG": "deploy.ini"}, "value": {"DEPLOY_DEPLOY_KEEP_RELEASES": "many"}}.get(way, {})
+    flags = ["-c", "deploy.ini"] if way == "named" else []
+    assert run_deploy("status", *flags, cwd=tmp_path, env=environment, check=2).data["error"]
+    assert "exit 7" in run_deploy("help", "probes", *flags, cwd=tmp_path, env=environment, json=False, check=0).stdout
+    assert "exit 2" not in run_deploy("help", "pin", *flags, cwd=tmp_path, env=environment, json=False, check=0).stderr
+
+
+def test_every_table_stands_on_a_page() -> None:
+    used = [name for topic in deploy.TOPICS for name in re.findall(r"(?m)^\{\{([\w-]+)\}\}$", topic.text)]
+    assert sorted(used) == sorted(deploy.TABLES)
+
+
+def test_a_table_for_a_terminal_wraps_within_its_columns() -> None:
+    text = deploy.aligned_table(("key", "means"), [("`a`", "word " * 30), ("long-key", "`b`")])
+    rows = text.splitlines()
+    assert rows[0] == "  KEY       MEANS"
+    assert rows[1].startswith("  a         word word") and rows[2].startswith("            word")
+    assert rows[-1] == "  long-key  b"
+    assert max(map(len, rows)) <= 79
+
+
+def test_every_result_has_the_keys_that_the_reference_names(tmp_path: Path) -> None:
+    kinds = {"bool": bool, "str": str, "int": int, "float": float, "list": list, "dict": dict}
+    for result in (run_deploy("help"), run_deploy("status", root=tmp_path), run_deploy("nonsense"), run_deploy("--help")):
+        for key, kind, _ in deploy.RESULT_KEYS:
+            assert result.data[key] is None or isinstance(result.data[key], kinds[kind]), key
+        assert set(result.data) - {"help", "status", "releases"} == {key for key, _, _ in deploy.RESULT_KEYS}
