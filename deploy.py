@@ -5541,59 +5541,66 @@ class Try:
         return Answer(not why, why or well, self.evidence)
 
 
-class NetworkTry(Try):
-    """A try over a socket.
+class Conversation:
+    """Something asked of a peer over a socket, within a time limit.
 
     It runs in a thread that is left behind when time is up, with its socket
     shut down: neither DNS nor a server that drips one byte a second can hold
     the run (a socket timeout begins anew with every byte).
     """
 
-    def __init__(self, question: Question) -> None:
-        super().__init__(question)
-        self.stage = "starting"
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds, self.stage = timeout_seconds, "starting"
         self.socket = None  # type: Any
-        self._ends_seconds = time.monotonic() + question.timeout_seconds
-        self._answers = []  # type: List[Answer]
+        self._ends_seconds = time.monotonic() + timeout_seconds
+        self._thread = None  # type: Any
+        self._results = []  # type: List[Any]
 
-    def run(self) -> Answer:
-        """Ask in a thread and wait for it as long as there is time."""
+    def start(self) -> None:
+        """Begin, and do not wait; where there can be no thread, that is the result."""
         import threading
-        thread = threading.Thread(target=self._ask_safely, daemon=True)
+        self._thread = threading.Thread(target=self._talk_safely, daemon=True)
         try:
-            thread.start()
-            # In short pieces: a signal that arrives just before a wait does not end it.
-            while thread.is_alive() and time.monotonic() < self._ends_seconds:
-                thread.join(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
-                self.question.session.interrupts.check()
+            self._thread.start()
         except RuntimeError as error:
-            return Answer(False, f"cannot start a thread: {error}", {})
+            self._results.append(self._failure(f"cannot start a thread: {error}"))
+
+    def wait(self, check: Callable[[], None] = lambda: None) -> Any:
+        """Return the result, or what `_failure` makes of there being none in time; `check` may raise."""
+        try:
+            # In short pieces: a signal that arrives just before a wait does not end it.
+            while not self._results and self._thread.is_alive() and time.monotonic() < self._ends_seconds:
+                self._thread.join(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
+                check()
         finally:
             # First the verdict, then the hanging up, which would turn "late" into "damaged".
-            answer = self._answers[0] if self._answers else self._late()
+            result = self._results[0] if self._results else self._late()
             self._hang_up()
-        return answer
+        return result
 
-    def _ask(self) -> Answer:
+    def _talk(self) -> Any:
         """Do the asking, with self.stage saying what is going on."""
         raise NotImplementedError
 
-    def _ask_safely(self) -> None:
+    def _failure(self, why: str) -> Any:
+        """Make a result of what went wrong."""
+        raise NotImplementedError
+
+    def _talk_safely(self) -> None:
         import socket
         try:
-            answer = self._ask()
+            result = self._talk()
         except socket.timeout:
-            answer = self._late()
+            result = self._late()
         except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
-            answer = Answer(False, self._excerpt(f"{self.stage}: {_network_reason(error)}"), self.evidence)
+            result = self._failure(f"{self.stage}: {_network_reason(error)}")
         finally:
             if self.socket is not None:
                 self.socket.close()
-        self._answers.append(answer)
+        self._results.append(result)
 
-    def _late(self) -> Answer:
-        limit = format_seconds(self.question.timeout_seconds)
-        return Answer(False, f"no answer within {limit}, it was still {self.stage}", dict(self.evidence))
+    def _late(self) -> Any:
+        return self._failure(f"no answer within {format_seconds(self.timeout_seconds)}, it was still {self.stage}")
 
     def _hang_up(self) -> None:
         import socket
@@ -5627,6 +5634,44 @@ class NetworkTry(Try):
             # A free local port may be given to the asker itself, who then meets himself (RFC 9293, 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
         self.socket.settimeout(self._left_seconds())
+
+    def _start_tls(self, host: str, context: Any) -> None:
+        self.stage = "in the TLS handshake"
+        self.socket = context.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
+        self.socket.do_handshake()
+
+    def _ask_http(self, method: str, url: "Url", headers: Dict[str, str], body: bytes = b"") -> Any:
+        """Send a request over self.socket by HTTP/1.1 (RFC 9112); returns the response, its body unread.
+
+        By http.client on a socket of our own: no proxy, no cookie, no redirect, no other host can come into play.
+        """
+        import http.client
+        connection = http.client.HTTPConnection(url.host, url.port)
+        connection.sock = self.socket
+        self.stage = "sending the request"
+        connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
+        connection.endheaders(body or None)
+        self.stage = "waiting for the head of the answer"
+        self.socket.settimeout(self._left_seconds())
+        return connection.getresponse()
+
+
+class NetworkTry(Conversation, Try):
+    """A try over a socket."""
+
+    def __init__(self, question: Question) -> None:
+        Try.__init__(self, question)
+        Conversation.__init__(self, question.timeout_seconds)
+
+    def run(self) -> Answer:
+        """Ask, and wait for the answer as long as there is time."""
+        self.start()
+        return self.wait(self.question.session.interrupts.check)
+
+    def _failure(self, why: str) -> Answer:
+        return Answer(False, self._excerpt(why), dict(self.evidence))
 
 
 def _network_reason(error: Exception) -> str:
@@ -5686,10 +5731,7 @@ def parse_url(text: str) -> Url:
 
 
 class UrlTry(NetworkTry):
-    """Ask over HTTP/1.1 (RFC 9112), by http.client on a socket of our own.
-
-    No proxy, no cookie, no other scheme, and no other host can come into play.
-    """
+    """Ask over HTTP or HTTPS."""
 
     @staticmethod
     def check(settings: Settings, probe: Any) -> Optional[str]:
@@ -5702,7 +5744,7 @@ class UrlTry(NetworkTry):
             return str(error)
         return None if re.match(r"[A-Z]{1,20}\Z", probe.method) else f"method = {probe.method}: expected GET, HEAD, ..."
 
-    def _ask(self) -> Answer:
+    def _talk(self) -> Answer:
         from urllib.parse import urljoin
         text, url = self.probe.url, parse_url(self.probe.url)
         headers = self._headers(url)
@@ -5718,24 +5760,14 @@ class UrlTry(NetworkTry):
         return Answer(False, f"more than {count(self.probe.redirects, 'redirect')}, the last to {text}", self.evidence)
 
     def _request(self, url: Url, headers: Dict[str, str]) -> Any:
-        import http.client
         self._connect(split_address(self.probe.connect) if self.probe.connect else (url.host, url.port))
         if url.scheme == "https":
-            self._start_tls(url.host)
-        connection = http.client.HTTPConnection(url.host, url.port)
-        connection.sock = self.socket
-        self.stage = "sending the request"
-        connection.putrequest(self.probe.method, url.target, skip_host=True, skip_accept_encoding=True)
-        for name, value in headers.items():
-            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
-        connection.endheaders()
-        self.stage = "waiting for the head of the answer"
-        self.socket.settimeout(self._left_seconds())
-        response = connection.getresponse()
+            self._start_tls(url.host, self._tls_context())
+        response = self._ask_http(self.probe.method, url, headers)
         self.evidence["status"] = response.status
         return response
 
-    def _start_tls(self, host: str) -> None:
+    def _tls_context(self) -> Any:
         import ssl
         self.stage = "reading tls_ca, tls_cert and tls_key"
         context = ssl.create_default_context(cafile=self.probe.tls_ca or None)
@@ -5744,9 +5776,7 @@ class UrlTry(NetworkTry):
         if self.probe.tls_cert:
             # An empty password: OpenSSL would ask the terminal for one otherwise.
             context.load_cert_chain(self.probe.tls_cert, self.probe.tls_key or None, password="")
-        self.stage = "in the TLS handshake"
-        self.socket = context.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
-        self.socket.do_handshake()
+        return context
 
     def _headers(self, url: Url) -> Dict[str, str]:
         own = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Accept": "*/*",
@@ -5808,7 +5838,7 @@ class TcpTry(NetworkTry):
             return str(error)
         return None
 
-    def _ask(self) -> Answer:
+    def _talk(self) -> Answer:
         self._connect(split_address(self.probe.tcp))
         return Answer(True, f"{self.probe.tcp} accepts connections", self.evidence)
 
