@@ -8079,7 +8079,7 @@ further back, never to what a rollback has left. `activate` goes to any.
 Global options stand before or after the command:
 
 {{flags}}"""),
-    Topic("configuration", "the INI file: where it is read from, checksums, archives, trust, every option", """\
+    Topic("configuration", "the INI file and every option; checksums, archives, trust", """\
 INI files with `=` as the only delimiter, no interpolation and no `[DEFAULT]`;
 lists have one item a line. Precedence: command line, then the environment
 (`DEPLOY_<SECTION>_<KEY>`, such as `DEPLOY_DEPLOY_ROOT`), then files, then the
