@@ -380,6 +380,68 @@ class Progress:
             self._drawn = False
 
 
+class Sink:
+    """A place for the log's lines.
+
+    `write` takes them masked and escaped, and never raises: a log that cannot
+    be written must not end a deployment half way.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def write(self, level: str, message: str, context: Dict[str, str]) -> None:
+        """Write one line: a message of a level, and what it is about (deploy_id, release, step, ...)."""
+        try:
+            self._put(level, self._render(level, message, context))
+        except OSError:
+            pass
+
+    def _render(self, level: str, message: str, context: Dict[str, str]) -> str:
+        if self._as_json:
+            return json.dumps(dict({"time": format_time(time.time()), "level": level, "message": message}, **context))
+        words = " ".join(f"{key}={value}" for key, value in context.items())
+        return f"[{words}] {message}" if words else message
+
+    def _put(self, level: str, line: str) -> None:
+        raise NotImplementedError
+
+
+class LogFile(Sink):
+    """A file that is appended to, and opened again when logrotate has moved it.
+
+    Raises UsageError when it cannot be opened at the beginning.
+    """
+
+    def __init__(self, path: str, *, as_json: bool) -> None:
+        super().__init__(as_json=as_json)
+        self._path = path
+        try:
+            self._descriptor = self._open()
+        except OSError as error:
+            raise UsageError(f"cannot open the log file {path}: {error.strerror}",
+                             "choose a file that this user can write: --log-file FILE")
+
+    def _open(self) -> int:
+        # No symlink is followed, and no reader of a named pipe is waited for.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(self._path, flags, 0o640)
+
+    def _put(self, level: str, line: str) -> None:
+        if not self._is_in_place():
+            replaced, self._descriptor = self._descriptor, self._open()
+            os.close(replaced)
+        stamp = "" if self._as_json else f"{format_time(time.time())} {level.upper()} "
+        # One call for each line: those of two runs cannot mix.
+        os.write(self._descriptor, f"{stamp}{line}\n".encode("utf-8"))
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+
 class Console:
     """The result on stdout, everything else on stderr, and the log beside them."""
 
@@ -392,7 +454,7 @@ class Console:
         self.colour = self.utf8 = self.unicode = self.shows_progress = False
         self.log_context = {}  # type: Dict[str, str]
         self.warnings = []  # type: List[str]
-        self._logger = None  # type: Any
+        self._sinks = []  # type: List[Sink]
         self._held = []  # type: List[str]
         self._broken = set()  # type: Set[int]
 
@@ -513,53 +575,15 @@ class Console:
 
     # -- the log -------------------------------------------------------------
 
-    def open_log(self, path: str, log_format: str) -> None:
-        """Append to a log file, as text with timestamps or as one JSON object a line.
-
-        Raises UsageError when the file cannot be opened.
-        """
-        import logging.handlers
-
-        class LogFile(logging.handlers.WatchedFileHandler):
-            """logrotate may move the file under a run; opened again, its mode is ours and no symlink is followed."""
-
-            def _open(self) -> Any:
-                flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace",
-                            opener=lambda path, mode: os.open(path, mode | flags, 0o640))
-
-            def emit(self, record: Any) -> None:
-                try:
-                    super().emit(record)
-                except OSError:  # a log that cannot be opened again must not end a deployment half way
-                    pass
-
-        try:
-            handler = LogFile(path)
-        except OSError as error:
-            raise UsageError(f"cannot open the log file {path}: {error.strerror}",
-                             "choose a file that this user can write: --log-file FILE")
-        text_format = logging.Formatter("%(asctime)sZ %(levelname)s %(context)s%(message)s", "%Y-%m-%dT%H:%M:%S")
-        text_format.converter = time.gmtime
-        handler.setFormatter(text_format if log_format == "text" else logging.Formatter("%(message)s"))
-        self._log_as_json = log_format == "json"
-        self._logger = logging.Logger("deploy", logging.DEBUG)
-        self._logger.addHandler(handler)
-        logging.raiseExceptions = False
+    def add_sink(self, sink: Sink) -> None:
+        """Send every line there as well, from now on."""
+        self._sinks.append(sink)
 
     def _log(self, level: str, message: str) -> None:
-        if self._logger is None:
-            return
-        import logging
-        number = getattr(logging, level.upper())
-        message = self.clean(message).encode("utf-8", "backslashreplace").decode("utf-8")
-        if self._log_as_json:
-            entry = {"time": format_time(time.time()), "level": level, "message": message}
-            entry.update(self.log_context)
-            self._logger.log(number, "%s", json.dumps(entry))
-        else:
-            context = " ".join(f"{key}={value}" for key, value in self.log_context.items())
-            self._logger.log(number, "%s", message, extra={"context": f"[{context}] " if context else ""})
+        if self._sinks:
+            message = self.clean(message).encode("utf-8", "backslashreplace").decode("utf-8")
+            for sink in self._sinks:
+                sink.write(level, message, self.log_context)
 
 
 def silence(stream: Any) -> None:
@@ -9242,6 +9266,13 @@ def learn_probe_secrets(probe: Any, secrets: Secrets) -> None:
             secrets.add(unquote_plus(value))
 
 
+def open_log(settings: Settings, console: Console) -> None:
+    """Open everything that [log] names; UsageError when a file cannot be opened."""
+    as_json = settings.log.format == "json"
+    if settings.log.file:
+        console.add_sink(LogFile(settings.log.file, as_json=as_json))
+
+
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[Invocation]]:
     """Run one command to its exit code."""
     flags = parse_command_line(argv)
@@ -9254,8 +9285,8 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
     interrupts.install()
     deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
     console.log_context = {"deploy_id": deploy_id, "command": flags.command}
-    if settings.log.file and not flags.dry_run:
-        console.open_log(settings.log.file, settings.log.format)
+    if not flags.dry_run:
+        open_log(settings, console)
     call = Invocation(Session(settings, console, interrupts), flags, deploy_id)
     return guarded(call), call
 
