@@ -350,17 +350,22 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 class Progress:
-    """One line that is redrawn while work lasts over a second; nothing off a terminal."""
+    """One line that is redrawn while work lasts over a second; off a terminal only a supervisor hears of it."""
 
     def __init__(self, console: "Console", label: str, total: int = 0) -> None:
         self._console, self._label, self._total = console, label, total
-        self._next_draw_seconds = time.monotonic() + 1.0 if console.shows_progress else float("inf")
+        self._is_followed = console.shows_progress or console.supervisor is not None
+        self._next_draw_seconds = time.monotonic() + 1.0 if self._is_followed else float("inf")
         self._drawn = False
 
     def update(self, done: int, detail: str = "") -> None:
-        """Say how much of the total is done; draws at most ten times a second."""
+        """Say how much of the total is done; drawn at most ten times a second, told to a supervisor at most once."""
         now_seconds = time.monotonic()
         if now_seconds < self._next_draw_seconds:
+            return
+        if not self._console.shows_progress:
+            self._next_draw_seconds = now_seconds + 1.0
+            self._console.working(f"{self._label} {detail or f'{done / max(1, self._total):.0%}'}")
             return
         self._next_draw_seconds, self._drawn = now_seconds + 0.1, True
         self._console.draw(f"  {self._label:<12} {self._bar(done)}{detail}")
@@ -454,6 +459,7 @@ class Console:
         self.colour = self.utf8 = self.unicode = self.shows_progress = False
         self.log_context = {}  # type: Dict[str, str]
         self.warnings = []  # type: List[str]
+        self.supervisor = None  # type: Any
         self._sinks = []  # type: List[Sink]
         self._held = []  # type: List[str]
         self._broken = set()  # type: Set[int]
@@ -543,6 +549,11 @@ class Console:
     def progress(self, label: str, total: int = 0) -> Progress:
         """Start a progress line; `total` in the unit of the later updates, 0 when unknown."""
         return Progress(self, label, total)
+
+    def working(self, text: str, bound_seconds: float = 0.0, state: str = "") -> None:
+        """Tell a supervisor what is under way and how long it may take at most; without a bound the last one begins anew."""
+        if self.supervisor is not None:
+            self.supervisor.tell(self.clean(text), bound_seconds, state)
 
     def clean(self, text: str) -> str:
         """Mask secrets, then escape what could act on a terminal."""
@@ -1237,6 +1248,32 @@ class Helper:
         if self._pid > 0:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
+
+
+class Supervisor:
+    """systemd, where it started this run and listens on $NOTIFY_SOCKET (sd_notify(3)): one datagram for each word to it.
+
+    Nothing that goes wrong here matters.  Children never get the variable.
+    """
+
+    STATUS_CHARACTERS = 256  # a datagram over 4096 bytes is thrown away as a whole
+    UNLIMITED_SECONDS = 300.0  # what is asked for where nothing bounds the work (sync(2) on a slow disk) and no progress is told
+
+    def __init__(self, address: str) -> None:
+        import socket
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._bound_seconds = self.UNLIMITED_SECONDS
+
+    def tell(self, status: str, bound_seconds: float, state: str) -> None:
+        """Say what is being done, ask for twice the time it may take (0: the last bound anew), and add `state` (READY=1)."""
+        self._bound_seconds = bound_seconds or self._bound_seconds
+        words = [f"STATUS={status[:self.STATUS_CHARACTERS]}", f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
+        try:
+            self._socket.sendto("\n".join(words).encode("utf-8", "backslashreplace"), self._address)
+        except (OSError, ValueError):
+            pass
 
 
 # -- signals -----------------------------------------------------------------
@@ -5436,6 +5473,11 @@ def describe_service(settings: Settings, name: str) -> str:
     return service_kind(service)(None, service).describe()  # type: ignore
 
 
+def service_seconds(service: Any) -> float:
+    """Return how long a service's action and the look at it afterwards may take."""
+    return float(service.timeout + service.settle)
+
+
 def services_in_order(settings: Settings) -> List[str]:
     """List the services so that each comes after those in its `after`; UsageError for a cycle."""
     order = []  # type: List[str]
@@ -5944,6 +5986,11 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     if unused:
         return f"{' and '.join(unused)} mean{'s' if len(unused) == 1 else ''} nothing to a {probe_kind(probe)} probe"
     return PROBE_KINDS[probe_kind(probe)].check(settings, probe)
+
+
+def probe_seconds(probe: Any) -> float:
+    """Return how long a probe may take to its verdict."""
+    return float(probe.initial_delay + probe.deadline + probe.soak)
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
@@ -6649,6 +6696,7 @@ def check_probes_before(survey: Survey) -> Finding:
         if probe.when == "after" or check_probe(survey.settings, probe):
             continue
         run += 1
+        session.console.working(f"probe {name}", probe_seconds(probe))
         progress = session.console.progress(f"probe {name}")
         found = run_probe(session, probe, context, expect_release=False, progress=progress)
         progress.close()
@@ -6806,6 +6854,10 @@ class Step:
         """Say what apply() will do, from what the plan knows."""
         raise NotImplementedError(type(self).__name__)
 
+    def bound_seconds(self, settings: Settings) -> float:
+        """Return how long apply() may take; what reads and writes has no limit of its own, and tells of its progress."""
+        return Supervisor.UNLIMITED_SECONDS
+
     def apply(self, run: Run) -> str:
         """Do it; return a short detail."""
         raise NotImplementedError(type(self).__name__)
@@ -6824,6 +6876,10 @@ class RunHook(Step):
     def describe(self) -> str:
         """Show the commands."""
         return f"run hook {self.hook}: " + "; ".join(" ".join(argv) for argv in self.commands)
+
+    def bound_seconds(self, settings: Settings) -> float:
+        """Add up the commands' timeouts."""
+        return float(settings.hooks.timeout * len(self.commands))
 
     def apply(self, run: Run) -> str:
         """Run them one after the other; StepFailed for the first that fails."""
@@ -7124,6 +7180,10 @@ class RestartService(Step):
         """Say what is done to the service."""
         return self.description
 
+    def bound_seconds(self, settings: Settings) -> float:
+        """Add what the action may take and the time it must stay up."""
+        return service_seconds(settings.service[self.service])
+
     def apply(self, run: Run) -> str:
         """Act, and see that it stays up; StepFailed with the evidence."""
         return make_service(run.session, self.service).act(run.context(self.release))
@@ -7138,6 +7198,10 @@ class Probe(Step):
     def describe(self) -> str:
         """Name the probe."""
         return f"probe {self.probe}" + ("" if not self.optional else " (a failure is only a warning)")
+
+    def bound_seconds(self, settings: Settings) -> float:
+        """Add delay, deadline and soak."""
+        return probe_seconds(settings.probe[self.probe])
 
     def apply(self, run: Run) -> str:
         """Probe until it is well or out of time; StepFailed with the evidence."""
@@ -7514,6 +7578,8 @@ class Executor:
         except (DeployError, OSError) as error:
             self.run.session.interrupts.close()
             self.interrupted = isinstance(error, Interrupted)
+            if self.interrupted:
+                self.console.working(str(error), 0.0, "STOPPING=1")
             # A disk that refuses this program's own notes says nothing against the release.
             self._well = self._well or isinstance(error, OSError)
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
@@ -7550,6 +7616,7 @@ class Executor:
             self._enter(step.phase)
         self._done.append(step)
         self.console.log_context["step"] = step.name
+        self.console.working(step.describe(), step.bound_seconds(self.run.settings))
         try:
             self._apply(step)
         finally:
@@ -7825,8 +7892,7 @@ def failure_of(error: DeployError, step: str) -> Dict[str, Any]:
 
 def longest_seconds(settings: Settings) -> float:
     """Return how long restarts and probes may take in all, for the journal's deadline."""
-    services = sum(service.timeout + service.settle for service in settings.service.values())
-    return services + sum(probe.initial_delay + probe.deadline + probe.soak for probe in settings.probe.values())
+    return sum(map(service_seconds, settings.service.values())) + sum(map(probe_seconds, settings.probe.values()))
 
 
 class Recovery:
@@ -8429,6 +8495,7 @@ def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
     lock = Lock(store)
     holder = dict(who(started_by()), command=call.flags.command, since=format_time(time.time()),
                   deploy_id=call.deploy_id)
+    call.console.working("taking the lock", call.settings.deploy.lock_wait + Supervisor.UNLIMITED_SECONDS)
     try:
         lock.acquire(call.settings.deploy.lock_wait, holder, call.session.interrupts)
         if recover_first:
@@ -9048,6 +9115,7 @@ def report(call: Invocation, exit_code: int, seconds: float) -> None:
     outcome, console = call.outcome, call.console
     result = result_object(call, exit_code, seconds)
     summary = result["summary"]
+    console.working(result["msg"], state="READY=1" if result["ok"] else "")
     if outcome.steps or outcome.checks:
         console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
                     + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
@@ -9285,6 +9353,8 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
     interrupts.install()
     deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
     console.log_context = {"deploy_id": deploy_id, "command": flags.command}
+    if environment("NOTIFY_SOCKET")[:1] in ("/", "@"):
+        console.supervisor = Supervisor(environment("NOTIFY_SOCKET"))
     if not flags.dry_run:
         open_log(settings, console)
     call = Invocation(Session(settings, console, interrupts), flags, deploy_id)

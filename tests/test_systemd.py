@@ -2,12 +2,15 @@
 
 import http.server
 import os
+import signal
+import socket
 import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
 
+from support import start_deploy, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="ownership is judged when root runs it")
 
@@ -96,3 +99,93 @@ def test_a_credential_that_others_may_write_is_refused(app, guarded, tmp_path):
     (tmp_path / "credentials").chmod(0o777)
     refused = app.run("deploy", app.artifact("1.0"), env=environ, check=3)
     assert f"{tmp_path}/credentials is writable by group or others" in refused.data["error"]["message"]
+
+
+# -- notifications ---------------------------------------------------------------
+
+class Listener:
+    """A datagram socket in place of systemd's."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + address[1:] if address.startswith("@") else address)
+        self.socket.setblocking(False)
+        self.env = {"NOTIFY_SOCKET": address}
+
+    def told(self) -> List[Dict[str, str]]:
+        """Every datagram so far, as {variable: value}."""
+        found = []
+        while True:
+            try:
+                data = self.socket.recv(65536)
+            except BlockingIOError:
+                return found
+            found.append(dict(line.split("=", 1) for line in data.decode("utf-8").split("\n") if line))
+
+
+@pytest.fixture(params=["path", "abstract"])
+def listener(request, tmp_path) -> Iterator[Listener]:
+    """The listening socket, by either kind of address."""
+    made = Listener(str(tmp_path / "notify") if request.param == "path" else f"@deploy-test-{os.getpid()}-{tmp_path.name}")
+    yield made
+    made.socket.close()
+
+
+def test_each_step_is_told_with_twice_the_time_it_may_take(app, server, listener):
+    app.configure(f"[hooks]\ntimeout = 7s\npre_activate = env\n  true\n"
+                  f"[service:web]\ncommand = {server.restart_command.path}\ntimeout = 20s\nsettle = 0s\n"
+                  f"[probe:web]\nurl = {server.url}\ninitial_delay = 100ms\ndeadline = 30s\nsoak = 1s\nperiod = 10ms\n")
+    result = app.run("deploy", app.artifact("1.0"), env=listener.env, check=0)
+    told = listener.told()
+    seconds = {words["STATUS"]: int(words["EXTEND_TIMEOUT_USEC"]) / 1e6 for words in told}
+    assert seconds["run hook pre_activate: env; true"] == 28
+    assert next(seconds[status] for status in seconds if status.startswith("run ") and "restart" in status) == 40
+    assert seconds["probe web"] == pytest.approx(62.2)
+    assert any(status.startswith("verify and unpack myapp-1.0.tar.gz") for status in seconds)
+    assert [words.get("READY") for words in told] == [None] * (len(told) - 1) + ["1"]
+    assert told[-1]["STATUS"] == result.data["msg"]
+    output = next(step["output"] for step in result.data["steps"] if step["name"] == "hook:pre_activate")
+    assert not any("NOTIFY_SOCKET" in line for line in output)
+
+
+def test_a_long_probe_tells_its_tries_and_a_failure_is_never_ready(app, listener):
+    app.configure("[probe:web]\ntcp = 127.0.0.1:1\nperiod = 300ms\nbackoff = 1\ndeadline = 2s\n")
+    app.run("deploy", app.artifact("1.0"), env=listener.env, check=5)
+    told = listener.told()
+    assert any(words["STATUS"].startswith("probe:web try ") and "refused" in words["STATUS"] for words in told)
+    assert not any("READY" in words for words in told)
+
+
+def test_a_stop_is_confirmed_and_the_way_back_asks_for_its_time(app, listener):
+    app.configure("[probe:web]\ntcp = 127.0.0.1:1\ndeadline = 50s\n[hooks]\ntimeout = 9s\npost_rollback = true\n")
+    told = []  # type: List[Dict[str, str]]
+    run = start_deploy("deploy", app.artifact("1.0"), config=app.config, env=listener.env)
+    wait_until(lambda: told.extend(listener.told()) or any(words["STATUS"] == "probe web" for words in told), 30)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 5
+    told += listener.told()
+    assert [words["STATUS"] for words in told if words.get("STOPPING") == "1"] == ["interrupted by SIGTERM"]
+    assert app.current is None
+
+
+@pytest.mark.parametrize("address", ["", "/nonexistent/notify", "@nobody-listens", "vsock:2:1234", "/" + "long" * 50, "relative"])
+def test_nobody_who_listens_changes_nothing(app, address):
+    app.run("deploy", app.artifact("1.0"), env={"NOTIFY_SOCKET": address}, check=0)
+
+
+def test_a_listener_that_never_reads_holds_nothing_up(app, listener):
+    app.configure("[hooks]\npre_activate = " + "\n  ".join(["true"] * 3) + "\n")
+    filler = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    filler.setblocking(False)
+    filler.connect("\0" + listener.env["NOTIFY_SOCKET"][1:] if "@" in listener.env["NOTIFY_SOCKET"] else listener.env["NOTIFY_SOCKET"])
+    with pytest.raises(BlockingIOError):
+        while True:
+            filler.send(b"STATUS=full")
+    app.run("deploy", app.artifact("1.0"), env=listener.env, check=0)
+    filler.close()
+
+
+def test_a_status_is_one_short_line_however_long_and_hostile_the_words(app, listener):
+    app.configure("[hooks]\npre_activate = true " + "ä" * 5000 + "\n")
+    app.run("deploy", app.artifact("1.0"), env=listener.env, check=0)
+    assert max(len(words["STATUS"]) for words in listener.told()) == 256
