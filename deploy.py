@@ -1620,6 +1620,7 @@ COMMAND_HELP = (
     ("pack", "pack a directory into a reproducible .tar.gz, with its .sha256 beside it"),
     ("config", "show every option with its value and where it came from"),
     ("help", "show a page of the reference, or how a command is used; needs no configuration"),
+    ("completion", "print what makes bash, zsh or fish complete the words of this program"),
 )
 
 
@@ -1676,6 +1677,7 @@ FLAGS = (
     Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
     Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
     Flag(("topic",), "page or command; default: the list of pages", ("help",), "TOPIC", {"nargs": "?"}),
+    Flag(("shell",), "bash, zsh or fish", ("completion",), "SHELL"),
 )
 
 # What the one object of --json holds after every command: (key, type, meaning).
@@ -8065,6 +8067,13 @@ def kind_name(kind: str) -> str:
     return KINDS[kind][1] if kind in KINDS else kind.replace("|", ", ")
 
 
+def option_metavar(option: Option) -> str:
+    """Name what the flag of an option takes: DIR, FILE, DURATION, text|json."""
+    if option.kind == "path":
+        return "DIR" if option.key == "root" else "FILE"
+    return kind_name(option.kind).upper() if option.kind in KINDS else option.kind
+
+
 # -- tables: one source, for a terminal and for the README -----------------------
 
 # Lays out headers and rows of light Markdown: as aligned columns here, as a Markdown table in the README.
@@ -8111,7 +8120,7 @@ def flags_table(write: TableWriter) -> str:
     """The global options."""
     rows = [(", ".join(f"`{name}{' ' + flag.metavar if flag.metavar else ''}`" for name in flag.names), flag.help)
             for flag in FLAGS if not flag.commands]
-    rows += [(f"`{option.flag} {option.key.upper()}`", option.help) for option in OPTIONS if option.flag]
+    rows += [(f"`{option.flag} {option_metavar(option)}`", option.help) for option in OPTIONS if option.flag]
     return write(("option", "means"), rows)
 
 
@@ -8234,8 +8243,8 @@ With `--json` stdout holds exactly one object, whatever happens:
 {{result}}
 
 Commands add `releases`, `history`, `plan`, `probes`, `config`, `differences`
-{`changed`, `missing`, `added`}, `removed`, `recovered`, `artifact`, `status`
-and `help`."""),
+{`changed`, `missing`, `added`}, `removed`, `recovered`, `artifact`, `status`,
+`help` and `completion`."""),
     Topic("probes", "how the running program is asked whether it is well", """\
 A `[probe:NAME]` asks a `url`, connects to a `tcp` address, runs a `command`,
 or looks whether a `service` is up, after every switch, forward and back. All
@@ -8426,6 +8435,178 @@ deploy.py takes an artifact live on this host, and back.
   deploy.py help TOPIC         one of these pages
   deploy.py config --example   a configuration file to begin with
 
+"""
+
+
+# -- completion ------------------------------------------------------------------
+
+class Completable(NamedTuple):
+    """A flag (with the name of its value, if it takes one) or an argument (no names), as a shell is told of it."""
+
+    names: Tuple[str, ...]
+    commands: Tuple[str, ...]
+    metavar: str
+    help: str
+    words: Tuple[str, ...] = ()
+
+    @property
+    def offer(self) -> str:
+        """What may stand for the value: `files`, `directories`, `words A B`, `beginnings A= B=`, or nothing."""
+        if self.metavar in ("FILE", "ARTIFACT", "DIR", "DIRECTORY"):
+            return "directories" if self.metavar.startswith("DIR") else "files"
+        kind = "beginnings" if self.metavar.endswith("KEY=VALUE") else "words"
+        return f"{kind} {' '.join(self.words)}" if self.words else ""
+
+
+def completables() -> List[Completable]:
+    """List every flag and argument of the tables."""
+    words = {
+        "RELEASE": ("current", "previous", "latest"), "SHELL": SHELLS,
+        "TOPIC": (*(topic.name for topic in TOPICS), *dict(COMMAND_HELP)),
+        "KEY=VALUE": [f"{option.key}=".replace("*=", "") for option in OPTIONS if option.section == "probe:*"],
+        "SECTION.KEY=VALUE": [f"{option.section}.{option.key}=".replace("*=", "")
+                              for option in OPTIONS if ":" not in option.section],
+    }  # type: Dict[str, Sequence[str]]
+    found = [Completable(("-h", "--help"), (), "", "show how it is used"), Completable(("--version",), (), "", "show the version")]
+    for flag in FLAGS:
+        known = flag.settings.get("choices") or words.get(flag.metavar, ())
+        names = flag.names if flag.names[0].startswith("-") else ()
+        found.append(Completable(names, flag.commands, flag.metavar, flag.help, tuple(known)))
+    for option in OPTIONS:
+        if option.flag:
+            known = option.kind.split("|") if option.kind not in KINDS else ()
+            found.append(Completable((option.flag,), (), option_metavar(option), option.help, tuple(known)))
+    return found
+
+
+def completion_cases() -> str:
+    """Write what bash and zsh share: which offer follows which word, then which stands behind which command."""
+    items = completables()
+    values, arguments = {}, {}  # type: Dict[str, List[str]], Dict[str, List[str]]
+    for item in items:
+        if item.names and item.metavar:
+            values.setdefault(item.offer, []).extend(item.names)
+        elif item.metavar:
+            arguments.setdefault(item.offer, []).extend(f"{name}:*" for name in item.commands)
+    lines = ["    case $previous in"]
+    lines += [f"        {'|'.join(names)}) {f'_deploy_py_{offer}; ' if offer else ''}return ;;" for offer, names in values.items()]
+    lines += ["    esac", "    case $command:$word in"]
+    for command, _ in COMMAND_HELP:
+        own = [name for item in items if command in item.commands for name in item.names]
+        lines += [f"        {command}:-*) _deploy_py_flags {' '.join(own)} ;;"] if own else []
+    lines.append("        *:-*) _deploy_py_flags ;;")
+    lines.append(f"        :*) _deploy_py_words {' '.join(dict(COMMAND_HELP))} ;;")
+    lines += [f"        {'|'.join(names)}) _deploy_py_{offer} ;;" for offer, names in arguments.items() if offer]
+    return "\n".join(lines + ["    esac"])
+
+
+def fish_completion() -> str:
+    """Write fish's completions, one line for each flag, argument and command, with its description."""
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    lines = [f"complete -c deploy.py -n '__deploy_py_in -' -a {name} -d {quoted(text)}" for name, text in COMMAND_HELP]
+    for item in completables():
+        kind, _, words = item.offer.partition(" ")
+        offer = {"": "", "files": "-F", "directories": "-a '(__fish_complete_directories)'"}.get(kind, f"-a {quoted(words)}")
+        parts = ["complete -c deploy.py"]
+        parts += [f"-n '__deploy_py_in {' '.join(item.commands)}'"] if item.commands else []
+        parts += [f"-{'l' if name.startswith('--') else 's'} {name.lstrip('-')}" for name in item.names]
+        parts += ["-r" if kind == "files" else "-x"] if item.names and item.metavar else []
+        parts += [offer] if offer else []
+        if item.names or offer:
+            lines.append(" ".join(parts + [f"-d {quoted(item.help)}"]))
+    return "\n".join(lines)
+
+
+def completion(shell: str) -> str:
+    """Write the script that makes a shell complete this program's words; UsageError for an unknown shell."""
+    if shell not in SHELLS:
+        raise UsageError(f"there is no completion for {shell!r}", "one of " + ", ".join(SHELLS))
+    items = completables()
+    taking = [name for item in items if item.names and item.metavar for name in item.names]
+    everywhere = [name for item in items if not item.commands for name in item.names]
+    script = {"bash": BASH_COMPLETION, "zsh": ZSH_COMPLETION, "fish": FISH_COMPLETION}[shell]
+    for place, text in (("@BODY@", COMPLETION_BODY), ("@TAKING@", ("|", " ")[shell == "fish"].join(taking)),
+                        ("@EVERYWHERE@", " ".join(everywhere)),
+                        ("@COMMANDS@", ("|", " ")[shell == "fish"].join(dict(COMMAND_HELP))),
+                        ("@CASES@", fish_completion() if shell == "fish" else completion_cases())):
+        script = script.replace(place, text)
+    return script
+
+
+SHELLS = ("bash", "zsh", "fish")
+
+# The same in bash and zsh: which command is it, and what may stand here.  Bash hands over `a=b` as three words.
+COMPLETION_BODY = """\
+    for item in "${before[@]}"; do
+        if [[ $item == = ]]; then skip=1; continue; fi
+        if [[ -n $skip ]]; then skip=""; continue; fi
+        case $item in
+            @TAKING@) skip=1 ;;
+            @COMMANDS@) command=$item; break ;;
+        esac
+    done
+@CASES@
+}"""
+
+BASH_COMPLETION = """\
+# bash completion of deploy.py. For every user:
+#   deploy.py completion bash > /usr/share/bash-completion/completions/deploy.py
+# or in ~/.bashrc: eval "$(deploy.py completion bash)"
+_deploy_py_files() { compopt -o default; }
+_deploy_py_directories() { compopt -o dirnames; }
+_deploy_py_words() { COMPREPLY=($(compgen -W "$*" -- "$word")); }
+_deploy_py_beginnings() { compopt -o nospace; _deploy_py_words "$@"; }
+_deploy_py_flags() { _deploy_py_words "$@" @EVERYWHERE@; }
+_deploy_py() {
+    local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command="" skip="" item
+    local -a before=("${COMP_WORDS[@]:1:COMP_CWORD-1}")
+    if [[ $word == = ]]; then word=""; elif [[ $previous == = ]]; then previous=${COMP_WORDS[COMP_CWORD-2]}; fi
+    COMPREPLY=()
+@BODY@
+complete -F _deploy_py deploy.py
+"""
+
+ZSH_COMPLETION = """\
+#compdef deploy.py
+# zsh completion of deploy.py. In a directory of $fpath:
+#   deploy.py completion zsh > /usr/local/share/zsh/site-functions/_deploy.py
+# or in ~/.zshrc, after compinit: eval "$(deploy.py completion zsh)"
+_deploy_py_files() { _files; }
+_deploy_py_directories() { _files -/; }
+_deploy_py_words() { compadd -- "$@"; }
+_deploy_py_beginnings() { compadd -S "" -- "$@"; }
+_deploy_py_flags() { _deploy_py_words "$@" @EVERYWHERE@; }
+_deploy_py() {
+    local word=${words[CURRENT]} previous=${words[CURRENT-1]} command="" skip="" item
+    local -a before=("${(@)words[2,CURRENT-1]}")
+    if [[ $word == --*=* ]]; then previous=${word%%=*}; compset -P 1 '*='; fi
+@BODY@
+if [[ $funcstack[1] == _deploy* ]]; then _deploy_py "$@"; else compdef _deploy_py deploy.py; fi
+"""
+
+FISH_COMPLETION = """\
+# fish completion of deploy.py:
+#   deploy.py completion fish > ~/.config/fish/completions/deploy.py.fish
+function __deploy_py_in
+    set -l words (commandline -opc)
+    set -l command -
+    set -l skip
+    for word in $words[2..-1]
+        if test -n "$skip"
+            set skip
+        else if contains -- $word @TAKING@
+            set skip 1
+        else if contains -- $word @COMMANDS@
+            set command $word
+            break
+        end
+    end
+    contains -- $command $argv
+end
+complete -c deploy.py -f
+@CASES@
 """
 
 
@@ -9074,6 +9255,14 @@ def command_help(call: Invocation) -> None:
     call.console.raw_result(text)
 
 
+def command_completion(call: Invocation) -> None:
+    """Print what makes a shell complete this program's words."""
+    script = completion(call.flags.shell)
+    call.outcome.extra["completion"] = script
+    call.outcome.message = f"completion for {call.flags.shell}"
+    call.console.raw_result(script)
+
+
 # ============================================================================
 # 16  Reports
 #    What a run tells once it has ended: the one JSON object, the summary, the
@@ -9139,11 +9328,11 @@ COMMANDS = {
     "preflight": command_preflight, "probe": command_probe, "verify": command_verify, "status": command_status,
     "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
     "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
-    "help": command_help,
+    "help": command_help, "completion": command_completion,
 }  # type: Dict[str, Callable[[Invocation], None]]
 
 # Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
-TELLING = ("help",)
+TELLING = ("help", "completion")
 # Commands that run nothing and follow no setting but the root.
 LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify")
 
@@ -9205,7 +9394,7 @@ def add_global_flags(parser: Any) -> None:
             add_flag(group, flag, default=argparse.SUPPRESS)
     for option in OPTIONS:
         if option.flag:
-            group.add_argument(option.flag, dest=f"{option.section}.{option.key}", metavar=option.key.upper(),
+            group.add_argument(option.flag, dest=f"{option.section}.{option.key}", metavar=option_metavar(option),
                                default=argparse.SUPPRESS, help=f"{option.help} [{option.section}] {option.key}")
 
 

@@ -187,7 +187,7 @@ def test_every_command_answers_with_one_complete_object(app: App) -> None:
         ("verify",), ("probe",), ("pin", "1.1"), ("unpin", "1.1"), ("prune",), ("recover",), ("config",),
         ("config", "--example"), ("history", "--verify"), ("-n", "deploy", app.artifact("1.2")), ("-n", "recover"), ("-n", "prune"),
         ("pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"),
-        ("-n", "pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"), ("-q", "status"), ("help",),
+        ("-n", "pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"), ("-q", "status"), ("help",), ("completion", "zsh"),
     ]
     assert {word for run in runs for word in run} >= set(deploy.COMMANDS)
     offenders = []
