@@ -94,14 +94,18 @@ class Warm:
                        json=json, check=check)
 
     def run_argv(self, argv: List[str], place: Dict[str, Any], *, timeout: float = 60, trace: Any = None,
-                 options: Sequence[str] = ()) -> Result:
-        """Run deploy.py with the arguments of a `deploy_argv`, with the `env` and `cwd` of the place."""
+                 options: Sequence[str] = (), address_space_bytes: int = 0) -> Result:
+        """Run deploy.py with the arguments of a `deploy_argv`, with the `env` and `cwd` of the place.
+
+        `cost` then holds the milliseconds of processor time and the KiB of memory that the run took.
+        """
         with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-            self._ask(dict(place, argv=argv[2:], stdout=stdout.name, stderr=stderr.name, stopped=trace is not None))
-            pid = self._answer()
+            self._ask(dict(place, argv=argv[2:], stdout=stdout.name, stderr=stderr.name, stopped=trace is not None,
+                           address_space=address_space_bytes))
+            pid, = self._answer()
             try:
                 tracer = self._trace(pid, trace, options) if trace else None
-                exit_code = self._answer(timeout)
+                exit_code, *self.cost = self._answer(timeout)
             except BaseException:
                 os.killpg(pid, signal.SIGKILL)
                 self._answer()
@@ -115,14 +119,14 @@ class Warm:
         self._process.stdin.write(json.dumps(request).encode("ascii") + b"\n")  # type: ignore
         self._process.stdin.flush()  # type: ignore
 
-    def _answer(self, timeout: float = 60) -> int:
+    def _answer(self, timeout: float = 60) -> List[int]:
         stream = self._process.stdout.fileno()  # type: ignore
         # One byte at a time: a buffer would hide from select() what came with the line before.
         text = b""
         while not text.endswith(b"\n"):
             assert select.select([stream], [], [], timeout)[0], f"no answer within {timeout} s"
-            text += os.read(stream, 1) or b"1\n"
-        return int(text.decode("ascii"))
+            text += os.read(stream, 1) or b"1 0 0\n"
+        return [int(word) for word in text.decode("ascii").split()]
 
     def _trace(self, pid: int, trace: Any, options: Sequence[str]) -> subprocess.Popen:
         """Take hold of a stopped run, and let it go on."""

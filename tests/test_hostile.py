@@ -26,7 +26,8 @@ import pytest
 
 from archives import (FORMATS, RawEntry, entry, folder, gnu_long, hard_link, header, link, patched, pax, raw_zip, tar,
                       xz_number, zip64_end, zip_end, zstd)
-from support import Result, clean_environment, decode_one_object, deploy_argv, make_artifact, make_tree, run_deploy, snapshot
+from crashes import warm
+from support import WARM, Result, clean_environment, decode_one_object, deploy_argv, make_artifact, make_tree, run_deploy, snapshot
 
 SECONDS_ALLOWED = 10.0
 PATIENCE_SECONDS = 60.0
@@ -752,6 +753,32 @@ class Cost(NamedTuple):
     memory_bytes: int
 
 
+def run_forked(argv: List[str], directory: Path) -> Tuple[Result, Cost]:
+    """Run a command line in a fork of a Python that has deploy.py loaded."""
+    place = {"env": clean_environment(), "cwd": str(directory)}
+    result = warm().run_argv(argv, place, timeout=PATIENCE_SECONDS, address_space_bytes=ADDRESS_SPACE_BYTES)
+    milliseconds, kibibytes = warm().cost
+    return result, Cost(milliseconds / 1000, kibibytes << 10)
+
+
+def run_measured(argv: List[str], directory: Path) -> Tuple[Result, Cost]:
+    """Run a command line in a process of its own."""
+    report = directory / "report"
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(ADDRESS_SPACE_BYTES), str(report)]
+    process = subprocess.Popen(
+        launcher + argv, env=clean_environment(), cwd=str(directory), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        texts = [text.decode("utf-8", "surrogateescape") for text in process.communicate(timeout=PATIENCE_SECONDS)]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        pytest.fail(f"still running after {PATIENCE_SECONDS:.0f} s, killed", pytrace=False)
+    found = json.loads(report.read_text())
+    code = os.WEXITSTATUS(found["status"]) if os.WIFEXITED(found["status"]) else -os.WTERMSIG(found["status"])
+    return Result(argv, code, texts[0], texts[1], None), Cost(found["seconds"], found["bytes"])
+
+
 class Site:
     """A root with a live release, a sentinel beside it, and what both hold."""
 
@@ -789,24 +816,12 @@ class Site:
 
     def stage(self, data: bytes, *options: str) -> Tuple[Result, Cost]:
         """Stage an archive with its own SHA-256, and measure."""
-        path, report = self.incoming / "app-1.0.bin", self.incoming / "report"
+        path = self.incoming / "app-1.0.bin"
         path.write_bytes(data)
         argv = deploy_argv("stage", path, "--sha256", hashlib.sha256(data).hexdigest(), *options, root=self.root)
-        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(ADDRESS_SPACE_BYTES), str(report)]
-        process = subprocess.Popen(
-            launcher + argv, env=clean_environment(), cwd=str(self.incoming), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        try:
-            texts = [text.decode("utf-8", "surrogateescape") for text in process.communicate(timeout=PATIENCE_SECONDS)]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            pytest.fail(f"still running after {PATIENCE_SECONDS:.0f} s, killed", pytrace=False)
-        found = json.loads(report.read_text())
-        code = os.WEXITSTATUS(found["status"]) if os.WIFEXITED(found["status"]) else -os.WTERMSIG(found["status"])
-        result = Result(argv, code, texts[0], texts[1], None)
+        result, cost = (run_forked if WARM else run_measured)(argv, self.incoming)
         assert "Traceback" not in result.stdout + result.stderr, result.describe()
-        return result._replace(data=decode_one_object(result)), Cost(found["seconds"], found["bytes"])
+        return result._replace(data=decode_one_object(result)), cost
 
 
 @pytest.fixture(scope="module")

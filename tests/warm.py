@@ -2,17 +2,20 @@
 
 Usage: warm.py PROGRAM
 
-Reads one JSON request a line: {"argv", "env", "cwd", "stdout", "stderr", "stopped"}.
-Answers each with two lines: the child's process id, at once, and its exit code
-(negative for a signal) at its end.  With "stopped" the child stops itself
-before its first step, so that a tracer can take hold of it; SIGCONT lets it go
-on.  The end of the input is the end of the program.
+Reads one JSON request a line: {"argv", "env", "cwd", "stdout", "stderr", "stopped", "address_space"}.
+Answers each with two lines: the child's process id, at once; and at its end
+its exit code (negative for a signal), the milliseconds of processor time and
+the KiB of memory that it took at its peak.  With "stopped" the child stops
+itself before its first step, so that a tracer can take hold of it; SIGCONT
+lets it go on.  "address_space" is a limit in bytes, 0 for none.  The end of the
+input is the end of the program.
 """
 
 import importlib
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 from contextlib import suppress
@@ -42,6 +45,8 @@ def become(request: Dict[str, Any]) -> None:
         descriptor = os.open(path, os.O_RDWR)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if request["address_space"]:
+        resource.setrlimit(resource.RLIMIT_AS, (request["address_space"], request["address_space"]))
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -76,8 +81,9 @@ def serve(module: Any) -> None:
             os.waitpid(pid, os.WUNTRACED)
         answers.write(f"{pid}\n")
         answers.flush()
-        status = os.waitpid(pid, 0)[1]
-        answers.write(f"{-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}\n")
+        _, status, usage = os.wait4(pid, 0)
+        exit_code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        answers.write(f"{exit_code} {int(1000 * (usage.ru_utime + usage.ru_stime))} {usage.ru_maxrss}\n")
         answers.flush()
 
 
