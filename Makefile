@@ -1,14 +1,14 @@
-# PYTHON chooses the interpreter, JOBS how many suites `test-all` runs at a time,
+# PYTHON chooses the interpreter, JOBS how many suites `test-all` and `test-others` run at a time,
 # PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
 PYTHON = python3
 JOBS = 1
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 
-.PHONY: help demo test test-all test-crash fuzz bench lint example clean
+.PHONY: help demo test test-all test-others test-crash fuzz bench lint example clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
 
 demo: ## deploy, fail, roll back: a real web application in a temporary directory
 	@$(PYTHON) tests/demo.py
@@ -18,6 +18,9 @@ test: ## run the tests in .venv, which is made with pytest
 
 test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
 	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS)
+
+test-others: ## the same under every one but $(PYTHON), which `make test` takes
+	$(PYTHON) tests/run_suite.py --others --jobs $(JOBS)
 
 test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state
 	$(PYTHON) tests/crash_matrix.py --jobs $(JOBS)

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from support import (TESTS, App, Result, application_tree, checked, clean_environment, compiled, deploy_argv, entry, needs,
+from support import (SAME_PYTHON, TESTS, App, Result, application_tree, checked, clean_environment, compiled, deploy_argv, entry, needs,
                      snapshot, wait_until)
 
 MUTATING = ("open", "openat", "creat", "write", "pwrite64", "writev", "truncate", "ftruncate", "fallocate", "sendfile",
@@ -49,7 +49,9 @@ def script(path: Any, text: str) -> Path:
 def under(app: App, name: str, *command: Any) -> str:
     """Make a program that runs its arguments as a Python's, under another command; goes in as `python`."""
     words = " ".join("'" + str(word) + "'" for word in command)
-    return str(script(app.directory / "bin" / name, f"exec {words} '{sys.executable}' \"$@\""))
+    path = str(script(app.directory / "bin" / name, f"exec {words} '{sys.executable}' \"$@\""))
+    SAME_PYTHON.add(path)
+    return path
 
 
 def strace(app: App, *options: str) -> str:

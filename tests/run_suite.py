@@ -1,11 +1,12 @@
 #!/usr/bin/python3
 """Run the test suite in virtual environments of its own, which hold pytest and nothing else.
 
-Usage: run_suite.py [--all] [--jobs N] [-- PYTEST ARGUMENTS]
+Usage: run_suite.py [--all | --others] [--jobs N] [-- PYTEST ARGUMENTS]
 
 Without --all: the Python that runs this, in .venv.  With --all: every Python
 from 3.6 to 3.14 that pyenv has, each in .venvs/VERSION, then a summary; one
-that is not installed is named and left out.  $PYTEST_ARGUMENTS works as well.
+that is not installed is named and left out.  With --others: all but the one
+that runs this.  $PYTEST_ARGUMENTS works as well.
 """
 
 import argparse
@@ -94,10 +95,12 @@ def show(text: str) -> None:
         sys.stdout.buffer.flush()
 
 
-def run_all(arguments: List[str], jobs: int) -> int:
-    """Run the suite under every Python there is and print a summary; returns the exit code."""
+def run_all(arguments: List[str], jobs: int, *, others: bool) -> int:
+    """Run the suite under every Python there is (`others`: but this one) and print a summary; returns the exit code."""
     from concurrent.futures import ThreadPoolExecutor
     pythons = find_pythons()
+    if others:
+        pythons.pop(sys.version_info[:2], None)
     if not pythons:
         show("pyenv has no Python 3.6 to 3.14")
         return 1
@@ -112,7 +115,8 @@ def run_all(arguments: List[str], jobs: int) -> int:
             word = "FAILED" if outcome.exit_code else "passed"
             show(f"{version:<5} {word}  {outcome.seconds:6.1f} s  {outcome.summary}")
         else:
-            show(f"{version:<5} not installed")
+            own = others and version == "%d.%d" % sys.version_info[:2]
+            show(f"{version:<5} {'left out: it runs this' if own else 'not installed'}")
     return int(any(outcome.exit_code for outcome in outcomes.values()))
 
 
@@ -120,12 +124,13 @@ def main() -> int:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description="Run the test suite.", allow_abbrev=False)
     parser.add_argument("--all", action="store_true", help="under every Python that pyenv has")
+    parser.add_argument("--others", action="store_true", help="under every such Python but the one that runs this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time, with --all")
     parser.add_argument("arguments", nargs="*", help="handed to pytest, after --")
     options = parser.parse_args()
     arguments = shlex.split(os.environ.get("PYTEST_ARGUMENTS", "")) + options.arguments
-    if options.all:
-        return run_all(arguments, options.jobs)
+    if options.all or options.others:
+        return run_all(arguments, options.jobs, others=options.others)
     outcome = run_suite(sys.executable, os.path.join(TOP, ".venv"), arguments, live=True)
     if outcome.summary:
         show(outcome.summary)

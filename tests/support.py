@@ -51,6 +51,9 @@ DEPLOY = TOP / "deploy.py"
 # Fork runs from a Python that has deploy.py loaded instead of starting one for each: the same suite in half the time.
 WARM = bool(os.environ.get("DEPLOY_TEST_WARM"))
 
+# What reads this Python's bytecode: itself, and the scripts that start it under another command.
+SAME_PYTHON = {sys.executable}
+
 # 2026-01-01T00:00:00Z: every generated member carries it, so that archives are reproducible.
 FIXED_MTIME = 1767225600
 
@@ -94,7 +97,7 @@ def compiled() -> str:
 def deploy_argv(*args: Any, root: Any = None, config: Any = None, python: str = sys.executable,
                 json: bool = True) -> List[str]:
     """The command line that `run_deploy` runs."""
-    argv = [python, compiled() if python == sys.executable else str(DEPLOY)]
+    argv = [python, compiled() if python in SAME_PYTHON else str(DEPLOY)]
     argv += ["--json"] if json else []
     argv += ["--root", str(root)] if root is not None else []
     argv += ["-c", str(config)] if config is not None else []
