@@ -136,7 +136,7 @@ EXIT_CODES = (
     (EXIT_ROLLED_BACK, "failed after activation and rolled back; the previous release is live again"),
     (EXIT_ROLLBACK_FAILED, "failed, and the rollback failed too: a person is needed, the message says what to do"),
     (EXIT_PROBLEM, "a read-only command found a problem (probe, verify, status, history --verify)"),
-    (EXIT_CHANGED, "only with --detailed-exitcode: something changed"),
+    (EXIT_CHANGED, "something changed (only with --detailed-exitcode)"),
     (EXIT_INTERNAL, "an internal error; a traceback is shown"),
     (EXIT_BUSY, "another run holds the lock"),
     (130, "interrupted by SIGINT before activation; everything undone (143: SIGTERM, 129: SIGHUP)"),
@@ -1622,6 +1622,29 @@ COMMAND_HELP = (
     ("help", "show a page of the reference, or how a command is used; needs no configuration"),
     ("completion", "print what makes bash, zsh or fish complete the words of this program"),
 )
+
+# What --help shows beneath: a command line to begin with, and the exit codes to expect (2, 70 and 10 may always come).
+COMMAND_EXAMPLES = {
+    "deploy": ("-c /etc/deploy/shop.ini deploy shop-1.4.2.tar.gz", (0, 1, 3, 4, 5, 6, 75, 130)),
+    "stage": ("-c /etc/deploy/shop.ini stage shop-1.4.2.tar.gz", (0, 1, 3, 4, 75, 130)),
+    "activate": ("-c /etc/deploy/shop.ini activate 1.4.2", (0, 1, 3, 4, 5, 6, 75, 130)),
+    "rollback": ("-c /etc/deploy/shop.ini rollback", (0, 1, 3, 4, 5, 6, 75, 130)),
+    "preflight": ("-c /etc/deploy/shop.ini preflight shop-1.4.2.tar.gz", (0, 3)),
+    "probe": ("probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s", (0, 7)),
+    "verify": ("--root /srv/shop verify current", (0, 7)),
+    "status": ("--root /srv/shop status", (0, 7)),
+    "releases": ("--root /srv/shop releases", (0,)),
+    "history": ("--root /srv/shop history --limit 5", (0, 7)),
+    "show": ("--root /srv/shop show latest", (0, 7)),
+    "prune": ("--root /srv/shop --set deploy.keep_releases=3 -n prune", (0, 1, 3, 75)),
+    "pin": ("--root /srv/shop pin 1.4.1", (0, 3, 75)),
+    "unpin": ("--root /srv/shop unpin 1.4.1", (0, 3, 75)),
+    "recover": ("-c /etc/deploy/shop.ini recover", (0, 1, 3, 5, 6, 75)),
+    "pack": ("pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz", (0, 1)),
+    "config": ("config --example", (0,)),
+    "help": ("help probes", (0,)),
+    "completion": ("completion bash", (0,)),
+}  # type: Dict[str, Tuple[str, Tuple[int, ...]]]
 
 
 class Flag(NamedTuple):
@@ -8083,8 +8106,13 @@ PAGE_COLUMNS = 79
 
 def aligned_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table for a terminal of 80 columns; what does not fit wraps within its column."""
+    return aligned_rows([[name.upper() for name in headers], *rows])
+
+
+def aligned_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows as such a table does, without a heading."""
     import textwrap
-    table = [[cell.replace("`", "") for cell in row] for row in [[name.upper() for name in headers], *rows]]
+    table = [[cell.replace("`", "") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     while sum(widths) + 2 * len(widths) > PAGE_COLUMNS:
         widths[widths.index(max(widths))] -= 1
@@ -8094,6 +8122,49 @@ def aligned_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for parts in itertools.zip_longest(*cells, fillvalue=""):
             lines.append("".join(f"  {part:<{width}}" for part, width in zip(parts, widths)).rstrip())
     return "\n".join(lines)
+
+
+class Completable(NamedTuple):
+    """A flag (with the name of its value, if it takes one) or an argument (no names), as help and shells show it."""
+
+    names: Tuple[str, ...]
+    commands: Tuple[str, ...]
+    metavar: str
+    help: str
+    words: Tuple[str, ...] = ()
+
+    def spelled(self, name: str) -> str:
+        """Write one of its names with what it takes: `--root DIR`."""
+        return f"{name} {self.metavar}" if self.metavar else name
+
+    @property
+    def offer(self) -> str:
+        """What may stand for the value: `files`, `directories`, `words A B`, `beginnings A= B=`, or nothing."""
+        if self.metavar in ("FILE", "ARTIFACT", "DIR", "DIRECTORY"):
+            return "directories" if self.metavar.startswith("DIR") else "files"
+        kind = "beginnings" if self.metavar.endswith("KEY=VALUE") else "words"
+        return f"{kind} {' '.join(self.words)}" if self.words else ""
+
+
+def completables() -> List[Completable]:
+    """List every flag and argument of the tables."""
+    words = {
+        "RELEASE": ("current", "previous", "latest"), "SHELL": SHELLS,
+        "TOPIC": (*(topic.name for topic in TOPICS), *dict(COMMAND_HELP)),
+        "KEY=VALUE": [f"{option.key}=".replace("*=", "") for option in OPTIONS if option.section == "probe:*"],
+        "SECTION.KEY=VALUE": [f"{option.section}.{option.key}=".replace("*=", "")
+                              for option in OPTIONS if ":" not in option.section],
+    }  # type: Dict[str, Sequence[str]]
+    found = [Completable(("-h", "--help"), (), "", "show how it is used"), Completable(("--version",), (), "", "show the version")]
+    for flag in FLAGS:
+        known = flag.settings.get("choices") or words.get(flag.metavar, ())
+        names = flag.names if flag.names[0].startswith("-") else ()
+        found.append(Completable(names, flag.commands, flag.metavar, flag.help, tuple(known)))
+    for option in OPTIONS:
+        if option.flag:
+            known = option.kind.split("|") if option.kind not in KINDS else ()
+            found.append(Completable((option.flag,), (), option_metavar(option), option.help, tuple(known)))
+    return found
 
 
 def usage(command: str) -> str:
@@ -8106,22 +8177,22 @@ def usage(command: str) -> str:
     return " ".join(words)
 
 
+def own_flags(command: str) -> List[Completable]:
+    """List the flags that this and few other commands take; of no command, the global options."""
+    return [item for item in completables() if item.names and (command in item.commands if command else not item.commands)]
+
+
 def commands_table(write: TableWriter) -> str:
-    """What each command does, and the flags that few others take."""
-    rows = []
-    for name, text in COMMAND_HELP:
-        own = [" ".join(filter(None, (flag.names[-1], flag.metavar)))
-               for flag in FLAGS if name in flag.commands and flag.names[0].startswith("-")]
-        rows.append((f"`{usage(name)}`", text, ", ".join(f"`{flag}`" for flag in own)))
-    return write(("command", "does", "flags"), rows)
+    """What each command does, and its own flags."""
+    return write(("command", "does", "flags"), [
+        (f"`{usage(name)}`", text, ", ".join(f"`{item.spelled(item.names[-1])}`" for item in own_flags(name)))
+        for name, text in COMMAND_HELP])
 
 
 def flags_table(write: TableWriter) -> str:
     """The global options."""
-    rows = [(", ".join(f"`{name}{' ' + flag.metavar if flag.metavar else ''}`" for name in flag.names), flag.help)
-            for flag in FLAGS if not flag.commands]
-    rows += [(f"`{option.flag} {option_metavar(option)}`", option.help) for option in OPTIONS if option.flag]
-    return write(("option", "means"), rows)
+    return write(("option", "means"), [
+        (", ".join(f"`{item.spelled(name)}`" for name in item.names), item.help) for item in own_flags("")])
 
 
 def options_table(write: TableWriter) -> str:
@@ -8423,6 +8494,59 @@ def help_page(name: str) -> str:
     return f"{name}: {topics[name].about}\n\n{text}\n"
 
 
+def usage_page(command: str) -> str:
+    """Write what --help shows of one command; of all, where none is named."""
+    if not command:
+        return OVERVIEW.format(
+            commands=aligned_rows([(usage(name), text) for name, text in COMMAND_HELP]), flags=rows_of(own_flags("")),
+            codes=short_codes(code for code, _ in EXIT_CODES))
+    example, codes = COMMAND_EXAMPLES[command]
+    import textwrap
+    everywhere = " ".join(name for item in own_flags("") for name in item.names)
+    own = [item for item in completables() if command in item.commands]
+    text = dict(COMMAND_HELP)[command].replace("`", "")
+    return "\n\n".join(filter(None, (
+        f"usage: deploy.py [global options] {usage(command)}{' [options]' if own_flags(command) else ''}",
+        textwrap.fill(text[0].upper() + text[1:] + ".", PAGE_COLUMNS), rows_of(own),
+        f"example:\n  deploy.py {example}", f"exit codes:\n{short_codes(codes)}",
+        "global options (deploy.py --help explains them):\n" + textwrap.indent(
+            textwrap.fill(everywhere, PAGE_COLUMNS - 2, break_on_hyphens=False), "  "),
+        "more: deploy.py help " + TOPIC_OF_COMMAND.get(command, "commands") + ", deploy.py help exit-codes"))) + "\n"
+
+
+def rows_of(items: Sequence[Completable]) -> str:
+    """Lay out flags and arguments with their meanings."""
+    return aligned_rows([(", ".join(item.spelled(name) for name in item.names) or item.metavar, item.help)
+                         for item in items]) if items else ""
+
+
+def short_codes(codes: Iterable[int]) -> str:
+    """Lay out exit codes with the beginning of what they mean."""
+    meanings = dict(EXIT_CODES)
+    return aligned_rows([(str(code), re.split("[;:(]", meanings[code])[0].strip()) for code in codes])
+
+
+# Where a command's reference is more than its row among the commands.
+TOPIC_OF_COMMAND = {"probe": "probes", "recover": "files", "prune": "files", "config": "configuration", "pack": "configuration"}
+
+OVERVIEW = """\
+usage: deploy.py [global options] COMMAND [options]
+
+Take an artifact live on this host, and back.
+
+commands:
+{commands}
+
+global options, before or after the command:
+{flags}
+
+exit codes:
+{codes}
+
+example: deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz
+more: deploy.py COMMAND --help, deploy.py help
+"""
+
 HELP_INDEX = """\
 deploy.py takes an artifact live on this host, and back.
 
@@ -8439,45 +8563,6 @@ deploy.py takes an artifact live on this host, and back.
 
 
 # -- completion ------------------------------------------------------------------
-
-class Completable(NamedTuple):
-    """A flag (with the name of its value, if it takes one) or an argument (no names), as a shell is told of it."""
-
-    names: Tuple[str, ...]
-    commands: Tuple[str, ...]
-    metavar: str
-    help: str
-    words: Tuple[str, ...] = ()
-
-    @property
-    def offer(self) -> str:
-        """What may stand for the value: `files`, `directories`, `words A B`, `beginnings A= B=`, or nothing."""
-        if self.metavar in ("FILE", "ARTIFACT", "DIR", "DIRECTORY"):
-            return "directories" if self.metavar.startswith("DIR") else "files"
-        kind = "beginnings" if self.metavar.endswith("KEY=VALUE") else "words"
-        return f"{kind} {' '.join(self.words)}" if self.words else ""
-
-
-def completables() -> List[Completable]:
-    """List every flag and argument of the tables."""
-    words = {
-        "RELEASE": ("current", "previous", "latest"), "SHELL": SHELLS,
-        "TOPIC": (*(topic.name for topic in TOPICS), *dict(COMMAND_HELP)),
-        "KEY=VALUE": [f"{option.key}=".replace("*=", "") for option in OPTIONS if option.section == "probe:*"],
-        "SECTION.KEY=VALUE": [f"{option.section}.{option.key}=".replace("*=", "")
-                              for option in OPTIONS if ":" not in option.section],
-    }  # type: Dict[str, Sequence[str]]
-    found = [Completable(("-h", "--help"), (), "", "show how it is used"), Completable(("--version",), (), "", "show the version")]
-    for flag in FLAGS:
-        known = flag.settings.get("choices") or words.get(flag.metavar, ())
-        names = flag.names if flag.names[0].startswith("-") else ()
-        found.append(Completable(names, flag.commands, flag.metavar, flag.help, tuple(known)))
-    for option in OPTIONS:
-        if option.flag:
-            known = option.kind.split("|") if option.kind not in KINDS else ()
-            found.append(Completable((option.flag,), (), option_metavar(option), option.help, tuple(known)))
-    return found
-
 
 def completion_cases() -> str:
     """Write what bash and zsh share: which offer follows which word, then which stands behind which command."""
@@ -9360,15 +9445,18 @@ def build_parser(names: Sequence[str]) -> Any:
             """Raise UsageError."""
             raise UsageError(message, suggestion(message) or f"see {self.prog} --help")
 
+        def format_help(self) -> str:
+            """Write the help from the tables."""
+            return usage_page(self.prog.partition(" ")[2])
+
         def _print_message(self, message: str, file: Any = None) -> None:
             raise HelpAsked(message)
 
-    parser = Parser(prog="deploy.py", description="Take an artifact live on this host, and back.", allow_abbrev=False)
+    parser = Parser(prog="deploy.py", usage="deploy.py", allow_abbrev=False)
     add_global_flags(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in names:
-        text = dict(COMMAND_HELP)[name]
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = commands.add_parser(name, allow_abbrev=False)
         for flag in FLAGS:
             if name in flag.commands:
                 add_flag(command, flag)
@@ -9381,21 +9469,19 @@ def add_flag(parser: Any, flag: Flag, **more: Any) -> None:
     settings = dict(flag.settings, **more)
     if flag.metavar:
         settings["metavar"] = flag.metavar
-    parser.add_argument(*flag.names, help=flag.help.replace("%", "%%"), **settings)
+    parser.add_argument(*flag.names, **settings)
 
 
 def add_global_flags(parser: Any) -> None:
     """Add what may stand before and after the command; SUPPRESS keeps one place from undoing the other."""
     import argparse
-    group = parser.add_argument_group("global options")
-    group.add_argument("--version", action="version", version=f"deploy.py {VERSION}", help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"deploy.py {VERSION}")
     for flag in FLAGS:
         if not flag.commands:
-            add_flag(group, flag, default=argparse.SUPPRESS)
+            add_flag(parser, flag, default=argparse.SUPPRESS)
     for option in OPTIONS:
         if option.flag:
-            group.add_argument(option.flag, dest=f"{option.section}.{option.key}", metavar=option_metavar(option),
-                               default=argparse.SUPPRESS, help=f"{option.help} [{option.section}] {option.key}")
+            parser.add_argument(option.flag, dest=f"{option.section}.{option.key}", default=argparse.SUPPRESS)
 
 
 def parse_command_line(argv: List[str]) -> Any:

@@ -1,6 +1,7 @@
 """`deploy.py help`: the reference is in the file, whatever else is broken."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ def test_a_page_fits_a_terminal_in_any_locale(topic: Any) -> None:
 
 @pytest.mark.parametrize("topic", deploy.TOPICS, ids=lambda topic: topic.name)
 def test_a_page_is_shown_without_and_with_json(topic: Any) -> None:
-    text = run_deploy("help", topic.name, json=False, check=0).stdout
-    assert text == deploy.help_page(topic.name)
+    text = deploy.help_page(topic.name)
     assert text.startswith(f"{topic.name}: {topic.about}\n\n")
-    result = run_deploy("help", topic.name, check=0)
-    assert result.data["help"] == {"topic": topic.name, "text": text}
+    assert run_deploy("help", topic.name, check=0).data["help"] == {"topic": topic.name, "text": text}
+    if topic is deploy.TOPICS[0]:
+        assert run_deploy("help", topic.name, json=False, check=0).stdout == text
 
 
 def test_without_a_topic_every_page_is_listed_with_what_to_type_next() -> None:
@@ -89,3 +90,29 @@ def test_every_result_has_the_keys_that_the_reference_names(tmp_path: Path) -> N
         for key, kind, _ in deploy.RESULT_KEYS:
             assert result.data[key] is None or isinstance(result.data[key], kinds[kind]), key
         assert set(result.data) - {"help", "status"} == {key for key, _, _ in deploy.RESULT_KEYS}
+
+
+# -- --help ------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", ["", *deploy.COMMANDS])
+def test_help_fits_a_terminal_and_says_where_to_read_more(command: str) -> None:
+    text = deploy.usage_page(command)
+    assert [line for line in text.splitlines() if len(line) > 79 and not line.startswith("  deploy.py ")] == []
+    assert text.startswith("usage: deploy.py ") and "\nexit codes:\n  0 " in text
+    pages = re.findall(r"deploy\.py help ([\w-]+)", text.split("\nmore: ")[1])
+    assert {*pages} <= {topic.name for topic in deploy.TOPICS} and (pages or not command)
+
+
+@pytest.mark.parametrize("command", deploy.COMMANDS)
+def test_the_example_of_a_command_is_a_command_line_of_it(command: str) -> None:
+    example, codes = deploy.COMMAND_EXAMPLES[command]
+    assert deploy.parse_command_line(shlex.split(example)).command == command
+    assert f"\n  deploy.py {example}\n" in deploy.usage_page(command)
+    assert codes and set(codes) <= set(dict(deploy.EXIT_CODES)) and list(codes) == sorted(codes)
+
+
+def test_the_help_of_a_command_tells_its_own_arguments_and_flags_apart() -> None:
+    text = deploy.usage_page("pack")
+    assert re.search(r"(?m)^  DIRECTORY +directory to pack$", text)
+    assert re.search(r"(?m)^  -o FILE, --output FILE +file to write", text)
+    assert not re.search(r"(?m)^  --json ", text) and " --json " in text
