@@ -1,0 +1,143 @@
+"""Every snippet of the README (and so of `deploy.py help TOPIC`) is one that its reader understands: deploy.py, systemd, cron, json.
+
+Each block has one kind, told by how it begins; a block of a kind that is not
+listed here fails, so that no snippet goes untested by accident.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import pytest
+
+from support import DEPLOY, load_deploy, needs, once_in_ci
+from tables import README
+
+deploy = load_deploy()
+
+
+class Snippet(NamedTuple):
+    """One block of code: the heading it stands under, and its text without indentation or fence."""
+
+    heading: str
+    text: str
+
+
+# kind: how such a block begins, comments aside.
+SECTIONS = "|".join(sorted({option.section.partition(":")[0] for option in deploy.OPTIONS}))
+KINDS = (
+    ("transcript", r"\$ "),
+    ("ini", rf"\[({SECTIONS})(:\w+)?\]$"),
+    ("unit", r"\[(Unit|Service|Timer|Path|Install)\]$"),
+    ("json", r"[{]"),
+    ("crontab", r"([*/0-9,-]+ ){5}\w+ |[A-Z]+=\S*$"),
+    ("commands", r"(sudo |\w+=\S+ )*((/[\w/]+/|\./)?deploy\.py |make |install |\(cd |eval |systemctl |journalctl )"),
+    ("tree", r"/srv/\w+/ +root$"),
+)  # type: Tuple[Tuple[str, str], ...]
+
+
+def snippets(text: str) -> List[Snippet]:
+    """Every fenced or indented block of a Markdown text, in order."""
+    found, heading, block, fence = [], "", [], ""  # type: List[Snippet], str, List[str], str
+    for line in text.splitlines() + ["end"]:
+        if line.startswith("```"):
+            fence = "" if fence else line
+        elif fence or line.startswith("    ") or block and not line:
+            block.append(line if fence else line[4:])
+            continue
+        if "\n".join(block).strip():
+            found.append(Snippet(heading, "\n".join(block).strip("\n")))
+        block = []
+        heading = line.lstrip("# ") if line.startswith("#") else heading
+    return found
+
+
+def kind_of(snippet: Snippet) -> str:
+    """Which of KINDS a block is."""
+    first = next((line for line in snippet.text.splitlines() if line.strip() and not line.startswith("#")), "")
+    return next((kind for kind, beginning in KINDS if re.match(beginning, first)), "unknown")
+
+
+SNIPPETS = snippets(README.read_text(encoding="utf-8"))
+
+
+def all_of(kind: str) -> Any:
+    """Parametrize a test by every block of a kind."""
+    found = [snippet for snippet in SNIPPETS if kind_of(snippet) == kind]
+    return pytest.mark.parametrize("snippet", found, ids=[snippet.heading.replace(" ", "-") for snippet in found])
+
+
+def command_lines(text: str) -> List[str]:
+    """The arguments of every deploy.py that a block starts, its output left out; a backslash joins lines."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = [line for line in joined.splitlines() if line.startswith("$ ")] if text.startswith("$ ") else joined.splitlines()
+    return [found.group(1) for line in lines for found in [re.search(r"(?<![\w.-])deploy\.py (?!\|)([^)|>]*)", line)]
+            if found and not re.search(r"install .*deploy\.py|python\S* (tests/|deploy\.py$)", line)]
+
+
+def test_the_blocks_of_a_text_are_found() -> None:
+    text = "# One\n\n    a\n\n    b\ntext\n## Two\n```ini\n[c]\n\n    d\n```\n\n    e\n"
+    assert snippets(text) == [("One", "a\n\nb"), ("Two", "[c]\n\n    d"), ("Two", "e")]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.heading.replace(" ", "-"))
+def test_every_snippet_is_of_a_kind_that_is_tested(snippet: Snippet) -> None:
+    assert kind_of(snippet) != "unknown", "tell in KINDS what this is, and test it"
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.heading.replace(" ", "-"))
+def test_every_command_line_is_understood(snippet: Snippet) -> None:
+    for line in command_lines(snippet.text):
+        words = shlex.split(line, comments=True)
+        if "COMMAND" not in words and "TOPIC" not in words:
+            try:
+                assert deploy.parse_command_line(words).command in deploy.COMMANDS
+            except deploy.HelpAsked:
+                pass
+
+
+@all_of("ini")
+def test_a_configuration_is_understood(snippet: Snippet, tmp_path: Path) -> None:
+    path = tmp_path / "deploy.ini"
+    path.write_text(snippet.text)
+    settings = deploy.load_settings([str(path)], {}, [])
+    deploy.check_settings(settings)
+    assert settings.given
+
+
+@once_in_ci
+@all_of("unit")
+def test_systemd_understands_a_unit(snippet: Snippet, tmp_path: Path) -> None:
+    """With the real program in its place, as verify looks for it; a timer's service stands beside it."""
+    suffix = next((suffix for suffix in ("timer", "path") if f"[{suffix.title()}]" in snippet.text), "service")
+    for other in [found for found in SNIPPETS if kind_of(found) == "unit" and "[Service]" in found.text]:
+        write_unit(tmp_path / "deploy-shop.service", other.text)
+    unit = write_unit(tmp_path / f"deploy-shop.{suffix}", snippet.text)
+    run = subprocess.run([needs("systemd-analyze"), "verify", "--man=no", str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         env={"PATH": os.environ["PATH"], "SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"})
+    assert run.returncode == 0 and str(unit).encode() not in run.stdout, run.stdout.decode()
+
+
+def write_unit(path: Path, text: str) -> Path:
+    """Write a unit that runs this deploy.py."""
+    path.write_text(text.replace("/usr/local/sbin/deploy.py", str(DEPLOY)) + "\n")
+    return path
+
+
+@all_of("json")
+def test_json_is_json(snippet: Snippet) -> None:
+    assert [json.loads(line) for line in snippet.text.splitlines()] if "\n{" in snippet.text else json.loads(snippet.text)
+
+
+@all_of("crontab")
+def test_a_line_for_cron_has_its_form(snippet: Snippet) -> None:
+    """Five fields, a user, a command with an absolute path, on one line; % would be a line's end there."""
+    field = r"(\*|[0-9]+(-[0-9]+)?)(/[0-9]+)?(,[0-9]+(-[0-9]+)?)*"
+    for line in snippet.text.splitlines():
+        if not re.match(r"[A-Z]+=\S*\Z|#|\Z", line):
+            assert re.match(rf"({field} ){{5}}[a-z]\w* /[^%]+\Z", line), line
+            assert command_lines(line)
