@@ -899,6 +899,15 @@ def trim_memory() -> None:
         pass
 
 
+def has_library(name: str) -> bool:
+    """Load a shared library for good; tell whether it is there."""
+    try:
+        import ctypes
+        return bool(ctypes.CDLL(name))
+    except (ImportError, OSError):
+        return False
+
+
 def cores() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -948,13 +957,15 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
-def names_in_use(directory: str) -> Set[str]:
-    """Name the entries of a directory in which a process has its working directory or executable."""
+def names_in_use(directory: str) -> Optional[Set[str]]:
+    """Name the entries of a directory in which a process has its working directory or executable; None without /proc."""
     inside, found = os.path.realpath(directory) + "/", set()  # type: str, Set[str]
     try:
         processes = [name for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
-        return found
+        return None
+    if not processes:
+        return None
     for link in [f"/proc/{process}/{name}" for process in processes for name in ("cwd", "exe")]:
         try:
             target = os.readlink(link)
@@ -1274,6 +1285,33 @@ class Supervisor:
             self._socket.sendto("\n".join(words).encode("utf-8", "backslashreplace"), self._address)
         except (OSError, ValueError):
             pass
+
+
+class Worker:
+    """Work in a second thread, which does not outlive the program; RuntimeError where there can be none.
+
+    Up to Python 3.9 a thread that ends calls pthread_exit(3), and the C library
+    aborts the whole process when it cannot load libgcc_s then: so it is loaded
+    before, and where an image has none, a thread that is done sleeps on.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        import threading
+        self._work, self._done = work, threading.Event()
+        self._may_end = sys.version_info >= (3, 10) or has_library("libgcc_s.so.1")
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._done.set()
+            while not self._may_end:
+                time.sleep(3600)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the work is done, at most so long; tell whether it is."""
+        return bool(self._done.wait(seconds))
 
 
 # -- signals -----------------------------------------------------------------
@@ -3791,14 +3829,13 @@ class Pump:
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         import queue
-        import threading
+        from threading import Lock
         self._artifact, self._limits = artifact, settings.limits
-        self._hasher, self._hashing, self._unhashed = hashlib.sha256(), threading.Lock(), deque()  # type: Any, Any, Any
+        self._hasher, self._hashing, self._unhashed = hashlib.sha256(), Lock(), deque()  # type: Any, Any, Any
         self.read_bytes = 0
         self._stopping, self._ended, self._empty = False, False, queue.Empty
         self._queue = queue.Queue(QUEUE_BLOCKS)  # type: Any
-        self._thread = threading.Thread(target=self._run, name="artifact", daemon=True)
-        self._thread.start()
+        self._worker = Worker(self._run)
 
     @property
     def sha256(self) -> str:
@@ -3820,12 +3857,11 @@ class Pump:
     def close(self) -> None:
         """Let the thread end, and wait for it."""
         self._stopping = True
-        while self._thread.is_alive():
+        while not self._worker.wait(0):
             try:
                 self._queue.get(timeout=0.01)
             except self._empty:
                 pass
-        self._thread.join()
 
     def _run(self) -> None:
         raw = self._raw()
@@ -5434,10 +5470,10 @@ class PidfileService(Service):
 def _refuse_foreign(path: str, owner: int, pid: int) -> None:
     """A user who may write the pidfile must not choose which process of others root signals."""
     try:
-        process_owner = os.stat(f"/proc/{pid}").st_uid
+        process_owner = str(os.stat(f"/proc/{pid}").st_uid)
     except OSError:
-        return
-    if owner not in (0, os.geteuid(), process_owner):
+        process_owner = "unknown (no /proc)"
+    if owner not in (0, os.geteuid()) and str(owner) != process_owner:
         raise ValueError(f"{path} belongs to uid {owner}, process {pid} to uid {process_owner}")
 
 
@@ -5644,15 +5680,13 @@ class Conversation:
         self.timeout_seconds, self.stage = timeout_seconds, "starting"
         self.socket = None  # type: Any
         self._ends_seconds = time.monotonic() + timeout_seconds
-        self._thread = None  # type: Any
+        self._worker = None  # type: Any
         self._results = []  # type: List[Any]
 
     def start(self) -> None:
         """Begin, and do not wait; where there can be no thread, that is the result."""
-        import threading
-        self._thread = threading.Thread(target=self._talk_safely, daemon=True)
         try:
-            self._thread.start()
+            self._worker = Worker(self._talk_safely)
         except RuntimeError as error:
             self._results.append(self._failure(f"cannot start a thread: {error}"))
 
@@ -5660,8 +5694,9 @@ class Conversation:
         """Return the result, or what `_failure` makes of there being none in time; `check` may raise."""
         try:
             # In short pieces: a signal that arrives just before a wait does not end it.
-            while not self._results and self._thread.is_alive() and time.monotonic() < self._ends_seconds:
-                self._thread.join(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
+            is_done = bool(self._results)
+            while not is_done and time.monotonic() < self._ends_seconds:
+                is_done = self._worker.wait(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
                 check()
         finally:
             # First the verdict, then the hanging up, which would turn "late" into "damaged".
@@ -6238,7 +6273,7 @@ class Observer:
     def _in_use(self, request: Request) -> Set[str]:
         # Going through /proc costs more than all the rest; only what prunes needs it.
         prunes = request.command in ("deploy", "activate", "prune")
-        return names_in_use(f"{self.store.path}/releases") if self.store and prunes else set()
+        return (names_in_use(f"{self.store.path}/releases") if self.store and prunes else None) or set()
 
     def _observe_artifact(self, facts: Facts) -> ArtifactFacts:
         settings, request = self.session.settings, facts.request
@@ -7257,7 +7292,8 @@ class PruneRelease(Step):
 
     def apply(self, run: Run) -> str:
         """Files first, then the record; a bad one's digest is remembered."""
-        if self.record.id in names_in_use(f"{run.store.path}/releases"):
+        in_use = names_in_use(f"{run.store.path}/releases")
+        if self.record.id in (in_use or ()):
             raise StepFailed(f"{self.record.id} is in use by a running process", "prune once it has ended")
         if self.on_disk:
             run.store.remove_release(self.record.id)
@@ -7265,7 +7301,8 @@ class PruneRelease(Step):
             run.store.write_record(self.record._replace(pruned_at=format_time(time.time())))
         else:
             run.store.remove_record(self.record.id)
-        return f"{format_size(int(self.record.tree.get('bytes') or 0))} freed"
+        unknown = "; whether a process still ran from it cannot be known: there is no /proc" if in_use is None else ""
+        return f"{format_size(int(self.record.tree.get('bytes') or 0))} freed{unknown}"
 
 
 class SetPinned(Step):
