@@ -75,13 +75,14 @@ ZSH_RC = r"""
 PS1='READY> '
 unsetopt prompt_sp prompt_cr zle_bracketed_paste beep
 unset zle_bracketed_paste
+fpath=(../functions $fpath)
 autoload -Uz compinit && compinit -D -u
 zle -C every complete-word _generic
 zstyle ':completion:every:*' insert yes
 zstyle ':completion:every::::' completer _all_matches _complete
 bindkey '^T' every
 deploy.py() { printf '<%s>' "$@"; printf '<end>\n'; }
-eval "$(<../script)"
+[[ -d ../functions ]] || eval "$(<../script)"
 """
 
 
@@ -152,6 +153,14 @@ def ask_zsh(place: Path) -> Dict[str, Set[str]]:
     return {line: offered(line, arguments) for line, arguments in answers.items()}
 
 
+def ask_zsh_that_loads(place: Path) -> Dict[str, Set[str]]:
+    """What zsh offers where it finds the script in $fpath at the first need."""
+    functions = place.with_name("functions")
+    functions.mkdir()
+    place.with_name("script").rename(functions / "_deploy.py")
+    return ask_zsh(place)
+
+
 def ask_fish(place: Path) -> Dict[str, Set[str]]:
     """What fish offers for each line."""
     asked = "\n".join(f"echo '<'; complete -C {shlex.quote(line)}" for line in LINES)
@@ -164,7 +173,8 @@ def ask_fish(place: Path) -> Dict[str, Set[str]]:
 
 
 @once_in_ci
-@pytest.mark.parametrize("shell, ask", [("bash", ask_bash), ("zsh", ask_zsh), ("fish", ask_fish)], ids=SHELLS)
+@pytest.mark.parametrize("shell, ask", [
+    ("bash", ask_bash), ("zsh", ask_zsh), ("fish", ask_fish), ("zsh", ask_zsh_that_loads)], ids=[*SHELLS, "zsh-fpath"])
 def test_a_shell_offers_what_may_stand_there_and_nothing_else(shell: str, ask: Any, place: Path) -> None:
     needs(shell)
     place.with_name("script").write_text(deploy.completion(shell))
