@@ -8232,14 +8232,22 @@ def flags_table(write: TableWriter) -> str:
         (", ".join(f"`{item.spelled(name)}`" for name in item.names), item.help) for item in own_flags("")])
 
 
-def options_table(write: TableWriter) -> str:
-    """Every option of the configuration, a table for each section."""
+def sections_table(write: TableWriter) -> str:
+    """What each section is for, and the page that has its keys."""
+    where = {section: topic.name for topic in TOPICS for section in sections_of(topic)}
+    return write(("section", "what it is", "page"), [
+        (f"`[{section.replace('*', 'NAME')}]`", text, where[section]) for section, text in SECTION_HELP])
+
+
+def options_tables(sections: Sequence[str], write: TableWriter) -> str:
+    """The options of some sections, a table for each."""
     parts = []
     for section, text in SECTION_HELP:
-        rows = [(f"`{option.key.replace('*', 'NAME')}`", kind_name(option.kind),
-                 f"`{option.default}`" if option.default else "", option.help)
-                for option in OPTIONS if option.section == section]
-        parts += [f"### [{section.replace('*', 'NAME')}]", text, write(("key", "takes", "default", "means"), rows)]
+        if section in sections:
+            rows = [(f"`{option.key.replace('*', 'NAME')}`", kind_name(option.kind),
+                     f"`{option.default}`" if option.default else "", option.help)
+                    for option in OPTIONS if option.section == section]
+            parts += [f"### [{section.replace('*', 'NAME')}]", text, write(("key", "takes", "default", "means"), rows)]
     return "\n\n".join(parts)
 
 
@@ -8254,7 +8262,7 @@ def result_table(write: TableWriter) -> str:
 
 
 TABLES = {
-    "commands": commands_table, "flags": flags_table, "options": options_table,
+    "commands": commands_table, "flags": flags_table, "sections": sections_table,
     "exit-codes": exit_codes_table, "result": result_table,
 }  # type: Dict[str, Callable[[TableWriter], str]]
 
@@ -8266,7 +8274,9 @@ class Topic(NamedTuple):
 
     The text is light Markdown that reads well as it stands: lines of up to 79
     characters, `###` for headings, code indented by four.  A line {{NAME}}
-    stands for a table of TABLES.  README shows the same pages (make example).
+    stands for a table of TABLES, a line {{options SECTION...}} for the options
+    of these sections, or {{options}} for those that no other page has.  README
+    shows the same pages (make example).
     """
 
     name: str
@@ -8295,6 +8305,8 @@ default; `deploy.py config` shows every value and where it came from. Without
 `/etc/deploy/deploy.ini` is read. Durations are written `500ms`, `3s`, `2m`,
 `1h`; sizes `64k`, `10M`, `2G`. Relative paths are relative to the
 configuration file. `deploy.py config --example` prints a file to begin with.
+
+{{sections}}
 
 ### Checksums
 
@@ -8378,7 +8390,9 @@ that one is not well:
 
     deploy.py probe                        # every configured probe, one try
     deploy.py probe web --wait 30s         # until it is well
-    deploy.py probe --url http://127.0.0.1:8080/health --expect json.status=ok"""),
+    deploy.py probe --url http://127.0.0.1:8080/health --expect json.status=ok
+
+{{options probe:*}}"""),
     Topic("hooks", "commands at named points, services, shared files and templates", """\
 A hook is one or more commands, one a line, split like a shell would but run
 without one, in the release (`pre_stage` in the root).
@@ -8439,7 +8453,9 @@ be a lie. What the artifact brings at a shared path is replaced by the link.
 
 A template's `${name}` is looked up in `[vars]`, then among the `DEPLOY_*`
 variables above, then in the environment. `$${name}` gives a literal `${name}`;
-a name without a value is an error."""),
+a name without a value is an error.
+
+{{options env hooks service:* template:* vars}}"""),
     Topic("files", "what lies under the root, what is deleted, what survives a crash", """\
     /srv/shop/                    root
         current -> releases/ID    relative symlink
@@ -8510,13 +8526,30 @@ deployment id, release and step. The file may be rotated under a run.
 
     [log]
     file = /var/log/deploy/shop.log
-    format = json"""),
+    format = json
+
+{{options log}}"""),
 )  # type: Tuple[Topic, ...]
+
+
+def sections_of(topic: Topic) -> List[str]:
+    """List the sections whose options stand on a page."""
+    def named(text: str) -> List[str]:
+        return [section for line in re.findall(r"(?m)^\{\{options (.*)\}\}$", text) for section in line.split()]
+
+    if "{{options}}" not in topic.text:
+        return named(topic.text)
+    elsewhere = [section for other in TOPICS for section in named(other.text)]
+    return [section for section, _ in SECTION_HELP if section not in elsewhere]
 
 
 def page(topic: Topic, write: TableWriter) -> str:
     """Write a page with its tables filled in."""
-    return re.sub(r"(?m)^\{\{([a-z-]+)\}\}$", lambda found: TABLES[found.group(1)](write), topic.text)
+    def table(found: Any) -> str:
+        name, *sections = found.group(1).split()
+        return options_tables(sections or sections_of(topic), write) if name == "options" else TABLES[name](write)
+
+    return re.sub(r"(?m)^\{\{([a-z].*)\}\}$", table, topic.text)
 
 
 def help_page(name: str) -> str:

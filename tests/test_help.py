@@ -71,8 +71,18 @@ def test_help_reads_no_configuration(way: str, tmp_path: Path) -> None:
 
 
 def test_every_table_stands_on_a_page() -> None:
-    used = [name for topic in deploy.TOPICS for name in re.findall(r"(?m)^\{\{([\w-]+)\}\}$", topic.text)]
-    assert sorted(used) == sorted(deploy.TABLES)
+    used = [name for topic in deploy.TOPICS for name in re.findall(r"(?m)^\{\{([\w-]+).*\}\}$", topic.text)]
+    assert sorted(set(used)) == sorted(["options", *deploy.TABLES])
+
+
+def test_every_section_stands_on_one_page_with_all_of_its_keys() -> None:
+    assert sorted(section for topic in deploy.TOPICS for section in deploy.sections_of(topic)) \
+        == sorted({option.section for option in deploy.OPTIONS}) == sorted(section for section, _ in deploy.SECTION_HELP)
+    for option in deploy.OPTIONS:
+        name = next(topic.name for topic in deploy.TOPICS if option.section in deploy.sections_of(topic))
+        section, key = (text.replace("*", "NAME") for text in (option.section, option.key))
+        assert re.search(rf"(?ms)^{re.escape(f'[{section}]')}\n\n.*^  {re.escape(key)} ", deploy.help_page(name)), (section, key)
+        assert re.search(rf"(?m)^  {re.escape(f'[{section}]')} .* {name}$", deploy.help_page("configuration"))
 
 
 def test_a_table_for_a_terminal_wraps_within_its_columns() -> None:
