@@ -2157,7 +2157,8 @@ class HistoryEntry(NamedTuple):
     before activation), reverted (failed after activation, previous release
     live again), left_live (auto_rollback = no), rollback_failed, pruned,
     pinned, unpinned, aborted (found half done) or recovered (settled by hand).
-    `previous_sha256` is the SHA-256 of the line before, without its newline.
+    `previous_sha256` is the SHA-256 of the line before, without its newline;
+    empty in the first, `unknown` where what came before was lost.
     """
 
     sequence: int
@@ -2264,6 +2265,10 @@ class Plan(NamedTuple):
 # ============================================================================
 
 PRIVATE_DIRECTORIES = ("releases", "manifests", "trees", "staging", "cache", "trash")
+# For how many lines history.head may stay as it was: a disk can be so full that a line finds room and a file does not.
+HEAD_LAG_LINES = 32
+# Stands where a line would name the one before it, and nobody knows that one any more.
+UNKNOWN_DIGEST = "unknown"
 
 
 def seal(data: Dict[str, Any]) -> Dict[str, Any]:
@@ -2338,6 +2343,7 @@ class Store:
                 for name in PRIVATE_DIRECTORIES:
                     private.make(name, 0o700).close()
                 store.root.sync()
+            store.begin_history()
         except OSError as error:
             parent = os.path.dirname(path)
             hint = f"mkdir -p {parent}" if not os.path.isdir(parent) else \
@@ -2644,19 +2650,30 @@ class Store:
                                  f"see which: {self.command_line('history --verify')}")
         return entries
 
+    def begin_history(self) -> None:
+        """Note that it ends with nothing, while that is certain: a missing head is a loss from then on."""
+        directory = self.directory(".deploy")
+        if not (directory.status("history.head") or directory.status("history.jsonl") or self.directory(".deploy/releases").names()):
+            directory.write("history.head", json.dumps(seal(HistoryEnd(0, "")._asdict())).encode("ascii"))
+
     def append_history(self, entry: HistoryEntry) -> HistoryEntry:
-        """Append a line, chained to the one before, durably; returns it with its number."""
+        """Append a line, chained to where the history ended, durably; returns it with its number.
+
+        Where that was changed or taken away, the line goes on from what history.head says was there: the gap
+        stays, and --verify tells it for ever.
+        """
         directory = self.directory(".deploy")
         if directory.status("history.jsonl") is None:
             directory.write("history.jsonl", b"")  # its name is durable before its first line counts
         self._cut_torn_line(directory)
-        last = (self.history_lines(1) or [b""])[0]
-        try:
-            sequence = int(json.loads(last.decode("utf-8"))["sequence"]) + 1 if last else 1
-        except (ValueError, KeyError, TypeError, RecursionError):
-            # A damaged line must not stop a deployment that is live already; --verify finds it.
-            sequence = 1
-        entry = entry._replace(sequence=sequence, previous_sha256=hashlib.sha256(last).hexdigest() if last else "")
+        lines = self.history_lines(HEAD_LAG_LINES)
+        end = self._read_head()
+        if end is None:
+            last = HistoryEnd(0, "").after(lines[-1:], chained=False)
+            end = HistoryEnd(last.sequence, UNKNOWN_DIGEST)
+            self._write_head(end)  # a crash behind the line must not look like a second loss
+        end = end.after(lines)
+        entry = entry._replace(sequence=end.sequence + 1, previous_sha256=end.sha256)
         line = json.dumps(seal(entry.to_json())).encode("ascii")
         descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
                              dir_fd=directory.descriptor)
@@ -2665,16 +2682,30 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        try:
-            self._write_head(sequence, line)
-        except OSError:
-            # The line is durable, so the verdict is; a head that is one behind is allowed for.
-            pass
+        # The line is durable, so the verdict is; a head that lags behind is allowed for.
+        self._write_head(end.after([line]))
         return entry
 
-    def _write_head(self, sequence: int, line: bytes) -> None:
-        head = {"sequence": sequence, "sha256": hashlib.sha256(line).hexdigest()}
-        self.directory(".deploy").write("history.head", json.dumps(seal(head)).encode("ascii"))
+    def _write_head(self, end: "HistoryEnd") -> bool:
+        """Note where the history ends; False where the disk refuses."""
+        try:
+            self.directory(".deploy").write("history.head", json.dumps(seal(end._asdict())).encode("ascii"))
+        except OSError:
+            return False
+        return True
+
+    def _read_head(self) -> Optional["HistoryEnd"]:
+        """Return where the history ended when its last line was written; None where nobody knows."""
+        directory = self.optional(".deploy")
+        try:
+            head = unseal(directory.read("history.head") or b"" if directory else b"", "history.head")
+            return HistoryEnd(int(head["sequence"]), str(head["sha256"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EINVAL, errno.EFBIG):
+                raise  # it may well be whole, and would be told as lost for ever
+            return None
 
     def _cut_torn_line(self, directory: Directory) -> bool:
         """Take away a line that a crash cut off before its newline."""
@@ -2692,51 +2723,63 @@ class Store:
             os.close(descriptor)
 
     def mend_history(self) -> List[str]:
-        """Cut off a torn line and bring a head that a crash left one behind up to date; returns what was done."""
-        directory = self.directory(".deploy")
-        done = ["cut off a torn line of the history"] if self._cut_torn_line(directory) else []
-        before, last = ([b"", b""] + self.history_lines(2))[-2:]
-        try:
-            head = unseal(directory.read("history.head") or b"", "history.head")
-            if (head["sequence"], head["sha256"]) == (json.loads(last.decode())["sequence"] - 1, hashlib.sha256(before).hexdigest()):
-                self._write_head(head["sequence"] + 1, last)
-                done.append("brought history.head up to date")
-        except (ValueError, KeyError, TypeError, RecursionError, OSError):
-            pass  # what is damaged is left for history --verify to tell, and a full disk must not stop a prune
-        return done
+        """Cut off a torn line and bring a head that a crash left behind up to date; returns what was done."""
+        done = ["cut off a torn line of the history"] if self._cut_torn_line(self.directory(".deploy")) else []
+        head = self._read_head()
+        end = head.after(self.history_lines(HEAD_LAG_LINES)) if head else None
+        if end and end != head and self._write_head(end):
+            done.append("brought history.head up to date")
+        return done  # what else is wrong is left for history --verify to tell
 
-    def verify_history(self) -> List[str]:
-        """Find lines that were changed or are missing; returns what is wrong, empty when nothing is."""
-        problems, before, sequence = [], b"", 0
-        for number, line in enumerate(self.history_lines(), 1):
-            sequence += 1
+    def verify_history(self) -> Tuple[List[str], List[str]]:
+        """Find lines that were changed or are missing; returns what is wrong, and what is only worth knowing."""
+        problems, notes, end, lines = [], [], HistoryEnd(0, ""), self.history_lines()
+        for number, line in enumerate(lines, 1):
             try:
                 entry = HistoryEntry.from_json(unseal(line, f"line {number}"))
-                if entry.sequence != sequence:
-                    problems.append(f"line {number}: entry {sequence} is missing, {entry.sequence} follows")
-                elif entry.previous_sha256 != (hashlib.sha256(before).hexdigest() if before else ""):
+                if number == entry.sequence == 1 and entry.previous_sha256 == UNKNOWN_DIGEST:
+                    notes.append(f"it begins anew at {entry.at}: what was before was moved away or lost")
+                elif entry.previous_sha256 == UNKNOWN_DIGEST:
+                    problems.append(f"line {number}: what came before it is not known: history.head was missing or damaged")
+                elif entry.sequence != end.sequence + 1:
+                    problems.append(f"line {number}: entry {end.sequence + 1} is missing, {entry.sequence} follows")
+                elif entry.previous_sha256 != end.sha256:
                     problems.append(f"line {number}: the line before it was changed")
-                sequence = entry.sequence
             except ValueError as error:
                 problems.append(str(error))
-            before = line
-        return problems + self._verify_head(before, sequence)
+            end = end.after([line], chained=False)
+        return problems + self._verify_head(lines[-HEAD_LAG_LINES:], end), notes
 
-    def _verify_head(self, last: bytes, sequence: int) -> List[str]:
-        directory = self.optional(".deploy")
-        data = directory.read("history.head") if directory else None
-        if data is None:
-            return ["the history has lines, but history.head is missing"] if sequence > 1 else []
-        try:
-            head = unseal(data, "history.head")
-        except ValueError as error:
-            return [str(error)]
-        # The head is written after the line: a crash in between leaves it one behind.
-        if head.get("sequence") == sequence - 1:
-            return []
-        if head.get("sequence") != sequence or head.get("sha256") != hashlib.sha256(last).hexdigest():
-            return [f"the end was changed or cut off: entry {head.get('sequence')} was the last, {sequence} is"]
-        return []
+    def _verify_head(self, lines: List[bytes], end: "HistoryEnd") -> List[str]:
+        head, records = self._read_head(), sum(map(len, self.records()))
+        if head is None and not lines:
+            return [f"the history is missing, and {count(records, 'release')} had one"] if records else []
+        if head is None:
+            return ["history.head is missing or damaged, so that lines may be missing at the end"]
+        # The head is written after the line: a crash in between leaves it behind.
+        return [] if head.after(lines) == end else [
+            f"the end was changed or cut off: entry {head.sequence} was the last, {end.sequence} is"]
+
+
+class HistoryEnd(NamedTuple):
+    """Where the history ends, as history.head has it: the number of its last line, and that line's SHA-256."""
+
+    sequence: int
+    sha256: str
+
+    def after(self, lines: Iterable[bytes], *, chained: bool = True) -> "HistoryEnd":
+        """Return where it ends with those of the lines that go on from here; any that can be read, unless `chained`."""
+        end = self
+        for line in lines:
+            digest = hashlib.sha256(line).hexdigest()
+            try:
+                entry = HistoryEntry.from_json(unseal(line, "a line"))
+            except ValueError:
+                end = end if chained else HistoryEnd(end.sequence + 1, digest)
+                continue
+            if not chained or (entry.sequence, entry.previous_sha256) == (end.sequence + 1, end.sha256):
+                end = HistoryEnd(entry.sequence, digest)
+        return end
 
 
 def _hashed_blocks(lines: Iterator[bytes], hasher: Any) -> Iterator[bytes]:
@@ -9305,14 +9348,17 @@ def flag_number(flag: str, text: str) -> int:
 
 def verify_history(call: Invocation, store: Store) -> None:
     """Check the chain of the whole history."""
-    problems = store.verify_history()
+    problems, notes = store.verify_history()
     call.outcome.extra["history"] = []
-    call.outcome.message = "; ".join(problems) or f"{count(len(store.history_lines()), 'entry', 'entries')}, " \
-                                                  f"the chain is whole"
+    call.outcome.message = "; ".join(problems or [
+        f"{count(len(store.history_lines()), 'entry', 'entries')}, the chain is whole"] + notes)
     call.console.result(call.outcome.message)
+    call.console.warnings.extend(notes)
     if problems:
-        raise ProblemFound(f"the history was changed: {problems[0]}",
-                           "compare .deploy/history.jsonl with a backup or with your log")
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ProblemFound(f"the history was changed: {'; '.join(problems[:3])}{more}",
+                           f"compare {store.path}/.deploy/history.jsonl with a backup or with your log; to start over, "
+                           "move it and history.head away, which the next entry will note")
 
 
 def command_show(call: Invocation) -> None:

@@ -644,7 +644,9 @@ def multiply_history(module: Any, store: Any, lines: int) -> None:
             line = entry._replace(sequence=sequence, previous_sha256=chained)
             before = json.dumps(module.seal(line.to_json())).encode("ascii")
             stream.write(before + b"\n")
-    # The last one by deploy.py itself, which also notes where the end is.
+    head = {"sequence": lines - 1, "sha256": hashlib.sha256(before).hexdigest()}
+    store.directory(".deploy").write("history.head", json.dumps(module.seal(head)).encode("ascii"))
+    # The last one by deploy.py itself, which goes on from there.
     store.append_history(entry)
 
 
