@@ -2293,11 +2293,15 @@ def unseal(data: bytes, what: str) -> Dict[str, Any]:
 
 
 class Current(NamedTuple):
-    """Where `current` points: a release, nothing yet, or a problem with the command that mends it."""
+    """Where `current` points: a release, nothing yet, or a problem with the command that mends it.
+
+    `missing` is the release of which only the link is left: it can be replaced without harm.
+    """
 
     release: Optional[str]
     problem: str = ""
     hint: str = ""
+    missing: Optional[str] = None
 
 
 class Store:
@@ -2311,6 +2315,7 @@ class Store:
     def __init__(self, root: Directory, command_line: Callable[[str], str]) -> None:
         self.root, self.path, self.command_line = root, root.path, command_line
         self._open = {}  # type: Dict[str, Directory]
+        self._links = {}  # type: Dict[str, str]
         self.left_over = []  # type: List[str]
 
     @classmethod
@@ -2419,31 +2424,51 @@ class Store:
         releases = self.optional("releases")
         if not releases or not releases.is_directory(release):
             return Current(None, f"{link} points to {target}, which does not exist",
-                           f"remove the link (rm {link}), then activate a release: {self.command_line('releases')}")
+                           f"make a release live that is there: {self.command_line('recover --to RELEASE')}; "
+                           f"where none is: rm {link}, then deploy", release)
         return Current(release)
 
-    def switch(self, expected: Optional[str], target: Optional[str]) -> None:
+    def switch(self, expected: Optional[str], target: Optional[str], *, keep: bool = False) -> None:
         """Point `current` at a release, or take it away; one rename, durable when this returns.
 
-        Compare and swap: StepFailed when `current` is not what the plan saw.
+        Compare and swap: StepFailed when `current` is not what the plan saw.  `keep` makes the link that leads
+        back first: after the switch, a full disk may have no room for one.
         """
         found = self.current()
-        if found.problem or found.release not in (expected, target):
+        live = found.release or found.missing
+        if found.problem and not found.missing or live not in (expected, target):
             raise StepFailed(f"current changed under the run: expected {expected}, found "
                              f"{found.problem or found.release}", "look at what else switches it, then run again")
         if target is None:
             self.root.discard("current")
         else:
-            temporary = temporary_name("current")
-            os.symlink(f"releases/{target}", temporary, dir_fd=self.root.descriptor)
+            if not self.directory("releases").is_directory(target):
+                raise StepFailed(f"releases/{target} does not exist", f"see what is there: {self.command_line('releases')}")
             try:
+                if keep and live and live != target:
+                    self._link_to(live)
+                temporary = self._link_to(target)
                 # The new link must be on disk before it takes the old one's place.
                 self.root.sync()
                 self.root.rename(temporary, self.root, "current")
             except OSError:
-                self.root.discard(temporary)
+                self.drop_links()
                 raise
+            del self._links[target]
         self.root.sync()
+
+    def _link_to(self, release: str) -> str:
+        """Return the name of a link to a release that `current` can become, made now or earlier."""
+        if release not in self._links:
+            temporary = temporary_name("current")
+            os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
+            self._links[release] = temporary
+        return self._links[release]
+
+    def drop_links(self) -> None:
+        """Remove the links that were made and not used."""
+        while self._links:
+            self.root.discard(self._links.popitem()[1])
 
     def new_staging(self) -> str:
         """Make an empty private directory to unpack into, and return its name."""
@@ -2610,6 +2635,7 @@ class Store:
 
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
+        self.drop_links()
         directory = self.directory(".deploy")
         directory.discard("journal.json")
         directory.sync()
@@ -2814,8 +2840,7 @@ class Lock:
                 if time.monotonic() >= deadline_seconds:
                     found = read_holder(self._descriptor)
                     self.release()
-                    raise Busy(f"another run holds the lock: {describe_holder(found)}",
-                               "wait for it with --wait-lock 5m, or look at what it does")
+                    raise busy(found)
                 time.sleep(0.02)
         self._is_owner = True
         try:
@@ -2869,6 +2894,11 @@ def read_holder(descriptor: int) -> Dict[str, Any]:
     except (ValueError, OSError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def busy(holder: Dict[str, Any]) -> Busy:
+    """Make the error that names who holds the lock."""
+    return Busy(f"another run holds the lock: {describe_holder(holder)}", "wait for it with --wait-lock 5m, or look at what it does")
 
 
 def describe_holder(holder: Dict[str, Any]) -> str:
@@ -6584,6 +6614,8 @@ def check_recovery(survey: Survey) -> Finding:
     journal = survey.facts.journal
     if journal is None:
         return _ok("nothing to recover")
+    if survey.facts.holder is not None:
+        return _ok(f"{journal.operation} of {journal.to_release} is under way ({journal.phase})")
     return "warn", f"{journal.operation} of {journal.to_release} was interrupted ({journal.phase})", \
         "the next writing command recovers it first"
 
@@ -7264,7 +7296,7 @@ class Switch(Step):
 
     def apply(self, run: Run) -> str:
         """Compare and swap."""
-        run.store.switch(self.from_release, self.to_release)
+        run.store.switch(self.from_release, self.to_release, keep=self.phase == PHASE_INTENT)
         return f"current -> releases/{self.to_release}" if self.to_release else "current removed"
 
     def undo(self, run: Run) -> None:
@@ -7611,10 +7643,11 @@ def plan_prune(settings: Settings, facts: Facts) -> Plan:
 
 def plan_settle(settings: Settings, facts: Facts) -> Plan:
     """Plan `recover --to RELEASE`: a person has decided, so only a damaged release stops it."""
-    target, live = select_release(facts, facts.request.release), facts.current.release
-    if facts.current.problem:
-        raise StateError(facts.current.problem, facts.current.hint)
-    steps = [VerifyRelease(target.id)] + ([Switch(live, target.id)] if target.id != live else [])  # type: List[Step]
+    target, live, current = select_release(facts, facts.request.release), facts.current.release, facts.current
+    if current.problem and not current.missing:
+        raise StateError(current.problem, current.hint)
+    steps = [VerifyRelease(target.id)]  # type: List[Step]
+    steps += [Switch(live or current.missing, target.id)] if target.id != live else []
     for step in service_steps(settings, target.id):
         step.optional = True
         steps.append(step)
@@ -8106,9 +8139,10 @@ class Recovery:
     def _go_on(self, journal: Journal) -> str:
         """The switch was made: ask the services, finish or go back."""
         settings = self.run.settings
+        steps = settling_steps(settings, journal.operation, journal.to_release)
+        self._compare_plans(journal, steps)
         # Restarting and probing again does no harm; a hook that ended is not run twice.
-        steps = [step for step in settling_steps(settings, journal.operation, journal.to_release)
-                 if not (isinstance(step, RunHook) and step.name in journal.done)]
+        steps = [step for step in steps if not (isinstance(step, RunHook) and step.name in journal.done)]
         self.run.before = journal.from_release
         way_back = way_back_steps(settings, journal.from_release, journal.to_release)
         plan = Plan(journal.operation, journal.from_release, journal.to_release, steps, way_back)
@@ -8126,6 +8160,20 @@ class Recovery:
             self.outcome.rolled_back = False
             return f"{journal.operation} of {journal.to_release} was rolled back: {error.message}"
         return f"{journal.operation} of {journal.to_release} was finished: it is live"
+
+    def _compare_plans(self, journal: Journal, steps: List[Step]) -> None:
+        """Warn of what was to follow the switch and is not configured (so) any more, and the reverse."""
+        names = [step["name"] for step in journal.plan]
+        after = journal.plan[names.index("activate") + 1:] if "activate" in names else []
+        planned = {step["name"]: step["description"] for step in after if not step["name"].startswith("prune:")}
+        now = {step.name: self.console.secrets.mask(step.describe()) for step in steps}
+        ended = {name for name in journal.done if name.startswith("hook:")}
+        for name in sorted(set(planned).union(now) - ended):
+            what = "is not configured any more, and is left out" if name not in now else \
+                "was not planned, and is done as well" if name not in planned else \
+                "was planned otherwise than it is configured now" if planned[name] != now[name] else ""
+            if what:
+                self.console.warn(f"recovery under another configuration: {name} {what}")
 
     def _forget_missing(self) -> List[str]:
         """Drop records without files and manifests without a record; what is bad stays known as bad."""
@@ -9081,22 +9129,30 @@ def command_recover(call: Invocation) -> None:
     if call.flags.to:
         settle_by_hand(call)
         return
-    if call.dry_run:
-        with preview(call) as store:
-            journal = store.read_journal() if store else None
-            plan = [f"recover the {journal.operation} of {journal.to_release} ({journal.phase})"] if journal else []
-            plan += [f"remove {path}/{name}" for path, name in store.leftovers()] if store else []
-        text = "; ".join(plan) or "nothing to recover"
-        call.outcome.changed = bool(plan)
-        call.outcome.extra["plan"] = [{"name": "recover", "description": description} for description in plan]
-    elif is_untouched(call):
-        text = "nothing to recover"
-    else:
-        with writing(call) as store:
+    done, damaged_records = [], []  # type: List[str], List[str]
+    if not is_untouched(call):
+        with preview(call) if call.dry_run else writing(call) as store:
+            done = preview_recovery(call, store) if call.dry_run else call.outcome.extra["recovered"]
+            damaged_records = store.records()[1]
             call.outcome.release = store.current().release
-        text = "; ".join(call.outcome.extra["recovered"]) or "nothing to recover"
-    call.outcome.message = text
-    call.console.result(text)
+    if call.dry_run:
+        call.outcome.changed = bool(done)
+        call.outcome.extra["plan"] = [{"name": "recover", "description": description} for description in done]
+    call.outcome.message = "; ".join(done) or "nothing to recover"
+    call.console.result(call.outcome.message)
+    if damaged_records:
+        raise StateError("; ".join(damaged_records), "restore the file from a backup, or move it away: its release is then unknown")
+
+
+def preview_recovery(call: Invocation, store: Store) -> List[str]:
+    """Say what `recover` would do; raises what it would be refused with."""
+    holder, journal, current = lock_holder(store), store.read_journal(), store.current()
+    if holder is not None:
+        raise busy(holder)
+    if current.problem:
+        raise StateError(current.problem, current.hint)
+    plan = [f"recover the {journal.operation} of {journal.to_release} ({journal.phase})"] if journal else []
+    return plan + [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
 
 
 def settle_by_hand(call: Invocation) -> None:

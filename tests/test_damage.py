@@ -218,8 +218,8 @@ def judge(app: FastApp, damage: Damage, result: Result, untouched: bool) -> List
     if result.exit_code == 0 and app.version != version:
         problems.append(f"{app.version} is live, not {version}")
     if result.exit_code == 0 and target.path.endswith(".json") and not same_meaning(target, damaged(target, damage)):
-        # Looking shows what it can, and a recovery has nothing to do with a release that was not under way.
-        if damage.command != "status" and not (damage.command == "recover" and untouched and target.scene == "at rest"):
+        # Looking shows what it can.
+        if damage.command != "status":
             problems.append("a damaged file was believed")
     if app.current is None or not is_whole(app, app.current, str(app.version)):
         problems.append("what is live is not whole")

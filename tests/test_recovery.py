@@ -5,6 +5,8 @@ test_crash_matrix.py goes call by call.
 
 import json
 import os
+import re
+import shutil
 from typing import Any, Callable, Dict, Optional
 
 import pytest
@@ -299,6 +301,36 @@ def test_recover_to_settles_on_the_release_that_a_person_names(app: App, version
     assert app.history()[-1]["result"] == "recovered" and state_of(app, version) == "active"
 
 
+@pytest.mark.parametrize("under_way", [False, True], ids=["at rest", "under way"])
+def test_recover_to_is_the_one_command_that_mends_a_dangling_current(app: App, under_way: bool) -> None:
+    if under_way:
+        kill_after_switch(app)
+        to_missing(app)
+    else:
+        app.deploy("1.0")
+        shutil.rmtree(str(app.root / "releases" / app.deploy("1.1").data["release"]))
+    before = unchanged_part(app.root)
+    for command in (["recover"], ["-n", "recover"]):
+        assert "recover --to" in app.run(*command, check=3).data["error"]["hint"]
+    assert "recover --to" in app.run("status", check=7).data["error"]["hint"]
+    assert [step["name"] for step in app.run("-n", "recover", "--to", "1.0", check=0).data["plan"]] == ["verify", "activate"]
+    assert unchanged_part(app.root) == before
+    app.run("recover", "--to", "1.0", check=0)
+    assert app.version == "1.0" and app.history()[-1]["result"] == "recovered"
+    # What had lost its files is forgotten by the next run.
+    app.run("recover", check=0)
+    assert recover_and_judge(app, ["1.0"]) == []
+
+
+@pytest.mark.parametrize("change", [to_outside, to_directory], ids=lambda change: change.__name__)
+def test_recover_to_replaces_no_current_that_leads_elsewhere(app: App, change: Callable[[App], None]) -> None:
+    kill_after_switch(app)
+    change(app)
+    before = unchanged_part(app.root)
+    error = app.run("recover", "--to", "1.0", check=3).data["error"]
+    assert str(app.root / "current") in error["hint"] and unchanged_part(app.root) == before
+
+
 def test_recover_to_a_damaged_release_is_refused(app: App) -> None:
     kill_after_switch(app)
     release = [name for name in app.releases() if name.endswith("-1.0")][0]
@@ -387,12 +419,59 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(live: App, damage: str
     before = unchanged_part(live.root)
     status = live.run("status", check=7)
     assert path.name in status.data["error"]["message"] and status.data["error"]["hint"]
-    for command in ([["deploy", live.artifact("1.2")], ["rollback"], ["prune"]] if damage == "cut off" else [["rollback"]]):
+    commands = [["deploy", live.artifact("1.2")], ["rollback"], ["prune"], ["-n", "recover"]] if damage == "cut off" else [["rollback"]]
+    for command in commands + [["recover"]]:
         result = live.run(*command)
         assert result.exit_code == 3 and path.name in result.stderr, result.describe()
         assert unchanged_part(live.root) == before
     path.write_bytes(whole)
     assert live.run("rollback", check=0) and inconsistencies(live, ["1.0"]) == []
+
+
+def test_a_recovery_that_had_something_to_do_tells_the_damaged_record_as_well(live: App) -> None:
+    live.deploy("1.1")
+    path = live.root / ".deploy" / "releases" / f"{live.releases()[0]}.json"
+    live.configure(f"[hooks]\npre_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.2"))
+    live.configure()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    result = live.run("recover", check=3)
+    assert path.name in result.data["error"]["message"] and "was not finished" in result.data["recovered"][0]
+    path.write_bytes(whole)
+    assert recover_and_judge(live, ["1.1"]) == []
+
+
+# -- another configuration -------------------------------------------------------
+
+ORDERED = """[hooks]
+post_activate = {kill}
+post_deploy = /bin/sh -c 'echo token=%s'
+[service:old]
+command = true
+[service:same]
+command = true
+"""
+
+
+def test_a_recovery_says_what_the_present_configuration_leaves_out_adds_or_changes(live: App) -> None:
+    live.configure(ORDERED.format(kill=KILL) + "[probe:old]\ncommand = true\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure("[hooks]\npost_deploy = true\n[service:same]\ncommand = true\n[probe:new]\ncommand = true\nsuccesses = 1\n")
+    warnings = "\n".join(live.run("recover", check=0).data["warnings"])
+    for name, said in (("hook:post_deploy", "otherwise"), ("service:old", "left out"), ("probe:old", "left out"),
+                       ("probe:new", "as well"), ("hook:post_activate", "left out")):
+        assert re.search(f"{name} .*{said}", warnings), f"{name}: {warnings}"
+    assert "service:same" not in warnings
+    assert recover_and_judge(live, ["1.1"]) == []
+
+
+def test_a_recovery_under_the_same_configuration_has_nothing_to_say_of_it(live: App) -> None:
+    killing = script(live.directory / "kill-once", f"test -e {live.directory}/once || {{ touch {live.directory}/once; kill -9 $PPID; }}")
+    live.configure(ORDERED.format(kill=killing) + "[probe:old]\ncommand = true\nsuccesses = 1\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    assert live.run("recover", check=0).data["warnings"] == []
+    assert recover_and_judge(live, ["1.1"]) == []
 
 
 @pytest.mark.parametrize("command", ["recover", "rollback", "prune", "deploy"])
