@@ -2056,7 +2056,7 @@ class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
     artifact: name, source, format, size, sha256, signature, strip_components.
-    tree: files, directories, symlinks, bytes, manifest_sha256, tree_sha256.
+    tree: files, directories, symlinks, bytes; manifest and tree, each _sha256 and _bytes.
     rollback: release, command.  failure: step, reason, evidence; or None.
     previous: the release that was live when this one last went forward.
     rolled_back_at: when a rollback left it; no rollback returns to it.
@@ -2316,7 +2316,6 @@ class Store:
         self.root, self.path, self.command_line = root, root.path, command_line
         self._open = {}  # type: Dict[str, Directory]
         self._links = {}  # type: Dict[str, str]
-        self.left_over = []  # type: List[str]
 
     @classmethod
     def open(cls, settings: Settings) -> Optional["Store"]:
@@ -2516,8 +2515,8 @@ class Store:
                     found.append((path, name))
         return found
 
-    def sweep(self) -> List[str]:
-        """Remove the leftovers; returns what was removed, and notes in `left_over` what could not be."""
+    def sweep(self, warn: Callable[[str], None]) -> List[str]:
+        """Remove the leftovers; returns what was removed, and warns of what could not be."""
         removed = []
         for path, name in self.leftovers():
             shown = f"{path}/{name}".lstrip("/")
@@ -2526,7 +2525,7 @@ class Store:
                 removed.append(shown)
             except OSError as error:
                 # It stands in nobody's way; the next run tries again.
-                self.left_over.append(f"{shown} cannot be removed: {reason(error)}")
+                warn(f"{shown} cannot be removed: {reason(error)}")
         return removed
 
     def sweep_manifests(self, releases: Set[str]) -> List[str]:
@@ -2553,7 +2552,7 @@ class Store:
                     raise ValueError(f"{path} is the record of {record.id}")
                 records[record.id] = record
             except (OSError, ValueError) as error:
-                problems.append(reason(error) if isinstance(error, OSError) else str(error))
+                problems.append(f"{path} cannot be read: {reason(error)}" if isinstance(error, OSError) else str(error))
         return records, problems
 
     def write_record(self, record: Record) -> None:
@@ -2584,19 +2583,27 @@ class Store:
                                      "stage the artifact again: deploy.py deploy --force ARTIFACT")
             yield found[0], found[1]
 
-    def has_manifest(self, release: str) -> bool:
-        """Tell whether both files are there, without reading them."""
-        directories = [self.optional(path) for path in (".deploy/manifests", ".deploy/trees")]
-        return all(directory and directory.status(release) for directory in directories)
+    def manifest_problem(self, record: Record) -> str:
+        """Say what is wrong with a release's manifest, as far as that shows without reading it; empty when nothing is."""
+        for kind in ("manifest", "tree"):
+            directory = self.optional(f".deploy/{kind}s")
+            found = directory.status(record.id) if directory else None
+            if found is None:
+                return f"its manifest is missing ({self.path}/.deploy/{kind}s/{record.id})"
+            if found.st_size != record.tree.get(f"{kind}_bytes", found.st_size):
+                return f"its manifest is damaged: {self.path}/.deploy/{kind}s/{record.id} has {found.st_size:,} bytes, " \
+                       f"not {record.tree[f'{kind}_bytes']:,}"
+        return ""
 
-    def write_manifest(self, release: str, manifest: Iterator[bytes], tree: Iterator[bytes]) -> Dict[str, str]:
-        """Write the lines of a release's manifest and tree durably; returns their digests as the record holds them."""
-        digests = {}
+    def write_manifest(self, release: str, manifest: Iterator[bytes], tree: Iterator[bytes]) -> Dict[str, Any]:
+        """Write the lines of a release's manifest and tree durably; returns digests and sizes as the record holds them."""
+        written = {}  # type: Dict[str, Any]
         for name, lines in (("tree", tree), ("manifest", manifest)):
-            hasher = hashlib.sha256()
-            self.directory(f".deploy/{name}s").write(release, _hashed_blocks(lines, hasher))
-            digests[name + "_sha256"] = hasher.hexdigest()
-        return digests
+            hasher, directory = hashlib.sha256(), self.directory(f".deploy/{name}s")
+            directory.write(release, _hashed_blocks(lines, hasher))
+            written[name + "_sha256"] = hasher.hexdigest()
+            written[name + "_bytes"] = directory.status(release).st_size  # type: ignore
+        return written
 
     # -- the digest cache ----------------------------------------------------
 
@@ -3047,6 +3054,9 @@ def detect_format(path: str, descriptor: int, status: os.stat_result) -> str:
             return name
     if len(head) == 512 and head.strip(b"\0") and header_checksum_holds(head):
         return "tar"
+    if len(head) == 512 and not head.strip(b"\0") and status.st_size % 512 == 0:
+        raise ArtifactRefused(f"artifact {path} begins with zeros, as a tar does that has no members",
+                              "check the build that should have put something into it")
     raise ArtifactRefused(f"artifact {path} has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})",
                           "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
 
@@ -3972,7 +3982,7 @@ class Pump:
 
     def _decode(self, raw: Iterator[bytes]) -> Iterator[bytes]:
         """Count what really comes out, against what may."""
-        limit_bytes, option = expansion_limit(self._artifact, self._limits)
+        limit_bytes, option = expansion_limit(self._artifact.format, self._artifact.size_bytes, self._limits)
         total_bytes = 0
         for block in DECODERS[self._artifact.format](self._artifact, raw):
             total_bytes += len(block)
@@ -3982,13 +3992,13 @@ class Pump:
             yield block
 
 
-def expansion_limit(artifact: OpenArtifact, limits: Any) -> Tuple[int, str]:
+def expansion_limit(kind: str, size_bytes: int, limits: Any) -> Tuple[int, str]:
     """Return how many bytes may come out of an archive, and the option that says so."""
     bounds = [(MAX_SIZE_BYTES, "max_expanded")]
     if limits.max_expanded:
         bounds.append((limits.max_expanded, "max_expanded"))
-    if limits.max_ratio and artifact.format != "directory":
-        bounds.append((max(RATIO_FLOOR_BYTES, artifact.size_bytes * limits.max_ratio), "max_ratio"))
+    if limits.max_ratio and kind != "directory":
+        bounds.append((max(RATIO_FLOOR_BYTES, size_bytes * limits.max_ratio), "max_ratio"))
     return min(bounds)
 
 
@@ -4601,7 +4611,7 @@ def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings, p
     read, and OSError from writing (a full disk) as the system gives it.
     """
     status = os.fstat(destination.descriptor)
-    judge = Judge(settings, expansion_limit(artifact, settings.limits))
+    judge = Judge(settings, expansion_limit(artifact.format, artifact.size_bytes, settings.limits))
     source = open_source(artifact, settings, progress_update, (status.st_dev, status.st_ino))
     umask = os.umask(0)
     try:
@@ -5068,10 +5078,11 @@ class GzipWriter:
     def __init__(self, descriptor: int) -> None:
         import zlib
         self._descriptor, self._encoder = descriptor, zlib.compressobj(6, zlib.DEFLATED, 31)
-        self._hasher, self.size_bytes = hashlib.sha256(), 0
+        self._hasher, self.size_bytes, self.taken_bytes = hashlib.sha256(), 0, 0
 
     def write(self, data: Union[bytes, memoryview]) -> None:
         """Compress and write."""
+        self.taken_bytes += len(data)
         self._emit(self._encoder.compress(data))
 
     def finish(self) -> str:
@@ -5117,8 +5128,18 @@ def ustar_block(name: bytes, mode: int, size_bytes: int, epoch_seconds: int, fla
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
-def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> Tuple[str, int, int]:
-    """Write a directory as a reproducible .tar.gz and its .sha256; return (sha256, size in bytes, files).
+class Packed(NamedTuple):
+    """What was packed: the archive's SHA-256 and size, how many files and bytes it holds, and which only their owner could read."""
+
+    sha256: str
+    size_bytes: int
+    files: int
+    expanded_bytes: int
+    private: Tuple[bytes, ...]
+
+
+def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> Packed:
+    """Write a directory as a reproducible .tar.gz and its .sha256.
 
     The same tree gives the same bytes: names sorted, owners root, modes 0644
     and 0755, times `epoch_seconds`.  What could not be deployed is refused
@@ -5132,8 +5153,8 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
             # Neither this file nor what an earlier run left may become part of it.
             own = [place.status(name) for name in (temporary, base, base + ".sha256")]
             stream = GzipWriter(descriptor)
-            files = pack_tree(artifact, stream, os.fsencode(prefix), epoch_seconds,
-                              {(status.st_dev, status.st_ino) for status in own if status})
+            files, private = pack_tree(artifact, stream, os.fsencode(prefix), epoch_seconds,
+                                       {(status.st_dev, status.st_ino) for status in own if status})
             sha256 = stream.finish()
             place.rename(temporary, place, base)
         except BaseException:
@@ -5144,18 +5165,21 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
         line = escape_name(os.fsencode(base))
         mark = b"\\" if line != os.fsencode(base) else b""
         place.write(base + ".sha256", mark + sha256.encode() + b"  " + line + b"\n", 0o644)
-    return sha256, stream.size_bytes, files
+    return Packed(sha256, stream.size_bytes, files, stream.taken_bytes, tuple(private))
 
 
 def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, epoch_seconds: int,
-              own: Set[Tuple[int, int]]) -> int:
-    """Write a directory's members as tar, judged as an artifact would be; return how many files there are."""
+              own: Set[Tuple[int, int]]) -> Tuple[int, List[bytes]]:
+    """Write a directory's members as tar, judged as an artifact would be; return how many files, and which were private."""
     if artifact.format != "directory":
         raise ArtifactRefused(f"{artifact.path} is not a directory", "pack takes a directory")
     judge, source = Judge(Settings({}, [])), TreeSource(artifact, lambda done_bytes: None, skipped=own)
+    private = []  # type: List[bytes]
     prefix = prefix.strip(b"/") + b"/" if prefix.strip(b"/") else b""
     for member, pieces in source.members():
         mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
+        if member.kind == FILE and not member.mode & 0o044:
+            private.append(member.name)
         mode = 0o777 if member.kind == SYMLINK else mode
         member = member._replace(name=prefix + member.name, mode=mode)
         judge.admit(member)
@@ -5165,7 +5189,7 @@ def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, epoch_s
         stream.write(bytes(-member.size_bytes % TAR_BLOCK_BYTES))
     judge.finish()
     stream.write(bytes(2 * TAR_BLOCK_BYTES))
-    return len(judge.manifest.files)
+    return len(judge.manifest.files), private
 
 
 # ============================================================================
@@ -6354,6 +6378,7 @@ class Observer:
             check_version(request.version)
         self.artifact = artifact = OpenArtifact.open(request.artifact)
         check_limits(artifact, settings.limits)
+        self._refuse_own(facts, os.path.realpath(artifact.path))
         digest = find_digest(artifact, request.sha256, settings.artifact.checksum) or \
             Digest(self._hash(artifact), "computed")
         version = request.version or find_version(artifact.name, settings.artifact.match, digest.sha256)
@@ -6372,6 +6397,14 @@ class Observer:
             self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
             return found
         return found._replace(release=candidate)
+
+    def _refuse_own(self, facts: Facts, path: str) -> None:
+        """A release is no artifact: it has shared links and templates in it, and may be pruned while it is copied."""
+        for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
+            if (path + "/").startswith(own + "/"):
+                raise ArtifactRefused(f"artifact {path} lies inside {own}, which is deploy.py's own",
+                                      f"name what the build made; a release goes live again by "
+                                      f"{facts.command_line('activate RELEASE')}")
 
     def _made_before(self, facts: Facts, found: ArtifactFacts) -> Optional[str]:
         """Name the newest release that was made from the same bytes, version and options."""
@@ -7409,7 +7442,7 @@ KEPT_BAD_RECORDS = 50
 def select_release(facts: Facts, text: str) -> Record:
     """Find the release a person means: id, unique prefix, version, digest prefix, current, previous, latest.
 
-    Raises UsageError where there is none, or more than one.
+    Raises UsageError where there is none, or more than one; StateError where it may be one that cannot be read.
     """
     there = {name: record for name, record in facts.records.items() if name in facts.on_disk}
     if text in there:
@@ -7427,6 +7460,10 @@ def select_release(facts: Facts, text: str) -> Record:
     names = [record.id for record in sorted((found or there).values(), key=lambda record: -record.sequence)]
     if found:
         raise UsageError(f"{text!r} may be any of {count(len(found), 'release')}: {', '.join(names)}", "give more of the id")
+    unreadable = [problem for problem in facts.state_problems if "/.deploy/releases/" in problem]
+    if unreadable:
+        raise StateError(f"there is no release {text!r} among those that can be read: {'; '.join(unreadable)}",
+                         "restore the file from a backup, or name another release")
     raise UsageError(f"there is no release {text!r}",
                      f"the releases are {', '.join(names[:10])}" if names else "nothing was staged yet")
 
@@ -8052,9 +8089,7 @@ class Recovery:
         if journal is not None:
             self._refuse_unreadable(journal)
             done.append(self._settle(journal))
-        done += [f"removed {name}" for name in self.store.sweep()]
-        for problem in self.store.left_over:
-            self.console.warn(problem)
+        done += [f"removed {name}" for name in self.store.sweep(self.console.warn)]
         return done + self.store.mend_history() + self._agree() + self._forget_missing()
 
     def _refuse_unreadable(self, journal: Journal) -> None:
@@ -8582,7 +8617,14 @@ finishes or undoes the rest: what had not been activated is undone; what had is
 taken up where it stopped (a hook that had ended is not run again, services are
 restarted and probed), then kept or rolled back. After two recoveries that
 failed, a person decides: `deploy.py recover --to RELEASE`, which verifies the
-release, makes it live and closes what was under way."""),
+release, makes it live and closes what was under way. It also replaces a
+`current` that leads to a release which is gone; one that is a directory, or
+leads elsewhere, is left to the person.
+
+`history --verify` finds lines that were changed or are missing. That stays so:
+later lines go on from what history.head says was there, and the gap is told
+for ever. To accept it and start over, move history.jsonl and history.head
+away: the next entry notes that the history begins anew."""),
     Topic("systemd", "run by a service or a timer", """\
     [Unit]
     Description=Deploy shop
@@ -8966,7 +9008,7 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
             if plan.steps and checks and not broken:
                 preflight(call, survey)
             if call.dry_run:
-                show_plan(call, plan)
+                show_plan(call, facts, plan)
             elif plan.steps and store is not None:
                 Executor(Run(call.session, store, facts, observer), plan, call.outcome).execute()
         finally:
@@ -9037,8 +9079,10 @@ def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
     raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)
 
 
-def show_plan(call: Invocation, plan: Plan) -> None:
-    """Print the plan of a dry run: the very steps that a real run executes."""
+def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
+    """Print the plan of a dry run: the very steps that a real run executes; Busy where another run is at work."""
+    if facts.holder is not None:
+        raise busy(facts.holder)
     outcome = call.outcome
     outcome.changed = bool(plan.steps)
     outcome.extra["plan"] = plan.to_json()
@@ -9163,13 +9207,13 @@ def settle_by_hand(call: Invocation) -> None:
         plan = plan_settle(call.settings, facts)
         describe_ends(call, facts, plan)
         if call.dry_run or store is None:
-            show_plan(call, plan)
+            show_plan(call, facts, plan)
             return
         executor = Executor(Run(call.session, store, facts, observer), plan, call.outcome)
         # Under the id of what is being settled, where that is known: its story ends here.
         executor.deploy_id = facts.journal.deploy_id if facts.journal else call.deploy_id
         executor.execute()
-        call.outcome.extra["recovered"] = [f"{plan.to_release} is live, and nothing is under way"] + store.sweep()
+        call.outcome.extra["recovered"] = [f"{plan.to_release} is live, and nothing is under way"] + store.sweep(call.console.warn)
     call.outcome.changed = True
     call.outcome.message = call.outcome.extra["recovered"][0]
     call.console.result(call.outcome.message)
@@ -9207,9 +9251,9 @@ def command_verify(call: Invocation) -> None:
     """Hash a release again and compare it with its manifest."""
     with reading(call) as store:
         facts = Observer(call.session, store, call.deploy_id).observe(call.request(), locked=False)
-        release = select_release(facts, call.flags.release or "current")
-        call.outcome.release = release.id
         try:
+            release = select_release(facts, call.flags.release or "current")
+            call.outcome.release = release.id
             found = check_release(call.session, store, release)
         except StateError as error:
             raise ProblemFound(error.message, error.hint)
@@ -9297,10 +9341,9 @@ def command_status(call: Invocation) -> None:
         except StateError as error:
             last = None
             facts.state_problems.append(error.message)
-        manifest_there = facts.current.release is None or store.has_manifest(facts.current.release)
-    current = facts.release(facts.current.release or "")
-    previous = rollback_target(facts, facts.current.release)
-    problems = state_problems(facts, manifest_there=manifest_there)
+        current, previous = facts.release(facts.current.release or ""), rollback_target(facts, facts.current.release)
+        found = [(record, store.manifest_problem(record)) for record in (current, previous) if record]
+    problems = state_problems(facts, {record.id: problem for record, problem in found if problem})
     call.outcome.release, call.outcome.previous = facts.current.release, previous.id if previous else None
     call.outcome.extra["status"] = {
         "current": current.to_json() if current else None, "previous": previous.to_json() if previous else None,
@@ -9316,20 +9359,20 @@ def command_status(call: Invocation) -> None:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(facts: Facts, *, manifest_there: bool) -> List[Tuple[str, str]]:
-    """Say what is broken, each with what to do about it."""
+def state_problems(facts: Facts, manifests: Dict[str, str]) -> List[Tuple[str, str]]:
+    """Say what is broken, each with what to do about it; `manifests` tells by release what is wrong with its manifest."""
     problems = []
     if facts.current.problem:
         problems.append((facts.current.problem, facts.current.hint))
     problems += [(problem, facts.command_line("recover --to RELEASE") if "journal" in problem else
                   "restore the file from a backup, or move it away") for problem in facts.state_problems]
-    if facts.journal and not facts.holder:
+    if facts.journal and facts.holder is None:
         by_hand = " --to RELEASE" if facts.journal.recoveries >= MAX_RECOVERIES else ""
         problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was not finished "
                          f"({facts.journal.phase})", facts.command_line("recover" + by_hand)))
     live = facts.current.release
     for record in facts.records.values():
-        settled = not facts.current.problem and not facts.holder and not facts.journal
+        settled = not facts.current.problem and facts.holder is None and not facts.journal
         if record.state == STATE_ACTIVE and record.id != live and record.id in facts.on_disk and settled:
             problems.append((f"{record.id} should be live, but current " + (f"points to {live}" if live else "is missing"),
                              facts.command_line(f"activate {record.id}")))
@@ -9337,16 +9380,15 @@ def state_problems(facts: Facts, *, manifest_there: bool) -> List[Tuple[str, str
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}", facts.command_line("rollback")))
     if live and live not in facts.records:
         problems.append((f"{live} is live but has no record", "deploy an artifact to have a known state again"))
-    elif not manifest_there:
-        problems.append((f"{live} is live but its manifest is missing", "deploy its artifact again with --force"))
-    return problems
+    return problems + [(f"{release} cannot be verified: {problem}", "deploy its artifact again with --force")
+                       for release, problem in manifests.items()]
 
 
 def status_rows(facts: Facts, current: Optional[Record], previous: Optional[Record],
                 last: Optional[HistoryEntry]) -> List[Tuple[str, str]]:
     """Lay out the card that `status` shows."""
-    rows = [("current", f"{current.id}  version {current.version}, live since {current.activated_at}"
-             if current else facts.current.release or "nothing is live")]
+    since = f"live since {current.activated_at}" if current and current.state == STATE_ACTIVE else "live, and not settled yet"
+    rows = [("current", f"{current.id}  version {current.version}, {since}" if current else facts.current.release or "nothing is live")]
     if current and current.failure:
         rows.append(("failure", str(current.failure.get("reason", ""))))
     rows.append(("previous", f"{previous.id}  version {previous.version}" if previous else "none to roll back to"))
@@ -9480,11 +9522,19 @@ def command_pack(call: Invocation) -> None:
     problem = name_problem(os.fsencode(prefix)) if prefix else ""
     if problem:
         raise UsageError(f"--prefix {prefix!r}: {problem}", "name a relative directory, such as shop-1.4.2")
-    sha256, size_bytes, files = pack(directory, target, prefix)
+    made = pack(directory, target, prefix)
     call.outcome.changed = True
-    call.outcome.extra["artifact"] = {"path": portable(target), "sha256": sha256, "size": size_bytes, "files": files}
-    call.outcome.message = f"{portable(shown)}: {count(files, 'file')}, {format_size(size_bytes)}"
-    call.console.result(f"{call.outcome.message}\n  sha256     {sha256}")
+    call.outcome.extra["artifact"] = {"path": portable(target), "sha256": made.sha256, "size": made.size_bytes, "files": made.files}
+    call.outcome.message = f"{portable(shown)}: {count(made.files, 'file')}, {format_size(made.size_bytes)}"
+    call.console.result(f"{call.outcome.message}\n  sha256     {made.sha256}")
+    if made.private:
+        some = ", ".join(map(show, made.private[:3])) + (", ..." if len(made.private) > 3 else "")
+        call.console.warn(f"{count(len(made.private), 'file')} that only the owner could read will be readable for all in a release: "
+                          f"{some}; what is secret belongs into shared/, not into an artifact")
+    limit_bytes, option = expansion_limit("tar.gz", made.size_bytes, call.settings.limits)
+    if made.expanded_bytes > limit_bytes:
+        call.console.warn(f"it expands to {format_size(made.expanded_bytes)}, more than [limits] {option} allows: it will be "
+                          f"refused where {option} is not raised")
 
 
 def command_config(call: Invocation) -> None:

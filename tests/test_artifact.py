@@ -118,8 +118,8 @@ def test_a_large_file_crosses_many_blocks(bench):
 
 
 @pytest.mark.parametrize("data,why", [
-    (b"", "is empty"), (b"hello, world", "68656c6c6f2c2077"), (bytes(2048), "unknown format"), (b"MZ" + bytes(600), "unknown format"),
-], ids=["empty", "text", "zeros", "exe"])
+    (b"", "is empty"), (b"hello, world", "68656c6c6f2c2077"), (bytes(2048), "no members"), (bytes(2000), "unknown format"), (b"MZ" + bytes(600), "unknown format"),
+], ids=["empty", "text", "zeros", "zeros that are no blocks", "exe"])
 def test_an_unknown_format_is_refused_with_its_first_bytes(bench, data, why):
     with pytest.raises(deploy.ArtifactRefused, match=why) as refusal:
         deploy.OpenArtifact.open(bench.artifact(data))

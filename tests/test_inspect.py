@@ -12,8 +12,9 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
+from scenes import Gate
 from support import (
-    App, Server, file, free_port, link, make_tree, needs, run_deploy, sha256_of, snapshot)
+    App, Server, file, free_port, link, make_tree, needs, run_deploy, sha256_of, snapshot, start_deploy)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,51 @@ def test_status_of_a_broken_state_is_a_problem_with_a_hint(name: str, damage: Ca
     damage(deployed)
     error = deployed.run("status", check=7).data["error"]
     assert said in error["message"] and error["hint"]
+
+
+@pytest.mark.parametrize("path", ["manifests", "trees"])
+@pytest.mark.parametrize("role", ["current", "previous"])
+def test_status_tells_a_manifest_that_was_cut_off(role: str, path: str, deployed: App) -> None:
+    deployed.deploy("1.1")
+    name = release(deployed, "1.1" if role == "current" else "1.0")
+    manifest = deployed.root / ".deploy" / path / name
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    error = deployed.run("status", check=7).data["error"]
+    assert name in error["message"] and "manifest is damaged" in error["message"] and error["hint"]
+
+
+def test_status_of_what_was_switched_and_not_settled_does_not_invent_a_time(deployed: App) -> None:
+    deployed.deploy("1.1")
+    for version in ("1.2", "1.0"):
+        deployed.configure("[hooks]\npost_activate = /bin/sh -c 'kill -9 $PPID'\n")
+        deployed.run(*(["deploy", deployed.artifact(version)] if version == "1.2" else ["activate", version]), json=False)
+        shown = deployed.run("status", json=False, check=7).stdout
+        assert f"version {version}, live, and not settled yet" in shown and "None" not in shown
+        deployed.configure()
+        deployed.run("recover", check=0)
+        assert "live since 20" in deployed.run("status", json=False, check=0).stdout
+
+
+RUNNING = [["recover"], ["prune"], ["pin", "1.0"], ["recover", "--to", "1.0"], ["deploy", "{artifact}"], ["rollback"]]
+
+
+def test_a_dry_run_beside_a_running_deployment_says_who_runs(deployed: App) -> None:
+    gate = Gate(deployed.directory / "gate")
+    deployed.configure(f"[hooks]\npost_activate = {gate.command}\n")
+    process = start_deploy("deploy", deployed.artifact("1.1"), config=deployed.config)
+    try:
+        gate.wait_for_visitor()
+        deployed.artifact("1.2")
+        for words in RUNNING:
+            result = deployed.run("-n", *[word.format(artifact=deployed.directory / "artifacts" / "myapp-1.2.tar.gz") for word in words])
+            assert result.exit_code == 75 and f"pid {process.pid} " in result.data["error"]["message"], result.describe()
+            assert "interrupted" not in result.stderr
+        checks = {check["name"]: check for check in deployed.run("preflight").data["checks"]}
+        assert checks["recovery"]["status"] == "ok" and "under way" in checks["recovery"]["detail"]
+        deployed.run("status", check=0)
+    finally:
+        gate.open()
+        process.wait(60)
 
 
 def test_releases_come_newest_first_with_a_star_on_the_current_one(busy: App) -> None:
@@ -455,6 +501,24 @@ def test_an_archive_inside_the_directory_does_not_become_part_of_itself(tmp_path
     make_tree(tmp_path / "app", TREE)
     first = pack(tmp_path / "app", tmp_path / "app" / "out.tar.gz")
     assert pack(tmp_path / "app", tmp_path / "app" / "out.tar.gz") == first
+
+
+def test_packing_says_what_it_makes_readable_for_all(tmp_path: Path) -> None:
+    secrets = {f"key{number}.pem": file("private", 0o600 if number else 0o640) for number in range(5)}
+    warning, = run_deploy("pack", make_tree(tmp_path / "app", dict(TREE, **secrets)), "-o", tmp_path / "x.tar.gz", check=0).data["warnings"]
+    assert "4 files" in warning and "'key1.pem', 'key2.pem', 'key3.pem', ..." in warning and "shared/" in warning
+    assert run_deploy("pack", make_tree(tmp_path / "open", TREE), "-o", tmp_path / "y.tar.gz", check=0).data["warnings"] == []
+
+
+def test_packing_says_that_a_limit_will_refuse_it(tmp_path: Path) -> None:
+    top = make_tree(tmp_path / "app", {"zeros": b"\0" * (4 << 20)})
+    warning, = run_deploy("pack", top, "-o", tmp_path / "app-1.tar.gz", check=0).data["warnings"]
+    assert "max_ratio" in warning
+    refused = run_deploy("deploy", tmp_path / "app-1.tar.gz", root=tmp_path / "root", check=4)
+    assert "max_ratio" in refused.data["error"]["message"]
+    raised = ["--set", "limits.max_ratio=0"]
+    assert run_deploy("pack", top, "-o", tmp_path / "app-1.tar.gz", *raised, check=0).data["warnings"] == []
+    run_deploy("deploy", tmp_path / "app-1.tar.gz", *raised, root=tmp_path / "root", check=0)
 
 
 def fifo_inside(top: Path) -> None:

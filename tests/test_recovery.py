@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 
@@ -426,6 +426,23 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(live: App, damage: str
         assert unchanged_part(live.root) == before
     path.write_bytes(whole)
     assert live.run("rollback", check=0) and inconsistencies(live, ["1.0"]) == []
+
+
+@pytest.mark.parametrize("words,exit_code", [
+    (["recover", "--to", "1.0"], 3), (["verify", "1.0"], 7), (["activate", "1.0"], 3), (["pin", "1.0"], 3), (["-n", "recover", "--to", "1.0"], 3)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize("how", ["cut off", "a directory"])
+def test_a_release_whose_record_cannot_be_read_is_not_said_to_be_missing(live: App, words: List[str], exit_code: int, how: str) -> None:
+    path = live.root / ".deploy" / "releases" / f"{live.current}.json"
+    live.deploy("1.1")
+    whole = path.read_bytes()
+    path.unlink()
+    if how == "cut off":
+        path.write_bytes(whole[:100])
+    else:
+        path.mkdir()
+    error = live.run(*words, check=exit_code).data["error"]
+    assert path.name in error["message"] and error["hint"] and live.version == "1.1"
 
 
 def test_a_recovery_that_had_something_to_do_tells_the_damaged_record_as_well(live: App) -> None:

@@ -10,7 +10,7 @@ from typing import List
 
 import pytest
 
-from support import DEPLOY, App, clean_environment, deploy_argv, needs, run_deploy, write_checksum
+from support import DEPLOY, App, clean_environment, deploy_argv, make_tree, needs, run_deploy, write_checksum
 
 
 def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> None:
@@ -130,3 +130,29 @@ def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App
 @pytest.mark.parametrize("words, meant", [(["deplyo"], "deploy"), (["status", "--jsno"], "--json")])
 def test_a_typing_error_is_answered_with_the_nearest_name(words: List[str], meant: str) -> None:
     assert repr(meant) in run_deploy(*words, json=False, check=2).stderr
+
+
+@pytest.mark.parametrize("place", ["releases/{release}", "releases", "current", ".deploy", ".deploy/staging", "current/lib", "linked/current"])
+@pytest.mark.parametrize("command", ["deploy", "stage"])
+def test_a_release_is_no_artifact(command: str, place: str, app: App) -> None:
+    release = app.deploy("1.0").data["release"]
+    (app.root / "linked").symlink_to(".")
+    before = app.releases()
+    error = app.run(command, "--set", "artifact.checksum=off", app.root / place.format(release=release), check=4).data["error"]
+    assert "deploy.py's own" in error["message"] and "activate" in error["hint"] and app.releases() == before
+
+
+def test_a_directory_beside_the_releases_is_an_artifact(app: App) -> None:
+    app.deploy("1.0")
+    for place in (app.root / "build-2.0", app.root / "releases-2.1"):
+        make_tree(place, {"VERSION": "2\n"})
+        app.run("deploy", "--set", "artifact.checksum=off", place, check=0)
+
+
+@pytest.mark.parametrize("blocks", [2, 20])
+def test_a_tar_without_members_is_told_as_such(blocks: int, app: App) -> None:
+    path = app.directory / "myapp-1.0.tar"
+    path.write_bytes(bytes(512 * blocks))
+    write_checksum(path)
+    error = app.run("deploy", path, check=4).data["error"]
+    assert "no members" in error["message"] and error["hint"]
