@@ -1218,24 +1218,48 @@ class Helper:
 
     `result` waits for what the work returned (JSON); None where it failed, and
     the caller does it himself.  Leaving the block ends the process, and so does
-    the end of this one: a copy that lived on would hold the lock.
+    the end of this one: a copy that lived on would hold the lock.  With a
+    `limit_seconds`, for work that needs no open file, the kernel ends it
+    (`timed_out`), whatever it is doing.  `started` is no where there was no process to be had.
     """
 
-    def __init__(self, work: Callable[[Callable[[], None]], Any]) -> None:
+    def __init__(self, work: Callable[[Callable[[], None]], Any], limit_seconds: float = 0.0) -> None:
+        import warnings
+        self.timed_out = False
         self._reading, writing = os.pipe()
         parent = os.getpid()
+        # A signal to the whole group must not make the copy do what this process does about it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, Interrupts.SIGNALS)
         try:
-            self._pid = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # 3.12 and later: a probe's late thread may be there; the copy needs no lock of it
+                self._pid = os.fork()
         except OSError:  # too many processes
             self._pid = -1
+        self.started = self._pid >= 0
         if self._pid == 0:
             exit_code = EXIT_INTERNAL
             try:
+                if limit_seconds:
+                    self._limit(limit_seconds, writing)
                 write_all(writing, json.dumps(work(lambda: self._end_with(parent))).encode("ascii"))
                 exit_code = EXIT_OK
             finally:
                 os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
         os.close(writing)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    @staticmethod
+    def _limit(seconds: float, writing: int) -> None:
+        os.closerange(3, writing)
+        os.closerange(writing + 1, writing + 1024)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     @staticmethod
     def _end_with(parent: int) -> None:
@@ -1249,6 +1273,7 @@ class Helper:
         data = b"".join(iter(lambda: os.read(self._reading, 1 << 16), b""))
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
+        self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
         return json.loads(data.decode("ascii")) if status == 0 else None
 
     def __enter__(self) -> "Helper":
@@ -5667,6 +5692,14 @@ class Answer(NamedTuple):
     evidence: Dict[str, Any]
 
 
+class Received(NamedTuple):
+    """What came over the network and is still to be judged; `well` says it in words for when all is as expected."""
+
+    text: str
+    header: Callable[[str], Optional[str]]
+    well: str
+
+
 class Question(NamedTuple):
     """All that one try needs to know."""
 
@@ -5739,9 +5772,13 @@ _VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?{}(?![^\W_]|~|[.+_-]\w)"
 class Try:
     """One try of one kind of probe."""
 
+    # An answer that came in time is looked at, however late it was.
+    SHORTEST_JUDGING_SECONDS = 0.05
+
     def __init__(self, question: Question) -> None:
         self.question, self.probe = question, question.probe
         self.evidence = {}  # type: Dict[str, Any]
+        self._ends_seconds = time.monotonic() + question.timeout_seconds
 
     @staticmethod
     def check(settings: Settings, probe: Any) -> Optional[str]:
@@ -5757,11 +5794,25 @@ class Try:
         return self.question.session.console.secrets.mask(text)[:EVIDENCE_CHARACTERS]
 
     def _judge(self, text: str, header: Callable[[str], Optional[str]], well: str) -> Answer:
-        """Hold an answer against the expectations."""
-        try:
-            why = unmet(self.question, text, header)
-        except ValueError as error:
-            why = str(error)
+        """Hold an answer against the expectations, in a process of its own.
+
+        Some regular expressions take years for some texts, and meanwhile
+        neither a signal nor another thread gets a turn.
+        """
+        def compare(end_with_parent: Callable[[], None]) -> List[Optional[str]]:
+            try:
+                return [unmet(self.question, text, header)]
+            except ValueError as error:
+                return [str(error)]
+
+        if not (self.probe.body or self.probe.json or self.probe.expect_header or self.probe.release):
+            return Answer(True, well, self.evidence)
+        with Helper(compare, max(self.SHORTEST_JUDGING_SECONDS, self._ends_seconds - time.monotonic())) as helper:
+            found = helper.result() if helper.started else compare(lambda: None)
+        why = found[0] if found else "comparing the answer with what is expected failed"
+        if helper.timed_out:
+            why = f"comparing the answer with what is expected did not end within {format_seconds(self.question.timeout_seconds)}" \
+                  ": a regular expression that repeats what repeats, as (a+)+ does, may take for ever"
         return Answer(not why, why or well, self.evidence)
 
 
@@ -5889,9 +5940,10 @@ class NetworkTry(Conversation, Try):
         Conversation.__init__(self, question.timeout_seconds)
 
     def run(self) -> Answer:
-        """Ask, and wait for the answer as long as there is time."""
+        """Ask, wait for the answer as long as there is time, and judge it: not in the thread, which nobody can stop."""
         self.start()
-        return self.wait(self.question.session.interrupts.check)
+        found = self.wait(self.question.session.interrupts.check)
+        return self._judge(*found) if isinstance(found, Received) else found
 
     def _failure(self, why: str) -> Answer:
         return Answer(False, self._excerpt(why), dict(self.evidence))
@@ -5967,7 +6019,7 @@ class UrlTry(NetworkTry):
             return str(error)
         return None if re.match(r"[A-Z]{1,20}\Z", probe.method) else f"method = {probe.method}: expected GET, HEAD, ..."
 
-    def _talk(self) -> Answer:
+    def _talk(self) -> Union[Answer, Received]:
         from urllib.parse import urljoin
         text, url = self.probe.url, parse_url(self.probe.url)
         headers = self._headers(url)
@@ -5975,7 +6027,7 @@ class UrlTry(NetworkTry):
             response = self._request(parse_url(text), headers)
             location = response.getheader("Location")
             if response.status not in (301, 302, 303, 307, 308) or not location or not self.probe.redirects:
-                return self._judge_response(response)
+                return self._receive(response)
             self.socket.close()
             text = urljoin(text, location)
             if parse_url(text).origin != url.origin:
@@ -6030,13 +6082,13 @@ class UrlTry(NetworkTry):
         secrets.add(encoded)
         return "Basic " + encoded
 
-    def _judge_response(self, response: Any) -> Answer:
+    def _receive(self, response: Any) -> Union[Answer, Received]:
         self.stage = "reading the answer"
         text = self._read_body(response)
         if not any(low <= response.status <= high for low, high in self.probe.status):
             expected = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in self.probe.status)
             return Answer(False, f"status {response.status}, expected {expected}", self.evidence)
-        return self._judge(text, response.getheader, f"status {response.status}")
+        return Received(text, response.getheader, f"status {response.status}")
 
     def _read_body(self, response: Any) -> str:
         body = b""

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 
-from support import load_deploy, wait_until
+from support import load_deploy, start_deploy, wait_until
 
 deploy = load_deploy()
 
@@ -732,6 +733,74 @@ def test_a_signal_interrupts_the_waiting(serve, waiting):
         for number in session.interrupts.SIGNALS:
             signal.signal(number, before if number == signal.SIGTERM else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# -- expectations that take for ever --------------------------------------------
+
+ENDLESS, BAIT = "(a+)+$", b"a" * 60 + b"b"  # more steps than there are atoms
+
+
+@pytest.mark.parametrize("assignment", [f"body={ENDLESS}", f"body=!{ENDLESS}", f"expect_header.X-Bait={ENDLESS}"])
+@pytest.mark.parametrize("kind", ["url", "command"])
+def test_a_regular_expression_without_end_is_cut_off_with_its_try(serve, tmp_path, kind, assignment):
+    server = serve(http(200, BAIT, "X-Bait: " + BAIT.decode("ascii")))
+    target = url_of(server) if kind == "url" else script(tmp_path, f"print({BAIT.decode('ascii')!r})")
+    if kind == "command" and "header" in assignment:
+        pytest.skip("a command has no headers")
+    started = time.monotonic()
+    result = ask(kind, target, assignment, "timeout=300ms")
+    assert not result.ok and time.monotonic() - started < 10
+    assert "did not end within 0.30s" in result.detail and result.evidence["body"].startswith("aaa"), result
+
+
+def test_a_regular_expression_without_end_does_not_outlast_the_deadline(serve):
+    started = time.monotonic()
+    result = ask("url", url_of(serve(http(200, BAIT))), f"body={ENDLESS}", "timeout=60s", "deadline=600ms", once=False)
+    assert not result.ok and result.tries == 1 and time.monotonic() - started < 10
+
+
+def children_of(process):
+    """The ids of its child processes."""
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as stream:
+            return [int(word) for word in stream.read().split()]
+    return []
+
+
+def comparing(app, serve):
+    """Start a deployment and return it, and the process beside it that searches without end."""
+    server = serve(http(200, BAIT))
+    app.configure(f"durable = no\n[probe:x]\nurl = {url_of(server)}\nbody = {ENDLESS}\ntimeout = 600s\ndeadline = 600s\n")
+    process = start_deploy("deploy", app.artifact("1.0"), config=app.config)
+    return process, wait_until(lambda: children_of(process), 60, "the process that compares")[0]
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["to it alone", "to its group"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_regular_expression_without_end(number, to_group, app, serve):
+    process, helper = comparing(app, serve)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    assert process.wait(60) == 5 and app.version is None, "rolled back, once"
+    assert not os.path.exists(f"/proc/{helper}")
+    assert [line["result"] for line in app.history()] == ["reverted"] and app.leftovers() == []
+
+
+def test_who_compares_does_not_keep_the_lock_of_a_run_that_was_killed(app, serve):
+    process, helper = comparing(app, serve)
+    process.kill()
+    process.wait(60)
+    try:
+        app.configure("durable = no\n")
+        app.run("recover", check=0)
+    finally:
+        os.kill(helper, signal.SIGKILL)
+
+
+def test_comparing_beside_a_thread_that_was_left_behind_is_no_matter_for_a_warning(serve):
+    """Python 3.12 and later warn where a process with threads is forked, and one that waits for a name stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask("url", url_of(serve(http(200, b"well"))), "body=well").ok
 
 
 # -- tcp, command, service ---------------------------------------------------
