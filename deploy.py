@@ -395,20 +395,25 @@ class Sink:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
 
-    def write(self, level: str, message: str, context: Dict[str, str]) -> None:
-        """Write one line: a message of a level, and what it is about (deploy_id, release, step, ...)."""
+    def write(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bool:
+        """Write one line, about what `context` names (deploy_id, release, step, ...); tells whether it got there.
+
+        `event` holds `event` (a key of EVENTS) and `result` where the line is the end of a step or of the run.
+        """
         try:
-            self._put(level, self._render(level, message, context))
-        except OSError:
-            pass
+            self._put(level, self._render(level, message, context, event))
+            return True
+        except (OSError, RuntimeError):
+            return False
 
-    def _render(self, level: str, message: str, context: Dict[str, str]) -> str:
+    def _render(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bytes:
         if self._as_json:
-            return json.dumps(dict({"time": format_time(time.time()), "level": level, "message": message}, **context))
+            entry = {"time": format_time(time.time()), "level": level, "message": message}
+            return json.dumps({**entry, **context, **event}).encode("ascii")
         words = " ".join(f"{key}={value}" for key, value in context.items())
-        return f"[{words}] {message}" if words else message
+        return (f"[{words}] {message}" if words else message).encode("utf-8", "backslashreplace")
 
-    def _put(self, level: str, line: str) -> None:
+    def _put(self, level: str, line: bytes) -> None:
         raise NotImplementedError
 
 
@@ -432,13 +437,13 @@ class LogFile(Sink):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(self._path, flags, 0o640)
 
-    def _put(self, level: str, line: str) -> None:
+    def _put(self, level: str, line: bytes) -> None:
         if not self._is_in_place():
             replaced, self._descriptor = self._descriptor, self._open()
             os.close(replaced)
         stamp = "" if self._as_json else f"{format_time(time.time())} {level.upper()} "
         # One call for each line: those of two runs cannot mix.
-        os.write(self._descriptor, f"{stamp}{line}\n".encode("utf-8"))
+        os.write(self._descriptor, stamp.encode("ascii") + line + b"\n")
 
     def _is_in_place(self) -> bool:
         try:
@@ -447,13 +452,145 @@ class LogFile(Sink):
             return False
 
 
+# As syslog(3) and the journal count them.
+PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
+FACILITIES = dict({"user": 1, "daemon": 3, "cron": 9}, **{f"local{number}": 16 + number for number in range(8)})
+
+
+class Syslog(Sink):
+    """A syslog daemon: datagrams of RFC 3164 to (host, port), or to its socket (path, 0).
+
+    One that is gone, slow or hanging costs a run PATIENCE_SECONDS in all, and lines.
+    """
+
+    # What every receiver should take is 2,048 (RFC 5424, 6.1), with what stands before the line.
+    LONGEST_BYTES = 1900
+    PATIENCE_SECONDS = 1.0
+
+    def __init__(self, address: Tuple[str, int], facility: str, *, as_json: bool) -> None:
+        super().__init__(as_json=as_json)
+        self._host, self._port = address
+        self._facility, self._patience_seconds = FACILITIES[facility], self.PATIENCE_SECONDS
+        self._socket = self._lookup = None  # type: Any
+        self._addresses = []  # type: List[Tuple[Any, Any]]
+
+    def _render(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bytes:
+        line = super()._render(level, message, context, event)
+        excess_bytes = len(line) - self.LONGEST_BYTES
+        # The message is cut, not the line: that may be JSON.
+        return line if excess_bytes <= 0 else super()._render(level, message[:-excess_bytes - 3] + "...", context, event)
+
+    def problem(self) -> str:
+        """Say why the daemon cannot be reached, or nothing."""
+        try:
+            self._connected()
+        except (OSError, RuntimeError) as error:
+            return str(error)
+        return ""
+
+    def _put(self, level: str, line: bytes) -> None:
+        now = time.localtime()
+        stamp = f"{time.strftime('%b', now)} {now.tm_mday:2d} {time.strftime('%H:%M:%S', now)}"
+        host = os.uname().nodename.partition(".")[0] + " " if self._port else ""
+        head = f"<{self._facility * 8 + PRIORITIES[level]}>{stamp} {host}deploy.py[{os.getpid()}]: "
+        self._send(head.encode("utf-8") + line)
+
+    def _send(self, data: bytes) -> None:
+        started_seconds = time.monotonic()
+        try:
+            self._connected().send(data)
+        except ConnectionError:
+            # It was started anew, or does not listen at this one of its addresses.
+            self._socket, self._addresses = None, self._addresses[1:] + self._addresses[:1]
+            self._connected().send(data)
+        finally:
+            self._patience_seconds -= time.monotonic() - started_seconds
+
+    def _connected(self) -> Any:
+        import socket
+        if self._socket is None:
+            family, address = self._looked_up() if self._port else (socket.AF_UNIX, self._host)
+            found = socket.socket(family, socket.SOCK_DGRAM)
+            found.connect(address)
+            self._socket = found
+        self._socket.settimeout(max(0.0, self._patience_seconds))
+        return self._socket
+
+    def _looked_up(self) -> Tuple[Any, Any]:
+        """Return the host's first address, asked for once and in a thread: a name server may let one wait for minutes."""
+        import threading
+        if self._lookup is None:
+            self._lookup = threading.Thread(target=self._resolve, daemon=True)
+            self._lookup.start()
+        self._lookup.join(max(0.0, self._patience_seconds))
+        if not self._addresses:
+            raise OSError(errno.EHOSTUNREACH, "the host name cannot be resolved")
+        return self._addresses[0]
+
+    def _resolve(self) -> None:
+        import socket
+        try:
+            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_DGRAM)
+            self._addresses = [(family, address) for family, _, _, _, address in found]
+        except (OSError, UnicodeError):
+            pass
+
+
+# What ended, and its MESSAGE_ID in the journal: fixed for ever, so that `journalctl MESSAGE_ID=...` finds all of a kind.
+EVENTS = {"step_done": "752776c9d4a04544b445b2571c16d1c0", "step_failed": "50e9d49501a849f387ee31d5aadd09be",
+          "run_done": "b74b2ae3000449748a7e69bd2284dad1", "run_failed": "0243aa5108f3479a91f41ea025cd832f"}
+
+
+class SystemdJournal(Sink):
+    """The journal's native socket: an event with its fields, as `journalctl DEPLOY_ID=... -o json` shows them.
+
+    Used where stderr leads to the journal, instead of the line there: nothing
+    stands in the journal twice.
+    """
+
+    SOCKET = "/run/systemd/journal/socket"
+    LONGEST_CHARACTERS = 16384  # a datagram takes some 200 kB, and what is longer would have to be handed over as a file
+    # What the fields of the journal are called elsewhere.
+    FIELDS = {"DEPLOY_ID": "deploy_id", "DEPLOY_APP": "application", "DEPLOY_COMMAND": "command", "DEPLOY_RELEASE": "release",
+              "DEPLOY_STEP": "step", "DEPLOY_RESULT": "result", "DEPLOY_TRACE_ID": "trace_id"}
+
+    def _render(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bytes:
+        known = {**context, **event}
+        fields = {"MESSAGE": message[:self.LONGEST_CHARACTERS], "PRIORITY": str(PRIORITIES[level]),
+                  "MESSAGE_ID": EVENTS[event["event"]], "SYSLOG_IDENTIFIER": "deploy.py"}
+        fields.update((field, known[name]) for field, name in self.FIELDS.items() if known.get(name))
+        return b"".join(self._field(name.encode("ascii"), value.encode("utf-8", "backslashreplace"))
+                        for name, value in fields.items())
+
+    @staticmethod
+    def _field(name: bytes, value: bytes) -> bytes:
+        if b"\n" in value:
+            return name + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
+        return name + b"=" + value + b"\n"
+
+    def _put(self, level: str, line: bytes) -> None:
+        import socket
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+            journal.settimeout(1.0)
+            journal.sendto(line, self.SOCKET)
+
+
+def leads_to(stream: Any, journal_stream: str) -> bool:
+    """Tell whether a stream is the one that `$JOURNAL_STREAM` (device:inode, systemd.exec(5)) names."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return journal_stream == f"{found.st_dev}:{found.st_ino}"
+
+
 class Console:
     """The result on stdout, everything else on stderr, and the log beside them."""
 
     COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33", "undone": "33",
                "error": "31;1", "head": "1", "dim": "2"}
 
-    def __init__(self) -> None:
+    def __init__(self, journal_stream: str = "") -> None:
         self.secrets = Secrets()
         self.json_mode = self.quiet = self.verbose = False
         self.colour = self.utf8 = self.unicode = self.shows_progress = False
@@ -461,7 +598,10 @@ class Console:
         self.warnings = []  # type: List[str]
         self.supervisor = None  # type: Any
         self._sinks = []  # type: List[Sink]
-        self._held = []  # type: List[str]
+        self._journal_streams = [stream for stream in (sys.stdout, sys.stderr) if leads_to(stream, journal_stream)]
+        self.in_journal = sys.stderr in self._journal_streams
+        self._journal = SystemdJournal(as_json=False)
+        self._held = []  # type: List[Tuple[str, str, Dict[str, str]]]
         self._broken = set()  # type: Set[int]
 
     def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool, utf8: bool) -> None:
@@ -479,16 +619,16 @@ class Console:
 
     # -- writing -------------------------------------------------------------
 
-    def say(self, text: str = "", *, level: str = "info") -> None:
+    def say(self, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line for the person watching, on stderr and in the log; held back while quiet."""
-        self._log(level, text)
-        self._stderr(self.clean(text))
+        self._log("info", text, event)
+        self._stderr("info", self.clean(text), event)
 
-    def painted(self, status: str, text: str) -> None:
+    def painted(self, status: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line that opens with a coloured status word in a column of its own."""
-        self._log("error" if status.startswith("fail") else "warning" if status == "warn" else "info",
-                  f"{status}: {text}")
-        self._stderr(f"  {self.paint(status, f'{status:<7}')} {self.clean(text)}")
+        level = "error" if status.startswith("fail") else "warning" if status == "warn" else "info"
+        self._log(level, f"{status}: {text}", event)
+        self._stderr(level, f"  {self.paint(status, f'{status:<7}')} {self.clean(text)}", event)
 
     def warn(self, text: str) -> None:
         """A warning: shown, logged, and kept for the result."""
@@ -499,18 +639,18 @@ class Console:
         """A line that only -v and the log show."""
         self._log("debug", text)
         if self.verbose:
-            self._stderr(self.paint("dim", "  " + self.clean(text)))
+            self._stderr("debug", self.paint("dim", "  " + self.clean(text)))
 
     def output(self, text: str) -> None:
         """One line that a hook or a service command wrote."""
         self._log("info", text)
-        self._stderr(self.paint("dim", "    | ") + self.clean(text))
+        self._stderr("info", self.paint("dim", "    | ") + self.clean(text))
 
     def result(self, text: str) -> None:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them back."""
         lines = "\n".join(self.clean(line) for line in text.split("\n"))
         if self.quiet and not self.json_mode:
-            self._stderr(lines)
+            self._stderr("info", lines)
         elif not self.json_mode:
             self._write(sys.stdout, lines + "\n")
 
@@ -523,19 +663,19 @@ class Console:
         """The one object of --json; ASCII, so that any reader and any locale takes it."""
         self._write(sys.stdout, json.dumps(self.secrets.mask_json(value), ensure_ascii=True) + "\n")
 
-    def error(self, message: str, hint: str = "") -> None:
+    def error(self, message: str, hint: str = "", event: Optional[Dict[str, str]] = None) -> None:
         """The two lines of an error; never held back."""
-        self._log("error", message + (f" (hint: {hint})" if hint else ""))
+        self._log("error", message + (f" (hint: {hint})" if hint else ""), event)
         self.release_held()
-        self._write(sys.stderr, f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}\n")
-        if hint:
-            self._write(sys.stderr, f"hint: {self.clean(hint)}\n")
+        lines = [f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}"]
+        lines += [f"hint: {self.clean(hint)}"] if hint else []
+        self._show("error", "\n".join(lines), self._about(event))
 
     def traceback(self) -> None:
         """Show the exception being handled with its traceback, for --debug and internal errors."""
         import traceback
         for line in traceback.format_exc().rstrip().split("\n"):
-            self._write(sys.stderr, self.clean(line) + "\n")
+            self._write(sys.stderr, self.clean(line) + "\n", "error")
 
     def draw(self, text: str) -> None:
         """Redraw the one progress line."""
@@ -562,19 +702,30 @@ class Console:
     def release_held(self) -> None:
         """Write what --quiet held back: there was a change or a failure after all."""
         held, self._held = self._held, []
-        for line in held:
-            self._write(sys.stderr, line)
+        for level, text, event in held:
+            self._show(level, text, event)
 
-    def _stderr(self, line: str) -> None:
+    def _stderr(self, level: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
         if self.quiet:
-            self._held.append(line + "\n")
+            self._held.append((level, text, self._about(event)))
         else:
-            self._write(sys.stderr, line + "\n")
+            self._show(level, text, self._about(event))
 
-    def _write(self, stream: Any, text: str) -> None:
+    def _about(self, event: Optional[Dict[str, str]]) -> Dict[str, str]:
+        """Add to an event what it is about now; by the time it is shown that may be something else."""
+        return {**self.log_context, **event} if event else {}
+
+    def _show(self, level: str, text: str, event: Dict[str, str]) -> None:
+        """Write to stderr, or an event to the journal where it listens."""
+        if not (event and self.in_journal and self._journal.write(level, text, {}, event)):
+            self._write(sys.stderr, text + "\n", level)
+
+    def _write(self, stream: Any, text: str, level: str = "info") -> None:
         """Write bytes that the terminal can show; a closed pipe or a full disk never changes the outcome."""
         if stream is None or id(stream) in self._broken:
             return
+        if stream in self._journal_streams:
+            text = re.sub(r"(?m)^(?=.)", f"<{PRIORITIES[level]}>", text)
         try:
             stream.flush()
             data = text.encode("utf-8" if self.utf8 else "ascii", "backslashreplace")
@@ -590,11 +741,11 @@ class Console:
         """Send every line there as well, from now on."""
         self._sinks.append(sink)
 
-    def _log(self, level: str, message: str) -> None:
+    def _log(self, level: str, message: str, event: Optional[Dict[str, str]] = None) -> None:
         if self._sinks:
-            message = self.clean(message).encode("utf-8", "backslashreplace").decode("utf-8")
+            message = self.clean(message)
             for sink in self._sinks:
-                sink.write(level, message, self.log_context)
+                sink.write(level, message, self.log_context, event or {})
 
 
 def silence(stream: Any) -> None:
@@ -931,10 +1082,23 @@ def user_name() -> str:
         return str(os.geteuid())
 
 
+def traceparent() -> str:
+    """Return $TRACEPARENT, or an empty string where it is not one of W3C trace context, version 00."""
+    text = environment("TRACEPARENT")
+    return text if re.match(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z", text) else ""
+
+
+def child_traceparent() -> str:
+    """Return what children are handed: the same trace, in which this run is their parent; nothing outside of a trace."""
+    words = traceparent().split("-")
+    return "-".join([*words[:2], os.urandom(8).hex(), words[3]]) if len(words) == 4 else ""
+
+
 def who(trigger: str) -> Dict[str, Any]:
-    """Say who runs this: user, uid, host, pid and what started it."""
-    return {"user": user_name(), "uid": os.geteuid(), "host": os.uname().nodename,
-            "pid": os.getpid(), "trigger": trigger}
+    """Say who runs this: user, uid, host, pid, what started it, and the trace it is part of, if any."""
+    by = {"user": user_name(), "uid": os.geteuid(), "host": os.uname().nodename,
+          "pid": os.getpid(), "trigger": trigger}
+    return dict(by, traceparent=traceparent()) if traceparent() else by
 
 
 def started_by() -> str:
@@ -1519,6 +1683,16 @@ def _parse_addresses(text: str) -> List[Tuple[str, int]]:
     return addresses
 
 
+def _parse_syslog(text: str) -> Optional[Tuple[str, int]]:
+    """Read a socket's path as (path, 0), udp://host:port as (host, port), nothing as None."""
+    found = re.match(r"udp://(?:\[([0-9A-Fa-f:.]+)\]|([^\s/:@\[\]]+)):([0-9]{1,5})\Z", text)
+    if found and 0 < int(found.group(3)) < 65536:
+        return found.group(1) or found.group(2), int(found.group(3))
+    if text and not text.startswith("/"):
+        raise ValueError("expected /dev/log, another socket's path, or udp://HOST:PORT")
+    return (native(text), 0) if text else None
+
+
 def _parse_relative(text: str) -> str:
     path = os.path.normpath(native(text)) if text else ""
     if path.startswith("/") or path.split("/")[0] in ("..", ".") or any(ord(c) < 32 for c in path):
@@ -1549,6 +1723,7 @@ KINDS = {
     "commands": (_parse_commands, "commands, one a line"),
     "regex": (_parse_regex, "regular expression"),
     "statuses": (_parse_statuses, "status codes"),
+    "syslog": (_parse_syslog, "/dev/log or udp://HOST:PORT"),
     "addresses": (_parse_addresses, "[host:]port, one a line"),
 }  # type: Dict[str, Tuple[Callable[[str], Any], str]]
 
@@ -1638,6 +1813,8 @@ OPTIONS = (
     Option("probe:*", "jitter", "float", "0.1", "random share added to or taken from each wait"),
     Option("probe:*", "required", "bool", "yes", "no: a failure is only a warning"),
     Option("log", "file", "path", "", "log file to append to", "--log-file"),
+    Option("log", "syslog", "syslog", "", "syslog daemon to send to: its socket, or a host that listens"),
+    Option("log", "facility", "|".join(FACILITIES), "daemon", "syslog facility"),
     Option("log", "format", "text|json", "text", "log lines as text or as JSON objects", "--log-format"),
 )
 
@@ -1652,7 +1829,7 @@ SECTION_HELP = (
     ("vars", "values for templates"),
     ("service:*", "a service restarted after each switch: unit, or pidfile and signal, or command"),
     ("probe:*", "a question put to the running service: url, tcp, command or service"),
-    ("log", "the log file"),
+    ("log", "where everything that is said is kept: a file, syslog, or both"),
 )
 
 # Each name is (section, key); exactly one key of each group must be given.
@@ -2242,6 +2419,7 @@ class Session(NamedTuple):
     settings: Settings
     console: Console
     interrupts: Interrupts
+    traceparent: str = ""  # for children; empty outside of a trace
 
 
 class Context(NamedTuple):
@@ -5242,6 +5420,8 @@ def child_environment(session: Session, context: Context, extra: Dict[str, str])
     environ = base_environment()
     if session.settings.hooks.run_as:
         environ["HOME"] = _home_of(session.settings.hooks.run_as)
+    if session.traceparent:
+        environ["TRACEPARENT"] = session.traceparent
     environ.update(session.settings.env)
     environ.update(context.variables())
     environ.update(extra)
@@ -6061,6 +6241,8 @@ class UrlTry(NetworkTry):
         authorization = self._authorization(url)
         if authorization:
             own["Authorization"] = authorization
+        if self.question.session.traceparent:
+            own["traceparent"] = self.question.session.traceparent
         chosen = {name.lower() for name in self.probe.header}
         for name, value in self.probe.header.items():
             if looks_secret(name):
@@ -7763,7 +7945,7 @@ class Outcome:
     def __init__(self, command: str) -> None:
         self.command, self.changed, self.rolled_back = command, False, False
         self.release = self.previous = None  # type: Optional[str]
-        self.message = ""
+        self.message = self.result = ""  # result: what the history calls it, where it has a line there
         self.steps = []  # type: List[StepResult]
         self.checks = []  # type: List[CheckResult]
         self.error = None  # type: Optional[DeployError]
@@ -7874,7 +8056,8 @@ class Executor:
         self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
                                              [mask(line) for line in step.output]))
         shown = "warn" if status == "failed" and step.optional else status
-        self.console.painted(shown, f"{step.name:<20} {format_seconds(seconds):>7}  {detail}")
+        self.console.painted(shown, f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
+                             {"event": "step_done" if status == "done" else "step_failed", "result": status})
 
     def _enter(self, phase: str, failure: Optional[Dict[str, Any]] = None) -> None:
         """Write down durably what is about to be done."""
@@ -7949,6 +8132,7 @@ class Executor:
             seconds=round(time.monotonic() - self._started_seconds, 3), message=mask(message), by=self.run.by,
             steps=mask([step.to_json() for step in self.outcome.steps]), failure=mask(failure), previous_sha256="")
         self.store.append_history(entry)
+        self.outcome.result = result
 
     # -- the bad ends --------------------------------------------------------
 
@@ -8439,9 +8623,14 @@ def result_table(write: TableWriter) -> str:
     return write(("key", "type", "means"), [(f"`{key}`", kind, text) for key, kind, text in RESULT_KEYS])
 
 
+def events_table(write: TableWriter) -> str:
+    """The journal's ids for the ends of steps and runs."""
+    return write(("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in EVENTS.items()])
+
+
 TABLES = {
     "commands": commands_table, "flags": flags_table, "sections": sections_table,
-    "exit-codes": exit_codes_table, "result": result_table,
+    "exit-codes": exit_codes_table, "result": result_table, "events": events_table,
 }  # type: Dict[str, Callable[[TableWriter], str]]
 
 
@@ -8705,15 +8894,49 @@ probes need."""),
 stderr otherwise. PATH is extended by the system directories that cron leaves
 out."""),
     Topic("logging", "where what was said is kept", """\
-`--log-file FILE` (or `[log] file`) appends everything that was said, and the
-output of hooks line by line; `--log-format json` writes one object a line with
-deployment id, release and step. The file may be rotated under a run.
+Everything that is said, with the output of hooks line by line, goes to a file,
+to syslog, or to both, also where `-q` keeps the screen empty. Secrets are
+masked and control characters escaped, as on the screen.
 
     [log]
     file = /var/log/deploy/shop.log
+    syslog = /dev/log
+    facility = local3
     format = json
 
-{{options log}}"""),
+Each line carries deployment id, command, application, release and step. As
+text (`format = text`) it reads TIME LEVEL [deploy_id=... step=...] MESSAGE,
+and as JSON it is one object a line, with `time`, `level`, `message`, and at
+the end of a step or a run `event` (`step_done`, `step_failed`, `run_done`,
+`run_failed`) and `result`. The file may be moved under a run, by logrotate for
+example: it is made anew with mode 0640, and no symlink is followed.
+
+`syslog` is the daemon's socket or `udp://HOST:PORT`; lines go there in the
+form of RFC 3164, cut at 1,900 bytes. A daemon that is gone or hangs costs a
+run a second at the most, and lines; `-v` says why it cannot be reached.
+
+{{options log}}
+
+### The journal
+
+Where systemd connects stderr to the journal, every line has its priority, and
+the end of each step and of the run is an entry with fields: `DEPLOY_ID`,
+`DEPLOY_APP`, `DEPLOY_COMMAND`, `DEPLOY_RELEASE`, `DEPLOY_STEP`,
+`DEPLOY_RESULT`, and the `MESSAGE_ID` of its kind.
+
+    journalctl -u deploy-shop                      what a terminal would show
+    journalctl -u deploy-shop -p err               what failed, and the hints
+    journalctl DEPLOY_ID=20261121T104928Z-9b1c52 -o json
+    journalctl DEPLOY_APP=shop DEPLOY_RESULT=reverted
+
+{{events}}
+
+### Traces
+
+A `TRACEPARENT` in the environment (W3C trace context, version 00) is kept in
+every line (`trace_id`) and in the history (`by`), and hooks, the commands of
+services and probes, and probes over HTTP are handed a child of it. One that is
+not valid is ignored."""),
 )  # type: Tuple[Topic, ...]
 
 
@@ -9192,8 +9415,9 @@ def summarize(call: Invocation, what: str) -> None:
     console.result(f"{application_name(call.settings)}: {outcome.message}")
     if outcome.previous and call.flags.command != "stage":
         console.result(f"  before     {outcome.previous}")
-    console.result("\n".join(render_timeline([(step.name, step.seconds) for step in outcome.steps],
-                                             unicode=console.unicode)))
+    if not console.in_journal:  # where each step's line has its own time
+        console.result("\n".join(render_timeline([(step.name, step.seconds) for step in outcome.steps],
+                                                 unicode=console.unicode)))
     if call.flags.command == "stage":
         console.result(f"  go live    {call.settings.command_line(f'activate {outcome.release}')}")
     elif outcome.previous:
@@ -9664,12 +9888,14 @@ def report(call: Invocation, exit_code: int, seconds: float) -> None:
     result = result_object(call, exit_code, seconds)
     summary = result["summary"]
     console.working(result["msg"], state="READY=1" if result["ok"] else "")
+    end = {"event": "run_failed" if outcome.error else "run_done",
+           "result": outcome.result or ("failed" if outcome.error else "done")}
     if outcome.steps or outcome.checks:
         console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
                     + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
-                    + f" in {format_seconds(seconds)}")
+                    + f" in {format_seconds(seconds)}", None if outcome.error or call.dry_run else end)
     if outcome.error:
-        console.error(outcome.error.message, outcome.error.hint)
+        console.error(outcome.error.message, outcome.error.hint, None if call.dry_run else end)
     elif outcome.changed and not call.dry_run:
         console.release_held()
     if console.json_mode:
@@ -9888,6 +10114,12 @@ def open_log(settings: Settings, console: Console) -> None:
     as_json = settings.log.format == "json"
     if settings.log.file:
         console.add_sink(LogFile(settings.log.file, as_json=as_json))
+    if settings.log.syslog:
+        syslog = Syslog(settings.log.syslog, settings.log.facility, as_json=as_json)
+        console.add_sink(syslog)
+        problem = syslog.problem()
+        if problem:
+            console.debug(f"syslog cannot be reached: {problem}")
 
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[Invocation]]:
@@ -9904,9 +10136,15 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
     console.log_context = {"deploy_id": deploy_id, "command": flags.command}
     if environment("NOTIFY_SOCKET")[:1] in ("/", "@"):
         console.supervisor = Supervisor(environment("NOTIFY_SOCKET"))
+    if settings.deploy.root:
+        console.log_context["application"] = application_name(settings)
+    if traceparent():
+        console.log_context["trace_id"] = traceparent().split("-")[1]
     if not flags.dry_run:
         open_log(settings, console)
-    call = Invocation(Session(settings, console, interrupts), flags, deploy_id)
+    if environment("TRACEPARENT") and not traceparent():
+        console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')!r} is not 00-TRACE-PARENT-FLAGS (W3C trace context)")
+    call = Invocation(Session(settings, console, interrupts, child_traceparent()), flags, deploy_id)
     return guarded(call), call
 
 
@@ -9935,7 +10173,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; the one place where every error ends."""
     started_seconds = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    console = Console()
+    console = Console(environment("JOURNAL_STREAM"))
     console.json_mode = "--json" in argv
     os.umask(0o022)
     try:

@@ -447,6 +447,20 @@ def needs_artifact(pattern: str) -> Path:
     return found[-1]
 
 
+def in_namespace(script: str, fresh: Iterable[str] = (), timeout: float = 120) -> Any:
+    """Run a shell script as root of mounts and processes of its own, with an empty tmpfs at each path of `fresh`.
+
+    Returns the finished process with its output as text.  What the script
+    leaves running ends with it, and nothing that it mounts is seen outside.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("root alone has namespaces")
+    mounts = "".join(f"mount -t tmpfs -o mode=0755 fresh {path}\n" for path in fresh)
+    return subprocess.run([needs("unshare"), "-m", "-p", "-f", "--kill-child", "--mount-proc", "/bin/sh", "-ec", mounts + script],
+                          env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=timeout)
+
+
 class FakeCommand(NamedTuple):
     """A program of ours, first on PATH, that remembers how it was called."""
 
