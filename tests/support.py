@@ -156,6 +156,14 @@ def checked(result: Result, *, json: bool, check: Optional[int]) -> Result:
     return result
 
 
+def shape(text: str) -> str:
+    """A transcript without what differs from run to run: times, digests, numbers, the width of bars and columns."""
+    text = re.sub(r"\b[0-9a-f]{12,64}\b", "HEX", text)
+    text = re.sub(r"\d+(\.\d+)?(s|m\d+s)\b", "TIME", re.sub(r"#+", "#", text))
+    text = re.sub(r" by \w+,", " by USER,", re.sub(r"\d+", "0", text))
+    return re.sub(r"[ \t]+", " ", text).strip()
+
+
 def _wait_or_kill(process: subprocess.Popen, timeout: float) -> bool:
     try:
         process.wait(timeout)

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
-from support import TESTS, TOP, compiled, load_deploy, run_deploy
+from support import TESTS, TOP, compiled, load_deploy, run_deploy, shape
 from tables import README, with_topics
 
 EXAMPLE, MAKEFILE = TOP / "deploy.ini.example", TOP / "Makefile"
@@ -74,14 +74,6 @@ def test_the_readme_has_a_place_for_every_page_of_help_and_no_other() -> None:
     names = sorted(topic.name for topic in deploy.TOPICS)
     assert sorted(re.findall(r"<!-- topic ([\w-]+) -->", readme())) == names
     assert sorted(re.findall(r"<!-- /topic ([\w-]+) -->", readme())) == names
-
-
-def shape(text: str) -> str:
-    """A transcript without what differs from run to run: times, digests, numbers, the width of bars and columns."""
-    text = re.sub(r"\b[0-9a-f]{12,64}\b", "HEX", text)
-    text = re.sub(r"\d+(\.\d+)?(s|m\d+s)\b", "TIME", re.sub(r"#+", "#", text))
-    text = re.sub(r" by \w+,", " by USER,", re.sub(r"\d+", "0", text))
-    return re.sub(r"[ \t]+", " ", text).strip()
 
 
 def first_steps() -> List[Tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support import load_deploy, run_deploy
+from support import DEPLOY, load_deploy, run_deploy
 
 deploy = load_deploy()
 
@@ -126,3 +126,9 @@ def test_the_help_of_a_command_tells_its_own_arguments_and_flags_apart() -> None
     assert re.search(r"(?m)^  DIRECTORY +directory to pack$", text)
     assert re.search(r"(?m)^  -o FILE, --output FILE +file to write", text)
     assert not re.search(r"(?m)^  --json ", text) and " --json " in text
+
+
+def test_every_key_that_a_command_adds_to_the_object_is_named() -> None:
+    added = set(re.findall(r"outcome\.extra\[\"(\w+)\"\]", DEPLOY.read_text(encoding="utf-8")))
+    assert len(added) > 8
+    assert {name for name in added if f"`{name}`" not in deploy.help_page("exit-codes")} == set()
