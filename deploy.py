@@ -3284,6 +3284,8 @@ _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
 def escape_name(name: bytes) -> bytes:
     """Escape a name as coreutils do; a line with such a name starts with a backslash."""
+    if len(name.translate(None, b"\\\n\r")) == len(name):
+        return name
     return re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
 
 
@@ -3509,12 +3511,18 @@ class FileTable:
         parent, _, base = name.rpartition(b"/")
         del self._directories[parent][0][base]
 
-    def __iter__(self) -> Iterator[bytes]:
-        """Go through the names, directory by directory, both sorted."""
+    def items(self) -> Iterator[Tuple[bytes, bytes]]:
+        """Go through names and what is known of them, directory by directory, both sorted."""
         for parent in sorted(self._directories):
             prefix = parent + b"/" if parent else b""
-            for base in sorted(self._directories[parent][0]):
-                yield prefix + base
+            places, packed = self._directories[parent]
+            for base in sorted(places):
+                start = places[base] * _PACKED_BYTES
+                yield prefix + base, bytes(packed[start:start + _PACKED_BYTES])
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Go through the names alone."""
+        return (name for name, _ in self.items())
 
     def __len__(self) -> int:
         return sum(len(places) for places, _ in self._directories.values())
@@ -3523,9 +3531,9 @@ class FileTable:
 class Manifest:
     """What a release holds: the SHA-256 of every file, and what sha256sum does not know.
 
-    `directories` maps names to modes, `symlinks` to targets, `files` to 40
-    bytes: digest, mode and size packed; `file()` unpacks one.  Names are bytes,
-    relative, without `./`.
+    `directories` maps names to modes, `symlinks` to targets, `files` to the 40
+    bytes of `pack_file`: digest, mode and size.  Names are bytes, relative,
+    without `./`.
     """
 
     def __init__(self) -> None:
@@ -3554,11 +3562,6 @@ class Manifest:
             self.directories[parent] = _MODE_DIRECTORY
             parent = parent.rpartition(b"/")[0]
 
-    def file(self, name: bytes) -> Tuple[str, int]:
-        """Return a file's SHA-256 in hexadecimal and its mode."""
-        packed = self.files[name]
-        return packed[:32].hex(), int.from_bytes(packed[32:34], "big")
-
     def drop(self, name: bytes) -> None:
         """Forget a path and everything below it."""
         below = name + b"/"
@@ -3578,7 +3581,7 @@ class Manifest:
 
     def counts(self) -> Dict[str, int]:
         """Count files, directories, symlinks and bytes; a manifest read back does not know its bytes (0)."""
-        size_bytes = sum(int.from_bytes(self.files[name][34:], "big") for name in self.files)
+        size_bytes = sum(int.from_bytes(packed[34:], "big") for _, packed in self.files.items())
         return {"files": len(self.files), "directories": len(self.directories),
                 "symlinks": len(self.symlinks), "bytes": size_bytes}
 
@@ -3586,9 +3589,9 @@ class Manifest:
 
     def digest_lines(self) -> Iterator[bytes]:
         """Write the lines of `.deploy/manifests/<id>`: what `sha256sum -c` reads, and nothing it would stumble over."""
-        for name in self.files:
+        for name, packed in self.files.items():
             escaped = escape_name(name)
-            yield (b"\\" if escaped != name else b"") + self.file(name)[0].encode() + b"  " + escaped + b"\n"
+            yield b"%s%s  %s\n" % (b"\\" if escaped != name else b"", packed[:32].hex().encode(), escaped)
 
     def tree_lines(self) -> Iterator[bytes]:
         """Write the lines of `.deploy/trees/<id>`: directories, symlinks and unusual modes, a JSON array each."""
@@ -3596,8 +3599,8 @@ class Manifest:
             yield _tree_line(DIRECTORY, name, f"{self.directories[name]:04o}")
         for name in sorted(self.symlinks):
             yield _tree_line(SYMLINK, name, self.symlinks[name].decode("utf-8", "surrogateescape"))
-        for name in self.files:
-            mode = self.file(name)[1]
+        for name, packed in self.files.items():
+            mode = int.from_bytes(packed[32:34], "big")
             if mode != _MODE_FILE:
                 yield _tree_line("mode", name, f"{mode:04o}")
 

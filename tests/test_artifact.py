@@ -194,7 +194,7 @@ def test_modes_are_kept_but_for_the_dangerous_bits(bench):
         deploy.close_directories(release, unpacked.manifest)
     assert [bench.mode(name) for name in ("d", "d/s", "ro", "ro/f", "closed", "closed/f")] == [
         0o755, 0o755, 0o555, 0o444, 0o500, 0o400]
-    assert unpacked.manifest.file(b"ro/f")[1] == 0o444 and unpacked.manifest.directories[b"ro"] == 0o555
+    assert unpacked.manifest.files[b"ro/f"][32:34] == (0o444).to_bytes(2, "big") and unpacked.manifest.directories[b"ro"] == 0o555
 
 
 def test_modes_do_not_depend_on_the_umask(bench):
@@ -565,7 +565,7 @@ def test_the_manifest_reads_back(odd_release):
         assert (list(again.digest_lines()), list(again.tree_lines())) == texts
         assert again.sha256 == manifest.sha256 == hashlib.sha256(b"".join(texts[0] + texts[1])).hexdigest()
         assert deploy.compare_tree(directory, again, lambda done: None) == ([], [], [], {})
-    assert again.file(b"plain") == (hashlib.sha256(b"plain").hexdigest(), 0o755) and again.symlinks == {b"link": b"plain"}
+    assert again.files[b"plain"] == deploy.pack_file(hashlib.sha256(b"plain").digest(), 0o755, 0) and again.symlinks == {b"link": b"plain"}
 
 
 def test_the_same_tree_gives_the_same_manifest():
