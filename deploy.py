@@ -256,8 +256,9 @@ _SECRET_NAME = re.compile(
     r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn"
     r"|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
 # The name is looked at once, from its beginning: otherwise a long line of such names would take minutes.
+# LoadCredential= in a unit file names a file.
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)(?<![\w.-])(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"(?i)(?<![\w.-])(?!LoadCredential=)(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
     r"|signing[_-]?key|cookie|(?<![a-z])dsn(?![a-z])|[_-](?:pwd|pass)(?![a-z])))"
     r"([\w.-]+[\"']?\s*[=:]\s*)(\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
 MASK = "[masked]"
@@ -1860,6 +1861,7 @@ COMMAND_HELP = (
     ("recover", "finish or undo what a crash left; --to settles by hand what cannot be decided"),
     ("pack", "pack a directory into a reproducible .tar.gz, with its .sha256 beside it"),
     ("config", "show every option with its value and where it came from"),
+    ("unit", "print a systemd service and a timer that run a command"),
     ("help", "show a page of the reference, or how a command is used; needs no configuration"),
     ("completion", "print what makes bash, zsh or fish complete the words of this program"),
 )
@@ -1883,6 +1885,7 @@ COMMAND_EXAMPLES = {
     "recover": ("-c /etc/deploy/shop.ini recover", (0, 1, 3, 5, 6, 75)),
     "pack": ("pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz", (0, 1)),
     "config": ("config --example", (0,)),
+    "unit": ("-c /etc/deploy/shop.ini unit deploy /var/lib/artifacts/shop.tar.gz", (0,)),
     "help": ("help probes", (0,)),
     "completion": ("completion bash", (0,)),
 }  # type: Dict[str, Tuple[str, Tuple[int, ...]]]
@@ -1940,6 +1943,10 @@ FLAGS = (
     Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
     Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
     Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
+    Flag(("--timer",), "when the timer runs it, as OnCalendar= takes it; default: every quarter of an hour", ("unit",), "ONCALENDAR",
+         {"default": "*:0/15"}),
+    Flag(("-o", "--output"), "directory to write both files into; default: print them", ("unit",), "DIR"),
+    Flag(("words",), "the command to run, with its arguments", ("unit",), "COMMAND", {"nargs": "..."}),
     Flag(("topic",), "page or command; default: the list of pages", ("help",), "TOPIC", {"nargs": "?"}),
     Flag(("shell",), "bash, zsh or fish", ("completion",), "SHELL"),
 )
@@ -5589,6 +5596,10 @@ class Service:
         """Say why the service is not up now; None when it is, or when that cannot be known."""
         return None
 
+    def ailing(self) -> Optional[str]:
+        """Say that it has failed already, before anything is done to it; None when it has not, or when that cannot be known."""
+        return None
+
     def _settle(self, trouble: Callable[[], Optional[str]]) -> None:
         """Watch for the settle time; StepFailed as soon as there is trouble."""
         ends_seconds = time.monotonic() + self.settings.settle
@@ -5613,7 +5624,7 @@ class UnitService(Service):
     LOAD_HINTS = {"not-found": "install the unit file and run systemctl daemon-reload, or correct `unit`",
                   "masked": "systemctl unmask {unit}, or correct `unit`"}
     PROPERTIES = ("LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
-                  "NeedDaemonReload", "Type", "Result")
+                  "NeedDaemonReload", "Type", "Result", "ExecMainStatus")
 
     def describe(self) -> str:
         """Name the action and the unit, and what a reload leaves behind."""
@@ -5643,6 +5654,11 @@ class UnitService(Service):
             return failed.message
         return f"unit {self.settings.unit} {why}" if why else None
 
+    def ailing(self) -> Optional[str]:
+        """Say that the unit is failed now; a restart will hide why."""
+        state = self._show() if self.settings.action != "none" else {}
+        return f"unit {self.settings.unit} is failed now (result {state.get('Result')})" if state.get("ActiveState") == "failed" else None
+
     def _perform(self, context: Context) -> str:
         before = self._show()
         unloaded = self._not_loaded(before)
@@ -5669,8 +5685,11 @@ class UnitService(Service):
 
     def _failure(self, why: str, **evidence: Any) -> StepFailed:
         if find_command("journalctl"):
+            run_command(["journalctl", "--sync"], timeout_seconds=5.0)  # or what it has just said might not be there yet
             evidence["journal"] = run_command(["journalctl", "-u", self.settings.unit, "-n", "10", "--no-pager"],
                                               timeout_seconds=5.0).tail
+            for line in evidence["journal"]:
+                self.session.console.output(line)
         return super()._failure(f"unit {self.settings.unit} {why}", **evidence)
 
     def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
@@ -5705,6 +5724,10 @@ class UnitService(Service):
         return _why_down(state) or (f"did not stay up: {', '.join(changed)}" if changed else None)
 
 
+# What systemd itself exits with where it cannot start the program (systemd.exec(5)).
+UNIT_STATUSES = {"200": "/CHDIR", "203": "/EXEC", "217": "/USER", "226": "/NAMESPACE", "243": "/CREDENTIALS"}
+
+
 def _why_down(state: Dict[str, str]) -> Optional[str]:
     active, sub = state.get("ActiveState", "unknown"), state.get("SubState", "unknown")
     kind, result = state.get("Type", ""), state.get("Result", "")
@@ -5713,6 +5736,9 @@ def _why_down(state: Dict[str, str]) -> Optional[str]:
         return None
     if active == "active" and (sub == "running" or not kind):
         return None
+    if result == "exit-code" and state.get("ExecMainStatus"):
+        status = state["ExecMainStatus"]
+        result += f" {status}{UNIT_STATUSES.get(status, '')}"
     return f"is {active} ({sub}{', result ' + result if result not in ('', 'success') else ''})"
 
 
@@ -7130,9 +7156,12 @@ def check_probes_before(survey: Survey) -> Finding:
 
 
 def check_services(survey: Survey) -> Finding:
-    """Every service is known to its manager."""
-    problems = [problem for problem in (make_service(survey.session, name).problem()
-                                        for name in services_in_order(survey.settings)) if problem]
+    """Every service is known to its manager; one that has failed already is named."""
+    services = [make_service(survey.session, name) for name in services_in_order(survey.settings)]
+    problems = [problem for problem in (service.problem() for service in services) if problem]
+    failed = [word for word in (service.ailing() for service in services) if word] if not problems else []
+    if failed:
+        return "warn", "; ".join(failed), "see why before it is restarted: systemctl status, journalctl -u"
     return _all_of(problems, count(len(survey.settings.service), "service"))
 
 
@@ -8592,7 +8621,8 @@ def usage(command: str) -> str:
     for flag in FLAGS:
         if command in flag.commands and not flag.names[0].startswith("-"):
             count = flag.settings.get("nargs", "")
-            words.append(f"[{flag.metavar}{'...' if count == '*' else ''}]" if count else flag.metavar)
+            shown = flag.metavar + ("..." if count in ("*", "...") else "")
+            words.append(f"[{shown}]" if count in ("*", "?") else shown)
     return " ".join(words)
 
 
@@ -8648,9 +8678,156 @@ def events_table(write: TableWriter) -> str:
     return write(("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in EVENTS.items()])
 
 
+# -- unit files ------------------------------------------------------------------
+
+# A deployment writes below its root, talks to systemd, to services and to what it probes, and runs hooks: as root, but
+# with no more of root than these may need, and blind to nothing it has to see (/proc tells which releases are in use).
+UNIT_SANDBOX = """\
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID CAP_KILL
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID CAP_SYS_PTRACE
+LockPersonality=yes
+PrivateDevices=yes
+PrivateMounts=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+UMask=0022
+"""
+
+UNIT_SERVICE = """\
+[Unit]
+Description={description}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+ExecStart={command}
+NotifyAccess=main
+SuccessExitStatus={busy}
+TimeoutStartSec={start_seconds:.0f}
+TimeoutStopSec={stop_seconds:.0f}
+KillMode=mixed
+{more}ProtectSystem=strict
+{sandbox}"""
+
+UNIT_TIMER = """\
+[Unit]
+Description={description}
+
+[Timer]
+OnCalendar={calendar}
+RandomizedDelaySec=5min
+FixedRandomDelay=true
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+
+# Options whose files are written outside the root: their directories.
+WRITTEN_DIRECTORIES = (("log", "file", os.path.dirname), ("metrics", "textfile_dir", str))
+
+
+def unit_word(text: str, *, command: bool = False) -> str:
+    """Write one word as unit files take it (systemd.syntax(7)); in a command line `$` has a meaning as well."""
+    if _UNPRINTABLE.search(text) or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{text!r} cannot stand in a unit file", "rename it, or write the unit file by hand")
+    text = text.replace("%", "%%").replace("$", "$$" if command else "$")
+    return text if re.match(r"[\w%@+=:,./$-]+\Z", text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def unit_name(settings: Settings, command: str) -> str:
+    """Name the units of a command: `deploy-shop`, `deploy-shop-prune`; foreign characters as systemd-escape(1) writes them."""
+    name = "".join(character if re.match(r"[A-Za-z0-9:_.-]", character) else
+                   "".join(f"\\x{byte:02x}" for byte in os.fsencode(character)) for character in application_name(settings))
+    return f"deploy-{name}" + (f"-{command}" if command != "deploy" else "")
+
+
+def unit_command(settings: Settings, program: Sequence[str], words: Sequence[str]) -> List[str]:
+    """Put together what the service runs: the configuration files, what this command line set, and the command."""
+    argv = list(program) + [word for path in settings.files for word in ("-c", absolute(path))]
+    for (section, key), given in settings.given.items():
+        is_root = (section, key) == ("deploy", "root") and given.origin not in settings.files  # from the environment, too
+        if given.origin.startswith("command line") or is_root:
+            option = find_option(section, key)  # type: Any
+            text = absolute(os.path.join(given.directory, given.text)) if option.kind in ("path", "private") else given.text
+            argv += [option.flag, text] if option.flag else ["--set", f"{section}.{key}={text}"]
+    return argv + list(words)
+
+
+def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: str) -> Dict[str, str]:
+    """Write the service that runs `argv` and its timer; returns {file name: text}."""
+    unit_word(calendar + application_name(settings))
+    name = unit_name(settings, command)
+    description = f"deploy.py {command} of {application_name(settings)}".replace("%", "%%")
+    hooks = {hook: settings.hooks.timeout * len(getattr(settings.hooks, hook)) for hook in HOOK_NAMES}
+    # What was interrupted ends first; then services and probes of the release that was live before.
+    back_seconds = RunningCommand.KILL_AFTER_SECONDS + longest_seconds(settings) \
+        + hooks["pre_rollback"] + hooks["post_rollback"] + hooks["on_failure"]
+    service = UNIT_SERVICE.format(
+        description=description, command=" ".join(unit_word(word, command=True) for word in argv), busy=EXIT_BUSY,
+        # There and back; what has no bound of its own asks for more time while it makes progress.
+        start_seconds=settings.deploy.lock_wait + Supervisor.UNLIMITED_SECONDS + sum(hooks.values()) + back_seconds
+        + longest_seconds(settings), stop_seconds=back_seconds + 60, more=unit_access(settings, argv), sandbox=UNIT_SANDBOX)
+    return {f"{name}.service": service, f"{name}.timer": UNIT_TIMER.format(description=description, calendar=calendar.replace("%", "%%"))}
+
+
+def unit_access(settings: Settings, argv: Sequence[str]) -> str:
+    """Write what the service may reach: its user, credentials, the paths that it writes, and homes and /tmp only where they are needed."""
+    root = os.path.realpath(settings.deploy.root)
+    written = [root]
+    for section, key, directory_of in WRITTEN_DIRECTORIES:
+        path = getattr(getattr(settings, section, None), key, "")
+        # One mount for all of the root: a second one inside would be a border that no rename crosses (EXDEV).
+        if path and not (directory_of(path) + "/").startswith(root + "/"):
+            written.append(directory_of(path))
+    needed = written + [word for word in argv if word.startswith("/")] + believed_paths(settings)
+
+    def within(*tops: str) -> bool:
+        return any(path.startswith(tops) for path in needed)
+    user = settings.preflight.user
+    lines = [f"User={user.replace('%', '%%')}"] if user not in ("", "root", "0") else []
+    lines += [f"LoadCredential={section.partition(':')[2]}:{path.replace('%', '%%')}" for section, path in private_paths(settings)]
+    lines += ["ReadWritePaths=" + " ".join(map(unit_word, dict.fromkeys(written)))]
+    lines += [f"ProtectHome={'read-only' if within('/home/', '/root/', '/run/user/') else 'yes'}"]
+    lines += ["PrivateTmp=yes"] if not within("/tmp/", "/var/tmp/") else []
+    return "".join(line + "\n" for line in lines)
+
+
+def private_paths(settings: Settings) -> List[Tuple[str, str]]:
+    """List the files with passwords and tokens as configured: (section, path)."""
+    found = [(section, given) for (section, key), given in settings.given.items()
+             if given.text and getattr(find_option(section, key), "kind", "") == "private"]
+    return [(section, absolute(os.path.join(given.directory, native(given.text)))) for section, given in sorted(found)]
+
+
+def unit_table(write: TableWriter) -> str:
+    """The unit files of an example, as code."""
+    given = {("deploy", "root"): "/srv/shop", ("service:web", "unit"): "shop.service", ("probe:web", "url"): "http://127.0.0.1:8080/health",
+             ("probe:web", "auth_file"): "/etc/deploy/health.token"}
+    files = ["/etc/deploy/shop.ini"]
+    settings = Settings({name: Given(text, files[0], "/etc/deploy") for name, text in given.items()}, files)
+    argv = unit_command(settings, ["/usr/local/sbin/deploy.py"], ["deploy", "/var/lib/artifacts/shop.tar.gz"])
+    parts = [f"    # /etc/systemd/system/{name}\n" + re.sub("(?m)^(?=.)", "    ", text)
+             for name, text in unit_files(settings, argv, "deploy", "*:0/15").items()]
+    return "\n".join(parts).rstrip("\n")
+
+
 TABLES = {
     "commands": commands_table, "flags": flags_table, "sections": sections_table,
-    "exit-codes": exit_codes_table, "result": result_table, "events": events_table,
+    "exit-codes": exit_codes_table, "result": result_table, "events": events_table, "unit": unit_table,
 }  # type: Dict[str, Callable[[TableWriter], str]]
 
 
@@ -8887,26 +9064,40 @@ later lines go on from what history.head says was there, and the gap is told
 for ever. To accept it and start over, move history.jsonl and history.head
 away: the next entry notes that the history begins anew."""),
     Topic("systemd", "run by a service or a timer", """\
-    [Unit]
-    Description=Deploy shop
+`deploy.py unit COMMAND...` prints a service that runs a command under a
+configuration, and its timer; `--timer` says when, `-o DIR` writes both files:
 
-    [Service]
-    Type=oneshot
-    ExecStart=/usr/local/sbin/deploy.py -c /etc/deploy/shop.ini --wait-lock 1m \\
-        -q deploy /var/lib/artifacts/shop.tar.gz
-    SuccessExitStatus=75
-    TimeoutStartSec=15min
-    TimeoutStopSec=5min
-    KillMode=mixed
-    ProtectSystem=strict
-    ReadWritePaths=/srv/shop
-    ProtectHome=yes
-    PrivateTmp=yes
-    NoNewPrivileges=yes
+    deploy.py -c /etc/deploy/shop.ini unit deploy /var/lib/artifacts/shop.tar.gz
+    deploy.py -c /etc/deploy/shop.ini unit -o /etc/systemd/system deploy /var/lib/artifacts/shop.tar.gz
+    systemctl daemon-reload
+    systemctl enable --now deploy-shop.timer
 
-One `ReadWritePaths=`, the root: two of them are two mounts, and no rename
-crosses them. On SIGTERM the run undoes or rolls back, so give it the time its
-probes need."""),
+The first prints, where shop.ini has a root, a service and a probe with its
+auth_file:
+
+{{unit}}
+
+- Time: the run tells systemd what it does (`systemctl status` shows it) and
+  asks for twice the time that each step may take, so a long deployment is not
+  cut short. `systemctl stop` sends SIGTERM: what was not live is undone, what
+  was is rolled back; TimeoutStopSec is what services, probes and hooks of the
+  way back may take by the configuration. Write the unit again after changing
+  it. SuccessExitStatus=75: another run that holds the lock is no failure.
+- Paths: one `ReadWritePaths=` for all of the root; two inside it are two
+  mounts, and no rename crosses them. The root must exist. A log file outside
+  has its directory added. What hooks write elsewhere, and what else they need,
+  goes into a drop-in: `systemctl edit deploy-shop.service`.
+- The auth_file of [probe:NAME] is handed over as a credential of that NAME,
+  which goes before the file itself; hooks are not told where it lies.
+- Hooks run in the same sandbox: no sudo, no setuid files, no new namespaces.
+  What they or a `command` of a service leave running ends with the unit: let
+  `unit` restart services.
+- Services: [service:NAME] unit = x.service is loaded anew where its file has
+  changed, restarted, and well when it stays up unchanged for the time of
+  `settle`: a crash loop, a program that cannot be started or a unit that was
+  not restarted fails the deployment, with the last lines of its journal.
+  Preflight warns of a unit that is failed already. The unit that deploy.py
+  itself runs in is never restarted."""),
     Topic("cron", "run by cron, silent when nothing changed", """\
     */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q deploy /var/lib/artifacts/shop.tar.gz
 
@@ -9849,6 +10040,33 @@ def command_config(call: Invocation) -> None:
     call.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
 
 
+def command_unit(call: Invocation) -> None:
+    """Print a systemd service and a timer that run a command, or write them into a directory."""
+    outcome, root = call.outcome, call.root
+    file, words = os.path.realpath(__file__), call.flags.words
+    # systemd takes no quotes, backslashes or dollars in a program's own path.
+    alone = os.access(file, os.X_OK) and os.path.exists("/usr/bin/python3") and not re.search("[\"'\\\\$]", file)
+    program = [file] if alone else [sys.executable, file]
+    units = unit_files(call.settings, unit_command(call.settings, program, words), words[0], call.flags.timer)
+    outcome.extra["units"] = units
+    if not os.path.isdir(root):
+        call.console.warn(f"{root} does not exist: make it, or systemd cannot start the service")
+    for given in call.settings.given.values():
+        if given.origin.startswith("environment ") and given.origin != call.settings.origin("deploy", "root"):
+            call.console.warn(f"{given.origin[12:]} is not in the unit: put it into the configuration")
+    if not call.flags.output:
+        call.console.raw_result("\n".join(f"# /etc/systemd/system/{name}\n{text}" for name, text in units.items()))
+        return
+    directory = absolute(call.flags.output)
+    outcome.changed, timer = True, list(units)[-1]
+    outcome.message = f"{'would write' if call.dry_run else 'wrote'} {' and '.join(f'{directory}/{name}' for name in units)}"
+    if not call.dry_run:
+        with Directory.open(os.path.realpath(directory)) as opened:
+            for name, text in units.items():
+                opened.write(name, text.encode("utf-8"), 0o644)
+    call.console.result(f"{outcome.message}\n  start it   systemctl daemon-reload; systemctl enable --now {timer}")
+
+
 def command_help(call: Invocation) -> None:
     """Show a page of the reference; `help COMMAND` has become `COMMAND --help` before it comes here."""
     name = call.flags.topic or ""
@@ -9933,7 +10151,7 @@ COMMANDS = {
     "preflight": command_preflight, "probe": command_probe, "verify": command_verify, "status": command_status,
     "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
     "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
-    "help": command_help, "completion": command_completion,
+    "help": command_help, "completion": command_completion, "unit": command_unit,
 }  # type: Dict[str, Callable[[Invocation], None]]
 
 # Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
@@ -10026,25 +10244,40 @@ def parse_command_line(argv: List[str]) -> Any:
             raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
     if not flags.command:
         raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
+    if flags.command == "unit":
+        flags.words = inner_command(flags.words)
     if flags.command == "help" and flags.topic in COMMANDS:
         build_parser([flags.topic]).parse_args([flags.topic, "--help"])
     return flags
 
 
+def inner_command(words: List[str]) -> List[str]:
+    """Check the command line that a unit is to run, and make its artifact's path one that holds in any directory."""
+    if words[:1] == ["unit"]:
+        raise UsageError("a unit cannot run `unit`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
+    artifact = parse_command_line(words).artifact
+    return words[:1] + [absolute(word) if word == artifact else word for word in words[1:]]
+
+
 def hoist_repeated(argv: List[str]) -> List[str]:
-    """Move -c and --set behind the command, so that argparse collects them in one list."""
+    """Move -c and --set behind the command, so that argparse collects them in one list; for `unit` whatever sets an option."""
+    is_unit = next((word for word in argv if word in COMMANDS), "") == "unit"
     names = {name for flag in FLAGS if not flag.commands and flag.settings.get("action") == "append" for name in flag.names}
+    names |= {option.flag for option in OPTIONS if option.flag and is_unit}
     moved, rest, words = [], [], iter(split_short(argv))  # type: List[str], List[str], Iterator[str]
     for word in words:
         if word == "--":
-            return rest + moved + [word] + list(words)
+            rest += moved * (not is_unit) + [word, *words]
+            break
         if word in names:
             moved += [word] + [value for value in [next(words, None)] if value is not None]
         elif word.partition("=")[0] in names:
             moved.append(word)
         else:
             rest.append(word)
-    return rest + moved
+    # Behind the name of its own command everything is that command's.
+    place = rest.index("unit") + 1 if is_unit else len(rest)
+    return rest[:place] + moved + rest[place:]
 
 
 def split_short(argv: List[str]) -> List[str]:
@@ -10078,7 +10311,7 @@ def load(flags: Any) -> Settings:
 
 def check_believed(flags: Any, settings: Settings) -> None:
     """As root, act on nothing that somebody else could have written; looking at it is allowed."""
-    if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight",):
+    if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight", "unit"):
         refused = untrusted(settings)[0]
         for problem, hint in refused.values():
             accept = spell(["--set", "preflight.accept_risk=" + "\n".join([*settings.preflight.accept_risk, *refused])])

@@ -25,7 +25,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for place in /run /tmp /var/tmp /var/log; do mount -t tmpfs -o mode=1777 tmpfs $place; done
 chmod 0755 /run /var/log
 if [ -e /etc/machine-id ]; then mount --bind {top}/machine-id /etc/machine-id; fi
-exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=lxc SYSTEMD_UNIT_PATH={top}/units SYSTEMD_LOG_TARGET=console \\
+exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=lxc SYSTEMD_UNIT_PATH={top}/units SYSTEMD_LOG_TARGET=journal \\
     {systemd} --system --unit=multi-user.target
 """
 

@@ -188,6 +188,7 @@ def test_every_command_answers_with_one_complete_object(app: App) -> None:
         ("config", "--example"), ("history", "--verify"), ("-n", "deploy", app.artifact("1.2")), ("-n", "recover"), ("-n", "prune"),
         ("pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"),
         ("-n", "pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"), ("-q", "status"), ("help",), ("completion", "zsh"),
+        ("unit", "deploy", app.artifact("1.0")), ("-n", "unit", "-o", app.directory, "prune"),
     ]
     assert {word for run in runs for word in run} >= set(deploy.COMMANDS)
     offenders = []

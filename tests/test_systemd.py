@@ -2,15 +2,22 @@
 
 import http.server
 import os
+import shutil
 import signal
 import socket
+import stat
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from support import start_deploy, wait_until
+from support import DEPLOY, load_deploy, needs, run_deploy, start_deploy, wait_until
+
+deploy = load_deploy()
+# Not the bytecode that the suite runs otherwise: the unit names the file itself.
+SYSTEM_PYTHON = "/usr/bin/python3"
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="ownership is judged when root runs it")
 
@@ -189,3 +196,123 @@ def test_a_status_is_one_short_line_however_long_and_hostile_the_words(app, list
     app.configure("[hooks]\npre_activate = true " + "ä" * 5000 + "\n")
     app.run("deploy", app.artifact("1.0"), env=listener.env, check=0)
     assert max(len(words["STATUS"]) for words in listener.told()) == 256
+
+
+# -- unit files --------------------------------------------------------------------
+
+def unit_lines(app: Any, *words: Any, **options: Any) -> List[str]:
+    """The service that `deploy.py unit` prints, as lines."""
+    text = app.run("unit", *words, json=False, check=0, python=SYSTEM_PYTHON, **options).stdout
+    return text.split("# /etc/systemd/system/deploy-myapp.timer")[0].splitlines()
+
+
+def value(lines: List[str], key: str) -> str:
+    """What stands behind one key."""
+    return next(line.partition("=")[2] for line in lines if line.startswith(key + "="))
+
+
+def test_the_page_shows_what_the_command_prints(tmp_path):
+    config = tmp_path / "shop.ini"
+    config.write_text("[deploy]\nroot = /srv/shop\n[service:web]\nunit = shop.service\n"
+                      "[probe:web]\nurl = http://127.0.0.1:8080/health\nauth_file = health.token\n")
+    text = run_deploy("unit", "deploy", "/var/lib/artifacts/shop.tar.gz", config=config, json=False, check=0, python=SYSTEM_PYTHON).stdout
+    text = text.replace(str(config), "/etc/deploy/shop.ini").replace(f"{tmp_path}/", "/etc/deploy/").replace(str(DEPLOY), "/usr/local/sbin/deploy.py")
+    # The page's example lies where systems keep such things, and not in /tmp.
+    text = text.replace("ProtectHome=yes\n", "ProtectHome=yes\nPrivateTmp=yes\n").replace("PrivateTmp=yes\nPrivateTmp=yes\n", "PrivateTmp=yes\n")
+    page = run_deploy("help", "systemd", json=False, check=0).stdout
+    assert "".join("    " + line if line.strip() else line for line in text.splitlines(keepends=True)) in page
+
+
+def test_the_command_of_a_unit_holds_in_any_directory(app):
+    artifact = app.artifact("1.0")
+    lines = unit_lines(app, "--set", "vars.A=50% of $HOME", "deploy", artifact.name, "--force", "--wait-lock", "90", "-q",
+                       cwd=artifact.parent)
+    assert value(lines, "ExecStart") == (f'{DEPLOY} -c {app.config} --wait-lock 90s --set "vars.A=50%% of $$HOME" '
+                                         f"deploy {artifact} --force -q")
+    assert value(lines, "TimeoutStartSec") == str(90 + 300 + 5)
+    root = run_deploy("unit", "prune", "--root", ".", cwd=app.root, json=False, check=0, python=SYSTEM_PYTHON).stdout
+    assert f"deploy.py --root {app.root} prune\n" in root and "# /etc/systemd/system/deploy-root-prune.timer" in root
+
+
+def test_the_root_is_in_the_unit_wherever_it_was_named_and_other_variables_are_missed(app):
+    result = run_deploy("unit", "prune", env={"DEPLOY_DEPLOY_ROOT": str(app.root), "DEPLOY_HOOKS_TIMEOUT": "1m"}, check=0)
+    assert f" --root {app.root} prune\n" in result.data["units"]["deploy-root-prune.service"]
+    assert result.data["warnings"] == ["DEPLOY_HOOKS_TIMEOUT is not in the unit: put it into the configuration"]
+
+
+def test_the_limits_are_those_of_the_configuration(app):
+    app.configure("lock_wait = 1m\n[hooks]\ntimeout = 10s\npre_stage = true\n  true\npre_rollback = true\n"
+                  "[service:a]\ncommand = true\ntimeout = 20s\nsettle = 1s\n"
+                  "[probe:p]\ncommand = true\ninitial_delay = 2s\ndeadline = 30s\nsoak = 7s\n")
+    lines = unit_lines(app, "deploy", "x.tar.gz")
+    way, back = 21 + 39, 5 + 21 + 39 + 10
+    assert value(lines, "TimeoutStartSec") == str(60 + 300 + 30 + way + back)
+    assert value(lines, "TimeoutStopSec") == str(back + 60)
+
+
+@pytest.mark.parametrize("log, written", [
+    ("{root}/log/deploy.log", ["{root}"]), ("{top}/log/deploy.log", ["{root}", "{top}/log"]), ("{top}/deploy.log", ["{root}", "{top}"]),
+    ("{root}-log/deploy.log", ["{root}", "{root}-log"])])
+def test_no_directory_inside_the_root_is_a_mount_of_its_own(app, log, written):
+    places = {"root": app.root, "top": app.directory}
+    path = Path(log.format(**places))
+    path.parent.mkdir(exist_ok=True)
+    lines = unit_lines(app, "deploy", "x.tar.gz", "--log-file", path)
+    assert value(lines, "ReadWritePaths") == " ".join(place.format(**places) for place in written)
+
+
+def test_homes_and_temporary_files_are_out_of_reach_unless_they_are_needed(tmp_path):
+    def reach(*words: Any) -> List[str]:
+        units = deploy.load_settings([], {}, ["deploy.root=/srv/shop", "deploy.application=shop", *words])
+        return [line for line in deploy.unit_access(units, ["/usr/local/sbin/deploy.py"]).splitlines() if "Write" not in line]
+    assert reach() == ["ProtectHome=yes", "PrivateTmp=yes"]
+    assert reach("hooks.pre_stage=/home/shop/check") == ["ProtectHome=read-only", "PrivateTmp=yes"]
+    assert reach("deploy.root=/var/tmp/shop") == ["ProtectHome=yes"]
+    assert reach("preflight.user=shop")[0] == "User=shop" and reach("preflight.user=root") == reach()
+    assert reach("probe:a.url=http://a/", "probe:a.auth_file=/etc/50% of it")[0] == "LoadCredential=a:/etc/50%% of it"
+
+
+def test_hostile_names_are_quoted_as_systemd_reads_them(tmp_path):
+    analyze = needs("systemd-analyze")
+    place = tmp_path / 'a "b" \\c $d %i \'e'
+    place.mkdir()
+    copy = place / "deploy me.py"
+    shutil.copy(str(DEPLOY), str(copy))
+    (place / "root").mkdir()
+    (place / "shop.ini").write_text(f"[deploy]\nroot = {place}/root\napplication = 100% käse; \\ \"\n"
+                                    "[probe:p]\nurl = http://127.0.0.1/\nauth_file = token\n")
+    subprocess.run(["/usr/bin/python3", str(copy), "-c", str(place / "shop.ini"), "unit", "-o", str(tmp_path), "deploy", str(place / "x y.tar.gz")],
+                   check=True, stdout=subprocess.DEVNULL)
+    units = sorted(path for path in tmp_path.iterdir() if path.suffix in (".service", ".timer"))
+    assert [path.name for path in units] == [f"deploy-100\\x25\\x20k\\xc3\\xa4se\\x3b\\x20\\x5c\\x20\\x22{kind}" for kind in (".service", ".timer")]
+    for path in units:
+        said = subprocess.run([analyze, "verify", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert (said.returncode, said.stdout) == (0, b"")
+
+
+@pytest.mark.parametrize("words, told", [
+    (["unit"], "no command is given"), (["unit", "deploy"], "required: ARTIFACT"), (["unit", "nonsense"], "invalid choice"),
+    (["unit", "unit", "deploy", "x"], "cannot run `unit`"), (["unit", "--timer", "a\nb", "deploy", "x"], "cannot stand in a unit file"),
+    (["unit", "deploy", "x\n[Install]"], "cannot stand in a unit file"), (["unit", "deploy", "x", "--nonsense"], "unrecognized"),
+    (["unit", "-o", "/nonexistent", "prune"], "ENOENT"),
+])
+def test_what_makes_no_unit_is_refused(app, words, told):
+    error = app.run(*words).data["error"]
+    assert told in error["message"] and error["hint"]
+
+
+def test_units_are_written_where_they_are_wanted_and_not_in_a_dry_run(app, tmp_path):
+    (tmp_path / "units").mkdir()
+    assert app.run("-n", "unit", "-o", tmp_path / "units", "deploy", "x.tar.gz", check=0).data["changed"]
+    assert list((tmp_path / "units").iterdir()) == []
+    result = app.run("unit", "-o", tmp_path / "units", "deploy", "x.tar.gz", check=0)
+    for name, text in result.data["units"].items():
+        assert (tmp_path / "units" / name).read_text() == text
+        assert stat.S_IMODE((tmp_path / "units" / name).stat().st_mode) == 0o644
+    assert sorted(os.listdir(str(tmp_path / "units"))) == sorted(result.data["units"])
+
+
+def test_a_root_that_is_not_there_yet_is_told(tmp_path):
+    result = run_deploy("unit", "deploy", "x.tar.gz", root=tmp_path / "new", check=0)
+    assert result.data["warnings"] == [f"{tmp_path}/new does not exist: make it, or systemd cannot start the service"]
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,355 @@
+"""Under a real systemd: its timer starts deployments, its limits and stops are kept to, and its services' troubles are found and told."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import pytest
+
+from support import file, free_port, make_artifact, make_tar, member, once_in_ci, wait_until, write_checksum
+from systemd_host import Host
+
+# A service that answers with the release it was started in, for whoever knows the password.
+SERVICE = """#!/usr/bin/python3 -I
+import http.server, os, sys
+release = os.path.basename(os.path.realpath("."))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        known = self.headers.get("Authorization") == "Bearer told-by-systemd"
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(release.encode())
+print("serving", release, flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+GOOD = {"bin/run": file(SERVICE, 0o755)}
+CRASHING = {"bin/run": file("#!/bin/sh\necho cannot find my database >&2\nexit 3\n", 0o755)}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """One systemd for all tests of this file."""
+    running = Host()
+    yield running
+    running.stop()
+
+
+class Shop:
+    """An application on that host: a root of its own, its configuration, and the units that its tests need."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host, self.name, self.directory = host, name, host.top / name
+        self.root, self.config, self.unit = self.directory / "root", self.directory / "shop.ini", f"{name}.service"
+        self.root.mkdir(parents=True)
+
+    def configure(self, text: str = "", service: str = "settle = 700ms") -> None:
+        """Write the configuration: the service and whatever else."""
+        self.config.write_text(f"[deploy]\nroot = {self.root}\napplication = {self.name}\n"
+                               f"[service:web]\nunit = {self.unit}\n{service}\n{text}")
+
+    def serve(self, exec_start: str = "", more: str = "Restart=always\nRestartSec=100ms\n", *, reload: bool = True) -> None:
+        """Write the service's unit file; without a command it runs what is live."""
+        exec_start = exec_start or f"{self.root}/current/bin/run {self.port}"
+        self.host.unit(self.unit, f"[Service]\nWorkingDirectory=-{self.root}/current\nExecStart={exec_start}\n{more}", reload=reload)
+
+    @property
+    def port(self) -> int:
+        """A port of its own."""
+        if not hasattr(self, "_port"):
+            self._port = free_port()
+        return self._port
+
+    def artifact(self, version: str, files: Optional[Dict[str, Any]] = None) -> Path:
+        """Build an artifact."""
+        return make_artifact(self.directory, version, GOOD if files is None else files)
+
+    def deploy(self, version: str, files: Optional[Dict[str, Any]] = None, check: int = 0, *flags: str, path: str = "") -> Any:
+        """Deploy a version by hand, inside; returns the JSON result."""
+        before = ["env", f"PATH={path}:/usr/bin:/bin"] if path else []
+        done = self.host.run(*before, self.host.deploy, "--json", "-c", self.config, *flags, "deploy", self.artifact(version, files),
+                             check=check)
+        return json.loads(done.stdout)
+
+    def units(self, *words: Any, drop_in: str = "", timer: str = "") -> str:
+        """Have the unit files of a command written and loaded, with drop-ins; returns the service's name."""
+        units = self.host.top / "units"
+        self.host.run(self.host.deploy, "-c", self.config, "unit", "-o", units, *words)
+        name = f"deploy-{self.name}"
+        for kind, text in (("service", drop_in), ("timer", timer)):
+            (units / f"{name}.{kind}.d").mkdir(exist_ok=True)
+            (units / f"{name}.{kind}.d" / "test.conf").write_text(f"[{kind.title()}]\n{text}\n")
+        self.host.run("systemctl", "daemon-reload")
+        return name + ".service"
+
+    def wait_for(self, unit: str, status: str) -> None:
+        """Wait until a run's StatusText begins so."""
+        wait_until(lambda: self.host.properties(unit, "StatusText")["StatusText"].startswith(status), 30, f"{unit}: {status}")
+
+    @property
+    def version(self) -> str:
+        """What is live."""
+        path = self.root / "current" / "VERSION"
+        return path.read_text().strip() if path.exists() else ""
+
+    def history(self) -> List[str]:
+        """How each run ended."""
+        path = self.root / ".deploy" / "history.jsonl"
+        return [json.loads(line)["result"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def leftovers(self) -> List[str]:
+        """What no run may leave."""
+        state = self.root / ".deploy"
+        return [*os.listdir(str(state / "staging")), *os.listdir(str(state / "trash"))] + ["journal"] * (state / "journal.json").exists()
+
+
+@pytest.fixture
+def shop(host: Host, request: Any) -> Shop:
+    """An application named as its test."""
+    return Shop(host, f"shop{zlib.crc32(request.node.name.encode()):08x}")
+
+
+# -- a deployment that a timer starts ---------------------------------------------
+
+@once_in_ci
+def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop: Shop, host: Host) -> None:
+    (shop.directory / "token").write_text("Bearer told-by-systemd\n")
+    (shop.directory / "token").chmod(0o600)
+    (shop.directory / "log").mkdir()
+    shop.configure(f"[probe:web]\nurl = http://127.0.0.1:{shop.port}/\nrelease = body\nperiod = 200ms\nauth_file = token\n"
+                   f"[log]\nfile = log/deploy.log\n"
+                   f"[hooks]\nrun_as = nobody\npost_activate = id -un\n"
+                   f"pre_activate = sh -c 'touch {shop.directory}/outside; env'\n")
+    shop.serve()
+    incoming = shop.directory / "incoming.tar.gz"
+
+    def arrive(version: str, files: Optional[Dict[str, Any]] = None) -> None:
+        artifact = shop.artifact(version, files)
+        os.rename(str(artifact), str(incoming))
+        write_checksum(incoming)
+    service = shop.units("deploy", incoming, timer="RandomizedDelaySec=0\nOnCalendar=\nOnCalendar=*:*:*\nAccuracySec=10ms")
+    timer = service.replace(".service", ".timer")
+
+    def tick(result: str) -> None:
+        before = host.properties(service, "InvocationID")["InvocationID"]
+        host.run("systemctl", "start", timer)
+        wait_until(lambda: host.properties(service, "InvocationID")["InvocationID"] != before, 30)
+        host.run("systemctl", "stop", timer)
+        wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"), 60)
+        state = host.properties(service, "ExecMainStatus", "StatusText")
+        assert state["ExecMainStatus"] == result, (state, host.journal(service))
+
+    arrive("1.0")
+    tick("0")
+    assert shop.version == "1.0" and host.properties(shop.unit, "SubState")["SubState"] == "running"
+    told = (shop.directory / "log" / "deploy.log").read_text()
+    assert "nobody" in told and "DEPLOY_ID=" in told
+    assert "CREDENTIALS" not in told and "NOTIFY_SOCKET" not in told and "told-by-systemd" not in told
+    # ProtectSystem=strict: nothing but the root and the log's directory can be written.
+    assert not (shop.directory / "outside").exists()
+    tick("0")
+    assert shop.history() == ["deployed"]
+
+    arrive("2.0", CRASHING)
+    tick("5")
+    assert shop.version == "1.0" and shop.history() == ["deployed", "reverted"]
+    assert host.properties(shop.unit, "SubState")["SubState"] == "running"
+    assert "cannot find my database" in (shop.root / ".deploy" / "history.jsonl").read_text()
+    tick("4")
+    assert shop.version == "1.0" and "known" in host.journal(service)
+
+
+@once_in_ci
+def test_the_sandbox_of_the_unit_is_ok_and_the_verifier_has_nothing_to_say(shop: Shop, host: Host) -> None:
+    shop.configure()
+    service = host.top / "units" / shop.units("deploy", shop.directory / "incoming.tar.gz")
+    for path in (service, service.with_suffix(".timer")):
+        said = host.run("env", "SYSTEMD_UNIT_PATH=", "systemd-analyze", "verify", path)
+        assert said.stdout + said.stderr == ""
+    overall = host.run("systemd-analyze", "security", "--offline=true", service).stdout.splitlines()[-1]
+    assert float(overall.split(":")[1].split()[0]) < 3.5 and " OK " in overall
+
+
+@once_in_ci
+def test_paths_of_every_kind_reach_the_run_as_they_are(host: Host) -> None:
+    place = host.top / 'a "b" 50%i $HOME \\x41 \'c'
+    (place / "root").mkdir(parents=True)
+    (place / "token").write_text("Bearer told-by-systemd\n")
+    (place / "token").chmod(0o600)
+    config = place / "shop.ini"
+    config.write_text(f"[deploy]\nroot = root\napplication = odd {place.parent.name}\n[hooks]\npre_activate = env\n"
+                      "[probe:p]\nurl = http://127.0.0.1:1/\nauth_file = token\nrequired = no\ndeadline = 10ms\n")
+    copy = place / "deploy.py"
+    shutil.copy(str(host.deploy), str(copy))
+    artifact = make_artifact(place, "1.0")
+    written = json.loads(host.run("/usr/bin/python3", copy, "--json", "-c", config, "unit", "-o", host.top / "units", "deploy", artifact).stdout)
+    host.run("systemctl", "daemon-reload")
+    service = list(written["units"])[0]
+    host.run("systemctl", "start", service)
+    said = host.journal(service)
+    assert f"DEPLOY_ROOT={place}/root" in said and "is live" in said and "reading auth_file" not in said
+
+
+# -- its limits and its stops ---------------------------------------------------------
+
+@once_in_ci
+def test_a_run_outlasts_its_limit_because_it_asks_for_time(shop: Shop, host: Host) -> None:
+    shop.configure("[hooks]\npre_stage = sleep 3.5\n", service="action = none")
+    shop.serve()
+    service = shop.units("deploy", shop.artifact("1.0"), drop_in="TimeoutStartSec=2")
+    host.run("systemctl", "start", "--no-block", service)
+    shop.wait_for(service, "run hook pre_stage: sleep 3.5")
+    wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"), 60)
+    assert host.properties(service, "Result")["Result"] == "success" and shop.version == "1.0"
+    # The same where systemd does not listen.
+    shop.units("deploy", shop.artifact("2.0"), drop_in="TimeoutStartSec=2\nNotifyAccess=none")
+    host.run("systemctl", "start", service, check=1)
+    assert host.properties(service, "Result")["Result"] == "timeout"
+    assert shop.version == "1.0" and shop.leftovers() == [] and shop.history() == ["deployed", "failed"]
+
+
+@once_in_ci
+def test_a_stop_while_unpacking_leaves_nothing(shop: Shop, host: Host) -> None:
+    shop.configure()
+    shop.serve()
+    shop.deploy("1.0")
+    artifact = make_tar(shop.directory / "big-2.0.tar", [member(f"file{number}", b"x" * 2000) for number in range(40000)])
+    write_checksum(artifact)
+    service = shop.units("deploy", artifact)
+    host.run("systemctl", "start", "--no-block", service)
+    shop.wait_for(service, "verify and unpack")
+    host.run("systemctl", "stop", service)
+    state = host.properties(service, "ActiveState", "Result", "ExecMainStatus")
+    assert state == {"ActiveState": "failed", "Result": "exit-code", "ExecMainStatus": "143"}
+    assert shop.version == "1.0" and shop.leftovers() == [] and len(os.listdir(str(shop.root / "releases"))) == 1
+
+
+@once_in_ci
+def test_a_stop_while_probing_brings_the_old_release_back(shop: Shop, host: Host) -> None:
+    shop.configure()
+    shop.serve()
+    shop.deploy("1.0")
+    shop.configure("[probe:first]\ncommand = grep -q 1.0 VERSION\nsuccesses = 1\n")
+    service = shop.units("deploy", shop.artifact("2.0"))
+    host.run("systemctl", "start", "--no-block", service)
+    shop.wait_for(service, "probe")
+    assert shop.version == "2.0"
+    host.run("systemctl", "stop", service)
+    assert host.properties(service, "ExecMainStatus")["ExecMainStatus"] == "5"
+    assert shop.version == "1.0" and shop.leftovers() == []
+    pid = host.properties(shop.unit, "MainPID")["MainPID"]
+    # Inside, processes are numbered anew.
+    assert "1.0" in host.run("readlink", f"/proc/{pid}/cwd").stdout
+
+
+# -- a service's troubles ----------------------------------------------------------------
+
+def failure(result: Any) -> str:
+    """What failed in the service's step, and the journal lines that came with it."""
+    step = next(step for step in result["steps"] if step["status"] == "failed")
+    return str(step["detail"])
+
+
+def evidence(shop: Shop) -> str:
+    """The unit's journal lines in the last run's history."""
+    lines = (shop.root / ".deploy" / "history.jsonl").read_text().splitlines()
+    return "\n".join(json.loads(lines[-1])["failure"]["evidence"]["journal"])
+
+
+@once_in_ci
+def test_a_crash_loop_is_found_although_it_is_often_active(shop: Shop, host: Host) -> None:
+    shop.configure()
+    shop.serve()
+    shop.deploy("1.0")
+    late = {"bin/run": file("#!/bin/sh\necho going down\nsleep 0.4\nexit 1\n", 0o755)}
+    told = failure(shop.deploy("2.0", late, check=5))
+    assert "did not stay up" in told or "auto-restart" in told
+    assert "going down" in evidence(shop)
+    assert shop.version == "1.0"
+
+
+@once_in_ci
+@pytest.mark.parametrize("kind", ["simple", "exec"])
+def test_a_missing_binary_is_found(shop: Shop, host: Host, kind: str) -> None:
+    shop.configure()
+    shop.serve(more=f"Type={kind}\n")
+    shop.deploy("1.0")
+    told = failure(shop.deploy("2.0", {"bin/other": "x", "bin/run": None}, check=5))
+    assert "exit-code" in told or "did not come up" in told
+    assert kind == "exec" or "result exit-code 203/EXEC" in told
+    assert "203/EXEC" in evidence(shop)
+    assert shop.version == "1.0"
+
+
+@once_in_ci
+def test_a_unit_that_was_not_restarted_is_found(shop: Shop, host: Host) -> None:
+    shop.configure()
+    shop.serve()
+    shop.deploy("1.0")
+    # The real one but for a restart that does nothing, as one that was refused by a job in the queue.
+    wrapper = shop.directory / "bin" / "systemctl"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\n[ "$1" = restart ] && exit 0\nexec {shutil.which("systemctl")} "$@"\n')
+    wrapper.chmod(0o755)
+    told = failure(shop.deploy("2.0", None, 6, path=str(wrapper.parent)))
+    assert "InvocationID is the one from before" in told
+
+
+@once_in_ci
+def test_many_deployments_in_a_row_never_meet_the_start_limit_and_a_loop_that_does_is_told(shop: Shop, host: Host) -> None:
+    shop.configure(service="settle = 0s")
+    shop.serve(more="Restart=on-failure\nRestartSec=0\n[Unit]\nStartLimitBurst=2\nStartLimitIntervalSec=60\n")
+    for number in range(4):
+        shop.deploy(f"1.{number}")
+    shop.configure(service="settle = 3s")
+    told = failure(shop.deploy("2.0", CRASHING, check=5))
+    assert "is failed" in told or "did not stay up" in told or "auto-restart" in told
+    assert "cannot find my database" in evidence(shop)
+    assert "Start request repeated too quickly" in evidence(shop)
+    assert shop.version == "1.3"
+
+
+@once_in_ci
+def test_a_changed_unit_file_is_loaded_first(shop: Shop, host: Host) -> None:
+    shop.configure()
+    shop.serve("/bin/sleep 1000")
+    shop.deploy("1.0")
+    shop.serve("/bin/sleep 2000", reload=False)
+    assert host.properties(shop.unit, "NeedDaemonReload")["NeedDaemonReload"] == "yes"
+    shop.deploy("2.0")
+    pid = host.properties(shop.unit, "MainPID")["MainPID"]
+    assert "2000" in host.run("cat", f"/proc/{pid}/cmdline").stdout
+
+
+@once_in_ci
+def test_preflight_names_a_unit_that_is_failed_now(shop: Shop, host: Host) -> None:
+    shop.configure()
+    shop.serve("/bin/false", more="")
+    host.run("systemctl", "start", shop.unit, check=None)
+    wait_until(lambda: host.properties(shop.unit, "ActiveState")["ActiveState"] == "failed", 10)
+    shop.serve()
+    result = shop.deploy("1.0")
+    assert f"services: unit {shop.unit} is failed now (result exit-code)" in result["warnings"]
+    assert shop.deploy("2.0")["warnings"] == []
+
+
+@once_in_ci
+def test_a_unit_that_is_not_there_or_masked_is_found_before_anything_changes(shop: Shop, host: Host) -> None:
+    shop.configure()
+    error = shop.deploy("1.0", check=3)["error"]
+    assert f"unit {shop.unit} is not loaded (LoadState=not-found)" in error["message"] and "daemon-reload" in error["hint"]
+    (host.top / "units" / shop.unit).symlink_to("/dev/null")
+    host.run("systemctl", "daemon-reload")
+    assert f"systemctl unmask {shop.unit}" in shop.deploy("1.0", check=3)["error"]["hint"]
+
+
+@once_in_ci
+def test_the_unit_that_deploys_never_restarts_itself(shop: Shop, host: Host) -> None:
+    shop.unit = f"deploy-{shop.name}.service"
+    shop.configure()
+    service = shop.units("deploy", shop.artifact("1.0"))
+    host.run("systemctl", "start", service, check=1)
+    assert host.properties(service, "ExecMainStatus")["ExecMainStatus"] == "3"
+    assert "would be killed by its own restart" in host.journal(service)
