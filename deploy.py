@@ -8928,7 +8928,7 @@ With `--json` stdout holds exactly one object, whatever happens:
 
 Commands add `releases`, `history`, `plan`, `probes`, `config`, `differences`
 {`changed`, `missing`, `added`}, `removed`, `recovered`, `artifact`, `status`,
-`help` and `completion`."""),
+`help`, `completion` and `units`."""),
     Topic("probes", "how the running program is asked whether it is well", """\
 A `[probe:NAME]` asks a `url`, connects to a `tcp` address, runs a `command`,
 or looks whether a `service` is up, after every switch, forward and back. All
