@@ -87,6 +87,7 @@ if __name__ == "__main__" and not sys.flags.isolated:
         if entry.startswith((sys.base_prefix + "/lib", sys.base_exec_prefix + "/lib"))
         and entry != _here and "-packages" not in entry]
 
+import binascii
 import errno
 import fcntl
 import hashlib
@@ -3457,9 +3458,11 @@ def guess_version(name: str) -> str:
 # -- the manifest ------------------------------------------------------------
 
 _MODE_FILE, _MODE_DIRECTORY = 0o644, 0o755
+_PLAIN_FILE = _MODE_FILE.to_bytes(2, "big") + bytes(6)  # the end of what pack_file() makes, the size unknown
 
 
 _PACKED_BYTES = 40
+_NOTHING = {}, b""  # type: Any
 
 
 def pack_file(digest: bytes, mode: int, size_bytes: int) -> bytes:
@@ -3494,10 +3497,17 @@ class FileTable:
         return found is not None and base in found[0]
 
     def __getitem__(self, name: bytes) -> bytes:
+        found = self.get(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def get(self, name: bytes) -> Optional[bytes]:
+        """Return what is known of a file, or None."""
         parent, _, base = name.rpartition(b"/")
-        places, packed = self._directories[parent]
-        start = places[base] * _PACKED_BYTES
-        return bytes(packed[start:start + _PACKED_BYTES])
+        places, packed = self._directories.get(parent, _NOTHING)
+        place = places.get(base)
+        return None if place is None else bytes(packed[place * _PACKED_BYTES:(place + 1) * _PACKED_BYTES])
 
     def __setitem__(self, name: bytes, value: bytes) -> None:
         parent, _, base = name.rpartition(b"/")
@@ -3638,7 +3648,7 @@ class Manifest:
         if len(digest) != 64 or not gap or not name:
             raise ValueError(line)
         name = unescape_name(name) if line.startswith(b"\\") else name
-        self.files[name] = bytes.fromhex(digest.decode("ascii")) + _MODE_FILE.to_bytes(2, "big") + bytes(6)
+        self.files[name] = binascii.unhexlify(digest) + _PLAIN_FILE
 
     def _read_tree(self, line: bytes) -> None:
         kind, text, value = json.loads(line.decode("ascii"))
@@ -5144,79 +5154,82 @@ PARALLEL_FILES = 2000
 def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
     """Hash a tree and name every file that is not as the manifest has it; of a large one two processes take half each."""
     if len(manifest.files) < PARALLEL_FILES or cores() < 2:
-        changed = compare_share(directory, manifest, progress_update, (0, 1))
+        first = Share(manifest, 0, 1)
+        found = [first.compare(directory, progress_update)]
     else:
-        with Helper(lambda check: compare_share(directory, manifest, lambda done_bytes: check(), (1, 2))) as helper:
-            changed = compare_share(directory, manifest, lambda done_bytes: progress_update(2 * done_bytes), (0, 2))
+        first, second = Share(manifest, 0, 2), Share(manifest, 1, 2)
+        with Helper(lambda check: second.compare(directory, lambda done_bytes: check())) as helper:
+            found = [first.compare(directory, lambda done_bytes: progress_update(2 * done_bytes))]
             others = helper.result()
-        changed.update(others if others is not None else compare_share(directory, manifest, progress_update, (1, 2)))
-    added, missing = compare_names(directory, manifest, {os.fsencode(name) for name, why in changed.items() if why})
-    return Differences(sorted(changed), missing, added, {name: why for name, why in changed.items() if why})
+        found.append(others if others is not None else second.compare(directory, progress_update))
+    changed = {name: why for share, _ in found for name, why in share.items()}
+    missing = [] if first.known == len(manifest) else names_missing(directory, manifest)
+    return Differences(sorted(changed), missing, sorted(name for _, added in found for name in added),
+                       {name: why for name, why in changed.items() if why})
 
 
-def compare_names(directory: Directory, manifest: Manifest, changed: Set[bytes]) -> Tuple[List[str], List[str]]:
-    """Name what is in a tree and not in its manifest, and the reverse.
+class Share:
+    """One share (its number, of how many) of a tree to be compared with its manifest.
 
-    Only directories, what was added and what is `changed` (a file may have
-    become a directory) are opened.
+    The shares are told by a hash of the names; each goes through all
+    directories.  `known` counts the names of the manifest that were seen.
     """
-    added, known = [], 0
 
-    def to_be_opened(name: bytes) -> bool:
-        nonlocal known
-        if name not in manifest:
-            added.append(os.fsdecode(name))
-            return True
-        known += 1
-        return name in manifest.directories or name in changed
+    def __init__(self, manifest: Manifest, number: int, shares: int) -> None:
+        self._manifest, self._number, self._shares = manifest, number, shares
+        self._added, self.known = [], 0  # type: List[str], int
 
-    for _ in walk_tree(directory.descriptor, wanted=to_be_opened):
-        pass
-    if known == len(manifest):
-        return added, []
+    def compare(self, directory: Directory, progress_update: Callable[[int], None]) -> Tuple[Dict[str, str], List[str]]:
+        """Hash; returns each entry's difference from the manifest, empty for its bytes, and the names that were added."""
+        changed, done_bytes = {}, 0
+        # Opened anew: a forked process shares its parent's descriptor and with it the place in the
+        # listing, so that of two who read it one may see an empty directory, and no difference.
+        with directory.child(".") as own:
+            for entry in walk_tree(own.descriptor, wanted=self._wants):
+                if self._is_mine(entry.name) and entry.name in self._manifest:
+                    difference = compare_entry(entry, self._manifest)
+                    if difference is not None:
+                        changed[os.fsdecode(entry.name)] = difference
+                    done_bytes += entry.status.st_size
+                    progress_update(done_bytes)
+        return changed, self._added
+
+    def _is_mine(self, name: bytes) -> bool:
+        return zlib.crc32(name) % self._shares == self._number
+
+    def _wants(self, name: bytes) -> bool:
+        """Tell whether an entry is to be opened: one of this share, a directory, or what the manifest does not know."""
+        if name in self._manifest:
+            self.known += 1
+            return self._is_mine(name) or name in self._manifest.directories
+        # Below what has become a directory, and is opened by one share alone, that one names what was added; else the first.
+        parent = name.rpartition(b"/")[0]
+        if self._number and (not parent or parent in self._manifest.directories):
+            return False
+        self._added.append(os.fsdecode(name))
+        return True
+
+
+def names_missing(directory: Directory, manifest: Manifest) -> List[str]:
+    """Name what is in a manifest and not in its tree."""
     unseen = set(manifest.names())
     for entry in walk_tree(directory.descriptor):
         unseen.discard(entry.name)
-    return added, [os.fsdecode(name) for name in sorted(unseen)]
-
-
-def compare_share(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None],
-                  share: Tuple[int, int]) -> Dict[str, str]:
-    """Hash one share (number, of how many) of a tree: each entry's difference from the manifest, empty for its bytes.
-
-    The shares are told by a hash of the names; every share goes through all directories.
-    """
-    changed, done_bytes, (number, shares) = {}, 0, share
-
-    def is_mine(name: bytes) -> bool:
-        return zlib.crc32(name) % shares == number
-
-    # Opened anew: a forked process shares its parent's descriptor and with it the place in the
-    # listing, so that of two who read it one may see an empty directory, and no difference.
-    with directory.child(".") as own:
-        for entry in walk_tree(own.descriptor, wanted=lambda name: name in manifest.directories or is_mine(name)):
-            if is_mine(entry.name) and entry.name in manifest:
-                difference = compare_entry(entry, manifest)
-                if difference is not None:
-                    changed[os.fsdecode(entry.name)] = difference
-                done_bytes += entry.status.st_size
-                progress_update(done_bytes)
-    return changed
+    return [os.fsdecode(name) for name in sorted(unseen)]
 
 
 def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
     """Say how one entry differs: a reason in words, empty for its bytes, None for not at all."""
-    name, mode = entry.name, stat.S_IMODE(entry.status.st_mode)
+    name, mode, packed = entry.name, stat.S_IMODE(entry.status.st_mode), manifest.files.get(entry.name)
     kind = _KINDS_ON_DISK.get(stat.S_IFMT(entry.status.st_mode), "special file")
-    was = FILE if name in manifest.files else DIRECTORY if name in manifest.directories else SYMLINK
+    was = FILE if packed else DIRECTORY if name in manifest.directories else SYMLINK
     if kind != was:
         return f"is a {kind}, was a {was}"
     if kind == SYMLINK:
         expected_target = manifest.symlinks[name]
         return None if entry.target == expected_target else f"leads to {os.fsdecode(entry.target)}, was {os.fsdecode(expected_target)}"
     expected_mode = manifest.directories.get(name)
-    if kind == FILE:
-        packed = manifest.files[name]
+    if packed:
         expected_mode = packed[32] << 8 | packed[33]
         if hash_open_file(entry) != packed[:32]:
             return ""
