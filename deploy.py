@@ -151,6 +151,32 @@ PHASE_STAGING, PHASE_INTENT = "staging", "intent"
 PHASE_SWITCHED, PHASE_ROLLING_BACK = "switched", "rolling_back"
 PHASES = (PHASE_STAGING, PHASE_INTENT, PHASE_SWITCHED, PHASE_ROLLING_BACK)
 
+# What a notifier can be told of.
+NOTIFY_EVENTS = (
+    ("deployed", "a release went live (deploy, activate)"),
+    ("failed", "failed before activation (exit 1, 3, 4), interrupted, or an internal error"),
+    ("rolled_back", "rolled back: by itself (exit 5), or by hand (rollback)"),
+    ("rollback_failed", "a person is needed (exit 6)"),
+    ("recovered", "what a crash had left was finished or undone"),
+)
+
+# name, type, help; each has the label `app`, and those of its help in brackets.
+METRICS = (
+    ("deploy_last_run_timestamp_seconds", "gauge", "When the last run ended, since the epoch."),
+    ("deploy_last_run_success", "gauge", "Whether the last run succeeded (1) or not (0)."),
+    ("deploy_last_run_exit_code", "gauge", "Exit code of the last run."),
+    ("deploy_last_run_duration_seconds", "gauge", "How long the last run took."),
+    ("deploy_last_success_timestamp_seconds", "gauge", "When the last run that succeeded ended, since the epoch."),
+    ("deploy_step_duration_seconds", "gauge", "How long a step of the last run took [step]."),
+    ("deploy_release_info", "gauge", "The release that is live, and its artifact's digest [release, sha256]; always 1."),
+    ("deploy_runs_total", "counter", "Runs by how they ended [result]."),
+)
+
+# The label `result` of deploy_runs_total; a run that ended well is `changed` or `unchanged`, and any other code `interrupted`.
+RUN_RESULTS = {
+    EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "preflight_failed", EXIT_ARTIFACT: "artifact_refused",
+    EXIT_ROLLED_BACK: "rolled_back", EXIT_ROLLBACK_FAILED: "rollback_failed", EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
+
 HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
               "post_deploy", "on_failure", "pre_rollback", "post_rollback")
 
@@ -257,9 +283,10 @@ _SECRET_NAME = re.compile(
     r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn"
     r"|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
 # The name is looked at once, from its beginning: otherwise a long line of such names would take minutes.
-# LoadCredential= in a unit file names a file.
+# What is called ..._file holds a path, which errors must be able to name; LoadCredential= in a unit file names one as well.
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)(?<![\w.-])(?!LoadCredential=)(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"(?i)(?<![\w.-])(?!LoadCredential=|[\w.-]*_file[\"']?\s*[=:])"
+    r"(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
     r"|signing[_-]?key|cookie|(?<![a-z])dsn(?![a-z])|[_-](?:pwd|pass)(?![a-z])))"
     r"([\w.-]+[\"']?\s*[=:]\s*)(\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
 MASK = "[masked]"
@@ -1707,6 +1734,14 @@ def _parse_relatives(text: str) -> List[str]:
     return [_parse_relative(line) for line in _parse_list(text)]
 
 
+def _parse_events(text: str) -> List[str]:
+    known, words = [name for name, _ in NOTIFY_EVENTS], re.findall(r"[^\s,]+", text)
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        raise ValueError(f"expected some of {', '.join(known)}" + (f", not {unknown[0]!r}" if unknown else ""))
+    return words
+
+
 # kind: (how its text is read, what the documentation calls it)
 KINDS = {
     "text": (str, "text"),
@@ -1728,6 +1763,7 @@ KINDS = {
     "statuses": (_parse_statuses, "status codes"),
     "syslog": (_parse_syslog, "/dev/log or udp://HOST:PORT"),
     "addresses": (_parse_addresses, "[host:]port, one a line"),
+    "events": (_parse_events, "events"),
 }  # type: Dict[str, Tuple[Callable[[str], Any], str]]
 
 # A kind that is not in KINDS is a choice, written `one|two|three`.
@@ -1815,6 +1851,23 @@ OPTIONS = (
     Option("probe:*", "period_max", "duration", "10s", "longest wait between tries"),
     Option("probe:*", "jitter", "float", "0.1", "random share added to or taken from each wait"),
     Option("probe:*", "required", "bool", "yes", "no: a failure is only a warning"),
+    Option("notify:*", "type", "webhook|slack|email|command", "webhook", "how it is told"),
+    Option("notify:*", "events", "events", ", ".join(name for name, _ in NOTIFY_EVENTS), "what it is told of"),
+    Option("notify:*", "text", "text", "${application} on ${host}: ${event}: ${message}",
+           "what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}"),
+    Option("notify:*", "url", "text", "", "HTTP or HTTPS URL to post to (webhook, slack)"),
+    Option("notify:*", "url_file", "private", "", "file with the url, which is a secret itself (slack); "
+           "a credential from systemd that has the notifier's NAME goes before it"),
+    Option("notify:*", "token_file", "private", "", "file with a token that is sent as such (Bearer; webhook); "
+           "a credential from systemd that has the notifier's NAME goes before it"),
+    Option("notify:*", "header.*", "text", "", "request header (webhook)"),
+    Option("notify:*", "tls_ca", "path", "", "CA certificates to trust instead of the system's (webhook, slack)"),
+    Option("notify:*", "to", "list", "", "addresses to write to (email)"),
+    Option("notify:*", "from", "text", "", "address to write from (email); default: deploy@HOST"),
+    Option("notify:*", "smtp", "text", "localhost:25", "host:port of a mail server that takes mail without a login (email)"),
+    Option("notify:*", "command", "argv", "", "command to run, under the rules for hooks (command)"),
+    Option("metrics", "textfile_dir", "path", "", "directory of node_exporter's textfile collector; "
+           "deploy_APPLICATION.prom is written there after each run"),
     Option("log", "file", "path", "", "log file to append to", "--log-file"),
     Option("log", "syslog", "syslog", "", "syslog daemon to send to: its socket, or a host that listens"),
     Option("log", "facility", "|".join(FACILITIES), "daemon", "syslog facility"),
@@ -1832,6 +1885,8 @@ SECTION_HELP = (
     ("vars", "values for templates"),
     ("service:*", "a service restarted after each switch: unit, or pidfile and signal, or command"),
     ("probe:*", "a question put to the running service: url, tcp, command or service"),
+    ("notify:*", "somebody who is told how a run ended: by webhook, slack, email or a command"),
+    ("metrics", "numbers for Prometheus"),
     ("log", "where everything that is said is kept: a file, syslog, or both"),
 )
 
@@ -6244,6 +6299,13 @@ def parse_url(text: str) -> Url:
                quote(target, safe="%/:=&?~#+!$,;'@()*[]", errors="replace"), unquote(userinfo) if userinfo else None)
 
 
+def request_headers(url: Url, own: Dict[str, str], chosen: Dict[str, str]) -> Dict[str, str]:
+    """Put together a request's headers; what the operator chose goes before our own of the same name."""
+    always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Connection": "close"}
+    names = {name.lower() for name in chosen}
+    return dict({name: value for name, value in dict(always, **own).items() if name.lower() not in names}, **chosen)
+
+
 class UrlTry(NetworkTry):
     """Ask over HTTP or HTTPS."""
 
@@ -6293,8 +6355,7 @@ class UrlTry(NetworkTry):
         return context
 
     def _headers(self, url: Url) -> Dict[str, str]:
-        own = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Accept": "*/*",
-               "Accept-Encoding": "identity", "Connection": "close"}
+        own = {"Accept": "*/*", "Accept-Encoding": "identity"}
         if self.probe.method in ("POST", "PUT", "PATCH"):
             own["Content-Length"] = "0"
         authorization = self._authorization(url)
@@ -6302,11 +6363,10 @@ class UrlTry(NetworkTry):
             own["Authorization"] = authorization
         if self.question.session.traceparent:
             own["traceparent"] = self.question.session.traceparent
-        chosen = {name.lower() for name in self.probe.header}
         for name, value in self.probe.header.items():
             if looks_secret(name):
                 self.question.session.console.secrets.add(value)
-        return dict({name: value for name, value in own.items() if name.lower() not in chosen}, **self.probe.header)
+        return request_headers(url, own, self.probe.header)
 
     def _authorization(self, url: Url) -> str:
         """Return the Authorization header's value; Basic is RFC 7617."""
@@ -6821,12 +6881,9 @@ def check_user(survey: Survey) -> Finding:
 
 def check_configuration(survey: Survey) -> Finding:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
-    settings, problems = survey.settings, []
+    settings = survey.settings
+    problems = unreadable_keys("probe", settings.probe, PROBE_KEY_FILES)
     for name, probe in sorted(settings.probe.items()):
-        for key in ("auth_file", "tls_ca", "tls_cert", "tls_key"):
-            path = getattr(probe, key)
-            if path and not os.access(path, os.R_OK):
-                problems.append((f"[probe:{name}] {key}: {path} is missing or cannot be read", f"create {path}"))
         program = probe.command[0] if probe.command else "/"
         if ("/" not in program or program.startswith("/")) and program != "/" and not find_command(program):
             problems.append((f"[probe:{name}] command: {program} is not found or not executable", f"install {program}"))
@@ -6835,6 +6892,39 @@ def check_configuration(survey: Survey) -> Finding:
         if os.geteuid() != 0:
             problems.append((f"[hooks] run_as = {settings.hooks.run_as} needs root", "run as root, or remove run_as"))
     return _all_of(problems, ", ".join(settings.files) or "no file; defaults and command line")
+
+
+PROBE_KEY_FILES = ("auth_file", "tls_ca", "tls_cert", "tls_key")
+NOTIFY_KEY_FILES = ("url_file", "token_file", "tls_ca")
+
+
+def key_files(section: Any, keys: Sequence[str]) -> List[str]:
+    """List the key files that a section names."""
+    return [path for path in (getattr(section, key) for key in keys) if path]
+
+
+def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) -> List[Tuple[str, str]]:
+    """List the key files of such sections that cannot be read, as (problem, hint)."""
+    return [(f"[{kind}:{name}] {key}: {getattr(section, key)} is missing or cannot be read", f"create {getattr(section, key)}")
+            for name, section in sorted(sections.items()) for key in keys
+            if getattr(section, key) and not os.access(getattr(section, key), os.R_OK)]
+
+
+def check_reports(survey: Survey) -> Finding:
+    """Metrics can be written, and notifiers have what they need; what is missing there stops no deployment."""
+    settings, directory = survey.settings, survey.settings.metrics.textfile_dir
+    problems = unreadable_keys("notify", settings.notify, NOTIFY_KEY_FILES)
+    for name, notifier in sorted(settings.notify.items()):
+        if notifier.command and not may_be_run(settings, notifier.command[0]):
+            problems.append((f"[notify:{name}] command: {notifier.command[0]} is not found or not executable",
+                             f"install {notifier.command[0]}"))
+    if directory and (os.path.islink(directory) or not os.access(directory, os.W_OK | os.X_OK)):
+        problems.append((f"[metrics] textfile_dir: {directory} is no directory that {user_name()} can write (nor is a symlink)",
+                         f"create {directory}, or name the directory itself"))
+    if not settings.notify and not directory:
+        return _skip("no [notify:NAME] and no [metrics]")
+    status, detail, hint = _all_of(problems, count(len(settings.notify), "notifier") + (", metrics" if directory else ""))
+    return "warn" if problems else status, detail, hint
 
 
 def check_trust(survey: Survey) -> Finding:
@@ -6874,13 +6964,16 @@ def believed_paths(settings: Settings) -> List[str]:
     """List the files that this program runs or acts on beside its configuration, and the root."""
     paths = [settings.deploy.root] if settings.deploy.root else []
     commands = [argv for name in HOOK_NAMES for argv in getattr(settings.hooks, name)]
-    commands += [section.command for section in [*settings.service.values(), *settings.probe.values()] if section.command]
+    for sections in (settings.service, settings.probe, settings.notify):
+        commands += [section.command for section in sections.values() if section.command]
     for argv in commands if not settings.hooks.run_as else []:
         # What is relative comes with the release; under run_as a program gets no more rights than its user has.
         found = argv[0] if argv[0].startswith("/") else None if "/" in argv[0] else find_command(argv[0])
         paths += [found] if found else []
     for probe in settings.probe.values():
-        paths += [path for path in (probe.auth_file, probe.tls_ca, probe.tls_cert, probe.tls_key) if path]
+        paths += key_files(probe, PROBE_KEY_FILES)
+    for notifier in settings.notify.values():
+        paths += key_files(notifier, NOTIFY_KEY_FILES)
     return paths
 
 
@@ -7216,6 +7309,7 @@ CHECKS = (
     ("runtime", check_runtime, True),
     ("user", check_user, True),
     ("configuration", check_configuration, True),
+    ("reports", check_reports, True),
     ("permissions", check_trust, True),
     ("root", check_root, True),
     ("filesystem", check_filesystem, True),
@@ -8838,9 +8932,20 @@ def unit_table(write: TableWriter) -> str:
     return "\n".join(parts).rstrip("\n")
 
 
+def metrics_table(write: TableWriter) -> str:
+    """What is written for Prometheus."""
+    return write(("metric", "means"), [(f"`{name}`", text) for name, _, text in METRICS])
+
+
+def notify_events_table(write: TableWriter) -> str:
+    """What a notifier can be told of."""
+    return write(("event", "means"), [(f"`{name}`", text) for name, text in NOTIFY_EVENTS])
+
+
 TABLES = {
     "commands": commands_table, "flags": flags_table, "sections": sections_table,
     "exit-codes": exit_codes_table, "result": result_table, "events": events_table, "unit": unit_table,
+    "metrics": metrics_table, "notify-events": notify_events_table,
 }  # type: Dict[str, Callable[[TableWriter], str]]
 
 
@@ -8915,10 +9020,10 @@ An archive whose files all lie under one top directory keeps it, as `tar` does;
 
 deploy.py can do whatever the user can who runs it, and so can whoever may
 write what it believes. So as root its configuration, the root directory, the
-programs of hooks, services and probes (unless `run_as` is set), the probes'
-key files, and every directory above them must belong to root and not be
-writable by group or others: anything else is refused (exit 3) with the command
-that mends it. `[preflight] accept_risk` names paths for which that is meant,
+programs of hooks, services, probes and notifiers (unless `run_as` is set), key
+files, and every directory above them must belong to root and not be writable
+by group or others: anything else is refused (exit 3) with the command that
+mends it. `[preflight] accept_risk` names paths for which that is meant,
 such as a root that belongs to the application's user; for the configuration
 itself only `--set` and the environment count. `.deploy/` is 0700. Releases are
 made under umask 022 whatever the caller's is. Values of keys and variables
@@ -9117,6 +9222,81 @@ auth_file:
 `-q` prints nothing when nothing changed and nothing is wrong, and one block on
 stderr otherwise. PATH is extended by the system directories that cron leaves
 out."""),
+    Topic("monitoring", "metrics for Prometheus, and notifications when a run ends", """\
+Metrics and notifications tell how a run ended that may have changed something
+(deploy, stage, activate, rollback, prune, pin, unpin, recover; no dry run),
+after its lock is free. Whatever goes wrong with them is a warning, and never
+an exit code. Nobody is told anything under a configuration that is refused.
+
+### Metrics
+
+    [metrics]
+    textfile_dir = /var/lib/prometheus/node-exporter
+
+`deploy_APPLICATION.prom` is replaced there after each run, for the textfile
+collector of Prometheus' node_exporter (--collector.textfile.directory). Every
+metric has the label `app`. A run that was mistyped or found another at work is
+only counted. Under systemd the directory needs a ReadWritePaths= of its own.
+
+{{metrics}}
+
+`result` is changed, unchanged, failed, usage, preflight_failed,
+artifact_refused, rolled_back, rollback_failed, interrupted, internal_error or
+busy. Rules to be alerted by:
+
+    groups:
+      - name: deploy
+        rules:
+          - alert: DeployFailed
+            expr: deploy_last_run_success == 0
+          - alert: DeployNeedsAPerson
+            expr: deploy_last_run_exit_code == 6
+            labels:
+              severity: page
+          - alert: DeployDoesNotRun
+            expr: time() - deploy_last_run_timestamp_seconds > 3600
+
+### Notifications
+
+    [notify:ops]
+    type = slack
+    url_file = /etc/deploy/slack.url
+    events = failed, rolled_back, rollback_failed
+
+    [notify:tracker]
+    url = https://tracker.example.com/deployments
+    token_file = /etc/deploy/tracker.token
+
+    [notify:mail]
+    type = email
+    to = ops@example.com
+    smtp = localhost:25
+    events = rollback_failed
+    text = ${application} ${version} on ${host} needs you: ${message}
+
+    [notify:pager]
+    type = command
+    command = /usr/local/bin/page "deployment"
+    events = rollback_failed
+
+{{notify-events}}
+
+A run that changed nothing, was mistyped (exit 2) or found another at work
+(exit 75) is no event. All are told side by side and have 3 seconds, DNS and
+TLS included; then what is not done is given up.
+
+`webhook` posts {`event`, `text`, `result`}, the result as --json shows it;
+`slack` posts {`text`}; `email` goes to a mail server that wants no login;
+`command` runs under the rules for hooks with DEPLOY_EVENT and DEPLOY_TEXT. A
+certificate is always verified; no redirect and no proxy is followed. Secrets
+are masked in all that is told.
+
+In `text` stand ${event}, ${message}, ${host}, ${application}, ${command},
+${release}, ${version}, ${previous}, ${previous_version}, ${exit_code},
+${seconds}, ${deploy_id} and the DEPLOY_* variables of hooks: `release` is the
+one that was to go live, `previous` the one that was live before.
+
+{{options metrics notify:*}}"""),
     Topic("logging", "where what was said is kept", """\
 Everything that is said, with the output of hooks line by line, goes to a file,
 to syslog, or to both, also where `-q` keeps the screen empty. Secrets are
@@ -9411,6 +9591,10 @@ class Invocation:
         self.settings, self.console = session.settings, session.console
         self.outcome = Outcome(flags.command)
         self.dry_run = bool(flags.dry_run)
+        # For those who are told afterwards: what was observed, where it was to lead, and whether the settings may be acted on.
+        self.facts = None  # type: Optional[Facts]
+        self.target = ""
+        self.is_believed = False
 
     @property
     def root(self) -> str:
@@ -9477,7 +9661,7 @@ def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
 def recover(call: Invocation, store: Store) -> List[str]:
     """Recover, under the lock; every writing command begins with this."""
     observer = Observer(call.session, store, call.deploy_id)
-    facts = observer.observe(Request("recover"), locked=True)
+    call.facts = facts = observer.observe(Request("recover"), locked=True)
     # What recovery did is not what the command did: its steps are its own.
     outcome = call.outcome if call.flags.command == "recover" else Outcome("recover")
     done = Recovery(Run(call.session, store, facts, observer), outcome).recover()
@@ -9497,7 +9681,7 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
     with opened as store:
         observer = Observer(call.session, store, call.deploy_id)
         try:
-            facts = observer.observe(call.request(), locked=not call.dry_run)
+            call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
             survey = Survey(call.session, facts, store, observer.artifact)
             broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
             if broken:
@@ -9519,7 +9703,7 @@ def look_before_making(call: Invocation) -> None:
     with preview(call) as store:
         observer = Observer(call.session, store, call.deploy_id)
         try:
-            facts = observer.observe(call.request(), locked=True)
+            call.facts = facts = observer.observe(call.request(), locked=True)
             preflight(call, Survey(call.session, facts, store, observer.artifact), show=False)
         finally:
             observer.close()
@@ -9540,6 +9724,7 @@ def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
     target = rollback_target(facts, facts.current.release)
     nothing_to_do = plan.from_release == plan.to_release
+    call.target = plan.to_release
     call.outcome.release = plan.to_release or None
     call.outcome.previous = plan.from_release if not nothing_to_do else target.id if target else None
     call.console.log_context["release"] = plan.to_release
@@ -9703,7 +9888,7 @@ def settle_by_hand(call: Invocation) -> None:
     """Make the release live that a person names, and close whatever was under way."""
     with preview(call) if call.dry_run else writing(call, recover_first=False) as store:
         observer = Observer(call.session, store, call.deploy_id)
-        facts = observer.observe(call.request(), locked=not call.dry_run)
+        call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
         plan = plan_settle(call.settings, facts)
         describe_ends(call, facts, plan)
         if call.dry_run or store is None:
@@ -10099,8 +10284,8 @@ def command_completion(call: Invocation) -> None:
 
 # ============================================================================
 # 16  Reports
-#    What a run tells once it has ended: the one JSON object, the summary, the
-#    error.  Nothing here changes the outcome.
+#    What a run tells once it has ended: metrics, notifications, the summary, the
+#    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
 
 def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
@@ -10133,9 +10318,430 @@ def result_of(error: Optional[DeployError]) -> Dict[str, Any]:
             "error": {"message": error.message, "hint": error.hint} if error else None, "seconds": 0.0}
 
 
+# -- metrics -------------------------------------------------------------------
+
+class Metrics:
+    """One application's samples, {metric with its labels: value}, and the text file that holds them."""
+
+    TURN_SECONDS = 1.0
+    LASTING = ("deploy_last_success_timestamp_seconds", "deploy_runs_total")  # what a later run does not replace
+
+    def __init__(self, application: str) -> None:
+        self.application = application
+        self.samples = {}  # type: Dict[str, float]
+
+    def key(self, metric: str, **labels: str) -> str:
+        """Write a metric with its labels, escaped as the format wants it."""
+        pairs = []
+        for name, value in dict({"app": self.application}, **labels).items():
+            text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            pairs.append(f'{name}="{text}"')
+        return f"{metric}{{{','.join(pairs)}}}"
+
+    def read(self, data: bytes) -> None:
+        """Take over the samples of an earlier file; ValueError for one that is damaged or not ours."""
+        own = "|".join(re.escape(self.key(name)[:-1]) for name, _, _ in METRICS)
+        sample = re.compile(rf'((?:{own})(?:,[a-z0-9]+="(?:[^"\\]|\\[\\n"])*")*\}}) ([0-9.]{{1,40}})\Z')
+        samples = {}
+        for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
+            found = sample.match(line)
+            if found:
+                samples[found.group(1)] = float(found.group(2))
+            elif line and not line.startswith("#"):
+                raise ValueError(f"line {number} is none of {self.application}'s")
+        self.samples = samples
+
+    def count(self, result: str) -> None:
+        """Count a run; every other result begins at 0, or its first time would not show as an increase."""
+        for name in ["changed", "unchanged", "interrupted", *RUN_RESULTS.values()]:
+            self.samples.setdefault(self.key("deploy_runs_total", result=name), 0)
+        self.samples[self.key("deploy_runs_total", result=result)] += 1
+
+    def describe(self, call: Invocation, exit_code: int, seconds: float, ended_seconds: float) -> None:
+        """Put this run in place of the one before."""
+        self.samples = {key: value for key, value in self.samples.items() if key.startswith(self.LASTING)}
+        succeeded = exit_code in (EXIT_OK, EXIT_CHANGED)
+        self.samples.update({
+            self.key("deploy_last_run_timestamp_seconds"): ended_seconds,
+            self.key("deploy_last_run_success"): succeeded, self.key("deploy_last_run_exit_code"): exit_code,
+            self.key("deploy_last_run_duration_seconds"): seconds})
+        if succeeded:
+            self.samples[self.key("deploy_last_success_timestamp_seconds")] = ended_seconds
+        for step in call.outcome.steps:
+            key = self.key("deploy_step_duration_seconds", step=step.name)
+            self.samples[key] = self.samples.get(key, 0) + step.seconds  # a step of the way back bears the same name
+        release, sha256 = live_release(call)
+        if release:
+            self.samples[self.key("deploy_release_info", release=release, sha256=sha256)] = 1
+
+    def render(self) -> bytes:
+        """Write the file, in the text format that Prometheus reads."""
+        lines = []
+        for name, kind, text in METRICS:
+            rows = [f"{key} {value:.3f}".rstrip("0").rstrip(".") for key, value in self.samples.items() if key.startswith(name + "{")]
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows] if rows else []
+        return "\n".join([*lines, ""]).encode("utf-8")
+
+    @property
+    def file_name(self) -> str:
+        """The file's name; where characters of the application's had to go, a digest keeps two of them apart."""
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", self.application)[:100]
+        if name != self.application:
+            name += "-" + hashlib.sha256(self.application.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        return f"deploy_{name}.prom"
+
+    def take_turn(self, directory: Directory) -> None:
+        """Lock the directory until it is closed, so that of two runs at once both are counted.
+
+        Whoever holds it for longer is none of us, and is not waited for.
+        """
+        ends_seconds = time.monotonic() + self.TURN_SECONDS
+        while True:
+            try:
+                fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:  # or no such locks there (NFS)
+                if not isinstance(error, BlockingIOError) or time.monotonic() > ends_seconds:
+                    return
+            time.sleep(0.01)
+
+
+def write_metrics(call: Invocation, exit_code: int, seconds: float) -> None:
+    """Bring the application's file in [metrics] textfile_dir up to date.
+
+    Nothing in that directory is acted on, no link in it is followed, and what
+    is not this program's own is replaced: it may belong to somebody else.
+    """
+    path, ended_seconds = call.settings.metrics.textfile_dir, time.time()
+    if not path:
+        return
+    metrics = Metrics(application_name(call.settings))
+    try:
+        with Directory.open(path) as directory:
+            metrics.take_turn(directory)
+            read_metrics(call, metrics, directory)
+            # Who did nothing, or was overtaken on the way here, must not hide what the other run has to tell.
+            before_seconds = metrics.samples.get(metrics.key("deploy_last_run_timestamp_seconds"), 0)
+            if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not ended_seconds < before_seconds <= time.time():
+                metrics.describe(call, exit_code, seconds, ended_seconds)
+            ok = "changed" if call.outcome.changed else "unchanged"
+            metrics.count(ok if exit_code in (EXIT_OK, EXIT_CHANGED) else RUN_RESULTS.get(exit_code, "interrupted"))
+            directory.write(metrics.file_name, metrics.render(), 0o644)
+    except OSError as error:
+        call.console.warn(f"metrics: cannot write {path}/{metrics.file_name}: {reason(error)}")
+
+
+def read_metrics(call: Invocation, metrics: Metrics, directory: Directory) -> None:
+    """Read what is there already, and remove what a run that was killed here has left; a bad file counts for none."""
+    for name in directory.names():
+        if name.startswith(f".{metrics.file_name}.") and name.endswith(".tmp"):
+            directory.discard(name)
+    try:
+        metrics.read(directory.read(metrics.file_name, MAX_CONFIG_BYTES) or b"")
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        call.console.warn(f"metrics: {directory.path}/{metrics.file_name} starts over: {why}")
+
+
+def live_release(call: Invocation) -> Tuple[str, str]:
+    """Return the id of what is live now and its artifact's digest; empty where nothing is, or nobody can say."""
+    try:
+        with preview(call) as store:
+            release = store.current().release if store else None
+            record = store.records()[0].get(release) if store and release else None
+    except (DeployError, OSError):
+        return "", ""
+    return portable(release or ""), record.sha256 if record else ""
+
+
+# -- notifications -------------------------------------------------------------
+
+NOTIFY_SECONDS = 3.0
+
+
+class Note(NamedTuple):
+    """One event to tell: in words, with the result as --json shows it, masked, and the release it is about."""
+
+    event: str
+    message: str
+    result: Dict[str, Any]
+    context: Context
+    previous_version: str
+
+    def values(self, clean: Callable[[str], str]) -> Dict[str, str]:
+        """Return what `${name}` may stand for in a text: words of our own, and DEPLOY_*."""
+        context, result = self.context, self.result
+        words = {"event": self.event, "message": self.message, "host": os.uname().nodename, "command": result["command"],
+                 "application": context.application, "release": context.release, "version": context.version,
+                 "previous": context.previous, "previous_version": self.previous_version, "deploy_id": context.deploy_id,
+                 "exit_code": result["exit_code"], "seconds": f"{result['seconds']:.1f}"}
+        return {name: clean(str(value)).encode("utf-8", "backslashreplace").decode("utf-8")
+                for name, value in dict(words, **context.variables()).items()}
+
+
+class Notifier(Conversation):
+    """Tells one note to one receiver; its result is what went wrong, or nothing.
+
+    NEEDS names the keys of which exactly one must be given, TAKES the others
+    that mean something to this kind.
+    """
+
+    NEEDS = ()  # type: Tuple[str, ...]
+    TAKES = ()  # type: Tuple[str, ...]
+
+    def __init__(self, session: Session, settings: Any, note: Note) -> None:
+        super().__init__(NOTIFY_SECONDS)
+        self.session, self.settings, self.note = session, settings, note
+        self.values = note.values(session.console.clean)
+        values = {name: self.quote(value) for name, value in self.values.items()}
+        self.text = render_template(settings.text, values, f"[notify:{settings.name}] text")
+
+    @staticmethod
+    def check(settings: Any) -> Optional[str]:
+        """Say what is wrong with the notifier's settings."""
+        raise NotImplementedError
+
+    def quote(self, value: str) -> str:
+        """Take from a value what the receiver would act on."""
+        return value
+
+    def _failure(self, why: str) -> str:
+        return why
+
+
+class Webhook(Notifier):
+    """POST the event, the text and the whole result as JSON."""
+
+    NEEDS = ("url",)
+    TAKES = ("token_file", "header", "tls_ca")
+
+    @staticmethod
+    def check(settings: Any) -> Optional[str]:
+        """Check the URL, without repeating it: it may hold a secret."""
+        try:
+            userinfo = parse_url(settings.url).userinfo if settings.url else None
+        except ValueError:
+            return "url: expected http://HOST/... or https://HOST/..."
+        return None if userinfo is None else "url: expected no user and password in it; a token goes into token_file"
+
+    def _talk(self) -> str:
+        own = {}
+        if self.settings.token_file:
+            self.stage = "reading token_file"
+            token = _read_text(self.settings.token_file).strip()
+            self.session.console.secrets.add(token)
+            own["Authorization"] = f"Bearer {token}"
+        return self._post(self.settings.url, own, {"event": self.note.event, "text": self.text, "result": self.note.result})
+
+    def _post(self, text: str, own: Dict[str, str], value: Dict[str, Any]) -> str:
+        url, body = parse_url(text), json.dumps(value).encode("ascii")
+        own = dict(own, **{"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self._connect((url.host, url.port))
+        if url.scheme == "https":
+            import ssl
+            self.stage = "reading tls_ca"
+            self._start_tls(url.host, ssl.create_default_context(cafile=self.settings.tls_ca or None))
+        response = self._ask_http("POST", url, request_headers(url, own, self.settings.header), body)
+        if 200 <= response.status < 300:
+            return ""
+        self.stage = f"reading the answer with status {response.status}"
+        answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
+        return f"status {response.status}: {self.session.console.secrets.mask(answer)[:EVIDENCE_CHARACTERS]}".rstrip(" :")
+
+
+class Slack(Webhook):
+    """POST the text to an incoming webhook of Slack, or of what takes the same (Mattermost, Rocket.Chat)."""
+
+    NEEDS = ("url", "url_file")
+    TAKES = ("tls_ca",)
+
+    def quote(self, value: str) -> str:
+        """Take from a value what would call everybody in the channel (<!channel>) or pass for a link."""
+        return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+    def _talk(self) -> str:
+        self.stage = "reading url_file"
+        url = self.settings.url or _read_text(self.settings.url_file).strip()
+        learn_hook_url(url, self.session.console.secrets)
+        if self.check(SimpleNamespace(url=url)):
+            return f"{self.settings.url_file or 'url'} holds no https:// URL"
+        return self._post(url, {}, {"text": self.text})
+
+
+def learn_hook_url(url: str, secrets: Secrets) -> None:
+    """Keep secret what lets anybody post there: the long words that such a URL has in its path."""
+    for word in re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2]):
+        secrets.add(word)
+
+
+class Email(Notifier):
+    """Hand the text to a mail server (RFC 5321)."""
+
+    NEEDS = ("to",)
+    TAKES = ("from", "smtp")
+
+    @staticmethod
+    def check(settings: Any) -> Optional[str]:
+        """Check the addresses."""
+        sender = getattr(settings, "from")
+        wrong = [text for text in settings.to + [sender][:bool(sender)] if not re.match(r"[^\s<>,;:()\x7f-\uffff]+\Z", text)]
+        try:
+            split_address(settings.smtp)
+        except ValueError as error:
+            return f"smtp: {error}"
+        return f"expected an address such as ops@example.org, not {wrong[0]!r}" if wrong else None
+
+    def _talk(self) -> str:
+        import smtplib
+        host, sender = os.uname().nodename, getattr(self.settings, "from")
+        sender = sender or f"deploy@{host}"
+        self._connect(split_address(self.settings.smtp))
+        self.stage = "talking to the mail server"
+        server = smtplib.SMTP(local_hostname=host)
+        server.sock = self.socket
+        code, answer = server.getreply()
+        if code != 220:
+            return f"the mail server said {code} {answer.decode('utf-8', 'replace')}"
+        refused = server.sendmail(sender, self.settings.to, self._message(sender, host))
+        try:  # it is delivered: a farewell that fails or takes its time changes nothing
+            self.socket.settimeout(min(0.5, self._left_seconds()))
+            server.quit()
+        except OSError:
+            pass
+        return f"the mail server refused {', '.join(refused)}" if refused else ""
+
+    def _message(self, sender: str, host: str) -> bytes:
+        from email.message import EmailMessage
+        from email.policy import SMTP
+        from email.utils import formatdate, make_msgid
+        message = EmailMessage(SMTP.clone(cte_type="7bit"))
+        message["From"], message["To"] = sender, ", ".join(self.settings.to)
+        message["Subject"] = "{application} on {host}: {event}".format(**self.values)
+        message["Date"], message["Message-ID"] = formatdate(), make_msgid(domain=host)
+        message["Auto-Submitted"] = "auto-generated"
+        message.set_content(self.text + "\n")
+        return message.as_bytes()
+
+
+class NotifyCommand(RunningCommand):
+    """A command that has to be gone when the time for telling is up."""
+
+    KILL_AFTER_SECONDS = 0.3
+
+
+class Command(Notifier):
+    """Run an operator's command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT in its environment."""
+
+    NEEDS = ("command",)
+
+    @staticmethod
+    def check(settings: Any) -> Optional[str]:
+        """Nothing to check: any command may be."""
+        return None
+
+    def __init__(self, session: Session, settings: Any, note: Note) -> None:
+        super().__init__(session, settings, note)
+        extra = {"DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": note.event, "DEPLOY_TEXT": self.text}
+        self._running, self._problem = None, ""  # type: Optional[NotifyCommand], str
+        try:
+            # Here and not in the thread: a process that has other threads should not be forked.
+            self._running = NotifyCommand(
+                [native(word) for word in settings.command], child_environment(session, note.context, extra),
+                working_directory(note.context), session.settings.hooks.run_as, session.console.secrets.mask)
+        except Exception as error:  # whatever keeps a program from starting
+            self._problem = f"cannot start {settings.command[0]}: {_network_reason(error)}"
+
+    def _talk(self) -> str:
+        if self._running is None:
+            return self._problem
+        result = self._running.wait(NOTIFY_SECONDS - 2 * NotifyCommand.KILL_AFTER_SECONDS, lambda line: None, lambda: None)
+        last = f": {result.tail[-1]}" if result.tail else ""
+        return "" if result.ok else f"{spell(result.argv)} {result.verdict()}{last}"
+
+
+NOTIFIERS = {"webhook": Webhook, "slack": Slack, "email": Email, "command": Command}  # type: Dict[str, Type[Notifier]]
+
+
+def check_notifier(settings: Any) -> Optional[str]:
+    """Say what is wrong with a [notify:NAME], without telling anybody anything; None when nothing is."""
+    kind = NOTIFIERS[settings.type]
+    unused = [key for key in dict.fromkeys(key for other in NOTIFIERS.values() for key in other.NEEDS + other.TAKES)
+              if key not in kind.NEEDS + kind.TAKES and getattr(settings, key) != default_of("notify:*", key)]
+    if unused:
+        return f"{' and '.join(unused)} mean{'s' if len(unused) == 1 else ''} nothing to type = {settings.type}"
+    if sum(bool(getattr(settings, key)) for key in kind.NEEDS) != 1:
+        return f"type = {settings.type} needs {' or '.join(kind.NEEDS)}"
+    names = Note("", "", result_of(None), Context("", "", "", "", "", "", ""), "").values(str)
+    unknown = [name for escaped, name in _PLACEHOLDER.findall(settings.text) if not escaped and name not in names]
+    if unknown:
+        return f"text: nothing stands behind ${{{unknown[0]}}}; {nearest(unknown[0], names) or 'there are ' + ', '.join(names)}"
+    return kind.check(settings)
+
+
+def notify(call: Invocation, exit_code: int, seconds: float) -> None:
+    """Tell every notifier what it wants to know, all of them side by side; what fails there is a warning."""
+    wanted = [(event, settings) for event in events_of(call, exit_code)
+              for settings in call.settings.notify.values() if event in settings.events]
+    if not wanted:
+        return
+    result = call.console.secrets.mask_json(result_object(call, exit_code, seconds))
+    talks = [NOTIFIERS[settings.type](call.session, settings, note_of(call, event, result)) for event, settings in wanted]
+    for talk in talks:
+        talk.start()
+    for talk in talks:
+        why = talk.wait()
+        if why:
+            call.console.warn(f"notify {talk.settings.name}: not told of {talk.note.event}: {why}")
+        else:
+            call.console.debug(f"notify {talk.settings.name}: told of {talk.note.event}")
+
+
+def events_of(call: Invocation, exit_code: int) -> List[str]:
+    """List what is to be told of a run: nothing of one that changed nothing, was mistyped, or found another at work."""
+    events = ["recovered"] if call.outcome.extra.get("recovered") else []
+    if exit_code in (EXIT_OK, EXIT_CHANGED):
+        event = {"deploy": "deployed", "activate": "deployed", "rollback": "rolled_back"}.get(call.flags.command, "")
+        event = event if call.outcome.changed and call.outcome.steps else ""
+    else:
+        event = {EXIT_USAGE: "", EXIT_BUSY: "", EXIT_ROLLED_BACK: "rolled_back",
+                 EXIT_ROLLBACK_FAILED: "rollback_failed"}.get(exit_code, "failed")
+    return events + ([event] if event else [])
+
+
+def note_of(call: Invocation, event: str, result: Dict[str, Any]) -> Note:
+    """Put together one event: the release is the one that was to go live, `previous` what was live before."""
+    message = "; ".join(call.outcome.extra["recovered"]) if event == "recovered" else result["msg"]
+    facts, root = call.facts, os.path.realpath(call.settings.deploy.root)
+    if facts is None:
+        context = Context(application_name(call.settings), root, "", "", root, "", call.deploy_id)
+        return Note(event, message, result, context, "")
+    live = call.outcome.release if call.flags.command == "recover" else None
+    before = facts.records.get(facts.current.release or "")
+    return Note(event, message, result, context_for(facts, call.target or live), before.version if before else "")
+
+
+# -- all of it -------------------------------------------------------------------
+
+WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover")
+
+
+def tell_others(call: Invocation, exit_code: int, seconds: float) -> None:
+    """Write metrics and notify; the lock is free by now, and whatever goes wrong here is a warning."""
+    if call.dry_run or not call.is_believed or call.flags.command not in WRITING:
+        return
+    call.session.interrupts.close()
+    for name, tell in (("metrics", write_metrics), ("notify", notify)):
+        try:
+            tell(call, exit_code, seconds)
+        except Exception as error:  # a defect of this program must not make a failure of a deployment that is done
+            call.console.warn(f"{name}: {step_error(error, name).message if isinstance(error, OSError) else repr(error)}")
+
+
 def report(call: Invocation, exit_code: int, seconds: float) -> None:
     """Show the end: the error with its hint, the summary line, or the JSON object."""
     outcome, console = call.outcome, call.console
+    tell_others(call, exit_code, seconds)
     result = result_object(call, exit_code, seconds)
     summary = result["summary"]
     console.working(result["msg"], state="READY=1" if result["ok"] else "")
@@ -10338,6 +10944,10 @@ def check_settings(settings: Settings) -> None:
         problem = check_probe(settings, probe)
         if problem:
             raise settings.wrong(f"probe:{name}", problem)
+    for name, notifier in settings.notify.items():
+        problem = check_notifier(notifier)
+        if problem:
+            raise settings.wrong(f"notify:{name}", problem)
     services_in_order(settings)
 
 
@@ -10350,24 +10960,33 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     for name in environment_names():
         if looks_secret(name) and name != "CREDENTIALS_DIRECTORY":  # a path that errors must be able to name
             secrets.add(environment(name))
-    for probe in settings.probe.values():
-        for name, value in probe.header.items():
+    for section in [*settings.probe.values(), *settings.notify.values()]:
+        for name, value in section.header.items():
             if looks_secret(name):
                 secrets.add(value)
-        learn_probe_secrets(probe, secrets)
+    for probe in settings.probe.values():
+        learn_sent(probe.url, probe.auth_file, secrets)
+    for notifier in settings.notify.values():
+        learn_sent(notifier.url, notifier.token_file, secrets)
+        for text in (notifier.url, read_if_there(notifier.url_file)):
+            learn_hook_url(text, secrets)
 
 
-def learn_probe_secrets(probe: Any, secrets: Secrets) -> None:
-    """Learn what a probe will send, before a hook or a server can show it: auth_file, userinfo and query of the URL."""
-    userinfo = re.match(r"[a-z]+://([^/?#@]*)@", probe.url)
-    texts = [userinfo.group(1)] if userinfo else []
+def read_if_there(path: str) -> str:
+    """Read a key file, stripped; nothing where there is none that can be read: preflight tells."""
     try:
-        texts += [_read_text(probe.auth_file).strip()] if probe.auth_file else []
+        return _read_text(path).strip() if path else ""
     except OSError:
-        pass  # for preflight to tell
+        return ""
+
+
+def learn_sent(url: str, key_file: str, secrets: Secrets) -> None:
+    """Learn what will be sent, before a hook or a server can show it: a key file, userinfo and query of a URL."""
+    userinfo = re.match(r"[a-z]+://([^/?#@]*)@", url)
+    texts = [userinfo.group(1) if userinfo else "", read_if_there(key_file)]
     values = [value for text in texts for value in (text, text.partition(":")[2], text.partition(" ")[2])]
     # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
-    values += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", probe.url) if len(value) >= 8 or looks_secret(name)]
+    values += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", url) if len(value) >= 8 or looks_secret(name)]
     for value in values:
         secrets.add(value)
         if "%" in value or "+" in value:
@@ -10421,6 +11040,7 @@ def guarded(call: Invocation) -> int:
         if call.flags.command not in LOOKING:
             check_settings(call.settings)
         check_believed(call.flags, call.settings)
+        call.is_believed = True
         COMMANDS[call.flags.command](call)
     except DeployError as error:
         if call.flags.debug:
@@ -10432,7 +11052,18 @@ def guarded(call: Invocation) -> int:
             call.console.traceback()
         outcome.error = step_error(error, call.flags.command)
         return outcome.error.exit_code
+    except Exception as error:  # a defect of this program, which those who are told of failures shall hear of too
+        call.console.traceback()
+        outcome.error = internal_error(error)
+        return outcome.error.exit_code
     return EXIT_CHANGED if outcome.changed and call.flags.detailed_exitcode else EXIT_OK
+
+
+def internal_error(error: Exception) -> DeployError:
+    """Make the error for a defect of this program."""
+    failure = DeployError(f"internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
+    failure.exit_code = EXIT_INTERNAL
+    return failure
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -10461,8 +11092,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         failure = Interrupted(signal.SIGINT)
     except Exception as error:  # the boundary: whatever is left is a defect of this program
         console.traceback()
-        failure = DeployError(f"internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
-        failure.exit_code = EXIT_INTERNAL
+        failure = internal_error(error)
         console.error(failure.message, failure.hint)
     if console.json_mode:
         console.json_result(result_of(failure))
