@@ -1,0 +1,324 @@
+"""Metrics for Prometheus' node_exporter: after each run, whatever its end, whole, and counted on."""
+
+import fcntl
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Dict, Iterator, List, Tuple
+
+import pytest
+
+from scenes import Gate
+from support import DEPLOY, App, clean_environment, load_deploy, needs, once_in_ci, snapshot, start_deploy
+
+deploy = load_deploy()
+Labels = Tuple[Tuple[str, str], ...]
+
+
+@pytest.fixture
+def app(app: App) -> App:
+    """An application with a directory for metrics."""
+    textfiles(app).mkdir()
+    configure(app)
+    return app
+
+
+def configure(app: App, text: str = "", name: str = "myapp") -> None:
+    """Write deploy.ini with a directory for metrics; `name` is the application's."""
+    app.configure(f"durable = no\napplication = {name}\n[metrics]\ntextfile_dir = {textfiles(app)}\n{text}")
+    app.config.write_text(app.config.read_text().replace("application = myapp\n", "", 1))
+
+
+def textfiles(app: App) -> Path:
+    """The directory of the textfile collector."""
+    return app.directory / "textfiles"
+
+
+def prom(app: App) -> Path:
+    """The one file there."""
+    found = [path for path in textfiles(app).iterdir()]
+    assert len(found) == 1 and found[0].suffix == ".prom", found
+    return found[0]
+
+
+def parse(text: str) -> Dict[Tuple[str, Labels], float]:
+    """Read the text format strictly: HELP and TYPE once before a metric's samples, which stand together, each once."""
+    samples, declared, seen = {}, [], []  # type: Dict[Tuple[str, Labels], float], List[str], List[str]
+    assert text.endswith("\n") and "\n\n" not in text
+    for line in text[:-1].split("\n"):
+        if line.startswith("#"):
+            _, word, name, rest = line.split(" ", 3)
+            declared.append(f"{word} {name}")
+            assert word in ("HELP", "TYPE") and (word == "HELP" or rest == ("counter" if name.endswith("_total") else "gauge"))
+            continue
+        name, labels, value = re.match(r'([a-z_]+)\{((?:[a-z0-9]+="(?:[^"\\]|\\[\\"n])*",?)+)\} ([0-9.]+)\Z', line).groups()
+        assert declared[-2:] == [f"HELP {name}", f"TYPE {name}"]
+        pairs = tuple(re.findall(r'([a-z0-9]+)="((?:[^"\\]|\\.)*)"', labels))
+        assert pairs[0][0] == "app" and (name, pairs) not in samples
+        samples[name, pairs] = float(value)
+        seen.append(name)
+    assert len(declared) == len(set(declared)) == 2 * len(set(seen))
+    return samples
+
+
+def read(app: App) -> Dict[str, float]:
+    """The samples of the application, without the label `app`: {`name value value`: number}."""
+    return {" ".join([name] + [value for key, value in labels[1:]]): number
+            for (name, labels), number in parse(prom(app).read_text()).items()}
+
+
+def counts(app: App) -> Dict[str, float]:
+    """How often each result was counted, where it was."""
+    return {key.split()[1]: value for key, value in read(app).items() if key.startswith("deploy_runs_total ") and value}
+
+
+@contextmanager
+def locked(app: App) -> Iterator[None]:
+    """The application's lock, held by this process."""
+    with open(str(app.root / ".deploy" / "lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# -- whatever its end ------------------------------------------------------------
+
+def test_a_deployment_tells_what_is_live_and_how_it_came_there(app):
+    before = app.deploy("1.0").data
+    after = read(app)
+    steps = {name: after[f"deploy_step_duration_seconds {name}"] for name in ("unpack", "publish", "seal", "activate")}
+    assert steps == {step["name"]: pytest.approx(step["seconds"], abs=0.001) for step in before["steps"]}
+    assert after[f"deploy_release_info {app.current} {before['artifact']['sha256']}"] == 1
+    assert after["deploy_last_run_success"] == 1 and after["deploy_last_run_exit_code"] == 0
+    assert 0 < after["deploy_last_run_duration_seconds"] < 60
+    assert after["deploy_last_run_timestamp_seconds"] == after["deploy_last_success_timestamp_seconds"]
+    assert prom(app).name == "deploy_myapp.prom" and stat.S_IMODE(prom(app).stat().st_mode) == 0o644
+    assert {key.split()[1] for key in after if key.startswith("deploy_runs_total")} == \
+        {"changed", "unchanged", "interrupted", *deploy.RUN_RESULTS.values()}, "what never came counts 0"
+
+
+def test_counters_go_on_and_every_end_is_counted(app):
+    app.deploy("1.0")
+    app.deploy("1.0")
+    succeeded = read(app)["deploy_last_success_timestamp_seconds"]
+    ends = [("[hooks]\npre_activate = false\n", 1, "failed"), ("[preflight]\nrequire_files = /nonexistent\n", 3, "preflight_failed"),
+            ("[hooks]\npost_activate = false\n", 5, "rolled_back")]
+    for number, (text, exit_code, result) in enumerate(ends):
+        configure(app, text)
+        app.deploy(f"2.{number}", check=exit_code)
+        after = read(app)
+        assert after["deploy_last_run_exit_code"] == exit_code and after["deploy_last_run_success"] == 0
+        assert after["deploy_last_success_timestamp_seconds"] == succeeded < after["deploy_last_run_timestamp_seconds"]
+        assert counts(app)[result] == 1
+    assert after["deploy_step_duration_seconds activate"] > 0, "there and back, in one sample"
+    app.run("deploy", app.artifact("2.2"), check=4)
+    assert not any(key.startswith("deploy_step") for key in read(app)), "the steps of the run before are gone"
+    configure(app)
+    app.run("pin", "1.0", check=0)
+    app.run("stage", app.artifact("4.0"), "--detailed-exitcode", check=10)
+    assert read(app)["deploy_last_run_success"] == 1 and read(app)["deploy_last_run_exit_code"] == 10
+    app.run("prune", check=0)
+    app.run("recover", check=0)
+    assert counts(app) == {"changed": 3, "unchanged": 3, "failed": 1, "preflight_failed": 1, "rolled_back": 1, "artifact_refused": 1}
+    assert [key.split()[1] for key in read(app) if key.startswith("deploy_release_info")] == [app.current], "live, not staged"
+
+
+def test_an_interrupted_run_is_counted(app, tmp_path):
+    app.deploy("1.0")
+    gate = Gate(tmp_path / "gates")
+    configure(app, f"[hooks]\npre_activate = {gate.command}\n")
+    process = start_deploy("deploy", app.artifact("2.0"), config=app.config)
+    try:
+        gate.wait_for_visitor()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        gate.open()
+    assert counts(app) == {"changed": 1, "interrupted": 1} and read(app)["deploy_last_run_exit_code"] == 143
+
+
+DEFECT = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("deploy", sys.argv.pop(1))
+deploy = importlib.util.module_from_spec(spec)
+sys.modules["deploy"] = deploy
+spec.loader.exec_module(deploy)
+deploy.COMMANDS["deploy"] = lambda call: {}["a defect"]
+sys.exit(deploy.main())
+"""
+
+
+def run_defect(app: App) -> "subprocess.CompletedProcess":
+    """A deployment by a deploy.py that has a defect."""
+    return subprocess.run([sys.executable, "-B", "-c", DEFECT, str(DEPLOY), "--json", "-c", str(app.config), "deploy", "x"],
+                          env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_run_that_meets_a_defect_is_counted(app):
+    done = run_defect(app)
+    assert done.returncode == 70 and b"Traceback" in done.stderr and b"please report it" in done.stderr
+    assert counts(app) == {"internal_error": 1} and read(app)["deploy_last_run_exit_code"] == 70
+
+
+@pytest.mark.parametrize("arguments", [("-n", "deploy"), ("preflight",), ("status",), ("verify",), ("history",)], ids=" ".join)
+def test_what_only_looks_writes_nothing(app, arguments):
+    artifact = app.artifact("1.0")
+    app.run("deploy", artifact, check=0)
+    before = snapshot(textfiles(app))
+    app.run(*arguments, *([artifact] if "deploy" in arguments else []))
+    assert snapshot(textfiles(app)) == before
+
+
+# -- several runs ------------------------------------------------------------------
+
+def test_a_run_that_lost_the_lock_or_was_mistyped_is_only_counted(app):
+    app.deploy("1.0")
+    before = read(app)
+    with locked(app):
+        app.run("deploy", app.artifact("2.0"), check=75)
+    app.run("activate", "9.9", check=2)
+    assert read(app) == dict(before, **{"deploy_runs_total busy": 1, "deploy_runs_total usage": 1})
+
+
+def test_of_runs_that_end_at_once_every_one_is_counted(app):
+    app.deploy("1.0")
+    with locked(app):
+        artifact = app.artifact("2.0")
+        runs = [start_deploy("deploy", artifact, config=app.config) for _ in range(8)]
+        assert [run.wait(60) for run in runs] == [75] * 8
+    assert counts(app) == {"changed": 1, "busy": 8}
+
+
+def test_a_directory_that_somebody_keeps_locked_costs_a_second_and_no_numbers(app):
+    descriptor = os.open(str(textfiles(app)), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        app.deploy("1.0")
+    finally:
+        os.close(descriptor)
+    assert counts(app) == {"changed": 1}
+
+
+@pytest.mark.parametrize("earlier, kept", [(150.0, True), (99.0, False), (300.0, False)],
+                         ids=["a later run was faster", "an earlier run", "the clock was wrong then"])
+def test_a_run_that_is_overtaken_hides_nothing_of_the_later_one(app, monkeypatch, earlier, kept):
+    app.deploy("1.0")
+    text = prom(app).read_text()
+    prom(app).write_text(re.sub(r"(?m)^(deploy_last_run_timestamp_seconds.*) .*", rf"\1 {earlier}", text))
+    times = iter([100.0])
+    monkeypatch.setattr(deploy.time, "time", lambda: next(times, 200.0))
+    settings = deploy.load_settings([str(app.config)], {}, [])
+    session = deploy.Session(settings, deploy.Console(), deploy.Interrupts())
+    deploy.write_metrics(deploy.Invocation(session, SimpleNamespace(command="deploy", dry_run=False), "id"), 1, 0.5)
+    assert read(app)["deploy_last_run_timestamp_seconds"] == (earlier if kept else 100.0)
+    assert counts(app) == {"changed": 1, "failed": 1}
+
+
+# -- what lies there already -----------------------------------------------------------
+
+OLD = {
+    "damaged": lambda path, target: path.write_text('deploy_runs_total{app="myapp",result="changed"} 3\ndeploy_ru'),
+    "another application's": lambda path, target: path.write_text('deploy_runs_total{app="other",result="changed"} 3\n'),
+    "another program's": lambda path, target: path.write_text('node_load1{app="myapp"} 3\n'),
+    "two values": lambda path, target: path.write_text('deploy_runs_total{app="myapp",result="changed"} 3 1700000000\n'),
+    "no number": lambda path, target: path.write_text('deploy_runs_total{app="myapp",result="changed"} 1.2.3\n'),
+    "binary": lambda path, target: path.write_bytes(b"\xff\xfe\x00"),
+    "huge": lambda path, target: path.write_bytes(b"#" * (2 << 20)),
+    "a symlink": lambda path, target: path.symlink_to(target),
+    "a fifo": lambda path, target: os.mkfifo(str(path)),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_what_is_not_ours_starts_over_with_a_warning(app, kind, tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    path = textfiles(app) / "deploy_myapp.prom"
+    OLD[kind](path, target)
+    result = app.deploy("1.0")
+    assert any(f"{path} starts over" in warning for warning in result.data["warnings"]), result.data["warnings"]
+    assert counts(app) == {"changed": 1} and target.read_text() == "precious"
+    assert stat.S_ISREG(os.lstat(str(path)).st_mode)
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else_is(app):
+    names = [".deploy_myapp.prom.1.0a0b0c0d.tmp", ".deploy_other.prom.1.0a0b0c0d.tmp", "deploy_other.prom", "notes.tmp"]
+    for name in names:
+        (textfiles(app) / name).write_text("")
+    app.deploy("1.0")
+    assert sorted(os.listdir(str(textfiles(app)))) == sorted(names[1:] + ["deploy_myapp.prom"])
+
+
+@pytest.mark.parametrize("spoil", ["missing", "a file", "a symlink", "a directory in the way"])
+def test_metrics_that_cannot_be_written_are_a_warning(app, spoil):
+    place = textfiles(app)
+    if spoil == "a directory in the way":
+        (place / "deploy_myapp.prom").mkdir()
+    else:
+        place.rename(place.with_name("elsewhere"))
+    if spoil == "a file":
+        place.write_text("")
+    elif spoil == "a symlink":
+        place.symlink_to("elsewhere")
+    result = app.deploy("1.0")
+    assert any(f"metrics: cannot write {place}/deploy_myapp.prom: " in warning for warning in result.data["warnings"])
+    assert result.data["summary"]["warnings"] == len(result.data["warnings"])
+    if spoil != "a directory in the way":
+        assert not list(app.directory.glob("elsewhere/*"))
+        check = next(found for found in app.run("preflight", check=0).data["checks"] if found["name"] == "reports")
+        assert check["status"] == "warn" and str(place) in check["detail"]
+
+
+NAMES = ['a/../b', 'quo"te\\', "naïve", "x" * 300]
+
+
+def test_any_application_gets_a_file_of_its_own_that_can_be_read(app):
+    artifact = app.artifact("1.0")
+    for name in NAMES + ["a_.._b"]:
+        configure(app, name=name)
+        for _ in range(2):
+            assert app.run("stage", artifact, check=0).data["warnings"] == []
+    found = {path.name: parse(path.read_text(encoding="utf-8")) for path in textfiles(app).iterdir()}
+    assert len(found) == len(NAMES) + 1 and "deploy_a_.._b.prom" in found
+    assert all(re.match(r"deploy_[A-Za-z0-9._-]{1,120}\.prom\Z", name) for name in found)
+    assert {labels[0][1] for samples in found.values() for _, labels in samples} == \
+        {name.replace("\\", "\\\\").replace('"', '\\"') for name in NAMES} | {"a_.._b"}
+    assert all(sum(value for (name, _), value in samples.items() if name == "deploy_runs_total") == 2 for samples in found.values())
+
+
+# -- the real tool -------------------------------------------------------------------------
+
+def promtool(what: str, data: bytes) -> str:
+    """What promtool has to say, which is nothing where all is well."""
+    argv = [needs("promtool"), "check", what] + ([] if what == "metrics" else ["/dev/stdin"])
+    done = subprocess.run(argv, input=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return f"exit code {done.returncode}\n{done.stdout.decode()}"
+
+
+@once_in_ci
+def test_promtool_has_nothing_to_say(app):
+    app.deploy("1.0")
+    configure(app, "[hooks]\npost_activate = false\n")
+    app.deploy("2.0", check=5)
+    configure(app, name=NAMES[1])
+    with locked(app):
+        app.run("pin", "1.0", check=75)
+    data = b"".join(path.read_bytes() for path in sorted(textfiles(app).iterdir())[:1])
+    assert b"deploy_step_duration_seconds" in data
+    for path in textfiles(app).iterdir():
+        assert promtool("metrics", path.read_bytes()) == "exit code 0\n"
+    assert promtool("metrics", data.replace(b" gauge", b" gouge")) != "exit code 0\n"
+
+
+@once_in_ci
+def test_promtool_takes_the_rules_of_the_page():
+    page = next(topic.text for topic in deploy.TOPICS if topic.name == "monitoring")
+    rules = re.search(r"(?m)^    groups:\n(?:    .*\n)+", page).group()
+    assert "SUCCESS: 3 rules found" in promtool("rules", re.sub("(?m)^    ", "", rules).encode("ascii"))
+    used = set(re.findall(r"deploy_\w+", rules))
+    assert used and used <= {name for name, _, _ in deploy.METRICS}
