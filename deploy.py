@@ -6161,7 +6161,9 @@ class Conversation:
         except socket.timeout:
             result = self._late()
         except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
-            result = self._failure(f"{self.stage}: {_network_reason(error)}")
+            # smtplib makes a time-out an error of its own.
+            late = time.monotonic() >= self._ends_seconds
+            result = self._late() if late else self._failure(f"{self.stage}: {_network_reason(error)}")
         finally:
             if self.socket is not None:
                 self.socket.close()
