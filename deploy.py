@@ -9207,8 +9207,9 @@ auth_file:
   mounts, and no rename crosses them. The root must exist. A log file outside
   has its directory added. What hooks write elsewhere, and what else they need,
   goes into a drop-in: `systemctl edit deploy-shop.service`.
-- The auth_file of [probe:NAME] is handed over as a credential of that NAME,
-  which goes before the file itself; hooks are not told where it lies.
+- The key file of [probe:NAME] or [notify:NAME] is handed over as a credential
+  of that NAME, which goes before the file itself; hooks are not told where it
+  lies.
 - Hooks run in the same sandbox: no sudo, no setuid files, no new namespaces.
   What they or a `command` of a service leave running ends with the unit: let
   `unit` restart services.
@@ -9238,7 +9239,7 @@ an exit code. Nobody is told anything under a configuration that is refused.
 `deploy_APPLICATION.prom` is replaced there after each run, for the textfile
 collector of Prometheus' node_exporter (--collector.textfile.directory). Every
 metric has the label `app`. A run that was mistyped or found another at work is
-only counted. Under systemd the directory needs a ReadWritePaths= of its own.
+only counted.
 
 {{metrics}}
 
@@ -10950,6 +10951,11 @@ def check_settings(settings: Settings) -> None:
         problem = check_notifier(notifier)
         if problem:
             raise settings.wrong(f"notify:{name}", problem)
+    names = [section.partition(":")[2] for section, _ in private_paths(settings)]
+    for section, _ in private_paths(settings):
+        if names.count(section.partition(":")[2]) > 1:
+            # Or one of them would send to its peer what was meant for the other's.
+            raise settings.wrong(section, "shares its name, and so the credential of that name, with another section; rename one")
     services_in_order(settings)
 
 

@@ -424,6 +424,17 @@ def test_every_kind_that_can_be_chosen_is_there():
     assert deploy.find_option("notify:x", "type").kind.split("|") == list(deploy.NOTIFIERS)
 
 
+def test_a_credential_is_the_token_of_one_section_only(app, receive, tmp_path):
+    receiver, credentials = receive(), tmp_path / "credentials"
+    credentials.mkdir()
+    private(credentials / "n0", CANARY)
+    configure(app, f"url = {receiver.url}\ntoken_file=/nonexistent")
+    assert app.run("deploy", app.artifact("1.0"), env={"CREDENTIALS_DIRECTORY": str(credentials)}, check=0).data["warnings"] == []
+    assert receiver.posts[0]["headers"]["Authorization"] == f"Bearer {CANARY}"
+    configure(app, f"url = {receiver.url}\ntoken_file=/nonexistent", before="[probe:n0]\nurl = http://127.0.0.1:1/\nauth_file = /nonexistent")
+    assert "[notify:n0] shares its name" in app.run("deploy", app.artifact("1.1"), check=2).data["error"]["message"]
+
+
 @as_root
 def test_under_a_configuration_that_is_not_believed_nobody_is_told(app, receive, tmp_path):
     receiver, page = receive(), fake_command(tmp_path, "page")
