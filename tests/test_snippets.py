@@ -76,7 +76,7 @@ def command_lines(text: str) -> List[str]:
     joined = re.sub(r"\\\n\s*", "", text)
     lines = [line for line in joined.splitlines() if line.startswith("$ ")] if text.startswith("$ ") else joined.splitlines()
     return [found.group(1) for line in lines for found in [re.search(r"(?<![\w.-])deploy\.py (?!\|)([^)|>]*)", line)]
-            if found and not re.search(r"install .*deploy\.py|python\S* (tests/|deploy\.py$)", line)]
+            if found and not re.search(r"^Description=|install .*deploy\.py|python\S* (tests/|deploy\.py$)", line)]
 
 
 def test_the_blocks_of_a_text_are_found() -> None:
@@ -109,23 +109,22 @@ def test_a_configuration_is_understood(snippet: Snippet, tmp_path: Path) -> None
     assert settings.given
 
 
+def unit_files(text: str) -> Dict[str, str]:
+    """The files of a block of units: each begins by a comment with its path, or it is the one service."""
+    parts = re.split(r"(?m)^# /[\w/]+/([\w.-]+)$", text)
+    return dict(zip(parts[1::2], parts[2::2])) if len(parts) > 1 else {"deploy-shop.service": text}
+
+
 @once_in_ci
 @all_of("unit")
 def test_systemd_understands_a_unit(snippet: Snippet, tmp_path: Path) -> None:
-    """With the real program in its place, as verify looks for it; a timer's service stands beside it."""
-    suffix = next((suffix for suffix in ("timer", "path") if f"[{suffix.title()}]" in snippet.text), "service")
-    for other in [found for found in SNIPPETS if kind_of(found) == "unit" and "[Service]" in found.text]:
-        write_unit(tmp_path / "deploy-shop.service", other.text)
-    unit = write_unit(tmp_path / f"deploy-shop.{suffix}", snippet.text)
-    run = subprocess.run([needs("systemd-analyze"), "verify", "--man=no", str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         env={"PATH": os.environ["PATH"], "SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"})
-    assert run.returncode == 0 and str(unit).encode() not in run.stdout, run.stdout.decode()
-
-
-def write_unit(path: Path, text: str) -> Path:
-    """Write a unit that runs this deploy.py."""
-    path.write_text(text.replace("/usr/local/sbin/deploy.py", str(DEPLOY)) + "\n")
-    return path
+    """With the real program in its place, as verify looks for it."""
+    for name, text in unit_files(snippet.text).items():
+        (tmp_path / name).write_text(text.replace("/usr/local/sbin/deploy.py", str(DEPLOY)))
+    run = subprocess.run(
+        [needs("systemd-analyze"), "verify", "--man=no", *map(str, tmp_path.iterdir())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={"PATH": os.environ["PATH"], "SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"})
+    assert run.returncode == 0 and str(tmp_path).encode() not in run.stdout, run.stdout.decode()
 
 
 @all_of("json")
