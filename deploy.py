@@ -1987,7 +1987,7 @@ FLAGS = (
     Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
     Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
     Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
-    Flag(("--command",), "run this command", ("probe",), "COMMAND", {"dest": "probe_command"}),
+    Flag(("--command",), "run this program, with its arguments", ("probe",), "PROGRAM", {"dest": "probe_command"}),
     Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat", ("probe",), "KEY=VALUE",
          {"action": "append"}),
     Flag(("--wait",), "try until it is well, at most this long; default: one try", ("probe",), "DURATION"),
@@ -8706,7 +8706,7 @@ class Completable(NamedTuple):
 def completables() -> List[Completable]:
     """List every flag and argument of the tables."""
     words = {
-        "RELEASE": ("current", "previous", "latest"), "SHELL": SHELLS,
+        "RELEASE": ("current", "previous", "latest"), "SHELL": SHELLS, "COMMAND": tuple(dict(COMMAND_HELP)),
         "TOPIC": (*(topic.name for topic in TOPICS), *dict(COMMAND_HELP)),
         "KEY=VALUE": [f"{option.key}=".replace("*=", "") for option in OPTIONS if option.section == "probe:*"],
         "SECTION.KEY=VALUE": [f"{option.section}.{option.key}=".replace("*=", "")
@@ -9412,7 +9412,8 @@ def short_codes(codes: Iterable[int]) -> str:
 
 
 # Where a command's reference is more than its row among the commands.
-TOPIC_OF_COMMAND = {"probe": "probes", "recover": "files", "prune": "files", "config": "configuration", "pack": "configuration"}
+TOPIC_OF_COMMAND = {"probe": "probes", "recover": "files", "prune": "files", "config": "configuration",
+                    "pack": "configuration", "unit": "systemd"}
 
 OVERVIEW = """\
 usage: deploy.py [global options] COMMAND [options]
@@ -9455,10 +9456,11 @@ def completion_cases() -> str:
     values, arguments = {}, {}  # type: Dict[str, List[str]], Dict[str, List[str]]
     for item in items:
         if item.names and item.metavar:
-            values.setdefault(item.offer, []).extend(item.names)
+            where = item.commands or ("*",)
+            values.setdefault(item.offer, []).extend(f"{command}:{name}" for command in where for name in item.names)
         elif item.metavar:
             arguments.setdefault(item.offer, []).extend(f"{name}:*" for name in item.commands)
-    lines = ["    case $previous in"]
+    lines = ["    case $command:$previous in"]
     lines += [f"        {'|'.join(names)}) {f'_deploy_py_{offer}; ' if offer else ''}return ;;" for offer, names in values.items()]
     lines += ["    esac", "    case $command:$word in"]
     for command, _ in COMMAND_HELP:
@@ -9507,13 +9509,15 @@ def completion(shell: str) -> str:
 
 SHELLS = ("bash", "zsh", "fish")
 
-# The same in bash and zsh: which command is it, and what may stand here.  Bash hands over `a=b` as three words.
+# The same in bash and zsh: which command is it, and what may stand here.  Bash hands over `a=b` as three words;
+# behind `unit` stands another command.
 COMPLETION_BODY = """\
     for item in "${before[@]}"; do
         if [[ $item == = ]]; then skip=1; continue; fi
         if [[ -n $skip ]]; then skip=""; continue; fi
         case $item in
             @TAKING@) skip=1 ;;
+            unit) command=unit ;;
             @COMMANDS@) command=$item; break ;;
         esac
     done
@@ -9570,7 +9574,7 @@ function __deploy_py_in
             set skip 1
         else if contains -- $word @COMMANDS@
             set command $word
-            break
+            test $word = unit; or break
         end
     end
     contains -- $command $argv
