@@ -76,6 +76,12 @@ def test_the_readme_has_a_place_for_every_page_of_help_and_no_other() -> None:
     assert sorted(re.findall(r"<!-- /topic ([\w-]+) -->", readme())) == names
 
 
+def test_every_link_within_the_readme_leads_to_a_heading() -> None:
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"(?m)^#+ (.*)$", readme())}
+    links = set(re.findall(r"\]\(#([^)]*)\)", readme()))
+    assert links and links <= anchors
+
+
 def first_steps() -> List[Tuple[str, str]]:
     """Each command line of the first steps, and what the README says it shows."""
     section = readme().split("## From nothing to a first rollback")[1].split("\n## ")[0]

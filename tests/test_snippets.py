@@ -1,10 +1,9 @@
-"""Every snippet of the README (and so of `deploy.py help TOPIC`) is one that its reader understands: deploy.py, systemd, cron, json.
+"""Every snippet of the README (and so of `deploy.py help TOPIC`) is one that its reader understands: deploy.py, systemd, cron.
 
 Each block has one kind, told by how it begins; a block of a kind that is not
 listed here fails, so that no snippet goes untested by accident.
 """
 
-import json
 import os
 import re
 import shlex
@@ -33,7 +32,6 @@ KINDS = (
     ("transcript", r"\$ "),
     ("ini", rf"\[({SECTIONS})(:\w+)?\]$"),
     ("unit", r"\[(Unit|Service|Timer|Path|Install)\]$"),
-    ("json", r"[{]"),
     ("crontab", r"([*/0-9,-]+ ){5}\w+ |[A-Z]+=\S*$"),
     ("commands", r"(sudo |\w+=\S+ )*((/[\w/]+/|\./)?deploy\.py |make |install |\(cd |eval |systemctl |journalctl )"),
     ("tree", r"/srv/\w+/ +root$"),
@@ -126,11 +124,6 @@ def test_systemd_understands_a_unit(snippet: Snippet, tmp_path: Path) -> None:
         [needs("systemd-analyze"), "verify", "--man=no", *map(str, tmp_path.iterdir())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={"PATH": os.environ["PATH"], "SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"})
     assert run.returncode == 0 and str(tmp_path).encode() not in run.stdout, run.stdout.decode()
-
-
-@all_of("json")
-def test_json_is_json(snippet: Snippet) -> None:
-    assert [json.loads(line) for line in snippet.text.splitlines()] if "\n{" in snippet.text else json.loads(snippet.text)
 
 
 @all_of("crontab")
