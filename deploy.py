@@ -1137,7 +1137,23 @@ def started_by() -> str:
         return "systemd"
     if environment("SSH_CONNECTION"):
         return "ssh"
-    return "terminal" if sys.stdin is not None and sys.stdin.isatty() else "script"
+    if sys.stdin is not None and sys.stdin.isatty():
+        return "terminal"
+    return "cron" if {"cron", "crond"} & set(_ancestors()) else "script"
+
+
+def _ancestors() -> Iterator[str]:
+    """Name the parent process, its parent, and so on."""
+    pid = os.getppid()
+    while pid > 0:
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+                # PID (NAME) STATE PARENT ...; a name may hold anything.
+                before, _, after = stream.read(4096).rpartition(")")
+        except OSError:
+            return
+        yield before.partition("(")[2]
+        pid = int(after.split()[1])
 
 
 def process_is_alive(pid: int) -> bool:
@@ -1984,6 +2000,8 @@ FLAGS = (
          "", {"action": "store_true"}),
     Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already",
          ("deploy", "stage", "activate", "rollback", "preflight"), "", {"action": "store_true"}),
+    Flag(("--splay",), "wait first, this host's own share of DURATION: always the same, evenly spread over hosts",
+         ("deploy", "stage", "activate", "rollback", "prune", "recover"), "DURATION"),
     Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
     Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
     Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
@@ -9220,11 +9238,28 @@ auth_file:
   Preflight warns of a unit that is failed already. The unit that deploy.py
   itself runs in is never restarted."""),
     Topic("cron", "run by cron, silent when nothing changed", """\
-    */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q deploy /var/lib/artifacts/shop.tar.gz
+A line for /etc/cron.d. cron mails whatever is printed:
+
+    MAILTO=ops@example.com
+    */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q deploy --splay 10m /var/lib/artifacts/shop.tar.gz
 
 `-q` prints nothing when nothing changed and nothing is wrong, and one block on
-stderr otherwise. PATH is extended by the system directories that cron leaves
-out."""),
+stderr otherwise, with every step, its time and the way back.
+
+`--splay 10m` (for every command that writes) waits first: a share of ten
+minutes that host name and application alone decide, so that hosts which begin
+at the same minute are spread evenly, and each comes at the same time every
+time. Nothing is locked meanwhile, and a SIGTERM ends it with nothing changed;
+`-n` tells the share and does not wait.
+
+    $ deploy.py -c /etc/deploy/shop.ini -n prune --splay 10m
+    would wait 3m27s of --splay 10m
+    nothing to do
+
+The short PATH and the all but empty environment of cron are enough: programs
+are looked up in PATH and then in /usr/local/sbin, /usr/local/bin, /usr/sbin,
+/usr/bin, /sbin and /bin. A run that finds another one at work exits with 75 at
+once, and cron mails that; `--wait-lock 5m` waits for it instead."""),
     Topic("monitoring", "metrics for Prometheus, and notifications when a run ends", """\
 Metrics and notifications tell how a run ended that may have changed something
 (deploy, stage, activate, rollback, prune, pin, unpin, recover; no dry run),
@@ -9790,6 +9825,32 @@ def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
         call.console.result("should anything fail after activation:")
         for step in plan.way_back:
             call.console.result(f"      {step.name:<20} {step.describe()}")
+
+
+def share_of(host: str, application: str) -> float:
+    """Give a host its share, 0 to 1: a hash of its name and the application's, evenly spread, the same every time."""
+    digest = hashlib.sha256(f"{host} {application}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2 ** 64
+
+
+def splay(call: Invocation) -> None:
+    """Wait this host's share of --splay, so that a fleet does not begin at once; nothing is locked, and a signal ends it."""
+    text, host = call.flags.splay, os.uname().nodename
+    try:
+        seconds = parse_duration(text) * share_of(host, application_name(call.settings) if call.root else "")
+    except ValueError as error:
+        raise UsageError(f"--splay {text!r}: {error}", "for example --splay 5m")
+    said = f"{'would wait' if call.dry_run else 'waiting'} {format_seconds(seconds)} of --splay {text}"
+    call.console.say(said)
+    call.console.working(said, seconds)
+    progress, ends_seconds = call.console.progress("splay", round(seconds)), time.monotonic() + seconds
+    try:
+        while time.monotonic() < ends_seconds and not call.dry_run:
+            left_seconds = ends_seconds - time.monotonic()
+            progress.update(round(seconds - left_seconds), format_seconds(left_seconds))
+            pause(call.session, min(WATCH_SECONDS, left_seconds))
+    finally:
+        progress.close()
 
 
 # -- commands that change what is live ----------------------------------------
@@ -11053,6 +11114,8 @@ def guarded(call: Invocation) -> int:
             check_settings(call.settings)
         check_believed(call.flags, call.settings)
         call.is_believed = True
+        if call.flags.splay:
+            splay(call)
         COMMANDS[call.flags.command](call)
     except DeployError as error:
         if call.flags.debug:
