@@ -87,23 +87,39 @@ if __name__ == "__main__" and not sys.flags.isolated:
         if entry.startswith((sys.base_prefix + "/lib", sys.base_exec_prefix + "/lib"))
         and entry != _here and "-packages" not in entry]
 
-import binascii
-import errno
-import fcntl
-import hashlib
-import itertools
-import json
-import os
-import re
-import signal
-import stat
-import time
-import zlib
-from collections import deque
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
-                    Optional, Sequence, Set, Tuple, Type, Union)
+INCOMPLETE = "this Python's standard library is not whole"
+INSTALL = "install all of it (Debian, Ubuntu: apt-get install python3)"
+_stderr, sys.stderr = sys.stderr, None  # hashlib would show a traceback for each hash that it has not got
+try:
+    import binascii
+    import errno
+    import fcntl
+    import hashlib
+    import itertools
+    import json
+    import os
+    import re
+    import signal
+    import stat
+    import time
+    import zlib
+    from collections import deque
+    from contextlib import ExitStack, contextmanager
+    from types import SimpleNamespace
+    from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
+                        Optional, Sequence, Set, Tuple, Type, Union)
+    if not hasattr(hashlib, "sha256"):
+        raise ImportError("hashlib has no sha256")
+except ImportError as _error:
+    if _stderr:
+        _stderr.write(f"deploy.py: error: {INCOMPLETE}: {_error}; {INSTALL}\n")
+    if "--json" in sys.argv:
+        _text = f'"{INCOMPLETE}: {_error}"'
+        sys.stdout.write(f'{{"ok": false, "changed": false, "failed": true, "exit_code": 2, "msg": {_text}, '
+                         f'"error": {{"message": {_text}, "hint": "{INSTALL}"}}}}\n')
+    sys.exit(2)
+finally:
+    sys.stderr = _stderr
 
 # Dated shims, 2026: 3.6 has no os.scandir(fd), no subprocess text= and no
 # dataclasses; what follows does without them rather than wrapping them.
@@ -132,7 +148,7 @@ EXIT_BUSY = 75
 EXIT_CODES = (
     (EXIT_OK, "done, or nothing to do"),
     (EXIT_FAILED, "failed before activation (a hook, a step, the disk); `current` is as before"),
-    (EXIT_USAGE, "usage or configuration; nothing was changed"),
+    (EXIT_USAGE, "usage, configuration, or a Python without a module that is needed; nothing was changed"),
     (EXIT_PREFLIGHT, "preflight failed; nothing was changed"),
     (EXIT_ARTIFACT, "artifact refused: missing, checksum, unsafe or damaged archive, known bad"),
     (EXIT_ROLLED_BACK, "failed after activation and rolled back; the previous release is live again"),
@@ -220,6 +236,13 @@ class UsageError(DeployError):
     exit_code = EXIT_USAGE
 
 
+class Incomplete(UsageError):
+    """A module of the standard library is missing, or a library that it is linked to."""
+
+    def __init__(self, error: ImportError) -> None:
+        super().__init__(f"{INCOMPLETE}: {error}", INSTALL)
+
+
 class PreflightFailed(DeployError):
     """The host is not fit for what was asked; nothing was changed."""
 
@@ -258,6 +281,10 @@ class Busy(DeployError):
     """Another run holds the lock."""
 
     exit_code = EXIT_BUSY
+
+
+# What may stop any work without being a defect of this program.
+FAILURES = (DeployError, OSError, ImportError)
 
 
 class Interrupted(DeployError):
@@ -4777,6 +4804,9 @@ class ArchiveSource:
 
 def check_limits(artifact: OpenArtifact, limits: Any) -> None:
     """Refuse at once what would be refused later anyway."""
+    if artifact.format in DECODERS:
+        # For the modules and programs that it will need; nothing is decoded yet.
+        DECODERS[artifact.format](artifact, iter(()))
     if 0 < limits.max_artifact < artifact.size_bytes:
         raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than [limits] max_artifact allows",
                               "raise [limits] max_artifact if that is right")
@@ -6145,6 +6175,7 @@ class Conversation:
 
     def start(self) -> None:
         """Begin, and do not wait; where there can be no thread, that is the result."""
+        import socket  # noqa: F401  where it is missing, the caller shall learn it, and not the thread
         try:
             self._worker = Worker(self._talk_safely)
         except RuntimeError as error:
@@ -6265,6 +6296,8 @@ class NetworkTry(Conversation, Try):
 
 def _network_reason(error: Exception) -> str:
     import socket
+    if isinstance(error, ImportError):
+        return f"{INCOMPLETE}: {error}; {INSTALL}"
     if isinstance(error, socket.gaierror):
         return f"the host name cannot be resolved: {error.strerror}"
     if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
@@ -6739,6 +6772,8 @@ class Observer:
             return facts._replace(artifact=self._observe_artifact(facts))
         except (ArtifactRefused, UsageError) as error:
             return facts._replace(refusal=error)
+        except ImportError as error:
+            return facts._replace(refusal=ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL))
 
     def _in_use(self, request: Request) -> Set[str]:
         # Going through /proc costs more than all the rest; only what prunes needs it.
@@ -6883,11 +6918,19 @@ def _all_of(problems: List[Tuple[str, str]], fine: str) -> Finding:
     return _ok(fine)
 
 
+# What steps import when they need it, the way back included.
+LATER_MODULES = ("queue", "random", "select", "shlex", "shutil", "socket", "struct", "subprocess", "threading")
+
+
 def check_runtime(survey: Survey) -> Finding:
-    """Which host, Python, user and working directory this is."""
+    """Which host, Python, user and working directory this is, and whether that Python has what will be imported later."""
+    from importlib.util import find_spec
     python = ".".join(str(part) for part in sys.version_info[:3])
     detail = f"{os.uname().nodename}, Python {python}, user {user_name()}"
     survey.session.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
+    lacking = [name for name in LATER_MODULES if find_spec(name) is None]
+    if lacking:
+        return "fail", f"{INCOMPLETE}: no {', '.join(lacking)}", INSTALL
     return _ok(detail)
 
 
@@ -8160,13 +8203,13 @@ class Executor:
             self.run.session.interrupts.check()
             self._well = True
             self._commit()
-        except (DeployError, OSError) as error:
+        except FAILURES as error:
             self.run.session.interrupts.close()
             self.interrupted = isinstance(error, Interrupted)
             if self.interrupted:
                 self.console.working(str(error), 0.0, "STOPPING=1")
-            # A disk that refuses this program's own notes says nothing against the release.
-            self._well = self._well or isinstance(error, OSError)
+            # A disk that refuses this program's own notes, or a module it lacks, says nothing against the release.
+            self._well = self._well or isinstance(error, (OSError, ImportError))
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
         except Exception as error:  # a defect of this program must not leave a release live that nobody asked
             self.run.session.interrupts.close()
@@ -8217,7 +8260,7 @@ class Executor:
         except Interrupted:
             self._note(step, "failed", started_seconds, "interrupted")
             raise
-        except (DeployError, OSError) as error:
+        except FAILURES as error:
             detail = step_error(error, step.name).message
             self._note(step, "failed", started_seconds, detail)
             if not step.optional:
@@ -8328,7 +8371,7 @@ class Executor:
         for step in reversed(self._done):
             try:
                 step.undo(self.run)
-            except (DeployError, OSError) as undo_error:
+            except FAILURES as undo_error:
                 problems.append(f"{step.name}: {step_error(undo_error, step.name).message}")
         self._mark_undone({step.name for step in self._done}, before=len(self.outcome.steps))
         if problems:
@@ -8389,7 +8432,7 @@ class Executor:
         for step in plan.way_back:
             try:
                 self._take(step)
-            except (DeployError, OSError) as back_error:
+            except FAILURES as back_error:
                 problems.append(step_error(back_error, step.name).message)
                 if isinstance(step, Switch):
                     break
@@ -8458,6 +8501,8 @@ def step_error(error: Exception, step: str) -> DeployError:
     """Turn what a step raised into an error a person can act on."""
     if isinstance(error, DeployError):
         return error
+    if isinstance(error, ImportError):
+        return Incomplete(error)
     if not isinstance(error, OSError):
         raise error
     hints = {errno.ENOSPC: "free some space (deploy.py prune), then run again",
@@ -10518,7 +10563,7 @@ def live_release(call: Invocation) -> Tuple[str, str]:
         with preview(call) as store:
             release = store.current().release if store else None
             record = store.records()[0].get(release) if store and release else None
-    except (DeployError, OSError):
+    except FAILURES:
         return "", ""
     return portable(release or ""), record.sha256 if record else ""
 
@@ -11122,7 +11167,7 @@ def guarded(call: Invocation) -> int:
             call.console.traceback()
         outcome.error = error
         return error.exit_code
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if call.flags.debug:
             call.console.traceback()
         outcome.error = step_error(error, call.flags.command)
@@ -11153,11 +11198,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         if call is not None:
             report(call, exit_code, time.monotonic() - started_seconds)
         return exit_code
-    except DeployError as error:
+    except (DeployError, ImportError) as error:
         if "--debug" in argv:
             console.traceback()
-        console.error(error.message, error.hint)
-        failure = error
+        failure = step_error(error, "")
+        console.error(failure.message, failure.hint)
     except HelpAsked as asked:
         console.raw_result(str(asked))
         if console.json_mode:

@@ -10,14 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from support import DEPLOY, Result, checked, compiled, missing, needs
 
 # What is written in C and has libraries of its own.
 LINKED = ("_bz2", "_ctypes", "_hashlib", "_lzma", "_ssl", "zlib")
 UNKNOWN_UID = 12345
+# Where an image has the standard library once more, for a library of links to lead to.
+WHOLE = "/whole"
 
 
 class Python(NamedTuple):
@@ -40,6 +43,27 @@ class Python(NamedTuple):
         return sorted(set(re.findall(r"^\t(?:\S+ => )?(/\S+) \(", listed, re.MULTILINE)))
 
 
+def library_without(directory: Path, python: Python, patterns: Sequence[str], whole: str = "") -> Path:
+    """A standard library of links to an interpreter's own, less the files that match; `whole` is where the links lead."""
+    top = directory / "lib" / os.path.basename(python.library)
+    for real in (Path(python.library), Path(python.library, "lib-dynload")):
+        here = top / real.relative_to(python.library)
+        here.mkdir(parents=True)
+        for path in real.iterdir():
+            if not path.name.endswith(("lib-dynload", "-packages")) and not any(fnmatch(path.name, pattern) for pattern in patterns):
+                (here / path.name).symlink_to(Path(whole or python.library) / path.relative_to(python.library))
+    return top
+
+
+def python_without(directory: Path, python: Python, *patterns: str) -> str:
+    """An interpreter whose standard library lacks what matches."""
+    library_without(directory, python, patterns)
+    path = directory / "bin" / "python3"
+    path.parent.mkdir()
+    shutil.copy(python.path, str(path))
+    return str(path)
+
+
 class Image:
     """A directory tree to be the whole world of a process; `volume` is its /srv, and belongs to `uid`."""
 
@@ -54,11 +78,11 @@ class Image:
         self.program = "/deploy.pyc" if is_own else "/deploy.py"
         self._add(compiled() if is_own else str(DEPLOY), self.program)
         self._mounts = [(self.top, "/", "bind,ro"), (library or Path(python.library), python.library, "bind,ro"),
-                        (self.volume, "/srv", "bind")]
+                        (Path(python.library), WHOLE, "bind,ro"), (self.volume, "/srv", "bind")]
         for device in ("/dev/null", "/dev/urandom"):
             self._add("/dev/null", device)
             self._mounts.append((Path(device), device, "bind"))
-        for name in (python.library, "/srv"):
+        for name in (python.library, WHOLE, "/srv"):
             self.inside(name).mkdir(parents=True, exist_ok=True)
         self._keeper = None  # type: Any
 

@@ -1,16 +1,20 @@
 """deploy.py in images that hold little more than Python, and in Pythons that are not whole."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Sequence
 
 import pytest
 
-from images import UNKNOWN_UID, Image, Python
-from support import missing, once_in_ci, wait_until
+from images import UNKNOWN_UID, WHOLE, Image, Python, library_without, python_without
+from support import (App, Result, Server, clean_environment, compiled, make_artifact, missing, needs, once_in_ci,
+                     wait_until)
 
 OWN, DEBIAN = sys.executable, "/usr/bin/python3"
 NOT_UTF8 = b"caf\xe9.txt"
@@ -157,7 +161,10 @@ def test_a_life_in_an_image_that_holds_nothing_but_python(tmp_path: Path) -> Non
     live_a_life(tmp_path, OWN, UNKNOWN_UID)
 
 
-@(once_in_ci if sys.version_info >= (3, 7) else lambda test: test)
+once_or_oldest = once_in_ci if sys.version_info >= (3, 7) else (lambda test: test)
+
+
+@once_or_oldest
 def test_a_life_as_root_in_an_image_that_holds_nothing_but_python(tmp_path: Path) -> None:
     live_a_life(tmp_path, OWN, 0)
 
@@ -175,3 +182,121 @@ def test_without_proc_nobody_elses_pidfile_chooses_what_root_signals(tmp_path: P
         inside.run("-c", "/srv/deploy.ini", "probe", check=0)
         os.chown(str(inside.volume / "web.pid"), UNKNOWN_UID, UNKNOWN_UID)
         assert "belongs to uid 12345, process" in inside.run("-c", "/srv/deploy.ini", "probe", check=7).data["msg"]
+
+
+# -- Pythons that are not whole -------------------------------------------------
+
+HASHES = ("_hashlib.*", "_sha*", "_md5*", "_blake2*", "_sha2*")
+TOLD = "this Python's standard library is not whole: "
+WHAT_TO_INSTALL = "install all of it (Debian, Ubuntu: apt-get install python3)"
+
+
+def run_without(directory: Path, patterns: Sequence[str], *args: Any) -> Result:
+    """Run deploy.py by an interpreter that lacks some modules."""
+    lame = python_without(directory / "python", Python.of(sys.executable), *patterns)
+    argv = [lame, compiled(), *map(str, args)]
+    done = subprocess.run(argv, env=clean_environment(), cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    return Result(argv, done.returncode, done.stdout, done.stderr, None)
+
+
+@pytest.mark.parametrize("pattern, args", [
+    ("json", ("status",)), ("typing.py", ("--version",)), ("contextlib.py", ("help",)), ("zlib.*", ("status",)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_missing_module_is_told_in_one_line(tmp_path: Path, pattern: str, args: Sequence[str]) -> None:
+    name = pattern.partition(".")[0]
+    result = run_without(tmp_path, [pattern], *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"deploy.py: error: {TOLD}No module named '{name}'; {WHAT_TO_INSTALL}\n"
+
+
+def test_a_missing_module_is_told_as_json_without_the_json_module(tmp_path: Path) -> None:
+    result = run_without(tmp_path, ["json"], "--json", "status")
+    told = json.loads(result.stdout)
+    assert result.exit_code == told["exit_code"] == 2 and told["failed"] and not told["changed"]
+    assert told["msg"] == told["error"]["message"] == TOLD + "No module named 'json'"
+
+
+def test_a_hashlib_without_the_one_hash_is_told_in_one_line(tmp_path: Path) -> None:
+    if {"_sha256", "_sha2"} & set(sys.builtin_module_names):
+        pytest.skip("this Python has SHA-256 built in")
+    result = run_without(tmp_path, HASHES, "status")
+    assert result.exit_code == 2
+    assert result.stderr == f"deploy.py: error: {TOLD}hashlib has no sha256; {WHAT_TO_INSTALL}\n"
+
+
+@pytest.mark.parametrize("pattern, args", [
+    ("argparse.py", ("status",)), ("configparser.py", ("-c", "deploy.ini", "status")), ("socket.py", ("probe", "--tcp", "127.0.0.1:1")),
+    ("difflib.py", ("statsu",)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_module_that_is_missed_later_is_an_error_like_any_other(tmp_path: Path, pattern: str, args: Sequence[str]) -> None:
+    (tmp_path / "deploy.ini").write_text("[deploy]\nroot = root\n")
+    args = [str(tmp_path / arg) if arg == "deploy.ini" else arg for arg in args]
+    result = run_without(tmp_path, [pattern], *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.match(rf"deploy.py: error: {TOLD}No module named '{pattern.replace('.py', '')}'\nhint: {re.escape(WHAT_TO_INSTALL)}\n\Z",
+                    result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("pattern", ["bz2.py", "_bz2.*"])
+def test_an_artifact_that_this_python_cannot_read_is_refused(tmp_path: Path, app: App, pattern: str) -> None:
+    artifact = app.artifact("1.0", suffix=".tar.bz2")
+    result = run_without(tmp_path, [pattern], "--root", app.root, "deploy", artifact)
+    assert result.exit_code == 4
+    assert f"{TOLD}No module named '{pattern.partition('.')[0]}'\nhint: {WHAT_TO_INSTALL}\n" in result.stderr
+    assert "Traceback" not in result.stderr and app.releases() == []
+
+
+def test_https_without_ssl_is_an_answer_that_is_not_well(tmp_path: Path, server: Server) -> None:
+    result = run_without(tmp_path, ["ssl.py"], "probe", "--url", f"https://127.0.0.1:{server.port}/")
+    assert result.exit_code == 7 and f"{TOLD}No module named 'ssl'; {WHAT_TO_INSTALL}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_deployment_needs_neither_ctypes_nor_ssl_nor_http(tmp_path: Path, app: App) -> None:
+    patterns = ["ctypes", "_ctypes.*", "ssl.py", "_ssl.*", "http", "logging", "bz2.py", "lzma.py", "email", "urllib"]
+    result = run_without(tmp_path, patterns, "--root", app.root, "deploy", app.artifact("1.0"))
+    assert result.exit_code == 0 and app.version == "1.0", result.describe()
+
+
+def test_preflight_misses_what_the_way_back_would_need(tmp_path: Path, app: App) -> None:
+    app.deploy("1.0")
+    result = run_without(tmp_path, ["random.py", "queue.py"], "-c", app.config, "deploy", app.artifact("1.1"))
+    assert result.exit_code == 3 and f"{TOLD}no queue, random\nhint: {WHAT_TO_INSTALL}\n" in result.stderr
+    assert app.version == "1.0" and len(app.releases()) == 1
+
+
+def test_a_module_that_is_missed_after_activation_leads_back(tmp_path: Path, app: App) -> None:
+    app.deploy("1.0")
+    app.configure("[hooks]\npost_activate = true\n")
+    result = run_without(tmp_path, ["_posixsubprocess.*"], "-c", app.config, "deploy", app.artifact("1.1"))
+    assert result.exit_code == 5 and f"{TOLD}No module named '_posixsubprocess'; rolled back" in result.stderr
+    assert app.version == "1.0" and app.leftovers() == [] and "Traceback" not in result.stderr
+    assert app.run("deploy", app.artifact("1.1"), check=0).data["changed"], "it is not called bad"
+
+
+@once_in_ci
+def test_lzma_is_missed_where_there_is_no_xz_either(tmp_path: Path) -> None:
+    python = Python.of(OWN)
+    library = library_without(tmp_path / "python", python, ["lzma.py"], WHOLE)
+    with image(tmp_path / "image", OWN, 0, library=library) as inside:
+        make_artifact(inside.volume, "1.0", suffix=".tar.xz")
+        result = inside.run("--root", "/srv/app", "deploy", "/srv/myapp-1.0.tar.xz", json=False)
+    assert result.exit_code == 4 and f"{TOLD}No module named 'lzma'\nhint: {WHAT_TO_INSTALL}" in result.stderr
+    assert not (inside.volume / "app" / "releases").exists() or not os.listdir(str(inside.volume / "app" / "releases"))
+
+
+@once_in_ci
+def test_debians_minimal_python_is_told_what_it_lacks(tmp_path: Path) -> None:
+    python = Python.of(DEBIAN)
+    packages = [f"{prefix}{os.path.basename(python.library)}-minimal" for prefix in ("", "lib")]
+    listed = subprocess.check_output([needs("dpkg"), "-L", *packages]).decode().splitlines()
+    for name in listed:
+        if name.startswith(python.library + "/") and os.path.isfile(name):
+            target = tmp_path / "minimal" / os.path.relpath(name, python.library)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(name, str(target))
+    with image(tmp_path / "image", DEBIAN, UNKNOWN_UID, library=tmp_path / "minimal") as inside:
+        result = inside.run("status", json=False)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"deploy.py: error: {TOLD}No module named 'json'; {WHAT_TO_INSTALL}\n"
