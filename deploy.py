@@ -845,6 +845,8 @@ def render_timeline(timings: Sequence[Tuple[str, float]], *, unicode: bool) -> L
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# What opening and reading say of a link, a directory, a device or something far too large in a file's place.
+NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.EFBIG)
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -2407,6 +2409,8 @@ class Record(NamedTuple):
         _check_ids("the record", record.id, record.previous)
         if record.state not in STATES:
             raise ValueError(f"the record has the unknown state {record.state!r}")
+        if not all(isinstance(record.tree.get(key, 0), int) for key in ("files", "bytes", "manifest_bytes", "tree_bytes")):
+            raise ValueError("the record has no proper 'tree'")
         return record
 
 
@@ -2452,6 +2456,8 @@ class Journal(NamedTuple):
         _check_ids("the journal", journal.to_release, journal.from_release)
         if journal.phase not in PHASES:
             raise ValueError(f"the journal has the unknown phase {journal.phase!r}")
+        if not all(isinstance(step, dict) and {"name", "description"} <= set(step) for step in journal.plan):
+            raise ValueError("the journal has no proper 'plan'")
         return journal
 
 
@@ -2676,9 +2682,7 @@ class Store:
             path = f".deploy/{name}".rstrip("/")
             try:
                 directory = self.optional(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                    raise
+            except StateError:
                 continue  # for the filesystem check to tell
             found = os.fstat(directory.descriptor) if directory else None
             if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
@@ -2696,9 +2700,14 @@ class Store:
         self.root.close()
 
     def directory(self, path: str) -> Directory:
-        """Return a directory below the root, opened once; FileNotFoundError where there is none."""
+        """Return a directory below the root, opened once; FileNotFoundError where there is none, StateError for what is none."""
         if path not in self._open:
-            self._open[path] = self.root.walk_to(path)
+            try:
+                self._open[path] = self.root.walk_to(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise StateError(f"{self.path}/{path} is not a directory", "move it out of the way, or back where it was")
         return self._open[path]
 
     def optional(self, path: str) -> Optional[Directory]:
@@ -2969,12 +2978,18 @@ class Store:
         """
         directory = self.optional(".deploy")
         try:
-            descriptor = os.open("history.jsonl", _READ_FLAGS, dir_fd=directory.descriptor) if directory else -1
+            source = directory.stream("history.jsonl") if directory else None
         except FileNotFoundError:
+            source = None
+        except OSError as error:
+            if error.errno not in NOT_A_FILE:
+                raise
+            # No StateError: unlike a damaged line, this stops a recovery.
+            raise PreflightFailed(f"{self.path}/.deploy/history.jsonl is not a regular file",
+                                  "move it back; or move it and history.head away, which the next entry will note")
+        if source is None:
             return []
-        if descriptor < 0:
-            return []
-        with os.fdopen(descriptor, "rb") as stream:
+        with source as stream:
             position, data = stream.seek(0, os.SEEK_END), b""
             while position > 0 and (not newest or data.count(b"\n") <= newest):
                 start = max(0, position - (1 << 16) if newest else 0)
@@ -3048,14 +3063,14 @@ class Store:
         except (ValueError, KeyError, TypeError):
             return None
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EINVAL, errno.EFBIG):
+            if error.errno not in NOT_A_FILE:
                 raise  # it may well be whole, and would be told as lost for ever
             return None
 
     def _cut_torn_line(self, directory: Directory) -> bool:
         """Take away a line that a crash cut off before its newline."""
         found = directory.status("history.jsonl")
-        if not found or not found.st_size:
+        if not found or not found.st_size or not stat.S_ISREG(found.st_mode):
             return False
         descriptor = os.open("history.jsonl", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor)
         try:
@@ -7918,7 +7933,7 @@ def select_release(facts: Facts, text: str) -> Record:
         raise StateError(f"there is no release {text!r} among those that can be read: {'; '.join(unreadable)}",
                          "restore the file from a backup, or name another release")
     raise UsageError(f"there is no release {text!r}",
-                     f"the releases are {', '.join(names[:10])}" if names else "nothing was staged yet")
+                     f"the releases are {', '.join(names[:10])}" if names else "none is there: deploy an artifact")
 
 
 def _select_by_role(facts: Facts, role: str, there: Dict[str, Record]) -> Record:
@@ -9691,6 +9706,11 @@ class Invocation:
         root = os.path.realpath(self.settings.deploy.root)
         if root == "/" or escape(root) != root:
             raise UsageError(f"{root!r} cannot be a root", "name the application's own directory: --root DIR")
+        for found in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
+            above = root[:found.start()]
+            if os.path.isdir(f"{above}/.deploy"):
+                # ROOT/current as well: what is written there would change a release.
+                raise UsageError(f"{root} cannot be a root: it lies inside another one", f"perhaps --root {above} is meant")
         return root
 
     def request(self) -> Request:
@@ -9719,12 +9739,15 @@ def existing(call: Invocation) -> Store:
 
 @contextmanager
 def reading(call: Invocation) -> Iterator[Store]:
-    """Open the root for looking; UsageError where there is none."""
+    """Open the root for looking; UsageError where there is none, ProblemFound for a state that is not as it was left."""
     with preview(call) as store:
         if store is None:
             raise UsageError(f"the root {call.root} does not exist",
                              "name another with --root DIR, or deploy something first")
-        yield store
+        try:
+            yield store
+        except PreflightFailed as error:
+            raise ProblemFound(error.message, error.hint)
 
 
 @contextmanager
@@ -10049,12 +10072,9 @@ def command_verify(call: Invocation) -> None:
     """Hash a release again and compare it with its manifest."""
     with reading(call) as store:
         facts = Observer(call.session, store, call.deploy_id).observe(call.request(), locked=False)
-        try:
-            release = select_release(facts, call.flags.release or "current")
-            call.outcome.release = release.id
-            found = check_release(call.session, store, release)
-        except StateError as error:
-            raise ProblemFound(error.message, error.hint)
+        release = select_release(facts, call.flags.release or "current")
+        call.outcome.release = release.id
+        found = check_release(call.session, store, release)
     call.outcome.extra["differences"] = {word: [portable(path) for path in paths] for word, paths in found.lists()}
     for word, names in found.lists():
         for name in names:
@@ -10136,7 +10156,7 @@ def command_status(call: Invocation) -> None:
         facts = Observer(call.session, store, call.deploy_id).observe(Request("status"), locked=False)
         try:
             last = next(iter(store.history(1)), None)
-        except StateError as error:
+        except PreflightFailed as error:
             last = None
             facts.state_problems.append(error.message)
         current, previous = facts.release(facts.current.release or ""), rollback_target(facts, facts.current.release)
@@ -10171,9 +10191,11 @@ def state_problems(facts: Facts, manifests: Dict[str, str]) -> List[Tuple[str, s
     live = facts.current.release
     for record in facts.records.values():
         settled = not facts.current.problem and facts.holder is None and not facts.journal
-        if record.state == STATE_ACTIVE and record.id != live and record.id in facts.on_disk and settled:
-            problems.append((f"{record.id} should be live, but current " + (f"points to {live}" if live else "is missing"),
-                             facts.command_line(f"activate {record.id}")))
+        if record.state == STATE_ACTIVE and record.id != live and settled:
+            there = record.id in facts.on_disk
+            problems.append((f"{record.id} should be live, but " + (f"current points to {live}" if live else "current is missing")
+                             + ("" if there else ", and its files are gone"), facts.command_line(
+                                 f"activate {record.id}" if there else "recover")))
         elif record.id == live and record.failure and settled:
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}", facts.command_line("rollback")))
     if live and live not in facts.records:
@@ -10223,10 +10245,7 @@ def command_history(call: Invocation) -> None:
         if call.flags.verify:
             verify_history(call, store)
             return
-        try:
-            entries = store.history(flag_number("--limit", call.flags.limit))
-        except StateError as error:
-            raise ProblemFound(error.message, error.hint)
+        entries = store.history(flag_number("--limit", call.flags.limit))
     call.outcome.extra["history"] = [entry.to_json() for entry in entries]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in entries]
@@ -10260,10 +10279,7 @@ def verify_history(call: Invocation, store: Store) -> None:
 def command_show(call: Invocation) -> None:
     """Show one deployment with its timeline, and the evidence where it failed."""
     with reading(call) as store:
-        try:
-            entries = store.history()
-        except StateError as error:
-            raise ProblemFound(error.message, error.hint)
+        entries = store.history()
     text = call.flags.id
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)] or \

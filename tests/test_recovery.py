@@ -14,7 +14,7 @@ import pytest
 from crash_scenarios import KILL, killed
 from crashes import (Saved, content, find_call, inconsistencies, kill_at, known_calls, record_calls, recover_and_judge,
                      script, strace, unchanged_part)
-from support import App, Result
+from support import App, Result, load_deploy
 
 
 def journal(app: App) -> Dict[str, Any]:
@@ -445,6 +445,21 @@ def test_a_release_whose_record_cannot_be_read_is_not_said_to_be_missing(live: A
     assert path.name in error["message"] and error["hint"] and live.version == "1.1"
 
 
+@pytest.mark.parametrize("path,key,value", [
+    ("releases/{release}.json", "tree", {"bytes": "many"}), ("releases/{release}.json", "tree", {"manifest_bytes": []}),
+    ("journal.json", "plan", [1]), ("journal.json", "plan", [{"name": "x"}])], ids=str)
+def test_what_was_edited_by_hand_and_sealed_again_is_no_traceback(live: App, path: str, key: str, value: Any) -> None:
+    live.configure(f"[hooks]\npost_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure()
+    edited = live.root / ".deploy" / path.format(release=live.current)
+    data = dict(json.loads(edited.read_text()), **{key: value})
+    edited.write_text(json.dumps(load_deploy().seal(data)))
+    for words in (["status"], ["releases"], ["recover"], ["-n", "recover"], ["rollback"]):
+        result = live.run(*words)
+        assert result.exit_code in (3, 7) and "proper" in result.stderr or words == ["releases"] and result.exit_code == 0, result.describe()
+
+
 def test_a_recovery_that_had_something_to_do_tells_the_damaged_record_as_well(live: App) -> None:
     live.deploy("1.1")
     path = live.root / ".deploy" / "releases" / f"{live.releases()[0]}.json"
@@ -498,3 +513,29 @@ def test_a_history_line_too_deep_to_be_read_stops_nothing(live: App, command: st
     result = live.run(command, *([live.artifact("1.2")] if command == "deploy" else []))
     assert result.exit_code == 0 and "Traceback" not in result.stderr, result.describe()
     assert live.run("history", "--verify").exit_code == 7
+
+
+INSTEAD = {"a directory": lambda path: path.mkdir(), "a link": lambda path: path.symlink_to("elsewhere"),
+           "a fifo": lambda path: os.mkfifo(str(path)), "a file": lambda path: path.write_text("")}  # type: Dict[str, Callable[[Any], Any]]
+
+
+@pytest.mark.parametrize("name,what", [
+    (".deploy/history.jsonl", "a directory"), (".deploy/history.jsonl", "a link"), (".deploy/history.jsonl", "a fifo"),
+    (".deploy", "a link"), ("releases", "a file"), (".deploy/manifests", "a file")])
+def test_something_else_in_the_place_of_the_state_is_named_and_refused(live: App, name: str, what: str) -> None:
+    path = live.root / name
+    path.rename(live.directory / "away")
+    INSTEAD[what](path)
+    before = unchanged_part(live.root)
+    artifact = live.artifact("1.1")
+    for words in (["status"], ["history"], ["show", "1"], ["verify"], ["recover"], ["deploy", artifact], ["pin", "1.0"]):
+        result = live.run(*words, timeout=20)
+        if result.exit_code == 0 and words[0] in ("status", "history", "show", "verify"):
+            continue  # it did not need it
+        assert result.exit_code == (7 if words[0] in ("status", "history", "show", "verify") else 3), result.describe()
+        assert path.name in result.data["error"]["message"] and str(live.root) in result.data["error"]["message"], result.describe()
+    assert unchanged_part(live.root) == before
+    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    (live.directory / "away").rename(path)
+    live.run("history", "--verify", check=0)
+    assert recover_and_judge(live, ["1.0"]) == []

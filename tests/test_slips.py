@@ -1,6 +1,7 @@
 """Slips of a tired operator, each of which once had a surprising answer."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import List
 
 import pytest
 
-from support import DEPLOY, App, clean_environment, deploy_argv, make_tree, needs, run_deploy, write_checksum
+from support import DEPLOY, App, clean_environment, deploy_argv, make_tree, needs, run_deploy, snapshot, write_checksum
 
 
 def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> None:
@@ -54,6 +55,35 @@ def test_status_tells_that_the_link_is_gone_or_was_moved_by_hand(app: App) -> No
     assert first in error["message"] and f"activate {second}" in error["hint"]
     app.run("activate", second, check=0)
     app.run("status", check=0)
+
+
+def test_status_tells_that_link_and_release_are_gone_together(app: App) -> None:
+    release = app.deploy("1.0").data["release"]
+    shutil.rmtree(str(app.root / "releases" / release))
+    (app.root / "current").unlink()
+    error = app.run("status", check=7).data["error"]
+    assert f"{release} should be live" in error["message"] and "files are gone" in error["message"]
+    app.run(error["hint"].split()[-1], check=0)
+    app.run("status", check=0)
+    app.deploy("1.0")
+
+
+@pytest.mark.parametrize("place", ["current", "releases", ".deploy", ".deploy/staging", "current/lib", "linked/current", "releases/new"])
+@pytest.mark.parametrize("command", ["deploy", "status"])
+def test_no_root_lies_inside_another(command: str, place: str, app: App) -> None:
+    app.deploy("1.0")
+    (app.root / "linked").symlink_to(".")
+    before = snapshot(app.root)
+    artifact = [app.artifact("1.1")] if command == "deploy" else []
+    error = run_deploy(command, *artifact, root=app.root / place, check=2).data["error"]
+    assert "inside another" in error["message"] and error["hint"].split("--root ")[1].split()[0] == str(app.root)
+    assert snapshot(app.root) == before
+
+
+def test_a_root_below_a_directory_called_releases_is_like_any_other(tmp_path: Path) -> None:
+    app = App(tmp_path / "releases" / "app")
+    app.deploy("1.0")
+    assert app.version == "1.0"
 
 
 def test_what_verify_finds_is_mended_by_what_it_hints(app: App) -> None:
