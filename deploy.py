@@ -9096,6 +9096,10 @@ new ones, not a digest written down earlier.
 An archive whose files all lie under one top directory keeps it, as `tar` does;
 `strip_components = 1` drops it (a leading `./` does not count).
 
+`pack` gives every file mode 0644 or 0755, whoever packs and under whatever
+umask. It warns of files that only their owner could read: what is secret
+belongs into `shared/`.
+
 ### Permissions and trust
 
 deploy.py can do whatever the user can who runs it, and so can whoever may
@@ -9251,7 +9255,8 @@ After a crash, a `kill -9` or a power cut, `current` is the old or the new
 release, complete. The next command that writes, or `deploy.py recover`,
 finishes or undoes the rest: what had not been activated is undone; what had is
 taken up where it stopped (a hook that had ended is not run again, services are
-restarted and probed), then kept or rolled back. After two recoveries that
+restarted and probed), then kept or rolled back. What was planned and is not
+configured any more is named in a warning. After two recoveries that
 failed, a person decides: `deploy.py recover --to RELEASE`, which verifies the
 release, makes it live and closes what was under way. It also replaces a
 `current` that leads to a release which is gone; one that is a directory, or
