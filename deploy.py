@@ -201,6 +201,7 @@ MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RECOVERIES = 2
 MAX_DEPTH = 64
+MAX_JUDGED_PATHS = 1000
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
 MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
@@ -1222,21 +1223,27 @@ def trust_problems(path: str) -> Dict[str, Tuple[str, str]]:
     the effective user and not be writable by group or others (a sticky
     directory such as /tmp may be).  Returns {path: (problem, hint)}.
     """
-    problems = {}
-    # The path as it is written and the path it leads to: a symlink on the way can be swapped as well.
-    for here in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
-        while here != "/":
+    problems, seen = {}, set()  # type: Dict[str, Tuple[str, str]], Set[str]
+    # The path as it is written, the path it leads to, and where each symlink on the way points: any of them can be swapped.
+    pending = [os.path.realpath(path), os.path.abspath(path)]
+    while pending:
+        whole = here = pending.pop()
+        while here not in seen and here != "/":
+            seen.add(here)
             problem = _writable_by_others(here)
             if problem:
                 problems[here] = problem
-            here = os.path.dirname(here)
+            directory = os.path.dirname(here)
+            if os.path.islink(here) and len(seen) < MAX_JUDGED_PATHS:
+                pending.append(os.path.normpath(os.path.join(os.path.realpath(directory), os.readlink(here)) + whole[len(here):]))
+            here = directory
     return problems
 
 
 def _writable_by_others(path: str) -> Optional[Tuple[str, str]]:
     try:
         found = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None  # others see to it that it is there
     mode = stat.S_IMODE(found.st_mode)
     if found.st_uid not in (0, os.geteuid()):
@@ -1286,6 +1293,20 @@ def command_path() -> str:
     """Return PATH with the system directories that cron and systemd leave out."""
     present = environment("PATH").split(":") if environment("PATH") else []
     return ":".join(present + [entry for entry in EXTRA_PATH.split(":") if entry not in present])
+
+
+def program_places(name: str, directory: str, path: str) -> List[str]:
+    """List where starting a program in `directory` looks for it, up to the first place where it is.
+
+    A bare name is looked for in `path`, whose relative entries start from the
+    directory as well; what comes before the right place could be put there.
+    """
+    places = []  # type: List[str]
+    for entry in path.split(":") if "/" not in name else [""]:
+        places.append(os.path.join(directory, entry, name))
+        if os.path.isfile(places[-1]) and os.access(places[-1], os.X_OK):
+            break
+    return places
 
 
 def find_command(name: str, directory: str = "") -> Optional[str]:
@@ -5618,6 +5639,70 @@ def run_hook(session: Session, name: str, context: Context) -> List[CommandResul
     return results
 
 
+class Program(NamedTuple):
+    """A program that is run under the rules for hooks, and whether that is in the root, in a release or, as it comes, in either."""
+
+    where: str
+    name: str
+    in_root: bool
+    in_release: bool
+
+
+def programs(settings: Settings) -> List[Program]:
+    """List what the configuration has run under the rules for hooks."""
+    found = [Program(f"[hooks] {hook}", argv[0], hook == "pre_stage", hook != "pre_stage")
+             for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
+    found += [Program(f"[service:{name}] command", service.command[0], False, True)
+              for name, service in sorted(settings.service.items()) if service.command]
+    found += [Program(f"[probe:{name}] command", probe.command[0], probe.when != "after", True)
+              for name, probe in sorted(settings.probe.items()) if probe.command]
+    return found + [Program(f"[notify:{name}] command", notifier.command[0], True, True)
+                    for name, notifier in sorted(settings.notify.items()) if notifier.command]
+
+
+def hook_path(settings: Settings) -> str:
+    """Return the PATH in which hooks and commands are looked for."""
+    return native(settings.env.get("PATH") or command_path())
+
+
+def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Dict[str, Tuple[str, str]]:
+    """Find what others could change on the way to a program that root is to run: {path: (problem, hint)}.
+
+    Under run_as a program gets no more rights than its user has.
+    """
+    if settings.hooks.run_as:
+        return {}
+    found = {}  # type: Dict[str, Tuple[str, str]]
+    for place in program_places(native(program), directory, hook_path(settings)):
+        found.update(trust_problems(place))
+    return {path: (f"{problem}, on the way to {program} of {where}",
+                   f"{hint}; or [hooks] run_as = USER, so that root does not run it") for path, (problem, hint) in found.items()}
+
+
+def accepting(settings: Settings, paths: Iterable[str]) -> str:
+    """Write the words of a shell that accept the risk of these paths, and of those accepted so far."""
+    words = [*settings.preflight.accept_risk, *paths]
+    if len(words) == 1:
+        return spell(["--set", f"preflight.accept_risk={words[0]}"])
+    return f"--set preflight.accept_risk=\"$(printf '%s\\n' {spell(words)})\""
+
+
+def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]], directory: str) -> None:
+    """Raise StepFailed where root would run a program in `directory` that others could have written.
+
+    Also looked at just before: a release may hold links that only a hook has made.
+    """
+    if os.geteuid() != 0:
+        return
+    found = {}  # type: Dict[str, Tuple[str, str]]
+    for where, program in what:
+        found.update(foreign_program(settings, where, program, directory))
+    refused = {path: found[path] for path in found if path not in settings.preflight.accept_risk}
+    for problem, hint in refused.values():
+        raise StepFailed(f"what root would run could have been written by others: {problem}",
+                         f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
+
+
 class Call(NamedTuple):
     """One operator's command under the rules for hooks: user, environment, directory, time limit."""
 
@@ -5628,7 +5713,8 @@ class Call(NamedTuple):
     timeout_seconds: float
 
     def start(self, argv: Sequence[str], extra: Dict[str, str], on_line: Callable[[str], None]) -> CommandResult:
-        """Run it to its end, however it ends."""
+        """Run it to its end, however it ends; StepFailed where root must not run it."""
+        refuse_foreign_programs(self.session.settings, [(self.what, argv[0])], self.directory)
         return run_command([native(word) for word in argv], on_line=on_line, directory=self.directory,
                            environ=child_environment(self.session, self.context, extra),
                            timeout_seconds=self.timeout_seconds, run_as=self.session.settings.hooks.run_as,
@@ -6507,7 +6593,7 @@ class CommandTry(Try):
 
         try:
             result = call.start(self.probe.command, {"DEPLOY_HOOK": f"probe:{self.probe.name}"}, keep)
-        except UsageError as error:
+        except (UsageError, StepFailed) as error:
             return Answer(False, error.message, {})
         # Nothing was read of a command that could not be started; its tail says why.
         text = "\n".join(lines or result.tail)
@@ -6962,8 +7048,8 @@ def check_configuration(survey: Survey) -> Finding:
     settings = survey.settings
     problems = unreadable_keys("probe", settings.probe, PROBE_KEY_FILES)
     for name, probe in sorted(settings.probe.items()):
-        program = probe.command[0] if probe.command else "/"
-        if ("/" not in program or program.startswith("/")) and program != "/" and not find_command(program):
+        program = probe.command[0] if probe.command else ""
+        if probe.command and not may_be_run(settings, program):
             problems.append((f"[probe:{name}] command: {program} is not found or not executable", f"install {program}"))
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)
@@ -7015,22 +7101,30 @@ def check_trust(survey: Survey) -> Finding:
     if private and stat.S_IMODE(private.st_mode) & 0o077:
         path = f"{survey.facts.root}/.deploy"
         problems.append((f"{path} is open to others (mode {stat.S_IMODE(private.st_mode):04o})", f"chmod 0700 {path}"))
+    releases = f"{survey.facts.root}/releases"
+    for path, (problem, hint) in trust_problems(releases).items():
+        if path == releases and path not in refused:
+            # Nothing in there is run by root: what could be changed after it was verified is the application's own risk.
+            accepted.setdefault(path, (f"{problem}: a release could be changed after it was verified", hint))
     status, detail, hint = _all_of(problems or list(accepted.values()), "what is believed belongs to us alone")
     doubtful = status == "fail" and (os.geteuid() != 0 or not problems)
     return "warn" if doubtful else status, detail, hint
 
 
-def untrusted(settings: Settings) -> Tuple[Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]]:
+def untrusted(settings: Settings, *, files_only: bool = False
+              ) -> Tuple[Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]]:
     """Find what somebody else could have changed: what is refused, and what the operator accepts.
 
     Both are {path: (problem, hint)}.  A configuration that others may write
-    cannot accept its own risk.
+    cannot accept its own risk.  `files_only` looks at the configuration alone.
     """
     own, others = {}, {}  # type: Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]
     for path in settings.files:
         own.update(trust_problems(path))
-    for path in believed_paths(settings):
+    for path in [] if files_only else believed_paths(settings):
         others.update(trust_problems(path))
+    for where, program, directory in [] if files_only else believed_programs(settings):
+        others = dict(foreign_program(settings, where, program, directory), **others)
     by_file = settings.origin("preflight", "accept_risk") in settings.files
     accepted = {path for path in settings.preflight.accept_risk if not by_file or path not in own}
     found = dict(own, **others)
@@ -7039,20 +7133,34 @@ def untrusted(settings: Settings) -> Tuple[Dict[str, Tuple[str, str]], Dict[str,
 
 
 def believed_paths(settings: Settings) -> List[str]:
-    """List the files that this program runs or acts on beside its configuration, and the root."""
+    """List the files that this program acts on beside its configuration, and the root."""
     paths = [settings.deploy.root] if settings.deploy.root else []
-    commands = [argv for name in HOOK_NAMES for argv in getattr(settings.hooks, name)]
-    for sections in (settings.service, settings.probe, settings.notify):
-        commands += [section.command for section in sections.values() if section.command]
-    for argv in commands if not settings.hooks.run_as else []:
-        # What is relative comes with the release; under run_as a program gets no more rights than its user has.
-        found = argv[0] if argv[0].startswith("/") else None if "/" in argv[0] else find_command(argv[0])
-        paths += [found] if found else []
     for probe in settings.probe.values():
         paths += key_files(probe, PROBE_KEY_FILES)
     for notifier in settings.notify.values():
         paths += key_files(notifier, NOTIFY_KEY_FILES)
+    if any(service.unit for service in settings.service.values()):
+        paths += program_places("systemctl", "/", command_path())
     return paths
+
+
+def believed_programs(settings: Settings) -> List[Tuple[str, str, str]]:
+    """List (where it is configured, program, directory to look from) for every place that is known before the run.
+
+    What comes with the release is looked for in the one that is live, to which
+    a run may go back, and on the way to the one that is not there yet.
+    """
+    root = os.path.realpath(settings.deploy.root)
+    coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
+    releases, found = [coming] + [live] * os.path.isdir(live), []
+    for program in programs(settings):
+        found += [(program.where, program.name, directory)
+                  for directory in [root] * program.in_root + releases * program.in_release]
+        for place in program_places(native(program.name), coming, hook_path(settings)):
+            inside = os.path.relpath(place, coming)
+            found += [(program.where, f"{root}/shared/{inside}", "/")
+                      for path in settings.deploy.shared_dirs + settings.deploy.shared_files if (inside + "/").startswith(path + "/")]
+    return found
 
 
 def check_root(survey: Survey) -> Finding:
@@ -7341,6 +7449,8 @@ def check_probes_before(survey: Survey) -> Finding:
 
 def check_services(survey: Survey) -> Finding:
     """Every service is known to its manager; one that has failed already is named."""
+    if os.geteuid() == 0 and untrusted(survey.settings)[0]:
+        return _skip("not asked: somebody else could have written what is believed")
     services = [make_service(survey.session, name) for name in services_in_order(survey.settings)]
     problems = [problem for problem in (service.problem() for service in services) if problem]
     failed = [word for word in (service.ailing() for service in services) if word] if not problems else []
@@ -7772,6 +7882,8 @@ class VerifyRelease(Step):
         """StepFailed names what was changed or is missing; added files only give a warning."""
         differences = check_release(run.session, run.store, run.facts.records[self.release])
         problem = problems_of(differences)
+        refuse_foreign_programs(run.settings, [(program.where, program.name) for program in programs(run.settings)
+                                               if program.in_release], run.store.release_path(self.release))
         if problem:
             raise StepFailed(f"{self.release} is not what was staged: {problem}",
                              f"see all of it: {run.settings.command_line(f'verify {self.release}')}; "
@@ -9103,17 +9215,34 @@ belongs into `shared/`.
 ### Permissions and trust
 
 deploy.py can do whatever the user can who runs it, and so can whoever may
-write what it believes. So as root its configuration, the root directory, the
-programs of hooks, services, probes and notifiers (unless `run_as` is set), key
-files, and every directory above them must belong to root and not be writable
-by group or others: anything else is refused (exit 3) with the command that
-mends it. `[preflight] accept_risk` names paths for which that is meant,
+write what it believes. So as root each of these, and every directory and
+symlink on the way to it, must belong to root and not be writable by group or
+others; anything else is refused (exit 3) with the command that mends it:
+
+- the configuration and the root directory;
+- the key files and certificates of probes and notifiers;
+- the programs of hooks, services, probes and notifiers, and systemctl: where
+  PATH finds them (`[env] PATH` goes before the caller's), with the directories
+  that PATH names before. A program that comes with the release needs a `releases/` of
+  root's, one that leads into `shared/` (`shared_dirs = bin`, `../../shared/x`)
+  that place as well. It is looked at once more just before it is run: a hook
+  may have made links, or given the release away. `run_as` ends all this but
+  systemctl: what runs as somebody else gets no more than he has.
+
+Where root runs nothing of it, `shared/` and the releases may belong to the
+application's user; a `releases/` that does is a warning, since a release could
+be changed after it was verified. What the arguments of a program name
+(`python3 /opt/x.py`) is not looked at.
+
+`[preflight] accept_risk` names paths for which another owner or mode is meant,
 such as a root that belongs to the application's user; for the configuration
-itself only `--set` and the environment count. `.deploy/` is 0700. Releases are
-made under umask 022 whatever the caller's is. Values of keys and variables
-that look secret (password, token, key, ...), URL userinfo and query strings,
-and Authorization headers are masked in all output, logs, records and the
-history.
+itself only `--set` and the environment count. A `[log]` file that a
+configuration of others names is not opened.
+
+`.deploy/` is 0700. Releases are made under umask 022 whatever the caller's is.
+Values of keys and variables that look secret (password, token, key, ...), URL
+userinfo and query strings, and Authorization headers are masked in all output,
+logs, records and the history.
 
 {{options}}"""),
     Topic("exit-codes", "what the exit code promises, how errors read, the object of --json", """\
@@ -10779,10 +10908,12 @@ class Command(Notifier):
         extra = {"DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": note.event, "DEPLOY_TEXT": self.text}
         self._running, self._problem = None, ""  # type: Optional[NotifyCommand], str
         try:
+            directory = working_directory(note.context)
+            refuse_foreign_programs(session.settings, [(f"[notify:{settings.name}]", settings.command[0])], directory)
             # Here and not in the thread: a process that has other threads should not be forked.
             self._running = NotifyCommand(
                 [native(word) for word in settings.command], child_environment(session, note.context, extra),
-                working_directory(note.context), session.settings.hooks.run_as, session.console.secrets.mask)
+                directory, session.settings.hooks.run_as, session.console.secrets.mask)
         except Exception as error:  # whatever keeps a program from starting
             self._problem = f"cannot start {settings.command[0]}: {_network_reason(error)}"
 
@@ -11067,9 +11198,8 @@ def check_believed(flags: Any, settings: Settings) -> None:
     if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight", "unit"):
         refused = untrusted(settings)[0]
         for problem, hint in refused.values():
-            accept = spell(["--set", "preflight.accept_risk=" + "\n".join([*settings.preflight.accept_risk, *refused])])
             raise PreflightFailed(f"what root acts on could have been written by others: {problem}",
-                                  f"{hint}; or accept the risk, for every such path: {accept}")
+                                  f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
 
 
 def check_settings(settings: Settings) -> None:
@@ -11134,8 +11264,16 @@ def learn_sent(url: str, key_file: str, secrets: Secrets) -> None:
 
 
 def open_log(settings: Settings, console: Console) -> None:
-    """Open everything that [log] names; UsageError when a file cannot be opened."""
+    """Open everything that [log] names; UsageError when a file cannot be opened.
+
+    As root not what a configuration names that others could have written:
+    lines at the end of a file of their choice may be all they need.
+    """
     as_json = settings.log.format == "json"
+    for key in ("file", "syslog") if os.geteuid() == 0 and untrusted(settings, files_only=True)[0] else ():
+        if settings.origin("log", key) in settings.files:
+            console.warn(f"[log] {key} is not used: others could have written the configuration that names it")
+            setattr(settings.log, key, "")
     if settings.log.file:
         console.add_sink(LogFile(settings.log.file, as_json=as_json))
     if settings.log.syslog:

@@ -17,7 +17,7 @@ import pytest
 
 from crashes import script
 from scenes import configure
-from support import DEPLOY, App, Result, clean_environment, needs, run_deploy, snapshot
+from support import DEPLOY, App, Result, clean_environment, file, needs, run_deploy, snapshot
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NOBODY = 65534
@@ -378,6 +378,196 @@ def test_what_a_hook_is_told_to_run_is_not_judged_and_therefore_said_here(interp
     before = f"pre_stage = {trusted.paths['hook program']} --option"
     app.config.write_text(app.config.read_text().replace(before, f"pre_stage = {needs('env')} {loose}"))
     app.run("deploy", app.artifact("1.0"), check=0)
+
+
+# -- where programs come from ---------------------------------------------------
+
+def runs(app: App, text: str, files: Optional[Dict[str, Any]] = None) -> Path:
+    """Configure what is to be run, and build an artifact that brings a program `bin/tool`."""
+    configure(app, text)
+    return app.artifact("1.0", dict({"bin/tool": executable("#!/bin/sh\n")}, **files or {}))
+
+
+def executable(text: str) -> Any:
+    """A program as a file of an artifact."""
+    return file(text, 0o755)
+
+
+def refused(app: App, artifact: Path, *problems: str) -> None:
+    """A deployment is refused before anything, for these reasons; what the hint says, typed into a shell, accepts the risk."""
+    before = snapshot(app.root)
+    error = app.run("deploy", artifact, check=3).data["error"]
+    for problem in problems:
+        assert problem in error["message"] + permissions(app.run("preflight", artifact))["detail"], error
+    assert snapshot(app.root) == before
+    words = " ".join(shlex.quote(str(word)) for word in (sys.executable, DEPLOY, "-c", app.config, "-n", "deploy", artifact))
+    accept = error["hint"].rpartition("every such path: ")[2]
+    mended = subprocess.run(f"{words} {accept}", shell=True, env=clean_environment(), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
+    assert accept.startswith("--set ") and mended.returncode == 0, (accept, mended.stderr)
+
+
+@as_root
+@pytest.mark.parametrize("way", ["found there", "looked for there first", "relative in PATH"])
+def test_a_program_that_the_hooks_own_path_finds_is_judged(way: str, app: App) -> None:
+    place = app.directory / "theirs" / "bin"
+    place.mkdir(parents=True)
+    if way == "found there":
+        script(place / "tool", "exit 0")
+    else:
+        script(app.directory / "ours", "exit 0").rename(app.directory / "tool")
+    entry = place if way != "relative in PATH" else "../../theirs/bin"
+    artifact = runs(app, f"[env]\nPATH = {entry}:{app.directory}:/usr/bin:/bin\n[hooks]\npre_activate = tool\n")
+    if way == "relative in PATH":
+        (app.root / "theirs").mkdir()
+        place = app.root / "theirs"
+    app.run("-n", "deploy", artifact, check=0)
+    os.chown(str(place), NOBODY, -1)
+    refused(app, artifact, f"{place} belongs to uid {NOBODY}, on the way to tool of [hooks] pre_activate")
+
+
+@as_root
+def test_systemctl_is_judged_though_hooks_run_as_somebody_else(app: App) -> None:
+    """It is run by root all the same, and a preflight runs it as well."""
+    place = app.directory / "theirs"
+    place.mkdir()
+    script(place / "systemctl", f"touch {app.directory}/ran").chmod(0o777)
+    artifact = runs(app, "[hooks]\nrun_as = nobody\n[service:web]\nunit = web.service\n")
+    env = {"PATH": f"{place}:/usr/bin:/bin"}  # type: Dict[str, Optional[str]]
+    for words in (["deploy", artifact], ["preflight", artifact]):
+        result = app.run(*words, env=env, check=3)
+        assert f"{place}/systemctl is writable by group or others" in result.data["error"]["message"]
+    assert not (app.directory / "ran").exists()
+
+
+CLIMBING = {
+    "a shared directory": ("shared_dirs = bin\n", "bin/tool", "shared/bin"),
+    "a shared file": ("shared_files = bin/tool\n", "bin/tool", "shared/bin/tool"),
+    "through the release and out": ("shared_dirs = bin\n", "lib/../bin/tool", "shared/bin"),
+    "climbing to shared": ("", "../../shared/bin/tool", "shared/bin"),
+    "climbing to the root": ("", "../../tools/tool", "tools"),
+    "climbing to another release": ("", "../common/tool", "releases/common"),
+    "the releases": ("", "bin/tool", "releases"),
+}
+
+
+@as_root
+@pytest.mark.parametrize("name, section", [(name, "[hooks]\npost_deploy") for name in sorted(CLIMBING)] + [
+    ("a shared directory", section) for section in ("[service:s]\ncommand", "[probe:p]\nsuccesses = 1\ncommand",
+                                                  "[notify:n]\ntype = command\ncommand")])
+def test_a_relative_program_is_judged_where_it_leads(name: str, section: str, app: App) -> None:
+    deploy, program, theirs = CLIMBING[name]
+    for place in ("shared/bin", "tools", "releases/common"):
+        (app.root / place).mkdir(parents=True)
+        script(app.root / place / "tool", "exit 0")
+    artifact = runs(app, f"{deploy}{section} = {program}\n")
+    os.chown(str(app.root / theirs), NOBODY, -1)
+    refused(app, artifact, f"{app.root / theirs} belongs to uid {NOBODY}")
+    configure(app, f"{deploy}[hooks]\nrun_as = root\n{section.replace('[hooks]', '')} = {program}\n")
+    app.run("-n", "deploy", artifact, check=0)
+    configure(app, f"{deploy}{section} = {program}\n")
+    os.chown(str(app.root / theirs), 0, -1)
+    assert app.run("deploy", artifact, check=0).data["warnings"] == []
+
+
+@as_root
+def test_a_link_that_a_hook_made_is_judged_when_it_is_about_to_be_followed(app: App) -> None:
+    """Nothing before the run can know of it; the run stops before the switch, and undoes itself."""
+    (app.root / "shared" / "bin").mkdir(parents=True)
+    script(app.root / "shared" / "bin" / "more", f"touch {app.directory}/ran")
+    os.chown(str(app.root / "shared" / "bin"), NOBODY, -1)
+    artifact = runs(app, f"[hooks]\npost_stage = {needs('ln')} -s ../../shared/bin extra\npre_activate = extra/more\n")
+    error = app.run("deploy", artifact, check=1).data["error"]
+    assert f"{app.root}/shared/bin belongs to uid {NOBODY}, on the way to extra/more" in error["message"]
+    assert app.releases() == [] and not (app.directory / "ran").exists()
+    app.run("deploy", artifact, "--set", f"preflight.accept_risk={app.root}/shared/bin", check=0)
+
+
+@as_root
+@pytest.mark.parametrize("command", ["activate", "rollback", "deploy"])
+def test_a_release_that_was_given_away_runs_nothing_as_root(command: str, app: App) -> None:
+    """The programs of the live one are needed for the way back, those of another when it is to go live."""
+    runs(app, "[service:s]\ncommand = bin/tool\n")
+    for version in ("1.0", "1.1"):
+        app.run("deploy", app.artifact(version, {"bin/tool": executable("#!/bin/sh\n")}), check=0)
+    given = app.releases()[1 if command == "deploy" else 0]
+    os.chown(str(app.root / "releases" / given), NOBODY, -1)
+    words = {"activate": ["1.0"], "deploy": [app.artifact("1.2", {"bin/tool": executable("#!/bin/sh\n")})], "rollback": []}
+    result = app.run(command, *words[command], check=3 if command == "deploy" else 1)  # type: ignore
+    assert f"releases/{given} belongs to uid {NOBODY}" in result.data["error"]["message"] and app.version == "1.1"
+
+
+@as_root
+def test_what_belongs_to_the_application_is_not_minded_where_root_runs_nothing_of_it(app: App) -> None:
+    """shared/ is the application's own in every second set-up, and a hook may give it the release."""
+    (app.root / "shared" / "bin").mkdir(parents=True)
+    os.chown(str(app.root / "shared"), NOBODY, NOBODY)
+    os.chown(str(app.root / "shared" / "bin"), NOBODY, NOBODY)
+    artifact = runs(app, f"shared_dirs = bin\n[hooks]\npost_stage = {needs('chown')} -R nobody .\n"
+                         f"post_deploy = {needs('true')}\npre_activate = env bin/tool\n[service:s]\ncommand = true\n")
+    script(app.root / "shared" / "bin" / "tool", "exit 0")
+    assert app.run("deploy", artifact, check=0).data["warnings"] == []
+    assert app.run("deploy", app.artifact("1.1"), check=0).data["warnings"] == []
+    app.run("rollback", check=0)
+
+
+@as_root
+def test_releases_that_others_may_change_are_a_warning_where_root_runs_nothing_of_them(app: App) -> None:
+    app.deploy("1.0")
+    (app.root / "releases").chmod(0o777)
+    result = app.deploy("1.1")
+    assert f"{app.root}/releases is writable by group or others" in result.data["warnings"][0]
+    assert "changed after it was verified" in result.data["warnings"][0] and result.data["warnings"][1:] == []
+
+
+@as_root
+def test_a_root_of_the_applications_user_needs_one_word_of_consent(app: App) -> None:
+    """With run_as it is a sensible set-up: the risk of the root covers what stands in it."""
+    for place in ("releases", "shared", "."):
+        (app.root / place).mkdir(exist_ok=True)
+        os.chown(str(app.root / place), NOBODY, NOBODY)
+    for path in (app.directory, *app.directory.parents):
+        path.chmod(path.stat().st_mode | 0o755)
+    artifact = runs(app, "[hooks]\nrun_as = nobody\npre_activate = bin/tool\n[service:s]\ncommand = bin/tool\n")
+    app.run("deploy", artifact, check=3)
+    app.run("deploy", artifact, "--set", f"preflight.accept_risk={app.root}", check=0)
+
+
+@as_root
+@pytest.mark.parametrize("links", [1, 3])
+def test_a_link_in_the_middle_of_the_way_is_judged_as_well(links: int, app: App) -> None:
+    """Neither the path as it is written nor where it ends shows it."""
+    target = script(app.directory / "end", "exit 0")
+    for number in range(links):
+        place = app.directory / f"place{number}"
+        place.mkdir()
+        (place / "link").symlink_to(os.path.relpath(str(target), str(place)) if number % 2 else target)
+        target = place / "link"
+    (app.directory / "start").symlink_to(target)
+    artifact = runs(app, f"[hooks]\npre_stage = {app.directory}/start\n")
+    app.run("-n", "deploy", artifact, check=0)
+    (app.directory / "place0").chmod(0o777)
+    refused(app, artifact, f"{app.directory}/place0 is writable by group or others")
+
+
+@as_root
+@pytest.mark.parametrize("key", ["file = {}", "syslog = {}"])
+@pytest.mark.parametrize("command", ["status", "config", "deploy", "preflight"])
+def test_root_writes_no_log_for_a_configuration_of_others(command: str, key: str, app: App) -> None:
+    """A ./deploy.ini that somebody left, with root's .bashrc as the log file, would be enough."""
+    target = app.directory / "bashrc"
+    target.write_text("precious\n")
+    text = f"[log]\n{key.format(target)}\n"
+    left = app.directory / "left"
+    left.mkdir()
+    (left / "deploy.ini").write_text(text)
+    os.chown(str(left / "deploy.ini"), NOBODY, -1)
+    result = run_deploy(command, *([app.artifact("1.0")] if command == "deploy" else []), root=app.root, cwd=left)
+    assert target.read_text() == "precious\n" and "others could have written" in " ".join(result.data["warnings"])
+    if "file" in key:
+        run_deploy(command, *([app.artifact("1.0")] if command == "deploy" else []), "--log-file", app.directory / "mine",
+                   root=app.root, cwd=left)
+        assert target.read_text() == "precious\n" and (app.directory / "mine").exists()
 
 
 # -- the attack --------------------------------------------------------------------
