@@ -1556,18 +1556,18 @@ class Supervisor:
     UNLIMITED_SECONDS = 300.0  # what is asked for where nothing bounds the work (sync(2) on a slow disk) and no progress is told
 
     def __init__(self, address: str) -> None:
-        import socket
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
         self._bound_seconds = self.UNLIMITED_SECONDS
 
     def tell(self, status: str, bound_seconds: float, state: str) -> None:
         """Say what is being done, ask for twice the time it may take (0: the last bound anew), and add `state` (READY=1)."""
+        import socket
         self._bound_seconds = bound_seconds or self._bound_seconds
         words = [f"STATUS={status[:self.STATUS_CHARACTERS]}", f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
         try:
-            self._socket.sendto("\n".join(words).encode("utf-8", "backslashreplace"), self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto("\n".join(words).encode("utf-8", "backslashreplace"), self._address)
         except (OSError, ValueError):
             pass
 
@@ -10504,7 +10504,11 @@ def command_config(call: Invocation) -> None:
 def command_unit(call: Invocation) -> None:
     """Print a systemd service and a timer that run a command, or write them into a directory."""
     outcome, root = call.outcome, call.root
-    file, words = os.path.realpath(__file__), call.flags.words
+    file, words = absolute(__file__), call.flags.words
+    if find_command("systemd-analyze"):
+        judged = run_command(["systemd-analyze", "calendar", "--", call.flags.timer])
+        if not judged.ok:
+            raise UsageError(f"--timer {call.flags.timer!r}: {' '.join(judged.tail)}", "man systemd.time; such as daily, or Mon..Fri 02:00")
     # systemd takes no quotes, backslashes or dollars in a program's own path.
     alone = os.access(file, os.X_OK) and os.path.exists("/usr/bin/python3") and not re.search("[\"'\\\\$]", file)
     program = [file] if alone else [sys.executable, file]
@@ -11137,6 +11141,7 @@ def parse_command_line(argv: List[str]) -> Any:
 
 def inner_command(words: List[str]) -> List[str]:
     """Check the command line that a unit is to run, and make its artifact's path one that holds in any directory."""
+    words = words[words[:1] == ["--"]:]
     if words[:1] == ["unit"]:
         raise UsageError("a unit cannot run `unit`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
     artifact = parse_command_line(words).artifact
@@ -11148,20 +11153,19 @@ def hoist_repeated(argv: List[str]) -> List[str]:
     is_unit = next((word for word in argv if word in COMMANDS), "") == "unit"
     names = {name for flag in FLAGS if not flag.commands and flag.settings.get("action") == "append" for name in flag.names}
     names |= {option.flag for option in OPTIONS if option.flag and is_unit}
-    moved, rest, words = [], [], iter(split_short(argv))  # type: List[str], List[str], Iterator[str]
+    moved, rest, tail, words = [], [], [], iter(split_short(argv))  # type: List[str], List[str], List[str], Iterator[str]
     for word in words:
         if word == "--":
-            rest += moved * (not is_unit) + [word, *words]
-            break
-        if word in names:
+            tail = [word, *words]
+        elif word in names:
             moved += [word] + [value for value in [next(words, None)] if value is not None]
         elif word.partition("=")[0] in names:
             moved.append(word)
         else:
             rest.append(word)
     # Behind the name of its own command everything is that command's.
-    place = rest.index("unit") + 1 if is_unit else len(rest)
-    return rest[:place] + moved + rest[place:]
+    place = rest.index("unit") + 1 if is_unit and "unit" in rest else len(rest)
+    return rest[:place] + moved + rest[place:] + tail
 
 
 def split_short(argv: List[str]) -> List[str]:

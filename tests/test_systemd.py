@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from support import DEPLOY, load_deploy, needs, run_deploy, start_deploy, wait_until
+from support import DEPLOY, load_deploy, needs, run_deploy, start_deploy, wait_until, write_checksum
 
 deploy = load_deploy()
 # Not the bytecode that the suite runs otherwise: the unit names the file itself.
@@ -292,13 +292,28 @@ def test_hostile_names_are_quoted_as_systemd_reads_them(tmp_path):
 
 @pytest.mark.parametrize("words, told", [
     (["unit"], "no command is given"), (["unit", "deploy"], "required: ARTIFACT"), (["unit", "nonsense"], "invalid choice"),
-    (["unit", "unit", "deploy", "x"], "cannot run `unit`"), (["unit", "--timer", "a\nb", "deploy", "x"], "cannot stand in a unit file"),
+    (["unit", "unit", "deploy", "x"], "cannot run `unit`"),
     (["unit", "deploy", "x\n[Install]"], "cannot stand in a unit file"), (["unit", "deploy", "x", "--nonsense"], "unrecognized"),
     (["unit", "-o", "/nonexistent", "prune"], "ENOENT"),
 ])
 def test_what_makes_no_unit_is_refused(app, words, told):
     error = app.run(*words).data["error"]
     assert told in error["message"] and error["hint"]
+
+
+def test_a_time_that_systemd_cannot_read_is_refused(app):
+    needs("systemd-analyze")
+    for calendar in ("nonsense", "--version"):
+        assert f"--timer {calendar!r}: Failed to parse" in app.run("unit", f"--timer={calendar}", "prune", check=2).data["error"]["message"]
+
+
+def test_two_dashes_end_the_flags_with_and_without_a_unit(app):
+    artifact = app.artifact("1.0").rename(app.directory / "-1.0.tar.gz")
+    write_checksum(artifact)
+    app.run("deploy", "--", artifact.name, cwd=app.directory, check=0)
+    assert value(unit_lines(app, "deploy", "--", artifact.name, cwd=app.directory), "ExecStart").endswith(f" deploy -- {artifact}")
+    assert value(unit_lines(app, "--", "prune"), "ExecStart").endswith(f"{app.config} prune")
+    assert "unit" in run_deploy("--root", "unit", "pin", "x", cwd=app.directory, check=2).data["error"]["message"]
 
 
 def test_units_are_written_where_they_are_wanted_and_not_in_a_dry_run(app, tmp_path):

@@ -244,6 +244,35 @@ def test_a_stop_while_probing_brings_the_old_release_back(shop: Shop, host: Host
     assert "1.0" in host.run("readlink", f"/proc/{pid}/cwd").stdout
 
 
+@once_in_ci
+def test_a_notify_unit_is_started_when_the_deployment_is_done_and_not_when_it_failed(shop: Shop, host: Host) -> None:
+    shop.configure(service="action = none")
+    shop.serve()
+    for version, hook, check in (("1.0", "true", 0), ("2.0", "false", 1)):
+        shop.configure(f"[hooks]\npre_activate = {hook}\n", service="action = none")
+        service = shop.units("deploy", shop.artifact(version), drop_in="Type=notify")
+        host.run("systemctl", "start", service, check=check)
+        wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"), 20)
+        assert host.properties(service, "Result")["Result"] == ("success", "exit-code")[check]
+
+
+@once_in_ci
+def test_from_inside_the_sandbox_a_release_in_use_by_another_user_is_seen(shop: Shop, host: Host) -> None:
+    shop.configure(service="action = none")
+    shop.serve()
+    shop.deploy("1.0")
+    host.unit(f"{shop.name}-worker.service", f"[Service]\nUser=nobody\nWorkingDirectory={shop.root}/current\nExecStart=/bin/sleep 1000\n")
+    host.run("systemctl", "start", f"{shop.name}-worker.service")
+    shop.deploy("2.0")
+    shop.deploy("3.0")
+    shop.deploy("4.0")
+    host.run("systemctl", "start", shop.units("--set", "deploy.keep_releases=1", "prune").replace(".service", "-prune.service"))
+    assert [name.split("-")[1] for name in sorted(os.listdir(str(shop.root / "releases")))] == ["1.0", "3.0", "4.0"]
+    host.run("systemctl", "stop", f"{shop.name}-worker.service")
+    host.run("systemctl", "start", f"deploy-{shop.name}-prune.service")
+    assert [name.split("-")[1] for name in sorted(os.listdir(str(shop.root / "releases")))] == ["3.0", "4.0"]
+
+
 # -- a service's troubles ----------------------------------------------------------------
 
 def failure(result: Any) -> str:
