@@ -9106,10 +9106,14 @@ def unit_access(settings: Settings, argv: Sequence[str]) -> str:
 
 
 def private_paths(settings: Settings) -> List[Tuple[str, str]]:
-    """List the files with passwords and tokens as configured: (section, path)."""
-    found = [(section, given) for (section, key), given in settings.given.items()
-             if given.text and getattr(find_option(section, key), "kind", "") == "private"]
-    return [(section, absolute(os.path.join(given.directory, native(given.text)))) for section, given in sorted(found)]
+    """List the files with passwords and tokens as configured: (section, path); UsageError where one name would stand for two."""
+    found = sorted((section, absolute(os.path.join(given.directory, native(given.text)))) for (section, key), given
+                   in settings.given.items() if given.text and getattr(find_option(section, key), "kind", "") == "private")
+    names = [section.partition(":")[2] for section, _ in found]
+    for (section, path), name in zip(found, names):
+        if names.count(name) > 1:
+            raise settings.wrong(section, f"{path} and another file would be the same credential, {name}: give one section another name")
+    return found
 
 
 def unit_table(write: TableWriter) -> str:

@@ -308,12 +308,29 @@ def test_a_time_that_systemd_cannot_read_is_refused(app):
 
 
 def test_two_dashes_end_the_flags_with_and_without_a_unit(app):
-    artifact = app.artifact("1.0").rename(app.directory / "-1.0.tar.gz")
+    artifact = app.directory / "-1.0.tar.gz"
+    app.artifact("1.0").rename(artifact)
     write_checksum(artifact)
     app.run("deploy", "--", artifact.name, cwd=app.directory, check=0)
     assert value(unit_lines(app, "deploy", "--", artifact.name, cwd=app.directory), "ExecStart").endswith(f" deploy -- {artifact}")
     assert value(unit_lines(app, "--", "prune"), "ExecStart").endswith(f"{app.config} prune")
     assert "unit" in run_deploy("--root", "unit", "pin", "x", cwd=app.directory, check=2).data["error"]["message"]
+
+
+def test_two_files_cannot_be_one_credential(app):
+    section = "[{}:web]\nurl = http://127.0.0.1/\n{} = /etc/deploy/{}\n"
+    app.configure(section.format("probe", "auth_file", "a") + section.format("notify", "token_file", "b"))
+    error = app.run("unit", "prune", check=2).data["error"]
+    assert "would be the same credential, web" in error["message"] and "[notify:web]" in error["message"]
+    app.configure(section.format("probe", "auth_file", "a") + section.format("notify", "token_file", "b").replace("web", "chat"))
+    assert [line for line in unit_lines(app, "prune") if line.startswith("LoadCredential")] == [
+        "LoadCredential=chat:/etc/deploy/b", "LoadCredential=web:/etc/deploy/a"]
+
+
+def test_the_directories_that_are_written_beside_the_root_are_in_the_unit(app):
+    (app.directory / "textfiles").mkdir()
+    app.configure(f"[metrics]\ntextfile_dir = {app.directory}/textfiles\n")
+    assert value(unit_lines(app, "prune"), "ReadWritePaths") == f"{app.root} {app.directory}/textfiles"
 
 
 def test_units_are_written_where_they_are_wanted_and_not_in_a_dry_run(app, tmp_path):
