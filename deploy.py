@@ -9174,7 +9174,7 @@ further back, never to what a rollback has left. `activate` goes to any.
 Global options stand before or after the command:
 
 {{flags}}"""),
-    Topic("configuration", "the INI file and every option; checksums, archives, trust", """\
+    Topic("configuration", "where the INI file is read from, its sections and their options", """\
 INI files with `=` as the only delimiter, no interpolation and no `[DEFAULT]`;
 lists have one item a line. Precedence: command line, then the environment
 (`DEPLOY_<SECTION>_<KEY>`, such as `DEPLOY_DEPLOY_ROOT`), then files, then the
@@ -9186,6 +9186,8 @@ configuration file. `deploy.py config --example` prints a file to begin with.
 
 {{sections}}
 
+{{options}}"""),
+    Topic("artifacts", "checksums, what an archive may hold, how one is packed", """\
 ### Checksums
 
 `--sha256`, else `<artifact>.sha256`, else `SHA256SUMS` beside the artifact;
@@ -9216,8 +9218,8 @@ An archive whose files all lie under one top directory keeps it, as `tar` does;
 umask. It warns of files that only their owner could read: what is secret
 belongs into `shared/`.
 
-### Permissions and trust
-
+{{options artifact limits}}"""),
+    Topic("trust", "what root believes, and what is kept secret", """\
 deploy.py can do whatever the user can who runs it, and so can whoever may
 write what it believes. So as root each of these, and every directory and
 symlink on the way to it, must belong to root and not be writable by group or
@@ -9227,11 +9229,12 @@ others; anything else is refused (exit 3) with the command that mends it:
 - the key files and certificates of probes and notifiers;
 - the programs of hooks, services, probes and notifiers, and systemctl: where
   PATH finds them (`[env] PATH` goes before the caller's), with the directories
-  that PATH names before. A program that comes with the release needs a `releases/` of
-  root's, one that leads into `shared/` (`shared_dirs = bin`, `../../shared/x`)
-  that place as well. It is looked at once more just before it is run: a hook
-  may have made links, or given the release away. `run_as` ends all this but
-  systemctl: what runs as somebody else gets no more than he has.
+  that PATH names before. A program that comes with the release needs a
+  `releases/` of root's, one that leads into `shared/` (`shared_dirs = bin`,
+  `../../shared/x`) that place as well. It is looked at once more just before
+  it is run: a hook may have made links, or given the release away. `run_as`
+  ends all this but systemctl: what runs as somebody else gets no more than he
+  has.
 
 Where root runs nothing of it, `shared/` and the releases may belong to the
 application's user; a `releases/` that does is a warning, since a release could
@@ -9246,9 +9249,7 @@ configuration of others names is not opened.
 `.deploy/` is 0700. Releases are made under umask 022 whatever the caller's is.
 Values of keys and variables that look secret (password, token, key, ...), URL
 userinfo and query strings, and Authorization headers are masked in all output,
-logs, records and the history.
-
-{{options}}"""),
+logs, records and the history."""),
     Topic("exit-codes", "what the exit code promises, how errors read, the object of --json", """\
 {{exit-codes}}
 
@@ -9646,7 +9647,7 @@ def short_codes(codes: Iterable[int]) -> str:
 
 # Where a command's reference is more than its row among the commands.
 TOPIC_OF_COMMAND = {"probe": "probes", "recover": "files", "prune": "files", "config": "configuration",
-                    "pack": "configuration", "unit": "systemd"}
+                    "pack": "artifacts", "stage": "artifacts", "unit": "systemd"}
 
 OVERVIEW = """\
 usage: deploy.py [global options] COMMAND [options]
