@@ -801,7 +801,7 @@ class Console:
 
     def _log(self, level: str, message: str, event: Optional[Dict[str, str]] = None) -> None:
         if self._sinks:
-            message = self.clean(message)
+            message = self.clean(message).encode("utf-8", "backslashreplace").decode("utf-8")
             for sink in self._sinks:
                 sink.write(level, message, self.log_context, event or {})
 
@@ -11308,13 +11308,13 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[I
     if environment("NOTIFY_SOCKET")[:1] in ("/", "@"):
         console.supervisor = Supervisor(environment("NOTIFY_SOCKET"))
     if settings.deploy.root:
-        console.log_context["application"] = application_name(settings)
+        console.log_context["application"] = escape(application_name(settings))
     if traceparent():
         console.log_context["trace_id"] = traceparent().split("-")[1]
     if not flags.dry_run:
         open_log(settings, console)
     if environment("TRACEPARENT") and not traceparent():
-        console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')!r} is not 00-TRACE-PARENT-FLAGS (W3C trace context)")
+        console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not 00-TRACE-PARENT-FLAGS (W3C trace context)")
     call = Invocation(Session(settings, console, interrupts, child_traceparent()), flags, deploy_id)
     return guarded(call), call
 

@@ -388,6 +388,17 @@ def test_an_unknown_facility_is_refused(app: App) -> None:
     assert "local7" in app.run("status", "--set", "log.facility=mail", check=2).data["error"]["message"]
 
 
+def test_a_log_line_is_whole_whatever_the_applications_name_and_the_bytes_of_a_file_are(app: App) -> None:
+    app.config.write_text(f"[deploy]\nroot = {app.root}\napplication = my\n  {{\x85app\n[log]\nfile = {app.directory}/log\nformat = json\n")
+    name = os.fsencode(str(app.directory)) + b"/none-\xff.tar.gz"
+    subprocess.run([sys.executable, compiled(), "-c", str(app.config), "deploy", name], env=clean_environment(), stderr=subprocess.DEVNULL)
+    text = (app.directory / "log").read_bytes().decode("ascii")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["application"] for line in lines] == ["my\\x0a{\\x85app"] * len(lines)
+    # What json forgives, other readers do not: a lone surrogate is no character.
+    assert any("none-" in line["message"] for line in lines) and not re.search("[\ud800-\udfff]", "".join(map(str, lines)))
+
+
 # -- files that are moved ----------------------------------------------------------------
 
 LOGROTATE = """{log} {{

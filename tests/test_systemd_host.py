@@ -162,6 +162,23 @@ def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop
 
 
 @once_in_ci
+def test_the_units_journal_holds_the_end_of_each_step_once_and_with_its_fields(shop: Shop, host: Host) -> None:
+    shop.configure("[hooks]\npre_activate = echo from the hook")
+    shop.serve()
+    service = shop.units("deploy", shop.artifact("1.0"))
+    host.run("systemctl", "start", service)
+    host.run("journalctl", "--sync")
+    run = json.loads((shop.root / ".deploy" / "history.jsonl").read_text())
+    entries = [json.loads(line) for line in host.run("journalctl", "-u", service, "-o", "json", "--no-pager").stdout.splitlines()]
+    events = [entry for entry in entries if entry.get("DEPLOY_ID") == run["deploy_id"]]
+    assert [entry.get("DEPLOY_STEP") for entry in events] == [step["name"] for step in run["steps"]] + [None]
+    assert (events[-1]["DEPLOY_RESULT"], events[-1]["DEPLOY_APP"]) == ("deployed", shop.name)
+    told = [entry["MESSAGE"] for entry in entries]
+    assert sum("from the hook" in line for line in told) == 1 and not any(line.startswith("<") for line in told)
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in events} & {entry["SYSLOG_IDENTIFIER"] for entry in entries if "| from" in entry["MESSAGE"]}
+
+
+@once_in_ci
 def test_the_sandbox_of_the_unit_is_ok_and_the_verifier_has_nothing_to_say(shop: Shop, host: Host) -> None:
     shop.configure()
     service = host.top / "units" / shop.units("deploy", shop.directory / "incoming.tar.gz")
