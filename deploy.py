@@ -2059,6 +2059,7 @@ FLAGS = (
     Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat", ("probe",), "KEY=VALUE",
          {"action": "append"}),
     Flag(("--wait",), "try until it is well, at most this long; default: one try", ("probe",), "DURATION"),
+    Flag(("--unhealthy-exit-code",), "exit code when a probe fails, 1 to 255; default: 7", ("probe",), "N"),
     Flag(("--verify",), "check the hash chain", ("history",), "", {"action": "store_true"}),
     Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", {"default": "20"}),
     Flag(("id",), "deployment id, its prefix or number, or a release", ("show",), "ID"),
@@ -9459,6 +9460,32 @@ The short PATH and the all but empty environment of cron are enough: programs
 are looked up in PATH and then in /usr/local/sbin, /usr/local/bin, /usr/sbin,
 /usr/bin, /sbin and /bin. A run that finds another one at work exits with 75 at
 once, and cron mails that; `--wait-lock 5m` waits for it instead."""),
+    Topic("containers", "images that hold little more than Python, and health checks", """\
+Besides deploy.py an image needs Python, with its whole standard library and
+the shared libraries of both. Nothing asks for a shell, coreutils, a passwd
+file, a locale, a terminal, HOME, /tmp or /proc. A module that is missing is
+told in one line, with exit code 2.
+
+Any user will do, also one without a name: history and records then have the
+number. The root of the image may be read-only; the application's root lies on
+one volume that belongs to that user.
+
+    RUN ["python3", "-c", "import py_compile; py_compile.compile('/usr/local/sbin/deploy.py', '/usr/local/lib/deploy.pyc', doraise=True)"]
+    HEALTHCHECK CMD ["python3", "/usr/local/lib/deploy.pyc", "probe", "--url", "http://127.0.0.1:8080/", "--unhealthy-exit-code", "1"]
+
+`probe` needs no configuration for that, tries once within 3 seconds
+(`--expect timeout=1s`), and exits with 0, or with 7 unless
+`--unhealthy-exit-code` says otherwise. An address instead of a name needs no
+/etc/hosts. Compiling is most of what a start takes: compiled when the image is
+built, it takes less than half.
+
+A program is told of a new release by a signal where nothing else can restart
+it: [service:NAME] pidfile, with signal = HUP. It may not be process 1.
+
+As process 1 deploy.py heeds SIGTERM, SIGINT and SIGHUP as elsewhere: what was
+not live is undone, what was is rolled back. Without /proc nobody can know
+whether a process still runs from a release that is pruned: `prune` says so,
+and a pidfile must belong to root or to the user who runs deploy.py."""),
     Topic("monitoring", "metrics for Prometheus, and notifications when a run ends", """\
 Metrics and notifications tell how a run ended that may have changed something
 (deploy, stage, activate, rollback, prune, pin, unpin, recover; no dry run),
@@ -10241,6 +10268,9 @@ def command_probe(call: Invocation) -> None:
         probes = [settings.probe[name] for name in flags.names or sorted(settings.probe) if known_probe(settings, name)]
     if not probes:
         raise UsageError("there is no probe to run", "configure a [probe:NAME], or give --url, --tcp or --command")
+    unhealthy = flag_number("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM), "1")
+    if not 1 <= unhealthy <= 255:
+        raise UsageError(f"--unhealthy-exit-code {unhealthy}: expected 1 to 255", "for example --unhealthy-exit-code 1")
     context, live = probe_context(call)
     results = []
     for probe in probes:
@@ -10258,7 +10288,9 @@ def command_probe(call: Invocation) -> None:
     failed = [found for found in results if not found.ok and found.required]
     call.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
-        raise ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
+        found_unwell = ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
+        found_unwell.exit_code = unhealthy
+        raise found_unwell
 
 
 def flag_duration(flag: str, text: str) -> float:
@@ -10384,7 +10416,7 @@ def command_history(call: Invocation) -> None:
         if call.flags.verify:
             verify_history(call, store)
             return
-        entries = store.history(flag_number("--limit", call.flags.limit))
+        entries = store.history(flag_number("--limit", call.flags.limit, "20; 0 means all"))
     call.outcome.extra["history"] = [entry.to_json() for entry in entries]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in entries]
@@ -10393,10 +10425,10 @@ def command_history(call: Invocation) -> None:
                         if rows else "no history yet")
 
 
-def flag_number(flag: str, text: str) -> int:
+def flag_number(flag: str, text: str, example: str) -> int:
     """Read a whole number given to a flag; UsageError names the flag."""
-    if not re.match(r"\d{1,9}\Z", text):
-        raise UsageError(f"{flag} {text!r}: expected a whole number", f"for example {flag} 20; 0 means all")
+    if not re.match(r"[0-9]{1,9}\Z", text):
+        raise UsageError(f"{flag} {text!r}: expected a whole number", f"for example {flag} {example}")
     return int(text)
 
 
@@ -11085,7 +11117,8 @@ def build_parser(names: Sequence[str]) -> Any:
 
     parser = Parser(prog="deploy.py", usage="deploy.py", allow_abbrev=False)
     add_global_flags(parser)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    # With a prog it makes no formatter, which would import shutil, bz2 and lzma.
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, prog="deploy.py")
     for name in names:
         command = commands.add_parser(name, allow_abbrev=False)
         for flag in FLAGS:

@@ -4,16 +4,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 
 from images import UNKNOWN_UID, WHOLE, Image, Python, library_without, python_without
-from support import (App, Result, Server, clean_environment, compiled, make_artifact, missing, needs, once_in_ci,
+from support import (App, Result, Server, clean_environment, compiled, load_deploy, make_artifact, missing, needs, once_in_ci,
                      wait_until)
 
 OWN, DEBIAN = sys.executable, "/usr/bin/python3"
@@ -182,6 +183,48 @@ def test_without_proc_nobody_elses_pidfile_chooses_what_root_signals(tmp_path: P
         inside.run("-c", "/srv/deploy.ini", "probe", check=0)
         os.chown(str(inside.volume / "web.pid"), UNKNOWN_UID, UNKNOWN_UID)
         assert "belongs to uid 12345, process" in inside.run("-c", "/srv/deploy.ini", "probe", check=7).data["msg"]
+
+
+# -- what the page on containers tells ------------------------------------------
+
+def instructions() -> Dict[str, List[str]]:
+    """The command lines on the page, by the instruction that they are given to."""
+    text = next(topic.text for topic in load_deploy().TOPICS if topic.name == "containers")
+    return {name: json.loads(words) for name, words in re.findall(r"(?m)^    (RUN|HEALTHCHECK)(?: CMD)? (\[.*\])$", text)}
+
+
+@once_in_ci
+def test_the_health_check_of_the_page_on_containers(tmp_path: Path) -> None:
+    with image(tmp_path, DEBIAN, UNKNOWN_UID) as inside:
+        def run(name: str, port: int) -> int:
+            words = [word.replace("/usr/local/sbin", "").replace("/usr/local/lib", "/srv").replace(":8080/", f":{port}/")
+                     for word in instructions()[name]]
+            assert words[0] == "python3"
+            return subprocess.call(inside.argv(*words[1:]), env={}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        with server(inside) as port:
+            assert run("RUN", port) == 0 and (inside.volume / "deploy.pyc").exists()
+            assert run("HEALTHCHECK", port) == 0
+        assert run("HEALTHCHECK", port) == 1
+
+
+@once_in_ci
+def test_process_1_heeds_signals(tmp_path: Path) -> None:
+    with image(tmp_path, OWN, 0) as inside:
+        waits = "import time; open('/srv/waiting', 'w'); time.sleep(600)"
+        (inside.volume / "deploy.ini").write_text(
+            f'[deploy]\nroot = /srv/app\n[hooks]\npre_activate = {inside.python.path} -c "{waits}"\n')
+        inside.run("pack", source(inside, "1.0"), "-o", "/srv/shop-1.0.tar.gz", check=0)
+        enter, chroot = inside.argv(inside.program, "-c", "/srv/deploy.ini", "deploy", "/srv/shop-1.0.tar.gz"), needs("chroot")
+        position = enter.index(chroot)
+        first = [needs("unshare"), "--pid", "--fork", "--kill-child"]
+        process = subprocess.Popen(enter[:position] + first + enter[position:], env={}, stderr=subprocess.DEVNULL)
+        wait_until((inside.volume / "waiting").exists, 60, "the hook")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGTERM)
+        assert process.wait(60) == 143
+        assert inside.run("-c", "/srv/deploy.ini", "status", check=0).data["release"] is None
+        assert [entry["result"] for entry in inside.run("-c", "/srv/deploy.ini", "history", check=0).data["history"]] == ["failed"]
 
 
 # -- Pythons that are not whole -------------------------------------------------

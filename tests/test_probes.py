@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 
-from support import load_deploy, start_deploy, wait_until
+from support import load_deploy, run_deploy, start_deploy, wait_until
 
 deploy = load_deploy()
 
@@ -949,3 +949,18 @@ def test_adhoc_probe_has_the_tables_defaults_and_reports_mistakes():
     for text in ("nonsense=1", "status=abc", "status", "tcp=a:1"):
         with pytest.raises(deploy.UsageError):
             deploy.adhoc_probe("url", "http://a/", [text])
+
+
+def test_a_health_check_may_choose_its_exit_code(server):
+    server.body = b"well"
+    assert run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", "1", check=0).data["ok"]
+    server.status = 503
+    run_deploy("probe", "--url", server.url, check=7)
+    result = run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", "1", check=1)
+    assert result.data["exit_code"] == 1 and result.data["failed"]
+
+
+@pytest.mark.parametrize("value", ["0", "256", "-1", "one", "1.5", "\u0661"])
+def test_an_exit_code_that_is_none_is_refused(server, value):
+    result = run_deploy("probe", "--url", server.url, f"--unhealthy-exit-code={value}", check=2)
+    assert "--unhealthy-exit-code" in result.data["msg"] and not server.requests

@@ -35,6 +35,7 @@ KINDS = (
     ("crontab", r"([*/0-9,-]+ ){5}\w+ |[A-Z]+=\S*$"),
     ("commands", r"(sudo |\w+=\S+ )*((/[\w/]+/|\./)?deploy\.py |make |install |\(cd |eval |systemctl |journalctl )"),
     ("tree", r"/srv/\w+/ +root$"),
+    ("image", r"(RUN|HEALTHCHECK) "),  # run by test_near_empty.py
     ("rules", r"groups:$"),  # asked of promtool by test_metrics.py
 )  # type: Tuple[Tuple[str, str], ...]
 
