@@ -682,6 +682,10 @@ class Console:
         self._log("info", text, event)
         self._stderr("info", self.clean(text), event)
 
+    def note(self, text: str, event: Dict[str, str]) -> None:
+        """A line for the log alone: what the result says on stdout."""
+        self._log("info", text, event)
+
     def painted(self, status: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line that opens with a coloured status word in a column of its own."""
         level = "error" if status.startswith("fail") else "warning" if status == "warn" else "info"
@@ -11057,6 +11061,8 @@ def report(call: Invocation, exit_code: int, seconds: float) -> None:
         console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
                     + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
                     + f" in {format_seconds(seconds)}", None if outcome.error or call.dry_run else end)
+    elif not outcome.error and call.flags.command in WRITING:
+        console.note(outcome.message, end)
     if outcome.error:
         console.error(outcome.error.message, outcome.error.hint, None if call.dry_run else end)
     elif outcome.changed and not call.dry_run:

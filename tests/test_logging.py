@@ -399,6 +399,17 @@ def test_a_log_line_is_whole_whatever_the_applications_name_and_the_bytes_of_a_f
     assert any("none-" in line["message"] for line in lines) and not re.search("[\ud800-\udfff]", "".join(map(str, lines)))
 
 
+def test_a_log_shows_that_a_quiet_run_had_nothing_to_do(app: App) -> None:
+    app.deploy("1.0")
+    for words in (["deploy", app.artifact("1.0")], ["recover"], ["status"]):
+        result = app.run("-q", *words, "--log-file", app.directory / "log", "--log-format", "json", json=False, check=0)
+        assert result.stderr == "" and (words == ["status"] or result.stdout == "")
+    lines = [json.loads(line) for line in (app.directory / "log").read_text().splitlines()]
+    said = [(line["command"], line["message"], line["event"], line["result"]) for line in lines if line["level"] == "info"]
+    assert said == [("deploy", f"{app.current} is live already; nothing to do", "run_done", "done"),
+                    ("recover", "nothing to recover", "run_done", "done")]
+
+
 # -- files that are moved ----------------------------------------------------------------
 
 LOGROTATE = """{log} {{
