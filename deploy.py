@@ -655,6 +655,7 @@ class Console:
         self.log_context = {}  # type: Dict[str, str]
         self.warnings = []  # type: List[str]
         self.supervisor = None  # type: Any
+        self.diff = {}  # type: Dict[str, str]  # what current pointed to and points to; Ansible's diff mode shows it
         self._sinks = []  # type: List[Sink]
         self._journal_streams = [stream for stream in (sys.stdout, sys.stderr) if leads_to(stream, journal_stream)]
         self.in_journal = sys.stderr in self._journal_streams
@@ -756,6 +757,10 @@ class Console:
         """Tell a supervisor what is under way and how long it may take at most; without a bound the last one begins anew."""
         if self.supervisor is not None:
             self.supervisor.tell(self.clean(text), bound_seconds, state)
+
+    def is_public(self, text: str) -> bool:
+        """Tell whether there is nothing to mask."""
+        return self.secrets.mask(text) == text
 
     def clean(self, text: str) -> str:
         """Mask secrets, then escape what could act on a terminal."""
@@ -1166,7 +1171,9 @@ def who(trigger: str) -> Dict[str, Any]:
 
 
 def started_by() -> str:
-    """Guess what started this run: systemd, cron, ssh or a person, from the environment."""
+    """Guess what started this run: Ansible (by the name it gives a module), systemd, ssh or a person."""
+    if os.path.basename(sys.argv[0]).startswith("AnsiballZ_"):
+        return "ansible"
     if environment("INVOCATION_ID"):
         return "systemd"
     if environment("SSH_CONNECTION"):
@@ -7842,7 +7849,7 @@ class SealRelease(Step):
         run.facts.records[self.release] = record
         run.facts.on_disk.add(self.release)
         artifact = run.observer.artifact
-        if artifact is not None and artifact.format != "directory":
+        if artifact is not None and artifact.format != "directory" and run.session.console.is_public(artifact.path):
             try:
                 run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
             except OSError as error:
@@ -7853,13 +7860,15 @@ class SealRelease(Step):
         found = run.facts.artifact
         if found is None:
             raise StepFailed("there is no artifact to record", "run the command again")
-        artifact = {"name": portable(found.name), "source": portable(found.source), "format": found.format,
-                    "size": found.size_bytes, "sha256": found.sha256, "sha256_source": found.sha256_source,
-                    "signature": None, "strip_components": run.settings.artifact.strip_components}
+        # What is not words is not masked: a secret such as 1234 may well stand in a digest.
+        artifact = dict(run.session.console.secrets.mask_json({
+            "name": portable(found.name), "source": portable(found.source), "sha256_source": found.sha256_source}),
+                        format=found.format, size=found.size_bytes, sha256=found.sha256, signature=None,
+                        strip_components=run.settings.artifact.strip_components)
         return Record(
             id=self.release, sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
             version=found.version, state=STATE_STAGED, pinned=False,
-            artifact=run.session.console.secrets.mask_json(artifact),
+            artifact=artifact,
             tree=dict(run.manifest.counts(), **digests),  # type: ignore
             created_at=format_time(time.time()), activated_at=None, deactivated_at=None, previous=None,
             by=run.by, rollback={"release": None, "command": None}, failure=None, rolled_back_at=None, pruned_at=None)
@@ -9849,6 +9858,119 @@ complete -c deploy.py -f
 """
 
 
+# -- what ansible-doc reads -------------------------------------------------------
+
+EXAMPLES = """\
+- name: Deploy; while another run holds the lock (rc 75), try again
+  deploy:
+    config: /etc/deploy/shop.ini
+    artifact: /var/lib/artifacts/shop-1.4.2.tar.gz
+  register: deployed
+  until: deployed.rc != 75
+  retries: 10
+  delay: 30
+
+- name: The same without a configuration file
+  deploy:
+    root: /srv/shop
+    artifact: /var/lib/artifacts/shop-1.4.2.tar.gz
+    set:
+      deploy.keep_releases: 3
+      probe:web:
+        url: http://127.0.0.1:8080/health
+        json: {status: ok}
+
+- name: Go back to the previous good release
+  deploy: {command: rollback, config: /etc/deploy/shop.ini}
+
+- name: What is live?
+  deploy: {command: status, config: /etc/deploy/shop.ini}
+  register: live
+"""
+
+# The next two are made from the tables, as texts, since ansible-doc does not run this file: make example.
+DOCUMENTATION = """\
+module: deploy
+short_description: "Take an artifact live on this host, and back"
+description: ["This file is deploy.py itself: what its commands do on a command line, they do here.", "Check mode is a
+  dry run. Another run that holds the lock is a failure with rc 75.", "A value is quoted where YAML would change it,
+  such as a version (1.10) or a file mode (0640)."]
+options:
+  command: {type: str, default: deploy, choices: [deploy, stage, activate, rollback, preflight, probe, verify, status,
+    releases, history, show, prune, pin, unpin, recover, pack, config], description: ["deploy: preflight, stage,
+    activate, restart, probe; rolls back by itself when that fails", "stage: verify and unpack only; the release is
+    staged", "activate: make a staged or earlier release live", "rollback: re-activate the previous good release, or
+    the one that is named", "preflight: run every read-only check, and show them as a table", "probe: run the
+    configured probes now, or an ad-hoc one", "verify: hash a release again and compare it with its manifest", "status:
+    show what is live, what it can go back to, and whether anything needs a person", "releases: list the releases,
+    newest first, * on the current one", "history: list the deployments, oldest first; --verify proves that no line was
+    changed", "show: show one deployment with its timeline, and the evidence where it failed", "prune: delete what
+    keep_releases no longer keeps", "pin: protect a release from pruning", "unpin: let a release be pruned again",
+    "recover: finish or undo what a crash left; --to settles by hand what cannot be decided", "pack: pack a directory
+    into a reproducible .tar.gz, with its .sha256 beside it", "config: show every option with its value and where it
+    came from"]}
+  config: {type: list, elements: path, description: "configuration file; may repeat, a later one wins"}
+  set: {type: dict, description: "options of the configuration: \\"section.key\\": value, or section: {key: value}"}
+  artifact: {type: path, description: ["archive or directory", "needed by deploy, stage", "for preflight"]}
+  release: {type: str, description: ["id, unique prefix, version, digest prefix, current, previous or latest", "the
+    same; default: the previous good one (rollback), current (verify)", "needed by activate, pin, unpin", "for
+    rollback, verify"]}
+  sha256: {type: str, description: ["digest the artifact must have", "for deploy, stage, preflight"]}
+  release_version: {type: str, description: ["version, instead of the one in the name", "for deploy, stage, preflight,
+    pack"]}
+  allow_downgrade: {type: bool, default: no, description: ["accept a version older than the one that is live", "for
+    deploy, stage, preflight"]}
+  force: {type: bool, default: no, description: ["try a bad artifact or release again; stage anew what is staged
+    already", "for deploy, stage, activate, rollback, preflight"]}
+  names: {type: list, elements: str, description: ["configured probes; default: all", "for probe"]}
+  url: {type: str, description: ["ask this URL, without a configuration", "for probe"]}
+  tcp: {type: str, description: ["connect to host:port or unix:/path", "for probe"]}
+  probe_command: {type: str, description: ["run this command", "for probe"]}
+  expect: {type: list, elements: str, description: ["any key of [probe:NAME], for --url, --tcp and --command; may
+    repeat", "for probe"]}
+  wait: {type: str, description: ["try until it is well, at most this long; default: one try", "for probe"]}
+  verify: {type: bool, default: no, description: ["check the hash chain", "for history"]}
+  limit: {type: int, default: 20, description: ["newest entries to show; 0 means all", "for history"]}
+  id: {type: str, description: ["deployment id, its prefix or number, or a release", "needed by show"]}
+  to: {type: str, description: ["settle on this release, whatever the journal says", "for recover"]}
+  directory: {type: path, description: ["directory to pack", "needed by pack"]}
+  output: {type: path, description: ["file to write; default: NAME[-V].tar.gz here", "for pack"]}
+  prefix: {type: str, description: ["directory to put everything under", "for pack"]}
+  example: {type: bool, default: no, description: ["print a configuration file with every option", "for config"]}
+  root: {type: path, description: "directory that holds current, releases, shared and .deploy"}
+  wait_lock: {type: str, description: ["how long to wait for another run to finish", "default: 0s, unless configured"]}
+  log_file: {type: path, description: "log file to append to"}
+  log_format: {type: str, choices: [text, json], description: ["log lines as text or as JSON objects", "default: text,
+    unless configured"]}
+"""
+
+RETURN = """\
+ok: {type: bool, returned: always, description: "it went well: exit_code is 0 or 10"}
+changed: {type: bool, returned: always, description: "something changed; with -n: a real run would change something"}
+failed: {type: bool, returned: always, description: "the contrary of ok"}
+command: {type: str, returned: always, description: "what was run; null where the command line was not understood"}
+exit_code: {type: int, returned: always, description: "the exit code"}
+msg: {type: str, returned: always, description: "the end in one line"}
+application: {type: str, returned: always, description: "name of the application, or null"}
+root: {type: str, returned: always, description: "its root, or null"}
+release: {type: str, returned: always, description: "what is live (or staged) at the end, or null"}
+previous: {type: str, returned: always, description: "what was live before, or null"}
+rolled_back: {type: bool, returned: always, description: "it failed, and the release from before is live again"}
+deploy_id: {type: str, returned: always, description: "the run's id, by which show finds it"}
+dry_run: {type: bool, returned: always, description: "nothing was to be changed"}
+steps: {type: list, returned: always, description: "[{name, status (done, skipped, failed, undone, planned), seconds,
+  detail}]"}
+checks: {type: list, returned: always, description: "[{name, status (ok, warn, fail, skip), detail, hint}]"}
+summary: {type: dict, returned: always, description: "{checked, changed, failed, warnings}: how many"}
+warnings: {type: list, returned: always, description: "one text each"}
+error: {type: dict, returned: always, description: "{message, hint}, or null"}
+seconds: {type: float, returned: always, description: "how long the run took"}
+rc: {type: int, returned: always, description: "the exit code, as exit_code"}
+diff: {type: dict, returned: "in diff mode, by what moves current", description: "release, version and sha256 that
+  current points to: before and after, with headers"}
+"""
+
+
 # ============================================================================
 # 15  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
@@ -10008,11 +10130,25 @@ def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
     call.outcome.release = plan.to_release or None
     call.outcome.previous = plan.from_release if not nothing_to_do else target.id if target else None
     call.console.log_context["release"] = plan.to_release
+    call.console.diff = diff_of(facts, plan)
     found = facts.artifact
     if found:
         call.outcome.extra["artifact"] = {
             "name": portable(found.name), "source": portable(found.source), "format": found.format,
             "size": found.size_bytes, "sha256": found.sha256, "version": found.version}
+
+
+def diff_of(facts: Facts, plan: Plan) -> Dict[str, str]:
+    """Say what current points to before and after the plan, in the form Ansible shows."""
+    moves, artifact = any(isinstance(step, Switch) for step in plan.steps), facts.artifact
+    diff = {}
+    for when, release in (("before", plan.from_release), ("after", plan.to_release if moves else plan.from_release)):
+        record = facts.records.get(release or "")
+        known = (record.version, record.sha256) if record else \
+            (artifact.version, artifact.sha256) if artifact and when == "after" and moves else ("unknown", "unknown")
+        lines = [f"{word}: {text}\n" for word, text in zip(("release", "version", "sha256"), (release, *known))]
+        diff.update({f"{when}_header": f"{facts.root}/current", when: "".join(lines) if release else ""})
+    return diff
 
 
 def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
@@ -11229,6 +11365,221 @@ def split_short(argv: List[str]) -> List[str]:
     return words
 
 
+# -- the same file as an Ansible module ------------------------------------------
+
+# Ansible starts a module that says WANT_JSON with one argument: a file of JSON with the task's parameters.
+
+class Parameter(NamedTuple):
+    """A parameter of the module: the flag, or the argument (no `word`), that it stands for; no commands means all."""
+
+    name: str
+    word: str
+    kind: str
+    help: str
+    commands: Tuple[str, ...]
+    metavar: str = ""
+    needed: bool = False
+    choices: Tuple[str, ...] = ()
+    default: str = ""
+
+
+# What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
+NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "yes", "detailed_exitcode", "debug")
+# What state and history are made of: no_log cannot hide it.
+NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root", "config")
+
+
+def module_parameters() -> List[Parameter]:
+    """List the module's parameters but `command`, from the tables; a name may have a row for each of several commands."""
+    rows = []
+    for flag in FLAGS:
+        name = flag.names[-1].lstrip("-").replace("-", "_")
+        name = flag.settings["dest"] if name == "command" else name
+        commands = tuple(command for command in flag.commands if command not in TELLING)
+        repeats = flag.settings.get("action") == "append" or flag.settings.get("nargs") == "*"
+        kind = "dict" if name == "set" else "list" if repeats else "int" if flag.metavar == "N" else \
+            "str" if flag.metavar else "bool"
+        word = flag.names[-1] if flag.names[-1].startswith("-") else ""
+        if name not in NO_PARAMETERS and (commands or not flag.commands):
+            rows.append(Parameter(name, word, kind, flag.help, commands, flag.metavar,
+                                  needed=not word and "nargs" not in flag.settings, default=flag.settings.get("default", "")))
+    for option in OPTIONS:
+        if option.flag:
+            choices = tuple(option.kind.split("|")) if option.kind not in KINDS else ()
+            rows.append(Parameter(option.flag[2:].replace("-", "_"), option.flag, "str", option.help, (),
+                                  option_metavar(option), choices=choices))
+    return rows
+
+
+def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
+    """Read what Ansible hands over; None where this is a command line, an empty dictionary for JSON that is damaged."""
+    # Only a path: a file in the working directory that is named as a command must not become the command.
+    if len(argv) != 1 or "/" not in argv[0] or argv[0].startswith("-"):
+        return None
+    try:
+        data = read_descriptor(os.open(argv[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), argv[0], MAX_CONFIG_BYTES)
+    except OSError:
+        return None
+    if not data.lstrip().startswith(b"{"):
+        return None
+    try:
+        parameters = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return parameters if "_ansible_module_name" in parameters else None
+
+
+class ModuleConsole(Console):
+    """What Ansible hears: one object on the stdout that nobody else has any more, and nothing beside it.
+
+    Not on stderr either: with a terminal between them, Ansible gets both in one.
+    """
+
+    def __init__(self, parameters: Dict[str, Any]) -> None:
+        super().__init__()
+        self.json_mode = True
+        self._shows_diff = bool(parameters.get("_ansible_diff"))
+        self._shows_traceback = is_verbose(parameters)
+        self._traceback = ""
+        self._answer = os.dup(1)
+        os.dup2(2, 1)
+
+    def traceback(self) -> None:
+        """Keep the traceback for the answer."""
+        import traceback
+        self._traceback = traceback.format_exc()
+
+    def json_result(self, value: Dict[str, Any]) -> None:
+        """Answer with the object of --json and what Ansible looks for; `msg`, which it shows first, has the hint as well."""
+        answer = dict(value, rc=value["exit_code"])
+        if self._shows_diff and self.diff and not value["failed"]:
+            answer["diff"] = self.diff
+        if value["error"] and value["error"]["hint"]:
+            answer["msg"] += f" (hint: {value['error']['hint']})"
+        if self._shows_traceback and self._traceback:
+            answer["exception"] = self._traceback
+        try:
+            write_all(self._answer, json.dumps(self.secrets.mask_json(answer)).encode("ascii") + b"\n")
+        except OSError:
+            pass
+
+    def _write(self, stream: Any, text: str, level: str = "info") -> None:
+        pass
+
+
+def is_verbose(parameters: Dict[str, Any]) -> bool:
+    """Tell whether Ansible was asked for details (-vvv)."""
+    verbosity = parameters.get("_ansible_verbosity")
+    return isinstance(verbosity, int) and verbosity >= 3
+
+
+def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
+    """Translate a task's parameters into the command line that does the same; UsageError names the one that is wrong."""
+    if not parameters:
+        raise UsageError("the file with the parameters is no JSON object", "run the task again")
+    given = {name: value for name, value in parameters.items() if not name.startswith("_ansible_") and value is not None}
+    command = parameter_text("command", given.pop("command", "deploy"))
+    if command not in COMMANDS or command in TELLING:
+        names = [name for name in COMMANDS if name not in TELLING]
+        raise UsageError(f"command: there is no {command!r}", nearest(command, names) or "one of " + ", ".join(names))
+    argv, arguments = ["--json", command], []  # type: List[str], List[str]
+    if parameter_switch("_ansible_check_mode", parameters.get("_ansible_check_mode") or False):
+        argv.append("-n")
+    if is_verbose(parameters):
+        argv.append("--debug")
+    for name, value in given.items():
+        row = find_parameter(name, command)
+        words = parameter_words(row, value)
+        if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN:
+            for text in [word[len(row.word) + 1:] if row.word else word for word in words]:
+                for part in (text, text.partition("=")[2], *re.findall(r"[^\s=\"']{9,}", text.partition("=")[2])):
+                    secrets.add(part)
+        (argv if row.word else arguments).extend(words)
+    return [native(word) for word in argv + (["--"] if arguments else []) + arguments]
+
+
+def find_parameter(name: str, command: str) -> Parameter:
+    """Find a parameter's row for a command; UsageError where there is none, or none for this command."""
+    rows = module_parameters()
+    fitting = [row for row in rows if not row.commands or command in row.commands]
+    for row in fitting:
+        if row.name == name:
+            return row
+    takes = f"{command} takes " + ", ".join(["command"] + [row.name for row in fitting])
+    if any(row.name == name for row in rows):
+        raise UsageError(f"{name} is no parameter of the command {command}", takes)
+    raise UsageError(f"unknown parameter {name!r}", nearest(name, [row.name for row in rows]) or takes)
+
+
+def parameter_words(row: Parameter, value: Any) -> List[str]:
+    """Write a parameter as words of the command line."""
+    if row.kind == "bool":
+        return [row.word] if parameter_switch(row.name, value) else []
+    if row.kind == "dict" and isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UsageError(f"{row.name}: {{...}} is no JSON object", 'such as {"deploy.keep_releases": 3}')
+    if row.kind == "dict" and isinstance(value, dict):
+        texts = list(parameter_assignments(value, ""))
+    elif row.kind in ("dict", "list"):
+        items = value if isinstance(value, list) else parameter_text(row.name, value).split(",")
+        texts = [parameter_text(row.name, item).strip() for item in items]
+    elif isinstance(value, int) and not isinstance(value, bool) and row.metavar in ("N", "DURATION"):
+        texts = [str(value)]
+    else:
+        texts = [parameter_text(row.name, value)]
+    return [f"{row.word}={text}" if row.word else text for text in texts]
+
+
+def parameter_switch(name: str, value: Any) -> bool:
+    """Read a boolean: one of YAML, or what an ad-hoc command has as text."""
+    try:
+        return _parse_bool(str(value))
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
+
+
+def parameter_text(name: str, value: Any) -> str:
+    """Read a text; a number is refused, since it may not be what was written."""
+    if isinstance(value, str):
+        if "\0" in value or re.search("[\ud800-\udc7f\udd00-\udfff]", value):
+            raise UsageError(f"{name}: holds a character that no argument can have", "write it without")
+        return value
+    if isinstance(value, (bool, int, float)):
+        raise UsageError(f"{name}: expected text, and YAML made of it the {type(value).__name__} {json.dumps(value)}",
+                         "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
+    raise UsageError(f"{name}: expected text, not a {type(value).__name__}", "see deploy.py help ansible")
+
+
+def parameter_assignments(value: Dict[str, Any], section: str) -> Iterator[str]:
+    """Write a dictionary of options, nested or with dotted names, as SECTION.KEY=VALUE."""
+    for key, item in value.items():
+        name = f"{section}.{key}" if section else key
+        if isinstance(item, dict):
+            yield from parameter_assignments(item, name)
+            continue
+        found = find_option(*name.partition(".")[::2])
+        if found is None or "=" in name:
+            check_known(*name.partition(".")[::2], "set")
+            raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
+        if isinstance(item, list):
+            texts = [option_text(found, name, each) for each in item]
+            item = spell(texts) if found.kind == "argv" else ("," if found.kind == "statuses" else "\n").join(texts)
+        yield f"{name}={option_text(found, name, item)}"
+
+
+def option_text(option: Option, name: str, value: Any) -> str:
+    """Write one value of `set` as the configuration would have it; UsageError for what YAML may have changed."""
+    if isinstance(value, bool) and (option.kind == "bool" or option.key == "json.*"):
+        return "true" if value else "false"
+    if isinstance(value, int) and not isinstance(value, bool) and option.kind != "mode":
+        return str(value)
+    if isinstance(value, float) and option.kind == "float":
+        return str(value)
+    return parameter_text(f"set: {name}", value)
+
+
 def load(flags: Any) -> Settings:
     """Load the settings that the flags ask for."""
     if flags.command in TELLING:
@@ -11397,10 +11748,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; the one place where every error ends."""
     started_seconds = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    console = Console(environment("JOURNAL_STREAM"))
-    console.json_mode = "--json" in argv
+    parameters = read_parameters(argv)
+    console = Console(environment("JOURNAL_STREAM")) if parameters is None else ModuleConsole(parameters)
+    console.json_mode = console.json_mode or "--json" in argv
     os.umask(0o022)
     try:
+        if parameters is not None:
+            argv = module_argv(parameters, console.secrets)
         exit_code, call = run_command_line(argv, console)
         if call is not None:
             report(call, exit_code, time.monotonic() - started_seconds)
