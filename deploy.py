@@ -89,8 +89,9 @@ if __name__ == "__main__" and not sys.flags.isolated:
 
 INCOMPLETE = "this Python's standard library is not whole"
 INSTALL = "install all of it (Debian, Ubuntu: apt-get install python3)"
-_stderr, sys.stderr = sys.stderr, None  # hashlib would show a traceback for each hash that it has not got
+_stderr = sys.stderr
 try:
+    sys.stderr = None  # hashlib would show a traceback for each hash that it has not got
     import binascii
     import errno
     import fcntl
@@ -113,7 +114,7 @@ try:
 except ImportError as _error:
     if _stderr:
         _stderr.write(f"deploy.py: error: {INCOMPLETE}: {_error}; {INSTALL}\n")
-    if "--json" in sys.argv:
+    if "--json" in sys.argv or len(sys.argv) == 2 and "/" in sys.argv[1]:  # the latter from Ansible
         _text = f'"{INCOMPLETE}: {_error}"'
         sys.stdout.write(f'{{"ok": false, "changed": false, "failed": true, "exit_code": 2, "msg": {_text}, '
                          f'"error": {{"message": {_text}, "hint": "{INSTALL}"}}}}\n')
@@ -160,11 +161,16 @@ EXIT_CODES = (
     (130, "interrupted by SIGINT before activation; everything undone (143: SIGTERM, 129: SIGHUP)"),
 )
 
-STATE_STAGED, STATE_ACTIVE, STATE_RETIRED, STATE_BAD = "staged", "active", "retired", "bad"
+STATE_STAGED = "staged"
+STATE_ACTIVE = "active"
+STATE_RETIRED = "retired"
+STATE_BAD = "bad"
 STATES = (STATE_STAGED, STATE_ACTIVE, STATE_RETIRED, STATE_BAD)
 
-PHASE_STAGING, PHASE_INTENT = "staging", "intent"
-PHASE_SWITCHED, PHASE_ROLLING_BACK = "switched", "rolling_back"
+PHASE_STAGING = "staging"
+PHASE_INTENT = "intent"
+PHASE_SWITCHED = "switched"
+PHASE_ROLLING_BACK = "rolling_back"
 PHASES = (PHASE_STAGING, PHASE_INTENT, PHASE_SWITCHED, PHASE_ROLLING_BACK)
 
 # What a notifier can be told of.
@@ -2389,7 +2395,8 @@ def _check_ids(what: str, release: str, other: Optional[str]) -> None:
         raise ValueError(f"{what} names {other!r}, which is no release")
 
 
-_TEXT_OR_NULL, _OBJECT_OR_NULL = (str, type(None)), (dict, type(None))
+_TEXT_OR_NULL = (str, type(None))
+_OBJECT_OR_NULL = (dict, type(None))
 
 
 _RECORD_TYPES = {"id": str, "sequence": int, "version": str, "state": str, "pinned": bool, "artifact": dict,
@@ -3292,8 +3299,13 @@ MAX_HEADERS_BYTES = 64 << 20
 MAX_CENTRAL_BYTES = 64 << 20
 MAX_ENTRY_BYTES = 46 + 3 * 65535  # of a zip's central directory
 MAX_DECODER_BYTES = 128 << 20
-MAX_EXTENSIONS, MAX_STREAMS, MAX_LINK_HOPS, MAX_LINK_STEPS, MAX_NOTES = 16, 100000, 40, 4000000, 5
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
+MAX_EXTENSIONS = 16
+MAX_STREAMS = 100000
+MAX_LINK_HOPS = 40
+MAX_LINK_STEPS = 4000000
+MAX_NOTES = 5
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 1024
 MAX_SIZE_BYTES = 1 << 47
 FILTER_STALL_SECONDS = 60.0
 
@@ -3310,7 +3322,10 @@ MAGIC = (
 )
 ARCHIVE_SUFFIX = re.compile(r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
 
-FILE, DIRECTORY, SYMLINK, HARD_LINK = "file", "directory", "symlink", "hard link"
+FILE = "file"
+DIRECTORY = "directory"
+SYMLINK = "symlink"
+HARD_LINK = "hard link"
 REBUILD = "build the artifact again without it; nothing of it was kept"
 
 
@@ -3605,7 +3620,8 @@ def guess_version(name: str) -> str:
 
 # -- the manifest ------------------------------------------------------------
 
-_MODE_FILE, _MODE_DIRECTORY = 0o644, 0o755
+_MODE_FILE = 0o644
+_MODE_DIRECTORY = 0o755
 _PLAIN_FILE = _MODE_FILE.to_bytes(2, "big") + bytes(6)  # the end of what pack_file() makes, the size unknown
 
 
@@ -4052,7 +4068,8 @@ class Judge:
                 yield f"{show(other)} and {show(name)} are the same name on systems that ignore case or Unicode form"
 
 
-_MAY_FOLD, _NOT_ASCII = re.compile(rb"[A-Z\x80-\xff]"), re.compile(rb"[\x80-\xff]")
+_MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
 
 
 def fold_name(name: bytes) -> bytes:
@@ -4554,11 +4571,17 @@ _EXTENSIONS = {b"x": read_pax, b"g": read_pax_global, b"L": read_gnu_name, b"K":
 
 # -- zip ---------------------------------------------------------------------
 
-_LOCAL, _CENTRAL, _END, _DESCRIPTOR = b"PK\3\4", b"PK\1\2", b"PK\5\6", b"PK\7\x08"
-_END64, _LOCATOR64 = b"PK\6\6", b"PK\6\7"
+_LOCAL = b"PK\3\4"
+_CENTRAL = b"PK\1\2"
+_END = b"PK\5\6"
+_DESCRIPTOR = b"PK\7\x08"
+_END64 = b"PK\6\6"
+_LOCATOR64 = b"PK\6\7"
 ZIP_METHODS = {0: "stored", 8: "deflate", 1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd",
                95: "xz", 98: "ppmd", 99: "AES"}
-_ENCRYPTED, _DESCRIBED_LATER, _UTF8 = 0x2041, 0x0008, 0x0800
+_ENCRYPTED = 0x2041
+_DESCRIBED_LATER = 0x0008
+_UTF8 = 0x0800
 
 
 class ZipEntry(NamedTuple):
@@ -9922,10 +9945,12 @@ options:
     deploy, stage, preflight"]}
   force: {type: bool, default: no, description: ["try a bad artifact or release again; stage anew what is staged
     already", "for deploy, stage, activate, rollback, preflight"]}
+  splay: {type: str, description: ["wait first, this host's own share of DURATION: always the same, evenly spread over
+    hosts", "for deploy, stage, activate, rollback, prune, recover"]}
   names: {type: list, elements: str, description: ["configured probes; default: all", "for probe"]}
   url: {type: str, description: ["ask this URL, without a configuration", "for probe"]}
   tcp: {type: str, description: ["connect to host:port or unix:/path", "for probe"]}
-  probe_command: {type: str, description: ["run this command", "for probe"]}
+  probe_command: {type: str, description: ["run this program, with its arguments", "for probe"]}
   expect: {type: list, elements: str, description: ["any key of [probe:NAME], for --url, --tcp and --command; may
     repeat", "for probe"]}
   wait: {type: str, description: ["try until it is well, at most this long; default: one try", "for probe"]}
@@ -11383,6 +11408,8 @@ class Parameter(NamedTuple):
     default: str = ""
 
 
+# Commands that print something for a person to look at.
+NO_TASKS = TELLING + ("unit",)
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
 NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "yes", "detailed_exitcode", "debug")
 # What state and history are made of: no_log cannot hide it.
@@ -11395,7 +11422,7 @@ def module_parameters() -> List[Parameter]:
     for flag in FLAGS:
         name = flag.names[-1].lstrip("-").replace("-", "_")
         name = flag.settings["dest"] if name == "command" else name
-        commands = tuple(command for command in flag.commands if command not in TELLING)
+        commands = tuple(command for command in flag.commands if command not in NO_TASKS)
         repeats = flag.settings.get("action") == "append" or flag.settings.get("nargs") == "*"
         kind = "dict" if name == "set" else "list" if repeats else "int" if flag.metavar == "N" else \
             "str" if flag.metavar else "bool"
@@ -11479,8 +11506,8 @@ def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
         raise UsageError("the file with the parameters is no JSON object", "run the task again")
     given = {name: value for name, value in parameters.items() if not name.startswith("_ansible_") and value is not None}
     command = parameter_text("command", given.pop("command", "deploy"))
-    if command not in COMMANDS or command in TELLING:
-        names = [name for name in COMMANDS if name not in TELLING]
+    if command not in COMMANDS or command in NO_TASKS:
+        names = [name for name in COMMANDS if name not in NO_TASKS]
         raise UsageError(f"command: there is no {command!r}", nearest(command, names) or "one of " + ", ".join(names))
     argv, arguments = ["--json", command], []  # type: List[str], List[str]
     if parameter_switch("_ansible_check_mode", parameters.get("_ansible_check_mode") or False):

@@ -89,7 +89,7 @@ def documentation() -> str:
     by_name = {}  # type: Dict[str, List[Any]]
     for row in deploy.module_parameters():
         by_name.setdefault(row.name, []).append(row)
-    commands = [name for name, _ in deploy.COMMAND_HELP if name not in deploy.TELLING]
+    commands = [name for name, _ in deploy.COMMAND_HELP if name not in deploy.NO_TASKS]
     command = {"type": "str", "default": "deploy", "choices": commands, "description": [
         f"{name}: {text}".replace("`", "") for name, text in deploy.COMMAND_HELP if name in commands]}
     first = deploy.__doc__.partition("\n")[0].partition(" - ")[2]

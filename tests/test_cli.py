@@ -139,6 +139,11 @@ def test_dry_run_counts_wherever_it_stands(words: List[str], app: App) -> None:
     assert result.data["dry_run"] is True and app.releases() == []
 
 
+def test_a_configuration_and_an_artifact_behind_a_double_dash_go_together() -> None:
+    flags = deploy.parse_command_line(["-c", "a.ini", "deploy", "--set", "deploy.root=/r", "--", "-artifact"])
+    assert (flags.config, flags.assignments, flags.artifact) == (["a.ini"], ["deploy.root=/r"], "-artifact")
+
+
 def test_an_option_given_in_both_places_counts_as_the_later_one(tmp_path: Path) -> None:
     result = run_deploy("--root", tmp_path / "a", "status", "--root", tmp_path / "b", check=2)
     assert result.data["root"] == str(tmp_path / "b")

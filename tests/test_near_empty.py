@@ -253,8 +253,9 @@ def test_a_missing_module_is_told_in_one_line(tmp_path: Path, pattern: str, args
     assert result.stderr == f"deploy.py: error: {TOLD}No module named '{name}'; {WHAT_TO_INSTALL}\n"
 
 
-def test_a_missing_module_is_told_as_json_without_the_json_module(tmp_path: Path) -> None:
-    result = run_without(tmp_path, ["json"], "--json", "status")
+@pytest.mark.parametrize("args", [("--json", "status"), ("/tmp/what-ansible-hands-over",)], ids=["json", "ansible"])
+def test_a_missing_module_is_told_as_json_without_the_json_module(tmp_path: Path, args: Sequence[str]) -> None:
+    result = run_without(tmp_path, ["json"], *args)
     told = json.loads(result.stdout)
     assert result.exit_code == told["exit_code"] == 2 and told["failed"] and not told["changed"]
     assert told["msg"] == told["error"]["message"] == TOLD + "No module named 'json'"
