@@ -9954,6 +9954,7 @@ options:
   expect: {type: list, elements: str, description: ["any key of [probe:NAME], for --url, --tcp and --command; may
     repeat", "for probe"]}
   wait: {type: str, description: ["try until it is well, at most this long; default: one try", "for probe"]}
+  unhealthy_exit_code: {type: int, description: ["exit code when a probe fails, 1 to 255; default: 7", "for probe"]}
   verify: {type: bool, default: no, description: ["check the hash chain", "for history"]}
   limit: {type: int, default: 20, description: ["newest entries to show; 0 means all", "for history"]}
   id: {type: str, description: ["deployment id, its prefix or number, or a release", "needed by show"]}
