@@ -2805,25 +2805,23 @@ class Store:
             if not self.directory("releases").is_directory(target):
                 raise StepFailed(f"releases/{target} does not exist", f"see what is there: {self.command_line('releases')}")
             try:
-                if keep and live and live != target:
-                    self._link_to(live)
-                temporary = self._link_to(target)
-                # The new link must be on disk before it takes the old one's place.
-                self.root.sync()
-                self.root.rename(temporary, self.root, "current")
+                self._make_links({target, live} if keep and live else {target})
+                self.root.rename(self._links[target], self.root, "current")
             except OSError:
                 self.drop_links()
                 raise
             del self._links[target]
         self.root.sync()
 
-    def _link_to(self, release: str) -> str:
-        """Return the name of a link to a release that `current` can become, made now or earlier."""
-        if release not in self._links:
+    def _make_links(self, releases: Set[str]) -> None:
+        """Make the links that `current` can become, those that are not there yet: on disk before they take its place."""
+        missing = sorted(releases - set(self._links))
+        for release in missing:
             temporary = temporary_name("current")
             os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
             self._links[release] = temporary
-        return self._links[release]
+        if missing:
+            self.root.sync()
 
     def drop_links(self) -> None:
         """Remove the links that were made and not used."""
@@ -10206,9 +10204,9 @@ def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
 
 
 def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
-    """Print the plan of a dry run: the very steps that a real run executes; Busy where another run is at work."""
+    """Print the plan of a dry run: the very steps that a real run executes."""
     if facts.holder is not None:
-        raise busy(facts.holder)
+        call.console.warn(f"{busy(facts.holder).message}; once that has ended, the plan may be another")
     outcome = call.outcome
     outcome.changed = bool(plan.steps)
     outcome.extra["plan"] = plan.to_json()
@@ -10608,7 +10606,7 @@ def verify_history(call: Invocation, store: Store) -> None:
     call.console.warnings.extend(notes)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ProblemFound(f"the history was changed: {'; '.join(problems[:3])}{more}",
+        raise ProblemFound(f"the history is not whole: {'; '.join(problems[:3])}{more}",
                            f"compare {store.path}/.deploy/history.jsonl with a backup or with your log; to start over, "
                            "move it and history.head away, which the next entry will note")
 
