@@ -9127,7 +9127,10 @@ def unit_access(settings: Settings, argv: Sequence[str]) -> str:
         # One mount for all of the root: a second one inside would be a border that no rename crosses (EXDEV).
         if path and not (directory_of(path) + "/").startswith(root + "/"):
             written.append(directory_of(path))
-    needed = written + [word for word in argv if word.startswith("/")] + believed_paths(settings)
+    keys = [path for probe in settings.probe.values() for path in key_files(probe, PROBE_KEY_FILES)]
+    keys += [path for notifier in settings.notify.values() for path in key_files(notifier, NOTIFY_KEY_FILES)]
+    # As the configuration writes them: where PATH finds a program here says nothing of a service's PATH.
+    needed = [*written, *settings.files, *argv, *keys, *[program.name for program in programs(settings)]]
 
     def within(*tops: str) -> bool:
         return any(path.startswith(tops) for path in needed)
@@ -9456,9 +9459,9 @@ auth_file:
   way back may take by the configuration. Write the unit again after changing
   it. SuccessExitStatus=75: another run that holds the lock is no failure.
 - Paths: one `ReadWritePaths=` for all of the root; two inside it are two
-  mounts, and no rename crosses them. The root must exist. A log file outside
-  has its directory added. What hooks write elsewhere, and what else they need,
-  goes into a drop-in: `systemctl edit deploy-shop.service`.
+  mounts, and no rename crosses them. The root must exist. Directories of a log
+  file or of metrics outside of it are added. What hooks write elsewhere, and
+  what else they need, goes into a drop-in: `systemctl edit deploy-shop`.
 - The key file of [probe:NAME] or [notify:NAME] is handed over as a credential
   of that NAME, which goes before the file itself; hooks are not told where it
   lies.
