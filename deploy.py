@@ -584,9 +584,9 @@ class Syslog(Sink):
         """Return the host's first address, asked for once and in a thread: a name server may let one wait for minutes."""
         import threading
         if self._lookup is None:
-            self._lookup = threading.Thread(target=self._resolve, daemon=True)
-            self._lookup.start()
-        self._lookup.join(max(0.0, self._patience_seconds))
+            self._lookup = threading.Event()
+            threading.Thread(target=self._resolve, daemon=True).start()
+        self._lookup.wait(max(0.0, self._patience_seconds))
         if not self._addresses:
             raise OSError(errno.EHOSTUNREACH, "the host name cannot be resolved")
         return self._addresses[0]
@@ -598,6 +598,9 @@ class Syslog(Sink):
             self._addresses = [(family, address) for family, _, _, _, address in found]
         except (OSError, UnicodeError):
             pass
+        self._lookup.set()
+        while sys.version_info < (3, 10):
+            time.sleep(3600)  # the end of a thread may abort the process: see Worker
 
 
 # What ended, and its MESSAGE_ID in the journal: fixed for ever, so that `journalctl MESSAGE_ID=...` finds all of a kind.

@@ -134,7 +134,7 @@ def live_a_life(directory: Path, executable: str, uid: int) -> None:
         assert (status["release"], status["previous"]) == (first, None)
         assert {entry["id"] for entry in inside.run("releases", *config, check=0).data["releases"]} == {first, second}
         inside.run("verify", *config, check=0)
-        inside.run("preflight", *config, check=0)
+        inside.run("preflight", *config, "--set", "log.syslog=udp://127.0.0.1:9", check=0)
 
         # A process of the image may run from what is pruned: nobody can tell, and that is said.
         third = deploy(inside, "1.2")["release"]
