@@ -207,6 +207,7 @@ MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RECOVERIES = 2
 MAX_DEPTH = 64
+LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
 MAX_JUDGED_PATHS = 1000
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
@@ -1737,7 +1738,17 @@ def parse_duration(text: str) -> float:
     found = re.match(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)\Z", text)
     if not found:
         raise ValueError("expected a duration such as 500ms, 3s, 2m or 1h")
-    return float(found.group(1)) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found.group(2)]
+    seconds = float(found.group(1)) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found.group(2)]
+    if seconds > LONGEST_SECONDS:
+        raise ValueError(f"expected at most {LONGEST_SECONDS // 3600}h")
+    return seconds
+
+
+def _parse_limit(text: str) -> float:
+    seconds = parse_duration(text)
+    if not seconds:
+        raise ValueError("expected more than 0s: nothing is ever done in no time")
+    return seconds
 
 
 def parse_size(text: str) -> int:
@@ -1768,9 +1779,12 @@ def _parse_commands(text: str) -> List[List[str]]:
 
 
 def _parse_regex(text: str) -> str:
+    import warnings
     try:
-        re.compile(text[1:] if text.startswith("!") else text)
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what one Python warns of, another refuses or understands differently
+            re.compile(text[1:] if text.startswith("!") else text)
+    except (re.error, Warning, RecursionError, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}")
     return text
 
@@ -1840,6 +1854,7 @@ KINDS = {
     "float": (_parse_float, "number"),
     "size": (parse_size, "size"),
     "duration": (parse_duration, "duration"),
+    "limit": (_parse_limit, "duration"),
     "bool": (_parse_bool, "yes or no"),
     "mode": (_parse_mode, "file mode"),
     "list": (_parse_list, "one a line"),
@@ -1891,7 +1906,7 @@ OPTIONS = (
     Option("hooks", "on_failure", "commands", "", "after a failure, when undoing or rolling back is done"),
     Option("hooks", "pre_rollback", "commands", "", "before the switch back"),
     Option("hooks", "post_rollback", "commands", "", "after the previous release is live again"),
-    Option("hooks", "timeout", "duration", "10m", "for each hook command; then TERM and KILL to its process group"),
+    Option("hooks", "timeout", "limit", "10m", "for each hook command; then TERM and KILL to its process group"),
     Option("hooks", "run_as", "text", "", "user that hooks and commands run as (root only)"),
     Option("template:*", "source", "relative", "", "template in the release; ${name} is replaced, $${name} is kept as ${name}"),
     Option("template:*", "target", "relative", "", "where the result goes in the release"),
@@ -1903,7 +1918,7 @@ OPTIONS = (
     Option("service:*", "command", "argv", "", "command that restarts the service, under the rules for hooks"),
     Option("service:*", "action", "restart|reload|reload-or-restart|start|none", "restart", "what to do once current has changed"),
     Option("service:*", "after", "list", "", "services that go first"),
-    Option("service:*", "timeout", "duration", "60s", "longest time the action may take"),
+    Option("service:*", "timeout", "limit", "60s", "longest time the action may take"),
     Option("service:*", "settle", "duration", "3s", "time the service must stay up unchanged afterwards (systemd units, pidfiles)"),
     Option("probe:*", "url", "text", "", "HTTP or HTTPS URL to ask"),
     Option("probe:*", "tcp", "text", "", "host:port or unix:/path to connect to"),
@@ -1927,9 +1942,9 @@ OPTIONS = (
     Option("probe:*", "tls_key", "path", "", "key of the client certificate"),
     Option("probe:*", "when", "after|before|both", "after", "probe the new release, the host before anything changes, or both"),
     Option("probe:*", "initial_delay", "duration", "0s", "wait before the first try"),
-    Option("probe:*", "period", "duration", "2s", "wait between tries"),
-    Option("probe:*", "timeout", "duration", "3s", "longest time of one try"),
-    Option("probe:*", "deadline", "duration", "60s", "longest time until it must be well"),
+    Option("probe:*", "period", "duration", "2s", "wait between tries; shorter where the deadline is near"),
+    Option("probe:*", "timeout", "limit", "3s", "longest time of one try"),
+    Option("probe:*", "deadline", "limit", "60s", "longest time until it must be well"),
     Option("probe:*", "successes", "int", "2", "tries in a row that must be well"),
     Option("probe:*", "soak", "duration", "0s", "how long it must stay well afterwards"),
     Option("probe:*", "failures", "int", "3", "tries in a row during the soak that mean failure"),
@@ -2320,6 +2335,8 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
     for section in parser.sections():
         for key, text in parser.items(section):
             check_known(section, key, path)
+            if "\0" in text + key:
+                raise UsageError(f"{path}: [{section}] {key} holds a NUL character", "no program, file or variable can: take it out")
             given[section, key] = Given(text.strip(), path, directory)
         check_known(section, None, path)
     return given
@@ -5617,6 +5634,10 @@ def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, epoch_s
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
+SMALLEST_ARG_MAX = 128 << 10
+ROOM_FOR_OUR_OWN_BYTES = 32 << 10  # DEPLOY_* and the like
+LONGEST_SOCKET_PATH = 107  # unix(7), without the NUL
+MOST_REDIRECTS = 20
 WATCH_SECONDS = 0.25
 
 
@@ -5675,6 +5696,14 @@ def run_hook(session: Session, name: str, context: Context) -> List[CommandResul
     return results
 
 
+def commands(settings: Settings) -> List[Tuple[str, str, List[str]]]:
+    """List what is run under the rules for hooks as (section, key, argv)."""
+    found = [("hooks", hook, argv) for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
+    for kind, sections in (("service", settings.service), ("probe", settings.probe), ("notify", settings.notify)):
+        found += [(f"{kind}:{name}", "command", section.command) for name, section in sorted(sections.items()) if section.command]
+    return found
+
+
 class Program(NamedTuple):
     """A program that is run under the rules for hooks, and whether that is in the root, in a release or, as it comes, in either."""
 
@@ -5685,20 +5714,38 @@ class Program(NamedTuple):
 
 
 def programs(settings: Settings) -> List[Program]:
-    """List what the configuration has run under the rules for hooks."""
-    found = [Program(f"[hooks] {hook}", argv[0], hook == "pre_stage", hook != "pre_stage")
-             for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
-    found += [Program(f"[service:{name}] command", service.command[0], False, True)
-              for name, service in sorted(settings.service.items()) if service.command]
-    found += [Program(f"[probe:{name}] command", probe.command[0], probe.when != "after", True)
-              for name, probe in sorted(settings.probe.items()) if probe.command]
-    return found + [Program(f"[notify:{name}] command", notifier.command[0], True, True)
-                    for name, notifier in sorted(settings.notify.items()) if notifier.command]
+    """List the programs of all commands."""
+    found = []
+    for section, key, argv in commands(settings):
+        kind, _, name = section.partition(":")
+        early = key == "pre_stage" or kind == "notify" or kind == "probe" and settings.probe[name].when != "after"
+        found.append(Program(f"[{section}] {key}", argv[0], early, key != "pre_stage"))
+    return found
+
+
+def check_size_of_commands(settings: Settings) -> None:
+    """Raise UsageError for variables and arguments that the kernel lets no program have (execve(2))."""
+    longest = 32 * os.sysconf("SC_PAGE_SIZE") - 1
+    for name, value in settings.env.items():
+        where = f"{settings.origin('env', name)}: [env] {name}"
+        if not name or "=" in name:
+            raise UsageError(f"{where}: {name!r} cannot be the name of a variable", "write NAME = value")
+        if len(os.fsencode(native(f"{name}={value}"))) > longest:
+            raise UsageError(f"{where} has more than the {longest} bytes that a variable may have", "put it into a file")
+    given_bytes = sum(len(os.fsencode(native(name + value))) + 10 for name, value in settings.env.items())
+    most_bytes = max(SMALLEST_ARG_MAX, os.sysconf("SC_ARG_MAX")) - ROOM_FOR_OUR_OWN_BYTES
+    for section, key, argv in commands(settings):
+        sizes = [len(os.fsencode(native(word))) for word in argv]
+        where = f"{settings.origin(section, key)}: [{section}] {key}"
+        if max(sizes) > longest:
+            raise UsageError(f"{where} has a word of more than the {longest} bytes that an argument may have", "put it into a file")
+        if given_bytes + sum(sizes) + 9 * len(sizes) > most_bytes:
+            raise UsageError(f"{where} and [env] have more than the {most_bytes} bytes that a program may be given", "put it into a file")
 
 
 def hook_path(settings: Settings) -> str:
     """Return the PATH in which hooks and commands are looked for."""
-    return native(settings.env.get("PATH") or command_path())
+    return native(settings.env.get("PATH", command_path()))
 
 
 def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Dict[str, Tuple[str, str]]:
@@ -6447,6 +6494,8 @@ def _network_reason(error: Exception) -> str:
 def split_address(text: str) -> Tuple[str, int]:
     """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
     if text.startswith("unix:/"):
+        if len(os.fsencode(native(text))) > len("unix:") + LONGEST_SOCKET_PATH:
+            raise ValueError(f"expected a unix socket's path of at most {LONGEST_SOCKET_PATH} bytes")
         return text[5:], 0
     host, _, port = text.rpartition(":")
     if not re.match(r"[0-9]{1,5}\Z", port) or not 0 < int(port) < 65536 or not host or re.search(r"[\s/@]", host):
@@ -6496,6 +6545,37 @@ def request_headers(url: Url, own: Dict[str, str], chosen: Dict[str, str]) -> Di
     return dict({name: value for name, value in dict(always, **own).items() if name.lower() not in names}, **chosen)
 
 
+def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional[str]:
+    """Say which request header cannot be sent, or which expected one no answer can have (RFC 9110, 5)."""
+    for key, names in (("header", sent), ("expect_header", expected)):
+        for name in names:
+            if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+                return f"{key}.{name}: {name!r} is not the name of a header"
+    # The value may be private.
+    wrong = [name for name, value in sent.items() if re.search("[\x00-\x08\x0a-\x1f\x7f]", value)]
+    return f"header.{wrong[0]}: the value holds a line break or a control character" if wrong else None
+
+
+def wrong_tls(probe: Any) -> Optional[str]:
+    """Say which tls_* keys mean nothing here."""
+    keys = [key for key in ("tls_verify", "tls_ca", "tls_cert", "tls_key") if getattr(probe, key) != default_of("probe:*", key)]
+    if keys and parse_url(probe.url).scheme == "http":
+        return f"{' and '.join(keys)} mean{'s' if len(keys) == 1 else ''} nothing to an http:// URL"
+    return "tls_key needs tls_cert, the certificate that it belongs to" if probe.tls_key and not probe.tls_cert else None
+
+
+def tls_context(probe: Any) -> Any:
+    """Make the ssl.SSLContext that a probe asks for; OSError for what its files do not hold."""
+    import ssl
+    context = ssl.create_default_context(cafile=probe.tls_ca or None)
+    if not probe.tls_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if probe.tls_cert:
+        # An empty password: OpenSSL would ask the terminal for one otherwise.
+        context.load_cert_chain(probe.tls_cert, probe.tls_key or None, password="")
+    return context
+
+
 class UrlTry(NetworkTry):
     """Ask over HTTP or HTTPS."""
 
@@ -6508,7 +6588,11 @@ class UrlTry(NetworkTry):
                 split_address(probe.connect)
         except ValueError as error:
             return str(error)
-        return None if re.match(r"[A-Z]{1,20}\Z", probe.method) else f"method = {probe.method}: expected GET, HEAD, ..."
+        if not re.match(r"[A-Z]{1,20}\Z", probe.method):
+            return f"method = {probe.method}: expected GET, HEAD, ..."
+        if probe.redirects > MOST_REDIRECTS:
+            return f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"
+        return wrong_header(probe.header, probe.expect_header) or wrong_tls(probe)
 
     def _talk(self) -> Union[Answer, Received]:
         from urllib.parse import urljoin
@@ -6528,21 +6612,11 @@ class UrlTry(NetworkTry):
     def _request(self, url: Url, headers: Dict[str, str]) -> Any:
         self._connect(split_address(self.probe.connect) if self.probe.connect else (url.host, url.port))
         if url.scheme == "https":
-            self._start_tls(url.host, self._tls_context())
+            self.stage = "reading tls_ca, tls_cert and tls_key"
+            self._start_tls(url.host, tls_context(self.probe))
         response = self._ask_http(self.probe.method, url, headers)
         self.evidence["status"] = response.status
         return response
-
-    def _tls_context(self) -> Any:
-        import ssl
-        self.stage = "reading tls_ca, tls_cert and tls_key"
-        context = ssl.create_default_context(cafile=self.probe.tls_ca or None)
-        if not self.probe.tls_verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if self.probe.tls_cert:
-            # An empty password: OpenSSL would ask the terminal for one otherwise.
-            context.load_cert_chain(self.probe.tls_cert, self.probe.tls_key or None, password="")
-        return context
 
     def _headers(self, url: Url) -> Dict[str, str]:
         own = {"Accept": "*/*", "Accept-Encoding": "identity"}
@@ -6680,8 +6754,13 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything; None when nothing is."""
     if probe.release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", probe.release):
         return f"release = {probe.release}: expected json:PATH, header:NAME or body"
-    if probe.timeout <= 0:
-        return "timeout must be more than 0s"
+    if probe.successes > tries_within_deadline(probe):
+        return (f"successes = {probe.successes} cannot be reached within deadline = {format_seconds(probe.deadline)}: "
+                f"at most {count(tries_within_deadline(probe), 'try', 'tries')}, period apart")
+    text_keys = [key for key in ("body", "json", "release") if getattr(probe, key)
+                 and not (key == "release" and probe.release.startswith("header:"))]
+    if text_keys and (not probe.max_body or probe.url and probe.method == "HEAD"):
+        return f"{' and '.join(text_keys)} cannot be answered with {'max_body = 0' if not probe.max_body else 'method = HEAD'}"
     unused = [key for key in UNUSED_KEYS[probe_kind(probe)] if getattr(probe, key) != default_of("probe:*", key)]
     if unused:
         return f"{' and '.join(unused)} mean{'s' if len(unused) == 1 else ''} nothing to a {probe_kind(probe)} probe"
@@ -6691,6 +6770,20 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
 def probe_seconds(probe: Any) -> float:
     """Return how long a probe may take to its verdict."""
     return float(probe.initial_delay + probe.deadline + probe.soak)
+
+
+def tries_within_deadline(probe: Any) -> int:
+    """Count the tries there is time for when each is well and takes none: ProbeRun's waits, as short as jitter makes them."""
+    shortest = ProbeRun.SHORTEST_WAIT_SECONDS
+    wait, left, tries = max(shortest, probe.period * (1 - min(1.0, probe.jitter))), probe.deadline, 1
+    full = min(wait + probe.timeout, 2 * wait)  # with as much left, a wait is not cut short
+    if left >= full:
+        tries += int((left - full) / wait + 1e-9) + 1
+        left -= (tries - 1) * wait
+    while left > shortest:
+        left -= max(left - probe.timeout, left / 2, shortest)
+        tries += 1
+    return tries
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
@@ -6773,7 +6866,7 @@ class ProbeRun:
     def _wait_seconds(self, steps: int) -> float:
         import random
         longest_seconds = max(self.probe.period, self.probe.period_max)
-        wait_seconds = min(self.probe.period * max(1.0, self.probe.backoff) ** min(steps, 100), longest_seconds)
+        wait_seconds = min(self.probe.period * min(100.0, max(1.0, self.probe.backoff)) ** min(steps, 100), longest_seconds)
         share = min(1.0, self.probe.jitter)
         return max(self.SHORTEST_WAIT_SECONDS, wait_seconds * (1 + random.uniform(-share, share)))
 
@@ -7087,11 +7180,30 @@ def check_configuration(survey: Survey) -> Finding:
         program = probe.command[0] if probe.command else ""
         if probe.command and not may_be_run(settings, program):
             problems.append((f"[probe:{name}] command: {program} is not found or not executable", f"install {program}"))
+        problems += unusable_keys(name, probe) if not problems else []
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)
         if os.geteuid() != 0:
             problems.append((f"[hooks] run_as = {settings.hooks.run_as} needs root", "run as root, or remove run_as"))
     return _all_of(problems, ", ".join(settings.files) or "no file; defaults and command line")
+
+
+def unusable_keys(name: str, probe: Any) -> List[Tuple[str, str]]:
+    """List what is wrong with what the key files of a probe hold, as (problem, hint)."""
+    problems = []
+    if probe.tls_ca or probe.tls_cert:
+        try:
+            tls_context(probe)
+        except (OSError, ValueError) as error:
+            paths = ", ".join(key_files(probe, PROBE_KEY_FILES[1:]))
+            problems.append((f"[probe:{name}] {paths}: {_network_reason(error)}",
+                             "tls_ca needs a certificate, tls_cert one with tls_key as its own key, all in PEM and not encrypted"))
+    # What _authorization() makes of it; in base64 anything may stand.
+    text = _read_text(probe.auth_file).strip() if probe.auth_file else ""
+    if " " in text and wrong_header({"Authorization": text}):
+        problems.append((f"[probe:{name}] auth_file: {probe.auth_file} holds a line break or a control character",
+                         "it must hold one line: the Authorization header's value, or user:password"))
+    return problems
 
 
 PROBE_KEY_FILES = ("auth_file", "tls_ca", "tls_cert", "tls_key")
@@ -7186,6 +7298,8 @@ def believed_programs(settings: Settings) -> List[Tuple[str, str, str]]:
     What comes with the release is looked for in the one that is live, to which
     a run may go back, and on the way to the one that is not there yet.
     """
+    if not settings.deploy.root:
+        return [(program.where, program.name, "/") for program in programs(settings)]
     root = os.path.realpath(settings.deploy.root)
     coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
     releases, found = [coming] + [live] * os.path.isdir(live), []
@@ -9322,12 +9436,19 @@ old process answering is a failure.
 
 Until `successes` tries in a row are well, only `deadline` counts; then `soak`
 begins, in which `failures` tries in a row mean failure. Every try is cut off
-at `timeout`, a slowly dripping answer included. Proxies from the environment
-are never used. `when = before` asks during preflight, before anything changes.
+at `timeout`, a slowly dripping answer and a regular expression without end
+(`(a+)+$`) included. Proxies from the environment are never used. `when =
+before` asks during preflight, before anything changes.
 
-What a kind of probe cannot check (`status` of a `tcp` probe) is a
-configuration error, not ignored. Probes also run by themselves; exit 7 means
-that one is not well:
+Between two tries lies `period`, after each further failure `backoff` times as
+long, up to `period_max`; a success starts that anew. Where the deadline is
+near the waits shrink, so that there is time for one more whole try, and then
+to half of what is left: a service that comes up late is still seen.
+
+What a kind of probe cannot check (`status` of a `tcp` probe), and what cannot
+come true (more `successes` than there is time for before `deadline`, `body`
+with `max_body = 0`), is a configuration error, not ignored. Probes also run by
+themselves; exit 7 means that one is not well:
 
     deploy.py probe                        # every configured probe, one try
     deploy.py probe web --wait 30s         # until it is well
@@ -10444,11 +10565,11 @@ def command_probe(call: Invocation) -> None:
     context, live = probe_context(call)
     results = []
     for probe in probes:
+        if flags.wait is not None:
+            probe.deadline = flag_duration("--wait", flags.wait)
         problem = check_probe(settings, probe)
         if problem:
             raise UsageError(f"probe {probe.name}: {problem}", "correct it in the configuration or on the command line")
-        if flags.wait is not None:
-            probe.deadline = flag_duration("--wait", flags.wait)
         found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
         results.append(found)
         status = "ok" if found.ok else "fail" if found.required else "warn"
@@ -10466,7 +10587,7 @@ def command_probe(call: Invocation) -> None:
 def flag_duration(flag: str, text: str) -> float:
     """Read a duration given to a flag, in seconds; UsageError names the flag."""
     try:
-        return parse_duration(text)
+        return _parse_limit(text)
     except ValueError as error:
         raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} 30s")
 
@@ -10997,7 +11118,9 @@ class Webhook(Notifier):
             userinfo = parse_url(settings.url).userinfo if settings.url else None
         except ValueError:
             return "url: expected http://HOST/... or https://HOST/..."
-        return None if userinfo is None else "url: expected no user and password in it; a token goes into token_file"
+        if userinfo is not None:
+            return "url: expected no user and password in it; a token goes into token_file"
+        return wrong_header(getattr(settings, "header", {}))
 
     def _talk(self) -> str:
         own = {}
@@ -11635,6 +11758,7 @@ def check_believed(flags: Any, settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> None:
     """Raise UsageError for values that are proper one by one and do not go together."""
+    check_size_of_commands(settings)
     for name, probe in settings.probe.items():
         problem = check_probe(settings, probe)
         if problem:

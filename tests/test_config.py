@@ -229,6 +229,11 @@ BAD_VALUES = [
     ("header-regex", "probe:web", "expect_header.X", "[z"), ("when", "probe:web", "when", "during"),
     ("mode", "template:t", "mode", "0999"), ("mode-letters", "template:t", "mode", "rw-r--r--"),
     ("source-absolute", "template:t", "source", "/etc/passwd"), ("target-out", "template:t", "target", "../../x"),
+    ("no-time-for-hooks", "hooks", "timeout", "0s"), ("no-time-for-a-service", "service:web", "timeout", "0ms"),
+    ("no-time-for-a-try", "probe:web", "timeout", "0s"), ("no-deadline", "probe:web", "deadline", "0h"),
+    ("too-long", "probe:web", "timeout", "481h"), ("for-ever", "deploy", "lock_wait", "999999999h"),
+    ("regex-too-deep", "probe:web", "body", "(" * 5000), ("regex-too-often", "probe:web", "body", "a{99999999999}"),
+    ("nul", "env", "A", "x\0y"), ("nul-name", "env", "A\0B", "x"), ("nul-command", "hooks", "pre_stage", "echo a\0b"),
     ("action", "service:web", "action", "bounce"), ("service-command", "service:web", "command", "sh -c 'x"),
 ]
 NEEDED = {"probe:web": {"url": "http://127.0.0.1/"}, "template:t": {"source": "a", "target": "b"},
@@ -262,6 +267,54 @@ def test_a_bad_value_from_elsewhere_is_named_with_its_origin(how: str, options: 
     result = run_deploy("config", *options.get("args", []), env=options.get("env"), check=2)
     assert origin in result.data["error"]["message"]
     assert result.data["error"]["hint"]
+
+
+TOGETHER = {
+    "deadline": ("probe:web", "url = http://a/\nsuccesses = 100"), "header": ("probe:web", "url = http://a/\nheader.A B = 1"),
+    "header line": ("probe:web", "url = http://a/\nheader.A =\n  1\n  2"), "body": ("probe:web", "url = http://a/\nbody = x\nmax_body = 0"),
+    "tls": ("probe:web", "url = http://a/\ntls_verify = no"), "tls key": ("probe:web", "url = https://a/\ntls_key = k"),
+    "notify": ("notify:web", "url = http://a/\nheader.A B = 1"),
+    "redirects": ("probe:web", "url = http://a/\nredirects = 1000"),
+    "long variable": ("env", f"A = {'x' * (1 << 17)}"), "long word": ("hooks", f"pre_stage = echo {'x' * (1 << 17)}"),
+    "long command": ("service:web", f"command = echo {'x' * (1 << 17)}"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TOGETHER))
+def test_what_could_only_fail_later_is_refused_before_anything(name: str, app: App) -> None:
+    """The kernel's 128 KiB for one argument or variable are 32 pages."""
+    section, text = TOGETHER[name]
+    if name.startswith("long") and os.sysconf("SC_PAGE_SIZE") != 4096:
+        pytest.skip("larger pages here")
+    app.configure(f"[{section}]\n{text}\n")
+    error = app.run("deploy", app.artifact("1.0"), check=2).data["error"]
+    assert f"{app.config}: [{section}]" in error["message"] and app.releases() == [], error
+
+
+def test_what_is_just_small_enough_is_handed_over(app: App) -> None:
+    size = 32 * os.sysconf("SC_PAGE_SIZE") - 1
+    hook = app.directory / "hook"
+    hook.write_text(f"#!{sys.executable}\nimport os, sys\nassert len(os.environ['A']) == {size - 2} and len(sys.argv[1]) == {size}\n")
+    hook.chmod(0o755)
+    app.configure(f"durable = no\n[env]\nA = {'x' * (size - 2)}\n[hooks]\npre_stage = {hook} {'y' * size}\n")
+    app.run("deploy", app.artifact("1.0"), check=0)
+
+
+def test_variables_that_only_together_are_too_large_are_refused(app: App) -> None:
+    """Each file may have 1 MiB; two of them fill what the kernel gives a program."""
+    if os.sysconf("SC_ARG_MAX") > 4 << 20:
+        pytest.skip("the limit of the stack is larger than usual")
+    paths = [write(app.directory / f"{number}.ini", "[env]\n" + "".join(f"A{number}_{index} = {'x' * 100000}\n" for index in range(10)))
+             for number in range(os.sysconf("SC_ARG_MAX") // 1000000 + 1)]
+    app.configure("[hooks]\npre_stage = true\n")
+    words = [word for path in paths for word in ("-c", path)]
+    error = app.run("deploy", app.artifact("1.0"), *words, check=2).data["error"]
+    assert "[hooks] pre_stage and [env] have more than" in error["message"]
+
+
+@pytest.mark.parametrize("text", ["env.=x", "env.A==x"])
+def test_the_name_of_a_variable_has_no_equals_sign_and_is_not_empty(text: str, app: App) -> None:
+    app.run("deploy", app.artifact("1.0"), "--set", text, check=2 if text == "env.=x" else 0)
 
 
 GROUPS = [
@@ -460,7 +513,7 @@ def test_an_item_of_a_list_can_be_commented_out(tmp_path: Path) -> None:
 
 
 DURATIONS = [("500ms", True), ("3s", True), ("2m", True), ("1h", True), ("1.5s", True), ("0s", True), ("", False), ("3", False),
-             ("3S", False), ("s", False), ("1e3s", False), ("3 s", False), ("1h30m", False), ("\u00b2s", False)]
+             ("3S", False), ("480h", True), ("481h", False), ("28800001s", False), ("s", False), ("1e3s", False), ("3 s", False), ("1h30m", False), ("\u00b2s", False)]
 
 
 @pytest.mark.parametrize("text,fine", DURATIONS, ids=[row[0] or "empty" for row in DURATIONS])

@@ -202,8 +202,11 @@ def trusted(tmp_path: Path) -> Trusted:
     config = places["conf"] / "deploy.ini"
     hook, service, probe = (script(places[name] / name, "exit 0") for name in ("hooks", "service", "probes"))
     auth, key, certificate, authority = places["auth"] / "auth", *(places["tls"] / name for name in ("key", "cert", "ca"))
+    auth.write_text("x:y\n")
+    subprocess.run([needs("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-keyout", str(key), "-out",
+                    str(certificate)], check=True, stderr=subprocess.DEVNULL)
+    shutil.copy(str(certificate), str(authority))
     for path in (auth, key, certificate, authority):
-        path.write_text("x:y\n")
         path.chmod(0o600)
     config.write_text(f"[deploy]\nroot = {app.root}\napplication = myapp\ndurable = no\n[hooks]\npre_stage = {hook} "
                       f"--option\n"

@@ -564,6 +564,23 @@ def test_client_certificates(serve, certificates):
     assert ask("url", url, authority, *pair).ok
 
 
+@pytest.mark.parametrize("keys, problem", [
+    ("tls_ca = {d}/empty", "no certificate"), ("tls_ca = {d}/server.key", "no certificate"),
+    ("tls_cert = {d}/client.pem\ntls_key = {d}/server.key", "values mismatch"), ("tls_cert = {d}/client.pem", "TLS: "),
+    ("tls_cert = {d}/client.pem\ntls_key = {d}/locked.key", "TLS: "),
+    ("auth_file = {d}/lines", "holds a line break")], ids=["empty", "no certificate", "another's key", "no key", "locked", "lines"])
+def test_key_files_that_cannot_serve_are_found_by_preflight(keys, problem, certificates, app):
+    """All that can be known before the switch."""
+    (certificates / "empty").write_text("")
+    (certificates / "lines").write_text("Bearer abc\nX: y\n")
+    for path in certificates.iterdir():
+        path.chmod(0o600)
+    app.configure(f"[probe:x]\nurl = https://127.0.0.1:9/\n{keys.format(d=certificates)}\n")
+    error = app.run("deploy", app.artifact("1.0"), check=3).data["error"]
+    assert error["message"].startswith("preflight: configuration: [probe:x]") and problem in error["message"], error
+    assert str(certificates) in error["message"] and error["hint"] and app.releases() == []
+
+
 def test_an_encrypted_key_fails_and_asks_nobody(serve, certificates):
     server = serve(http(), tls=tls_context(certificates))
     result = ask("url", url_of(server, scheme="https"), "timeout=2s",
@@ -898,6 +915,25 @@ def test_service(tmp_path):
     assert up.ok and "is up" in up.detail
 
 
+# -- how many tries there is time for ---------------------------------------------
+
+@pytest.mark.parametrize("deadline, period, timeout", [
+    ("600ms", "10s", "3s"), ("600ms", "20ms", "100ms"), ("500ms", "0s", "3s"), ("1s", "300ms", "100ms"), ("200ms", "90ms", "3s")])
+def test_no_more_successes_are_asked_for_than_there_is_time_for_and_no_fewer(deadline, period, timeout, monkeypatch):
+    """The number is what the real timing comes to with a clock that only waiting moves on."""
+    clock = [1000.0]
+    monkeypatch.setattr(deploy, "pause", lambda session, seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(deploy.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(deploy.ServiceTry, "run", lambda self: deploy.Answer(True, "well", {}))
+    probe = deploy.adhoc_probe("service", "x", [f"deadline={deadline}", f"period={period}", f"timeout={timeout}", "jitter=0"])
+    probe.successes = 10 ** 6
+    run = deploy.ProbeRun(deploy.Question(session_with(), probe, CONTEXT, False, probe.timeout))
+    assert "only" in run.full()
+    assert deploy.tries_within_deadline(probe) == run.tries
+    probe.successes, probe.deadline, probe.period = 10 ** 18, 480 * 3600.0, 0.0
+    assert deploy.tries_within_deadline(probe) > 10 ** 6, "and it takes no time to tell"
+
+
 # -- check_probe and adhoc_probe ---------------------------------------------
 
 @pytest.mark.parametrize("kind, target, assignments, message", [
@@ -917,7 +953,28 @@ def test_service(tmp_path):
     ("url", "http://a/", ["method=GET / HTTP"], "expected GET"),
     ("url", "http://a/", ["release=json:"], "expected json:PATH"),
     ("url", "http://a/", ["release=cookie:x"], "expected json:PATH"),
-    ("url", "http://a/", ["timeout=0s"], "timeout must be"),
+    ("url", "http://a/", ["successes=3", "deadline=100ms", "timeout=50ms", "period=10ms"], ""),
+    ("url", "http://a/", ["successes=1000"], "successes = 1000 cannot be reached within deadline = 1m00s: at most 40 tries"),
+    ("command", "true", ["successes=3", "deadline=20ms"], "at most 1 try"),
+    ("url", "http://a/", ["body=a", "max_body=0"], "body cannot be answered with max_body = 0"),
+    ("url", "http://a/", ["json.a=1", "body=!a", "max_body=0"], "body and json cannot be answered"),
+    ("command", "true", ["release=body", "max_body=0"], "release cannot be answered with max_body = 0"),
+    ("url", "http://a/", ["release=header:X-V", "max_body=0"], ""),
+    ("url", "http://a/", ["json.a=1", "method=HEAD"], "json cannot be answered with method = HEAD"),
+    ("url", "http://a/", ["expect_header.X-V=1", "method=HEAD"], ""),
+    ("url", "http://a/", ["header.X V=1"], "'X V' is not the name of a header"),
+    ("url", "http://a/", ["header.X:=1"], "'X:' is not the name of a header"),
+    ("url", "http://a/", ["header.\u00e4=1"], "is not the name of a header"),
+    ("url", "http://a/", ["expect_header.X V=1"], "expect_header.X V: 'X V' is not the name"),
+    ("url", "http://a/", ["header.X=a\nEvil: b"], "header.X: the value holds a line break"),
+    ("url", "http://a/", ["header.X=a\tb \u00e4"], ""),
+    ("url", "https://a/", ["tls_key=/k"], "tls_key needs tls_cert"),
+    ("url", "https://a/", ["tls_cert=/c", "tls_verify=no"], ""),
+    ("url", "http://a/", ["tls_ca=/c", "tls_verify=no"], "tls_verify and tls_ca mean nothing to an http:// URL"),
+    ("url", "http://a/", ["redirects=20"], ""),
+    ("url", "http://a/", ["redirects=21"], "redirects = 21: expected at most 20"),
+    ("tcp", "unix:/" + 106 * "a", [], ""),
+    ("tcp", "unix:/" + 107 * "a", [], "at most 107 bytes"),
     ("tcp", "a:80", [], ""),
     ("tcp", "a", [], "expected host:port"),
     ("tcp", ":80", [], "expected host:port"),
@@ -946,7 +1003,8 @@ def test_adhoc_probe_has_the_tables_defaults_and_reports_mistakes():
     probe = deploy.adhoc_probe("url", "http://a/?b=c", ["status=200,404", "json.a.b=x=y", "header.X=1"])
     assert (probe.name, probe.url, probe.status, probe.period) == ("ad-hoc", "http://a/?b=c", [(200, 200), (404, 404)], 2.0)
     assert (probe.json, probe.header) == ({"a.b": "x=y"}, {"X": "1"})
-    for text in ("nonsense=1", "status=abc", "status", "tcp=a:1"):
+    for text in ("nonsense=1", "status=abc", "status", "tcp=a:1", "timeout=0s", "deadline=0s", "deadline=481h",
+                 "body=" + 5000 * "(", "body=a{99999999999}"):
         with pytest.raises(deploy.UsageError):
             deploy.adhoc_probe("url", "http://a/", [text])
 

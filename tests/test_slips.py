@@ -96,7 +96,7 @@ def test_what_verify_finds_is_mended_by_what_it_hints(app: App) -> None:
 
 @pytest.mark.parametrize("key, value", [("auth_file", "/nonexistent"), ("tls_ca", "/nonexistent"), ("tls_cert", "/nonexistent")])
 def test_a_file_that_a_probe_needs_is_missed_before_anything_changes(key: str, value: str, app: App) -> None:
-    app.configure(f"[probe:web]\nurl = http://127.0.0.1:1/\n{key} = {value}\n")
+    app.configure(f"[probe:web]\nurl = https://127.0.0.1:1/\n{key} = {value}\n")
     assert value in app.run("deploy", app.artifact("1.0"), check=3).data["error"]["message"]
     assert app.releases() == []
 
@@ -112,7 +112,7 @@ def test_expectations_for_configured_probes_are_refused(app: App) -> None:
 
 
 def test_too_many_successes_are_told_as_such(tmp_path: Path) -> None:
-    result = run_deploy("probe", "--command", "true", "--wait", "300ms", "--expect", "successes=1000", "--expect", "period=10ms", check=7)
+    result = run_deploy("probe", "--command", "true", "--wait", "1s", "--expect", "successes=50", "--expect", "period=10ms", check=7)
     assert "tries in a row were well" in result.data["error"]["message"]
 
 
