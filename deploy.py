@@ -116,8 +116,9 @@ except ImportError as _error:
         _stderr.write(f"deploy.py: error: {INCOMPLETE}: {_error}; {INSTALL}\n")
     if "--json" in sys.argv or len(sys.argv) == 2 and "/" in sys.argv[1]:  # the latter from Ansible
         _text = f'"{INCOMPLETE}: {_error}"'
-        sys.stdout.write(f'{{"ok": false, "changed": false, "failed": true, "exit_code": 2, "msg": {_text}, '
-                         f'"error": {{"message": {_text}, "hint": "{INSTALL}"}}}}\n')
+        if sys.stdout:
+            sys.stdout.write(f'{{"ok": false, "changed": false, "failed": true, "exit_code": 2, "msg": {_text}, '
+                             f'"error": {{"message": {_text}, "hint": "{INSTALL}"}}}}\n')
     sys.exit(2)
 finally:
     sys.stderr = _stderr

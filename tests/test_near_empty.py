@@ -261,6 +261,14 @@ def test_a_missing_module_is_told_as_json_without_the_json_module(tmp_path: Path
     assert told["msg"] == told["error"]["message"] == TOLD + "No module named 'json'"
 
 
+@pytest.mark.parametrize("closing", ["2>&-", ">&-"])
+def test_a_missing_module_needs_no_stream_to_be_told_on(tmp_path: Path, closing: str) -> None:
+    lame = python_without(tmp_path, Python.of(sys.executable), "json")
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closing}', "sh", lame, compiled(), "--json", "status"],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
 def test_a_hashlib_without_the_one_hash_is_told_in_one_line(tmp_path: Path) -> None:
     if {"_sha256", "_sha2"} & set(sys.builtin_module_names):
         pytest.skip("this Python has SHA-256 built in")
