@@ -420,6 +420,19 @@ def test_what_is_wrong_is_told_before_anything_happens(app, section, message):
     assert snapshot(app.root) == before
 
 
+def test_the_configuration_of_the_page_is_a_proper_one(app):
+    page = next(topic.text for topic in deploy.TOPICS if topic.name == "monitoring")
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    \[))+", page)
+    app.configure("".join(re.sub("(?m)^    ", "", block) for block in blocks if block.strip().startswith("[")))
+    settings = deploy.load_settings([str(app.config)], {}, [])
+    assert sorted(notifier.type for notifier in settings.notify.values()) == sorted(deploy.NOTIFIERS)
+    assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [None] * 4
+    assert settings.metrics.textfile_dir == "/var/lib/prometheus/node-exporter"
+    words = set(re.findall(r"\$\{(\w+)\}", page.split("In `text` stand")[1]))
+    known = deploy.Note("", "", deploy.result_of(None), deploy.Context(*[""] * 7), "").values(str)
+    assert words == {name for name in known if not name.startswith("DEPLOY_")}
+
+
 def test_every_kind_that_can_be_chosen_is_there():
     assert deploy.find_option("notify:x", "type").kind.split("|") == list(deploy.NOTIFIERS)
 
@@ -432,7 +445,7 @@ def test_a_credential_is_the_token_of_one_section_only(app, receive, tmp_path):
     assert app.run("deploy", app.artifact("1.0"), env={"CREDENTIALS_DIRECTORY": str(credentials)}, check=0).data["warnings"] == []
     assert receiver.posts[0]["headers"]["Authorization"] == f"Bearer {CANARY}"
     configure(app, f"url = {receiver.url}\ntoken_file=/nonexistent", before="[probe:n0]\nurl = http://127.0.0.1:1/\nauth_file = /nonexistent")
-    assert "[notify:n0] shares its name" in app.run("deploy", app.artifact("1.1"), check=2).data["error"]["message"]
+    assert "would be the same credential, n0" in app.run("deploy", app.artifact("1.1"), check=2).data["error"]["message"]
 
 
 @as_root
