@@ -9599,6 +9599,65 @@ auth_file:
   not restarted fails the deployment, with the last lines of its journal.
   Preflight warns of a unit that is failed already. The unit that deploy.py
   itself runs in is never restarted."""),
+    Topic("ansible", "the same file is the module: a rolling deployment, and back", """\
+deploy.py is an Ansible module as well: put it beside the playbook as
+`library/deploy.py`. The hosts need nothing but Python 3.6 or newer.
+`ansible-doc -M library deploy` shows every parameter.
+
+Parameters are the arguments and flags of the command line, with `_` for `-`;
+`command` is `deploy` where it is not given, and `set` holds options of the
+configuration. Quote what YAML would change: a version (1.10 is 1.1), a mode
+(0640), a yes that is meant as a word. Such a number is refused, and so is a
+parameter that does not exist, or not for this command.
+
+    - hosts: shop
+      gather_facts: no
+      serial: [1, "50%", "100%"]
+      max_fail_percentage: 0
+      tasks:
+        - block:
+            - name: Deploy
+              deploy:
+                config: /etc/deploy/shop.ini
+                artifact: /var/lib/artifacts/shop-1.4.2.tar.gz
+              register: deployed
+              until: deployed.rc != 75
+              retries: 10
+              delay: 30
+          rescue:
+            - name: Lead back the hosts that were well
+              deploy:
+                command: rollback
+                config: /etc/deploy/shop.ini
+                release: "{{ hostvars[item].deployed.previous }}"
+                wait_lock: 1m
+              delegate_to: "{{ item }}"
+              loop: "{{ ansible_play_hosts_all }}"
+              when:
+                - hostvars[item].deployed is defined
+                - hostvars[item].deployed is changed
+                - hostvars[item].deployed is not failed
+            - name: Stop the roll
+              fail:
+                msg: "{{ ansible_failed_result.msg }}"
+
+One host goes first, then half of them, then the rest. A host whose probe fails
+has rolled back by itself when the task fails; the rescue leads back those that
+went live before it, each to the release it had, and no further host is begun.
+The same playbook again changes nothing. `--check` is a dry run, and `--diff`
+shows which release, version and digest `current` points to before and after.
+
+The result is the object of `--json` (`deploy.py help exit-codes`) and `rc`,
+the exit code; `msg` ends with the hint. Another run that holds the lock is a
+failure with rc 75, which `until` above waits for; `wait_lock: 5m` waits on the
+host instead. `timeout:` of a task ends only Ansible's waiting: the run on the
+host goes on, holds the lock, and comes to its own end.
+
+With `no_log: yes` the values of all parameters but names of releases, the root
+and the configuration are masked in log, records and history as secrets are.
+One question to every host:
+
+    ansible shop -M library -m deploy -a "command=status config=/etc/deploy/shop.ini\""""),
     Topic("cron", "run by cron, silent when nothing changed", """\
 A line for /etc/cron.d. cron mails whatever is printed:
 

@@ -34,6 +34,8 @@ KINDS = (
     ("unit", r"\[(Unit|Service|Timer|Path|Install)\]$"),
     ("crontab", r"([*/0-9,-]+ ){5}\w+ |[A-Z]+=\S*$"),
     ("commands", r"(sudo |\w+=\S+ )*((/[\w/]+/|\./)?deploy\.py |make |install |\(cd |eval |systemctl |journalctl )"),
+    ("playbook", r"- hosts: "),  # test_ansible.py runs it
+    ("ansible", r"ansible \w"),  # and this
     ("tree", r"/srv/\w+/ +root$"),
     ("image", r"(RUN|HEALTHCHECK) "),  # run by test_near_empty.py
     ("rules", r"groups:$"),  # asked of promtool by test_metrics.py
