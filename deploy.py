@@ -321,10 +321,11 @@ _SECRET_NAME = re.compile(
 # The name is looked at once, from its beginning: otherwise a long line of such names would take minutes.
 # What is called ..._file holds a path, which errors must be able to name; LoadCredential= in a unit file names one as well.
 _SECRET_ASSIGNMENT = re.compile(
-    r"(?i)(?<![\w.-])(?!LoadCredential=|[\w.-]*_file[\"']?\s*[=:])"
+    r"(?i)(?<![\w.-])(?!LoadCredential=|[\w.-]*_file[\"']?\s*[=:]|(?:test|check|spec|case)s?[_-]pass[\"']?\s*[=:]\s*[0-9]+(?!\S))"
     r"(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
     r"|signing[_-]?key|cookie|(?<![a-z])dsn(?![a-z])|[_-](?:pwd|pass)(?![a-z])))"
-    r"([\w.-]+[\"']?\s*[=:]\s*)(\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
+    r"([\w.-]+[\"']?\s*[=:]\s*)(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
+    r"(\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
 MASK = "[masked]"
 
 

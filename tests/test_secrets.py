@@ -102,7 +102,7 @@ class Scene:
         hooks = "".join(f"{name} = {leak}\n" for name in ("pre_stage", "post_stage", "pre_activate", "post_activate",
                                                           "post_deploy",
                                                           "on_failure", "pre_rollback", "post_rollback"))
-        base = "successes = 1\nperiod = 20ms\ndeadline = 150ms\n"
+        base = "successes = 1\nperiod = 20ms\ndeadline = 1s\n"
         app.configure(
             f"durable = no\n[env]\nDB_PASSWORD = {CANARIES['env']}\nTLS_PRIVATE_KEY =\n  {CANARIES['key line one']}\n"
             f"  {CANARIES['key line two']}\n[hooks]\n{hooks}[vars]\nDB_PASSWORD = {CANARIES['vars']}\n"
@@ -282,6 +282,19 @@ def test_what_is_assigned_to_a_name_that_looks_secret_is_masked_in_output(name: 
     """The same names whose values are private in [env]; the value itself was never told to deploy.py."""
     result = say(app, "before " + form.format(name, "unheard0fcanary") + "\n")
     assert "unheard0fcanary" not in everything(app, result), everything(app, result).splitlines()[:3]
+
+
+@pytest.mark.parametrize("line", [
+    "tests_pass: 12", '"checks-pass": 3', "cat: /etc/secret.txt: No such file or directory", "secret.txt: no such file",
+    "open token: permission denied", "reading tls_ca, tls_cert and tls_key: TLS: no certificate", "[probe:x] tls_key: /etc/x.pem is missing"])
+def test_what_only_looks_like_an_assignment_is_shown(line: str, app: App) -> None:
+    assert line in say(app, line + "\n", json=False).stderr
+
+
+@pytest.mark.parametrize("line", ["tests_pass: unheard0f", "db_pass: 1234unheard0f", "tests_pass: 9unheard0f", "secret.txt:unheard0f",
+                                  "token: nosuchunheard0f", "token.py: unheard0f", "token:   \"no such fileunheard0f\""])
+def test_what_might_be_an_assignment_is_masked_all_the_same(line: str, app: App) -> None:
+    assert "unheard0f" not in everything(app, say(app, line + "\n"))
 
 
 def test_a_quoted_value_with_spaces_is_masked_to_its_end(app: App) -> None:
