@@ -5788,6 +5788,31 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
                          f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
 
 
+class ShownOutput:
+    """Shows the lines of one command up to a limit, then only the last ones: a flood must fill neither log nor memory."""
+
+    LIMIT_BYTES = 8 << 20
+    LINE_BYTES = 100  # what a line costs beside its text
+
+    def __init__(self, show_line: Callable[[str], None]) -> None:
+        self._show_line, self._left_bytes, self._skipped = show_line, self.LIMIT_BYTES, 0
+
+    def line(self, text: str) -> None:
+        """Show a line, or count it."""
+        self._left_bytes -= len(text) + self.LINE_BYTES
+        if self._left_bytes >= 0:
+            self._show_line(text)
+        else:
+            self._skipped += 1
+
+    def end(self, tail: Sequence[str]) -> None:
+        """Say what was left out, and show the last of it."""
+        if self._skipped:
+            last = list(tail)[-self._skipped:]
+            for text in [f"... {count(self._skipped - len(last), 'line')} left out: too much output ...", *last]:
+                self._show_line(text)
+
+
 class Call(NamedTuple):
     """One operator's command under the rules for hooks: user, environment, directory, time limit."""
 
@@ -5808,7 +5833,9 @@ class Call(NamedTuple):
     def run(self, argv: Sequence[str], extra: Dict[str, str]) -> CommandResult:
         """Run it and show its output; StepFailed with the last lines when it fails."""
         self.session.console.debug(f"{self.what}: {spell(argv)} (in {self.directory})")
-        result = self.start(argv, extra, self.session.console.output)
+        shown = ShownOutput(self.session.console.output)
+        result = self.start(argv, extra, shown.line)
+        shown.end(result.tail)
         if result.ok:
             return result
         evidence = {"argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
