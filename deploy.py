@@ -84,7 +84,7 @@ if __name__ == "__main__" and not sys.flags.isolated:
     _here = __file__.rpartition("/")[0] or "."
     sys.path[:] = [
         entry for entry in sys.path[1:]
-        if entry.startswith((sys.base_prefix + "/lib", sys.base_exec_prefix + "/lib"))
+        if entry.startswith((sys.base_prefix.rstrip("/") + "/lib", sys.base_exec_prefix.rstrip("/") + "/lib"))
         and entry != _here and "-packages" not in entry]
 
 INCOMPLETE = "this Python's standard library is not whole"
@@ -11684,8 +11684,12 @@ class ModuleConsole(Console):
         self._shows_diff = bool(parameters.get("_ansible_diff"))
         self._shows_traceback = is_verbose(parameters)
         self._traceback = ""
-        self._answer = os.dup(1)
-        os.dup2(2, 1)
+        self._answer = -1
+        try:
+            self._answer = os.dup(1)
+            os.dup2(2, 1)
+        except OSError:
+            pass  # whoever started this closed the one or the other
 
     def traceback(self) -> None:
         """Keep the traceback for the answer."""

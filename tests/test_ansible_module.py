@@ -344,6 +344,16 @@ def test_a_child_that_reaches_for_stdout_finds_something_else(module: Module) ->
     assert decode_one_object(result)["changed"] and result.stderr == "{}\n"
 
 
+@pytest.mark.parametrize("closed, answers", [(">&-", False), ("2>&-", True), ("2>&- >/dev/full", False)], ids=["1", "2", "full"])
+def test_a_stream_that_is_closed_or_full_costs_no_more_than_the_answer(module: Module, closed: str, answers: bool) -> None:
+    path = module.write(artifact=str(module.app.artifact("1.0")), log_file=str(module.app.directory / "log"))
+    run = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", sys.executable, str(DEPLOY), str(path)], stdout=subprocess.PIPE,
+                         env=clean_environment())
+    assert run.returncode == 0 and module.app.version == "1.0"
+    assert bool(run.stdout) is answers and (not answers or json.loads(run.stdout.decode())["changed"])
+    assert "recovered" not in (module.app.directory / "log").read_text()
+
+
 def test_what_ansible_started_is_known_as_such(module: Module) -> None:
     """By the name that Ansible gives a module; the state has it."""
     copy = module.app.directory / "AnsiballZ_deploy.py"

@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 import pytest
 
 from images import UNKNOWN_UID, WHOLE, Image, Python, library_without, python_without
-from support import (App, Result, Server, clean_environment, compiled, load_deploy, make_artifact, missing, needs, once_in_ci,
+from support import (App, DEPLOY, Result, Server, clean_environment, compiled, load_deploy, make_artifact, missing, needs, once_in_ci,
                      wait_until)
 
 OWN, DEBIAN = sys.executable, "/usr/bin/python3"
@@ -225,6 +225,13 @@ def test_process_1_heeds_signals(tmp_path: Path) -> None:
         assert process.wait(60) == 143
         assert inside.run("-c", "/srv/deploy.ini", "status", check=0).data["release"] is None
         assert [entry["result"] for entry in inside.run("-c", "/srv/deploy.ini", "history", check=0).data["history"]] == ["failed"]
+
+
+def test_a_python_that_believes_to_be_installed_in_the_top_directory_finds_its_library() -> None:
+    """As Debian's does when it is started without PATH under its bare name."""
+    done = subprocess.run(["python3", str(DEPLOY), "--version"], executable=needs(DEBIAN), env={}, cwd="/",
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.stdout.startswith(b"deploy.py "), done.stdout
 
 
 # -- Pythons that are not whole -------------------------------------------------
