@@ -9,7 +9,9 @@ import pytest
 
 from crashes import Saved, find_call, kill_at, record_calls
 from scenes import configure, deploy_all
-from support import App
+from support import App, load_deploy
+
+deploy = load_deploy()
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,24 @@ def test_a_head_that_could_not_be_written_for_a_while_is_no_alarm(three: App) ->
     assert json.loads(head.read_text())["sequence"] == 6
     three.run("unpin", "1.1", check=0)
     three.run("history", "--verify", check=0)
+
+
+def test_a_run_that_adds_a_line_during_the_look_is_no_alarm(three: App, monkeypatch: Any) -> None:
+    """Whoever only looks takes no lock, so that a line may come between any two files that are read."""
+    def opened() -> Any:
+        return deploy.Store(deploy.Directory.open(str(three.root)), str)
+
+    writer, looking = opened(), opened()
+    entry = writer.history(1)[0]
+    added = []  # type: List[Any]
+
+    def then_add_a_line(look: Callable[..., Any]) -> Callable[..., Any]:
+        def looked(*args: Any) -> Any:
+            found = look(*args)
+            added.append(writer.append_history(entry))
+            return found
+        return looked
+    for name in ("_read_head", "history_lines"):
+        monkeypatch.setattr(looking, name, then_add_a_line(getattr(looking, name)))
+    problems, _ = looking.verify_history()
+    assert len(added) == 2 and not problems
