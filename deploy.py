@@ -208,6 +208,8 @@ MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RECOVERIES = 2
 MAX_DEPTH = 64
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 1024
 LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
 MAX_JUDGED_PATHS = 1000
 OUTPUT_TAIL_LINES = 40
@@ -1827,7 +1829,8 @@ def _parse_syslog(text: str) -> Optional[Tuple[str, int]]:
 
 def _parse_relative(text: str) -> str:
     path = os.path.normpath(native(text)) if text else ""
-    if path.startswith("/") or path.split("/")[0] in ("..", ".") or any(ord(c) < 32 for c in path):
+    if path.startswith("/") or path.split("/")[0] in ("..", ".") or any(ord(c) < 32 for c in path) \
+            or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.split("/")) or len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise ValueError(f"expected a relative path that stays inside, not {text!r}")
     return path
 
@@ -3325,8 +3328,6 @@ MAX_STREAMS = 100000
 MAX_LINK_HOPS = 40
 MAX_LINK_STEPS = 4000000
 MAX_NOTES = 5
-MAX_NAME_BYTES = 255
-MAX_PATH_BYTES = 1024
 MAX_SIZE_BYTES = 1 << 47
 FILTER_STALL_SECONDS = 60.0
 
@@ -7559,9 +7560,13 @@ def check_shared(survey: Survey) -> Finding:
     settings, shared = survey.settings.deploy, f"{survey.facts.root}/shared"
     missing = [(f"{shared}/{path} is missing", f"put the real file at {shared}/{path}")
                for path in settings.shared_files if not os.path.isfile(f"{shared}/{path}")]
-    missing += [(f"{shared}/{path} is not a directory", f"move {shared}/{path} away")
-                for path in settings.shared_dirs
-                if os.path.lexists(f"{shared}/{path}") and not os.path.isdir(f"{shared}/{path}")]
+    # What leads to a shared directory is walked by root later, and no symlink is followed.
+    below = {"/".join(parts[:depth]) for parts in (["shared"] + path.split("/") for path in settings.shared_dirs)
+             for depth in range(1, len(parts) + 1)}
+    places = [f"{survey.facts.root}/{path}" for path in sorted(below)]
+    missing += [(f"{place} is {'a symlink and ' * os.path.islink(place)}not a directory",
+                 f"put the directory itself there (or mount it: mount --bind), or move {place} away")
+                for place in places if os.path.lexists(place) and (os.path.islink(place) or not os.path.isdir(place))]
     paths = sorted(path + "/" for path in settings.shared_dirs + settings.shared_files)
     missing += [(f"shared {one} lies inside shared {other}", "share only the outer one")
                 for other, one in zip(paths, paths[1:]) if one.startswith(other)]
@@ -7956,6 +7961,8 @@ class RenderTemplates(Step):
         parent, _, name = template.target.rpartition("/")
         path = os.fsencode(template.target)
         with open_made(run, tree, parent) as directory:
+            if directory.is_directory(name):
+                raise StepFailed(f"{template.target} is a directory in the artifact", f"correct [template:{template.name}] target")
             directory.remove_tree(name)
             run.manifest.drop(path)  # type: ignore
             directory.write(name, rendered, template.mode)
@@ -8510,6 +8517,7 @@ class Executor:
                 if isinstance(step, Switch):
                     self._enter(PHASE_SWITCHED)
             self.run.session.interrupts.check()
+            self._confirm_live()
             self._well = True
             self._commit()
         except FAILURES as error:
@@ -8534,6 +8542,13 @@ class Executor:
                 self._take(step)
         self._conclude()
         self.outcome.changed = self.outcome.changed or any(result.status == "done" for result in self.outcome.steps)
+
+    def _confirm_live(self) -> None:
+        """What is said to be live must be: a hook may have moved `current`, or deleted the release."""
+        found = self.store.current()
+        if self._phase == PHASE_SWITCHED and found.release != self.plan.to_release:
+            raise StepFailed(f"{self.plan.to_release} is not live after all: {found.problem or found.release or 'current is gone'}",
+                             "see which hook or other program changes `current`, then run again")
 
     def _conclude(self) -> None:
         """Close an operation that needed no journal."""
@@ -11852,6 +11867,7 @@ def check_believed(flags: Any, settings: Settings) -> None:
 def check_settings(settings: Settings) -> None:
     """Raise UsageError for values that are proper one by one and do not go together."""
     check_size_of_commands(settings)
+    check_places(settings)
     for name, probe in settings.probe.items():
         problem = check_probe(settings, probe)
         if problem:
@@ -11862,6 +11878,18 @@ def check_settings(settings: Settings) -> None:
             raise settings.wrong(f"notify:{name}", problem)
     private_paths(settings)  # two of one name: one of them would send to its peer what was meant for the other's
     services_in_order(settings)
+
+
+def check_places(settings: Settings) -> None:
+    """Raise UsageError where two things are to stand in the same place of a release, or one inside another."""
+    shared = {path: f"what is shared as {path}" for path in settings.deploy.shared_dirs + settings.deploy.shared_files}
+    for name, template in sorted(settings.template.items()):
+        rendered = {other.target: f"the target of [template:{other.name}]" for other in settings.template.values() if other is not template}
+        for key, places in (("source", shared), ("target", dict(rendered, **shared))):
+            path = getattr(template, key)
+            for place, what in places.items():
+                if (path + "/").startswith(place + "/") or key == "target" and place.startswith(path + "/"):
+                    raise settings.wrong(f"template:{name}", f"{key} = {path}: it meets {what}")
 
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:

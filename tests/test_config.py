@@ -221,6 +221,7 @@ BAD_VALUES = [
     ("choice-empty", "artifact", "symlinks", ""), ("choice-case", "log", "format", "JSON"),
     ("relative-absolute", "deploy", "shared_dirs", "/var/log"), ("relative-out", "deploy", "shared_files", "../x"),
     ("relative-hidden-out", "deploy", "shared_dirs", "a/../../x"), ("relative-dot", "deploy", "shared_dirs", "."),
+    ("relative-name", "deploy", "shared_dirs", "a/" + 256 * "x"), ("relative-long", "deploy", "shared_files", "x/" * 512 + "x"),
     ("port-word", "preflight", "free_ports", "http"), ("port-big", "preflight", "free_ports", "70000"),
     ("port-zero", "preflight", "free_ports", "0"), ("quotes", "hooks", "pre_stage", "echo 'open"),
     ("float", "probe:web", "backoff", "fast"), ("status", "probe:web", "status", "ok"),
@@ -273,6 +274,11 @@ TOGETHER = {
     "deadline": ("probe:web", "url = http://a/\nsuccesses = 100"), "header": ("probe:web", "url = http://a/\nheader.A B = 1"),
     "header line": ("probe:web", "url = http://a/\nheader.A =\n  1\n  2"), "body": ("probe:web", "url = http://a/\nbody = x\nmax_body = 0"),
     "tls": ("probe:web", "url = http://a/\ntls_verify = no"), "tls key": ("probe:web", "url = https://a/\ntls_key = k"),
+    "template in shared": ("template:t", "source = a/t\ntarget = x\n[deploy]\nshared_dirs = a"),
+    "template over shared": ("template:t", "source = t\ntarget = .env\n[deploy]\nshared_files = .env"),
+    "template round shared": ("template:t", "source = t\ntarget = a\n[deploy]\nshared_dirs = a/b"),
+    "templates in one place": ("template:t", "source = t\ntarget = x\n[template:u]\nsource = u\ntarget = x"),
+    "template in template": ("template:t", "source = t\ntarget = x/y\n[template:u]\nsource = u\ntarget = x"),
     "notify": ("notify:web", "url = http://a/\nheader.A B = 1"),
     "redirects": ("probe:web", "url = http://a/\nredirects = 1000"),
     "long variable": ("env", f"A = {'x' * (1 << 17)}"), "long word": ("hooks", f"pre_stage = echo {'x' * (1 << 17)}"),
@@ -286,8 +292,8 @@ def test_what_could_only_fail_later_is_refused_before_anything(name: str, app: A
     section, text = TOGETHER[name]
     if name.startswith("long") and os.sysconf("SC_PAGE_SIZE") != 4096:
         pytest.skip("larger pages here")
-    app.configure(f"[{section}]\n{text}\n")
-    error = app.run("deploy", app.artifact("1.0"), check=2).data["error"]
+    app.config.write_text(f"[{section}]\n{text}\n")
+    error = app.run("deploy", app.artifact("1.0"), "--root", app.root, check=2).data["error"]
     assert f"{app.config}: [{section}]" in error["message"] and app.releases() == [], error
 
 

@@ -397,3 +397,19 @@ def test_run_as_without_the_right_to_is_an_error_and_no_traceback(app: App) -> N
         assert "root" in result.data["error"]["message"]
     finally:
         shutil.rmtree(str(place))
+
+
+# -- after the switch ----------------------------------------------------------------
+
+@pytest.mark.parametrize("hook", ["post_activate", "post_deploy"])
+@pytest.mark.parametrize("deed, exit_code", [
+    ("rm -rf $DEPLOY_RELEASE_PATH", 5), ("ln -sfn releases/$DEPLOY_PREVIOUS_RELEASE $DEPLOY_CURRENT_PATH", 5),
+    ("rm -f $DEPLOY_CURRENT_PATH", 6), ("rm -f $DEPLOY_CURRENT_PATH; mkdir $DEPLOY_CURRENT_PATH", 6)],
+    ids=["deletes the release", "goes back itself", "removes current", "puts a directory there"])
+def test_a_hook_that_undoes_the_switch_does_not_end_in_success(app: App, deed: str, exit_code: int, hook: str) -> None:
+    """What is said to be live must be: success is told only of what `current` leads to."""
+    app.deploy("1.0")
+    app.configure(f"durable = no\n[hooks]\n{hook} = /bin/sh -c '{deed}'\n")
+    result = app.run("deploy", app.artifact("1.1"), check=exit_code)
+    assert "is not live after all" in result.data["error"]["message"], result.data["error"]
+    assert exit_code == 6 or app.version == "1.0" and result.data["rolled_back"]

@@ -290,3 +290,23 @@ def test_a_template_whose_source_is_a_link_is_refused_cleanly(app: App) -> None:
     result = app.run("deploy", app.artifact("1.0", {"app.conf.in": link("VERSION")}))
     assert result.exit_code in (1, 3) and "app.conf.in" in result.data["error"]["message"]
     assert app.releases() == [] and app.leftovers() == []
+
+
+@pytest.mark.parametrize("place", ["shared", "shared/var", "shared/var/cache"])
+@pytest.mark.parametrize("kind", ["symlink", "file"])
+def test_a_shared_directory_that_cannot_be_walked_is_found_before_anything_changes(app: App, place: str, kind: str) -> None:
+    """No symlink on the way is followed, so one there is told while nothing has been unpacked."""
+    app.configure("shared_dirs = var/cache\n")
+    path, elsewhere = app.root / place, app.directory / "elsewhere"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere.mkdir()
+    path.symlink_to(elsewhere) if kind == "symlink" else path.write_text("")
+    error = app.run("deploy", app.artifact("1.0"), check=3).data["error"]
+    assert f"{path} is {'a symlink and ' * (kind == 'symlink')}not a directory" in error["message"] and str(path) in error["hint"]
+    assert app.releases() == [] and list(elsewhere.iterdir()) == []
+
+
+def test_a_template_does_not_take_the_place_of_a_directory(app: App) -> None:
+    app.configure("[template:t]\nsource = t\ntarget = dir\n")
+    error = app.run("deploy", app.artifact("1.0", {"t": "x", "dir/a": "precious"}), check=1).data["error"]
+    assert "dir is a directory in the artifact" in error["message"] and app.releases() == []
