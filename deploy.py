@@ -10992,7 +10992,7 @@ def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str,
     outcome, warnings, root = call.outcome, call.console.warnings, call.settings.deploy.root
     failed_steps = sum(step.status == "failed" for step in outcome.steps)
     failed_checks = sum(check.status == "fail" for check in outcome.checks)
-    ok = exit_code in (EXIT_OK, EXIT_CHANGED)
+    ok = outcome.error is None
     result = result_of(outcome.error)
     result.update(
         ok=ok, changed=outcome.changed, failed=not ok, command=outcome.command, exit_code=exit_code,
@@ -11549,7 +11549,7 @@ def add_global_flags(parser: Any) -> None:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
-    # Making all seventeen parsers takes a third of a short run, but the help of all and a misspelt command need them.
+    # Making all parsers takes a third of a short run, but the help of all and a misspelt command need them.
     first = next((word for word in argv if word in COMMANDS or word in ("-h", "--help")), "")
     names = [name for name in COMMANDS if name in argv] if first in COMMANDS else list(COMMANDS)
     # argparse keeps only the last place's list of a flag that may repeat: both places count.

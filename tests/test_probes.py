@@ -1014,8 +1014,9 @@ def test_a_health_check_may_choose_its_exit_code(server):
     assert run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", "1", check=0).data["ok"]
     server.status = 503
     run_deploy("probe", "--url", server.url, check=7)
-    result = run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", "1", check=1)
-    assert result.data["exit_code"] == 1 and result.data["failed"]
+    for code in (1, 10):  # 10 is what --detailed-exitcode means by "changed": it must not pass for well
+        result = run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", str(code), check=code)
+        assert result.data["exit_code"] == code and result.data["failed"] and not result.data["ok"]
 
 
 @pytest.mark.parametrize("value", ["0", "256", "-1", "one", "1.5", "\u0661"])
