@@ -11113,7 +11113,7 @@ def write_metrics(call: Invocation, exit_code: int, seconds: float) -> None:
     is not this program's own is replaced: it may belong to somebody else.
     """
     path, ended_seconds = call.settings.metrics.textfile_dir, time.time()
-    if not path:
+    if not path or not call.settings.deploy.root:
         return
     metrics = Metrics(application_name(call.settings))
     try:

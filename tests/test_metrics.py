@@ -185,6 +185,12 @@ def test_a_run_that_lost_the_lock_or_was_mistyped_is_only_counted(app):
     assert read(app) == dict(before, **{"deploy_runs_total busy": 1, "deploy_runs_total usage": 1})
 
 
+def test_where_no_root_is_named_the_working_directory_is_no_application(app):
+    app.config.write_text(app.config.read_text().replace("root = ", "#root = ").replace("application = ", "#application = "))
+    assert "no root" in app.run("prune", check=2).data["msg"]
+    assert list(textfiles(app).iterdir()) == []
+
+
 def test_of_runs_that_end_at_once_every_one_is_counted(app):
     app.deploy("1.0")
     with locked(app):
