@@ -6018,14 +6018,14 @@ class UnitService(Service):
         if find_command("journalctl"):
             run_command(["journalctl", "--sync"], timeout_seconds=5.0)  # or what it has just said might not be there yet
             evidence["journal"] = run_command(["journalctl", "-u", self.settings.unit, "-n", "10", "--no-pager"],
-                                              timeout_seconds=5.0).tail
+                                              timeout_seconds=5.0, mask=self.session.console.secrets.mask).tail
             for line in evidence["journal"]:
                 self.session.console.output(line)
         return super()._failure(f"unit {self.settings.unit} {why}", **evidence)
 
     def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
         result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,
-                             interrupts=self.session.interrupts)
+                             interrupts=self.session.interrupts, mask=self.session.console.secrets.mask)
         if result.ok or not must:
             return result
         why = f"systemctl {arguments[0]} {result.verdict()}: {' '.join(result.tail[-3:])}"

@@ -206,6 +206,16 @@ def test_an_action_that_fails_brings_what_systemctl_and_the_journal_say(systemd)
     assert caught.value.evidence["journal"] and "journalctl -u app.service" in caught.value.hint
 
 
+def test_half_a_secret_of_the_journal_is_no_evidence(systemd):
+    program(systemd.directory, "journalctl", f"print('x' * {deploy.OUTPUT_LINE_CHARACTERS - 8} + 'a-secret-of-the-service')")
+    systemd.on["restart"] = {"code": 1}
+    service = unit(systemd)
+    service.session.console.secrets.add("a-secret-of-the-service")
+    with pytest.raises(deploy.StepFailed) as caught:
+        service.act(CONTEXT)
+    assert caught.value.evidence["journal"][0].endswith("x" + deploy.MASK)
+
+
 def test_an_action_that_hangs_is_ended_by_its_timeout(systemd):
     systemd.on["restart"]["sleep"] = 60
     started = time.monotonic()
