@@ -6025,7 +6025,7 @@ class UnitService(Service):
 
     def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
         result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,
-                             interrupts=self.session.interrupts, mask=self.session.console.secrets.mask)
+                             interrupts=self.session.interrupts)
         if result.ok or not must:
             return result
         why = f"systemctl {arguments[0]} {result.verdict()}: {' '.join(result.tail[-3:])}"

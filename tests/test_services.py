@@ -216,6 +216,13 @@ def test_half_a_secret_of_the_journal_is_no_evidence(systemd):
     assert caught.value.evidence["journal"][0].endswith("x" + deploy.MASK)
 
 
+def test_a_secret_that_is_a_word_of_systemds_by_chance_hides_no_state(systemd):
+    service = unit(systemd)
+    for word in ("active", "running", "loaded"):
+        service.session.console.secrets.add(word)
+    assert "app.service is active" in service.act(CONTEXT)
+
+
 def test_an_action_that_hangs_is_ended_by_its_timeout(systemd):
     systemd.on["restart"]["sleep"] = 60
     started = time.monotonic()
