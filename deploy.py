@@ -458,7 +458,9 @@ class Sink:
     """A place for the log's lines.
 
     `write` takes them masked and escaped, and never raises: a log that cannot
-    be written must not end a deployment half way.
+    be written must not end a deployment half way.  Not the logging module's:
+    it takes 20 ms to import, and its SysLogHandler asks a name server for
+    every line, without a limit, and ends each with NUL.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -507,9 +509,12 @@ class LogFile(Sink):
         return os.open(self._path, flags, 0o640)
 
     def _put(self, level: str, line: bytes) -> None:
-        if not self._is_in_place():
-            replaced, self._descriptor = self._descriptor, self._open()
-            os.close(replaced)
+        try:
+            if not self._is_in_place():
+                replaced, self._descriptor = self._descriptor, self._open()
+                os.close(replaced)
+        except OSError:
+            pass  # no place for a new one: the one that was moved takes the rest
         stamp = "" if self._as_json else f"{format_time(time.time())} {level.upper()} "
         # One call for each line: those of two runs cannot mix.
         os.write(self._descriptor, stamp.encode("ascii") + line + b"\n")
@@ -591,7 +596,7 @@ class Syslog(Sink):
         if self._lookup is None:
             self._lookup = threading.Event()
             threading.Thread(target=self._resolve, daemon=True).start()
-        self._lookup.wait(max(0.0, self._patience_seconds))
+            self._lookup.wait(self.PATIENCE_SECONDS)  # once: later lines go out as soon as the answer is there
         if not self._addresses:
             raise OSError(errno.EHOSTUNREACH, "the host name cannot be resolved")
         return self._addresses[0]

@@ -121,7 +121,7 @@ class JournalRun:
 
 
 def test_what_the_journal_gets_as_lines_has_priorities(app: App) -> None:
-    app.configure(HOOK_SPEAKS + "[probe:web]\ncommand = false\nrequired = no\ndeadline = 10ms\n")
+    app.configure(HOOK_SPEAKS + "[probe:web]\ncommand = false\nrequired = no\nsuccesses = 1\ndeadline = 10ms\n")
     run = JournalRun(app, "-v", "deploy", app.artifact("1.0"))
     assert run.exit_code == 0
     assert [line for line in run.lines if not re.match(r"<[3467]>", line)] == []
@@ -363,6 +363,18 @@ def test_a_syslog_that_was_started_anew_gets_the_next_line(tmp_path: Path) -> No
         assert not sink.write("info", "lost", {}, {})
 
 
+def test_a_name_server_that_hangs_is_waited_for_once(monkeypatch: Any) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: release.wait(60) and [])
+    sink = deploy.Syslog(("log.example", 514), "user", as_json=False)
+    try:
+        assert "cannot be resolved" in sink.problem()
+        monkeypatch.setattr(sink._lookup, "wait", lambda seconds: pytest.fail("waited for it again"))
+        assert not sink.write("info", "the first line", {}, {})
+    finally:
+        release.set()
+
+
 def test_a_name_leads_to_the_address_that_listens(udp: Receiver) -> None:
     sink = deploy.Syslog(("localhost", int(udp.address.rpartition(":")[2])), "user", as_json=False)
     # What nobody took is known at the second datagram: localhost may be ::1 first.
@@ -442,6 +454,14 @@ def test_a_log_that_was_moved_is_made_anew_with_its_mode(app: App, tmp_path: Pat
     app.run("deploy", app.artifact("1.0"), check=0)
     assert "] before\n" in (tmp_path / "log.1").read_text() and "] after\n" in log.read_text()
     assert log.stat().st_mode & 0o777 == 0o640
+
+
+def test_where_no_new_log_can_be_made_the_moved_one_takes_the_rest(app: App, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    app.configure(f"[hooks]\npre_activate =\n    echo before\n    sh -c 'mv {log} {log}.1 && mkdir {log}'\n    echo after\n[log]\nfile = {log}\n")
+    app.run("deploy", app.artifact("1.0"), check=0)
+    text = (tmp_path / "log.1").read_text()
+    assert "] before\n" in text and "] after\n" in text
 
 
 # -- the trace ---------------------------------------------------------------------------
