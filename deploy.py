@@ -9241,12 +9241,18 @@ WantedBy=timers.target
 WRITTEN_DIRECTORIES = (("log", "file", os.path.dirname), ("metrics", "textfile_dir", str))
 
 
+def unit_text(text: str) -> str:
+    """Write what stands in a unit file up to the end of its line; UsageError for what would make it another line."""
+    if _UNPRINTABLE.search(text) or any("\ud800" <= character <= "\udfff" for character in text) or text.endswith("\\"):
+        raise UsageError(f"{text!r} cannot stand in a unit file", "rename it, or write the unit file by hand")
+    return text.replace("%", "%%")
+
+
 def unit_word(text: str, *, command: bool = False) -> str:
     """Write one word as unit files take it (systemd.syntax(7)); in a command line `$` has a meaning as well."""
-    if _UNPRINTABLE.search(text) or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError(f"{text!r} cannot stand in a unit file", "rename it, or write the unit file by hand")
-    text = text.replace("%", "%%").replace("$", "$$" if command else "$")
-    return text if re.match(r"[\w%@+=:,./$-]+\Z", text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    text = text.replace("$", "$$" if command else "$")
+    is_plain = re.match(r"[\w%@+=:,./$-]+\Z", text)
+    return unit_text(text if is_plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"')
 
 
 def unit_name(settings: Settings, command: str) -> str:
@@ -9270,9 +9276,8 @@ def unit_command(settings: Settings, program: Sequence[str], words: Sequence[str
 
 def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: str) -> Dict[str, str]:
     """Write the service that runs `argv` and its timer; returns {file name: text}."""
-    unit_word(calendar + application_name(settings))
     name = unit_name(settings, command)
-    description = f"deploy.py {command} of {application_name(settings)}".replace("%", "%%")
+    description = unit_text(f"deploy.py {command} of {application_name(settings)}")
     hooks = {hook: settings.hooks.timeout * len(getattr(settings.hooks, hook)) for hook in HOOK_NAMES}
     # What was interrupted ends first; then services and probes of the release that was live before.
     back_seconds = RunningCommand.KILL_AFTER_SECONDS + longest_seconds(settings) \
@@ -9282,7 +9287,7 @@ def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: 
         # There and back; what has no bound of its own asks for more time while it makes progress.
         start_seconds=settings.deploy.lock_wait + Supervisor.UNLIMITED_SECONDS + sum(hooks.values()) + back_seconds
         + longest_seconds(settings), stop_seconds=back_seconds + 60, more=unit_access(settings, argv), sandbox=UNIT_SANDBOX)
-    return {f"{name}.service": service, f"{name}.timer": UNIT_TIMER.format(description=description, calendar=calendar.replace("%", "%%"))}
+    return {f"{name}.service": service, f"{name}.timer": UNIT_TIMER.format(description=description, calendar=unit_text(calendar))}
 
 
 def unit_access(settings: Settings, argv: Sequence[str]) -> str:
@@ -9302,8 +9307,8 @@ def unit_access(settings: Settings, argv: Sequence[str]) -> str:
     def within(*tops: str) -> bool:
         return any(path.startswith(tops) for path in needed)
     user = settings.preflight.user
-    lines = [f"User={user.replace('%', '%%')}"] if user not in ("", "root", "0") else []
-    lines += [f"LoadCredential={section.partition(':')[2]}:{path.replace('%', '%%')}" for section, path in private_paths(settings)]
+    lines = [f"User={unit_text(user)}"] if user not in ("", "root", "0") else []
+    lines += [f"LoadCredential={section.partition(':')[2]}:{unit_text(path)}" for section, path in private_paths(settings)]
     lines += ["ReadWritePaths=" + " ".join(map(unit_word, dict.fromkeys(written)))]
     lines += [f"ProtectHome={'read-only' if within('/home/', '/root/', '/run/user/') else 'yes'}"]
     lines += ["PrivateTmp=yes"] if not within("/tmp/", "/var/tmp/") else []

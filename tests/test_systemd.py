@@ -301,6 +301,20 @@ def test_what_makes_no_unit_is_refused(app, words, told):
     assert told in error["message"] and error["hint"]
 
 
+@pytest.mark.parametrize("option", ["deploy.application", "preflight.user", "probe:p.auth_file", "metrics.textfile_dir", "deploy.root"])
+@pytest.mark.parametrize("value", ["x\nExecStartPre=/bin/false", "x\\"], ids=["a line of its own", "a line that goes on"])
+def test_no_value_of_the_configuration_becomes_another_line_of_the_unit(app, option, value):
+    """A line more is a command for root; a backslash at the end takes the next line in, ReadWritePaths for one."""
+    app.configure("[probe:p]\nurl = http://127.0.0.1:1/")
+    (app.directory / "x\\").mkdir()
+    result = app.run("--set", f"{option}={app.directory}/{value}", "unit", "prune")
+    if result.exit_code:
+        assert result.exit_code == 2 and ("cannot stand in a unit file" in result.data["msg"] or "cannot be a root" in result.data["msg"])
+        return
+    for text in result.data["units"].values():
+        assert not [line for line in text.splitlines() if line.endswith("\\") or line.startswith("ExecStartPre")]
+
+
 def test_a_time_that_systemd_cannot_read_is_refused(app):
     needs("systemd-analyze")
     for calendar in ("nonsense", "--version"):
