@@ -1273,8 +1273,8 @@ def trust_problems(path: str) -> Dict[str, Tuple[str, str]]:
 def _writable_by_others(path: str) -> Optional[Tuple[str, str]]:
     try:
         found = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None  # others see to it that it is there
+    except OSError:
+        return None  # not there, for others to see to, or out of reach
     mode = stat.S_IMODE(found.st_mode)
     if found.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to uid {found.st_uid}", \

@@ -17,7 +17,7 @@ import pytest
 
 from crashes import script
 from scenes import configure
-from support import DEPLOY, App, Result, clean_environment, file, needs, run_deploy, snapshot
+from support import DEPLOY, App, Result, clean_environment, file, needs, open_to_others, run_as_another, run_deploy, snapshot
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NOBODY = 65534
@@ -571,6 +571,16 @@ def test_root_writes_no_log_for_a_configuration_of_others(command: str, key: str
         run_deploy(command, *([app.artifact("1.0")] if command == "deploy" else []), "--log-file", app.directory / "mine",
                    root=app.root, cwd=left)
         assert target.read_text() == "precious\n" and (app.directory / "mine").exists()
+
+
+@as_root
+def test_a_directory_of_path_that_a_user_may_not_enter_is_no_matter(tmp_path: Path) -> None:
+    """Root's own, in the PATH of who became somebody else without a login: nothing can be started from there."""
+    with open_to_others() as app:
+        configure(app, f"[env]\nPATH = {tmp_path}/bin:/usr/bin:/bin\n[hooks]\npre_activate = true\n")
+        tmp_path.chmod(0o700)
+        result = run_as_another(app, "deploy", app.artifact("1.0"))
+        assert result["exit_code"] == 0, result["error"]
 
 
 # -- the attack --------------------------------------------------------------------
