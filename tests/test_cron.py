@@ -120,7 +120,7 @@ def test_a_signal_ends_the_wait_and_nothing_is_changed_or_locked(number: Any, co
     app.deploy("1.0")
     before = snapshot(app.root)
     with (tmp_path / "stderr").open("w") as stderr:
-        waiting = start_deploy("deploy", app.artifact("1.1"), "--splay", "1000000h", config=app.config, stderr=stderr)
+        waiting = start_deploy("deploy", app.artifact("1.1"), "--splay", "480h", config=app.config, stderr=stderr)
     try:
         wait_until(lambda: "waiting " in (tmp_path / "stderr").read_text(), 30, "it waits")
         assert snapshot(app.root) == before
@@ -137,7 +137,7 @@ def test_a_signal_ends_the_wait_and_nothing_is_changed_or_locked(number: Any, co
 def test_a_terminal_shows_how_long_it_still_waits(app: App) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    waiting = subprocess.Popen(deploy_argv("deploy", app.artifact("1.0"), "--splay", "1000000h", config=app.config, json=False),
+    waiting = subprocess.Popen(deploy_argv("deploy", app.artifact("1.0"), "--splay", "480h", config=app.config, json=False),
                                env=clean_environment({"TERM": "xterm"}), stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
@@ -162,7 +162,7 @@ def test_a_splay_is_a_duration_and_what_is_wrong_is_told_before_the_wait(app: Ap
     for words, said in ([["rollback", "--splay", "5"], "--splay '5': expected a duration"],
                         [["activate", "1.0", "--splay", "5m", "--set", "hooks.timeout=x"], "[hooks] timeout"]):
         assert said in app.run(*words, check=2).data["error"]["message"]
-    assert "no root is given" in run_deploy("prune", "--splay", "1000000h", cwd=tmp_path, check=2).data["error"]["message"]
+    assert "no root is given" in run_deploy("prune", "--splay", "480h", cwd=tmp_path, check=2).data["error"]["message"]
 
 
 def test_every_command_that_writes_a_release_takes_it(app: App) -> None:

@@ -115,7 +115,7 @@ def test_counters_go_on_and_every_end_is_counted(app):
         assert after["deploy_last_run_exit_code"] == exit_code and after["deploy_last_run_success"] == 0
         assert after["deploy_last_success_timestamp_seconds"] == succeeded < after["deploy_last_run_timestamp_seconds"]
         assert counts(app)[result] == 1
-    assert after["deploy_step_duration_seconds activate"] > 0, "there and back, in one sample"
+    assert after["deploy_step_duration_seconds activate"] >= 0  # there and back, in one sample
     app.run("deploy", app.artifact("2.2"), check=4)
     assert not any(key.startswith("deploy_step") for key in read(app)), "the steps of the run before are gone"
     configure(app)

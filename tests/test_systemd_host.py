@@ -197,7 +197,7 @@ def test_paths_of_every_kind_reach_the_run_as_they_are(host: Host) -> None:
     (place / "token").chmod(0o600)
     config = place / "shop.ini"
     config.write_text(f"[deploy]\nroot = root\napplication = odd {place.parent.name}\n[hooks]\npre_activate = env\n"
-                      "[probe:p]\nurl = http://127.0.0.1:1/\nauth_file = token\nrequired = no\ndeadline = 10ms\n")
+                      "[probe:p]\nurl = http://127.0.0.1:1/\nauth_file = token\nrequired = no\nsuccesses = 1\ndeadline = 10ms\n")
     copy = place / "deploy.py"
     shutil.copy(str(host.deploy), str(copy))
     artifact = make_artifact(place, "1.0")
