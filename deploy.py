@@ -211,7 +211,7 @@ MAX_DEPTH = 64
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
 LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
-MAX_JUDGED_PATHS = 1000
+MAX_JUDGED_LINKS = 1000
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
 MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
@@ -1249,24 +1249,23 @@ def names_in_use(directory: str) -> Optional[Set[str]]:
 def trust_problems(path: str) -> Dict[str, Tuple[str, str]]:
     """Say why a file that root is about to believe could have been written by somebody else.
 
-    Looks at the file and every directory above it: each must belong to root or
-    the effective user and not be writable by group or others (a sticky
-    directory such as /tmp may be).  Returns {path: (problem, hint)}.
+    Goes the way that the kernel goes, and looks at every directory, link and
+    file on it: each must belong to root or the effective user and not be
+    writable by group or others (a sticky directory such as /tmp may be).
+    Returns {path: (problem, hint)}.
     """
-    problems, seen = {}, set()  # type: Dict[str, Tuple[str, str]], Set[str]
-    # The path as it is written, the path it leads to, and where each symlink on the way points: any of them can be swapped.
-    pending = [os.path.realpath(path), os.path.abspath(path)]
-    while pending:
-        whole = here = pending.pop()
-        while here not in seen and here != "/":
-            seen.add(here)
-            problem = _writable_by_others(here)
-            if problem:
-                problems[here] = problem
-            directory = os.path.dirname(here)
-            if os.path.islink(here) and len(seen) < MAX_JUDGED_PATHS:
-                pending.append(os.path.normpath(os.path.join(os.path.realpath(directory), os.readlink(here)) + whole[len(here):]))
-            here = directory
+    problems, here, links = {}, "/", 0  # type: Dict[str, Tuple[str, str]], str, int
+    ahead = os.path.abspath(path).split("/")[::-1]
+    while ahead:
+        here = os.path.normpath(os.path.join(here, ahead.pop()))  # no link is left in it: `..` leads where it leads the kernel
+        problem = _writable_by_others(here)
+        if problem:
+            problems[here] = problem
+        if os.path.islink(here) and links < MAX_JUDGED_LINKS:
+            links += 1
+            target = os.readlink(here)
+            ahead += target.split("/")[::-1]
+            here = "/" if target.startswith("/") else os.path.dirname(here)
     return problems
 
 

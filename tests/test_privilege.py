@@ -554,6 +554,22 @@ def test_a_link_in_the_middle_of_the_way_is_judged_as_well(links: int, app: App)
 
 
 @as_root
+def test_two_dots_behind_a_link_are_judged_as_the_kernel_goes_them(app: App) -> None:
+    """It goes up from where the link led; who could lead that elsewhere chooses the program."""
+    for name in ("loose", "far/below", "far/bin", "bin"):
+        (app.directory / name).mkdir(parents=True)
+    for name in ("far/bin", "bin"):
+        script(app.directory / name / "hook", "exit 0")
+    (app.directory / "loose" / "link").symlink_to(app.directory / "far" / "below")
+    (app.directory / "link").symlink_to(app.directory / "loose" / "link")
+    (app.directory / "start").symlink_to("link/../bin/hook")
+    artifact = runs(app, f"[hooks]\npre_stage = {app.directory}/start\n")
+    app.run("-n", "deploy", artifact, check=0)
+    (app.directory / "loose").chmod(0o777)
+    refused(app, artifact, f"{app.directory}/loose is writable by group or others")
+
+
+@as_root
 @pytest.mark.parametrize("key", ["file = {}", "syslog = {}"])
 @pytest.mark.parametrize("command", ["status", "config", "deploy", "preflight"])
 def test_root_writes_no_log_for_a_configuration_of_others(command: str, key: str, app: App) -> None:
