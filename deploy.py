@@ -2071,6 +2071,8 @@ class Flag(NamedTuple):
     settings: Dict[str, Any] = {}
 
 
+RELEASE_HELP = "id, unique prefix, version, digest prefix, current, previous or latest"
+
 FLAGS = (
     Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", {"action": "append"}),
     Flag(("-n", "--dry-run"), "show the plan, change nothing", (), "", {"action": "store_true"}),
@@ -2084,10 +2086,9 @@ FLAGS = (
     Flag(("--debug",), "show tracebacks", (), "", {"action": "store_true"}),
     Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
     Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", {"nargs": "?"}),
-    Flag(("release",), "id, unique prefix, version, digest prefix, current, previous or latest",
-         ("activate", "pin", "unpin"), "RELEASE"),
-    Flag(("release",), "the same; default: the previous good one (rollback), current (verify)",
-         ("rollback", "verify"), "RELEASE", {"nargs": "?"}),
+    Flag(("release",), RELEASE_HELP, ("activate", "pin", "unpin"), "RELEASE"),
+    Flag(("release",), RELEASE_HELP + "; default: the previous good one", ("rollback",), "RELEASE", {"nargs": "?"}),
+    Flag(("release",), RELEASE_HELP + "; default: current", ("verify",), "RELEASE", {"nargs": "?"}),
     Flag(("--sha256",), "digest the artifact must have", ("deploy", "stage", "preflight"), "HEX"),
     Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
     Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
@@ -10173,9 +10174,10 @@ options:
   config: {type: list, elements: path, description: "configuration file; may repeat, a later one wins"}
   set: {type: dict, description: "options of the configuration: \\"section.key\\": value, or section: {key: value}"}
   artifact: {type: path, description: ["archive or directory", "needed by deploy, stage", "for preflight"]}
-  release: {type: str, description: ["id, unique prefix, version, digest prefix, current, previous or latest", "the
-    same; default: the previous good one (rollback), current (verify)", "needed by activate, pin, unpin", "for
-    rollback, verify"]}
+  release: {type: str, description: ["id, unique prefix, version, digest prefix, current, previous or latest", "id,
+    unique prefix, version, digest prefix, current, previous or latest; default: the previous good one", "id, unique
+    prefix, version, digest prefix, current, previous or latest; default: current", "needed by activate, pin, unpin",
+    "for rollback, verify"]}
   sha256: {type: str, description: ["digest the artifact must have", "for deploy, stage, preflight"]}
   release_version: {type: str, description: ["version, instead of the one in the name", "for deploy, stage, preflight,
     pack"]}
