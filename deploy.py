@@ -1129,15 +1129,6 @@ def sync_filesystem(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def trim_memory() -> None:
-    """Give back what compiling this file took, some 20 MB, which the C library would keep (malloc_trim(3))."""
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError):
-        pass
-
-
 def has_library(name: str) -> bool:
     """Load a shared library for good; tell whether it is there."""
     try:
@@ -7840,7 +7831,6 @@ class Unpack(Step):
     def apply(self, run: Run) -> str:
         """Unpack; ArtifactRefused for what is wrong with it."""
         run.staging = run.store.new_staging()
-        trim_memory()
         artifact = run.observer.artifact
         if artifact is None:
             raise StepFailed("the artifact is not open", "run the command again")
