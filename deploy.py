@@ -11434,7 +11434,6 @@ def tell_others(call: Invocation, exit_code: int, seconds: float) -> None:
     """Write metrics and notify; the lock is free by now, and whatever goes wrong here is a warning."""
     if call.dry_run or not call.is_believed or call.flags.command not in WRITING:
         return
-    call.session.interrupts.close()
     for name, tell in (("metrics", write_metrics), ("notify", notify)):
         try:
             tell(call, exit_code, seconds)

@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from scenes import Gate
-from support import App, fake_command, free_port, load_deploy, missing, snapshot, start_deploy, wait_until
+from support import App, fake_command, file, free_port, load_deploy, missing, snapshot, start_deploy, wait_until
 from test_metrics import run_defect
 
 deploy = load_deploy()
@@ -75,7 +75,7 @@ class MailServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, greeting: bytes = b"220 here") -> None:
         self.mails = []  # type: List[Dict[str, Any]]
-        self.greeting = greeting
+        self.greeting, self.hangs_at_the_end = greeting, False
         super().__init__(("127.0.0.1", 0), MailHandler)
         self.address = f"127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -89,6 +89,8 @@ class MailHandler(socketserver.StreamRequestHandler):
         self.wfile.write(server.greeting + b"\r\n")
         for line in self.rfile:
             verb, answer = line[:4].upper(), b"250 well"
+            if verb == b"QUIT" and server.hangs_at_the_end:
+                self.rfile.read()
             if verb == b"MAIL":
                 mail["from"] = line
             elif verb == b"RCPT":
@@ -239,6 +241,21 @@ def test_a_mail_server_that_refuses_is_a_warning(app, mail_server):
     assert len(mail_server.mails) == 1, "the other one gets it"
     mail_server.greeting = b"554 go away"
     assert "554" in app.deploy("1.1").data["warnings"][0]
+
+
+def test_a_mail_that_was_taken_is_told_however_the_server_says_farewell(app, mail_server):
+    mail_server.hangs_at_the_end = True
+    configure(app, f"type = email\nsmtp={mail_server.address}\nto = ops")
+    assert app.deploy("1.0").data["warnings"] == [] and len(mail_server.mails) == 1
+
+
+@as_root
+def test_a_program_that_the_run_gave_away_is_not_run_by_root(app, tmp_path):
+    page = fake_command(tmp_path, "page")
+    configure(app, "type = command\ncommand = bin/page", before="[hooks]\npost_deploy = chown 65534 bin/page")
+    files = {"bin/page": file(page.path.read_text(), 0o755)}
+    warning, = app.deploy("1.0", files).data["warnings"]
+    assert "bin/page belongs to uid 65534" in warning and page.details() == []
 
 
 def test_a_command_runs_under_the_rules_for_hooks(app, tmp_path):
@@ -471,7 +488,7 @@ def test_no_secret_is_told_shown_or_logged(app, receive, mail_server, tmp_path):
              f"token_file={private(tmp_path / 'token', canaries['token'])}",
         f"type = slack\nurl_file={private(tmp_path / 'url', good.url + '/' + canaries['slack'])}",
         f"type = email\nto = ops\nsmtp={mail_server.address}", f"type = command\ncommand = {page.path}", f"url = {good.url}",
-        before=f"[env]\nDB_PASSWORD = {canaries['env']}\n[hooks]\npre_stage = {hook.path}")
+        before=f"[env]\nDB_PASSWORD = {canaries['env']}\n[hooks]\npre_stage = {hook.path} {canaries['env']}")
     failed = app.run("deploy", app.artifact("1.0"), "-v", "--log-file", log, check=1)
     shown = app.run("config", check=0)
     call = page.details()[0]["env"]
