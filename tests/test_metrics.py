@@ -102,6 +102,15 @@ def test_a_deployment_tells_what_is_live_and_how_it_came_there(app):
         {"changed", "unchanged", "interrupted", *deploy.RUN_RESULTS.values()}, "what never came counts 0"
 
 
+def test_no_release_is_a_step_of_its_own(app):
+    """Prometheus keeps a series for every value of a label: there must not be one more with every deployment."""
+    for number in range(4):
+        result = app.run("deploy", app.artifact(f"1.{number}"), "--set", "deploy.keep_releases=1", check=0)
+    assert [step["name"] for step in result.data["steps"]][-1].startswith("prune:")
+    steps = {key.split()[1] for key in read(app) if key.startswith("deploy_step_duration_seconds")}
+    assert steps == {"unpack", "publish", "seal", "activate", "prune"}
+
+
 def test_counters_go_on_and_every_end_is_counted(app):
     app.deploy("1.0")
     app.deploy("1.0")
