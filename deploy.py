@@ -1593,7 +1593,7 @@ class Supervisor:
 
 
 class Worker:
-    """Work in a second thread, which does not outlive the program; RuntimeError where there can be none.
+    """Work in a second thread, which does not outlive the program; OSError(EAGAIN) where there can be none.
 
     Up to Python 3.9 a thread that ends calls pthread_exit(3), and the C library
     aborts the whole process when it cannot load libgcc_s then: so it is loaded
@@ -1604,7 +1604,10 @@ class Worker:
         import threading
         self._work, self._done = work, threading.Event()
         self._may_end = sys.version_info >= (3, 10) or has_library("libgcc_s.so.1")
-        threading.Thread(target=self._run, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error))  # what fork(2) gives at the limit of processes, which threads count for
 
     def _run(self) -> None:
         try:
@@ -6389,8 +6392,8 @@ class Conversation:
         import socket  # noqa: F401  where it is missing, the caller shall learn it, and not the thread
         try:
             self._worker = Worker(self._talk_safely)
-        except RuntimeError as error:
-            self._results.append(self._failure(f"cannot start a thread: {error}"))
+        except OSError as error:
+            self._results.append(self._failure(reason(error)))
 
     def wait(self, check: Callable[[], None] = lambda: None) -> Any:
         """Return the result, or what `_failure` makes of there being none in time; `check` may raise."""
@@ -8828,6 +8831,7 @@ def step_error(error: Exception, step: str) -> DeployError:
              errno.EDQUOT: "raise the quota or free some space, then run again",
              errno.EROFS: "mount the filesystem read-write, then run again",
              errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
+             errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=), then run again",
              errno.EACCES: "let this user write there, then run again",
              errno.EIO: "check the disk and the kernel's log before anything else"}
     # os.listdir() of a descriptor puts a number there.

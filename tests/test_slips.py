@@ -1,5 +1,6 @@
 """Slips of a tired operator, each of which once had a surprising answer."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,11 +8,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 import pytest
 
-from support import DEPLOY, App, clean_environment, deploy_argv, make_tree, needs, run_deploy, snapshot, write_checksum
+from support import DEPLOY, App, clean_environment, deploy_argv, make_tree, needs, open_to_others, run_deploy, snapshot, write_checksum
 
 
 def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> None:
@@ -24,6 +25,29 @@ def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> N
                 process.send_signal(signal.SIGTERM)
         process.stderr.close()
         assert process.wait(30) == 0 and app.version == f"1.{number}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
+def test_a_limit_of_processes_is_no_defect_of_this_program() -> None:
+    """TasksMax=, a container's pids.max or ulimit -u may leave no room for a thread."""
+    with open_to_others() as app:
+        app.deploy("1.0")
+        artifact, uid = app.artifact("1.1"), 61240  # nobody else's: what counts is all that the user runs
+        for path in (app.directory, *app.directory.rglob("*")):
+            os.chown(str(path), uid, uid, follow_symlinks=False)
+
+        def run(*words: str) -> Any:
+            argv = [needs("prlimit"), "--nproc=1", needs("setpriv"), f"--reuid={uid}", f"--regid={uid}", "--clear-groups",
+                    "/usr/bin/python3", "-I", "-", "--json", "--root", str(app.root), *words]
+            done = subprocess.run(argv, input=DEPLOY.read_bytes(), env={}, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert b"Traceback" not in done.stderr, done.stderr
+            return json.loads(done.stdout.decode("ascii"))
+
+        failed = run("deploy", str(artifact))
+        assert failed["exit_code"] == 1 and "EAGAIN" in failed["msg"] and "TasksMax=" in failed["error"]["hint"], failed
+        asked = run("probe", "--tcp", "127.0.0.1:1")
+        assert asked["exit_code"] == 7 and "EAGAIN" in asked["msg"], asked
+        assert app.version == "1.0"
 
 
 @pytest.mark.parametrize("words", [["--root", "relative", "status"], ["-c", "../x.ini", "status"], ["--root", "/x", "deploy", "a.tar.gz"],
