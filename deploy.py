@@ -9286,13 +9286,7 @@ def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: 
 
 def unit_access(settings: Settings, argv: Sequence[str]) -> str:
     """Write what the service may reach: its user, credentials, the paths that it writes, and homes and /tmp only where they are needed."""
-    root = os.path.realpath(settings.deploy.root)
-    written = [root]
-    for section, key, directory_of in WRITTEN_DIRECTORIES:
-        path = getattr(getattr(settings, section, None), key, "")
-        # One mount for all of the root: a second one inside would be a border that no rename crosses (EXDEV).
-        if path and not (directory_of(path) + "/").startswith(root + "/"):
-            written.append(directory_of(path))
+    written = written_directories(settings, os.path.realpath(settings.deploy.root))
     keys = [path for probe in settings.probe.values() for path in key_files(probe, PROBE_KEY_FILES)]
     keys += [path for notifier in settings.notify.values() for path in key_files(notifier, NOTIFY_KEY_FILES)]
     # As the configuration writes them: where PATH finds a program here says nothing of a service's PATH.
@@ -9303,10 +9297,21 @@ def unit_access(settings: Settings, argv: Sequence[str]) -> str:
     user = settings.preflight.user
     lines = [f"User={unit_text(user)}"] if user not in ("", "root", "0") else []
     lines += [f"LoadCredential={section.partition(':')[2]}:{unit_text(path)}" for section, path in private_paths(settings)]
-    lines += ["ReadWritePaths=" + " ".join(map(unit_word, dict.fromkeys(written)))]
+    lines += ["ReadWritePaths=" + " ".join(map(unit_word, written))]
     lines += [f"ProtectHome={'read-only' if within('/home/', '/root/', '/run/user/') else 'yes'}"]
     lines += ["PrivateTmp=yes"] if not within("/tmp/", "/var/tmp/") else []
     return "".join(line + "\n" for line in lines)
+
+
+def written_directories(settings: Settings, root: str) -> List[str]:
+    """List the directories that a run writes: the root, and what lies elsewhere."""
+    found = [root]
+    for section, key, directory_of in WRITTEN_DIRECTORIES:
+        path = getattr(getattr(settings, section), key)
+        # One mount for all of the root: a second one inside would be a border that no rename crosses (EXDEV).
+        if path and not (directory_of(path) + "/").startswith(root + "/"):
+            found.append(directory_of(path))
+    return list(dict.fromkeys(found))
 
 
 def private_paths(settings: Settings) -> List[Tuple[str, str]]:
@@ -10951,8 +10956,9 @@ def command_unit(call: Invocation) -> None:
     program = [file] if alone else [sys.executable, file]
     units = unit_files(call.settings, unit_command(call.settings, program, words), words[0], call.flags.timer)
     outcome.extra["units"] = units
-    if not os.path.isdir(root):
-        call.console.warn(f"{root} does not exist: make it, or systemd cannot start the service")
+    for path in written_directories(call.settings, root):
+        if not os.path.isdir(path):
+            call.console.warn(f"{path} does not exist: make it, or systemd cannot start the service")
     for given in call.settings.given.values():
         if given.origin.startswith("environment ") and given.origin != call.settings.origin("deploy", "root"):
             call.console.warn(f"{given.origin[12:]} is not in the unit: put it into the configuration")

@@ -357,6 +357,13 @@ def test_units_are_written_where_they_are_wanted_and_not_in_a_dry_run(app, tmp_p
     assert sorted(os.listdir(str(tmp_path / "units"))) == sorted(result.data["units"])
 
 
+def test_a_directory_that_is_not_there_yet_is_told(app):
+    """systemd starts no service whose ReadWritePaths is missing."""
+    app.configure(f"[metrics]\ntextfile_dir = {app.directory}/new\n")
+    assert app.run("unit", "prune", check=0).data["warnings"] == [
+        f"{app.directory}/new does not exist: make it, or systemd cannot start the service"]
+
+
 def test_a_root_that_is_not_there_yet_is_told(tmp_path):
     result = run_deploy("unit", "deploy", "x.tar.gz", root=tmp_path / "new", check=0)
     assert result.data["warnings"] == [f"{tmp_path}/new does not exist: make it, or systemd cannot start the service"]
