@@ -104,8 +104,8 @@ def test_a_dry_run_says_how_long_it_would_wait_and_does_not(app: App) -> None:
     runs = [app.run("-n", "deploy", app.artifact("1.0"), "--splay", "100h", json=False, check=0) for _ in range(2)]
     assert time.monotonic() - started < 60
     said = [next(line for line in run.stderr.splitlines() if "--splay" in line) for run in runs]
-    hours = 100 * deploy.share_of(os.uname().nodename, "myapp")
-    assert said[0] == said[1] == f"would wait {int(hours)}h{round(hours * 3600) % 3600 // 60:02d}m of --splay 100h"
+    share = deploy.format_seconds(360000 * deploy.share_of(os.uname().nodename, "myapp"))
+    assert said[0] == said[1] == f"would wait {share} of --splay 100h"
 
 
 def test_the_run_begins_when_the_share_is_over(app: App) -> None:
