@@ -681,6 +681,7 @@ class Console:
         self._journal = SystemdJournal(as_json=False)
         self._held = []  # type: List[Tuple[str, str, Dict[str, str]]]
         self._broken = set()  # type: Set[int]
+        self.is_result_lost = False  # what stdout should hold is not there: its disk is full
 
     def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool, utf8: bool) -> None:
         """Choose what is shown, from the command line and from what the terminal can do."""
@@ -807,7 +808,7 @@ class Console:
             self._write(sys.stderr, text + "\n", level)
 
     def _write(self, stream: Any, text: str, level: str = "info") -> None:
-        """Write bytes that the terminal can show; a closed pipe or a full disk never changes the outcome."""
+        """Write bytes that the terminal can show; a closed pipe or a full disk never stops what is under way."""
         if stream is None or id(stream) in self._broken:
             return
         if stream in self._journal_streams:
@@ -817,9 +818,13 @@ class Console:
             data = text.encode("utf-8" if self.utf8 else "ascii", "backslashreplace")
             stream.buffer.write(data)
             stream.flush()
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError) as error:
             self._broken.add(id(stream))
             silence(stream)
+            # Whoever closes a pipe has seen enough; a file that was to hold the result does not.
+            if stream is sys.stdout and isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.EBADF):
+                self.is_result_lost = True
+                self.error(f"stdout: {error.strerror}: what was printed there is not all of it", "write it to another place")
 
     # -- the log -------------------------------------------------------------
 
@@ -12042,7 +12047,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         exit_code, call = run_command_line(argv, console)
         if call is not None:
             report(call, exit_code, time.monotonic() - started_seconds)
-        return exit_code
+        # What a command did is not undone by losing what it said; a command that only says something has then failed.
+        is_lost = console.is_result_lost and (call is None or call.flags.command not in WRITING and not call.outcome.changed)
+        return exit_code or (EXIT_FAILED if is_lost else EXIT_OK)
     except (DeployError, ImportError) as error:
         if "--debug" in argv:
             console.traceback()
@@ -12052,7 +12059,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         console.raw_result(str(asked))
         if console.json_mode:
             console.json_result(dict(result_of(None), msg=str(asked), help={"topic": None, "text": str(asked)}))
-        return EXIT_OK
+        return EXIT_FAILED if console.is_result_lost else EXIT_OK
     except KeyboardInterrupt:
         failure = Interrupted(signal.SIGINT)
     except Exception as error:  # the boundary: whatever is left is a defect of this program

@@ -455,7 +455,7 @@ STREAMS = ["config", "releases", "deploy", "--help", "--version", "config --exam
 
 
 @pytest.mark.parametrize("words,closed", [(words, "pipe") for words in STREAMS] + [
-    (words, closed) for words in ("--help", "deploy", "status --json") for closed in ("closed", "full")])
+    (words, "closed") for words in ("--help", "deploy", "status --json")])
 def test_a_stdout_that_takes_nothing_never_changes_the_exit_code(words: str, closed: str, live: App) -> None:
     argv = words.split() + ([str(live.directory / "artifacts" / "myapp-1.1.tar.gz")] if words == "deploy" else [])
     command = [sys.executable, str(DEPLOY), "-c", str(live.config)] + argv
@@ -463,6 +463,18 @@ def test_a_stdout_that_takes_nothing_never_changes_the_exit_code(words: str, clo
     done = run_with_stdout(command, closed)
     assert done.returncode == expected, done.stderr
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("words, expected", [("--help", 1), ("config --example", 1), ("unit prune", 1), ("status --json", 1), ("status", 1),
+                                             ("activate 9.9", 2), ("pin current", 0), ("prune", 0), ("pack DIRECTORY", 0)])
+def test_a_full_disk_under_stdout_is_told_and_fails_what_only_prints(words: str, expected: int, live: App, tmp_path: Path) -> None:
+    """`config --example > deploy.ini` left an empty file and said nothing."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "file").write_text("x")
+    argv = [str(tmp_path / "d") if word == "DIRECTORY" else word for word in words.split()]
+    done = run_with_stdout([sys.executable, str(DEPLOY), "-c", str(live.config)] + argv, "full")
+    assert done.returncode == expected, done.stderr
+    assert done.stderr.count(b"deploy.py: error: stdout: No space left on device") == (expected != 2)
 
 
 def run_with_stdout(command: List[str], closed: str) -> Any:
