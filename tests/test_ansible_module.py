@@ -411,6 +411,20 @@ def test_the_mark_stands_in_the_file_once() -> None:
     assert DEPLOY.read_text(encoding="utf-8").count("WANT" + "_JSON") == 1
 
 
+# What Ansible looks for in a module's bytes to decide how it is run; the mark above comes last of them.
+OTHER_STYLES = [
+    b"from ansible.module_utils", b"import ansible.module_utils.", b"#<<INCLUDE_ANSIBLE_MODULE_COMMON>>", b"<<INCLUDE_ANSIBLE_MODULE_JSON_ARGS>>",
+    b"# POWERSHELL_COMMON", b"#Requires -Module", b"#Requires -Version", b"#AnsibleRequires -"]
+
+
+def test_nothing_in_the_file_makes_it_a_module_of_another_style() -> None:
+    data = DEPLOY.read_bytes()
+    assert [text for text in OTHER_STYLES if text.lower() in data.lower()] == []
+    # Other first lines fail with rc 127 there; control characters would make it a binary module.
+    assert data.startswith(b"#!/usr/bin/python3\n")
+    assert re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", data[:1024]) is None
+
+
 def test_documentation_is_what_the_tables_say() -> None:
     text = DEPLOY.read_text(encoding="utf-8")
     assert text == tables.with_documentation(text), "make example writes it again"
