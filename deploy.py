@@ -9725,11 +9725,11 @@ A line for /etc/cron.d. cron mails whatever is printed:
 `-q` prints nothing when nothing changed and nothing is wrong, and one block on
 stderr otherwise, with every step, its time and the way back.
 
-`--splay 10m` (for every command that writes) waits first: a share of ten
-minutes that host name and application alone decide, so that hosts which begin
-at the same minute are spread evenly, and each comes at the same time every
-time. Nothing is locked meanwhile, and a SIGTERM ends it with nothing changed;
-`-n` tells the share and does not wait.
+`--splay 10m` (of deploy, stage, activate, rollback, prune and recover) waits
+first: a share of ten minutes that host name and application alone decide, so
+that hosts which begin at the same minute are spread evenly, and each comes at
+the same time every time. Nothing is locked meanwhile, and a SIGTERM ends it
+with nothing changed; `-n` tells the share and does not wait.
 
     $ deploy.py -c /etc/deploy/shop.ini -n prune --splay 10m
     would wait 3m27s of --splay 10m
