@@ -6823,6 +6823,11 @@ def tries_within_deadline(probe: Any) -> int:
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
+    for text in assignments:
+        key, equals, _ = text.partition("=")
+        if not equals:
+            raise UsageError(f"--expect {text!r}: expected KEY=VALUE", "for example --expect json.status=ok")
+        check_known("probe:ad-hoc", key.strip(), "--expect")
     given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
     return load_settings([], {}, given).probe["ad-hoc"]
 
@@ -8837,7 +8842,7 @@ def step_error(error: Exception, step: str) -> DeployError:
              errno.EROFS: "mount the filesystem read-write, then run again",
              errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
              errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=), then run again",
-             errno.EACCES: "let this user write there, then run again",
+             errno.EACCES: "run it as a user who may do that, or let this one",
              errno.EIO: "check the disk and the kernel's log before anything else"}
     # os.listdir() of a descriptor puts a number there.
     where = f" at {escape(portable(os.fsdecode(error.filename)))}" if isinstance(error.filename, (str, bytes)) else ""
@@ -10453,8 +10458,13 @@ def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
     if facts.holder is not None:
         call.console.warn(f"{busy(facts.holder).message}; once that has ended, the plan may be another")
-    outcome = call.outcome
-    outcome.changed = bool(plan.steps)
+    outcome, journal = call.outcome, facts.journal
+    if facts.holder is not None or call.flags.command == "recover":
+        journal = None
+    if journal is not None and not outcome.checks:  # where there are checks, one of them tells of it
+        call.console.warn(f"{journal.operation} of {journal.to_release} was interrupted ({journal.phase}); "
+                          "once that is recovered, which a real run does first, the plan may be another")
+    outcome.changed = bool(plan.steps or journal)
     outcome.extra["plan"] = plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.describe()) for step in plan.steps]
     if not plan.steps:
@@ -10477,13 +10487,18 @@ def share_of(host: str, application: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2 ** 64
 
 
+def splay_bound_seconds(text: str) -> float:
+    """Read what --splay was given; UsageError names it."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--splay {text!r}: {error}", "for example --splay 5m")
+
+
 def splay(call: Invocation) -> None:
     """Wait this host's share of --splay, so that a fleet does not begin at once; nothing is locked, and a signal ends it."""
     text, host = call.flags.splay, os.uname().nodename
-    try:
-        seconds = parse_duration(text) * share_of(host, application_name(call.settings) if call.root else "")
-    except ValueError as error:
-        raise UsageError(f"--splay {text!r}: {error}", "for example --splay 5m")
+    seconds = splay_bound_seconds(text) * share_of(host, application_name(call.settings) if call.root else "")
     said = f"{'would wait' if call.dry_run else 'waiting'} {format_seconds(seconds)} of --splay {text}"
     call.console.say(said)
     call.console.working(said, seconds)
@@ -11303,12 +11318,13 @@ class Email(Notifier):
     def check(settings: Any) -> Optional[str]:
         """Check the addresses."""
         sender = getattr(settings, "from")
-        wrong = [text for text in settings.to + [sender][:bool(sender)] if not re.match(r"[^\s<>,;:()\x7f-\uffff]+\Z", text)]
+        given = [("to", text) for text in settings.to] + [("from", sender)][:bool(sender)]
+        wrong = [(key, text) for key, text in given if not re.match(r"[^\s<>,;:()\x7f-\uffff]+\Z", text)]
         try:
             split_address(settings.smtp)
         except ValueError as error:
             return f"smtp: {error}"
-        return f"expected an address such as ops@example.org, not {wrong[0]!r}" if wrong else None
+        return "{}: expected an address such as ops@example.org, not {!r}".format(*wrong[0]) if wrong else None
 
     def _talk(self) -> str:
         import smtplib
@@ -11505,6 +11521,8 @@ def suggestion(message: str) -> str:
     flags = [name for flag in FLAGS for name in flag.names] + [option.flag for option in OPTIONS if option.flag]
     if found and found.group(1) in flags:
         return f"{found.group(1)} belongs behind a command that takes it"
+    if found and found.group(1) in COMMANDS:
+        return "one command at a time"
     return nearest(found.group(1).partition("=")[0], list(COMMANDS) + flags) if found else ""
 
 
@@ -11575,14 +11593,16 @@ def parse_command_line(argv: List[str]) -> Any:
         if len(names) == len(COMMANDS):
             raise
         flags = build_parser(list(COMMANDS)).parse_args(hoist_repeated(argv))
+    shown = {f"{option.section}.{option.key}": option.flag for option in OPTIONS if option.flag}
     for flag in FLAGS:
         name = flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
+        shown[name] = flag.names[-1]
         if not hasattr(flags, name):
             setattr(flags, name, None)
     for name, value in vars(flags).items():
         # A variable that was never set must not pass for an option that was never given.
         if value == "" or isinstance(value, list) and "" in value:
-            raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
+            raise UsageError(f"{shown.get(name, name)} is given, but empty", "give a value, or leave it out")
     if not flags.command:
         raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
     if flags.command == "unit":
@@ -11597,8 +11617,10 @@ def inner_command(words: List[str]) -> List[str]:
     words = words[words[:1] == ["--"]:]
     if words[:1] == ["unit"]:
         raise UsageError("a unit cannot run `unit`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
-    artifact = parse_command_line(words).artifact
-    return words[:1] + [absolute(word) if word == artifact else word for word in words[1:]]
+    flags = parse_command_line(words)
+    if flags.splay:
+        splay_bound_seconds(flags.splay)
+    return words[:1] + [absolute(word) if word == flags.artifact else word for word in words[1:]]
 
 
 def hoist_repeated(argv: List[str]) -> List[str]:

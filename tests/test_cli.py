@@ -449,6 +449,22 @@ def test_output_is_ascii_when_the_locale_is_c(tmp_path: Path) -> None:
         assert all(ord(character) < 128 for character in result.stdout + result.stderr), result.describe()
 
 
+# -- mistakes are told in the words that were typed ---------------------------
+
+@pytest.mark.parametrize("words, message, hint", [
+    (["prune", "--splay="], "--splay is given, but empty", "leave it out"),
+    (["prune", "--log-file", ""], "--log-file is given, but empty", "leave it out"),
+    (["probe", "--command", ""], "--command is given, but empty", "leave it out"),
+    (["pin", ""], "release is given, but empty", "leave it out"),
+    (["help", "pin", "probe"], "unrecognized arguments: probe", "one command at a time"),
+    (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeout"], "--expect 'timeout': expected KEY=VALUE", "--expect json.status=ok"),
+    (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeuot=1s"], "--expect: unknown key 'timeuot'", "did you mean 'timeout'?"),
+])
+def test_a_mistake_is_told_in_the_words_that_were_typed(words: List[str], message: str, hint: str) -> None:
+    error = run_deploy(*words, check=2).data["error"]
+    assert error["message"].startswith(message) and error["hint"].endswith(hint)
+
+
 # -- closed streams ----------------------------------------------------------
 
 STREAMS = ["config", "releases", "deploy", "--help", "--version", "config --example", "status --json", "activate 9.9"]

@@ -14,7 +14,7 @@ import pytest
 from crash_scenarios import KILL, killed
 from crashes import (Saved, content, find_call, inconsistencies, kill_at, known_calls, record_calls, recover_and_judge,
                      script, strace, unchanged_part)
-from support import App, Result, load_deploy
+from support import App, Result, load_deploy, snapshot
 
 
 def journal(app: App) -> Dict[str, Any]:
@@ -206,6 +206,18 @@ def kill_after_switch(app: App) -> None:
     app.configure(f"[hooks]\npost_activate = {KILL}\n")
     killed(app, "deploy", app.artifact("1.1"))
     app.configure()
+
+
+@pytest.mark.parametrize("words, plans", [(["prune"], False), (["pin", "current"], True), (["rollback"], True)])
+def test_a_dry_run_says_that_a_real_one_would_recover_first(words: List[str], plans: bool, app: App) -> None:
+    """`-n prune` said "nothing to do", where a prune would first have run hooks and probes, and perhaps gone back."""
+    kill_after_switch(app)
+    before = snapshot(app.root)
+    data = app.run("-n", *words, check=0).data
+    assert [("was interrupted (switched)" in warning) for warning in data["warnings"]] == [True]
+    assert data["changed"] and bool(data["plan"]) is plans and snapshot(app.root) == before
+    app.run("recover", check=0)
+    assert app.run("-n", *words, check=0).data["warnings"] == []
 
 
 def point(app: App, target: str) -> None:

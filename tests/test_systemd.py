@@ -295,6 +295,7 @@ def test_hostile_names_are_quoted_as_systemd_reads_them(tmp_path):
     (["unit", "unit", "deploy", "x"], "cannot run `unit`"),
     (["unit", "deploy", "x\n[Install]"], "cannot stand in a unit file"), (["unit", "deploy", "x", "--nonsense"], "unrecognized"),
     (["unit", "-o", "/nonexistent", "prune"], "ENOENT"),
+    (["unit", "prune", "--splay", "99x"], "--splay '99x': expected a duration"), (["unit", "prune", "--splay="], "--splay is given, but empty"),
 ])
 def test_what_makes_no_unit_is_refused(app, words, told):
     error = app.run(*words).data["error"]
