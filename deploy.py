@@ -3289,6 +3289,13 @@ def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
         os.close(descriptor)
 
 
+def lock_used(store: Store) -> int:
+    """Say when the lock was taken or given back last, in ns: while that stays, nobody changes anything."""
+    directory = store.optional(".deploy")
+    found = directory.status("lock") if directory else None
+    return found.st_mtime_ns if found else 0
+
+
 def read_holder(descriptor: int) -> Dict[str, Any]:
     """Read what the lock's holder wrote about itself; empty when it had no time to."""
     try:
@@ -7022,20 +7029,10 @@ class Observer:
 
     def observe(self, request: Request, *, locked: bool) -> Facts:
         """Collect the facts; a refused artifact is a fact, so that every check can still be run."""
-        store, settings = self.store, self.session.settings
-        records, problems = store.records() if store else ({}, [])
-        journal = None
-        try:
-            journal = store.read_journal() if store else None
-        except StateError as error:
-            problems.append(error.message)
-        facts = Facts(
-            request=request, root=os.path.realpath(settings.deploy.root), command_line=settings.command_line,
-            application=application_name(settings),
-            deploy_id=self.deploy_id, now_seconds=time.time(), current=store.current() if store else Current(None),
-            records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
-            in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
-            artifact=None, refusal=None)
+        before = lock_used(self.store) if self.store else 0
+        facts = self._look(request, locked=locked)
+        if not locked and self.store and lock_used(self.store) != before:
+            facts = self._look(request, locked=locked)  # a run began or ended meanwhile, and half of each state is neither
         if not request.artifact:
             return facts
         try:
@@ -7044,6 +7041,24 @@ class Observer:
             return facts._replace(refusal=error)
         except ImportError as error:
             return facts._replace(refusal=ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL))
+
+    def _look(self, request: Request, *, locked: bool) -> Facts:
+        store, settings = self.store, self.session.settings
+        # Before the records: without the lock, what a run makes live meanwhile must not look as if it had none.
+        current = store.current() if store else Current(None)
+        records, problems = store.records() if store else ({}, [])
+        journal = None
+        try:
+            journal = store.read_journal() if store else None
+        except StateError as error:
+            problems.append(error.message)
+        return Facts(
+            request=request, root=os.path.realpath(settings.deploy.root), command_line=settings.command_line,
+            application=application_name(settings),
+            deploy_id=self.deploy_id, now_seconds=time.time(), current=current,
+            records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
+            in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
+            artifact=None, refusal=None)
 
     def _in_use(self, request: Request) -> Set[str]:
         # Going through /proc costs more than all the rest; only what prunes needs it.

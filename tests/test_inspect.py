@@ -8,13 +8,16 @@ import socket
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
 from scenes import Gate
 from support import (
-    App, Server, file, free_port, link, make_tree, needs, run_deploy, sha256_of, snapshot, start_deploy)
+    App, Server, file, free_port, link, load_deploy, make_tree, needs, run_deploy, sha256_of, snapshot, start_deploy)
+
+deploy = load_deploy()
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,24 @@ def test_a_dry_run_beside_a_running_deployment_says_who_runs(deployed: App) -> N
     finally:
         gate.open()
         process.wait(60)
+
+
+@pytest.mark.parametrize("name", ["current", "records", "read_journal", "releases_on_disk"])
+def test_a_look_during_which_a_run_ends_sees_one_state(name: str, deployed: App, monkeypatch: Any) -> None:
+    """Whoever only looks takes no lock: a whole run may lie between any two of its looks."""
+    settings = deploy.Settings({("deploy", "root"): deploy.Given(str(deployed.root), "--root", "/")}, [])
+    store = deploy.Store.open(settings)
+    look, runs = getattr(store, name), []  # type: Any, List[Any]
+
+    def then_run() -> Any:
+        found = look()
+        if not runs:
+            runs.append(deployed.deploy("2.0"))
+        return found
+    monkeypatch.setattr(store, name, then_run)
+    facts = deploy.Observer(SimpleNamespace(settings=settings), store, "").observe(deploy.Request("status"), locked=False)
+    assert deploy.state_problems(facts, {}) == [] and facts.release(facts.current.release).version == "2.0"
+    assert len(runs) == 1
 
 
 def test_releases_come_newest_first_with_a_star_on_the_current_one(busy: App) -> None:
