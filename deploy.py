@@ -11505,7 +11505,7 @@ def report(call: Invocation, exit_code: int, seconds: float) -> None:
         console.note(outcome.message, end)
     if outcome.error:
         console.error(outcome.error.message, outcome.error.hint, None if call.dry_run else end)
-    elif outcome.changed and not call.dry_run:
+    elif (outcome.changed or console.warnings) and not call.dry_run:
         console.release_held()
     if console.json_mode:
         console.json_result(result)

@@ -289,6 +289,16 @@ def test_metrics_that_cannot_be_written_are_a_warning(app, spoil):
         assert check["status"] == "warn" and str(place) in check["detail"]
 
 
+def test_a_quiet_run_that_changes_nothing_tells_that_metrics_cannot_be_written(app):
+    """Cron would never mail it otherwise: most of its runs have nothing to do."""
+    app.deploy("1.0")
+    artifact = app.artifact("1.0")
+    assert app.run("-q", "deploy", artifact, json=False, check=0).stderr == ""
+    prom(app).unlink()
+    textfiles(app).rmdir()
+    assert "metrics: cannot write" in app.run("-q", "deploy", artifact, json=False, check=0).stderr
+
+
 NAMES = ['a/../b', 'quo"te\\', "naïve", "x" * 300, 'a:../b']
 
 
