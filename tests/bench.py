@@ -573,6 +573,11 @@ class Bench:
         return int(self.options.rounds)
 
     @property
+    def source(self) -> str:
+        """The program as text, also where its bytecode is measured."""
+        return os.path.join(TOP, "deploy.py") if self.options.program.endswith(".pyc") else self.options.program
+
+    @property
     def many_rounds(self) -> int:
         """How often what takes milliseconds is measured: noise weighs more there."""
         return 4 * self.rounds - 3
@@ -773,12 +778,41 @@ def asking(bench: Bench, command: str) -> List[Figure]:
 
 def compiling(bench: Bench) -> List[Figure]:
     """How long Python takes to compile the program, which every run of it has to wait for."""
-    source = os.path.join(TOP, "deploy.py") if bench.options.program.endswith(".pyc") else bench.options.program
+    source = bench.source
     program = f"compile(open({source!r}, 'rb').read(), 'deploy.py', 'exec')"
     contenders = [Contender("start and compile", interpreter(program)), Contender("empty interpreter", interpreter("pass"))]
     figures = compare(contenders, bench.many_rounds, nowhere)
     difference = [with_it - without for with_it, without in zip(figures[0].values, figures[1].values)]
     return figures + [Figure("compile only", "s", difference)]
+
+
+def health_check(bench: Bench) -> List[Figure]:
+    """Ask a server once, as a container's health check does: from source, and from bytecode made when the image was built."""
+    import http.server
+    import py_compile
+    import threading
+
+    class Well(http.server.BaseHTTPRequestHandler):
+        """Answers every request with 200."""
+
+        def do_GET(self) -> None:
+            """Answer."""
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *words: Any) -> None:
+            """Say nothing."""
+
+    compiled = os.path.join(bench.work, "deploy.pyc")
+    py_compile.compile(bench.source, compiled, doraise=True)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Well)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    argv = ["probe", "--url", f"http://127.0.0.1:{server.server_port}/"]
+    try:
+        return [Figure(name, "s", [run_quietly([sys.executable, program] + argv) for _ in range(bench.many_rounds)], None, 0.15)
+                for name, program in (("from source", bench.source), ("from bytecode", compiled))]
+    finally:
+        server.shutdown()
 
 
 def nothing_to_do(bench: Bench) -> List[Figure]:
@@ -861,6 +895,7 @@ def all_rows(kinds: List[str]) -> List[Row]:
     add("releases", asking, "releases")
     add("compile deploy.py", compiling)
     add("deploy what is live", nothing_to_do)
+    add("health check", health_check)
     for kind in kinds:
         add(f"switch on {kind}", switching, kind)
     add("growth in files", growth, "files", GROWTH_FILES)
