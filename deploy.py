@@ -6494,6 +6494,9 @@ class Conversation:
         connection = http.client.HTTPConnection(url.host, url.port)
         connection.sock = self.socket
         self.stage = "sending the request"
+        wrong = wrong_header(headers)
+        if wrong:  # http.client would say so with the value, which may be a secret, and in another spelling
+            raise ValueError(wrong)
         connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
         for name, value in headers.items():
             connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
@@ -6595,7 +6598,7 @@ def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional
                 return f"{key}.{name}: {name!r} is not the name of a header"
     # The value may be private.
     wrong = [name for name, value in sent.items() if re.search("[\x00-\x08\x0a-\x1f\x7f]", value)]
-    return f"header.{wrong[0]}: the value holds a line break or a control character" if wrong else None
+    return f"the value of header.{wrong[0]} holds a line break or a control character" if wrong else None
 
 
 def wrong_tls(probe: Any) -> Optional[str]:
@@ -10994,7 +10997,9 @@ def command_unit(call: Invocation) -> None:
     for path in written_directories(call.settings, root):
         if not os.path.isdir(path):
             call.console.warn(f"{path} does not exist: make it, or systemd cannot start the service")
-    for given in call.settings.given.values():
+    for (section, key), given in call.settings.given.items():
+        if given.origin.startswith("command line") and not call.console.is_public(f"{section}.{key}={given.text}"):
+            raise UsageError(f"{section}.{key} is a secret, and everybody may read a unit file", "put it into the configuration")
         if given.origin.startswith("environment ") and given.origin != call.settings.origin("deploy", "root"):
             call.console.warn(f"{given.origin[12:]} is not in the unit: put it into the configuration")
     if not call.flags.output:
@@ -11278,6 +11283,8 @@ class Webhook(Notifier):
         if self.settings.token_file:
             self.stage = "reading token_file"
             token = _read_text(self.settings.token_file).strip()
+            if not token:
+                return "token_file is empty"
             self.session.console.secrets.add(token)
             own["Authorization"] = f"Bearer {token}"
         return self._post(self.settings.url, own, {"event": self.note.event, "text": self.text, "result": self.note.result})
@@ -11443,6 +11450,7 @@ def notify(call: Invocation, exit_code: int, seconds: float) -> None:
     for talk in talks:
         why = talk.wait()
         if why:
+            why = call.console.secrets.mask(why)[:2 * EVIDENCE_CHARACTERS]  # a receiver may answer anything at any length
             call.console.warn(f"notify {talk.settings.name}: not told of {talk.note.event}: {why}")
         else:
             call.console.debug(f"notify {talk.settings.name}: told of {talk.note.event}")

@@ -386,6 +386,7 @@ def test_receivers_that_fail_are_warnings_and_cost_three_seconds_together(app, r
             ("type = command\ncommand = sh -c 'echo no pager here; exit 4'", "exited with code 4: no pager here"),
             (f"url = {receive().url}/\ntoken_file={tmp_path}/none", "reading token_file: No such file or directory"),
             (f"type = slack\nurl_file={private(tmp_path / 'url', 'nonsense')}", "url_file|url holds no https"),
+            (f"url = {receive().url}/\ntoken_file={private(tmp_path / 'empty', '')}", "token_file is empty"),
         ]
         good = receive()
         configure(app, *[section for section, _ in ways], f"url = {good.url}")
@@ -409,6 +410,24 @@ def test_what_notifiers_lack_is_a_warning_of_preflight(app, tmp_path):
 
 
 # -- what is wrong in the configuration ----------------------------------------------
+
+@pytest.mark.parametrize("key", ["ab\ncd", "canary-\udcff\udcfe\x01\nof-random-bytes"])
+def test_a_key_that_cannot_be_sent_is_not_shown_instead(app, receive, tmp_path, key):
+    """http.client puts the value into its error, spelled in a way that no mask knows."""
+    token = private(tmp_path / "token", "")
+    token.write_bytes(os.fsencode(key))
+    receiver = receive()
+    configure(app, f"url = {receiver.url}/\ntoken_file={token}")
+    result = app.deploy("1.0")
+    told = "sending the request: ValueError: the value of header.Authorization holds a line break or a control character"
+    assert result.data["warnings"][-1] == f"notify n0: not told of deployed: {told}" and receiver.posts == []
+    token.write_bytes(b"Basic " + os.fsencode(key))
+    configure(app, before=f"[probe:p]\nurl = {receiver.url}/\nauth_file={token}")
+    probed = app.run("probe", check=7)
+    assert told in probed.data["probes"][0]["detail"]
+    for text in (result.stdout, result.stderr, probed.stdout, probed.stderr):
+        assert not re.search(r"ab\W+n?cd|canary|random", text)
+
 
 @pytest.mark.parametrize("section, message", [
     ("type = pigeon", "type = 'pigeon': expected webhook, slack, email or command"),

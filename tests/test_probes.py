@@ -966,7 +966,7 @@ def test_no_more_successes_are_asked_for_than_there_is_time_for_and_no_fewer(dea
     ("url", "http://a/", ["header.X:=1"], "'X:' is not the name of a header"),
     ("url", "http://a/", ["header.\u00e4=1"], "is not the name of a header"),
     ("url", "http://a/", ["expect_header.X V=1"], "expect_header.X V: 'X V' is not the name"),
-    ("url", "http://a/", ["header.X=a\nEvil: b"], "header.X: the value holds a line break"),
+    ("url", "http://a/", ["header.X=a\nEvil: b"], "the value of header.X holds a line break"),
     ("url", "http://a/", ["header.X=a\tb \u00e4"], ""),
     ("url", "https://a/", ["tls_key=/k"], "tls_key needs tls_cert"),
     ("url", "https://a/", ["tls_cert=/c", "tls_verify=no"], ""),

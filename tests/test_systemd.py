@@ -240,6 +240,14 @@ def test_the_root_is_in_the_unit_wherever_it_was_named_and_other_variables_are_m
     assert result.data["warnings"] == ["DEPLOY_HOOKS_TIMEOUT is not in the unit: put it into the configuration"]
 
 
+@pytest.mark.parametrize("option", ["env.DB_PASSWORD=geheim77", "probe:w.header.Authorization=Bearer geheim77", "vars.api_token=geheim77"])
+def test_a_secret_of_the_command_line_is_not_written_where_everybody_reads(app, tmp_path, option):
+    app.configure("[probe:w]\nurl = http://127.0.0.1:1/\n")
+    result = app.run("--set", option, "unit", "-o", tmp_path, "prune", check=2)
+    assert option.partition("=")[0] in result.data["error"]["message"] and result.data["error"]["hint"] == "put it into the configuration"
+    assert "geheim77" not in result.stdout + result.stderr and list(tmp_path.glob("*.service")) == []
+
+
 def test_the_limits_are_those_of_the_configuration(app):
     app.configure("lock_wait = 1m\n[hooks]\ntimeout = 10s\npre_stage = true\n  true\npre_rollback = true\n"
                   "[service:a]\ncommand = true\ntimeout = 20s\nsettle = 1s\n"
