@@ -11003,6 +11003,7 @@ def command_unit(call: Invocation) -> None:
         if given.origin.startswith("environment ") and given.origin != call.settings.origin("deploy", "root"):
             call.console.warn(f"{given.origin[12:]} is not in the unit: put it into the configuration")
     if not call.flags.output:
+        outcome.message = f"printed {' and '.join(units)}"
         call.console.raw_result("\n".join(f"# /etc/systemd/system/{name}\n{text}" for name, text in units.items()))
         return
     directory = absolute(call.flags.output)
@@ -11641,6 +11642,8 @@ def inner_command(words: List[str]) -> List[str]:
     if words[:1] == ["unit"]:
         raise UsageError("a unit cannot run `unit`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
     flags = parse_command_line(words)
+    if words[0] != flags.command:
+        raise UsageError(f"{words[0]} stands before the command that the unit is to run", "global options go before `unit`")
     if flags.splay:
         splay_bound_seconds(flags.splay)
     return words[:1] + [absolute(word) if word == flags.artifact else word for word in words[1:]]

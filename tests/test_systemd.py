@@ -240,6 +240,10 @@ def test_the_root_is_in_the_unit_wherever_it_was_named_and_other_variables_are_m
     assert result.data["warnings"] == ["DEPLOY_HOOKS_TIMEOUT is not in the unit: put it into the configuration"]
 
 
+def test_the_end_of_printing_is_told_in_one_line(app):
+    assert app.run("unit", "prune", check=0).data["msg"] == "printed deploy-myapp-prune.service and deploy-myapp-prune.timer"
+
+
 @pytest.mark.parametrize("option", ["env.DB_PASSWORD=geheim77", "probe:w.header.Authorization=Bearer geheim77", "vars.api_token=geheim77"])
 def test_a_secret_of_the_command_line_is_not_written_where_everybody_reads(app, tmp_path, option):
     app.configure("[probe:w]\nurl = http://127.0.0.1:1/\n")
@@ -303,6 +307,7 @@ def test_hostile_names_are_quoted_as_systemd_reads_them(tmp_path):
     (["unit", "unit", "deploy", "x"], "cannot run `unit`"),
     (["unit", "deploy", "x\n[Install]"], "cannot stand in a unit file"), (["unit", "deploy", "x", "--nonsense"], "unrecognized"),
     (["unit", "-o", "/nonexistent", "prune"], "ENOENT"),
+    (["unit", "--", "-c", "/etc/deploy/other.ini", "prune"], "-c stands before the command"),
     (["unit", "prune", "--splay", "99x"], "--splay '99x': expected a duration"), (["unit", "prune", "--splay="], "--splay is given, but empty"),
 ])
 def test_what_makes_no_unit_is_refused(app, words, told):
