@@ -1,9 +1,7 @@
-# PYTHON chooses the interpreter, JOBS how many suites `test-all` and `test-others` run at a time, SHARES what the Pythons between
-# the oldest and the newest run of each test's cases (one in so many),
+# PYTHON chooses the interpreter, JOBS how many suites `test-all` and `test-others` run at a time,
 # PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
 PYTHON = python3
 JOBS = 1
-SHARES = 1
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 
@@ -19,10 +17,10 @@ test: ## run the tests in .venv, which is made with pytest
 	$(PYTHON) tests/run_suite.py
 
 test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
-	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS) --shares $(SHARES)
+	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS)
 
 test-others: ## the same under every one but $(PYTHON), which `make test` takes
-	$(PYTHON) tests/run_suite.py --others --jobs $(JOBS) --shares $(SHARES)
+	$(PYTHON) tests/run_suite.py --others --jobs $(JOBS)
 
 test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state
 	$(PYTHON) tests/crash_matrix.py --jobs $(JOBS)

@@ -3,9 +3,8 @@
 import os
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Iterator
 
 import pytest
 
@@ -42,16 +41,3 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
-    """Under DEPLOY_TEST_SHARE=1/3 run of each test's cases the second of every three; a test with fewer is run whole."""
-    number, shares = (int(word) for word in os.environ.get("DEPLOY_TEST_SHARE", "0/1").split("/"))
-    tests = [(str(item.fspath), getattr(item, "originalname", None) or item.name) for item in items]
-    cases, seen, left_out = Counter(tests), Counter(), []  # type: Any, Any, List[Any]
-    for test, item in zip(tests, list(items)):
-        if cases[test] >= shares and seen[test] % shares != number:
-            left_out.append(item)
-            items.remove(item)
-        seen[test] += 1
-    config.hook.pytest_deselected(items=left_out)

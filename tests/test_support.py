@@ -7,11 +7,9 @@ import tarfile
 import time
 import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import conftest
 import support
 from support import (Server, clean_environment, compress, directory, fake_command, file, free_port, link, make_artifact,
                      make_tar, make_tree, make_zip, member, needs, pax_global, run_deploy, sha256_of, snapshot, tar_bytes, wait_until)
@@ -154,13 +152,3 @@ def test_waiting_ends_with_the_value_or_a_failure() -> None:
     with pytest.raises(pytest.fail.Exception, match="the port"):
         wait_until(lambda: False, timeout=0.1, what="the port")
     assert 1024 <= free_port() < 65536
-
-
-@pytest.mark.parametrize("share, kept", [("0/1", "abcdefg"), ("0/3", "adfg"), ("1/3", "befg"), ("2/3", "cfg")])
-def test_a_share_of_the_suite_holds_every_test_and_its_share_of_the_cases(monkeypatch, share, kept):
-    items = [SimpleNamespace(fspath="test_x.py", originalname="five" if name in "abcde" else name, name=name) for name in "abcdefg"]
-    left_out = []
-    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
-    monkeypatch.setenv("DEPLOY_TEST_SHARE", share)
-    conftest.pytest_collection_modifyitems(config, items)
-    assert "".join(item.name for item in items) == kept and len(items) + len(left_out) == 7
