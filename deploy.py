@@ -2734,12 +2734,8 @@ class Store:
                 for name in PRIVATE_DIRECTORIES:
                     private.make(name, 0o700).close()
                 store.root.sync()
-            store.begin_history()
         except OSError as error:
-            parent = os.path.dirname(path)
-            hint = f"mkdir -p {parent}" if not os.path.isdir(parent) else \
-                f"the root and what is in it must be directories that {user_name()} can write"
-            raise PreflightFailed(f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
+            raise cannot_prepare(path, error)
         return store
 
     def check_owner(self) -> None:
@@ -3078,10 +3074,17 @@ class Store:
         return entries
 
     def begin_history(self) -> None:
-        """Note that it ends with nothing, while that is certain: a missing head is a loss from then on."""
+        """Note that it ends with nothing, while that is certain: a missing head is a loss from then on.
+
+        The lock's holder alone can be certain.  PreflightFailed where it cannot be written.
+        """
         directory = self.directory(".deploy")
-        if not (directory.status("history.head") or directory.status("history.jsonl") or self.directory(".deploy/releases").names()):
+        if directory.status("history.head") or directory.status("history.jsonl") or self.directory(".deploy/releases").names():
+            return
+        try:
             directory.write("history.head", json.dumps(seal(HistoryEnd(0, "")._asdict())).encode("ascii"))
+        except OSError as error:
+            raise cannot_prepare(self.path, error)
 
     def append_history(self, entry: HistoryEntry) -> HistoryEntry:
         """Append a line, chained to where the history ended, durably; returns it with its number.
@@ -3218,6 +3221,14 @@ def _hashed_blocks(lines: Iterator[bytes], hasher: Any) -> Iterator[bytes]:
             return
         hasher.update(block)
         yield block
+
+
+def cannot_prepare(path: str, error: OSError) -> PreflightFailed:
+    """Make the error for a root that cannot be made ready for a first deployment."""
+    parent = os.path.dirname(path)
+    hint = f"mkdir -p {parent}" if not os.path.isdir(parent) else \
+        f"the root and what is in it must be directories that {user_name()} can write"
+    return PreflightFailed(f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
 
 
 class Lock:
@@ -10345,6 +10356,7 @@ def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
     call.console.working("taking the lock", call.settings.deploy.lock_wait + Supervisor.UNLIMITED_SECONDS)
     try:
         lock.acquire(call.settings.deploy.lock_wait, holder, call.session.interrupts)
+        store.begin_history()
         if recover_first:
             call.outcome.extra["recovered"] = recover(call, store)
         yield store

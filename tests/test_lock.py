@@ -1,5 +1,6 @@
 """One run at a time: a kernel lock that names its holder, dies with it, and is inherited by nobody."""
 
+import fcntl
 import json
 import os
 import re
@@ -96,6 +97,18 @@ def test_of_fifty_that_start_at_once_one_owns_the_lock_and_the_others_give_way(r
     figures = starters.run(tmp_path, 50, rounds)
     assert figures.problems == [], figures.line()
     assert figures.losers == 49 * rounds and figures.slowest_own_seconds < 1, figures.line()
+
+
+def test_a_first_run_that_must_give_way_leaves_the_history_to_the_holder(app: App) -> None:
+    """The holder may be about to note its first line, and sweeps what looks like a leftover."""
+    state = app.root / ".deploy"
+    state.mkdir(mode=0o700, parents=True)
+    with (state / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        app.run("deploy", app.artifact("1.0"), check=75)
+        assert [path.name for path in state.glob("*history*")] == []
+    app.deploy("1.0")
+    app.run("history", "--verify", check=0)
 
 
 WRITING = ["deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover"]
