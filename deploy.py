@@ -1634,8 +1634,8 @@ class Interrupts:
 
     Only inside `allowed()`, where the work is waiting or can be thrown away,
     does a signal interrupt at once; elsewhere it waits for the next `check()`.
-    After `close()` signals change nothing more: the way back is not
-    interrupted.
+    After `close()` signals change nothing, as the way back is not
+    interrupted; what came meanwhile counts after `reopen()`.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -1650,10 +1650,8 @@ class Interrupts:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._closed:
-            return
         self._pending = self._pending or number
-        if self._allowed:
+        if self._allowed and not self._closed:
             # Once: a second signal must not cut short the killing of a child.  The
             # first stays pending, or it would be lost where Python swallows what a
             # handler raises (in a finalizer).
@@ -1671,7 +1669,7 @@ class Interrupts:
         self._closed = True
 
     def reopen(self) -> None:
-        """Listen again: a recovery is over, and the run itself begins."""
+        """Listen again: a recovery is over, and the run itself begins; or not, where a signal has come."""
         self._closed = False
 
     @contextmanager
