@@ -3076,8 +3076,8 @@ class Store:
 
         The lock's holder alone can be certain.  PreflightFailed where it cannot be written.
         """
-        directory = self.directory(".deploy")
-        if directory.status("history.head") or directory.status("history.jsonl") or self.directory(".deploy/releases").names():
+        directory, known = self.directory(".deploy"), self.history_lines(1)  # asked in any case: nothing must change where it is no file
+        if known or directory.status("history.head") or self.directory(".deploy/releases").names():
             return
         try:
             directory.write("history.head", json.dumps(seal(HistoryEnd(0, "")._asdict())).encode("ascii"))
@@ -8759,8 +8759,8 @@ class Executor:
         try:
             settle()
             self.store.clear_journal()
-        except OSError as error:
-            self.console.warn(f"the verdict could not be written: {reason(error)}; the next run recovers it")
+        except FAILURES as error:
+            self.console.warn(f"the verdict could not be written: {step_error(error, 'history').message}; the next run recovers it")
 
     def _leave_live(self, error: DeployError) -> None:
         """auto_rollback = no: the failed release stays, and a person decides."""
@@ -8830,8 +8830,8 @@ class Executor:
         try:
             self._mark_failed(error, failure)
             self.append_history("rollback_failed", EXIT_ROLLBACK_FAILED, error.message, failure)
-        except OSError as write_error:
-            self.console.warn(f"the verdict could not be written: {reason(write_error)}")
+        except FAILURES as write_error:
+            self.console.warn(f"the verdict could not be written: {step_error(write_error, 'history').message}")
         self._run_on_failure(error)
         found = self.store.current()
         live = found.release or found.problem or "nothing"

@@ -103,6 +103,34 @@ def test_the_only_release_is_enough_to_miss_its_history(app: App) -> None:
     assert app.run("history", "--verify", check=0).data["warnings"]
 
 
+@pytest.mark.parametrize("words", [["deploy", "1.3"], ["pin", "1.0"], ["rollback"], ["recover", "--to", "1.0"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("lost", ["", "history.head"], ids=["with its head", "without"])
+def test_a_history_that_is_no_file_stops_whatever_writes_before_anything_changes(three: App, words: List[str], lost: str) -> None:
+    state, before = three.root / ".deploy", three.current
+    (state / "history.jsonl").rename(three.directory / "history.jsonl")
+    (state / "history.jsonl").mkdir()
+    if lost:
+        (state / lost).unlink()
+    words = [three.artifact("1.3") if word == "1.3" else word for word in words]
+    assert "not a regular file" in three.run(*words, check=3).data["error"]["message"]
+    assert three.current == before and not (state / "journal.json").exists()
+    assert not any(record["pinned"] for record in three.run("releases", check=0).data["releases"])
+
+
+def test_a_history_that_a_hook_takes_away_does_not_make_a_way_back_something_else(three: App) -> None:
+    """What cannot be written down on the way back is a warning: exit 3 said that nothing was changed."""
+    before, told = three.current, three.directory / "told"
+    lose = f"/bin/sh -c 'cd {three.root}/.deploy; rm history.jsonl; mkdir history.jsonl; exit 1'"
+    configure(three, f"[hooks]\npost_activate = {lose}\non_failure = touch {told}\n")
+    result = three.run("deploy", three.artifact("1.3"), check=5)
+    assert three.current == before and told.exists()
+    assert any("the next run recovers it" in warning for warning in result.data["warnings"]), result.describe()
+    (three.root / ".deploy" / "history.jsonl").rmdir()
+    configure(three)
+    three.run("recover", check=0)
+    assert three.current == before and not (three.root / ".deploy" / "journal.json").exists()
+
+
 @pytest.mark.parametrize("lost", ["", "history.jsonl", "history.head", "both"])
 def test_a_kill_between_a_line_and_its_head_is_no_alarm_nor_a_second_one(three: App, lost: str) -> None:
     for name in ("history.jsonl", "history.head"):
