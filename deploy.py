@@ -1083,9 +1083,10 @@ class Directory:
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        # Forgotten first: a signal may interrupt here, and what was closed twice could be another's.
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> "Directory":
         return self
@@ -1682,6 +1683,10 @@ class Interrupts:
             yield
         except Interrupted:
             self._pending = 0
+            raise
+        except (OSError, RuntimeError):
+            # What the signal itself broke: a call (EINTR), or a lock of the library's, left half way and then complained of.
+            self.check()
             raise
         finally:
             self._allowed = before
@@ -3269,15 +3274,16 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock back, and take the holder's name out of it: the next one has not written his at once."""
-        if self._descriptor >= 0:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
             try:
                 if self._is_owner:
-                    os.ftruncate(self._descriptor, 0)
+                    os.ftruncate(descriptor, 0)
             except OSError:
                 pass  # what stands there is information only
             finally:
-                os.close(self._descriptor)
-                self._descriptor, self._is_owner = -1, False
+                os.close(descriptor)
+                self._is_owner = False
 
 
 def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
@@ -3443,9 +3449,9 @@ class OpenArtifact:
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> "OpenArtifact":
         return self

@@ -14,6 +14,7 @@ import io
 import json as json_module
 import lzma
 import os
+import pprint
 import py_compile
 import re
 import shutil
@@ -183,6 +184,13 @@ def decode_one_object(result: Result) -> Any:
     if not isinstance(data, dict):
         pytest.fail(f"stdout is not a JSON object\n{result.describe()}", pytrace=False)
     return data
+
+
+def described(found: Any) -> str:
+    """A result, or a part of one, as text: pytest cuts the repr of anything else in an assertion's message short."""
+    if isinstance(found, dict) and "steps" in found:
+        found = {name: found.get(name) for name in ("command", "exit_code", "error", "warnings", "steps")}
+    return pprint.pformat(found, width=140)
 
 
 def load_deploy() -> Any:

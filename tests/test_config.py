@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import pytest
 
 from support import (
-    App, DEPLOY, Result, file, free_port, load_deploy, make_artifact, make_tar, needs, run_deploy, tree_members, write_checksum)
+    App, DEPLOY, Result, described, file, free_port, load_deploy, make_artifact, make_tar, needs, run_deploy, tree_members, write_checksum)
 
 deploy = load_deploy()
 
@@ -294,7 +294,7 @@ def test_what_could_only_fail_later_is_refused_before_anything(name: str, app: A
         pytest.skip("larger pages here")
     app.config.write_text(f"[{section}]\n{text}\n")
     error = app.run("deploy", app.artifact("1.0"), "--root", app.root, check=2).data["error"]
-    assert f"{app.config}: [{section}]" in error["message"] and app.releases() == [], error
+    assert f"{app.config}: [{section}]" in error["message"] and app.releases() == [], described(error)
 
 
 def test_what_is_just_small_enough_is_handed_over(app: App) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from crashes import Saved, find_call, kill_at, record_calls
 from scenes import configure, deploy_all
-from support import App, load_deploy
+from support import App, described, load_deploy
 
 deploy = load_deploy()
 
@@ -65,7 +65,7 @@ def test_what_was_lost_is_told_before_and_after_everything_that_follows(
     for words in (["recover"], ["pin", "1.0"], ["unpin", "1.0"]):
         three.run(*words, check=0)
     error = three.run("history", "--verify", check=7).data["error"]
-    assert said in error["message"] + error["hint"], error
+    assert said in error["message"] + error["hint"], described(error)
 
 
 def test_a_history_that_was_taken_away_is_missed_and_the_next_entry_notes_it(three: App) -> None:

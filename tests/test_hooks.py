@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from crashes import content, is_running, script, wait_gone
-from support import App, clean_environment, file, needs, run_deploy, start_deploy, wait_until
+from support import App, clean_environment, described, file, needs, run_deploy, start_deploy, wait_until
 
 FORWARD = ["pre_stage", "post_stage", "pre_activate", "post_activate", "post_deploy"]
 EVERY = FORWARD + ["on_failure", "pre_rollback", "post_rollback"]
@@ -411,5 +411,5 @@ def test_a_hook_that_undoes_the_switch_does_not_end_in_success(app: App, deed: s
     app.deploy("1.0")
     app.configure(f"durable = no\n[hooks]\n{hook} = /bin/sh -c '{deed}'\n")
     result = app.run("deploy", app.artifact("1.1"), check=exit_code)
-    assert "is not live after all" in result.data["error"]["message"], result.data["error"]
+    assert "is not live after all" in result.data["error"]["message"], described(result.data)
     assert exit_code == 6 or app.version == "1.0" and result.data["rolled_back"]

@@ -27,7 +27,7 @@ import pytest
 from archives import (FORMATS, RawEntry, entry, folder, gnu_long, hard_link, header, link, patched, pax, raw_zip, tar,
                       xz_number, zip64_end, zip_end, zstd)
 from crashes import warm
-from support import WARM, Result, clean_environment, decode_one_object, deploy_argv, make_artifact, make_tree, run_deploy, snapshot
+from support import WARM, Result, clean_environment, decode_one_object, deploy_argv, described, make_artifact, make_tree, run_deploy, snapshot
 
 SECONDS_ALLOWED = 10.0
 PATIENCE_SECONDS = 60.0
@@ -850,8 +850,8 @@ def assert_refused(site: Site, data: bytes, case: Case) -> None:
     result, cost = site.stage(data, *case.options)
     error = result.data["error"] or {"message": result.data["msg"], "hint": ""}
     assert (result.exit_code, site.staging(), site.state() == before) == (4, [], True), error["message"]
-    assert re.search(case.why, error["message"]) and error["hint"], error
-    assert any(name in error["message"] for name in case.member.split("|")), error
+    assert re.search(case.why, error["message"]) and error["hint"], described(error)
+    assert any(name in error["message"] for name in case.member.split("|")), described(error)
     assert cost.seconds < SECONDS_ALLOWED and cost.memory_bytes < MEMORY_ALLOWED_BYTES, cost
 
 

@@ -15,7 +15,7 @@ from typing import Dict, Iterator, List, Tuple
 import pytest
 
 from scenes import Gate
-from support import DEPLOY, App, clean_environment, load_deploy, needs, once_in_ci, snapshot, start_deploy
+from support import DEPLOY, App, clean_environment, described, load_deploy, needs, once_in_ci, snapshot, start_deploy
 
 deploy = load_deploy()
 Labels = Tuple[Tuple[str, str], ...]
@@ -256,7 +256,7 @@ def test_what_is_not_ours_starts_over_with_a_warning(app, kind, tmp_path):
     path = textfiles(app) / "deploy_myapp.prom"
     OLD[kind](path, target)
     result = app.deploy("1.0")
-    assert any(f"{path} starts over" in warning for warning in result.data["warnings"]), result.data["warnings"]
+    assert any(f"{path} starts over" in warning for warning in result.data["warnings"]), described(result.data)
     assert counts(app) == {"changed": 1} and target.read_text() == "precious"
     assert stat.S_ISREG(os.lstat(str(path)).st_mode)
 

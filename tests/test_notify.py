@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from scenes import Gate
-from support import App, fake_command, file, free_port, load_deploy, missing, snapshot, start_deploy, wait_until
+from support import App, described, fake_command, file, free_port, load_deploy, missing, snapshot, start_deploy, wait_until
 from test_metrics import run_defect
 
 deploy = load_deploy()
@@ -452,7 +452,7 @@ def test_what_is_wrong_is_told_before_anything_happens(app, section, message):
     configure(app, section)
     before = snapshot(app.root)
     error = app.run("deploy", app.artifact("1.0"), check=2).data["error"]
-    assert f"{app.config}: [notify:n0]" in error["message"] and message in error["message"], error
+    assert f"{app.config}: [notify:n0]" in error["message"] and message in error["message"], described(error)
     assert snapshot(app.root) == before
 
 

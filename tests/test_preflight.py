@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import pytest
 
 from support import (
-    DEPLOY, App, Result, clean_environment, fake_command, free_port, load_deploy, needs, open_to_others, run_as_another, snapshot,
+    DEPLOY, App, Result, clean_environment, described, fake_command, free_port, load_deploy, needs, open_to_others, run_as_another, snapshot,
     start_deploy, wait_until)
 
 deploy = load_deploy()
@@ -625,7 +625,7 @@ def test_a_user_who_is_not_root_is_only_warned_of_a_writable_configuration() -> 
     with open_to_others() as app:
         app.config.chmod(0o666)
         data = run_as_another(app, "preflight")
-        assert data["exit_code"] == 0, data
+        assert data["exit_code"] == 0, described(data)
         assert [found["name"] for found in data["checks"] if found["status"] == "warn"] == ["permissions"]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from crashes import script
 from scenes import configure
-from support import DEPLOY, App, Result, clean_environment, file, needs, open_to_others, run_as_another, run_deploy, snapshot
+from support import DEPLOY, App, Result, clean_environment, described, file, needs, open_to_others, run_as_another, run_deploy, snapshot
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NOBODY = 65534
@@ -401,7 +401,7 @@ def refused(app: App, artifact: Path, *problems: str) -> None:
     before = snapshot(app.root)
     error = app.run("deploy", artifact, check=3).data["error"]
     for problem in problems:
-        assert problem in error["message"] + permissions(app.run("preflight", artifact))["detail"], error
+        assert problem in error["message"] + permissions(app.run("preflight", artifact))["detail"], described(error)
     assert snapshot(app.root) == before
     words = " ".join(shlex.quote(str(word)) for word in (sys.executable, DEPLOY, "-c", app.config, "-n", "deploy", artifact))
     accept = error["hint"].rpartition("every such path: ")[2]

@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 
-from support import load_deploy, run_deploy, start_deploy, wait_until
+from support import described, load_deploy, run_deploy, start_deploy, wait_until
 
 deploy = load_deploy()
 
@@ -157,7 +157,7 @@ JSON_BODY = json.dumps({
 def test_an_answer_is_held_against_every_expectation(serve, assignment, detail):
     server = serve(http(200, JSON_BODY, "X-Kind: web"))
     result = ask("url", url_of(server), assignment)
-    assert result.ok == (not detail), result
+    assert result.ok == (not detail), described(result)
     assert detail in result.detail
     assert result.evidence["status"] == 200
     assert result.evidence["tries"] == result.tries == 1
@@ -196,7 +196,7 @@ def test_an_answer_is_held_against_every_expectation(serve, assignment, detail):
 def test_the_answer_must_name_the_new_release(serve, where, header, body, ok):
     server = serve(http(200, body, *([header] if header else [])))
     result = ask("url", url_of(server), f"release={where}", expect_release=True)
-    assert result.ok is ok, result
+    assert result.ok is ok, described(result)
     assert ask("url", url_of(server), f"release={where}").ok, "not asked for, so not checked"
 
 
@@ -577,7 +577,7 @@ def test_key_files_that_cannot_serve_are_found_by_preflight(keys, problem, certi
         path.chmod(0o600)
     app.configure(f"[probe:x]\nurl = https://127.0.0.1:9/\n{keys.format(d=certificates)}\n")
     error = app.run("deploy", app.artifact("1.0"), check=3).data["error"]
-    assert error["message"].startswith("preflight: configuration: [probe:x]") and problem in error["message"], error
+    assert error["message"].startswith("preflight: configuration: [probe:x]") and problem in error["message"], described(error)
     assert str(certificates) in error["message"] and error["hint"] and app.releases() == []
 
 
@@ -668,7 +668,7 @@ def test_waits_grow_up_to_period_max_and_start_anew_after_a_success(serve):
 @pytest.mark.parametrize("pattern", ["+", "-+"])
 def test_a_deadline_shorter_than_the_period_still_gives_a_second_chance(serve, pattern):
     result = ask("url", url_of(serve(flapping(pattern))), "deadline=600ms", "period=10s", once=False)
-    assert result.ok, result
+    assert result.ok, described(result)
 
 
 def test_jitter_spreads_the_waits(serve):
@@ -767,7 +767,7 @@ def test_a_regular_expression_without_end_is_cut_off_with_its_try(serve, tmp_pat
     started = time.monotonic()
     result = ask(kind, target, assignment, "timeout=300ms")
     assert not result.ok and time.monotonic() - started < 10
-    assert "did not end within 0.30s" in result.detail and result.evidence["body"].startswith("aaa"), result
+    assert "did not end within 0.30s" in result.detail and result.evidence["body"].startswith("aaa"), described(result)
 
 
 def test_a_regular_expression_without_end_does_not_outlast_the_deadline(serve):
@@ -869,7 +869,7 @@ def script(tmp_path, text):
 ])
 def test_command(tmp_path, code, assignment, detail):
     result = ask("command", script(tmp_path, code), "timeout=10s", assignment, expect_release=True)
-    assert result.ok == (not detail), result
+    assert result.ok == (not detail), described(result)
     assert detail in result.detail
 
 

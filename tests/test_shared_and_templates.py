@@ -7,7 +7,7 @@ from typing import Any, Dict
 import pytest
 
 from crashes import inconsistencies, unchanged_part
-from support import (App, application_tree, directory, file, link, make_tar, open_to_others, run_as_another, tree_members,
+from support import (App, application_tree, described, directory, file, link, make_tar, open_to_others, run_as_another, tree_members,
                      write_checksum)
 
 # -- shared ------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_links_and_templates_may_lie_in_a_directory_that_the_artifact_closes() -
         artifact = make_tar(app.directory / "myapp-1.0.tar", tree_members(tree))
         write_checksum(artifact)
         data = run_as_another(app, "deploy", artifact)
-        assert data["exit_code"] == 0, data
+        assert data["exit_code"] == 0, described(data)
         place = app.root / "current" / "ro"
         assert stat.S_IMODE(place.stat().st_mode) == 0o555 and (place / "conf").read_text() == "a is b"
         assert run_as_another(app, "verify")["exit_code"] == 0

@@ -1,5 +1,6 @@
 """Signals: before activation everything is undone, after it the old release comes back, and no child stays behind."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,8 +14,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
-from crashes import Call, Saved, content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone
-from support import DEPLOY, App, clean_environment, needs, start_deploy, wait_until
+from crashes import Call, Saved, content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone, warm
+from support import DEPLOY, App, clean_environment, described, load_deploy, needs, start_deploy, wait_until
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 by_signal = pytest.mark.parametrize("number, exit_code", SIGNALS, ids=[number.name for number, _ in SIGNALS])
@@ -39,6 +40,7 @@ class Running:
         text = self.stdout.read_text()
         assert text, f"exit code {exit_code} and nothing on stdout: {self.stderr.read_text()}"
         data = json.loads(text)
+        print(described(data))  # which pytest shows where the test fails
         assert data["exit_code"] == exit_code and "Traceback" not in self.stderr.read_text(), self.stderr.read_text()
         return data
 
@@ -83,8 +85,49 @@ def test_a_signal_while_unpacking_undoes_everything(live: App, number: int, exit
     wait_until(lambda: list((live.root / ".deploy" / "staging").glob("*/bin/run")), what="staging is filled")
     os.kill(running.pid, number)
     data = running.end()
-    assert data["exit_code"] == exit_code and data["steps"][-1]["name"] == "unpack", data
+    assert data["exit_code"] == exit_code and data["steps"][-1]["name"] == "unpack", described(data)
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
+
+
+def test_a_signal_while_something_is_closed_is_no_failure_of_the_unpacking(live: App) -> None:
+    """What was closed already was once closed again on the way out: a bad file descriptor, and exit code 1."""
+    live.configure("durable = no\n")
+    saved, artifact = Saved(live), live.artifact("1.1")
+
+    def run(*options: str) -> Any:
+        saved.restore()
+        return warm().run("deploy", artifact, config=live.config, trace=trace_of(live), options=["-e", "trace=close,mkdirat"] + list(options))
+    assert run().exit_code == 0
+    lines = trace_of(live).read_text(errors="replace").splitlines()
+    begins = next(number for number, line in enumerate(lines) if line.startswith("mkdirat(") and ".staging." in line)
+    # In the unpacking: the directories of the live release and of the new one.
+    closes = [(number, line) for number, line in enumerate([line for line in lines if line.startswith("close(")], 1)
+              if line in lines[begins:] and re.search(r"/(releases/\d|staging/\.)[^>]*>", line)]
+    problems, seen = [], 0
+    for number, line in closes[:12]:
+        result = run("-e", f"inject=close:signal=TERM:when={number}")
+        seen += result.data["steps"][-1]["name"] == "unpack"
+        if result.exit_code != 143:
+            problems.append(f"{line}: {described(result.data)}")
+        problems += [f"{line}: {problem}" for problem in inconsistencies(live, ["1.0"])]
+    assert problems == [] and seen >= 5, "\n".join(problems)
+
+
+def test_what_a_signal_breaks_in_the_library_is_an_interruption() -> None:
+    """A signal between two steps of a lock leaves it released, and the library complains of that instead."""
+    deploy = load_deploy()
+    for complaint in (RuntimeError("release unlocked lock"), InterruptedError(errno.EINTR, "Interrupted system call")):
+        interrupts = deploy.Interrupts()
+        with pytest.raises(deploy.Interrupted) as raised:
+            with interrupts.allowed():
+                try:
+                    interrupts._handle(signal.SIGTERM, None)
+                finally:
+                    raise complaint
+        assert raised.value.exit_code == 143
+        with pytest.raises(type(complaint)):
+            with interrupts.allowed():
+                raise complaint
 
 
 @pytest.mark.parametrize("hook, number, exit_code", [
@@ -236,7 +279,7 @@ def test_a_signal_while_recovery_goes_back_does_not_call_for_a_person(live: App)
     running.process.send_signal(signal.SIGTERM)
     go.touch()
     data = running.end()
-    assert data["exit_code"] != 6, data["error"]
+    assert data["exit_code"] != 6, described(data)
     live.configure()
     live.run("recover", check=0)
     assert inconsistencies(live, ["1.0"]) == []
@@ -270,7 +313,7 @@ def trace(app: App, *arguments: Any) -> Tuple[List[str], List[Call]]:
     """Run deploy.py once, well: its steps, and the calls of its main thread that write to stderr or sync."""
     running = Running(app, *arguments, python=strace(app, "-e", "trace=write,fsync"))
     data = running.end()
-    assert data["exit_code"] == 0, data["error"]
+    assert data["exit_code"] == 0, described(data)
     return [step["name"] for step in data["steps"]], calls_of(app)
 
 
@@ -326,7 +369,7 @@ def test_a_signal_at_every_step_boundary_undoes_or_goes_back(live: App, command:
                             f"{data['error']}")
         if live.releases() != sorted(known(live)):
             problems.append(f"{step}: releases {live.releases()}, known {known(live)}")
-    assert problems == []
+    assert problems == [], "\n".join(problems)
 
 
 def twin_of(app: App) -> App:
@@ -361,7 +404,7 @@ def test_a_signal_at_every_fsync_leaves_the_old_or_the_new_release_whole(live: A
             problems.append(f"{call}: exit code {data['exit_code']}: {data['error']}")
         problems += [f"{call}: {problem}" for problem in inconsistencies(live, ["1.1"] if data["exit_code"] == 0
                                                                          else ["1.0"])]
-    assert problems == [] and {0, 5} <= seen
+    assert problems == [] and {0, 5} <= seen, "\n".join(problems)
 
 
 # -- more than one signal, and children ----------------------------------------------

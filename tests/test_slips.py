@@ -12,7 +12,7 @@ from typing import Any, List
 
 import pytest
 
-from support import DEPLOY, App, clean_environment, deploy_argv, make_tree, needs, open_to_others, run_deploy, snapshot, write_checksum
+from support import DEPLOY, App, clean_environment, deploy_argv, described, make_tree, needs, open_to_others, run_deploy, snapshot, write_checksum
 
 
 def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> None:
@@ -44,9 +44,9 @@ def test_a_limit_of_processes_is_no_defect_of_this_program() -> None:
             return json.loads(done.stdout.decode("ascii"))
 
         failed = run("deploy", str(artifact))
-        assert failed["exit_code"] == 1 and "EAGAIN" in failed["msg"] and "TasksMax=" in failed["error"]["hint"], failed
+        assert failed["exit_code"] == 1 and "EAGAIN" in failed["msg"] and "TasksMax=" in failed["error"]["hint"], described(failed)
         asked = run("probe", "--tcp", "127.0.0.1:1")
-        assert asked["exit_code"] == 7 and "EAGAIN" in asked["msg"], asked
+        assert asked["exit_code"] == 7 and "EAGAIN" in asked["msg"], described(asked)
         assert app.version == "1.0"
 
 
