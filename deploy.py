@@ -10956,16 +10956,20 @@ def command_pack(call: Invocation) -> None:
     target = absolute(shown)
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory", "name the directory to pack: deploy.py pack DIRECTORY")
+    for path in (target, target + ".sha256"):
+        # What is written is renamed into place: a device such as /dev/null, or a link to one, would be gone.
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise UsageError(f"{portable(path)} is no regular file, and would be replaced by one", "name another file: pack -o FILE")
+    prefix = call.flags.prefix or ""
+    problem = name_problem(os.fsencode(prefix)) if prefix else ""
+    if problem:
+        raise UsageError(f"--prefix {prefix!r}: {problem}", "name a relative directory, such as shop-1.4.2")
     call.outcome.extra["plan"] = [{"name": "pack", "description": f"pack {directory} into {target} and {target}.sha256"}]
     if call.dry_run:
         call.outcome.changed = True
         call.outcome.message = f"would pack {directory} into {target}"
         call.console.result(call.outcome.message)
         return
-    prefix = call.flags.prefix or ""
-    problem = name_problem(os.fsencode(prefix)) if prefix else ""
-    if problem:
-        raise UsageError(f"--prefix {prefix!r}: {problem}", "name a relative directory, such as shop-1.4.2")
     made = pack(directory, target, prefix)
     call.outcome.changed = True
     call.outcome.extra["artifact"] = {"path": portable(target), "sha256": made.sha256, "size": made.size_bytes, "files": made.files}

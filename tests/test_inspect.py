@@ -578,8 +578,8 @@ def test_a_failed_packing_leaves_the_earlier_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words,exit_code", [
     (["/nonexistent"], 2), (["/etc/passwd"], 2), (["{top}", "--release-version", "a/b"], 2), (["{top}", "-o", "/nonexistent/x"], 1),
-    (["{top}", "-o", "{top}"], 1), (["{top}", "--prefix", "../out"], 2), ([], 2),
-], ids=["missing", "file", "version", "no-directory", "target-is-a-directory", "prefix-outside", "nothing"])
+    (["{top}", "-o", "{top}"], 2), (["{top}", "--prefix", "../out"], 2), (["-n", "{top}", "--prefix", "../out"], 2), ([], 2),
+], ids=["missing", "file", "version", "no-directory", "target-is-a-directory", "prefix-outside", "prefix-outside-dry", "nothing"])
 def test_mistakes_in_packing(words: List[str], exit_code: int, tmp_path: Path) -> None:
     top = make_tree(tmp_path / "app", {"a": "a"})
     before = snapshot(tmp_path)
@@ -587,6 +587,22 @@ def test_mistakes_in_packing(words: List[str], exit_code: int, tmp_path: Path) -
     assert result.data["error"]["hint"] and "Traceback" not in result.stderr
     assert {name: found for name, found in snapshot(tmp_path).items() if found[0] != "directory"} == {
         name: found for name, found in before.items() if found[0] != "directory"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".sha256"])
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_packing_never_puts_a_file_in_the_place_of_something_else(kind: str, suffix: str, tmp_path: Path) -> None:
+    """As root, -o /dev/null would have made the device a file."""
+    top, other = make_tree(tmp_path / "app", {"a": "a"}), tmp_path / ("x" + suffix)
+    if kind == "fifo":
+        os.mkfifo(str(other))
+    else:
+        other.symlink_to(os.devnull)
+    before = snapshot(tmp_path)
+    for words in (["-n"], []):
+        result = run_deploy("pack", top, "-o", tmp_path / "x", *words, check=2)
+        assert f"{other} is no regular file" in result.data["error"]["message"]
+    assert snapshot(tmp_path) == before
 
 
 def test_packing_a_large_tree_and_deploying_it_keeps_every_byte(tmp_path: Path) -> None:
