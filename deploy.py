@@ -2351,6 +2351,8 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
                 raise UsageError(f"{path}: [{section}] {key} holds a NUL character", "no program, file or variable can: take it out")
             given[section, key] = Given(text.strip(), path, directory)
         check_known(section, None, path)
+        if wildcard(section) != section and not parser.items(section):
+            given[section, ""] = Given("", path, directory)  # declared, and nothing more: it is not to be overlooked
     return given
 
 

@@ -326,6 +326,9 @@ def test_the_name_of_a_variable_has_no_equals_sign_and_is_not_empty(text: str, a
 GROUPS = [
     ("probe-none", "[probe:web]\ntimeout = 3s\n", "[probe:web]"),
     ("probe-two", "[probe:web]\nurl = http://x/\ntcp = x:1\n", "[probe:web]"),
+    ("probe-empty", "[probe:web]\n", "[probe:web] needs exactly one of url, tcp, command, service, and has none"),
+    ("service-empty", "[service:web]\n", "[service:web] needs exactly one of"),
+    ("template-empty", "[template:t]\n", "[template:t] needs source"),
     ("service-none", "[service:web]\naction = restart\n", "[service:web]"),
     ("service-two", "[service:web]\nunit = a.service\ncommand = true\n", "[service:web]"),
     ("template-no-source", "[template:t]\ntarget = a\n", "source"),
@@ -461,6 +464,16 @@ def test_an_unknown_name_in_set_is_refused_and_the_nearest_one_suggested(text: s
 
 
 # -- the environment ---------------------------------------------------------
+
+def test_a_section_without_keys_is_declared_all_the_same(app: App) -> None:
+    app.configure("[notify:ops]\n")
+    message = app.run("deploy", app.artifact("1.0"), check=2).data["error"]["message"]
+    assert message == f"{app.config}: [notify:ops] type = webhook needs url"
+    path = write(app.directory / "more.ini", "[probe:web]\n")
+    found = config_of(config=path, env={"DEPLOY_PROBE_WEB_URL": "http://127.0.0.1:1/"})
+    assert found["probe:web.url"]["origin"] == "environment DEPLOY_PROBE_WEB_URL"
+    assert config_of("-c", path, "--set", "probe:web.tcp=a:1")["probe:web.tcp"]["value"] == "a:1"
+
 
 def test_the_environment_reaches_declared_named_sections_and_chosen_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ini", "[probe:web-1]\nurl = http://127.0.0.1:1/\n")
