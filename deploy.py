@@ -105,7 +105,7 @@ try:
     import time
     import zlib
     from collections import deque
-    from contextlib import ExitStack, contextmanager
+    from contextlib import ExitStack, closing, contextmanager
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
                         Optional, Sequence, Set, Tuple, Type, Union)
@@ -931,10 +931,10 @@ def portable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
-def reason(error: OSError) -> str:
-    """Say why the system refused, with the errno's name for those who search for it."""
-    name = errno.errorcode.get(error.errno or 0, "")
-    return f"{error.strerror or error} ({name})" if name else str(error)
+def reason(error: Exception) -> str:
+    """Say why something failed; what the system refused with the errno's name, for those who search for it."""
+    name = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    return f"{error.strerror or error} ({name})" if name else str(error)  # type: ignore
 
 
 def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
@@ -1482,8 +1482,7 @@ def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None
             running = RunningCommand(argv, environ or base_environment(), directory, run_as, mask)
             return running.wait(timeout_seconds, on_line, interrupts.check)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        return CommandResult(list(argv), 127, False, [f"cannot start {argv[0]}: {why}"], 0.0)
+        return CommandResult(list(argv), 127, False, [f"cannot start {argv[0]}: {reason(error)}"], 0.0)
 
 
 def base_environment() -> Dict[str, str]:
@@ -3020,7 +3019,7 @@ class Store:
             data = directory.read("journal.json") if directory else None
             return Journal.from_json(unseal(data, path)) if data is not None else None
         except (OSError, ValueError) as error:
-            raise StateError(f"the journal cannot be read: {reason(error) if isinstance(error, OSError) else error}",
+            raise StateError(f"the journal cannot be read: {reason(error)}",
                              f"check that the release you want is live, then: "
                              f"{self.command_line('recover --to RELEASE')}")
 
@@ -3418,8 +3417,7 @@ class OpenArtifact:
         except FileNotFoundError:
             raise ArtifactRefused(f"artifact {path} does not exist", "check the path and the build that should have made it")
         except (OSError, ValueError) as error:
-            why = reason(error) if isinstance(error, OSError) else str(error)
-            raise ArtifactRefused(f"cannot open artifact {path}: {why}", "make it a file that this user can read")
+            raise ArtifactRefused(f"cannot open artifact {path}: {reason(error)}", "make it a file that this user can read")
         try:
             status = os.fstat(descriptor)
             return cls(path, descriptor, status, detect_format(path, descriptor, status))
@@ -3573,8 +3571,7 @@ def read_sidecar(artifact: OpenArtifact, path: str) -> Optional[Digest]:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise ArtifactRefused(f"cannot use {path}: {why}", "mend or remove it, or give --sha256")
+        raise ArtifactRefused(f"cannot use {path}: {reason(error)}", "mend or remove it, or give --sha256")
     digests = match_digests(entries, os.fsencode(artifact.name), bare=own)
     if len(digests) > 1:
         raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different digests for {artifact.name}",
@@ -5299,8 +5296,7 @@ def close_directories(tree: Directory, manifest: Manifest) -> None:
 def read_members(artifact: OpenArtifact, names: Set[str], settings: Settings) -> Dict[str, bytes]:
     """Return the contents of the named files, as far as there are such, at most 1 MiB each; nothing is written."""
     judge, found = Judge(settings), {}  # type: Judge, Dict[str, bytes]
-    source = open_source(artifact, settings, lambda done_bytes: None)
-    try:
+    with closing(open_source(artifact, settings, lambda done_bytes: None)) as source:
         for member, pieces in source.members():
             name = os.fsdecode(judge.admit(member) or b"")
             if member.kind == FILE and name in names:
@@ -5309,8 +5305,6 @@ def read_members(artifact: OpenArtifact, names: Set[str], settings: Settings) ->
                 found[name] = b"".join(pieces)
                 if len(found) == len(names):
                     break
-    finally:
-        source.close()
     return found
 
 
@@ -7137,12 +7131,8 @@ class Observer:
         compare_digests(known or self._hash(artifact), digest.sha256, artifact.name)
 
     def _hash(self, artifact: OpenArtifact) -> str:
-        progress = self.session.console.progress("hash", artifact.size_bytes)
-        try:
-            with self.session.interrupts.allowed():
-                return hash_artifact(artifact, progress.update)
-        finally:
-            progress.close()
+        with closing(self.session.console.progress("hash", artifact.size_bytes)) as progress, self.session.interrupts.allowed():
+            return hash_artifact(artifact, progress.update)
 
     def _is_whole(self, record: Record) -> bool:
         """Tell whether a staged release still is what its manifest says; without one it is not."""
@@ -7167,9 +7157,9 @@ def check_release(session: Session, store: Optional[Store], record: Record) -> D
     if store is None:
         raise StateError(f"{record.id} cannot be verified: its root is missing", "name another with --root DIR")
     release, again = record.id, "stage the artifact again: deploy.py deploy --force ARTIFACT"
-    progress = session.console.progress("verify", int(record.tree.get("bytes") or 0))
     try:
-        with session.interrupts.allowed(), store.open_manifest(release) as streams:
+        with closing(session.console.progress("verify", int(record.tree.get("bytes") or 0))) as progress, \
+                session.interrupts.allowed(), store.open_manifest(release) as streams:
             for name, stream in zip(("manifest", "tree"), streams):
                 if hash_stream(stream) != record.tree.get(f"{name}_sha256"):
                     raise StateError(f"{release} cannot be verified: {store.path}/.deploy/{name}s/{release} was changed", again)
@@ -7177,8 +7167,6 @@ def check_release(session: Session, store: Optional[Store], record: Record) -> D
                 return compare_tree(directory, Manifest.from_lines(*streams), progress.update)
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", again)
-    finally:
-        progress.close()
 
 
 def problems_of(differences: Differences) -> str:
@@ -7666,9 +7654,8 @@ def check_probes_before(survey: Survey) -> Finding:
             continue
         run += 1
         session.console.working(f"probe {name}", probe_seconds(probe))
-        progress = session.console.progress(f"probe {name}")
-        found = run_probe(session, probe, context, expect_release=False, progress=progress)
-        progress.close()
+        with closing(session.console.progress(f"probe {name}")) as progress:
+            found = run_probe(session, probe, context, expect_release=False, progress=progress)
         if not found.ok:
             problem = f"probe {name}: {found.detail}", "mend what it asks for before deploying"
             (failed if probe.required else doubtful).append(problem)
@@ -7882,12 +7869,9 @@ class Unpack(Step):
         artifact = run.observer.artifact
         if artifact is None:
             raise StepFailed("the artifact is not open", "run the command again")
-        progress = run.session.console.progress("unpack", artifact.size_bytes)
-        try:
-            with run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
-                found = unpack(artifact, tree, run.settings, progress.update, expected=self.artifact.sha256, sharer=sharer)
-        finally:
-            progress.close()
+        with closing(run.session.console.progress("unpack", artifact.size_bytes)) as progress, \
+                run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
+            found = unpack(artifact, tree, run.settings, progress.update, expected=self.artifact.sha256, sharer=sharer)
         run.manifest = found.manifest
         for note in found.notes:
             run.session.console.warn(note)
@@ -7901,12 +7885,8 @@ class Unpack(Step):
         if how == "no" or how == "hardlink" and run.settings.hooks.post_stage or live is None:
             yield None
             return
-        with run.store.directory("releases").child(live) as release:
-            sharer = Sharer(release, how)
-            try:
-                yield sharer
-            finally:
-                sharer.close()
+        with run.store.directory("releases").child(live) as release, closing(Sharer(release, how)) as sharer:
+            yield sharer
 
     def undo(self, run: Run) -> None:
         """Remove what was unpacked."""
@@ -8055,10 +8035,9 @@ class SealRelease(Step):
     def apply(self, run: Run) -> str:
         """Hash again what a hook may have changed, then write."""
         if self.rescan:
-            progress = run.session.console.progress("hash")
-            with run.store.directory("releases").child(self.release) as directory:
+            with closing(run.session.console.progress("hash")) as progress, \
+                    run.store.directory("releases").child(self.release) as directory:
                 run.manifest = scan_tree(directory, lambda done: progress.update(done, format_size(done)))
-            progress.close()
             if run.settings.deploy.durable:
                 sync_filesystem(run.store.directory(".deploy/staging").descriptor)
         manifest = run.manifest  # type: Any
@@ -8186,11 +8165,8 @@ class Probe(Step):
     def apply(self, run: Run) -> str:
         """Probe until it is well or out of time; StepFailed with the evidence."""
         probe = run.settings.probe[self.probe]
-        progress = run.session.console.progress(self.name, 0)
-        try:
+        with closing(run.session.console.progress(self.name)) as progress:
             found = run_probe(run.session, probe, run.context(self.release), expect_release=True, progress=progress)
-        finally:
-            progress.close()
         if not found.ok:
             body = f"; the answer began: {found.evidence['body'][:120]!r}" if found.evidence["body"] else ""
             raise StepFailed(f"probe {self.probe} failed after {count(found.tries, 'try', 'tries')}: "
@@ -10391,35 +10367,27 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
         # Before a root is made, everything else must be right: it may be a slip of the pen.
         look_before_making(call)
     opened = preview(call) if call.dry_run else writing(call)
-    with opened as store:
-        observer = Observer(call.session, store, call.deploy_id)
-        try:
-            call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
-            survey = Survey(call.session, facts, store, observer.artifact)
-            broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
-            if broken:
-                preflight(call, survey)
-            plan = planner(call.settings, facts)
-            describe_ends(call, facts, plan)
-            if plan.steps and checks and not broken:
-                preflight(call, survey)
-            if call.dry_run:
-                show_plan(call, facts, plan)
-            elif plan.steps and store is not None:
-                Executor(Run(call.session, store, facts, observer), plan, call.outcome).execute()
-        finally:
-            observer.close()
+    with opened as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
+        call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
+        survey = Survey(call.session, facts, store, observer.artifact)
+        broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
+        if broken:
+            preflight(call, survey)
+        plan = planner(call.settings, facts)
+        describe_ends(call, facts, plan)
+        if plan.steps and checks and not broken:
+            preflight(call, survey)
+        if call.dry_run:
+            show_plan(call, facts, plan)
+        elif plan.steps and store is not None:
+            Executor(Run(call.session, store, facts, observer), plan, call.outcome).execute()
 
 
 def look_before_making(call: Invocation) -> None:
     """Run the checks without a root; raises what they find."""
-    with preview(call) as store:
-        observer = Observer(call.session, store, call.deploy_id)
-        try:
-            call.facts = facts = observer.observe(call.request(), locked=True)
-            preflight(call, Survey(call.session, facts, store, observer.artifact), show=False)
-        finally:
-            observer.close()
+    with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
+        call.facts = facts = observer.observe(call.request(), locked=True)
+        preflight(call, Survey(call.session, facts, store, observer.artifact), show=False)
 
 
 @contextmanager
@@ -10538,14 +10506,12 @@ def splay(call: Invocation) -> None:
     said = f"{'would wait' if call.dry_run else 'waiting'} {format_seconds(seconds)} of --splay {text}"
     call.console.say(said)
     call.console.working(said, seconds)
-    progress, ends_seconds = call.console.progress("splay", round(seconds)), time.monotonic() + seconds
-    try:
+    ends_seconds = time.monotonic() + seconds
+    with closing(call.console.progress("splay", round(seconds))) as progress:
         while time.monotonic() < ends_seconds and not call.dry_run:
             left_seconds = ends_seconds - time.monotonic()
             progress.update(round(seconds - left_seconds), format_seconds(left_seconds))
             pause(call.session, min(WATCH_SECONDS, left_seconds))
-    finally:
-        progress.close()
 
 
 # -- commands that change what is live ----------------------------------------
@@ -10671,14 +10637,10 @@ def settle_by_hand(call: Invocation) -> None:
 
 def command_preflight(call: Invocation) -> None:
     """Run every read-only check, and show them as a table."""
-    with preview(call) as store:
-        observer = Observer(call.session, store, call.deploy_id)
-        try:
-            facts = observer.observe(call.request(), locked=False)
-            results = run_checks(Survey(call.session, facts, store, observer.artifact))
-            call.outcome.release = facts.current.release
-        finally:
-            observer.close()
+    with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
+        facts = observer.observe(call.request(), locked=False)
+        results = run_checks(Survey(call.session, facts, store, observer.artifact))
+        call.outcome.release = facts.current.release
     call.outcome.checks = results
     rows = [(result.status, result.name, result.detail) for result in results]
     call.console.result(render_table(("STATUS", "CHECK", "FOUND"), rows))
@@ -11214,8 +11176,7 @@ def read_metrics(call: Invocation, metrics: Metrics, directory: Directory) -> No
     try:
         metrics.read(directory.read(metrics.file_name, MAX_CONFIG_BYTES) or b"")
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        call.console.warn(f"metrics: {directory.path}/{metrics.file_name} starts over: {why}")
+        call.console.warn(f"metrics: {directory.path}/{metrics.file_name} starts over: {reason(error)}")
 
 
 def live_release(call: Invocation) -> Tuple[str, str]:
