@@ -730,7 +730,7 @@ def second_release(bench: Bench, sharing: str, kind: str) -> List[Figure]:
     if b"share_unchanged" not in subprocess.check_output(argv, cwd="/", env=ENVIRONMENT):
         raise LeftOut("this deploy.py has no [deploy] share_unchanged")
     first, second = bench.artifact("small"), bench.artifact("small-next")
-    option, times, shares = ("--set", f"deploy.share_unchanged={sharing}"), ([], []), []  # type: Any, Any, List[float]
+    option, times, shares = ("--set", f"deploy.share_unchanged={sharing}"), ([], []), ([], [])  # type: Any, Any, Any
     for _ in range(bench.rounds):
         with bench.places.fresh(kind, 2 * bench.room("small")) as top:
             root, used = top + "/app", [used_bytes(top)]
@@ -740,10 +740,25 @@ def second_release(bench: Bench, sharing: str, kind: str) -> List[Figure]:
             between = used_bytes(top)
             times[1].append(run_quietly(bench.stage(root, second, *option)))
             used.append(used_bytes(top) - between)
-            shares.append(100.0 * used[2] / max(1, used[1] - used[0]))
+            for place, taken in ((0, used[2]), (1, freed_by_unchanged(root, top))):
+                shares[place].append(100.0 * taken / max(1, used[1] - used[0]))
     ratio = statistics.median(times[1]) / statistics.median(times[0])
-    return [Figure("second stage", "s", times[1]), Figure("first stage", "s", times[0], ratio),
-            Figure("second's disk, of the first's", "%", shares)]
+    return [Figure("second stage", "s", times[1]), Figure("first stage", "s", times[0], ratio, 1.0),
+            Figure("second's disk, of the first's", "%", shares[0]),
+            Figure("of that the unchanged files'", "%", shares[1], None, 5.0)]
+
+
+def freed_by_unchanged(root: str, top: str) -> int:
+    """Delete the files that the newer of two releases has from the older; returns how many bytes that frees."""
+    older, newer = sorted(os.listdir(root + "/releases"))
+    lines = []
+    for release in (older, newer):
+        with open(f"{root}/.deploy/manifests/{release}", "rb") as stream:
+            lines.append(set(stream))
+    before = used_bytes(top)
+    for line in lines[0] & lines[1]:
+        os.unlink(os.path.join(os.fsencode(f"{root}/releases/{newer}"), line[66:-1]))
+    return before - used_bytes(top)
 
 
 def memory(bench: Bench, corpus: str, suffix: str) -> List[Figure]:
