@@ -1220,7 +1220,7 @@ def process_is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
@@ -1736,6 +1736,12 @@ def _parse_int(text: str) -> int:
     return int(text)
 
 
+def _parse_exit_code(text: str) -> int:
+    if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
+        raise ValueError("expected 1 to 255")
+    return int(text)
+
+
 def _parse_float(text: str) -> float:
     if not re.match(r"[0-9]{1,9}(\.[0-9]{1,9})?\Z", text):
         raise ValueError("expected a number such as 1.5")
@@ -1781,10 +1787,6 @@ def _parse_list(text: str) -> List[str]:
 def _parse_argv(text: str) -> List[str]:
     import shlex
     return shlex.split(text)
-
-
-def _parse_commands(text: str) -> List[List[str]]:
-    return [_parse_argv(line) for line in _parse_list(text)]
 
 
 def _parse_regex(text: str) -> str:
@@ -1840,10 +1842,6 @@ def _parse_relative(text: str) -> str:
     return path
 
 
-def _parse_relatives(text: str) -> List[str]:
-    return [_parse_relative(line) for line in _parse_list(text)]
-
-
 def _parse_events(text: str) -> List[str]:
     known, words = [name for name, _ in NOTIFY_EVENTS], re.findall(r"[^\s,]+", text)
     unknown = [word for word in words if word not in known]
@@ -1859,7 +1857,7 @@ KINDS = {
     "private": (native, "path"),
     "paths": (lambda text: [native(line) for line in _parse_list(text)], "paths, one a line"),
     "relative": (_parse_relative, "relative path"),
-    "relatives": (_parse_relatives, "relative paths, one a line"),
+    "relatives": (lambda text: [_parse_relative(line) for line in _parse_list(text)], "relative paths, one a line"),
     "int": (_parse_int, "number"),
     "float": (_parse_float, "number"),
     "size": (parse_size, "size"),
@@ -1869,7 +1867,7 @@ KINDS = {
     "mode": (_parse_mode, "file mode"),
     "list": (_parse_list, "one a line"),
     "argv": (_parse_argv, "command"),
-    "commands": (_parse_commands, "commands, one a line"),
+    "commands": (lambda text: [_parse_argv(line) for line in _parse_list(text)], "commands, one a line"),
     "regex": (_parse_regex, "regular expression"),
     "statuses": (_parse_statuses, "status codes"),
     "syslog": (_parse_syslog, "/dev/log or udp://HOST:PORT"),
@@ -2645,7 +2643,7 @@ class Plan(NamedTuple):
 
     def to_json(self) -> List[Dict[str, str]]:
         """Return the plan as the journal keeps it and --json shows it."""
-        return [{"name": step.name, "description": step.describe()} for step in self.steps]
+        return [{"name": step.name, "description": step.description} for step in self.steps]
 
 
 # ============================================================================
@@ -4137,11 +4135,6 @@ def slices(blocks: Iterator[bytes]) -> Iterator[bytes]:
             yield block[start:start + SLICE_BYTES]
 
 
-def decode_plain(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Hand on what is not compressed."""
-    return blocks
-
-
 class Inflater:
     """zlib's gzip decoder with the interface that bz2 and lzma have (RFC 1952)."""
 
@@ -4189,11 +4182,6 @@ def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any], errors: Any
         raise damaged(str(error))
     if decoder is not None:
         raise damaged("the compressed data end too early")
-
-
-def decode_gzip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode gzip members (RFC 1952)."""
-    return decode_streams(blocks, Inflater, zlib.error)
 
 
 def decode_bzip2(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -4603,17 +4591,12 @@ def read_pax_global(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> No
         raise refuse(name, "a global pax header gives every member one name or size")
 
 
-def read_gnu_name(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
-    """Read GNU tar's long name."""
-    _add_special(special, b"path", data.rstrip(b"\0"), name)
-
-
-def read_gnu_target(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
-    """Read GNU tar's long link target."""
-    _add_special(special, b"linkpath", data.rstrip(b"\0"), name)
-
-
-_EXTENSIONS = {b"x": read_pax, b"g": read_pax_global, b"L": read_gnu_name, b"K": read_gnu_target}
+# By the type in the header before them: pax, and GNU tar's long name and long link target.
+_EXTENSIONS = {
+    b"x": read_pax, b"g": read_pax_global,
+    b"L": lambda data, name, special: _add_special(special, b"path", data.rstrip(b"\0"), name),
+    b"K": lambda data, name, special: _add_special(special, b"linkpath", data.rstrip(b"\0"), name),
+}  # type: Dict[bytes, Callable[[bytes, bytes, Dict[bytes, bytes]], None]]
 
 
 # -- zip ---------------------------------------------------------------------
@@ -4887,8 +4870,11 @@ def read_zip(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, I
     stream.drain()
 
 
-DECODERS = {"tar": decode_plain, "tar.gz": decode_gzip, "tar.bz2": decode_bzip2, "tar.xz": decode_xz,
-            "tar.zst": decode_zstd, "zip": decode_zip}
+DECODERS = {
+    "tar": lambda artifact, blocks: blocks,
+    "tar.gz": lambda artifact, blocks: decode_streams(blocks, Inflater, zlib.error),
+    "tar.bz2": decode_bzip2, "tar.xz": decode_xz, "tar.zst": decode_zstd, "zip": decode_zip,
+}  # type: Dict[str, Callable[[OpenArtifact, Iterator[bytes]], Iterator[bytes]]]
 
 
 # -- sources: members with their data -----------------------------------------
@@ -5321,10 +5307,7 @@ def hash_stream(stream: Any) -> str:
 
 def hash_open_file(entry: TreeEntry) -> bytes:
     """Hash an open file as far as its size went when it was opened."""
-    left_bytes = entry.status.st_size
-    data = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
-    hasher = hashlib.sha256(data)
-    left_bytes -= len(data)
+    hasher, left_bytes, data = hashlib.sha256(), entry.status.st_size, b"-"
     while left_bytes > 0 and data:
         data = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
         hasher.update(data)
@@ -5372,29 +5355,29 @@ PARALLEL_FILES = 2000
 def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
     """Hash a tree and name every file that is not as the manifest has it; of a large one two processes take half each."""
     if len(manifest.files) < PARALLEL_FILES or cores() < 2:
-        first = Share(manifest, 0, 1)
+        first = Portion(manifest, 0, 1)
         found = [first.compare(directory, progress_update)]
     else:
-        first, second = Share(manifest, 0, 2), Share(manifest, 1, 2)
+        first, second = Portion(manifest, 0, 2), Portion(manifest, 1, 2)
         with Helper(lambda check: second.compare(directory, lambda done_bytes: check())) as helper:
             found = [first.compare(directory, lambda done_bytes: progress_update(2 * done_bytes))]
             others = helper.result()
         found.append(others if others is not None else second.compare(directory, progress_update))
-    changed = {name: why for share, _ in found for name, why in share.items()}
+    changed = {name: why for portion, _ in found for name, why in portion.items()}
     missing = [] if first.known == len(manifest) else names_missing(directory, manifest)
     return Differences(sorted(changed), missing, sorted(name for _, added in found for name in added),
                        {name: why for name, why in changed.items() if why})
 
 
-class Share:
-    """One share (its number, of how many) of a tree to be compared with its manifest.
+class Portion:
+    """One portion (its number, of how many) of a tree to be compared with its manifest.
 
-    The shares are told by a hash of the names; each goes through all
+    A hash of the name tells which portion has a file; each goes through all
     directories.  `known` counts the names of the manifest that were seen.
     """
 
-    def __init__(self, manifest: Manifest, number: int, shares: int) -> None:
-        self._manifest, self._number, self._shares = manifest, number, shares
+    def __init__(self, manifest: Manifest, number: int, portions: int) -> None:
+        self._manifest, self._number, self._portions = manifest, number, portions
         self._added, self.known = [], 0  # type: List[str], int
 
     def compare(self, directory: Directory, progress_update: Callable[[int], None]) -> Tuple[Dict[str, str], List[str]]:
@@ -5413,14 +5396,14 @@ class Share:
         return changed, self._added
 
     def _is_mine(self, name: bytes) -> bool:
-        return zlib.crc32(name) % self._shares == self._number
+        return zlib.crc32(name) % self._portions == self._number
 
     def _wants(self, name: bytes) -> bool:
-        """Tell whether an entry is to be opened: one of this share, a directory, or what the manifest does not know."""
+        """Tell whether an entry is to be opened: one of this portion, a directory, or what the manifest does not know."""
         if name in self._manifest:
             self.known += 1
             return self._is_mine(name) or name in self._manifest.directories
-        # Below what has become a directory, and is opened by one share alone, that one names what was added; else the first.
+        # Below what has become a directory, and is opened by one portion alone, that one names what was added; else the first.
         parent = name.rpartition(b"/")[0]
         if self._number and (not parent or parent in self._manifest.directories):
             return False
@@ -7495,7 +7478,8 @@ def check_downgrade(survey: Survey) -> Finding:
     live = facts.records.get(facts.current.release or "")
     if facts.artifact is None or live is None:
         return _skip("nothing to compare")
-    if is_downgrade(facts.artifact.version, live.version):
+    new, old = version_key(facts.artifact.version), version_key(live.version)
+    if new is not None and old is not None and new < old:
         text = f"{facts.artifact.version} is older than {live.version}, which is live"
         if not facts.request.allow_downgrade:
             return "fail", text, "to go back use rollback or activate; to insist, --allow-downgrade"
@@ -7519,20 +7503,17 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
     return tuple(numbers), 0, tuple((rank.get(part, 0) if part.isalpha() else int(part)) for part in parts)
 
 
-def is_downgrade(version: str, live: str) -> bool:
-    """Tell whether a version is certainly older than the one that is live."""
-    new, old = version_key(version), version_key(live)
-    return new is not None and old is not None and new < old
+def _cost_and_room(survey: Survey) -> Tuple[Cost, os.statvfs_result]:
+    """Return what is still to be unpacked, and what the root's filesystem has."""
+    artifact = survey.facts.artifact
+    cost = artifact.cost if artifact and not artifact.release else Cost(0, 0, True, True)
+    return cost, os.statvfs(survey.facts.root if survey.store else os.path.dirname(survey.facts.root))
 
 
 def check_space(survey: Survey) -> Finding:
     """Free bytes for what the archive will need, and min_free on top."""
-    needed_bytes, estimate = _cost_of(survey)
-    place = survey.facts.root if survey.store else os.path.dirname(survey.facts.root)
-    try:
-        found = os.statvfs(place)
-    except OSError as error:
-        return "fail", f"{place}: {reason(error)}", "name a root that exists"
+    cost, found = _cost_and_room(survey)
+    needed_bytes, estimate = cost.expanded_bytes, "" if cost.exact else "about "
     free_bytes, keep_bytes = found.f_bavail * found.f_frsize, survey.settings.deploy.min_free
     detail = f"{format_size(free_bytes)} free, {estimate}{format_size(needed_bytes)} needed and {format_size(keep_bytes)} kept free"
     if free_bytes >= needed_bytes + keep_bytes:
@@ -7544,12 +7525,7 @@ def check_space(survey: Survey) -> Finding:
 
 def check_inodes(survey: Survey) -> Finding:
     """Free inodes for the files of the archive."""
-    place = survey.facts.root if survey.store else os.path.dirname(survey.facts.root)
-    try:
-        found = os.statvfs(place)
-    except OSError as error:
-        return "fail", f"{place}: {reason(error)}", "name a root that exists"
-    cost = survey.facts.artifact.cost if survey.facts.artifact and not survey.facts.artifact.release else Cost(0, 0, True, True)
+    cost, found = _cost_and_room(survey)
     if not found.f_files:
         return _skip("this filesystem does not count inodes")
     if found.f_favail >= cost.files + SPARE_INODES:
@@ -7557,13 +7533,6 @@ def check_inodes(survey: Survey) -> Finding:
     doubtful = not cost.counted and found.f_favail >= SPARE_INODES
     return "warn" if doubtful else "fail", f"{found.f_favail:,} inodes free, {'' if cost.counted else 'about '}" \
         f"{cost.files:,} needed", "remove small files, or deploy.py prune"
-
-
-def _cost_of(survey: Survey) -> Tuple[int, str]:
-    found = survey.facts.artifact
-    if found is None or found.release:
-        return 0, ""
-    return found.cost.expanded_bytes, "" if found.cost.exact else "about "
 
 
 def check_commands(survey: Survey) -> Finding:
@@ -7772,7 +7741,7 @@ def context_for(facts: Facts, release: Optional[str]) -> Context:
 
 # ============================================================================
 # 11  Steps
-#    One class for each action: describe() says it, apply() does it, undo()
+#    One class for each action: its description says it, apply() does it, undo()
 #    takes it back.  apply() returns a short detail for the person watching and
 #    raises DeployError or OSError; undo() may be called on a step half done.
 # ============================================================================
@@ -7803,18 +7772,13 @@ class Run:
 
 
 class Step:
-    """One action of a plan; `phase` is what the journal says while it runs."""
+    """One action of a plan; `description` says what it will do, `phase` is what the journal says while it runs."""
 
-    name = ""
-    phase = ""
+    name = description = phase = ""
     # A step that may fail without failing the run: its failure is a warning.
     optional = False
     # The last lines that its commands wrote.
     output = ()  # type: Sequence[str]
-
-    def describe(self) -> str:
-        """Say what apply() will do, from what the plan knows."""
-        raise NotImplementedError(type(self).__name__)
 
     def bound_seconds(self, settings: Settings) -> float:
         """Return how long apply() may take; what reads and writes has no limit of its own, and tells of its progress."""
@@ -7834,10 +7798,7 @@ class RunHook(Step):
     def __init__(self, hook: str, release: Optional[str], commands: List[List[str]], *, optional: bool = False) -> None:
         self.name, self.hook, self.release = f"hook:{hook}", hook, release
         self.commands, self.optional = commands, optional
-
-    def describe(self) -> str:
-        """Show the commands."""
-        return f"run hook {self.hook}: " + "; ".join(" ".join(argv) for argv in self.commands)
+        self.description = f"run hook {hook}: " + "; ".join(" ".join(argv) for argv in commands)
 
     def bound_seconds(self, settings: Settings) -> float:
         """Add up the commands' timeouts."""
@@ -7856,12 +7817,9 @@ class Unpack(Step):
     name = "unpack"
 
     def __init__(self, artifact: ArtifactFacts) -> None:
-        self.artifact = artifact
-
-    def describe(self) -> str:
-        """Name the artifact and the digest it must have."""
-        return (f"verify and unpack {self.artifact.name} ({self.artifact.format}, "
-                f"{format_size(self.artifact.size_bytes)}, sha256 {self.artifact.sha256[:12]})")
+        self.expected = artifact.sha256
+        self.description = f"verify and unpack {artifact.name} ({artifact.format}, " \
+                           f"{format_size(artifact.size_bytes)}, sha256 {artifact.sha256[:12]})"
 
     def apply(self, run: Run) -> str:
         """Unpack; ArtifactRefused for what is wrong with it."""
@@ -7871,7 +7829,7 @@ class Unpack(Step):
             raise StepFailed("the artifact is not open", "run the command again")
         with closing(run.session.console.progress("unpack", artifact.size_bytes)) as progress, \
                 run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
-            found = unpack(artifact, tree, run.settings, progress.update, expected=self.artifact.sha256, sharer=sharer)
+            found = unpack(artifact, tree, run.settings, progress.update, expected=self.expected, sharer=sharer)
         run.manifest = found.manifest
         for note in found.notes:
             run.session.console.warn(note)
@@ -7901,10 +7859,7 @@ class LinkShared(Step):
 
     def __init__(self, directories: List[str], files: List[str]) -> None:
         self.directories, self.files = directories, files
-
-    def describe(self) -> str:
-        """Name the links."""
-        return "link from shared/: " + ", ".join([path + "/" for path in self.directories] + self.files)
+        self.description = "link from shared/: " + ", ".join([path + "/" for path in directories] + files)
 
     def apply(self, run: Run) -> str:
         """Make missing shared directories, and a relative link for each path."""
@@ -7955,12 +7910,8 @@ class RenderTemplates(Step):
     name = "templates"
 
     def __init__(self, templates: Dict[str, SimpleNamespace], release: str) -> None:
-        self.templates, self.release = templates, release
-
-    def describe(self) -> str:
-        """Name sources and targets, never values."""
-        return "render " + ", ".join(f"{template.source} -> {template.target}"
-                                     for _, template in sorted(self.templates.items()))
+        self.templates, self.release = [template for _, template in sorted(templates.items())], release
+        self.description = "render " + ", ".join(f"{template.source} -> {template.target}" for template in self.templates)
 
     def apply(self, run: Run) -> str:
         """Render each; StepFailed names every placeholder without a value."""
@@ -7968,7 +7919,7 @@ class RenderTemplates(Step):
         context = run.context(None)._replace(release=self.release, release_path=run.store.release_path(self.release))
         values = template_values(run.settings, context)
         with run.staged_tree() as tree:
-            for _, template in sorted(self.templates.items()):
+            for template in self.templates:
                 self._render(run, tree, template, values)
         return count(len(self.templates), "file")
 
@@ -7999,10 +7950,7 @@ class Publish(Step):
 
     def __init__(self, release: str, *, durable: bool) -> None:
         self.release, self.durable = release, durable
-
-    def describe(self) -> str:
-        """Name the release."""
-        return f"{'sync to disk and ' if self.durable else ''}move to releases/{self.release}"
+        self.description = f"{'sync to disk and ' if durable else ''}move to releases/{release}"
 
     def apply(self, run: Run) -> str:
         """Sync before the rename: a name must never lead to data that a power cut can take."""
@@ -8027,10 +7975,7 @@ class SealRelease(Step):
 
     def __init__(self, release: str, *, rescan: bool) -> None:
         self.release, self.rescan = release, rescan
-
-    def describe(self) -> str:
-        """Say what is written."""
-        return "write manifest and record" + (", with what post_stage made" if self.rescan else "")
+        self.description = "write manifest and record" + (", with what post_stage made" if rescan else "")
 
     def apply(self, run: Run) -> str:
         """Hash again what a hook may have changed, then write."""
@@ -8083,11 +8028,7 @@ class VerifyRelease(Step):
     name = "verify"
 
     def __init__(self, release: str) -> None:
-        self.release = release
-
-    def describe(self) -> str:
-        """Name the release."""
-        return f"verify {self.release} against its manifest"
+        self.release, self.description = release, f"verify {release} against its manifest"
 
     def apply(self, run: Run) -> str:
         """StepFailed names what was changed or is missing; added files only give a warning."""
@@ -8111,12 +8052,8 @@ class Switch(Step):
     def __init__(self, from_release: Optional[str], to_release: Optional[str]) -> None:
         self.name = "activate" if to_release else "deactivate"
         self.from_release, self.to_release = from_release, to_release
-
-    def describe(self) -> str:
-        """Name both ends."""
-        if not self.to_release:
-            return "remove current: nothing was live before"
-        return f"point current at {self.to_release}" + (f" (was {self.from_release})" if self.from_release else "")
+        self.description = "remove current: nothing was live before" if not to_release else \
+            f"point current at {to_release}" + (f" (was {from_release})" if from_release else "")
 
     def apply(self, run: Run) -> str:
         """Compare and swap."""
@@ -8135,10 +8072,6 @@ class RestartService(Step):
     def __init__(self, service: str, description: str, release: str) -> None:
         self.name, self.service, self.description, self.release = f"service:{service}", service, description, release
 
-    def describe(self) -> str:
-        """Say what is done to the service."""
-        return self.description
-
     def bound_seconds(self, settings: Settings) -> float:
         """Add what the action may take and the time it must stay up."""
         return service_seconds(settings.service[self.service])
@@ -8153,10 +8086,7 @@ class Probe(Step):
 
     def __init__(self, probe: str, release: str, *, required: bool) -> None:
         self.name, self.probe, self.release, self.optional = f"probe:{probe}", probe, release, not required
-
-    def describe(self) -> str:
-        """Name the probe."""
-        return f"probe {self.probe}" + ("" if not self.optional else " (a failure is only a warning)")
+        self.description = f"probe {probe}" + ("" if required else " (a failure is only a warning)")
 
     def bound_seconds(self, settings: Settings) -> float:
         """Add delay, deadline and soak."""
@@ -8181,10 +8111,7 @@ class PruneRelease(Step):
 
     def __init__(self, record: Record, *, on_disk: bool) -> None:
         self.name, self.record, self.on_disk = f"prune:{record.id}", record, on_disk
-
-    def describe(self) -> str:
-        """Name it and why it may go."""
-        return f"delete {self.record.id} ({self.record.state}, sequence {self.record.sequence})"
+        self.description = f"delete {record.id} ({record.state}, sequence {record.sequence})"
 
     def apply(self, run: Run) -> str:
         """Files first, then the record; a bad one's digest is remembered."""
@@ -8206,10 +8133,7 @@ class SetPinned(Step):
 
     def __init__(self, record: Record, *, pinned: bool) -> None:
         self.name, self.record, self.pinned = "pin" if pinned else "unpin", record, pinned
-
-    def describe(self) -> str:
-        """Name the release."""
-        return f"{self.name} {self.record.id}"
+        self.description = f"{self.name} {record.id}"
 
     def apply(self, run: Run) -> str:
         """Write the record."""
@@ -8268,19 +8192,26 @@ def _select_by_role(facts: Facts, role: str, there: Dict[str, Record]) -> Record
     return found
 
 
+def live_before(facts: Facts, release: Optional[str]) -> Iterator[str]:
+    """Name what was live before a release, and before that, as far as the records tell."""
+    seen = set()  # type: Set[Optional[str]]
+    while release in facts.records and release not in seen:
+        seen.add(release)
+        release = facts.records[release].previous
+        if release and release not in seen:
+            yield release
+
+
 def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
     """Choose where a rollback goes: the last good release that was live before this one.
 
     Follows what the records say was live before, past what is bad or gone; a
     second rollback therefore goes further back, never to what was just left.
     """
-    seen, name = {live}, (facts.records[live].previous if live in facts.records else None)
-    while name and name not in seen:
+    for name in live_before(facts, live):
         found = facts.release(name)
         if found and is_good(found):
             return found
-        seen.add(name)
-        name = facts.records[name].previous if name in facts.records else None
     sequence = facts.records[live].sequence if live in facts.records else 0
     older = [record for record in facts.records.values() if record.id in facts.on_disk
              and is_good(record) and record.sequence < sequence]
@@ -8289,13 +8220,12 @@ def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
 
 def refuse_unreadable(facts: Facts, live: Optional[str]) -> None:
     """Raise StateError where the way back leads through a release whose record cannot be read: it may be the one."""
-    seen, name = {live}, (facts.records[live].previous if live in facts.records else None)
-    while name and name not in seen and not (name in facts.records and is_good(facts.records[name])):
-        seen.add(name)
+    for name in live_before(facts, live):
+        if name in facts.records and is_good(facts.records[name]):
+            return
         if name in facts.on_disk and name not in facts.records and facts.state_problems:
             raise StateError(f"the previous release {name} cannot be judged: {'; '.join(facts.state_problems)}",
                              f"name the release to go back to: {facts.command_line('rollback RELEASE')}")
-        name = facts.records[name].previous if name in facts.records else None
 
 
 def is_good(record: Record) -> bool:
@@ -8587,7 +8517,7 @@ class Executor:
             self._enter(step.phase)
         self._done.append(step)
         self.console.log_context["step"] = step.name
-        self.console.working(step.describe(), step.bound_seconds(self.run.settings))
+        self.console.working(step.description, step.bound_seconds(self.run.settings))
         try:
             self._apply(step)
         finally:
@@ -9002,7 +8932,7 @@ class Recovery:
         names = [step["name"] for step in journal.plan]
         after = journal.plan[names.index("activate") + 1:] if "activate" in names else []
         planned = {step["name"]: step["description"] for step in after if not step["name"].startswith("prune:")}
-        now = {step.name: self.console.secrets.mask(step.describe()) for step in steps}
+        now = {step.name: self.console.secrets.mask(step.description) for step in steps}
         ended = {name for name in journal.done if name.startswith("hook:")}
         for name in sorted(set(planned).union(now) - ended):
             what = "is not configured any more, and is left out" if name not in now else \
@@ -9147,26 +9077,6 @@ def own_flags(command: str) -> List[Completable]:
     return [item for item in completables() if item.names and (command in item.commands if command else not item.commands)]
 
 
-def commands_table(write: TableWriter) -> str:
-    """What each command does, and its own flags."""
-    return write(("command", "does", "flags"), [
-        (f"`{usage(name)}`", text, ", ".join(f"`{item.spelled(item.names[-1])}`" for item in own_flags(name)))
-        for name, text in COMMAND_HELP])
-
-
-def flags_table(write: TableWriter) -> str:
-    """The global options."""
-    return write(("option", "means"), [
-        (", ".join(f"`{item.spelled(name)}`" for name in item.names), item.help) for item in own_flags("")])
-
-
-def sections_table(write: TableWriter) -> str:
-    """What each section is for, and the page that has its keys."""
-    where = {section: topic.name for topic in TOPICS for section in sections_of(topic)}
-    return write(("section", "what it is", "page"), [
-        (f"`[{section.replace('*', 'NAME')}]`", text, where[section]) for section, text in SECTION_HELP])
-
-
 def options_tables(sections: Sequence[str], write: TableWriter) -> str:
     """The options of some sections, a table for each."""
     parts = []
@@ -9177,21 +9087,6 @@ def options_tables(sections: Sequence[str], write: TableWriter) -> str:
                     for option in OPTIONS if option.section == section]
             parts += [f"### [{section.replace('*', 'NAME')}]", text, write(("key", "takes", "default", "means"), rows)]
     return "\n\n".join(parts)
-
-
-def exit_codes_table(write: TableWriter) -> str:
-    """What each exit code promises."""
-    return write(("code", "means"), [(str(code), text) for code, text in EXIT_CODES])
-
-
-def result_table(write: TableWriter) -> str:
-    """What the one object of --json holds."""
-    return write(("key", "type", "means"), [(f"`{key}`", kind, text) for key, kind, text in RESULT_KEYS])
-
-
-def events_table(write: TableWriter) -> str:
-    """The journal's ids for the ends of steps and runs."""
-    return write(("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in EVENTS.items()])
 
 
 # -- unit files ------------------------------------------------------------------
@@ -9346,8 +9241,8 @@ def private_paths(settings: Settings) -> List[Tuple[str, str]]:
     return found
 
 
-def unit_table(write: TableWriter) -> str:
-    """The unit files of an example, as code."""
+def example_units() -> str:
+    """Write the unit files of an example, as code."""
     given = {("deploy", "root"): "/srv/shop", ("service:web", "unit"): "shop.service", ("probe:web", "url"): "http://127.0.0.1:8080/health",
              ("probe:web", "auth_file"): "/etc/deploy/health.token"}
     files = ["/etc/deploy/shop.ini"]
@@ -9358,20 +9253,22 @@ def unit_table(write: TableWriter) -> str:
     return "\n".join(parts).rstrip("\n")
 
 
-def metrics_table(write: TableWriter) -> str:
-    """What is written for Prometheus."""
-    return write(("metric", "means"), [(f"`{name}`", text) for name, _, text in METRICS])
-
-
-def notify_events_table(write: TableWriter) -> str:
-    """What a notifier can be told of."""
-    return write(("event", "means"), [(f"`{name}`", text) for name, text in NOTIFY_EVENTS])
-
-
+# Each lays out its headers and rows by the writer that it is given.
 TABLES = {
-    "commands": commands_table, "flags": flags_table, "sections": sections_table,
-    "exit-codes": exit_codes_table, "result": result_table, "events": events_table, "unit": unit_table,
-    "metrics": metrics_table, "notify-events": notify_events_table,
+    "commands": lambda write: write(("command", "does", "flags"), [
+        (f"`{usage(name)}`", text, ", ".join(f"`{item.spelled(item.names[-1])}`" for item in own_flags(name)))
+        for name, text in COMMAND_HELP]),
+    "flags": lambda write: write(("option", "means"), [
+        (", ".join(f"`{item.spelled(name)}`" for name in item.names), item.help) for item in own_flags("")]),
+    "sections": lambda write: write(("section", "what it is", "page"), [
+        (f"`[{section.replace('*', 'NAME')}]`", text, next(topic.name for topic in TOPICS if section in sections_of(topic)))
+        for section, text in SECTION_HELP]),
+    "exit-codes": lambda write: write(("code", "means"), [(str(code), text) for code, text in EXIT_CODES]),
+    "result": lambda write: write(("key", "type", "means"), [(f"`{key}`", kind, text) for key, kind, text in RESULT_KEYS]),
+    "events": lambda write: write(("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in EVENTS.items()]),
+    "metrics": lambda write: write(("metric", "means"), [(f"`{name}`", text) for name, _, text in METRICS]),
+    "notify-events": lambda write: write(("event", "means"), [(f"`{name}`", text) for name, text in NOTIFY_EVENTS]),
+    "unit": lambda write: example_units(),
 }  # type: Dict[str, Callable[[TableWriter], str]]
 
 
@@ -10470,7 +10367,7 @@ def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
                           "once that is recovered, which a real run does first, the plan may be another")
     outcome.changed = bool(plan.steps or journal)
     outcome.extra["plan"] = plan.to_json()
-    outcome.steps = [StepResult(step.name, "planned", 0.0, step.describe()) for step in plan.steps]
+    outcome.steps = [StepResult(step.name, "planned", 0.0, step.description) for step in plan.steps]
     if not plan.steps:
         outcome.message = "nothing to do"
         call.console.result("nothing to do")
@@ -10478,11 +10375,19 @@ def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
     outcome.message = f"would {call.flags.command}: {count(len(plan.steps), 'step')}"
     call.console.result(f"plan of {plan.operation} ({count(len(plan.steps), 'step')}; nothing was changed)")
     for number, step in enumerate(plan.steps, 1):
-        call.console.result(f"  {number:>2}  {step.name:<20} {step.describe()}")
+        call.console.result(f"  {number:>2}  {step.name:<20} {step.description}")
     if plan.way_back:
         call.console.result("should anything fail after activation:")
         for step in plan.way_back:
-            call.console.result(f"      {step.name:<20} {step.describe()}")
+            call.console.result(f"      {step.name:<20} {step.description}")
+
+
+def flag_value(flag: str, text: str, read: Callable[[str], Any], example: str) -> Any:
+    """Read what a flag was given; UsageError names the flag."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} {example}")
 
 
 def share_of(host: str, application: str) -> float:
@@ -10491,18 +10396,10 @@ def share_of(host: str, application: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2 ** 64
 
 
-def splay_bound_seconds(text: str) -> float:
-    """Read what --splay was given; UsageError names it."""
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise UsageError(f"--splay {text!r}: {error}", "for example --splay 5m")
-
-
 def splay(call: Invocation) -> None:
     """Wait this host's share of --splay, so that a fleet does not begin at once; nothing is locked, and a signal ends it."""
     text, host = call.flags.splay, os.uname().nodename
-    seconds = splay_bound_seconds(text) * share_of(host, application_name(call.settings) if call.root else "")
+    seconds = flag_value("--splay", text, parse_duration, "5m") * share_of(host, application_name(call.settings) if call.root else "")
     said = f"{'would wait' if call.dry_run else 'waiting'} {format_seconds(seconds)} of --splay {text}"
     call.console.say(said)
     call.console.working(said, seconds)
@@ -10516,28 +10413,16 @@ def splay(call: Invocation) -> None:
 
 # -- commands that change what is live ----------------------------------------
 
-def command_deploy(call: Invocation) -> None:
-    """Preflight, stage, activate, restart, probe; rolls back by itself when that fails."""
-    transact(call, plan_deploy)
-    summarize(call, "is live")
+# How each is planned, and what the summary says of the release then.
+MOVES = {"deploy": (plan_deploy, "is live"), "stage": (plan_stage, "is staged"), "activate": (plan_activate, "is live"),
+         "rollback": (plan_rollback, "is live again")}  # type: Dict[str, Tuple[Callable[[Settings, Facts], Plan], str]]
 
 
-def command_stage(call: Invocation) -> None:
-    """Verify and unpack only; the release is `staged`."""
-    transact(call, plan_stage)
-    summarize(call, "is staged")
-
-
-def command_activate(call: Invocation) -> None:
-    """Make a staged or earlier release live."""
-    transact(call, plan_activate)
-    summarize(call, "is live")
-
-
-def command_rollback(call: Invocation) -> None:
-    """Re-activate the previous good release, or the one that is named."""
-    transact(call, plan_rollback)
-    summarize(call, "is live again")
+def command_move(call: Invocation) -> None:
+    """Carry out deploy, stage, activate or rollback, or show its plan."""
+    planner, what = MOVES[call.flags.command]
+    transact(call, planner)
+    summarize(call, what)
 
 
 def summarize(call: Invocation, what: str) -> None:
@@ -10691,14 +10576,12 @@ def command_probe(call: Invocation) -> None:
         probes = [settings.probe[name] for name in flags.names or sorted(settings.probe) if known_probe(settings, name)]
     if not probes:
         raise UsageError("there is no probe to run", "configure a [probe:NAME], or give --url, --tcp or --command")
-    unhealthy = flag_number("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM), "1")
-    if not 1 <= unhealthy <= 255:
-        raise UsageError(f"--unhealthy-exit-code {unhealthy}: expected 1 to 255", "for example --unhealthy-exit-code 1")
+    unhealthy = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM), _parse_exit_code, "1")
     context, live = probe_context(call)
     results = []
     for probe in probes:
         if flags.wait is not None:
-            probe.deadline = flag_duration("--wait", flags.wait)
+            probe.deadline = flag_value("--wait", flags.wait, _parse_limit, "30s")
         problem = check_probe(settings, probe)
         if problem:
             raise UsageError(f"probe {probe.name}: {problem}", "correct it in the configuration or on the command line")
@@ -10714,14 +10597,6 @@ def command_probe(call: Invocation) -> None:
         found_unwell = ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
         found_unwell.exit_code = unhealthy
         raise found_unwell
-
-
-def flag_duration(flag: str, text: str) -> float:
-    """Read a duration given to a flag, in seconds; UsageError names the flag."""
-    try:
-        return _parse_limit(text)
-    except ValueError as error:
-        raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} 30s")
 
 
 def known_probe(settings: Settings, name: str) -> bool:
@@ -10839,20 +10714,13 @@ def command_history(call: Invocation) -> None:
         if call.flags.verify:
             verify_history(call, store)
             return
-        entries = store.history(flag_number("--limit", call.flags.limit, "20; 0 means all"))
+        entries = store.history(flag_value("--limit", call.flags.limit, _parse_int, "20; 0 means all"))
     call.outcome.extra["history"] = [entry.to_json() for entry in entries]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in entries]
     call.outcome.message = count(len(rows), "entry", "entries")
     call.console.result(render_table(("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY"), rows)
                         if rows else "no history yet")
-
-
-def flag_number(flag: str, text: str, example: str) -> int:
-    """Read a whole number given to a flag; UsageError names the flag."""
-    if not re.match(r"[0-9]{1,9}\Z", text):
-        raise UsageError(f"{flag} {text!r}: expected a whole number", f"for example {flag} {example}")
-    return int(text)
 
 
 def verify_history(call: Invocation, store: Store) -> None:
@@ -10957,7 +10825,7 @@ def command_config(call: Invocation) -> None:
         return
     rows = []
     for section, key, text, origin in call.settings.rows():
-        private = looks_secret(key) and section in ("env", "vars") or key.startswith("header.") and looks_secret(key)
+        private = looks_secret(key) and (section in ("env", "vars") or key.startswith("header."))
         rows.append((section, key, MASK if private and text else text.replace("\n", " | "), origin))
     call.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
                                     for section, key, text, origin in rows}
@@ -11510,7 +11378,7 @@ def report(call: Invocation, exit_code: int, seconds: float) -> None:
 # ============================================================================
 
 COMMANDS = {
-    "deploy": command_deploy, "stage": command_stage, "activate": command_activate, "rollback": command_rollback,
+    "deploy": command_move, "stage": command_move, "activate": command_move, "rollback": command_move,
     "preflight": command_preflight, "probe": command_probe, "verify": command_verify, "status": command_status,
     "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
     "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
@@ -11628,7 +11496,7 @@ def inner_command(words: List[str]) -> List[str]:
     if words[0] != flags.command:
         raise UsageError(f"{words[0]} stands before the command that the unit is to run", "global options go before `unit`")
     if flags.splay:
-        splay_bound_seconds(flags.splay)
+        flag_value("--splay", flags.splay, parse_duration, "5m")
     return words[:1] + [absolute(word) if word == flags.artifact else word for word in words[1:]]
 
 

@@ -771,7 +771,7 @@ def test_a_difference_is_found_while_a_forked_process_reads_the_same_open_direct
 
         with deploy.Helper(read_on):
             for _ in range(3000):
-                assert deploy.Share(manifest, 0, 1).compare(directory, lambda done: None) == ({"file": ""}, [])
+                assert deploy.Portion(manifest, 0, 1).compare(directory, lambda done: None) == ({"file": ""}, [])
 
 
 def test_the_helper_ends_with_its_parent(tmp_path):
