@@ -2185,6 +2185,12 @@ def default_of(section: str, key: str) -> Any:
     return {} if found.key.endswith(".*") else parse_option(found, found.default)
 
 
+def meaningless(section: str, values: Any, keys: Iterable[str], what: str) -> Optional[str]:
+    """Say which of the keys of a section are given although they mean nothing to what it describes; None for none."""
+    given = [key for key in keys if getattr(values, key) != default_of(section, key)]
+    return f"{' and '.join(given)} mean{'s' if len(given) == 1 else ''} nothing to {what}" if given else None
+
+
 class Given(NamedTuple):
     """One value as somebody gave it, and where, for errors and for `config`."""
 
@@ -5699,9 +5705,9 @@ def run_hook(session: Session, name: str, context: Context) -> List[CommandResul
     """
     results, directory = [], working_directory(context)
     for argv in getattr(session.settings.hooks, name):
-        call = Call(session, context, f"hook {name}", directory, session.settings.hooks.timeout)
+        command = OperatorCommand(session, context, f"hook {name}", directory, session.settings.hooks.timeout)
         with session.interrupts.allowed():
-            results.append(call.run(argv, {"DEPLOY_HOOK": name}))
+            results.append(command.run(argv, {"DEPLOY_HOOK": name}))
     return results
 
 
@@ -5820,7 +5826,7 @@ class ShownOutput:
                 self._show_line(text)
 
 
-class Call(NamedTuple):
+class OperatorCommand(NamedTuple):
     """One operator's command under the rules for hooks: user, environment, directory, time limit."""
 
     session: Session
@@ -6189,9 +6195,9 @@ class CommandService(Service):
                 "install it, or correct `command`")
 
     def _perform(self, context: Context) -> str:
-        call = Call(self.session, context, f"service {self.settings.name}", working_directory(context),
-                    self.settings.timeout)
-        call.run(self.settings.command, {"DEPLOY_HOOK": f"service:{self.settings.name}"})
+        command = OperatorCommand(self.session, context, f"service {self.settings.name}", working_directory(context),
+                                  self.settings.timeout)
+        command.run(self.settings.command, {"DEPLOY_HOOK": f"service:{self.settings.name}"})
         return "its command exited with code 0"
 
 
@@ -6597,9 +6603,8 @@ def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional
 
 def wrong_tls(probe: Any) -> Optional[str]:
     """Say which tls_* keys mean nothing here."""
-    keys = [key for key in ("tls_verify", "tls_ca", "tls_cert", "tls_key") if getattr(probe, key) != default_of("probe:*", key)]
-    if keys and parse_url(probe.url).scheme == "http":
-        return f"{' and '.join(keys)} mean{'s' if len(keys) == 1 else ''} nothing to an http:// URL"
+    if parse_url(probe.url).scheme == "http":
+        return meaningless("probe:*", probe, ("tls_verify", "tls_ca", "tls_cert", "tls_key"), "an http:// URL")
     return "tls_key needs tls_cert, the certificate that it belongs to" if probe.tls_key and not probe.tls_cert else None
 
 
@@ -6733,15 +6738,15 @@ class CommandTry(Try):
     def run(self) -> Answer:
         """Run it under the try's time limit and hold its output against the expectations."""
         lines, question = [], self.question  # type: List[str], Question
-        call = Call(question.session, question.context, f"probe {self.probe.name}",
-                    working_directory(question.context), question.timeout_seconds)
+        command = OperatorCommand(question.session, question.context, f"probe {self.probe.name}",
+                                  working_directory(question.context), question.timeout_seconds)
 
         def keep(line: str) -> None:
             if sum(map(len, lines)) < self.probe.max_body:
                 lines.append(line)
 
         try:
-            result = call.start(self.probe.command, {"DEPLOY_HOOK": f"probe:{self.probe.name}"}, keep)
+            result = command.start(self.probe.command, {"DEPLOY_HOOK": f"probe:{self.probe.name}"}, keep)
         except (UsageError, StepFailed) as error:
             return Answer(False, error.message, {})
         # Nothing was read of a command that could not be started; its tail says why.
@@ -6800,10 +6805,8 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
                  and not (key == "release" and probe.release.startswith("header:"))]
     if text_keys and (not probe.max_body or probe.url and probe.method == "HEAD"):
         return f"{' and '.join(text_keys)} cannot be answered with {'max_body = 0' if not probe.max_body else 'method = HEAD'}"
-    unused = [key for key in UNUSED_KEYS[probe_kind(probe)] if getattr(probe, key) != default_of("probe:*", key)]
-    if unused:
-        return f"{' and '.join(unused)} mean{'s' if len(unused) == 1 else ''} nothing to a {probe_kind(probe)} probe"
-    return PROBE_KINDS[probe_kind(probe)].check(settings, probe)
+    kind = probe_kind(probe)
+    return meaningless("probe:*", probe, UNUSED_KEYS[kind], f"a {kind} probe") or PROBE_KINDS[kind].check(settings, probe)
 
 
 def probe_seconds(probe: Any) -> float:
@@ -7221,11 +7224,8 @@ def check_user(survey: Survey) -> Finding:
 def check_configuration(survey: Survey) -> Finding:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
     settings = survey.settings
-    problems = unreadable_keys("probe", settings.probe, PROBE_KEY_FILES)
+    problems = unreadable_keys("probe", settings.probe, PROBE_KEY_FILES) + missing_programs(settings, "probe")
     for name, probe in sorted(settings.probe.items()):
-        program = probe.command[0] if probe.command else ""
-        if probe.command and not may_be_run(settings, program):
-            problems.append((f"[probe:{name}] command: {program} is not found or not executable", f"install {program}"))
         problems += unusable_keys(name, probe) if not problems else []
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)
@@ -7261,6 +7261,12 @@ def key_files(section: Any, keys: Sequence[str]) -> List[str]:
     return [path for path in (getattr(section, key) for key in keys) if path]
 
 
+def all_key_files(settings: Settings) -> List[str]:
+    """List the key files of every probe and notifier."""
+    return [path for sections, keys in ((settings.probe, PROBE_KEY_FILES), (settings.notify, NOTIFY_KEY_FILES))
+            for section in sections.values() for path in key_files(section, keys)]
+
+
 def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) -> List[Tuple[str, str]]:
     """List the key files of such sections that cannot be read, as (problem, hint)."""
     return [(f"[{kind}:{name}] {key}: {getattr(section, key)} is missing or cannot be read", f"create {getattr(section, key)}")
@@ -7268,14 +7274,17 @@ def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) ->
             if getattr(section, key) and not os.access(getattr(section, key), os.R_OK)]
 
 
+def missing_programs(settings: Settings, kind: str) -> List[Tuple[str, str]]:
+    """List the programs of hooks, of probes or of notifiers that are not there, as (problem, hint)."""
+    return [(f"[{section}] {key}: {argv[0]} is not found or not executable", f"install {argv[0]}")
+            for section, key, argv in commands(settings)
+            if section.partition(":")[0] == kind and not may_be_run(settings, argv[0])]
+
+
 def check_reports(survey: Survey) -> Finding:
     """Metrics can be written, and notifiers have what they need; what is missing there stops no deployment."""
     settings, directory = survey.settings, survey.settings.metrics.textfile_dir
-    problems = unreadable_keys("notify", settings.notify, NOTIFY_KEY_FILES)
-    for name, notifier in sorted(settings.notify.items()):
-        if notifier.command and not may_be_run(settings, notifier.command[0]):
-            problems.append((f"[notify:{name}] command: {notifier.command[0]} is not found or not executable",
-                             f"install {notifier.command[0]}"))
+    problems = unreadable_keys("notify", settings.notify, NOTIFY_KEY_FILES) + missing_programs(settings, "notify")
     if directory and (os.path.islink(directory) or not os.access(directory, os.W_OK | os.X_OK)):
         problems.append((f"[metrics] textfile_dir: {directory} is no directory that {user_name()} can write (nor is a symlink)",
                          f"create {directory}, or name the directory itself"))
@@ -7329,10 +7338,7 @@ def untrusted(settings: Settings, *, files_only: bool = False
 def believed_paths(settings: Settings) -> List[str]:
     """List the files that this program acts on beside its configuration, and the root."""
     paths = [settings.deploy.root] if settings.deploy.root else []
-    for probe in settings.probe.values():
-        paths += key_files(probe, PROBE_KEY_FILES)
-    for notifier in settings.notify.values():
-        paths += key_files(notifier, NOTIFY_KEY_FILES)
+    paths += all_key_files(settings)
     if any(service.unit for service in settings.service.values()):
         paths += program_places("systemctl", "/", command_path())
     return paths
@@ -7646,13 +7652,8 @@ def check_services(survey: Survey) -> Finding:
 
 def check_hooks(survey: Survey) -> Finding:
     """Programs of hooks are found; those in the release can only be looked for once it is there."""
-    missing, total = [], 0
-    for name in HOOK_NAMES:
-        for argv in getattr(survey.settings.hooks, name):
-            total += 1
-            if not may_be_run(survey.settings, argv[0]):
-                missing.append((f"[hooks] {name}: {argv[0]} is not found or not executable", f"install {argv[0]}"))
-    return _all_of(missing, count(total, "command"))
+    total = sum(len(getattr(survey.settings.hooks, name)) for name in HOOK_NAMES)
+    return _all_of(missing_programs(survey.settings, "hooks"), count(total, "command"))
 
 
 def check_templates(survey: Survey) -> Finding:
@@ -9203,10 +9204,8 @@ def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: 
 def unit_access(settings: Settings, argv: Sequence[str]) -> str:
     """Write what the service may reach: its user, credentials, the paths that it writes, and homes and /tmp only where they are needed."""
     written = written_directories(settings, os.path.realpath(settings.deploy.root))
-    keys = [path for probe in settings.probe.values() for path in key_files(probe, PROBE_KEY_FILES)]
-    keys += [path for notifier in settings.notify.values() for path in key_files(notifier, NOTIFY_KEY_FILES)]
     # As the configuration writes them: where PATH finds a program here says nothing of a service's PATH.
-    needed = [*written, *settings.files, *argv, *keys, *[program.name for program in programs(settings)]]
+    needed = [*written, *settings.files, *argv, *all_key_files(settings), *[program.name for program in programs(settings)]]
 
     def within(*tops: str) -> bool:
         return any(path.startswith(tops) for path in needed)
@@ -11276,10 +11275,10 @@ NOTIFIERS = {"webhook": Webhook, "slack": Slack, "email": Email, "command": Comm
 def check_notifier(settings: Any) -> Optional[str]:
     """Say what is wrong with a [notify:NAME], without telling anybody anything; None when nothing is."""
     kind = NOTIFIERS[settings.type]
-    unused = [key for key in dict.fromkeys(key for other in NOTIFIERS.values() for key in other.NEEDS + other.TAKES)
-              if key not in kind.NEEDS + kind.TAKES and getattr(settings, key) != default_of("notify:*", key)]
+    others = dict.fromkeys(key for other in NOTIFIERS.values() for key in other.NEEDS + other.TAKES)
+    unused = meaningless("notify:*", settings, [key for key in others if key not in kind.NEEDS + kind.TAKES], f"type = {settings.type}")
     if unused:
-        return f"{' and '.join(unused)} mean{'s' if len(unused) == 1 else ''} nothing to type = {settings.type}"
+        return unused
     if sum(bool(getattr(settings, key)) for key in kind.NEEDS) != 1:
         return f"type = {settings.type} needs {' or '.join(kind.NEEDS)}"
     names = Note("", "", result_of(None), Context("", "", "", "", "", "", ""), "").values(str)
@@ -11809,17 +11808,13 @@ def check_places(settings: Settings) -> None:
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     """Tell the console every private value, before anything is written."""
-    for section, values in (("env", settings.env), ("vars", settings.vars)):
-        for name, value in values.items():
-            if looks_secret(name):
-                secrets.add(value)
-    for name in environment_names():
-        if looks_secret(name) and name != "CREDENTIALS_DIRECTORY":  # a path that errors must be able to name
-            secrets.add(environment(name))
-    for section in [*settings.probe.values(), *settings.notify.values()]:
-        for name, value in section.header.items():
-            if looks_secret(name):
-                secrets.add(value)
+    named = [(name, environment(name)) for name in environment_names()
+             if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
+    for values in [settings.env, settings.vars, *[section.header for section in [*settings.probe.values(), *settings.notify.values()]]]:
+        named += values.items()
+    for name, value in named:
+        if looks_secret(name):
+            secrets.add(value)
     for probe in settings.probe.values():
         learn_sent(probe.url, probe.auth_file, secrets)
     for notifier in settings.notify.values():
