@@ -247,13 +247,6 @@ class UsageError(DeployError):
     exit_code = EXIT_USAGE
 
 
-class Incomplete(UsageError):
-    """A module of the standard library is missing, or a library that it is linked to."""
-
-    def __init__(self, error: ImportError) -> None:
-        super().__init__(f"{INCOMPLETE}: {error}", INSTALL)
-
-
 class PreflightFailed(DeployError):
     """The host is not fit for what was asked; nothing was changed."""
 
@@ -945,7 +938,26 @@ def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
         view = view[os.write(descriptor, view):]
 
 
-class Directory:
+class Descriptor:
+    """Something that is held open by its descriptor, up to the end of a `with` block."""
+
+    descriptor = -1
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        # Forgotten first: a signal may interrupt here, and what was closed twice could be another's.
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.close()
+
+
+class Directory(Descriptor):
     """A directory held open by descriptor.
 
     Every name is a single component and no symlink is followed, so that a
@@ -1080,19 +1092,6 @@ class Directory:
     def sync(self) -> None:
         """Make the directory's entries durable."""
         os.fsync(self.descriptor)
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        # Forgotten first: a signal may interrupt here, and what was closed twice could be another's.
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __enter__(self) -> "Directory":
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self.close()
 
 
 def open_regular(descriptor: int, path: str) -> Any:
@@ -2830,8 +2829,8 @@ class Store:
         found = self.current()
         live = found.release or found.missing
         if found.problem and not found.missing or live not in (expected, target):
-            raise StepFailed(f"current changed under the run: expected {expected}, found "
-                             f"{found.problem or found.release}", "look at what else switches it, then run again")
+            raise StepFailed(f"current changed under the run: expected {expected or 'nothing'}, found "
+                             f"{found.problem or live or 'nothing'}", "look at what else switches it, then run again")
         if target is None:
             self.root.discard("current")
         else:
@@ -3399,7 +3398,7 @@ def damaged(why: str) -> ArtifactRefused:
 
 # -- the artifact and its digest ---------------------------------------------
 
-class OpenArtifact:
+class OpenArtifact(Descriptor):
     """The artifact, opened once and never again by name."""
 
     def __init__(self, path: str, descriptor: int, status: os.stat_result, kind: str) -> None:
@@ -3450,18 +3449,6 @@ class OpenArtifact:
         """Read the whole file from its start, block by block."""
         for offset in range(0, self.size_bytes, BLOCK_BYTES):
             yield self.read_at(offset, min(BLOCK_BYTES, self.size_bytes - offset))
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __enter__(self) -> "OpenArtifact":
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self.close()
 
 
 def detect_format(path: str, descriptor: int, status: os.stat_result) -> str:
@@ -5151,7 +5138,7 @@ class Writer:
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
-class Twin:
+class Twin(Descriptor):
     """The live release's file of the same name, size and mode as one that is being unpacked.
 
     It is read along with the new bytes: whether it is the same is not a
@@ -5187,12 +5174,6 @@ class Twin:
     def changed(self) -> OSError:
         """Make the error for a live release that somebody changes."""
         return OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(self.name))
-
-    def __enter__(self) -> "Twin":
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        os.close(self.descriptor)
 
 
 class Sharer:
@@ -8776,7 +8757,7 @@ def step_error(error: Exception, step: str) -> DeployError:
     if isinstance(error, DeployError):
         return error
     if isinstance(error, ImportError):
-        return Incomplete(error)
+        return UsageError(f"{INCOMPLETE}: {error}", INSTALL)
     if not isinstance(error, OSError):
         raise error
     hints = {errno.ENOSPC: "free some space (deploy.py prune), then run again",
@@ -8847,11 +8828,10 @@ class Recovery:
         if verdict:
             self.store.clear_journal()
             return f"{journal.operation} of {journal.to_release} was finished ({verdict})"
-        if current.problem or current.release not in (journal.from_release, journal.to_release):
+        if current.release not in (journal.from_release, journal.to_release):
             raise StateError(
-                f"cannot recover the {journal.operation} of {journal.to_release}: "
-                f"{current.problem or f'current is {current.release}'}, neither where it came from "
-                f"({journal.from_release}) nor where it went", self._by_hand())
+                f"cannot recover the {journal.operation} of {journal.to_release}: current is {current.release or 'missing'}, "
+                f"neither where it came from ({journal.from_release or 'nothing live'}) nor where it went", self._by_hand())
         before = ", before the last boot" if journal.boot_id != boot_id() else ""
         due = f", its verdict due at {journal.deadline}" if journal.deadline else ""
         self.console.say(f"recovering the {journal.operation} of {journal.to_release} ({journal.phase}, "
@@ -8861,7 +8841,7 @@ class Recovery:
             return self._abort(journal)
         if journal.recoveries >= MAX_RECOVERIES:
             raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered "
-                                 f"{journal.recoveries} times without success; live now: {current.release}", self._by_hand())
+                                 f"{journal.recoveries} times without success; live now: {current.release or 'nothing'}", self._by_hand())
         # The link tells how far the run came; the journal may be one write behind it.
         phase = PHASE_ROLLING_BACK if current.release != journal.to_release else \
             PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
@@ -10243,6 +10223,11 @@ def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
         store.close()
 
 
+def look(call: Invocation, store: Store) -> Facts:
+    """Observe without the lock, for what only looks."""
+    return Observer(call.session, store, call.deploy_id).observe(call.request(), locked=False)
+
+
 def recover(call: Invocation, store: Store) -> List[str]:
     """Recover, under the lock; every writing command begins with this."""
     observer = Observer(call.session, store, call.deploy_id)
@@ -10544,7 +10529,7 @@ def command_preflight(call: Invocation) -> None:
 def command_verify(call: Invocation) -> None:
     """Hash a release again and compare it with its manifest."""
     with reading(call) as store:
-        facts = Observer(call.session, store, call.deploy_id).observe(call.request(), locked=False)
+        facts = look(call, store)
         release = select_release(facts, call.flags.release or "current")
         call.outcome.release = release.id
         found = check_release(call.session, store, release)
@@ -10613,7 +10598,7 @@ def probe_context(call: Invocation) -> Tuple[Context, bool]:
     with preview(call) as store:
         if store is None:
             return empty._replace(root=call.root, release_path=call.root), False
-        facts = Observer(call.session, store, call.deploy_id).observe(Request("probe"), locked=False)
+        facts = look(call, store)
     call.outcome.release = facts.current.release
     return context_for(facts, facts.current.release), facts.current.release in facts.records
 
@@ -10621,7 +10606,7 @@ def probe_context(call: Invocation) -> Tuple[Context, bool]:
 def command_status(call: Invocation) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     with reading(call) as store:
-        facts = Observer(call.session, store, call.deploy_id).observe(Request("status"), locked=False)
+        facts = look(call, store)
         try:
             last = next(iter(store.history(1)), None)
         except PreflightFailed as error:
@@ -10691,7 +10676,7 @@ def status_rows(facts: Facts, current: Optional[Record], previous: Optional[Reco
 def command_releases(call: Invocation) -> None:
     """List the releases, newest first, `*` on the current one."""
     with reading(call) as store:
-        facts = Observer(call.session, store, call.deploy_id).observe(Request("releases"), locked=False)
+        facts = look(call, store)
     newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
                     key=lambda record: -record.sequence)
     call.outcome.release = facts.current.release

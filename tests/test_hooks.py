@@ -413,3 +413,4 @@ def test_a_hook_that_undoes_the_switch_does_not_end_in_success(app: App, deed: s
     result = app.run("deploy", app.artifact("1.1"), check=exit_code)
     assert "is not live after all" in result.data["error"]["message"], described(result.data)
     assert exit_code == 6 or app.version == "1.0" and result.data["rolled_back"]
+    assert "None" not in result.data["error"]["message"], described(result.data)
