@@ -10313,8 +10313,9 @@ def diff_of(facts: Facts, plan: Plan) -> Dict[str, str]:
 
 def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
     """Run the checks that guard this command; raise for what failed, artifact troubles first."""
-    going_back = call.flags.command in ("rollback", "activate")
+    going_back, ends = call.flags.command in ("rollback", "activate"), (call.outcome.release, call.outcome.previous)
     started_seconds = time.monotonic()
+    call.outcome.release, call.outcome.previous = survey.facts.current.release, None  # until the checks have passed
     call.outcome.checks = results = run_checks(survey, going_back=going_back)
     failed = [result for result in results if result.status == "fail"]
     for result in results if show or failed else []:
@@ -10328,12 +10329,12 @@ def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
         call.console.painted("ok", f"{'preflight':<20} {format_seconds(time.monotonic() - started_seconds):>7}  "
                                    f"{count(len(results), 'check')}")
     if not failed:
+        call.outcome.release, call.outcome.previous = ends
         return
-    call.outcome.release, call.outcome.previous = survey.facts.current.release, None
     if survey.facts.refusal:
         raise survey.facts.refusal
     if failed[0].name == "lock":
-        raise Busy(f"another run holds the lock: {failed[0].detail}", failed[0].hint)
+        raise busy(survey.facts.holder or {})
     kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
     others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
     raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)

@@ -437,7 +437,9 @@ def test_a_signal_in_a_probe_before_the_deployment_changes_nothing(live: App, nu
     running = Running(live, "deploy", live.artifact("1.1"))
     wait_blocked(live)
     running.process.send_signal(number)
-    assert running.end()["exit_code"] == exit_code
+    data = running.end()
+    assert data["exit_code"] == exit_code
+    assert data["release"] == os.path.basename(os.readlink(str(live.root / "current"))), "what is live, not what was to be"
     wait_gone(pids(live))
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
 
