@@ -8629,11 +8629,11 @@ class Executor:
             except FAILURES as undo_error:
                 problems.append(f"{step.name}: {step_error(undo_error, step.name).message}")
         self._mark_undone({step.name for step in self._done}, before=len(self.outcome.steps))
+        self.outcome.release, self.outcome.previous = self.plan.from_release, None
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
             self.console.warn("not everything could be undone: " + "; ".join(problems))
             raise error
-        self.outcome.release, self.outcome.previous = self.plan.from_release, None
         self._close(lambda: self.append_history("failed", error.exit_code, error.message, failure_of(error, self._failed_step())))
         self._run_on_failure(error)
         raise error

@@ -414,3 +414,15 @@ def test_a_hook_that_undoes_the_switch_does_not_end_in_success(app: App, deed: s
     assert "is not live after all" in result.data["error"]["message"], described(result.data)
     assert exit_code == 6 or app.version == "1.0" and result.data["rolled_back"]
     assert "None" not in result.data["error"]["message"], described(result.data)
+
+
+def test_what_could_not_be_undone_is_told_and_undone_by_the_next_run(app: App) -> None:
+    app.deploy("1.0")
+    app.configure("durable = no\n[hooks]\npre_activate = /bin/sh -c 'rmdir $DEPLOY_ROOT/.deploy/trash; exit 1'\n")
+    result = app.run("deploy", app.artifact("1.1"), check=1)
+    assert any("not everything could be undone" in warning for warning in result.data["warnings"]), described(result.data)
+    assert result.data["release"] == app.current and app.version == "1.0", "what is live, not what is left over"
+    assert len(os.listdir(str(app.root / "releases"))) == 2
+    app.configure("durable = no\n")
+    app.run("recover", check=0)
+    assert os.listdir(str(app.root / "releases")) == [app.current] and not (app.root / ".deploy" / "journal.json").exists()
