@@ -10496,7 +10496,14 @@ def settle_by_hand(call: Invocation) -> None:
         executor = Executor(Run(call.session, store, facts, observer), plan, call.outcome)
         # Under the id of what is being settled, where that is known: its story ends here.
         executor.deploy_id = facts.journal.deploy_id if facts.journal else call.deploy_id
-        executor.execute()
+        try:
+            executor.execute()
+        except FAILURES as error:
+            call.outcome.release, call.outcome.previous = store.current().release, None
+            if call.outcome.release == facts.current.release:
+                raise
+            raise RollbackFailed(f"{step_error(error, 'recover').message}; {call.outcome.release} is live all the same",
+                                 f"mend the cause, then: {call.settings.command_line(f'recover --to {plan.to_release}')}")
         call.outcome.extra["recovered"] = [f"{plan.to_release} is live, and nothing is under way"] + store.sweep(call.console.warn)
     call.outcome.changed = True
     call.outcome.message = call.outcome.extra["recovered"][0]

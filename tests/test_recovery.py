@@ -551,3 +551,21 @@ def test_something_else_in_the_place_of_the_state_is_named_and_refused(live: App
     (live.directory / "away").rename(path)
     live.run("history", "--verify", check=0)
     assert recover_and_judge(live, ["1.0"]) == []
+
+
+def test_a_choice_by_hand_that_is_refused_names_what_is_live(app: App) -> None:
+    app.configure("durable = no\n")
+    first, second = app.deploy("1.0").data["release"], app.deploy("1.1").data["release"]
+    next(path for path in (app.root / "releases" / first).iterdir() if path.is_file()).write_text("changed")
+    result = app.run("recover", "--to", "1.0", check=1)
+    assert result.data["release"] == app.current == second, "what is live, not what was chosen"
+
+
+def test_a_choice_by_hand_that_cannot_be_noted_is_no_failure_before_the_switch(app: App) -> None:
+    """Exit 1 promises that `current` is as before."""
+    app.configure("durable = no\n")
+    first, _ = app.deploy("1.0").data["release"], app.deploy("1.1")
+    app.configure("durable = no\n[service:x]\ncommand = /bin/sh -c 'rm -r $DEPLOY_ROOT/.deploy/releases'\n")
+    result = app.run("recover", "--to", "1.0", check=6)
+    assert result.data["release"] == app.current == first
+    assert f"{first} is live" in result.data["error"]["message"] and "recover --to" in result.data["error"]["hint"]
