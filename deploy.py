@@ -1242,15 +1242,18 @@ def names_in_use(directory: str) -> Optional[Set[str]]:
     return found
 
 
-def trust_problems(path: str) -> Dict[str, Tuple[str, str]]:
+Problem = Tuple[str, str]  # what is wrong, and what to do about it
+
+
+def trust_problems(path: str) -> Dict[str, Problem]:
     """Say why a file that root is about to believe could have been written by somebody else.
 
     Goes the way that the kernel goes, and looks at every directory, link and
     file on it: each must belong to root or the effective user and not be
     writable by group or others (a sticky directory such as /tmp may be).
-    Returns {path: (problem, hint)}.
+    Returns the problems by path.
     """
-    problems, here, links = {}, "/", 0  # type: Dict[str, Tuple[str, str]], str, int
+    problems, here, links = {}, "/", 0  # type: Dict[str, Problem], str, int
     ahead = os.path.abspath(path).split("/")[::-1]
     while ahead:
         here = os.path.normpath(os.path.join(here, ahead.pop()))  # no link is left in it: `..` leads where it leads the kernel
@@ -1265,7 +1268,7 @@ def trust_problems(path: str) -> Dict[str, Tuple[str, str]]:
     return problems
 
 
-def _writable_by_others(path: str) -> Optional[Tuple[str, str]]:
+def _writable_by_others(path: str) -> Optional[Problem]:
     try:
         found = os.lstat(path)
     except OSError:
@@ -5744,14 +5747,14 @@ def hook_path(settings: Settings) -> str:
     return native(settings.env.get("PATH", command_path()))
 
 
-def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Dict[str, Tuple[str, str]]:
-    """Find what others could change on the way to a program that root is to run: {path: (problem, hint)}.
+def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Dict[str, Problem]:
+    """Find what others could change on the way to a program that root is to run, by path.
 
     Under run_as a program gets no more rights than its user has.
     """
     if settings.hooks.run_as:
         return {}
-    found = {}  # type: Dict[str, Tuple[str, str]]
+    found = {}  # type: Dict[str, Problem]
     for place in program_places(native(program), directory, hook_path(settings)):
         found.update(trust_problems(place))
     return {path: (f"{problem}, on the way to {program} of {where}",
@@ -5773,7 +5776,7 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
     """
     if os.geteuid() != 0:
         return
-    found = {}  # type: Dict[str, Tuple[str, str]]
+    found = {}  # type: Dict[str, Problem]
     for where, program in what:
         found.update(foreign_program(settings, where, program, directory))
     refused = {path: found[path] for path in found if path not in settings.preflight.accept_risk}
@@ -5901,8 +5904,8 @@ class Service:
         """Say in one line what act() will do."""
         return self.words(f"leave {self.TARGET} alone" if self.settings.action == "none" else self.DEED)
 
-    def problem(self) -> Optional[Tuple[str, str]]:
-        """Say why act() cannot work on this host, as (what, hint); None when nothing is known against it."""
+    def problem(self) -> Optional[Problem]:
+        """Say why act() cannot work on this host; None when nothing is known against it."""
         raise NotImplementedError
 
     def act(self, context: Context) -> str:
@@ -5954,7 +5957,7 @@ class UnitService(Service):
         stays = " (a reload keeps the old release's code and working directory)"
         return super().describe() + (stays if self.settings.action == "reload" else "")
 
-    def problem(self) -> Optional[Tuple[str, str]]:
+    def problem(self) -> Optional[Problem]:
         """Look for systemctl and the unit, and refuse to restart the unit that this program runs in."""
         unit = self.settings.unit
         if not re.match(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]*\Z", unit):
@@ -6025,7 +6028,7 @@ class UnitService(Service):
             raise self._failure(f"did not come up: {why}", output=result.tail)
         raise super()._failure(why, output=result.tail)
 
-    def _not_loaded(self, state: Dict[str, str]) -> Optional[Tuple[str, str]]:
+    def _not_loaded(self, state: Dict[str, str]) -> Optional[Problem]:
         load = state.get("LoadState", "unknown")
         hint = self.words(self.LOAD_HINTS.get(load, "systemd-analyze verify {unit}"))
         return None if load == "loaded" else (f"unit {self.settings.unit} is not loaded (LoadState={load})", hint)
@@ -6085,7 +6088,7 @@ class PidfileService(Service):
     TARGET, DEED = "the process in {pidfile}", "send {signal} to the process in {pidfile}"
     HINT = "look into the program's own log; {pidfile} must name a living process"
 
-    def problem(self) -> Optional[Tuple[str, str]]:
+    def problem(self) -> Optional[Problem]:
         """Check the signal's name and the process."""
         try:
             self._signal()
@@ -6167,7 +6170,7 @@ class CommandService(Service):
 
     TARGET, DEED = "service {name}", "run {command}"
 
-    def problem(self) -> Optional[Tuple[str, str]]:
+    def problem(self) -> Optional[Problem]:
         """Look for the program, unless it comes with the release or [env] has a PATH of its own."""
         program = self.settings.command[0]
         if may_be_run(self.session.settings, program):
@@ -7171,8 +7174,8 @@ def _skip(detail: str) -> Finding:
     return "skip", detail, ""
 
 
-def _all_of(problems: List[Tuple[str, str]], fine: str) -> Finding:
-    """Fold a list of (problem, hint) into one finding."""
+def _all_of(problems: List[Problem], fine: str) -> Finding:
+    """Fold problems into one finding."""
     if problems:
         return "fail", "; ".join(problem for problem, _ in problems), "; ".join(dict.fromkeys(hint for _, hint in problems))
     return _ok(fine)
@@ -7215,8 +7218,8 @@ def check_configuration(survey: Survey) -> Finding:
     return _all_of(problems, ", ".join(settings.files) or "no file; defaults and command line")
 
 
-def unusable_keys(name: str, probe: Any) -> List[Tuple[str, str]]:
-    """List what is wrong with what the key files of a probe hold, as (problem, hint)."""
+def unusable_keys(name: str, probe: Any) -> List[Problem]:
+    """List what is wrong with what the key files of a probe hold."""
     problems = []
     if probe.tls_ca or probe.tls_cert:
         try:
@@ -7248,15 +7251,15 @@ def all_key_files(settings: Settings) -> List[str]:
             for section in sections.values() for path in key_files(section, keys)]
 
 
-def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) -> List[Tuple[str, str]]:
-    """List the key files of such sections that cannot be read, as (problem, hint)."""
+def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) -> List[Problem]:
+    """List the key files of such sections that cannot be read."""
     return [(f"[{kind}:{name}] {key}: {getattr(section, key)} is missing or cannot be read", f"create {getattr(section, key)}")
             for name, section in sorted(sections.items()) for key in keys
             if getattr(section, key) and not os.access(getattr(section, key), os.R_OK)]
 
 
-def missing_programs(settings: Settings, kind: str) -> List[Tuple[str, str]]:
-    """List the programs of hooks, of probes or of notifiers that are not there, as (problem, hint)."""
+def missing_programs(settings: Settings, kind: str) -> List[Problem]:
+    """List the programs of hooks, of probes or of notifiers that are not there."""
     return [(f"[{section}] {key}: {argv[0]} is not found or not executable", f"install {argv[0]}")
             for section, key, argv in commands(settings)
             if section.partition(":")[0] == kind and not may_be_run(settings, argv[0])]
@@ -7295,14 +7298,13 @@ def check_trust(survey: Survey) -> Finding:
     return "warn" if doubtful else status, detail, hint
 
 
-def untrusted(settings: Settings, *, files_only: bool = False
-              ) -> Tuple[Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]]:
+def untrusted(settings: Settings, *, files_only: bool = False) -> Tuple[Dict[str, Problem], Dict[str, Problem]]:
     """Find what somebody else could have changed: what is refused, and what the operator accepts.
 
-    Both are {path: (problem, hint)}.  A configuration that others may write
+    Both by path.  A configuration that others may write
     cannot accept its own risk.  `files_only` looks at the configuration alone.
     """
-    own, others = {}, {}  # type: Dict[str, Tuple[str, str]], Dict[str, Tuple[str, str]]
+    own, others = {}, {}  # type: Dict[str, Problem], Dict[str, Problem]
     for path in settings.files:
         own.update(trust_problems(path))
     for path in [] if files_only else believed_paths(settings):
@@ -7453,7 +7455,7 @@ def bad_record(facts: Facts, sha256: str) -> Optional[Record]:
     return newest if newest and newest.state == STATE_BAD else None
 
 
-def bad_refusal(bad: Record) -> Tuple[str, str]:
+def bad_refusal(bad: Record) -> Problem:
     """Say why a bad artifact or release is refused, and how to insist."""
     why = (bad.failure or {}).get("reason", "it failed after activation")
     return f"{bad.version} is marked bad: {bad.id}: {why}", "deploy a mended version, or insist with --force"
@@ -10638,7 +10640,7 @@ def command_status(call: Invocation) -> None:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(facts: Facts, manifests: Dict[str, str]) -> List[Tuple[str, str]]:
+def state_problems(facts: Facts, manifests: Dict[str, str]) -> List[Problem]:
     """Say what is broken, each with what to do about it; `manifests` tells by release what is wrong with its manifest."""
     problems = []
     if facts.current.problem:
