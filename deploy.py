@@ -8637,7 +8637,7 @@ class Executor:
             self.console.warn("not everything could be undone: " + "; ".join(problems))
             raise error
         self._close(lambda: self.append_history("failed", error.exit_code, error.message, failure_of(error, self._failed_step())))
-        self._run_on_failure(error)
+        self._run_on_failure()
         raise error
 
     def _mark_undone(self, names: Set[str], before: int) -> None:
@@ -8665,7 +8665,7 @@ class Executor:
         failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
         self.outcome.changed = True
         self._close(lambda: self._settle_left_live(error, failure))
-        self._run_on_failure(error)
+        self._run_on_failure()
         raise RollbackFailed(f"{error.message}; {self.plan.to_release} is live all the same: auto_rollback is off",
                              f"go back with: {self.run.settings.command_line('rollback')}")
 
@@ -8699,7 +8699,7 @@ class Executor:
         if problems:
             self._give_up(error, problems, failure)
         self._close(lambda: self._settle_failed("reverted", EXIT_ROLLED_BACK, error, failure))
-        self._run_on_failure(error)
+        self._run_on_failure()
         self._prune_failed()
         self.outcome.rolled_back = True
         self.outcome.release, self.outcome.previous = plan.from_release, plan.to_release
@@ -8712,10 +8712,10 @@ class Executor:
         old = self.run.facts.records.get(self.plan.from_release or "")
         if old and old.state != STATE_ACTIVE:
             self._write(old._replace(state=STATE_ACTIVE, deactivated_at=None))
-        self._mark_failed(error, failure)
+        self._mark_failed(failure)
         self.append_history(result, exit_code, error.message, failure)
 
-    def _mark_failed(self, error: DeployError, failure: Dict[str, Any]) -> None:
+    def _mark_failed(self, failure: Dict[str, Any]) -> None:
         """Mark the release bad, unless it was good before or was only interrupted: neither proves it bad."""
         failed = self.run.facts.records.get(self.plan.to_release)
         if failed and failed.id != self.plan.from_release:
@@ -8726,11 +8726,11 @@ class Executor:
     def _give_up(self, error: DeployError, problems: List[str], failure: Dict[str, Any]) -> None:
         """The way back failed too: keep the journal, say what a person must do."""
         try:
-            self._mark_failed(error, failure)
+            self._mark_failed(failure)
             self.append_history("rollback_failed", EXIT_ROLLBACK_FAILED, error.message, failure)
         except FAILURES as write_error:
             self.console.warn(f"the verdict could not be written: {step_error(write_error, 'history').message}")
-        self._run_on_failure(error)
+        self._run_on_failure()
         found = self.store.current()
         live = found.release or found.problem or "nothing"
         self.outcome.release = found.release
@@ -8747,7 +8747,7 @@ class Executor:
         for step in prune_steps(self.run.settings, facts, self.plan.from_release, target.id if target else None):
             self._take(step)
 
-    def _run_on_failure(self, error: DeployError) -> None:
+    def _run_on_failure(self) -> None:
         """Run the on_failure hook; its own failure is a warning."""
         commands = self.run.settings.hooks.on_failure
         if commands and self._phase:
@@ -10462,7 +10462,7 @@ def command_recover(call: Invocation) -> None:
     done, damaged_records = [], []  # type: List[str], List[str]
     if not is_untouched(call):
         with preview(call) if call.dry_run else writing(call) as store:
-            done = preview_recovery(call, store) if call.dry_run else call.outcome.extra["recovered"]
+            done = preview_recovery(store) if call.dry_run else call.outcome.extra["recovered"]
             damaged_records = store.records()[1]
             call.outcome.release = store.current().release
     if call.dry_run:
@@ -10474,7 +10474,7 @@ def command_recover(call: Invocation) -> None:
         raise StateError("; ".join(damaged_records), "restore the file from a backup, or move it away: its release is then unknown")
 
 
-def preview_recovery(call: Invocation, store: Store) -> List[str]:
+def preview_recovery(store: Store) -> List[str]:
     """Say what `recover` would do; raises what it would be refused with."""
     holder, journal, current = lock_holder(store), store.read_journal(), store.current()
     if holder is not None:
@@ -11096,8 +11096,8 @@ class Notifier(Conversation):
 
     @staticmethod
     def check(settings: Any) -> Optional[str]:
-        """Say what is wrong with the notifier's settings."""
-        raise NotImplementedError
+        """Say what is wrong with the notifier's settings; None when nothing is."""
+        return None
 
     def quote(self, value: str) -> str:
         """Take from a value what the receiver would act on."""
@@ -11236,11 +11236,6 @@ class Command(Notifier):
     """Run an operator's command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT in its environment."""
 
     NEEDS = ("command",)
-
-    @staticmethod
-    def check(settings: Any) -> Optional[str]:
-        """Nothing to check: any command may be."""
-        return None
 
     def __init__(self, session: Session, settings: Any, note: Note) -> None:
         super().__init__(session, settings, note)
