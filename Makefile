@@ -1,7 +1,9 @@
 # PYTHON chooses the interpreter, JOBS how many suites `test-all` and `test-others` run at a time,
+# SHARES in how many parts the Pythons between the oldest and the newest share the cases of each test (1: each runs them all),
 # PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
 PYTHON = python3
 JOBS = 1
+SHARES = 1
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 
@@ -17,10 +19,10 @@ test: ## run the tests in .venv, which is made with pytest
 	$(PYTHON) tests/run_suite.py
 
 test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
-	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS)
+	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS) --shares $(SHARES)
 
 test-others: ## the same under every one but $(PYTHON), which `make test` takes
-	$(PYTHON) tests/run_suite.py --others --jobs $(JOBS)
+	$(PYTHON) tests/run_suite.py --others --jobs $(JOBS) --shares $(SHARES)
 
 test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state
 	$(PYTHON) tests/crash_matrix.py --jobs $(JOBS)

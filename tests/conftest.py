@@ -1,10 +1,12 @@
 """Fixtures: a root, an application, a server."""
 
 import os
+import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator, List
 
 import pytest
 
@@ -41,3 +43,42 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
+    """Under DEPLOY_TEST_SHARE=1/3 run of each test's cases the second of every three; a test with fewer is run whole."""
+    number, shares = (int(word) for word in os.environ.get("DEPLOY_TEST_SHARE", "0/1").split("/"))
+    tests = [(str(item.fspath), getattr(item, "originalname", None) or item.name) for item in items]
+    cases, seen, kept, left_out = Counter(tests), Counter(), [], []  # type: Any, Any, List[Any], List[Any]
+    for test, item in zip(tests, items):
+        is_mine = cases[test] < shares or seen[test] % shares == number
+        (kept if is_mine else left_out).append(item)
+        seen[test] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: Any) -> Iterator[None]:
+    """Empty a test's own directory once nothing of the test has failed: all of them together take more than a gigabyte."""
+    report = (yield).get_result()  # type: ignore
+    item.has_failed = getattr(item, "has_failed", False) or report.failed
+    directory = (getattr(item, "funcargs", None) or {}).get("tmp_path")
+    if report.when == "teardown" and directory and not item.has_failed:
+        empty(directory)
+
+
+def empty(directory: Path) -> None:
+    """Remove what is in a directory, as far as that can be, unless something is mounted there; its name stays taken."""
+    with open("/proc/self/mounts") as mounts:
+        if f" {directory}/" in mounts.read():
+            return
+    for name in os.listdir(str(directory)):
+        path = directory / name
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(str(path), ignore_errors=True)
+            else:
+                path.unlink()
+        except (OSError, RecursionError):
+            pass

@@ -1,12 +1,14 @@
 #!/usr/bin/python3
 """Run the test suite in virtual environments of its own, which hold pytest and nothing else.
 
-Usage: run_suite.py [--all | --others] [--jobs N] [-- PYTEST ARGUMENTS]
+Usage: run_suite.py [--all | --others] [--jobs N] [--shares N] [-- PYTEST ARGUMENTS]
 
 Without --all: the Python that runs this, in .venv.  With --all: every Python
 from 3.6 to 3.14 that pyenv has, each in .venvs/VERSION, then a summary; one
 that is not installed is named and left out.  With --others: all but the one
-that runs this.  $PYTEST_ARGUMENTS works as well.
+that runs this.  With --shares the oldest and the newest run everything, and
+those between them every test, but of its cases only one in N, each Python its
+own; N of them in a row have run every case.  $PYTEST_ARGUMENTS works as well.
 """
 
 import argparse
@@ -69,7 +71,7 @@ def make_venv(python: str, venv: str) -> str:
     return inside
 
 
-def run_suite(python: str, venv: str, arguments: List[str], *, live: bool) -> Outcome:
+def run_suite(python: str, venv: str, arguments: List[str], *, live: bool, share: str = "0/1") -> Outcome:
     """Run pytest; `live` shows its output as it comes, otherwise it is shown at the end, in one piece."""
     version, started = os.path.basename(venv), time.monotonic()
     try:
@@ -77,8 +79,8 @@ def run_suite(python: str, venv: str, arguments: List[str], *, live: bool) -> Ou
     except (OSError, subprocess.CalledProcessError) as error:
         return Outcome(version, 1, time.monotonic() - started, f"no virtual environment: {error}")
     argv = [inside, "-B", "-W", "error::SyntaxWarning", "-m", "pytest"] + PYTEST_OPTIONS + arguments
-    done = subprocess.run(argv, cwd=TOP, stdin=subprocess.DEVNULL, stdout=None if live else subprocess.PIPE,
-                          stderr=None if live else subprocess.STDOUT)
+    done = subprocess.run(argv, cwd=TOP, env=dict(os.environ, DEPLOY_TEST_SHARE=share), stdin=subprocess.DEVNULL,
+                          stdout=None if live else subprocess.PIPE, stderr=None if live else subprocess.STDOUT)
     output = (done.stdout or b"").decode("utf-8", "replace").rstrip()
     if not live:
         show(f"===== Python {version} =====\n{output}")
@@ -95,7 +97,7 @@ def show(text: str) -> None:
         sys.stdout.buffer.flush()
 
 
-def run_all(arguments: List[str], jobs: int, *, others: bool) -> int:
+def run_all(arguments: List[str], jobs: int, shares: int, *, others: bool) -> int:
     """Run the suite under every Python there is (`others`: but this one) and print a summary; returns the exit code."""
     from concurrent.futures import ThreadPoolExecutor
     pythons = find_pythons()
@@ -104,9 +106,12 @@ def run_all(arguments: List[str], jobs: int, *, others: bool) -> int:
     if not pythons:
         show("pyenv has no Python 3.6 to 3.14")
         return 1
+    ends = [min(pythons), max(pythons)]
+    share = dict.fromkeys(ends, "0/1")  # first: these suites take longest
+    share.update((version, f"{number % shares}/{shares}") for number, version in enumerate(sorted(set(pythons) - set(ends))))
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(run_suite, pythons[version], os.path.join(TOP, ".venvs", "%d.%d" % version), arguments, live=False)
-                for version in VERSIONS if version in pythons]
+        runs = [pool.submit(run_suite, pythons[version], os.path.join(TOP, ".venvs", "%d.%d" % version), arguments, live=False,
+                            share=share[version]) for version in share if version in VERSIONS]
         outcomes = {run.result().version: run.result() for run in runs}
     show("\n===== summary =====")
     for version in ("%d.%d" % numbers for numbers in VERSIONS):
@@ -126,11 +131,12 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="under every Python that pyenv has")
     parser.add_argument("--others", action="store_true", help="under every such Python but the one that runs this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time, with --all")
+    parser.add_argument("--shares", type=int, default=1, help="run one in so many cases of a test, but for the oldest and the newest")
     parser.add_argument("arguments", nargs="*", help="handed to pytest, after --")
     options = parser.parse_args()
     arguments = shlex.split(os.environ.get("PYTEST_ARGUMENTS", "")) + options.arguments
     if options.all or options.others:
-        return run_all(arguments, options.jobs, others=options.others)
+        return run_all(arguments, options.jobs, options.shares, others=options.others)
     outcome = run_suite(sys.executable, os.path.join(TOP, ".venv"), arguments, live=True)
     if outcome.summary:
         show(outcome.summary)

@@ -10,6 +10,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
+from crashes import Saved
 from scenes import Gate, configure, deploy_all, fails_for
 from support import (App, Server, clean_environment, deploy_argv, fake_command, make_tree, needs, snapshot, start_deploy)
 
@@ -299,23 +300,33 @@ def everything(app: App) -> str:
 
 
 @pytest.fixture(scope="module")
-def rich(tmp_path_factory: Any) -> App:
-    """An application with every kind of step and four releases, of which prune would take some."""
+def prepared(tmp_path_factory: Any) -> Saved:
+    """An application with every kind of step and four releases, of which prune would take some, to be put back for each case."""
     made = App(tmp_path_factory.mktemp("rich"))
     configure(made, everything(made).replace("keep_releases = 1", "keep_releases = 9"))
     for version in ("0.8", "0.9", "1.0", "2.0"):
         made.deploy(version, {"run.in": "port=${port}\n"})
     configure(made, everything(made))
-    return made
+    return Saved(made)
 
 
-@pytest.mark.parametrize("words", [["pin", "1.0"], ["stage", "2.9"], ["rollback"], ["activate", "2.0"], ["prune"], ["deploy", "3.0"],
-                                   ["deploy", "3.0"], ["unpin", "1.0"]], ids=" ".join)
-def test_a_dry_run_shows_what_the_real_run_does_and_changes_nothing(rich: App, words: List[str]) -> None:
-    argv = list(words)  # type: List[Any]
-    if words[0] in ("stage", "deploy"):
-        argv[1] = rich.artifact(words[1], {"run.in": "port=${port}\n"})
-    before = snapshot(rich.root)
+@pytest.fixture
+def rich(prepared: Saved) -> App:
+    """That application, as it was made."""
+    prepared.restore()
+    return prepared.app
+
+
+@pytest.mark.parametrize("earlier, words", [
+    ([], ["pin", "1.0"]), ([], ["stage", "2.9"]), ([], ["rollback"]), (["rollback"], ["activate", "2.0"]), ([], ["prune"]),
+    ([], ["deploy", "3.0"]), (["deploy", "3.0"], ["deploy", "3.0"]), (["pin", "1.0"], ["unpin", "1.0"])], ids=" ".join)
+def test_a_dry_run_shows_what_the_real_run_does_and_changes_nothing(rich: App, earlier: List[str], words: List[str]) -> None:
+    def argv_of(words: List[str]) -> List[Any]:
+        made = words[0] in ("stage", "deploy")
+        return [words[0], rich.artifact(words[1], {"run.in": "port=${port}\n"})] if made else words
+    if earlier:
+        rich.run(*argv_of(earlier), check=0)
+    argv, before = argv_of(words), snapshot(rich.root)
     dry = rich.run("-n", *argv, check=0).data
     assert snapshot(rich.root) == before
     assert {step["status"] for step in dry["steps"]} <= {"planned"} and dry["dry_run"] is True

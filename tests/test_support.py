@@ -3,15 +3,18 @@
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import conftest
 import support
-from support import (Server, clean_environment, compress, directory, fake_command, file, free_port, link, make_artifact,
+from support import (TESTS, Server, clean_environment, compress, directory, fake_command, file, free_port, link, make_artifact,
                      make_tar, make_tree, make_zip, member, needs, pax_global, run_deploy, sha256_of, snapshot, tar_bytes, wait_until)
 
 
@@ -152,3 +155,47 @@ def test_waiting_ends_with_the_value_or_a_failure() -> None:
     with pytest.raises(pytest.fail.Exception, match="the port"):
         wait_until(lambda: False, timeout=0.1, what="the port")
     assert 1024 <= free_port() < 65536
+
+
+@pytest.mark.parametrize("share, kept", [("0/1", "abcdefg"), ("0/3", "adfg"), ("1/3", "befg"), ("2/3", "cfg")])
+def test_a_share_of_the_suite_holds_every_test_and_its_share_of_the_cases(monkeypatch, share, kept):
+    items = [SimpleNamespace(fspath="test_x.py", originalname="five" if name in "abcde" else name, name=name) for name in "abcdefg"]
+    left_out = []
+    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
+    monkeypatch.setenv("DEPLOY_TEST_SHARE", share)
+    conftest.pytest_collection_modifyitems(config, items)
+    assert "".join(item.name for item in items) == kept and len(items) + len(left_out) == 7
+
+
+TESTS_OF_A_SUITE = """
+import pytest
+
+@pytest.fixture
+def broken(tmp_path):
+    yield
+    assert False
+
+def write(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path.parent)
+
+def test_passes(tmp_path):
+    write(tmp_path)
+
+def test_fails(tmp_path):
+    write(tmp_path)
+    assert False
+
+def test_fails_at_its_end(broken, tmp_path):
+    write(tmp_path)
+"""
+
+
+def test_of_the_tests_own_directories_only_those_of_failures_are_left(tmp_path):
+    make_tree(tmp_path / "suite", {"test_suite.py": TESTS_OF_A_SUITE})
+    argv = [sys.executable, "-B", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "left"), "suite"]
+    done = subprocess.run(argv, cwd=str(tmp_path), env=clean_environment({"PYTHONPATH": str(TESTS)}), stdout=subprocess.PIPE)
+    assert b"1 failed, 2 passed, 1 error" in done.stdout, done.stdout.decode()
+    left = {path.parent.name for path in (tmp_path / "left").glob("*0/below")}
+    assert left == {"test_fails0", "test_fails_at_its_end0"} and (tmp_path / "left" / "test_passes0").is_dir()
