@@ -16,7 +16,7 @@ FAILS_FOR_1_2 = "/bin/sh -c 'test $DEPLOY_VERSION != 1.2'"
 SICK = f"keep_releases = 1\n[service:sick]\ncommand = {FAILS_FOR_1_2}\n"
 # It hangs until its deadline, so that it is asked once: every run must make the same calls.
 HANGS = ("keep_releases = 1\n[probe:hangs]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION != 1.2 || exec sleep 9'\n"
-         "deadline = 400ms\nsuccesses = 1\n")
+         "deadline = 800ms\nsuccesses = 1\n")
 NEXT = "9.9"
 
 
@@ -368,11 +368,11 @@ def unchanged(result: Result, problems: List[str]) -> None:
         problems.append(f"a deployment left something to recover: {result.describe()}")
 
 
-def sample(points: List[Point], stride: int) -> List[Point]:
-    """Every so many points, and the first of each phase."""
+def sample(points: List[Point], stride: int, offset: int = 0) -> List[Point]:
+    """Every so many points from an offset on, and the first of each phase."""
     seen, chosen = set(), []
     for number, point in enumerate(points):
-        if number % stride == 0 or point.call.phase not in seen:
+        if number % stride == offset % stride or point.call.phase not in seen:
             chosen.append(point)
         seen.add(point.call.phase)
     return chosen

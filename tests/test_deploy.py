@@ -13,7 +13,7 @@ from scenes import Gate, configure, deploy_all, fails_for
 from support import (App, Server, clean_environment, deploy_argv, fake_command, file, free_port, make_tar,
                      make_tree, needs, run_deploy, sha256_of, snapshot, tree_members, write_checksum)
 
-PROBE = "[probe:web]\nurl = {url}\nrelease = json:version\nsuccesses = 1\nperiod = 50ms\ndeadline = 400ms\njitter = 0\n"
+PROBE = "[probe:web]\nurl = {url}\nrelease = json:version\nsuccesses = 1\nperiod = 50ms\ndeadline = 3s\njitter = 0\n"
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_the_refusal_without_a_digest_shows_the_command_that_makes_one(app: App)
 def after_failures(app: App) -> Dict[str, str]:
     """A piece of configuration for each way to fail once version 2.0 is live."""
     bad = fails_for(app.directory / "bin", "2.0").path
-    probe = "successes = 1\nperiod = 10s\ndeadline = 300ms\njitter = 0\n"
+    probe = "successes = 1\nperiod = 10s\ndeadline = 3s\njitter = 0\n"
     return {
         "hook:post_activate": f"[hooks]\npost_activate = {bad}\n",
         "hook:post_deploy": f"[hooks]\npost_deploy = {bad}\n",
@@ -359,7 +359,7 @@ def test_a_try_cut_off_by_the_deadline_does_not_hide_the_answer_before_it(app: A
         "if os.environ['DEPLOY_VERSION'] == '2.0':\n"
         f"    if os.path.exists({str(once)!r}):\n        os.execvp('cat', ['cat', {str(gate.path)!r}])\n"
         f"    open({str(once)!r}, 'w').close()\n    print('no such table: users')\n    sys.exit(4)"))
-    configure(app, f"[probe:web]\ncommand = {command.path}\nsuccesses = 1\nperiod = 10ms\ntimeout = 10s\ndeadline = 500ms\n")
+    configure(app, f"[probe:web]\ncommand = {command.path}\nsuccesses = 1\nperiod = 10ms\ntimeout = 10s\ndeadline = 3s\n")
     done = app.run("deploy", app.artifact("2.0"), check=5).data
     assert "no such table: users" in done["error"]["message"]
 

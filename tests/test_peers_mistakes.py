@@ -204,7 +204,7 @@ def test_the_old_process_answering_is_not_taken_for_the_new_release(app: App, se
     first = app.deploy("1.0").data["release"]
     server.restart()
     configure(app, f"[service:web]\ncommand = true\n[probe:web]\nurl = {server.url}\nrelease = json:version\n"
-                   "deadline = 300ms\nperiod = 50ms\n")
+                   "deadline = 3s\nperiod = 50ms\n")
     failed = app.run("deploy", app.artifact("2.0"), check=5).data
     assert (app.current, server.answer()[0]) == (first, 200)
     assert app.record(failed["previous"])["state"] == "bad"

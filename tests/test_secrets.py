@@ -102,7 +102,7 @@ class Scene:
         hooks = "".join(f"{name} = {leak}\n" for name in ("pre_stage", "post_stage", "pre_activate", "post_activate",
                                                           "post_deploy",
                                                           "on_failure", "pre_rollback", "post_rollback"))
-        base = "successes = 1\nperiod = 20ms\ndeadline = 1s\n"
+        base = "successes = 1\nperiod = 20ms\ndeadline = 3s\n"
         app.configure(
             f"durable = no\n[env]\nDB_PASSWORD = {CANARIES['env']}\nTLS_PRIVATE_KEY =\n  {CANARIES['key line one']}\n"
             f"  {CANARIES['key line two']}\n[hooks]\n{hooks}[vars]\nDB_PASSWORD = {CANARIES['vars']}\n"

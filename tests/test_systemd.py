@@ -46,7 +46,7 @@ class Guarded:
     def configuration(self, auth_file: Any) -> str:
         """A hook that tells its environment, and a probe that needs the password."""
         return ("[hooks]\npre_activate = env\n"
-                f"[probe:web]\nurl = http://127.0.0.1:{self.http.server_address[1]}/\nsuccesses = 1\ndeadline = 500ms\n"
+                f"[probe:web]\nurl = http://127.0.0.1:{self.http.server_address[1]}/\nsuccesses = 1\ndeadline = 3s\n"
                 f"auth_file = {auth_file}\n")
 
 
