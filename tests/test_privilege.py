@@ -192,8 +192,17 @@ class Trusted(NamedTuple):
     paths: Dict[str, Path]
 
 
+@pytest.fixture(scope="module")
+def key_pair(tmp_path_factory: Any) -> Path:
+    """A directory with a key and its certificate, which takes longer to make than all the rest of a test."""
+    place = Path(str(tmp_path_factory.mktemp("tls")))
+    subprocess.run([needs("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-keyout", str(place / "key"),
+                    "-out", str(place / "cert")], check=True, stderr=subprocess.DEVNULL)
+    return place
+
+
 @pytest.fixture
-def trusted(tmp_path: Path) -> Trusted:
+def trusted(tmp_path: Path, key_pair: Path) -> Trusted:
     """Everything that is believed, each in a directory of its own."""
     app = App(tmp_path / "place" / "app")
     places = {name: app.directory / name for name in ("conf", "hooks", "service", "probes", "auth", "tls")}
@@ -203,9 +212,8 @@ def trusted(tmp_path: Path) -> Trusted:
     hook, service, probe = (script(places[name] / name, "exit 0") for name in ("hooks", "service", "probes"))
     auth, key, certificate, authority = places["auth"] / "auth", *(places["tls"] / name for name in ("key", "cert", "ca"))
     auth.write_text("x:y\n")
-    subprocess.run([needs("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-keyout", str(key), "-out",
-                    str(certificate)], check=True, stderr=subprocess.DEVNULL)
-    shutil.copy(str(certificate), str(authority))
+    for name, path in (("key", key), ("cert", certificate), ("cert", authority)):
+        shutil.copy(str(key_pair / name), str(path))
     for path in (auth, key, certificate, authority):
         path.chmod(0o600)
     config.write_text(f"[deploy]\nroot = {app.root}\napplication = myapp\ndurable = no\n[hooks]\npre_stage = {hook} "
