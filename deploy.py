@@ -10185,12 +10185,11 @@ def is_untouched(call: Invocation) -> bool:
         return store is None or store.optional(".deploy") is None
 
 
-def existing(call: Invocation) -> Store:
-    """Open a root that something was deployed to; UsageError where there is none."""
-    if is_untouched(call):
+def check_touched(call: Invocation) -> None:
+    """Raise UsageError for a root that nothing was deployed to, unless this command is what makes one."""
+    if call.flags.command not in ("deploy", "stage") and is_untouched(call):
         raise UsageError(f"nothing was ever deployed to {call.root}",
                          "name another root with --root DIR, or deploy something first")
-    return Store.create(call.settings)
 
 
 @contextmanager
@@ -10209,7 +10208,7 @@ def reading(call: Invocation) -> Iterator[Store]:
 @contextmanager
 def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then bring an earlier run's leftovers into line."""
-    store = Store.create(call.settings) if call.flags.command in ("deploy", "stage") else existing(call)
+    store = Store.create(call.settings)
     lock = Lock(store)
     holder = dict(who(started_by()), command=call.flags.command, since=format_time(time.time()),
                   deploy_id=call.deploy_id)
@@ -10249,6 +10248,7 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
     if call.flags.command in ("deploy", "stage") and not call.dry_run and is_untouched(call):
         # Before a root is made, everything else must be right: it may be a slip of the pen.
         look_before_making(call)
+    check_touched(call)
     opened = preview(call) if call.dry_run else writing(call)
     with opened as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
         call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
@@ -10487,6 +10487,7 @@ def preview_recovery(store: Store) -> List[str]:
 
 def settle_by_hand(call: Invocation) -> None:
     """Make the release live that a person names, and close whatever was under way."""
+    check_touched(call)
     with preview(call) if call.dry_run else writing(call, recover_first=False) as store:
         observer = Observer(call.session, store, call.deploy_id)
         call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)

@@ -215,15 +215,18 @@ def test_a_dry_run_leaves_an_interrupted_run_for_the_next_real_one(app: App) -> 
 # -- nothing is there yet, nothing to do, something wrong --------------------
 
 @pytest.mark.parametrize("words,exit_code", [
-    (["deploy", "{artifact}"], 0), (["stage", "{artifact}"], 0), (["prune"], 0), (["recover"], 0), (["rollback"], 3),
-    (["activate", "1.0"], 2), (["pin", "1.0"], 2), (["unpin", "1.0"], 2),
+    (["deploy", "{artifact}"], 0), (["stage", "{artifact}"], 0), (["prune"], 2), (["recover"], 0), (["rollback"], 2),
+    (["activate", "1.0"], 2), (["pin", "1.0"], 2), (["unpin", "1.0"], 2), (["recover", "--to", "1.0"], 2),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_a_missing_root_is_not_made(words: List[str], exit_code: int, app: App) -> None:
     app.root.rmdir()
     path = artifact(app, "1.0")
     before = snapshot(app.directory)
-    app.run("-n", *[word.format(artifact=path) for word in words], check=exit_code)
+    argv = [word.format(artifact=path) for word in words]
+    announced = app.run("-n", *argv, check=exit_code).data
     assert snapshot(app.directory) == before
+    assert app.run(*argv, check=exit_code).data["error"] == announced["error"]
+    assert snapshot(app.directory) == before or not exit_code
 
 
 def test_a_run_that_is_refused_before_it_begins_makes_no_root(app: App) -> None:
