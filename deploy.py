@@ -3525,6 +3525,14 @@ def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
     return entries
 
 
+def check_given_digest(text: str) -> str:
+    """Return the digits of what --sha256 was given; UsageError where it is no digest."""
+    found = _GIVEN_DIGEST.match(text.strip())
+    if not found:
+        raise UsageError(f"--sha256 {text!r} is not a SHA-256", "give the 64 hexadecimal digits that sha256sum prints")
+    return found.group(1).lower()
+
+
 def find_digest(artifact: OpenArtifact, given: str, policy: str) -> Optional[Digest]:
     """Find the digest to compare with: --sha256, else ARTIFACT.sha256, else SHA256SUMS beside it.
 
@@ -3532,10 +3540,7 @@ def find_digest(artifact: OpenArtifact, given: str, policy: str) -> Optional[Dig
     compare with, and that the policy allows it.
     """
     if given:
-        found = _GIVEN_DIGEST.match(given.strip())
-        if not found:
-            raise UsageError(f"--sha256 {given!r} is not a SHA-256", "give the 64 hexadecimal digits that sha256sum prints")
-        return Digest(found.group(1).lower(), "--sha256")
+        return Digest(check_given_digest(given), "--sha256")
     if policy == "off":
         return None
     for sidecar in (artifact.path + ".sha256", os.path.join(os.path.dirname(artifact.path), "SHA256SUMS")):
@@ -3626,7 +3631,7 @@ _IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"), re.compile(r"(?:\A|[-_])v
 def check_version(text: str) -> str:
     """Return the text if it can be a version, which becomes part of a directory's name; else UsageError."""
     if not _VERSION.match(text):
-        raise UsageError(f"{text!r} cannot be a version",
+        raise UsageError(f"--release-version {text!r} cannot be a version",
                          "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit")
     return text
 
@@ -7051,8 +7056,6 @@ class Observer:
 
     def _observe_artifact(self, facts: Facts) -> ArtifactFacts:
         settings, request = self.session.settings, facts.request
-        if request.version:
-            check_version(request.version)
         self.artifact = artifact = OpenArtifact.open(request.artifact)
         check_limits(artifact, settings.limits)
         self._refuse_own(facts, os.path.realpath(artifact.path))
@@ -9289,8 +9292,9 @@ lists have one item a line. Precedence: command line, then the environment
 default; `deploy.py config` shows every value and where it came from. Without
 `-c` the first of `$DEPLOY_CONFIG`, `./deploy.ini` and
 `/etc/deploy/deploy.ini` is read. Durations are written `500ms`, `3s`, `2m`,
-`1h`; sizes `64k`, `10M`, `2G`. Relative paths are relative to the
-configuration file. `deploy.py config --example` prints a file to begin with.
+`1h` (behind a flag a bare number is seconds); sizes `64k`, `10M`, `2G`.
+Relative paths are relative to the configuration file. `deploy.py config
+--example` prints a file to begin with.
 
 {{sections}}
 
@@ -10179,6 +10183,28 @@ class Invocation:
             confirm_digest=self.dry_run or flags["command"] == "preflight")
 
 
+def spoken_duration(text: str) -> str:
+    """Write a flag's duration as the configuration has it: behind a flag a bare number is seconds."""
+    return text + "s" if re.match(r"[0-9]+\Z", text) else text
+
+
+# How a flag's value is read, and an example of one; all are read before anything is looked at.
+FLAG_VALUES = {
+    "--splay": (lambda text: parse_duration(spoken_duration(text)), "5m"), "--wait": (lambda text: _parse_limit(spoken_duration(text)), "30s"),
+    "--limit": (_parse_int, "20; 0 means all"), "--unhealthy-exit-code": (_parse_exit_code, "1"),
+    "--sha256": (check_given_digest, ""), "--release-version": (check_version, ""),
+}  # type: Dict[str, Tuple[Callable[[str], Any], str]]
+
+
+def flag_value(flag: str, text: str) -> Any:
+    """Read what a flag was given; UsageError names the flag."""
+    read, example = FLAG_VALUES[flag]
+    try:
+        return read(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} {example}")
+
+
 def is_untouched(call: Invocation) -> bool:
     """Tell whether nothing was ever deployed to the root."""
     with preview(call) as store:
@@ -10369,14 +10395,6 @@ def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
             call.console.result(f"      {step.name:<20} {step.description}")
 
 
-def flag_value(flag: str, text: str, read: Callable[[str], Any], example: str) -> Any:
-    """Read what a flag was given; UsageError names the flag."""
-    try:
-        return read(text)
-    except ValueError as error:
-        raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} {example}")
-
-
 def share_of(host: str, application: str) -> float:
     """Give a host its share, 0 to 1: a hash of its name and the application's, evenly spread, the same every time."""
     digest = hashlib.sha256(f"{host} {application}".encode("utf-8", "surrogateescape")).digest()
@@ -10386,7 +10404,7 @@ def share_of(host: str, application: str) -> float:
 def splay(call: Invocation) -> None:
     """Wait this host's share of --splay, so that a fleet does not begin at once; nothing is locked, and a signal ends it."""
     text, host = call.flags.splay, os.uname().nodename
-    seconds = flag_value("--splay", text, parse_duration, "5m") * share_of(host, application_name(call.settings) if call.root else "")
+    seconds = flag_value("--splay", text) * share_of(host, application_name(call.settings) if call.root else "")
     said = f"{'would wait' if call.dry_run else 'waiting'} {format_seconds(seconds)} of --splay {text}"
     call.console.say(said)
     call.console.working(said, seconds)
@@ -10559,7 +10577,26 @@ def command_verify(call: Invocation) -> None:
 
 def command_probe(call: Invocation) -> None:
     """Run the configured probes now, or an ad-hoc one."""
-    flags, settings = call.flags, call.settings
+    flags, results = call.flags, []
+    probes = chosen_probes(call.settings, flags)
+    context, live = probe_context(call)
+    for probe in probes:
+        found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
+        results.append(found)
+        status = "ok" if found.ok else "fail" if found.required else "warn"
+        call.console.result(f"  {call.console.paint(status, f'{status:<5}')} {found.name:<16} "
+                            f"{format_seconds(found.seconds):>7}  {found.detail}")
+    call.outcome.extra["probes"] = [found.to_json() for found in results]
+    failed = [found for found in results if not found.ok and found.required]
+    call.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
+    if failed:
+        found_unwell = ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
+        found_unwell.exit_code = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM))
+        raise found_unwell
+
+
+def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
+    """Make the probes that the command line asks for; UsageError where it does not hold together."""
     adhoc = [(kind, getattr(flags, kind)) for kind in ("url", "tcp", "probe_command") if getattr(flags, kind)]
     if len(adhoc) > 1 or adhoc and flags.names:
         raise UsageError("probe takes names, or one of --url, --tcp and --command", "ask one thing at a time")
@@ -10571,27 +10608,13 @@ def command_probe(call: Invocation) -> None:
         probes = [settings.probe[name] for name in flags.names or sorted(settings.probe) if known_probe(settings, name)]
     if not probes:
         raise UsageError("there is no probe to run", "configure a [probe:NAME], or give --url, --tcp or --command")
-    unhealthy = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM), _parse_exit_code, "1")
-    context, live = probe_context(call)
-    results = []
     for probe in probes:
         if flags.wait is not None:
-            probe.deadline = flag_value("--wait", flags.wait, _parse_limit, "30s")
+            probe.deadline = flag_value("--wait", flags.wait)
         problem = check_probe(settings, probe)
         if problem:
             raise UsageError(f"probe {probe.name}: {problem}", "correct it in the configuration or on the command line")
-        found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
-        results.append(found)
-        status = "ok" if found.ok else "fail" if found.required else "warn"
-        call.console.result(f"  {call.console.paint(status, f'{status:<5}')} {found.name:<16} "
-                            f"{format_seconds(found.seconds):>7}  {found.detail}")
-    call.outcome.extra["probes"] = [found.to_json() for found in results]
-    failed = [found for found in results if not found.ok and found.required]
-    call.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
-    if failed:
-        found_unwell = ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
-        found_unwell.exit_code = unhealthy
-        raise found_unwell
+    return probes
 
 
 def known_probe(settings: Settings, name: str) -> bool:
@@ -10709,7 +10732,7 @@ def command_history(call: Invocation) -> None:
         if call.flags.verify:
             verify_history(call, store)
             return
-        entries = store.history(flag_value("--limit", call.flags.limit, _parse_int, "20; 0 means all"))
+        entries = store.history(flag_value("--limit", call.flags.limit))
     call.outcome.extra["history"] = [entry.to_json() for entry in entries]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in entries]
@@ -10777,7 +10800,6 @@ def command_pack(call: Invocation) -> None:
     directory = absolute(call.flags.directory)
     name = os.path.basename(directory)
     if call.flags.release_version:
-        check_version(call.flags.release_version)
         name += "-" + call.flags.release_version
     shown = call.flags.output or name + ".tar.gz"
     target = absolute(shown)
@@ -10832,6 +10854,8 @@ def command_unit(call: Invocation) -> None:
     """Print a systemd service and a timer that run a command, or write them into a directory."""
     outcome, root = call.outcome, call.root
     file, words = absolute(__file__), call.flags.words
+    if words[0] == "probe":
+        chosen_probes(call.settings, call.flags.inner)
     if find_command("systemd-analyze"):
         judged = run_command(["systemd-analyze", "calendar", "--", call.flags.timer])
         if not judged.ok:
@@ -11377,6 +11401,8 @@ COMMANDS = {
 
 # Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
 TELLING = ("help", "completion")
+# Those, and what writes outside the root, where a unit may not.
+NOT_IN_A_UNIT = TELLING + ("unit", "pack")
 # Commands that run nothing and follow no setting but the root.
 LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify")
 
@@ -11460,7 +11486,7 @@ def parse_command_line(argv: List[str]) -> Any:
         flags = build_parser(list(COMMANDS)).parse_args(hoist_repeated(argv))
     shown = {f"{option.section}.{option.key}": option.flag for option in OPTIONS if option.flag}
     for flag in FLAGS:
-        name = flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
+        name = flag_name(flag)
         shown[name] = flag.names[-1]
         if not hasattr(flags, name):
             setattr(flags, name, None)
@@ -11470,24 +11496,30 @@ def parse_command_line(argv: List[str]) -> Any:
             raise UsageError(f"{shown.get(name, name)} is given, but empty", "give a value, or leave it out")
     if not flags.command:
         raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
+    for flag in FLAGS:
+        if flag.names[-1] in FLAG_VALUES and getattr(flags, flag_name(flag)) is not None:
+            flag_value(flag.names[-1], getattr(flags, flag_name(flag)))
     if flags.command == "unit":
-        flags.words = inner_command(flags.words)
+        flags.words, flags.inner = inner_command(flags.words)
     if flags.command == "help" and flags.topic in COMMANDS:
         build_parser([flags.topic]).parse_args([flags.topic, "--help"])
     return flags
 
 
-def inner_command(words: List[str]) -> List[str]:
+def flag_name(flag: Flag) -> str:
+    """Return the name under which argparse keeps a flag's value."""
+    return flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
+
+
+def inner_command(words: List[str]) -> Tuple[List[str], Any]:
     """Check the command line that a unit is to run, and make its artifact's path one that holds in any directory."""
     words = words[words[:1] == ["--"]:]
-    if words[:1] == ["unit"]:
-        raise UsageError("a unit cannot run `unit`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
+    if words[:1] and words[0] in NOT_IN_A_UNIT:
+        raise UsageError(f"a unit cannot run `{words[0]}`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
     flags = parse_command_line(words)
     if words[0] != flags.command:
         raise UsageError(f"{words[0]} stands before the command that the unit is to run", "global options go before `unit`")
-    if flags.splay:
-        flag_value("--splay", flags.splay, parse_duration, "5m")
-    return words[:1] + [absolute(word) if word == flags.artifact else word for word in words[1:]]
+    return words[:1] + [absolute(word) if word == flags.artifact else word for word in words[1:]], flags
 
 
 def hoist_repeated(argv: List[str]) -> List[str]:
@@ -11500,7 +11532,11 @@ def hoist_repeated(argv: List[str]) -> List[str]:
         if word == "--":
             tail = [word, *words]
         elif word in names:
-            moved += [word] + [value for value in [next(words, None)] if value is not None]
+            value = next(words, None)
+            if value is None:
+                rest.append(word)  # where it stands it lacks its value; elsewhere it would take another word for it
+            else:
+                moved += [word, value]
         elif word.partition("=")[0] in names:
             moved.append(word)
         else:
@@ -11753,9 +11789,8 @@ def load(flags: Any) -> Settings:
     if flags.command in TELLING:
         return Settings({}, [])
     given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
-    wait = given.get(("deploy", "lock_wait"), "")  # type: ignore
-    if wait.isdigit():
-        given["deploy", "lock_wait"] = wait + "s"  # a bare number on the command line is seconds
+    if ("deploy", "lock_wait") in given:
+        given["deploy", "lock_wait"] = spoken_duration(given["deploy", "lock_wait"])
     files = flags.config or discover_files()
     return load_settings(files, given, flags.assignments or [])  # type: ignore
 

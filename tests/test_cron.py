@@ -159,7 +159,7 @@ def test_commands_that_only_look_do_not_wait(words: List[str], app: App) -> None
 
 
 def test_a_splay_is_a_duration_and_what_is_wrong_is_told_before_the_wait(app: App, tmp_path: Path) -> None:
-    for words, said in ([["rollback", "--splay", "5"], "--splay '5': expected a duration"],
+    for words, said in ([["rollback", "--splay", "5x"], "--splay '5x': expected a duration"],
                         [["activate", "1.0", "--splay", "5m", "--set", "hooks.timeout=x"], "[hooks] timeout"]):
         assert said in app.run(*words, check=2).data["error"]["message"]
     assert "no root is given" in run_deploy("prune", "--splay", "480h", cwd=tmp_path, check=2).data["error"]["message"]

@@ -165,8 +165,18 @@ def test_some_directories_cannot_be_a_root(root: str, tmp_path: Path) -> None:
     run_deploy("status", root=root, cwd=tmp_path, check=2)
 
 
-def test_a_lock_is_waited_for_in_plain_seconds(app: App) -> None:
+def test_plain_seconds_are_a_duration_behind_every_flag(app: App) -> None:
     app.run("--wait-lock", "5", "deploy", app.artifact("1.0"), check=0)
+    app.run("-n", "prune", "--splay", "5", check=0)
+    app.run("probe", "--command", "true", "--wait", "5", check=0)
+
+
+@pytest.mark.parametrize("words", [
+    ["deploy", "x", "--sha256", "xyz"], ["preflight", "--sha256", "xyz"], ["stage", "x", "--release-version", "a/b"],
+    ["prune", "--splay", "5x"], ["probe", "--wait", "5x"], ["history", "--limit", "x"], ["history", "--verify", "--limit", "-1"],
+], ids=" ".join)
+def test_a_flag_is_read_before_anything_is_looked_at(words: List[str], tmp_path: Path) -> None:
+    assert words[-2] in str(run_deploy(*words, root=tmp_path / "none", check=2).data["error"])
 
 
 def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App) -> None:

@@ -308,6 +308,11 @@ def test_hostile_names_are_quoted_as_systemd_reads_them(tmp_path):
     (["unit", "deploy", "x\n[Install]"], "cannot stand in a unit file"), (["unit", "deploy", "x", "--nonsense"], "unrecognized"),
     (["unit", "-o", "/nonexistent", "prune"], "ENOENT"),
     (["unit", "--", "-c", "/etc/deploy/other.ini", "prune"], "-c stands before the command"),
+    (["unit", "pack", "x"], "cannot run `pack`"), (["unit", "help", "x"], "cannot run `help`"), (["unit", "status", "--set"], "--set"),
+    (["unit", "probe", "--wait", "5x"], "--wait '5x': expected a duration"), (["unit", "probe", "nonesuch"], "no probe 'nonesuch'"),
+    (["unit", "probe"], "no probe to run"), (["unit", "probe", "--url", "x"], "the URL must begin"),
+    (["unit", "probe", "--url", "http://x", "--expect", "foo=1"], "unknown key 'foo'"), (["unit", "history", "--limit", "x"], "--limit 'x'"),
+    (["unit", "deploy", "x", "--sha256", "xyz"], "is not a SHA-256"), (["unit", "deploy", "x", "--release-version", "a/b"], "cannot be a version"),
     (["unit", "prune", "--splay", "99x"], "--splay '99x': expected a duration"), (["unit", "prune", "--splay="], "--splay is given, but empty"),
 ])
 def test_what_makes_no_unit_is_refused(app, words, told):
