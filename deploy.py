@@ -288,7 +288,7 @@ class Busy(DeployError):
 
 
 # What may stop any work without being a defect of this program.
-FAILURES = (DeployError, OSError, ImportError)
+FAILURES = (DeployError, OSError, ImportError, MemoryError)
 
 
 class Interrupted(DeployError):
@@ -927,7 +927,9 @@ def portable(name: str) -> str:
 def reason(error: Exception) -> str:
     """Say why something failed; what the system refused with the errno's name, for those who search for it."""
     name = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
-    return f"{error.strerror or error} ({name})" if name else str(error)  # type: ignore
+    # What has no name (a host that cannot be resolved) has numbers of its own, which tell nobody anything.
+    text = getattr(error, "strerror", None) or str(error)
+    return f"{text} ({name})" if name else text
 
 
 def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
@@ -1788,7 +1790,10 @@ def _parse_list(text: str) -> List[str]:
 
 def _parse_argv(text: str) -> List[str]:
     import shlex
-    return shlex.split(text)
+    words = shlex.split(text)
+    if words[:1] == [""]:
+        raise ValueError("the first word is a program's name, and it is empty")
+    return words
 
 
 def _parse_regex(text: str) -> str:
@@ -3248,6 +3253,9 @@ class Lock:
     unlinked, or two runs could each hold a lock on a file of that name.
     """
 
+    # One that only tests the lock holds it for microseconds, unless the machine is so busy that it stands still just then.
+    READERS_SECONDS = 5.0
+
     def __init__(self, store: Store) -> None:
         self._directory = store.directory(".deploy")
         self._descriptor, self._is_owner = -1, False
@@ -3256,11 +3264,10 @@ class Lock:
         """Take the lock, or raise Busy naming the holder once the time is up."""
         self._descriptor = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
                                    dir_fd=self._directory.descriptor)
-        # A reader that tests the lock holds it for microseconds; that is not contention.
         deadline_seconds = time.monotonic() + max(0.05, wait_seconds)
         with interrupts.allowed():
             while not self._try(fcntl.LOCK_EX):
-                if time.monotonic() >= deadline_seconds:
+                if time.monotonic() >= deadline_seconds + self.READERS_SECONDS * self._is_only_looked_at():
                     found = read_holder(self._descriptor)
                     self.release()
                     raise busy(found)
@@ -3271,6 +3278,12 @@ class Lock:
             os.pwrite(self._descriptor, json.dumps(holder).encode("ascii"), 0)
         except OSError:
             pass  # a full disk must not stop the prune that would mend it
+
+    def _is_only_looked_at(self) -> bool:
+        if not self._try(fcntl.LOCK_SH):
+            return False
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        return True
 
     def _try(self, operation: int) -> bool:
         try:
@@ -6100,14 +6113,16 @@ class PidfileService(Service):
         except ValueError as error:
             return str(error), f"correct signal in [service:{self.settings.name}]"
         why = self.down() if self.settings.action != "none" else None
-        return (why, "start the service first, or correct pidfile") if why else None
+        return (f"service {self.settings.name}: {why}", "start the service first, or correct pidfile") if why else None
 
     def down(self) -> Optional[str]:
         """Say why there is no living process."""
         try:
             self._pid()
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             return str(error)
+        except OSError as error:
+            return f"{self.settings.pidfile}: {reason(error)}"
         return None
 
     def _perform(self, context: Context) -> str:
@@ -6164,6 +6179,15 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
+def how_to_run(program: str) -> str:
+    """Say what mends a program that may not be run."""
+    import shlex
+    if os.path.isfile(program):
+        return f"correct the path, or make it executable: chmod +x {shlex.quote(program)}"
+    return "correct the path, or install it" if "/" in program else \
+        f"install {program}, or write ./{program} where it comes with the release"
+
+
 def may_be_run(settings: Settings, program: str) -> bool:
     """Look for a program, unless it comes with the release or [env] has a PATH of its own."""
     in_release = "/" in program and not program.startswith("/")
@@ -6181,7 +6205,7 @@ class CommandService(Service):
         if may_be_run(self.session.settings, program):
             return None
         return (f"the program {program} of [service:{self.settings.name}] is not found or not executable",
-                "install it, or correct `command`")
+                how_to_run(program))
 
     def _perform(self, context: Context) -> str:
         command = OperatorCommand(self.session, context, f"service {self.settings.name}", working_directory(context),
@@ -6567,8 +6591,14 @@ def parse_url(text: str) -> Url:
     host = parts.hostname or ""
     if not host or any(ord(character) > 126 for character in host):
         raise ValueError("the URL has no host, or not in ASCII (write xn--...)")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise ValueError("the URL's port must be a number from 1 to 65535")
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    return Url(parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80), authority,
+    return Url(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), authority,
                quote(target, safe="%/:=&?~#+!$,;'@()*[]", errors="replace"), unquote(userinfo) if userinfo else None)
 
 
@@ -6696,6 +6726,8 @@ class UrlTry(NetworkTry):
                 break
             body += piece
             self.evidence["body"] = self._excerpt(body[:8 * EVIDENCE_CHARACTERS].decode("utf-8", "replace"))
+        if len(body) < self.probe.max_body and response.length:
+            raise ConnectionError(f"it ended {count(response.length, 'byte')} before its Content-Length")
         return body.decode("utf-8-sig", "replace")
 
 
@@ -7263,7 +7295,7 @@ def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) ->
 
 def missing_programs(settings: Settings, kind: str) -> List[Problem]:
     """List the programs of hooks, of probes or of notifiers that are not there."""
-    return [(f"[{section}] {key}: {argv[0]} is not found or not executable", f"install {argv[0]}")
+    return [(f"[{section}] {key}: {argv[0]} is not found or not executable", how_to_run(argv[0]))
             for section, key, argv in commands(settings)
             if section.partition(":")[0] == kind and not may_be_run(settings, argv[0])]
 
@@ -7416,7 +7448,8 @@ def check_recovery(survey: Survey) -> Finding:
 def check_lock(survey: Survey) -> Finding:
     """No other run is at work."""
     holder = survey.facts.holder
-    return _ok("free") if holder is None else ("fail", f"held by {describe_holder(holder)}", "wait for it: --wait-lock 5m")
+    hint = "run this again once it has ended: a look waits for nobody" if survey.settings.deploy.lock_wait else "wait for it: --wait-lock 5m"
+    return _ok("free") if holder is None else ("fail", f"held by {describe_holder(holder)}", hint)
 
 
 def check_clock(survey: Survey) -> Finding:
@@ -7561,7 +7594,8 @@ def check_shared(survey: Survey) -> Finding:
                  f"put the directory itself there (or mount it: mount --bind), or move {place} away")
                 for place in places if os.path.lexists(place) and (os.path.islink(place) or not os.path.isdir(place))]
     paths = sorted(path + "/" for path in settings.shared_dirs + settings.shared_files)
-    missing += [(f"shared {one} lies inside shared {other}", "share only the outer one")
+    missing += [(f"shared {one} lies inside shared {other}", "share only the outer one") if one != other else
+                (f"shared {one[:-1]} is named twice", "name it once, in shared_dirs or in shared_files")
                 for other, one in zip(paths, paths[1:]) if one.startswith(other)]
     return _all_of(missing, f"{count(len(settings.shared_dirs), 'directory', 'directories')}, "
                             f"{count(len(settings.shared_files), 'file')}")
@@ -7579,7 +7613,8 @@ def check_ports(survey: Survey) -> Finding:
                 bind_for_an_instant(family, host, port)
         except OSError as error:
             taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}",
-                          f"see who has it: ss -ltnp 'sport = :{port}'"))
+                          f"see who has it: ss -ltnp 'sport = :{port}'" if error.errno == errno.EADDRINUSE
+                          else "correct [preflight] free_ports, or run as a user who may listen there"))
     return _all_of(taken, count(len(survey.settings.preflight.free_ports), "port"))
 
 
@@ -7967,9 +8002,13 @@ class SealRelease(Step):
     def apply(self, run: Run) -> str:
         """Hash again what a hook may have changed, then write."""
         if self.rescan:
-            with closing(run.session.console.progress("hash")) as progress, \
-                    run.store.directory("releases").child(self.release) as directory:
-                run.manifest = scan_tree(directory, lambda done: progress.update(done, format_size(done)))
+            try:
+                with closing(run.session.console.progress("hash")) as progress, \
+                        run.store.directory("releases").child(self.release) as directory:
+                    run.manifest = scan_tree(directory, lambda done: progress.update(done, format_size(done)))
+            except ArtifactRefused as error:
+                raise StepFailed(f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
+                                 "correct [hooks] post_stage, then run again")
             if run.settings.deploy.durable:
                 sync_filesystem(run.store.directory(".deploy/staging").descriptor)
         manifest = run.manifest  # type: Any
@@ -8462,7 +8501,7 @@ class Executor:
             if self.interrupted:
                 self.console.working(str(error), 0.0, "STOPPING=1")
             # A disk that refuses this program's own notes, or a module it lacks, says nothing against the release.
-            self._well = self._well or isinstance(error, (OSError, ImportError))
+            self._well = self._well or isinstance(error, (OSError, ImportError, MemoryError))
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
         except Exception as error:  # a defect of this program must not leave a release live that nobody asked
             self.run.session.interrupts.close()
@@ -8763,6 +8802,8 @@ def step_error(error: Exception, step: str) -> DeployError:
         return error
     if isinstance(error, ImportError):
         return UsageError(f"{INCOMPLETE}: {error}", INSTALL)
+    if isinstance(error, MemoryError):
+        return StepFailed(f"{step}: out of memory", "give it more (ulimit -v, MemoryMax=), then run again")
     if not isinstance(error, OSError):
         raise error
     hints = {errno.ENOSPC: "free some space (deploy.py prune), then run again",
@@ -10852,6 +10893,7 @@ def command_config(call: Invocation) -> None:
 
 def command_unit(call: Invocation) -> None:
     """Print a systemd service and a timer that run a command, or write them into a directory."""
+    import shlex
     outcome, root = call.outcome, call.root
     file, words = absolute(__file__), call.flags.words
     if words[0] == "probe":
@@ -10884,7 +10926,7 @@ def command_unit(call: Invocation) -> None:
         with Directory.open(os.path.realpath(directory)) as opened:
             for name, text in units.items():
                 opened.write(name, text.encode("utf-8"), 0o644)
-    call.console.result(f"{outcome.message}\n  start it   systemctl daemon-reload; systemctl enable --now {timer}")
+    call.console.result(f"{outcome.message}\n  start it   systemctl daemon-reload; systemctl enable --now {shlex.quote(timer)}")
 
 
 def command_help(call: Invocation) -> None:
@@ -11934,7 +11976,7 @@ def guarded(call: Invocation) -> int:
             call.console.traceback()
         outcome.error = error
         return error.exit_code
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, MemoryError) as error:
         if call.flags.debug:
             call.console.traceback()
         outcome.error = step_error(error, call.flags.command)
@@ -11970,10 +12012,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         # What a command did is not undone by losing what it said; a command that only says something has then failed.
         is_lost = console.is_result_lost and (call is None or call.flags.command not in WRITING and not call.outcome.changed)
         return exit_code or (EXIT_FAILED if is_lost else EXIT_OK)
-    except (DeployError, ImportError) as error:
+    except (DeployError, ImportError, MemoryError) as error:
         if "--debug" in argv:
             console.traceback()
-        failure = step_error(error, "")
+        failure = step_error(error, "deploy.py")
         console.error(failure.message, failure.hint)
     except HelpAsked as asked:
         console.raw_result(str(asked))

@@ -158,6 +158,13 @@ def test_a_relative_program_is_the_releases_own(app: App) -> None:
     assert (app.root / "migrated").read_text() == f"migrating 1.0 in {app.root}/releases/{app.current}\n"
 
 
+def test_what_post_stage_may_not_add_is_told_as_the_hooks_mistake(app: App) -> None:
+    app.configure("[hooks]\npost_stage = mkfifo pipe\n")
+    error = app.run("deploy", app.artifact("1.0"), check=1).data["error"]
+    assert error["message"].startswith("post_stage left what no release can hold: member 'pipe': it is a FIFO")
+    assert (error["hint"], app.releases()) == ("correct [hooks] post_stage, then run again", [])
+
+
 def test_what_post_stage_adds_belongs_to_the_release(app: App) -> None:
     add = script(app.directory / "add", "mkdir -p built/deep && echo made > built/deep/file && chmod 640 built/deep/file && "
                                         "ln -s built/deep/file linked && echo changed > lib/nested/data.txt && rm bin/run")

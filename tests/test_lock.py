@@ -1,5 +1,6 @@
 """One run at a time: a kernel lock that names its holder, dies with it, and is inherited by nobody."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -140,6 +141,18 @@ def test_a_look_at_the_lock_does_not_take_it_from_anybody(app: App, holder: subp
     app.run("-n", "deploy", app.artifact("3.0"), "--set", "hooks.pre_activate=")
     gate.open()
     assert holder.wait(20) == 0
+
+
+def test_a_look_that_stands_still_holds_nobody_up(app: App) -> None:
+    """Whoever only asks who holds the lock has it for an instant, and may lose the processor just then."""
+    app.deploy("1.0")
+    with open(str(app.root / ".deploy" / "lock")) as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        run = start_deploy("deploy", app.artifact("1.1"), config=app.config)
+        wait_until(lambda: waits_for_the_lock(app, run), 20)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(0.5)
+    assert (run.wait(20), app.version) == (0, "1.1")
 
 
 def test_wait_lock_waits_until_the_holder_is_done(app: App, holder: subprocess.Popen, gate: Gate) -> None:

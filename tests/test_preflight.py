@@ -285,6 +285,37 @@ def missing_hook(app: App) -> Broken:
     return Broken()
 
 
+def hook_not_executable(app: App) -> Broken:
+    """A hook's program is a file that nobody may run."""
+    (app.directory / "hook.sh").write_text("true\n")
+    app.configure(f"[hooks]\npre_stage = {app.directory}/hook.sh")
+    return Broken()
+
+
+def hook_without_its_directory(app: App) -> Broken:
+    """A hook's program comes with the release, and is named as if PATH had it."""
+    app.configure("[hooks]\npre_activate = run")
+    return Broken()
+
+
+def shared_twice(app: App) -> Broken:
+    """The same path is shared as a directory and as a file."""
+    app.configure("shared_dirs =\n    var\n    var")
+    return Broken()
+
+
+def port_of_nobody(app: App) -> Broken:
+    """The address of a port is none."""
+    app.configure("[preflight]\nfree_ports = 256.1.1.1:80")
+    return Broken()
+
+
+def service_without_pidfile(app: App) -> Broken:
+    """The pidfile is not there."""
+    app.configure("[service:app]\npidfile = /no/such.pid")
+    return Broken()
+
+
 def unresolved_template(app: App) -> Broken:
     """A placeholder has no value."""
     app.configure("[template:conf]\nsource = conf.in\ntarget = app.conf\n[vars]\nknown = 1")
@@ -337,6 +368,11 @@ CAUSES = [
     (taken_port_without_host, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
     (unknown_unit, "services", "fail", "no-such.service", "", 3),
     (missing_hook, "hooks", "fail", "no-such-program", "install", 3),
+    (hook_not_executable, "hooks", "fail", "hook.sh is not found or not executable", "make it executable: chmod +x", 3),
+    (hook_without_its_directory, "hooks", "fail", "run is not found", "write ./run", 3),
+    (shared_twice, "shared", "fail", "shared var is named twice", "name it once", 3),
+    (port_of_nobody, "ports", "fail", "Name or service not known", "correct [preflight] free_ports", 3),
+    (service_without_pidfile, "services", "fail", "service app: /no/such.pid: No such file or directory (ENOENT)", "start the service", 3),
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
     (sick_before, "probes", "fail", "database", "before deploying", 3),

@@ -416,6 +416,21 @@ def test_a_full_backlog_does_not_hang():
             client.close()
 
 
+@pytest.mark.parametrize("assignments, ok", [([], False), (["max_body=3"], True), (["max_body=0"], True), (["method=HEAD"], True)], ids=str)
+def test_an_answer_that_ends_before_its_length_is_not_well(serve, assignments, ok):
+    server = serve(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
+    result = ask("url", url_of(server), *assignments)
+    assert result.ok is ok
+    assert ok or result.detail == "reading the answer: ConnectionError: it ended 7 bytes before its Content-Length"
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x", "-1"])
+def test_a_url_has_a_port_that_somebody_can_listen_on(port):
+    """Port 0 was taken for none, and 80 asked instead."""
+    error = run_deploy("probe", "--url", f"http://127.0.0.1:{port}/", check=2).data["error"]
+    assert "the URL's port must be a number from 1 to 65535" in error["message"]
+
+
 def test_hanging_name_resolution_is_cut_off(monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: release.wait(30) and [])

@@ -27,6 +27,17 @@ def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> N
         assert process.wait(30) == 0 and app.version == f"1.{number}"
 
 
+def test_too_little_memory_is_no_defect_of_this_program() -> None:
+    code = ("import importlib.machinery, sys\n"
+            "deploy = importlib.machinery.SourceFileLoader('deploy', sys.argv[1]).load_module()\n"
+            "def grow(call): raise MemoryError\n"
+            "deploy.COMMANDS['config'] = grow\n"
+            "sys.exit(deploy.main(['config', '--json']))")
+    run = subprocess.run([sys.executable, "-c", code, str(DEPLOY)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert (run.returncode, json.loads(run.stdout.decode())["error"]["message"]) == (1, "config: out of memory")
+    assert b"Traceback" not in run.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
 def test_a_limit_of_processes_is_no_defect_of_this_program() -> None:
     """TasksMax=, a container's pids.max or ulimit -u may leave no room for a thread."""
