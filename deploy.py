@@ -10276,6 +10276,11 @@ def reading(call: Invocation) -> Iterator[Store]:
 def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then bring an earlier run's leftovers into line."""
     store = Store.create(call.settings)
+    found = lock_holder(store) if environment("DEPLOY_ID") else None
+    if found and found.get("deploy_id") == environment("DEPLOY_ID"):
+        store.close()
+        raise Busy(f"the run whose hook this is holds the lock: {describe_holder(found)}",
+                   f"call `deploy.py {call.flags.command}` once that run has ended; waiting for it would never end")
     lock = Lock(store)
     holder = dict(who(started_by()), command=call.flags.command, since=format_time(time.time()),
                   deploy_id=call.deploy_id)

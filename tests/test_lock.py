@@ -15,7 +15,7 @@ import pytest
 
 import starters
 from scenes import Gate, alive, configure, deploy_all
-from support import App, fake_command, make_artifact, start_deploy, wait_until
+from support import App, deploy_argv, fake_command, make_artifact, start_deploy, wait_until
 
 
 @pytest.fixture
@@ -153,6 +153,15 @@ def test_a_look_that_stands_still_holds_nobody_up(app: App) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(0.5)
     assert (run.wait(20), app.version) == (0, "1.1")
+
+
+def test_a_hook_does_not_wait_for_the_run_that_waits_for_it(app: App) -> None:
+    prune = " ".join(deploy_argv("prune", "--wait-lock", "1h", config=app.config))
+    configure(app, f"[hooks]\npre_activate = {prune}\n")
+    error = app.run("deploy", app.artifact("1.0"), check=1, timeout=60).data["error"]
+    assert "exited with code 75" in error["message"]
+    (story,) = app.run("show", "1", check=0).data["history"]
+    assert "the run whose hook this is holds the lock" in json.dumps(story)
 
 
 def test_wait_lock_waits_until_the_holder_is_done(app: App, holder: subprocess.Popen, gate: Gate) -> None:
