@@ -189,6 +189,8 @@ def test_what_is_wrong_is_named_and_nothing_is_changed(module: Module) -> None:
 
 def plausible(row: Any) -> Any:
     """A value that a parameter may have."""
+    if row.name == "sha256":
+        return "0" * 64
     return {"bool": True, "int": 3, "list": ["x"], "dict": {"deploy.keep_releases": 3}}.get(row.kind, (row.choices or ("1s",))[0])
 
 
