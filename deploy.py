@@ -493,7 +493,8 @@ class LogFile(Sink):
         try:
             self._descriptor = self._open()
         except OSError as error:
-            raise UsageError(f"cannot open the log file {path}: {error.strerror}",
+            why = "it is a symlink" if error.errno == errno.ELOOP else error.strerror
+            raise UsageError(f"cannot open the log file {path}: {why}",
                              "choose a file that this user can write: --log-file FILE")
 
     def _open(self) -> int:
@@ -11528,6 +11529,7 @@ def parse_command_line(argv: List[str]) -> Any:
     try:
         flags = build_parser(names).parse_args(hoist_repeated(argv))
     except UsageError:
+        check_early_flags(argv, first)
         if len(names) == len(COMMANDS):
             raise
         flags = build_parser(list(COMMANDS)).parse_args(hoist_repeated(argv))
@@ -11551,6 +11553,14 @@ def parse_command_line(argv: List[str]) -> Any:
     if flags.command == "help" and flags.topic in COMMANDS:
         build_parser([flags.topic]).parse_args([flags.topic, "--help"])
     return flags
+
+
+def check_early_flags(argv: List[str], command: str) -> None:
+    """Raise UsageError for a command's own flag before it: argparse does not know it there, and takes its value for the command."""
+    early = [word.partition("=")[0] for word in argv[:argv.index(command)]] if command in COMMANDS else []
+    for name in early:
+        if name.startswith("-") and any(flag.commands and name in flag.names for flag in FLAGS):
+            raise UsageError(f"{name} stands before the command {command}", f"write it behind: deploy.py {command} {name} ...")
 
 
 def flag_name(flag: Flag) -> str:

@@ -190,6 +190,19 @@ def test_a_flag_is_read_before_anything_is_looked_at(words: List[str], tmp_path:
     assert words[-2] in str(run_deploy(*words, root=tmp_path / "none", check=2).data["error"])
 
 
+@pytest.mark.parametrize("words, flag", [(["--sha256", "0" * 64, "deploy", "x"], "--sha256"), (["-n", "--limit=3", "history"], "--limit"),
+                                         (["-f", "rollback"], "-f")], ids=["sha256", "limit", "force"])
+def test_a_flag_before_its_command_is_told_where_it_belongs(words: List[str], flag: str, tmp_path: Path) -> None:
+    error = run_deploy(*words, root=tmp_path / "none", check=2).data["error"]
+    assert error["message"].startswith(f"{flag} stands before the command") and flag in error["hint"]
+
+
+def test_a_log_is_never_written_through_a_symlink_and_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to(tmp_path / "other")
+    error = run_deploy("status", "--log-file", tmp_path / "log", root=tmp_path, check=2).data["error"]
+    assert error["message"].endswith("log: it is a symlink") and not (tmp_path / "other").exists()
+
+
 def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App) -> None:
     if os.geteuid():
         pytest.skip("only root may give files away")
