@@ -2155,8 +2155,9 @@ RESULT_KEYS = (
 def nearest(name: str, names: Iterable[str]) -> str:
     """Suggest the name that was probably meant: ` (did you mean X?)` or nothing."""
     import difflib
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f"did you mean {found[0]!r}?" if found else ""
+    known = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"did you mean {known[found[0]]!r}?" if found else ""
 
 
 def find_option(section: str, key: str) -> Optional[Option]:
@@ -10806,8 +10807,8 @@ def verify_history(call: Invocation, store: Store) -> None:
 def command_show(call: Invocation) -> None:
     """Show one deployment with its timeline, and the evidence where it failed."""
     with reading(call) as store:
-        entries = store.history()
-    text = call.flags.id
+        entries, live = store.history(), store.current().release
+    text = live if call.flags.id == "current" and live else call.flags.id
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)] or \
         [entry for entry in entries if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
@@ -10815,7 +10816,8 @@ def command_show(call: Invocation) -> None:
         found = entries[-1:]
     if len({entry.deploy_id for entry in found}) != 1:
         names = ", ".join(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
-        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment", f"give one of: {names}")
+        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
+                         f"give one of: {names}" if names else "nothing was deployed here so far")
     entry = found[-1]
     call.outcome.extra["history"] = [one.to_json() for one in found]
     call.outcome.release, call.outcome.previous, call.outcome.message = entry.release, entry.previous, entry.result

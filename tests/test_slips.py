@@ -203,6 +203,16 @@ def test_a_log_is_never_written_through_a_symlink_and_that_is_told(tmp_path: Pat
     assert error["message"].endswith("log: it is a symlink") and not (tmp_path / "other").exists()
 
 
+def test_show_knows_the_release_that_is_live_and_says_when_there_is_none(app: App) -> None:
+    app.root.mkdir(exist_ok=True)
+    assert app.run("show", "current", check=2).data["error"]["hint"] == "nothing was deployed here so far"
+    app.deploy("1.0")
+    app.deploy("1.1")
+    app.run("rollback", check=0)
+    (story,) = app.run("show", "current", check=0).data["history"]
+    assert (story["operation"], story["release"]) == ("rollback", app.current)
+
+
 def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App) -> None:
     if os.geteuid():
         pytest.skip("only root may give files away")
@@ -214,7 +224,7 @@ def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App
     assert "sudo -u" in app.run("rollback", check=3).data["error"]["hint"]
 
 
-@pytest.mark.parametrize("words, meant", [(["deplyo"], "deploy"), (["status", "--jsno"], "--json")])
+@pytest.mark.parametrize("words, meant", [(["deplyo"], "deploy"), (["status", "--jsno"], "--json"), (["STATUS"], "status"), (["help", "HOOKS"], "hooks")])
 def test_a_typing_error_is_answered_with_the_nearest_name(words: List[str], meant: str) -> None:
     assert repr(meant) in run_deploy(*words, json=False, check=2).stderr
 
