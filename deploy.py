@@ -7450,8 +7450,7 @@ def check_recovery(survey: Survey) -> Finding:
 def check_lock(survey: Survey) -> Finding:
     """No other run is at work."""
     holder = survey.facts.holder
-    hint = "run this again once it has ended: a look waits for nobody" if survey.settings.deploy.lock_wait else "wait for it: --wait-lock 5m"
-    return _ok("free") if holder is None else ("fail", f"held by {describe_holder(holder)}", hint)
+    return _ok("free") if holder is None else ("fail", f"held by {describe_holder(holder)}", "look again once it has ended: a look waits for nobody")
 
 
 def check_clock(survey: Survey) -> Finding:
@@ -10410,7 +10409,7 @@ def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
     if survey.facts.refusal:
         raise survey.facts.refusal
     if failed[0].name == "lock":
-        raise busy(survey.facts.holder or {})
+        raise Busy(busy(survey.facts.holder or {}).message, failed[0].hint)
     kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
     others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
     raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)
