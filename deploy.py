@@ -8507,8 +8507,8 @@ class Executor:
         except Exception as error:  # a defect of this program must not leave a release live that nobody asked
             self.run.session.interrupts.close()
             try:
-                self._fail(StepFailed(f"internal error: {type(error).__name__}: {error}"))
-            except DeployError:
+                self._fail(step_error(error, self.plan.operation))
+            except FAILURES:
                 pass
             raise
         # Signals from here on change nothing: the verdict is in.
@@ -8671,7 +8671,7 @@ class Executor:
         for step in reversed(self._done):
             try:
                 step.undo(self.run)
-            except FAILURES as undo_error:
+            except Exception as undo_error:  # a defect of this program included: the other steps are undone all the same
                 problems.append(f"{step.name}: {step_error(undo_error, step.name).message}")
         self._mark_undone({step.name for step in self._done}, before=len(self.outcome.steps))
         self.outcome.release, self.outcome.previous = self.plan.from_release, None
@@ -8732,7 +8732,7 @@ class Executor:
         for step in plan.way_back:
             try:
                 self._take(step)
-            except FAILURES as back_error:
+            except Exception as back_error:  # a defect of this program included: what failed must not stay live for it
                 problems.append(step_error(back_error, step.name).message)
                 if isinstance(step, Switch):
                     break
@@ -8806,7 +8806,7 @@ def step_error(error: Exception, step: str) -> DeployError:
     if isinstance(error, MemoryError):
         return StepFailed(f"{step}: out of memory", "give it more (ulimit -v, MemoryMax=), then run again")
     if not isinstance(error, OSError):
-        raise error
+        return StepFailed(f"{step}: internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
     hints = {errno.ENOSPC: "free some space (deploy.py prune), then run again",
              errno.EDQUOT: "raise the quota or free some space, then run again",
              errno.EROFS: "mount the filesystem read-write, then run again",

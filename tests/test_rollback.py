@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from typing import Any, Callable, Dict
 
 import pytest
 
 from scenes import configure, deploy_all, fails_for
-from support import App, fake_command, sha256_of, snapshot
+from support import DEPLOY, App, clean_environment, fake_command, sha256_of, snapshot
 
 
 @pytest.fixture
@@ -290,3 +292,27 @@ def test_releases_marks_the_current_one(three: App) -> None:
     assert len(marked) == 1 and str(three.current) in marked[0]
     versions = [found["version"] for found in three.run("releases", check=0).data["releases"]]
     assert versions == ["2.0", "1.1", "1.0"]
+
+
+DEFECT = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("deploy", sys.argv.pop(1))
+deploy = importlib.util.module_from_spec(spec)
+sys.modules["deploy"] = deploy
+spec.loader.exec_module(deploy)
+hooks, proper = sys.argv.pop(1).split(","), deploy.run_hook
+deploy.run_hook = lambda session, name, context: {}["a defect"] if name in hooks else proper(session, name, context)
+sys.exit(deploy.main())
+"""
+
+
+@pytest.mark.parametrize("hooks, exit_code", [("pre_rollback", 6), ("post_rollback", 6), ("post_activate,pre_rollback", 70)])
+def test_a_defect_of_this_program_on_the_way_back_does_not_leave_what_failed_live(app: App, hooks: str, exit_code: int) -> None:
+    first = app.deploy("1.0").data["release"]
+    configure(app, "[hooks]\npost_activate = false\npre_rollback = true\npost_rollback = true\n")
+    done = subprocess.run([sys.executable, "-B", "-c", DEFECT, str(DEPLOY), hooks, "--json", "-c", str(app.config), "deploy",
+                           str(app.artifact("1.1"))], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert app.current == first, done.stderr.decode()
+    data = json.loads(done.stdout.decode())
+    assert done.returncode == exit_code == data["exit_code"] and data["release"] == first
+    assert "KeyError" in data["error"]["message"]
