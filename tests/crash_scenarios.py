@@ -7,8 +7,8 @@ import re
 import signal
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from crashes import (Call, Elsewhere, QuickApp, Saved, damaged_files, find_call, inject, kill_at, record_calls, recover_and_judge,
-                     same_place, script, unchanged_part)
+from crashes import (Call, QuickApp, Saved, damaged_files, find_call, inject, kill_at, record_calls, recover_and_judge, same_place,
+                     script, unchanged_part)
 from support import FAILURES, App, Result
 
 KILL = "/bin/sh -c 'kill -9 $PPID'"
@@ -268,23 +268,15 @@ class Stage:
 
     def try_point(self, point: Point, number: int = 0) -> List[str]:
         """Stop the command there: what is not as it must be afterwards.  Every third time the next deployment recovers."""
-        problems = []  # type: List[str]
-        for _ in range(4):
-            self.saved.restore()
-            try:
-                return self._stop_at(point, number)
-            except Elsewhere as elsewhere:
-                problems = [str(elsewhere)]
-            except FAILURES as failure:
-                return [str(failure)]
-        return problems
-
-    def _stop_at(self, point: Point, number: int) -> List[str]:
-        if point.error:
-            return self._fail(point) + self._recovered(self._possible())
-        kill_at(self.app, point.call, *self.arguments)
-        problems = self._judge_at_rest([self.scenario.before, self.scenario.tried] + self.scenario.after)
-        return problems + (self._deployed_over() if number % 3 == 2 else self._recovered(self.scenario.after))
+        self.saved.restore()
+        try:
+            if point.error:
+                return self._fail(point) + self._recovered(self._possible())
+            kill_at(self.app, point.call, *self.arguments)
+            problems = self._judge_at_rest([self.scenario.before, self.scenario.tried] + self.scenario.after)
+            return problems + (self._deployed_over() if number % 3 == 2 else self._recovered(self.scenario.after))
+        except FAILURES as failure:
+            return [str(failure)]
 
     def _possible(self) -> List[Optional[str]]:
         """What may be live after a call that failed."""

@@ -247,10 +247,6 @@ def find_call(calls: List[Call], name: str, pattern: str, after: str = "") -> Ca
     raise AssertionError(f"no {name} that matches {pattern!r} after {after!r} in\n{listing}")
 
 
-class Elsewhere(AssertionError):
-    """Another call was met than was meant: under load the C library makes some of its own, such as one to count the processors."""
-
-
 def inject(app: App, call: Call, what: str, *arguments: Any) -> Result:
     """Run deploy.py, and kill it (`signal=KILL`) or let it fail (`error=EIO`) at one call."""
     # A killed run prints nothing, so its output cannot be decoded.
@@ -263,11 +259,9 @@ def inject(app: App, call: Call, what: str, *arguments: Any) -> Result:
 def check_hit(app: App, call: Call, result: Result) -> None:
     """See that it was this call, and not another of the same number in a run that went differently."""
     lines = [line for line in trace_of(app).read_text(errors="replace").splitlines() if line.startswith(call.name + "(")]
-    if len(lines) < call.number:
-        raise Elsewhere(f"was not hit: {call}\n{result.describe()}")
+    assert len(lines) >= call.number, f"was not hit: {call}\n{result.describe()}"
     hit = call._replace(text=lines[call.number - 1])
-    if same_place(hit) != same_place(call):
-        raise Elsewhere(f"hit {hit.text}\ninstead of {call.text}")
+    assert same_place(hit) == same_place(call), f"hit {hit.text}\ninstead of {call.text}"
 
 
 def kill_at(app: App, call: Call, *arguments: Any) -> Result:
