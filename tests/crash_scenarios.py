@@ -7,7 +7,7 @@ import re
 import signal
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from crashes import (Call, QuickApp, Saved, damaged_files, find_call, inject, kill_at, record_calls, recover_and_judge, same_place,
+from crashes import (Call, QuickApp, Saved, damaged_files, find_call, inject, kill_at, record_calls, recover_and_judge,
                      script, unchanged_part)
 from support import FAILURES, App, Result
 
@@ -241,20 +241,9 @@ class Stage:
         if not self.next.exists():
             self.app.artifact(NEXT)
         self.saved = Saved(self.app)
-        self.calls = self._record_twice()
+        self.calls = record_calls(self.app, *self.arguments, check=self.scenario.exit_code)
         assert len(self.calls) > 10, self.calls
         assert self.app.version == self.scenario.after[0], f"undisturbed, it ends with {self.app.version} live"
-
-    def _record_twice(self) -> List[Call]:
-        """The calls of two undisturbed runs that agree: a call that one run alone makes shifts the number of all behind it."""
-        calls = []  # type: List[Call]
-        for _ in range(5):
-            before = [(call.number, same_place(call)) for call in calls]
-            self.saved.restore()
-            calls = record_calls(self.app, *self.arguments, check=self.scenario.exit_code)
-            if before == [(call.number, same_place(call)) for call in calls]:
-                return calls
-        raise AssertionError(f"no two runs make the same calls: {calls}")
 
     def points(self, what: str) -> List[Point]:
         """Every point: `kill`, `errno`, or `read`, where it is the reading calls that fail."""
