@@ -84,9 +84,10 @@ class Warm:
     """A Python that has deploy.py loaded and forks a child for each run; see warm.py."""
 
     def __init__(self) -> None:
+        # A child of init: a run looks who started it, and must find as many ancestors when the starter of these tests has ended.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(TESTS / "warm.py"), compiled()], env=clean_environment(), cwd="/",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            [needs("setsid"), "--fork", sys.executable, "-I", "-B", str(TESTS / "warm.py"), compiled()], env=clean_environment(),
+            cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, *arguments: Any, config: Any, json: bool = True, check: Optional[int] = None, trace: Any = None,
             options: Sequence[str] = ()) -> Result:
