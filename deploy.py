@@ -11408,7 +11408,7 @@ def tell_others(call: Invocation, exit_code: int, seconds: float) -> None:
         try:
             tell(call, exit_code, seconds)
         except Exception as error:  # a defect of this program must not make a failure of a deployment that is done
-            call.console.warn(f"{name}: {step_error(error, name).message if isinstance(error, OSError) else repr(error)}")
+            call.console.warn(step_error(error, name).message)
 
 
 def report(call: Invocation, exit_code: int, seconds: float) -> None:
