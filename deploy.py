@@ -3334,10 +3334,10 @@ def lock_used(store: Store) -> int:
 
 
 def read_holder(descriptor: int) -> Dict[str, Any]:
-    """Read what the lock's holder wrote about itself; empty when it had no time to."""
+    """Read what the lock's holder wrote about itself; empty when it had no time to, or where something else stands there."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -289,3 +289,14 @@ def test_two_applications_do_not_wait_for_each_other(app: App, holder: subproces
     other.run("deploy", make_artifact(tmp_path / "builds", "1.0"), check=0)
     assert (other.version, holder.poll()) == ("1.0", None)
     assert deploy_all(other, "2.0") == [other.current]
+
+
+@pytest.mark.parametrize("content", ["[" * 4000, "{", "[]", '{"pid": [], "user": {}}', "\xff"], ids=["deep", "cut", "list", "types", "bytes"])
+def test_a_holder_that_cannot_be_read_is_an_unknown_one(app: App, content: str) -> None:
+    app.deploy("1.0")
+    with open(str(app.root / ".deploy" / "lock"), "r+", encoding="latin-1") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(content)
+        lock.flush()
+        assert "another run holds the lock" in app.run("pin", "1.0", check=75).data["error"]["message"]
+        assert app.run("status").exit_code == 0
