@@ -3095,8 +3095,9 @@ class Store:
 
         The lock's holder alone can be certain.  PreflightFailed where it cannot be written.
         """
-        directory, known = self.directory(".deploy"), self.history_lines(1)  # asked in any case: nothing must change where it is no file
-        if known or directory.status("history.head") or self.directory(".deploy/releases").names():
+        directory = self.directory(".deploy")
+        # Its lines in any case: where it is no file, nothing may change.
+        if self.history_lines(1) or directory.status("history.head") or self.directory(".deploy/releases").names():
             return
         try:
             directory.write("history.head", json.dumps(seal(HistoryEnd(0, "")._asdict())).encode("ascii"))
@@ -8701,7 +8702,8 @@ class Executor:
             settle()
             self.store.clear_journal()
         except FAILURES as error:
-            self.console.warn(f"the verdict could not be written: {step_error(error, 'history').message}; the next run recovers it")
+            why = step_error(error, "history").message
+            self.console.warn(f"the verdict could not be written: {why}; the next run recovers it")
 
     def _leave_live(self, error: DeployError) -> None:
         """auto_rollback = no: the failed release stays, and a person decides."""
@@ -8887,8 +8889,8 @@ class Recovery:
                 journal.phase == PHASE_INTENT and current.release == journal.from_release:
             return self._abort(journal)
         if journal.recoveries >= MAX_RECOVERIES:
-            raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered "
-                                 f"{journal.recoveries} times without success; live now: {current.release or 'nothing'}", self._by_hand())
+            raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered {journal.recoveries} times "
+                                 f"without success; live now: {current.release or 'nothing'}", self._by_hand())
         # The link tells how far the run came; the journal may be one write behind it.
         phase = PHASE_ROLLING_BACK if current.release != journal.to_release else \
             PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
@@ -11339,8 +11341,9 @@ NOTIFIERS = {"webhook": Webhook, "slack": Slack, "email": Email, "command": Comm
 def check_notifier(settings: Any) -> Optional[str]:
     """Say what is wrong with a [notify:NAME], without telling anybody anything; None when nothing is."""
     kind = NOTIFIERS[settings.type]
-    others = dict.fromkeys(key for other in NOTIFIERS.values() for key in other.NEEDS + other.TAKES)
-    unused = meaningless("notify:*", settings, [key for key in others if key not in kind.NEEDS + kind.TAKES], f"type = {settings.type}")
+    others = [key for key in dict.fromkeys(key for other in NOTIFIERS.values() for key in other.NEEDS + other.TAKES)
+              if key not in kind.NEEDS + kind.TAKES]
+    unused = meaningless("notify:*", settings, others, f"type = {settings.type}")
     if unused:
         return unused
     if sum(bool(getattr(settings, key)) for key in kind.NEEDS) != 1:
