@@ -3619,11 +3619,16 @@ def compare_digests(actual: str, expected: str, name: str) -> None:
                               "copy the artifact again, or correct the digest; do not deploy it as it is")
 
 
-def hash_artifact(artifact: OpenArtifact, progress: Callable[[int], None]) -> str:
-    """Return the SHA-256 of an archive's bytes, or a directory's tree digest; `progress` takes bytes done."""
+def hash_artifact(artifact: OpenArtifact, progress: Callable[[int], None], settings: Any = None) -> str:
+    """Return the SHA-256 of an archive's bytes, or a directory's tree digest; `progress` takes bytes done.
+
+    With settings a directory's members are judged before they are read: a sparse file can have terabytes.
+    """
     if artifact.format == "directory":
-        source = TreeSource(artifact, progress)
-        for _, pieces in source.members():
+        source, judge = TreeSource(artifact, progress), Judge(settings) if settings else None
+        for member, pieces in source.members():
+            if judge:
+                judge.admit(member)
             for _ in pieces:
                 pass
         return source.sha256
@@ -7140,7 +7145,7 @@ class Observer:
 
     def _hash(self, artifact: OpenArtifact) -> str:
         with closing(self.session.console.progress("hash", artifact.size_bytes)) as progress, self.session.interrupts.allowed():
-            return hash_artifact(artifact, progress.update)
+            return hash_artifact(artifact, progress.update, self.session.settings)
 
     def _is_whole(self, record: Record) -> bool:
         """Tell whether a staged release still is what its manifest says; without one it is not."""

@@ -488,6 +488,14 @@ def test_the_result_names_what_is_live_and_what_a_rollback_goes_to(app: App) -> 
     assert (refused["release"], refused["previous"]) == (second["release"], None)
 
 
+def test_a_file_of_a_directory_that_is_over_a_limit_is_not_read_first(app: App, tmp_path: Path) -> None:
+    huge = make_tree(tmp_path / "app-1.0", {"a": "a"}) / "sparse"
+    with open(str(huge), "wb") as stream:
+        stream.truncate(2 << 40)
+    error = app.run("deploy", huge.parent, check=4, timeout=60).data["error"]
+    assert "member 'sparse': it has" in error["message"] and "[limits] max_file" in error["message"]
+
+
 def test_a_directory_that_holds_its_own_root_is_refused_for_that(app: App) -> None:
     for digest in ((), ("--sha256", "0" * 64)):
         result = app.run("deploy", app.directory, *digest, check=4)
