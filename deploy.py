@@ -7456,7 +7456,8 @@ def check_recovery(survey: Survey) -> Finding:
 def check_lock(survey: Survey) -> Finding:
     """No other run is at work."""
     holder = survey.facts.holder
-    return _ok("free") if holder is None else ("fail", f"held by {describe_holder(holder)}", "look again once it has ended: a look waits for nobody")
+    return _ok("free") if holder is None else \
+        ("fail", f"held by {describe_holder(holder)}", "look again once it has ended; a real run waits for it with --wait-lock 5m")
 
 
 def check_clock(survey: Survey) -> Finding:
