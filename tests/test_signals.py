@@ -269,18 +269,23 @@ def test_signals_while_undoing_change_nothing(live: App) -> None:
     assert inconsistencies(live, ["1.0"]) == []
 
 
-def test_a_signal_while_recovery_goes_back_does_not_call_for_a_person(live: App) -> None:
+def signalled_on_the_way_back(live: App, *arguments: Any) -> Any:
+    """Run a command that first goes back from what a crash left, and end it by SIGTERM meanwhile: the JSON result."""
     probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 500ms\nperiod = 20ms\nsuccesses = 1\n"
     live.configure("[hooks]\npre_rollback = /bin/sh -c 'kill -9 $PPID'\n" + probe)
     assert live.run("deploy", live.artifact("1.1"), json=False).exit_code == -signal.SIGKILL
     go, there = live.directory / "go", live.directory / "there"
     wait = script(live.directory / "wait", f"touch {there}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done")
     live.configure(f"[service:x]\ncommand = {wait}\n")
-    running = Running(live, "recover")
+    running = Running(live, *arguments)
     wait_until(there.exists, what="recovery restarts the service of the old release")
     running.process.send_signal(signal.SIGTERM)
     go.touch()
-    data = running.end()
+    return running.end()
+
+
+def test_a_signal_while_recovery_goes_back_does_not_call_for_a_person(live: App) -> None:
+    data = signalled_on_the_way_back(live, "recover")
     assert data["exit_code"] != 6, described(data)
     live.configure()
     live.run("recover", check=0)
@@ -289,17 +294,7 @@ def test_a_signal_while_recovery_goes_back_does_not_call_for_a_person(live: App)
 
 def test_a_signal_while_recovery_goes_back_ends_the_run_before_its_own_work(live: App) -> None:
     """It was forgotten with the recovery, and the deployment begun that a stopping service had no time for."""
-    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 500ms\nperiod = 20ms\nsuccesses = 1\n"
-    live.configure("[hooks]\npre_rollback = /bin/sh -c 'kill -9 $PPID'\n" + probe)
-    assert live.run("deploy", live.artifact("1.1"), json=False).exit_code == -signal.SIGKILL
-    go, there = live.directory / "go", live.directory / "there"
-    wait = script(live.directory / "wait", f"touch {there}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done")
-    live.configure(f"[service:x]\ncommand = {wait}\n")
-    running = Running(live, "deploy", live.artifact("1.2"))
-    wait_until(there.exists, what="recovery restarts the service of the old release")
-    running.process.send_signal(signal.SIGTERM)
-    go.touch()
-    data = running.end()
+    data = signalled_on_the_way_back(live, "deploy", live.artifact("1.2"))
     assert data["exit_code"] == 143 and data["recovered"], described(data)
     assert inconsistencies(live, ["1.0"]) == []
     assert "1.2" not in [record["version"] for record in live.run("releases", check=0).data["releases"]]
