@@ -17,6 +17,7 @@ import bz2
 import collections
 import faulthandler
 import gzip
+import io
 import json
 import lzma
 import os
@@ -237,8 +238,11 @@ def tar_archive(chance: Chance) -> bytes:
 
 
 def fast_gzip(data: bytes) -> bytes:
-    """Compress a little."""
-    return gzip.compress(data, 1)
+    """Compress a little, without the time of day in it."""
+    out = io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1, mtime=0) as stream:
+        stream.write(data)
+    return out.getvalue()
 
 
 def fast_xz(data: bytes) -> bytes:
