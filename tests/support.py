@@ -11,6 +11,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import itertools
 import json as json_module
 import lzma
 import os
@@ -49,8 +50,10 @@ except ImportError:  # crash_matrix.py runs without it
 TESTS = Path(__file__).resolve().parent
 TOP = TESTS.parent
 DEPLOY = TOP / "deploy.py"
-# Fork runs from a Python that has deploy.py loaded instead of starting one for each: the same suite in half the time.
-WARM = bool(os.environ.get("DEPLOY_TEST_WARM"))
+# Fork runs from a Python that has deploy.py loaded, but one in so many, which starts a Python of its own: the same suite in half the
+# time.  0 starts one for each.
+WARM = int(os.environ.get("DEPLOY_TEST_WARM") or 0)
+_runs = itertools.count(1)
 
 # What reads this Python's bytecode: itself, and the scripts that start it under another command.
 SAME_PYTHON = {sys.executable}
@@ -129,7 +132,7 @@ def run_deploy(*args: Any, root: Any = None, config: Any = None, env: Optional[D
     output.  A run that outlives `timeout` seconds is killed, and fails the test.
     """
     options = {"root": root, "config": config, "python": python, "json": json}
-    if WARM and python == sys.executable and not re.search(r"(?m)^(LANG|LC_|PYTHON)", "\n".join(env or {})):
+    if WARM and next(_runs) % WARM and python == sys.executable and not re.search(r"(?m)^(LANG|LC_|PYTHON)", "\n".join(env or {})):
         from crashes import run_warm
         result = run_warm(deploy_argv(*args, **options), env=clean_environment(env), cwd=str(cwd or "/"), timeout=timeout)
         if result is not None:

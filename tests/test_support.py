@@ -91,7 +91,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, directory: Path, program: str) -> 
     path = directory / "stand_in.py"
     path.write_text(program)
     monkeypatch.setattr(support, "DEPLOY", path)
-    monkeypatch.setattr(support, "WARM", False)
+    monkeypatch.setattr(support, "WARM", 0)
 
 
 def test_run_deploy_gives_a_clean_environment_and_decodes_the_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
