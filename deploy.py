@@ -210,6 +210,7 @@ MAX_RECOVERIES = 2
 MAX_DEPTH = 64
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
+WATCH_SECONDS = 0.25  # how long a wait may overlook a signal: one that comes just before it does not end it
 LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
 MAX_JUDGED_LINKS = 1000
 OUTPUT_TAIL_LINES = 40
@@ -1560,11 +1561,17 @@ class Helper:
         """Wait for the end of the work and return its result."""
         if self._pid < 0:
             return None
-        data = b"".join(iter(lambda: os.read(self._reading, 1 << 16), b""))
+        data = b"".join(iter(self._next, b""))
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
         self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
         return json.loads(data.decode("ascii")) if status == 0 else None
+
+    def _next(self) -> bytes:
+        import select
+        while not select.select([self._reading], [], [], WATCH_SECONDS)[0]:
+            pass  # a signal's handler gets its turn
+        return os.read(self._reading, 1 << 16)
 
     def __enter__(self) -> "Helper":
         return self
@@ -5663,7 +5670,6 @@ SMALLEST_ARG_MAX = 128 << 10
 ROOM_FOR_OUR_OWN_BYTES = 32 << 10  # DEPLOY_* and the like
 LONGEST_SOCKET_PATH = 107  # unix(7), without the NUL
 MOST_REDIRECTS = 20
-WATCH_SECONDS = 0.25
 
 
 def pause(session: Session, seconds: float) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -130,6 +131,37 @@ def test_what_a_signal_breaks_in_the_library_is_an_interruption() -> None:
         with pytest.raises(type(complaint)):
             with interrupts.allowed():
                 raise complaint
+
+
+def test_a_signal_just_before_a_wait_for_another_process_ends_that_wait() -> None:
+    """It comes by another thread, so that it ends no call: one that comes between a line of Python and its call does not, either."""
+    deploy = load_deploy()
+    in_wait, handled = threading.Event(), []  # type: Any, List[int]
+
+    def interrupt() -> None:
+        in_wait.wait()
+        while not handled:
+            time.sleep(0.1)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    def handle(number: int, frame: Any) -> None:
+        handled.append(number)
+        if len(handled) == 1:
+            raise deploy.Interrupted(number)
+
+    before, started = signal.signal(signal.SIGUSR1, handle), time.monotonic()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with deploy.Helper(lambda check: time.sleep(600), limit_seconds=60) as helper:
+            with pytest.raises(deploy.Interrupted):
+                in_wait.set()
+                helper.result()
+    finally:
+        in_wait.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - started < 30, "not at the end of the other process"
 
 
 @pytest.mark.parametrize("hook, number, exit_code", [
