@@ -4716,12 +4716,17 @@ class ZipIndex:
             yield entry
         self._digests.add(hasher.digest())
 
-    def is_same(self, pieces: Iterable[memoryview]) -> bool:
-        """Tell whether the directory that is read in passing is the one that every parsing of it has seen."""
+    def note_passed(self, pieces: Iterable[memoryview]) -> None:
+        """Take note of the directory as it is read in passing, and hashed with the artifact."""
         hasher = hashlib.sha256()
         for piece in pieces:
             hasher.update(piece)
-        return self._digests == {hasher.digest()}
+        self._digests.add(hasher.digest())
+
+    def check_same(self) -> None:
+        """Raise ArtifactRefused unless that is what every parsing has seen, the one that names the files included."""
+        if len(self._digests) != 1:
+            raise damaged("its central directory is not what it was")
 
 
 def zip_index(artifact: OpenArtifact) -> ZipIndex:
@@ -4817,8 +4822,7 @@ def decode_zip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[byte
         yield from unpack_entry(entry, stream)
         before = entry
     check_gap(before, index.start, stream)
-    if not index.is_same(stream.pieces(index.size_bytes)):
-        raise damaged("its central directory is not what it was")
+    index.note_passed(stream.pieces(index.size_bytes))
 
 
 def check_local_header(entry: ZipEntry, stream: Stream) -> None:
@@ -4888,7 +4892,8 @@ def check_gap(entry: Optional[ZipEntry], end: int, stream: Stream) -> None:
 
 def read_zip(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, Iterable[memoryview]]]:
     """Go through the entries of a zip: each with its data, which the caller may leave untaken."""
-    for entry in zip_index(artifact).entries():
+    index = zip_index(artifact)
+    for entry in index.entries():
         member, end = entry.member(), stream.offset + entry.size_bytes
         if member.kind == SYMLINK:
             if entry.size_bytes > MAX_PATH_BYTES:
@@ -4897,6 +4902,7 @@ def read_zip(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, I
         yield member, stream.pieces(member.size_bytes)
         stream.skip_to(end)
     stream.drain()
+    index.check_same()
 
 
 DECODERS = {

@@ -723,6 +723,26 @@ def test_a_zip_directory_that_changes_after_it_was_parsed_is_noticed(bench):
             deploy.unpack(artifact, destination, settings(), lambda done: None)
 
 
+def test_a_zip_directory_that_changes_only_for_the_thread_that_writes_is_noticed(bench, monkeypatch):
+    names = [f"{number:05d}-{'x' * 200}" for number in range(deploy.BLOCK_BYTES // 246 + 500)]
+    path = bench.artifact(make_zip(*[(zip_info(name, 0o100644), b"") for name in names]), "app.zip")
+    read_at = deploy.OpenArtifact.read_at
+
+    def read_otherwise(artifact, offset, size_bytes):
+        data = read_at(artifact, offset, size_bytes)
+        if threading.current_thread() is threading.main_thread() and artifact.zip_index:
+            data = data.replace(names[-1].encode(), names[-1].replace("x", "y").encode())
+        return data
+
+    monkeypatch.setattr(deploy.OpenArtifact, "read_at", read_otherwise)
+    with pytest.raises(deploy.ArtifactRefused, match="not what it was"), deploy.OpenArtifact.open(path) as artifact:
+        deploy.zip_index(artifact)
+        place = os.path.join(bench.path, "place")
+        os.mkdir(place)
+        with deploy.Directory.open(place) as destination:
+            deploy.unpack(artifact, destination, settings(), lambda done: None)
+
+
 MANY = {f"d{number % 7}/f{number}": str(number) for number in range(deploy.PARALLEL_FILES + 10)}
 
 
