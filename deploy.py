@@ -6049,12 +6049,15 @@ class UnitService(Service):
 
     def _failure(self, why: str, **evidence: Any) -> StepFailed:
         if find_command("journalctl"):
-            run_command(["journalctl", "--sync"], timeout_seconds=5.0)  # or what it has just said might not be there yet
-            evidence["journal"] = run_command(["journalctl", "-u", self.settings.unit, "-n", "10", "--no-pager"],
-                                              timeout_seconds=5.0, mask=self.session.console.secrets.mask).tail
+            self._journalctl("--sync")  # or what it has just said might not be there yet
+            evidence["journal"] = self._journalctl("-u", self.settings.unit, "-n", "10", "--no-pager")
             for line in evidence["journal"]:
                 self.session.console.output(line)
         return super()._failure(f"unit {self.settings.unit} {why}", **evidence)
+
+    def _journalctl(self, *arguments: str) -> List[str]:
+        return run_command(["journalctl", *arguments], timeout_seconds=5.0, interrupts=self.session.interrupts,
+                           mask=self.session.console.secrets.mask).tail
 
     def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
         result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,

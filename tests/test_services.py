@@ -206,6 +206,33 @@ def test_an_action_that_fails_brings_what_systemctl_and_the_journal_say(systemd)
     assert caught.value.evidence["journal"] and "journalctl -u app.service" in caught.value.hint
 
 
+def test_a_signal_while_the_journal_is_asked_leaves_no_process(systemd, monkeypatch):
+    program(systemd.directory, "journalctl", "import time; time.sleep(600)")
+    systemd.on["restart"] = {"code": 1}
+    service, started = unit(systemd), []
+
+    class Signalled(deploy.RunningCommand):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if self.argv[0] == "journalctl":
+                started.append(self._process.pid)
+                os.kill(os.getpid(), signal.SIGTERM)  # as one that comes when it has just been forked
+
+    monkeypatch.setattr(deploy, "RunningCommand", Signalled)
+    before = {number: signal.getsignal(number) for number in deploy.Interrupts.SIGNALS}
+    service.session.interrupts.install()
+    try:
+        with pytest.raises(deploy.Interrupted):
+            service.act(CONTEXT)
+        assert len(started) == 1 and not deploy.process_is_alive(started[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for pid in started:
+            if deploy.process_is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_half_a_secret_of_the_journal_is_no_evidence(systemd):
     program(systemd.directory, "journalctl", f"print('x' * {deploy.OUTPUT_LINE_CHARACTERS - 8} + 'a-secret-of-the-service')")
     systemd.on["restart"] = {"code": 1}
