@@ -7634,9 +7634,9 @@ def check_ports(survey: Survey) -> Finding:
             for family in (socket.AF_INET6, socket.AF_INET) if not host else \
                     (socket.AF_INET6 if ":" in host else socket.AF_INET,):
                 bind_for_an_instant(family, host, port)
-        except OSError as error:
+        except (OSError, TypeError) as error:  # the latter for a name that cannot be one
             taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}",
-                          f"see who has it: ss -ltnp 'sport = :{port}'" if error.errno == errno.EADDRINUSE
+                          f"see who has it: ss -ltnp 'sport = :{port}'" if getattr(error, "errno", 0) == errno.EADDRINUSE
                           else "correct [preflight] free_ports, or run as a user who may listen there"))
     return _all_of(taken, count(len(survey.settings.preflight.free_ports), "port"))
 

@@ -310,6 +310,12 @@ def port_of_nobody(app: App) -> Broken:
     return Broken()
 
 
+def port_of_no_name(app: App) -> Broken:
+    """The host of a port cannot be a name."""
+    app.configure("[preflight]\nfree_ports = ä..b:80")
+    return Broken()
+
+
 def service_without_pidfile(app: App) -> Broken:
     """The pidfile is not there."""
     app.configure("[service:app]\npidfile = /no/such.pid")
@@ -372,6 +378,7 @@ CAUSES = [
     (hook_without_its_directory, "hooks", "fail", "run is not found", "write ./run", 3),
     (shared_twice, "shared", "fail", "shared var is named twice", "name it once", 3),
     (port_of_nobody, "ports", "fail", "Name or service not known", "correct [preflight] free_ports", 3),
+    (port_of_no_name, "ports", "fail", "port ä..b:80: encoding of hostname failed", "correct [preflight] free_ports", 3),
     (service_without_pidfile, "services", "fail", "service app: /no/such.pid: No such file or directory (ENOENT)", "start the service", 3),
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
