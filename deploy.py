@@ -2063,7 +2063,7 @@ COMMAND_EXAMPLES = {
     "pin": ("--root /srv/shop pin 1.4.1", (0, 3, 75)),
     "unpin": ("--root /srv/shop unpin 1.4.1", (0, 3, 75)),
     "recover": ("-c /etc/deploy/shop.ini recover", (0, 1, 3, 5, 6, 75)),
-    "pack": ("pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz", (0, 1)),
+    "pack": ("pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz", (0, 1, 4, 130)),
     "config": ("config --example", (0,)),
     "unit": ("-c /etc/deploy/shop.ini unit deploy /var/lib/artifacts/shop.tar.gz", (0,)),
     "help": ("help probes", (0,)),
@@ -5570,7 +5570,7 @@ class GzipWriter:
         write_all(self._descriptor, data)
 
 
-def tar_header(member: Member, epoch_seconds: int) -> bytes:
+def tar_header(member: Member) -> bytes:
     """Write a ustar header, with a pax header before it where ustar cannot say it."""
     name = member.name + (b"/" if member.kind == DIRECTORY else b"")
     records = b"".join(pax_record(key, value) for key, value, fits in (
@@ -5578,11 +5578,11 @@ def tar_header(member: Member, epoch_seconds: int) -> bytes:
         (b"size", str(member.size_bytes).encode(), member.size_bytes < 8 << 30)) if not fits)
     extended = b""
     if records:
-        extended = ustar_block(b"pax_header", 0o644, len(records), epoch_seconds, b"x")
+        extended = ustar_block(b"pax_header", 0o644, len(records), b"x")
         extended += records + bytes(-len(records) % TAR_BLOCK_BYTES)
     flag = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind] + member.target[:100]
     size_bytes = member.size_bytes if member.size_bytes < 8 << 30 else 0
-    return extended + ustar_block(name[:100], member.mode, size_bytes, epoch_seconds, flag)
+    return extended + ustar_block(name[:100], member.mode, size_bytes, flag)
 
 
 def pax_record(key: bytes, value: bytes) -> bytes:
@@ -5592,11 +5592,11 @@ def pax_record(key: bytes, value: bytes) -> bytes:
     return b"%d %s=%s\n" % (length, key, value)
 
 
-def ustar_block(name: bytes, mode: int, size_bytes: int, epoch_seconds: int, flag: bytes) -> bytes:
-    """Write one header block; `flag` is the type and, for a symlink, its target."""
+def ustar_block(name: bytes, mode: int, size_bytes: int, flag: bytes) -> bytes:
+    """Write one header block, with the time 0; `flag` is the type and, for a symlink, its target."""
     import struct
     block = struct.pack("100s8s8s8s12s12s8s101s8s32s32s8s8s155s12x", name, b"%07o" % mode, b"0000000", b"0000000",
-                        b"%011o" % size_bytes, b"%011o" % epoch_seconds, b" " * 8, flag, b"ustar\x0000", b"root", b"root",
+                        b"%011o" % size_bytes, b"0" * 11, b" " * 8, flag, b"ustar\x0000", b"root", b"root",
                         b"0000000", b"0000000", b"")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
@@ -5611,12 +5611,12 @@ class Packed(NamedTuple):
     private: Tuple[bytes, ...]
 
 
-def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> Packed:
+def pack(source: str, target: str, prefix: str = "", check: Callable[[], None] = lambda: None) -> Packed:
     """Write a directory as a reproducible .tar.gz and its .sha256.
 
     The same tree gives the same bytes: names sorted, owners root, modes 0644
-    and 0755, times `epoch_seconds`.  What could not be deployed is refused
-    (ArtifactRefused); nothing is left at `target` then.
+    and 0755, times 0.  What could not be deployed is refused (ArtifactRefused);
+    nothing is left at `target` then, nor where `check`, asked again and again, raises.
     """
     directory, base = os.path.split(absolute(target))
     temporary = temporary_name(base)
@@ -5626,7 +5626,7 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
             # Neither this file nor what an earlier run left may become part of it.
             own = [place.status(name) for name in (temporary, base, base + ".sha256")]
             stream = GzipWriter(descriptor)
-            files, private = pack_tree(artifact, stream, os.fsencode(prefix), epoch_seconds,
+            files, private = pack_tree(artifact, stream, os.fsencode(prefix), check,
                                        {(status.st_dev, status.st_ino) for status in own if status})
             sha256 = stream.finish()
             place.rename(temporary, place, base)
@@ -5641,7 +5641,7 @@ def pack(source: str, target: str, prefix: str = "", epoch_seconds: int = 0) -> 
     return Packed(sha256, stream.size_bytes, files, stream.taken_bytes, tuple(private))
 
 
-def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, epoch_seconds: int,
+def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, check: Callable[[], None],
               own: Set[Tuple[int, int]]) -> Tuple[int, List[bytes]]:
     """Write a directory's members as tar, judged as an artifact would be; return how many files, and which were private."""
     if artifact.format != "directory":
@@ -5656,10 +5656,10 @@ def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, epoch_s
         mode = 0o777 if member.kind == SYMLINK else mode
         member = member._replace(name=prefix + member.name, mode=mode)
         judge.admit(member)
-        stream.write(tar_header(member, epoch_seconds))
-        for piece in pieces if member.kind == FILE else ():
+        padding = bytes(-member.size_bytes % TAR_BLOCK_BYTES)
+        for piece in itertools.chain([tar_header(member)], pieces if member.kind == FILE else (), [padding]):
+            check()
             stream.write(piece)
-        stream.write(bytes(-member.size_bytes % TAR_BLOCK_BYTES))
     judge.finish()
     stream.write(bytes(2 * TAR_BLOCK_BYTES))
     return len(judge.manifest.files), private
@@ -10890,7 +10890,7 @@ def command_pack(call: Invocation) -> None:
         call.outcome.message = f"would pack {directory} into {target}"
         call.console.result(call.outcome.message)
         return
-    made = pack(directory, target, prefix)
+    made = pack(directory, target, prefix, call.session.interrupts.check)
     call.outcome.changed = True
     call.outcome.extra["artifact"] = {"path": portable(target), "sha256": made.sha256, "size": made.size_bytes, "files": made.files}
     call.outcome.message = f"{portable(shown)}: {count(made.files, 'file')}, {format_size(made.size_bytes)}"

@@ -92,6 +92,20 @@ def test_a_signal_while_unpacking_undoes_everything(live: App, number: int, exit
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
 
 
+def test_a_signal_ends_packing_and_leaves_nothing_behind(app: App) -> None:
+    source, target = app.directory / "source", app.directory / "packed" / "app.tar.gz"
+    source.mkdir()
+    target.parent.mkdir()
+    with (source / "large").open("wb") as stream:
+        stream.truncate(3 << 30)  # takes no space, and longer than a signal
+    run = Running(app, "pack", source, "-o", target)
+    wait_until(lambda: list(target.parent.iterdir()), what="it has begun to write")
+    run.process.terminate()
+    data = run.end()
+    assert data["exit_code"] == 143 and not data["changed"], described(data)
+    assert list(target.parent.iterdir()) == []
+
+
 def test_a_signal_while_something_is_closed_is_no_failure_of_the_unpacking(live: App) -> None:
     """What was closed already was once closed again on the way out: a bad file descriptor, and exit code 1."""
     live.configure("durable = no\n")
