@@ -46,12 +46,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
-    """Under DEPLOY_TEST_SHARE=1/3 run of each test's cases the second of every three; a test with fewer is run whole."""
+    """Under DEPLOY_TEST_SHARE=1/3 run of each test's cases the second of every three; of a test with fewer, one."""
     number, shares = (int(word) for word in os.environ.get("DEPLOY_TEST_SHARE", "0/1").split("/"))
     tests = [(str(item.fspath), getattr(item, "originalname", None) or item.name) for item in items]
     cases, seen, kept, left_out = Counter(tests), Counter(), [], []  # type: Any, Any, List[Any], List[Any]
     for test, item in zip(tests, items):
-        is_mine = cases[test] < shares or seen[test] % shares == number
+        every = min(cases[test], shares)
+        is_mine = seen[test] % every == number % every
         (kept if is_mine else left_out).append(item)
         seen[test] += 1
     items[:] = kept

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fuzz
-from support import TESTS, clean_environment
+from support import TESTS, clean_environment, once_in_ci
 
 SEED = int(os.environ.get("DEPLOY_FUZZ_SEED") or 1)
 INPUTS = int(os.environ.get("DEPLOY_FUZZ_INPUTS") or 3000)
@@ -35,6 +35,7 @@ def test_inputs_depend_on_the_seed_and_the_index_alone(monkeypatch: Any) -> None
     assert fuzz.make_input(7, 1) != fuzz.make_input(8, 1)
 
 
+@once_in_ci
 def test_many_refusals_and_many_acceptances_are_reached(tmp_path: Path) -> None:
     tally = fuzz.run(1, range(600), str(tmp_path / "ground"))
     assert tally.failures == [] and tally.outcomes["accepted"] > 60 and len(tally.outcomes) > 40
@@ -70,6 +71,7 @@ def wrong_numbers(monkeypatch: Any) -> None:
     monkeypatch.setattr(fuzz.deploy, "tar_number", lambda field, name: int(field.strip(b" \0") or b"0", 8))
 
 
+@once_in_ci
 @pytest.mark.parametrize("sabotage,failure", [
     (unchecked_names, "FileExistsError"), (files_above, "written outside"), (unchecked_links, "leads outside"),
     (wide_modes, "Wrong"), (wrong_numbers, "ValueError"),

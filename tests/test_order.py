@@ -16,7 +16,7 @@ import pytest
 
 import replay
 from replay import Disk, Op, Play, Trace, plain
-from support import needs
+from support import needs, once_in_ci
 
 STATE = "root/.deploy"
 # How many crash states the suite tries; tests/replay.py tries as many as it is told.
@@ -307,6 +307,7 @@ def test_a_sample_of_the_states_that_a_power_cut_leaves_is_recovered(plays: Dict
     assert not problems, "\n\n".join(problems)
 
 
+@once_in_ci
 @pytest.mark.parametrize("path, call, expected", [
     (STATE + "/staging", "syncfs", "is not whole"),
     (STATE + "/.journal.json.tmp", "fsync", "the journal cannot be read"),

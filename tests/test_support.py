@@ -157,14 +157,15 @@ def test_waiting_ends_with_the_value_or_a_failure() -> None:
     assert 1024 <= free_port() < 65536
 
 
-@pytest.mark.parametrize("share, kept", [("0/1", "abcdefg"), ("0/3", "adfg"), ("1/3", "befg"), ("2/3", "cfg")])
+@pytest.mark.parametrize("share, kept", [("0/1", "abcdefgh"), ("0/3", "adfh"), ("1/3", "begh"), ("2/3", "cfh")])
 def test_a_share_of_the_suite_holds_every_test_and_its_share_of_the_cases(monkeypatch, share, kept):
-    items = [SimpleNamespace(fspath="test_x.py", originalname="five" if name in "abcde" else name, name=name) for name in "abcdefg"]
+    tests = dict(dict.fromkeys("abcde", "five"), f="two", g="two")
+    items = [SimpleNamespace(fspath="test_x.py", originalname=tests.get(name, name), name=name) for name in "abcdefgh"]
     left_out = []
     config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
     monkeypatch.setenv("DEPLOY_TEST_SHARE", share)
     conftest.pytest_collection_modifyitems(config, items)
-    assert "".join(item.name for item in items) == kept and len(items) + len(left_out) == 7
+    assert "".join(item.name for item in items) == kept and len(items) + len(left_out) == 8
 
 
 TESTS_OF_A_SUITE = """
