@@ -289,7 +289,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_gone(pids: List[int], timeout: float = 5) -> None:
+def wait_gone(pids: List[int], timeout: float = 60) -> None:
     """Wait until none of the processes runs any more."""
     wait_until(lambda: not any(is_running(pid) for pid in pids), timeout, f"{pids} are gone")
 

@@ -32,7 +32,7 @@ class Gate:
         self.command = f"cat {self.path}"
         self._writer = None  # type: Optional[int]
 
-    def wait_for_visitor(self, timeout: float = 20) -> None:
+    def wait_for_visitor(self, timeout: float = 60) -> None:
         """Return once a hook stands before the gate."""
         self._writer = wait_until(self._try_open, timeout, "a hook that waits at the gate")
 

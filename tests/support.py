@@ -17,6 +17,7 @@ import lzma
 import os
 import pprint
 import py_compile
+import random
 import re
 import shutil
 import signal
@@ -30,7 +31,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -521,13 +522,15 @@ def fake_command(directory: Any, name: str, script: str = "") -> FakeCommand:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nothing listens on, below those that the kernel hands out: no suite beside this one takes it meanwhile."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(lowest // 2, lowest)))
+            return int(probe.getsockname()[1])
 
 
-def wait_until(predicate: Callable[[], Any], timeout: float = 10, what: str = "") -> Any:
+def wait_until(predicate: Callable[[], Any], timeout: float = 60, what: str = "") -> Any:
     """Wait until a predicate is true and return its value; the test fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
@@ -561,7 +564,7 @@ class Server:
         self.restart_command = fake_command(directory, f"restart-{self.port}", (
             "import urllib.request\n"
             "opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))\n"
-            f"opener.open('http://127.0.0.1:{self.port}/restart', data=b'', timeout=10).read()"))
+            f"opener.open('http://127.0.0.1:{self.port}/restart', data=b'', timeout=60).read()"))
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
     def _read_version(self) -> Optional[str]:

@@ -75,7 +75,7 @@ class Fleet:
             self.apps[name] = app = App(top / name)
             self.servers[name] = server = Server(app.root / "current" / "VERSION", top / name / "bin")
             app.configure(f"durable = no\n[service:web]\ncommand = {server.restart_command.path}\nsettle = 0s\n"
-                          f"[probe:web]\nurl = {server.url}\nrelease = json:version\nsuccesses = 1\nperiod = 100ms\ndeadline = 3s\n")
+                          f"[probe:web]\nurl = {server.url}\nrelease = json:version\nsuccesses = 1\nperiod = 100ms\ndeadline = 5s\n")
             lines.append(f"{name} ansible_connection=local ansible_python_interpreter={sorted(pythons.items())[number % 2][1]}")
         (top / "inventory").write_text("\n".join(lines) + "\n")
 

@@ -804,4 +804,4 @@ def test_the_helper_ends_with_its_parent(tmp_path):
                f"with deploy.Helper(work) as helper:\n    while not os.path.exists({str(mark)!r}) or not open({str(mark)!r}).read(): time.sleep(0.01)\n"
                "    os.kill(os.getpid(), signal.SIGKILL)\n")
     assert subprocess.run([sys.executable, "-B", "-c", program]).returncode == -9
-    wait_until(lambda: not is_running(int(mark.read_text())), 5, "the helper is gone")
+    wait_until(lambda: not is_running(int(mark.read_text())), what="the helper is gone")

@@ -310,7 +310,7 @@ def test_a_signal_before_activation_gives_one_complete_object(number: int, app: 
         try:
             wait_until(marker.exists, what="the hook to start")
             process.send_signal(number)
-            process.wait(20)
+            process.wait(60)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -428,7 +428,7 @@ def test_progress_only_on_a_terminal_and_only_when_it_takes_long(app: App) -> No
     with open(str(app.directory / "err"), "wb") as stderr:
         piped = start_deploy(*argv, config=app.config, env={"TERM": "xterm"}, stderr=stderr)
         shown = run_on_terminal(*argv, config=app.config, env={"TERM": "xterm"})
-        assert piped.wait(30) == shown.exit_code == 3
+        assert piped.wait(60) == shown.exit_code == 3
     assert b"\r\x1b[K" in shown.output and re.search(rb"\r\x1b\[K *probe web", shown.output)
     assert b"\r" not in (app.directory / "err").read_bytes()
     short = run_on_terminal("preflight", config=app.config, env={"TERM": "xterm", "DEPLOY_PROBE_WEB_DEADLINE": "100ms"})

@@ -122,12 +122,12 @@ def test_a_signal_ends_the_wait_and_nothing_is_changed_or_locked(number: Any, co
     with (tmp_path / "stderr").open("w") as stderr:
         waiting = start_deploy("deploy", app.artifact("1.1"), "--splay", "480h", config=app.config, stderr=stderr)
     try:
-        wait_until(lambda: "waiting " in (tmp_path / "stderr").read_text(), 30, "it waits")
+        wait_until(lambda: "waiting " in (tmp_path / "stderr").read_text(), what="it waits")
         assert snapshot(app.root) == before
         app.run("pin", "1.0", check=0)
         before = snapshot(app.root)
         waiting.send_signal(number)
-        assert waiting.wait(30) == code
+        assert waiting.wait(60) == code
     finally:
         waiting.kill()
         waiting.wait()
@@ -143,10 +143,10 @@ def test_a_terminal_shows_how_long_it_still_waits(app: App) -> None:
     shown = b""
     try:
         while not re.search(rb"\r\x1b\[K  splay        .*  \d+h\d\dm", shown):
-            assert select.select([ours], [], [], 30)[0], shown
+            assert select.select([ours], [], [], 60)[0], shown
             shown += os.read(ours, 4096)
         waiting.send_signal(signal.SIGINT)
-        assert waiting.wait(30) == 130
+        assert waiting.wait(60) == 130
     finally:
         waiting.kill()
         waiting.wait()

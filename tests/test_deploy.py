@@ -362,6 +362,7 @@ def test_a_try_cut_off_by_the_deadline_does_not_hide_the_answer_before_it(app: A
     configure(app, f"[probe:web]\ncommand = {command.path}\nsuccesses = 1\nperiod = 10ms\ntimeout = 10s\ndeadline = 3s\n")
     done = app.run("deploy", app.artifact("2.0"), check=5).data
     assert "no such table: users" in done["error"]["message"]
+    assert "no such table: users" in json.dumps(app.history()[-1]["failure"])
 
 
 def test_the_old_process_that_still_answers_is_a_failure(app: App, server: Server) -> None:
@@ -375,7 +376,7 @@ def test_the_old_process_that_still_answers_is_a_failure(app: App, server: Serve
 
 
 def test_the_new_process_that_answers_is_a_success(app: App, server: Server) -> None:
-    configure(app, f"[service:web]\ncommand = {server.restart_command.path}\n" + PROBE.format(url=server.url))
+    configure(app, f"[service:web]\ncommand = {server.restart_command.path}\n" + PROBE.format(url=server.url).replace("3s", "60s"))
     for version in ("1.0", "2.0"):
         done = app.deploy(version).data
         assert (app.version, server.version, statuses(done)["probe:web"]) == (version, version, "done")

@@ -226,6 +226,7 @@ FAULTS = {
     "file cannot be created": Fault("openat", r"staging.*\"VERSION\"", "EMFILE", 1),
     "file cannot be written": Fault("write", r"staging.*data\.txt", "ENOSPC", 1),
     "link cannot be made": Fault("symlinkat", r"staging", "ENOSPC", 1),
+    "unpacked files do not reach the disk": Fault("syncfs", r"staging>", "EIO", 1),
     "release is not renamed": Fault("renameat", r"staging.*releases>", "EIO", 1),
     "releases is not synced": Fault("fsync", r"root/releases>", "EIO", 1),
     "manifest is not written": Fault("write", r"manifests", "ENOSPC", 1),

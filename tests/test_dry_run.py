@@ -278,7 +278,7 @@ def test_a_dry_run_takes_no_lock_and_waits_for_none(two: App) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert planned(two, "pin", "1.0")
         before = snapshot(two.directory)
-        result = two.run("-n", "rollback", "--wait-lock", "1h", timeout=20)
+        result = two.run("-n", "rollback", "--wait-lock", "1h")
         assert snapshot(two.directory) == before
     assert result.exit_code == 75 and "another run holds the lock" in result.data["error"]["message"]
     assert result.data["error"]["hint"].startswith("look again once it has ended"), "--wait-lock was given, and a look does not wait"

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -252,14 +253,18 @@ def test_on_failure_is_told_which_release_failed(app: App, spy: Spy, hook: str) 
     assert call["env"]["DEPLOY_RELEASE"].endswith("-1.1")
 
 
-def test_undoing_never_deletes_what_somebody_else_made(app: App) -> None:
+@pytest.mark.parametrize("left", ["precious", ""], ids=["with a file", "empty"])
+def test_undoing_never_deletes_what_somebody_else_made(app: App, left: str) -> None:
+    """Nor what rename(2) would replace without a word: an empty directory."""
     app.deploy("1.0")
     # Under the very name that the new release is to have.
     take = script(app.directory / "take", f"to=$(sed -n 's/.*\"to\": \"\\(.*\\)\".*/\\1/p' {app.root}/.deploy/journal.json)\n"
-                                          f"mkdir {app.root}/releases/$to && echo data > {app.root}/releases/$to/precious")
+                                          f"mkdir {app.root}/releases/$to && test -z '{left}' || echo data > {app.root}/releases/$to/precious")
     app.configure(f"[hooks]\npre_stage = {take}\n")
-    app.run("deploy", app.artifact("1.1"), check=1)
-    assert [path.read_text() for path in app.root.glob("releases/*/precious")] == ["data\n"]
+    error = app.run("deploy", app.artifact("1.1"), check=1).data["error"]
+    assert "exists already" in error["message"]
+    made, = [path for path in (app.root / "releases").iterdir() if path.name != app.current]
+    assert os.listdir(str(made)) == ([left] if left else [])
 
 
 # -- time --------------------------------------------------------------------------
@@ -267,9 +272,7 @@ def test_undoing_never_deletes_what_somebody_else_made(app: App) -> None:
 def test_a_background_child_that_holds_stdout_does_not_hang_the_run(app: App, pids: Path) -> None:
     leave = script(app.directory / "leave", f"echo started\nsleep 600 &\necho $! >> {pids}")
     app.configure(f"[hooks]\npre_activate = {leave}\npost_activate = {leave}\ntimeout = 100s\n")
-    started = time.monotonic()
-    app.run("deploy", app.artifact("1.0"), check=0)
-    assert time.monotonic() - started < 10
+    app.run("deploy", app.artifact("1.0"), timeout=60, check=0)
     assert len(pids_in(pids)) == 2
 
 
@@ -278,18 +281,25 @@ def test_a_hook_past_its_timeout_is_killed_with_its_children(app: App, pids: Pat
     app.deploy("1.0")
     hang = script(app.directory / "hang", f"echo $$ >> {pids}\n(trap '' TERM; sleep 600) & echo $! >> {pids}\n"
                                           f"sleep 600 & echo $! >> {pids}\necho waiting; wait")
-    app.configure(f"[hooks]\n{hook} = {hang}\ntimeout = 400ms\n")
-    result = app.run("deploy", app.artifact("1.1"), check=exit_code)
-    assert "timed out" in result.data["error"]["message"] and "timeout" in result.data["error"]["hint"]
-    assert len(pids_in(pids)) == 3
+    for number, timeout in enumerate(("400ms", "4s", "40s")):
+        app.configure(f"[hooks]\n{hook} = {hang}\ntimeout = {timeout}\n")
+        result = app.run("deploy", app.artifact(f"1.1.{number}"), timeout=120, check=exit_code)
+        assert "timed out" in result.data["error"]["message"] and "timeout" in result.data["error"]["hint"]
+        if len(pids_in(pids)) >= 3:
+            break  # else the host was so busy that the hook had not started them
+    assert len(pids_in(pids)) >= 3
     wait_gone(pids_in(pids))
     assert app.version == "1.0"
 
 
 def test_a_hook_that_ignores_term_is_killed(app: App, pids: Path) -> None:
     stubborn = script(app.directory / "stubborn", f"trap '' TERM\necho $$ >> {pids}\nwhile :; do sleep 1; done")
-    app.configure(f"[hooks]\npre_stage = {stubborn}\ntimeout = 100ms\n")
-    app.run("deploy", app.artifact("1.0"), check=1)
+    for timeout in ("100ms", "1s", "10s"):
+        app.configure(f"[hooks]\npre_stage = {stubborn}\ntimeout = {timeout}\n")
+        app.run("deploy", app.artifact("1.0"), check=1)
+        if pids_in(pids):
+            break  # else the host was so busy that the hook had not come to it
+    assert pids_in(pids)
     wait_gone(pids_in(pids))
 
 
@@ -297,7 +307,7 @@ def test_a_hook_that_ignores_term_is_killed(app: App, pids: Path) -> None:
 
 def test_output_reaches_the_log_line_by_line_while_the_hook_runs(app: App, tmp_path: Path) -> None:
     log, go = tmp_path / "log", tmp_path / "go"
-    wait = script(app.directory / "wait", f"echo first line\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done\n"
+    wait = script(app.directory / "wait", f"echo first line\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 3000 ]; do sleep 0.02; n=$((n+1)); done\n"
                                           f"echo last line")
     app.configure(f"[hooks]\npre_activate = {wait}\n")
     process = start_deploy("--log-file", log, "deploy", app.artifact("1.0"), config=app.config)
@@ -305,7 +315,7 @@ def test_output_reaches_the_log_line_by_line_while_the_hook_runs(app: App, tmp_p
         wait_until(lambda: log.exists() and "first line" in log.read_text(), what="the first line is in the log")
         assert process.poll() is None and "last line" not in log.read_text()
         go.touch()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -325,9 +335,7 @@ def test_the_tail_of_the_output_is_kept_in_the_history(app: App, ends: int) -> N
                                    "head -c 1000000 /dev/urandom; echo; echo the end"], ids=["lines", "one line", "noise"])
 def test_a_flood_of_output_is_survived_and_only_its_end_is_kept(app: App, tmp_path: Path, flood: str) -> None:
     app.configure(f"[hooks]\npre_activate = {script(app.directory / 'flood', flood + '; exit 1')}\n")
-    started = time.monotonic()
-    result = app.run("--log-file", tmp_path / "log", "deploy", app.artifact("1.0"), check=1)
-    assert time.monotonic() - started < 15
+    result = app.run("--log-file", tmp_path / "log", "deploy", app.artifact("1.0"), timeout=60, check=1)
     failure = app.history()[-1]["failure"]
     assert failure["evidence"]["output"][-1] == "the end"
     assert len(json.dumps(app.history()[-1])) < 200000 and len(result.data["error"]["message"]) < 5000
@@ -335,9 +343,7 @@ def test_a_flood_of_output_is_survived_and_only_its_end_is_kept(app: App, tmp_pa
 
 def test_a_flood_without_end_is_stopped_by_the_timeout(app: App) -> None:
     app.configure("[hooks]\npre_activate = yes\ntimeout = 300ms\n")
-    started = time.monotonic()
-    app.run("-q", "deploy", app.artifact("1.0"), check=1)
-    assert time.monotonic() - started < 15
+    app.run("-q", "deploy", app.artifact("1.0"), timeout=60, check=1)
 
 
 def test_binary_output_cannot_reach_a_terminal(app: App, tmp_path: Path) -> None:
@@ -374,8 +380,8 @@ def test_run_as_runs_hooks_as_that_user_with_its_groups_and_home(app: App, tmp_p
     app.run("--log-file", log, "deploy", app.artifact("1.0"), check=0)
     said = [line.rpartition("] ")[2] for line in log.read_text().splitlines()]
     groups = sorted(os.getgrouplist("nobody", nobody.pw_gid))
-    assert [line for line in said if line in (str(nobody.pw_uid), " ".join(map(str, groups)), nobody.pw_dir)]
     assert str(nobody.pw_uid) in said and nobody.pw_dir in said and "0" not in said
+    assert groups in [sorted(map(int, line.split())) for line in said if re.match(r"[\d ]+\Z", line)], "none of root's groups"
 
 
 @pytest.mark.parametrize("user", ["no-such-user-here", "-1", ""], ids=["unknown", "number", "empty"])

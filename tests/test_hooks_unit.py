@@ -93,7 +93,7 @@ def test_a_hook_that_hangs_is_killed(place):
     started = time.monotonic()
     with pytest.raises(deploy.StepFailed, match="timed out") as caught:
         run(place, "./hang", "hooks.timeout=1s")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
     # A slow interpreter may not get as far as its first word.
     assert caught.value.evidence["output"] in (["waiting"], []) and caught.value.evidence["timed_out"]
     assert "timeout" in caught.value.hint
@@ -113,7 +113,7 @@ def test_a_signal_interrupts_a_hook(place):
     session.console.output = lambda line: up.set()
     handlers = {number: signal.getsignal(number) for number in session.interrupts.SIGNALS}
     session.interrupts.install()
-    threading.Thread(target=lambda: (up.wait(10), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    threading.Thread(target=lambda: (up.wait(50), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     try:
         with pytest.raises(deploy.Interrupted):
             deploy.run_hook(session, "pre_stage", place)

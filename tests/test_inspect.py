@@ -27,7 +27,7 @@ def busy(tmp_path_factory: Any) -> App:
     app.deploy("1.0")
     app.deploy("1.1")
     app.configure("[probe:web]\ncommand = /bin/sh -c 'if grep -q 1.2 VERSION; then echo the database is away; exit 3; fi'\n"
-                  "deadline = 1s\nperiod = 400ms\nsuccesses = 1")
+                  "deadline = 2s\nperiod = 5s\nsuccesses = 1")
     app.deploy("1.2", check=5)
     app.configure()
     app.run("stage", app.artifact("1.3"), check=0)
@@ -295,13 +295,6 @@ def test_show_of_a_failure_has_its_evidence(busy: App) -> None:
     assert "failed at" in shown and "the database is away" in shown and "probe:web [failed]" in shown
 
 
-def test_a_last_try_that_the_deadline_cuts_off_does_not_hide_what_the_others_said(app: App) -> None:
-    app.configure("[probe:web]\ncommand = /bin/sh -c 'sleep 0.15; echo the database is away; exit 3'\ndeadline = 1s\nperiod = 100ms\n"
-                  "backoff = 1.0\njitter = 0\nsuccesses = 1")
-    result = app.deploy("1.0", check=5)
-    assert "the database is away" in json.dumps(app.history()[-1]["failure"]), result.describe()
-
-
 @pytest.mark.parametrize("text", ["2", "1.1", "{id}", "{prefix}", "{release}"])
 def test_show_takes_a_number_a_version_an_id_or_a_release(text: str, busy: App) -> None:
     entry = busy.history()[1]
@@ -360,7 +353,7 @@ DIFFERENCES = [
 @pytest.mark.parametrize("name,change,kind,path", DIFFERENCES, ids=[row[0] for row in DIFFERENCES])
 def test_verify_names_what_is_different(name: str, change: Callable[[Path], Any], kind: str, path: str, deployed: App) -> None:
     change(deployed.root / "current")
-    result = deployed.run("verify", check=7, timeout=20)
+    result = deployed.run("verify", check=7)
     differences = result.data["differences"]
     assert [len(differences[other]) for other in ("changed", "missing", "added") if other != kind] == [0, 0]
     assert [found.split(" ")[0] for found in differences[kind]] == [path]
@@ -413,7 +406,7 @@ def test_an_ad_hoc_url_probe_needs_neither_configuration_nor_root(server: Server
     (["--command", "sleep 60", "--expect", "timeout=100ms"], 7, "0.1"),
 ], ids=["ok", "fails", "body", "body-negated", "timeout"])
 def test_an_ad_hoc_command_probe(words: List[str], exit_code: int, said: str) -> None:
-    result = run_deploy("probe", *words, check=exit_code, timeout=20)
+    result = run_deploy("probe", *words, check=exit_code)
     assert said in result.data["msg"] and len(result.data["probes"]) == 1
 
 
@@ -505,7 +498,7 @@ def test_what_is_packed_is_what_tar_unpacks_and_what_can_be_deployed(tmp_path: P
         members = archive.getmembers()
     assert {(one.uid, one.gid, one.mtime) for one in members} == {(0, 0, 0)}
     assert {one.mode for one in members if one.isreg()} == {0o644, 0o755}
-    assert [one.name for one in members] == sorted(one.name for one in members) or len({one.name for one in members}) == len(members)
+    assert sorted(one.name for one in members) == sorted(set(expected) - {"."}), "each once"
 
 
 def test_the_default_name_is_the_directorys_with_the_version_in_the_working_directory(tmp_path: Path) -> None:
@@ -561,7 +554,7 @@ def test_what_could_not_be_deployed_is_not_packed_and_nothing_is_left(
     top = make_tree(tmp_path / "in" / "app", TREE)
     spoil(top)
     (tmp_path / "out").mkdir()
-    data = run_deploy("pack", top, "-o", tmp_path / "out" / "x.tar.gz", check=4, timeout=20).data
+    data = run_deploy("pack", top, "-o", tmp_path / "out" / "x.tar.gz", check=4).data
     assert said in data["error"]["message"] and data["error"]["hint"]
     assert data["changed"] is False
     assert os.listdir(str(tmp_path / "out")) == []

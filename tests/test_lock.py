@@ -60,12 +60,12 @@ def test_of_twenty_that_deploy_at_once_one_wins_and_the_state_is_whole(app: App,
     configure(app, f"[hooks]\npre_activate = {gate.command}\n")
     artifacts = [app.artifact(f"2.{number}") for number in range(20)]
     processes = [start_deploy("deploy", artifact, config=app.config) for artifact in artifacts]
-    gate.wait_for_visitor(40)
+    gate.wait_for_visitor()
     # The winner stands at the gate until every other has given up.
-    wait_until(lambda: sum(process.poll() is not None for process in processes) == 19, 40)
+    wait_until(lambda: sum(process.poll() is not None for process in processes) == 19)
     assert app.current == first
     gate.open()
-    codes = [process.wait(20) for process in processes]
+    codes = [process.wait(60) for process in processes]
     assert sorted(codes) == [0] + [75] * 19
     winner = codes.index(0)
     assert app.version == f"2.{winner}"
@@ -140,7 +140,7 @@ def test_a_look_at_the_lock_does_not_take_it_from_anybody(app: App, holder: subp
     assert (lock["status"], f"pid {holder.pid}" in lock["detail"]) == ("fail", True)
     app.run("-n", "deploy", app.artifact("3.0"), "--set", "hooks.pre_activate=")
     gate.open()
-    assert holder.wait(20) == 0
+    assert holder.wait(60) == 0
 
 
 def test_a_look_that_stands_still_holds_nobody_up(app: App) -> None:
@@ -149,16 +149,16 @@ def test_a_look_that_stands_still_holds_nobody_up(app: App) -> None:
     with open(str(app.root / ".deploy" / "lock")) as look:
         fcntl.flock(look, fcntl.LOCK_SH)
         run = start_deploy("deploy", app.artifact("1.1"), config=app.config)
-        wait_until(lambda: waits_for_the_lock(app, run), 20)
+        wait_until(lambda: waits_for_the_lock(app, run))
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(0.5)
-    assert (run.wait(20), app.version) == (0, "1.1")
+    assert (run.wait(60), app.version) == (0, "1.1")
 
 
 def test_a_hook_does_not_wait_for_the_run_that_waits_for_it(app: App) -> None:
     prune = " ".join(deploy_argv("prune", "--wait-lock", "1h", config=app.config))
     configure(app, f"[hooks]\npre_activate = {prune}\n")
-    error = app.run("deploy", app.artifact("1.0"), check=1, timeout=60).data["error"]
+    error = app.run("deploy", app.artifact("1.0"), check=1).data["error"]
     assert "exited with code 75" in error["message"]
     (story,) = app.run("show", "1", check=0).data["history"]
     assert "the run whose hook this is holds the lock" in json.dumps(story)
@@ -166,10 +166,10 @@ def test_a_hook_does_not_wait_for_the_run_that_waits_for_it(app: App) -> None:
 
 def test_wait_lock_waits_until_the_holder_is_done(app: App, holder: subprocess.Popen, gate: Gate) -> None:
     waiting = start_deploy("deploy", app.artifact("3.0"), "--wait-lock", "60s", config=app.config)
-    wait_until(lambda: waits_for_the_lock(app, waiting), 20)
+    wait_until(lambda: waits_for_the_lock(app, waiting))
     assert (waiting.poll(), app.version) == (None, "1.0")
     gate.open()
-    assert (holder.wait(20), waiting.wait(20)) == (0, 0)
+    assert (holder.wait(60), waiting.wait(60)) == (0, 0)
     assert app.version == "3.0"
     assert app.record(str(app.current))["previous"] == app.history()[1]["release"], "it observed only once it had the lock"
 
@@ -181,7 +181,7 @@ def test_waiting_for_the_lock_ends_after_the_time_that_was_given(app: App, holde
     env = {way: "300ms"} if way.startswith("DEPLOY") else {}
     started = time.monotonic()
     busy = app.run("prune", *words, env=env, check=75).data
-    assert 0.3 <= time.monotonic() - started < 10
+    assert 0.3 <= time.monotonic() - started < 50, "not when the holder is done"
     assert f"pid {holder.pid}" in busy["error"]["message"]
 
 
@@ -197,9 +197,9 @@ def test_a_killed_holder_frees_the_lock(app: App, holder: subprocess.Popen) -> N
 def test_a_killed_holder_frees_the_lock_for_one_that_waits(app: App, holder: subprocess.Popen) -> None:
     configure(app)
     waiting = start_deploy("deploy", app.artifact("3.0"), "--wait-lock", "60s", config=app.config)
-    wait_until(lambda: waits_for_the_lock(app, waiting), 20)
+    wait_until(lambda: waits_for_the_lock(app, waiting))
     holder.send_signal(signal.SIGKILL)
-    assert (waiting.wait(20), app.version, app.leftovers()) == (0, "3.0", [])
+    assert (waiting.wait(60), app.version, app.leftovers()) == (0, "3.0", [])
 
 
 def test_a_stopped_holder_is_named_and_goes_on_when_it_is_woken(app: App, holder: subprocess.Popen, gate: Gate) -> None:
@@ -216,7 +216,7 @@ def test_a_stopped_holder_is_named_and_goes_on_when_it_is_woken(app: App, holder
     finally:
         holder.send_signal(signal.SIGCONT)
     gate.open()
-    assert (holder.wait(20), app.version) == (0, "2.0")
+    assert (holder.wait(60), app.version) == (0, "2.0")
 
 
 def state_of(pid: int) -> str:
@@ -228,12 +228,14 @@ def state_of(pid: int) -> str:
 def test_a_background_child_of_a_failing_hook_does_not_keep_the_lock(how: str, app: App, gate: Gate) -> None:
     """Detached with setsid, it outlives the run; the lock does not."""
     pid_file = app.directory / "pid"
-    script = (f"import subprocess, time\nchild = subprocess.Popen(['setsid', 'cat', {str(gate.path)!r}], close_fds=False)\n"
-              f"open({str(pid_file)!r}, 'w').write(str(child.pid))\n"
-              "time.sleep(0.3)\n" + ("sys.exit(3)" if how == "failed" else "time.sleep(600)"))
+    script = (f"import subprocess, time\nchild = subprocess.Popen(['cat', {str(gate.path)!r}], close_fds=False, start_new_session=True)\n"
+              f"open({str(pid_file)!r}, 'w').write(str(child.pid))\n" + ("sys.exit(3)" if how == "failed" else "time.sleep(600)"))
     hook = fake_command(app.directory / "bin", "daemon", script)
-    configure(app, f"[hooks]\npre_activate = {hook.path}\ntimeout = 1s\n")
-    app.deploy("1.0", check=1)
+    for seconds in (1, 10):
+        configure(app, f"[hooks]\npre_activate = {hook.path}\ntimeout = {60 if how == 'failed' else seconds}s\n")
+        app.deploy("1.0", check=1)
+        if pid_file.exists():
+            break  # else the host was so busy that the hook had not come to it
     child = int(pid_file.read_text())
     assert alive(child)
     configure(app)
@@ -277,7 +279,7 @@ def test_the_lock_file_is_never_replaced(app: App, holder: subprocess.Popen, gat
     app.run("prune", check=75)
     assert lock.stat().st_ino == before
     gate.open()
-    holder.wait(20)
+    holder.wait(60)
     app.deploy("3.0")
     assert lock.stat().st_ino == before
     assert re.match(r"0o600\Z", oct(lock.stat().st_mode & 0o777))

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from crashes import Saved
+from crashes import Saved, wait_gone
 from scenes import Gate, configure, deploy_all, fails_for
 from support import (App, Server, clean_environment, deploy_argv, fake_command, make_tree, needs, snapshot, start_deploy)
 
@@ -180,9 +180,9 @@ def test_a_background_process_that_holds_stdout_does_not_hang_the_run(app: App, 
     script = fake_command(app.directory / "bin", "daemon", (
         "import subprocess, sys\nprint('started')\nsys.stdout.flush()\n"
         f"subprocess.Popen(['cat', {str(gate.path)!r}])"))
-    configure(app, f"[{section}]\n{key} = {script.path}\ntimeout = 20s\n"
+    configure(app, f"[{section}]\n{key} = {script.path}\ntimeout = 100s\n"
               + ("successes = 1\n" if section.startswith("probe") else ""))
-    app.run("deploy", app.artifact("1.0"), timeout=15, check=0)
+    app.run("deploy", app.artifact("1.0"), timeout=60, check=0)
     assert app.version == "1.0"
 
 
@@ -191,11 +191,13 @@ def test_the_time_limit_of_a_hook_also_ends_its_children(app: App, gate: Gate) -
     script = fake_command(app.directory / "bin", "daemon", (
         f"import subprocess\nchild = subprocess.Popen(['cat', {str(gate.path)!r}])\n"
         f"open({str(pid_file)!r}, 'w').write(str(child.pid))\nchild.wait()"))
-    configure(app, f"[hooks]\npre_activate = {script.path}\ntimeout = 1s\n")
-    failed = app.run("deploy", app.artifact("1.0"), timeout=15, check=1).data
-    assert "timed out" in failed["error"]["message"]
-    assert not Path(f"/proc/{pid_file.read_text()}").exists() or \
-        Path(f"/proc/{pid_file.read_text()}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    for seconds in (1, 10):
+        configure(app, f"[hooks]\npre_activate = {script.path}\ntimeout = {seconds}s\n")
+        failed = app.run("deploy", app.artifact("1.0"), check=1).data
+        assert "timed out" in failed["error"]["message"]
+        if pid_file.exists():
+            break  # else the host was so busy that the hook had not come to it
+    wait_gone([int(pid_file.read_text())])
 
 
 # 10
@@ -204,7 +206,7 @@ def test_the_old_process_answering_is_not_taken_for_the_new_release(app: App, se
     first = app.deploy("1.0").data["release"]
     server.restart()
     configure(app, f"[service:web]\ncommand = true\n[probe:web]\nurl = {server.url}\nrelease = json:version\n"
-                   "deadline = 3s\nperiod = 50ms\n")
+                   "deadline = 500ms\nperiod = 50ms\nsuccesses = 1\n")
     failed = app.run("deploy", app.artifact("2.0"), check=5).data
     assert (app.current, server.answer()[0]) == (first, 200)
     assert app.record(failed["previous"])["state"] == "bad"

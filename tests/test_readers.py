@@ -53,7 +53,7 @@ def test_deploy_activate_and_rollback_from_the_command_line_keep_readers_content
         wait_until(lambda: "1.1" in readers.total(list(processes)).seen, what="one has read 1.1")
     finally:
         (tmp_path / "stop").write_text("")
-        codes = [process.wait(20) for process in processes.values()]
+        codes = [process.wait(60) for process in processes.values()]
     tally = readers.total(list(processes))
     assert codes == [0, 0] and (tally.missing, tally.mixed, tally.seen) == (0, 0, ["1.0", "1.1"]), tally
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from support import load_deploy
+from support import load_deploy, wait_until
 
 deploy = load_deploy()
 
@@ -181,14 +181,18 @@ def test_which_states_are_up(systemd, change, message):
 def test_a_change_within_the_settle_time_is_a_failure(systemd, later):
     systemd.on["restart"]["then"] = [{}, later]
     with pytest.raises(deploy.StepFailed):
-        unit(systemd, "settle=10s").act(CONTEXT)
+        unit(systemd, "settle=60s").act(CONTEXT)
 
 
 def test_the_settle_time_is_watched_to_its_end(systemd):
-    started = time.monotonic()
-    unit(systemd, "settle=600ms").act(CONTEXT)
-    assert time.monotonic() - started >= 0.6
-    assert len([call for call in systemd.calls() if call[0] == "show"]) >= 4
+    for seconds in (0.6, 6, 60):
+        seen, started = len(systemd.calls()), time.monotonic()
+        unit(systemd, f"settle={seconds}s").act(CONTEXT)
+        assert time.monotonic() - started >= seconds
+        shows = [call for call in systemd.calls()[seen:] if call[0] == "show"]
+        if len(shows) >= 4:
+            break  # else it was a slow host, where each takes long
+    assert len(shows) >= 4
 
 
 def test_a_unit_on_its_way_is_waited_for(systemd):
@@ -255,7 +259,7 @@ def test_an_action_that_hangs_is_ended_by_its_timeout(systemd):
     started = time.monotonic()
     with pytest.raises(deploy.StepFailed, match="timed out"):
         unit(systemd, "timeout=1s").act(CONTEXT)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
 
 
 def test_preflight_accepts_a_unit_that_is_there(systemd):
@@ -270,10 +274,11 @@ def test_preflight_refuses_the_unit_that_deploy_runs_in(systemd, monkeypatch):
     assert unit(systemd, "action=none").problem() is None
 
 
-def test_own_units_are_read_from_proc():
-    with open("/proc/self/cgroup") as stream:
-        text = stream.read()
-    assert all(part in text for part in deploy.own_units())
+def test_own_units_are_read_from_proc(monkeypatch):
+    assert deploy._read_text("/proc/self/cgroup").count(":") >= 2
+    monkeypatch.setattr(deploy, "_read_text", {
+        "/proc/self/cgroup": "1:name=systemd:/system.slice/app.service\n0::/user.slice/user@0.service/a:b.scope\n"}.__getitem__)
+    assert deploy.own_units() == {"system.slice", "app.service", "user.slice", "user@0.service", "a:b.scope"}
 
 
 @pytest.mark.parametrize("name", ["-H root@other", "a b.service", "../x", "--help", ""])
@@ -322,20 +327,13 @@ def daemon(tmp_path):
     def start(on_hup="open(sys.argv[1] + '.hup', 'w').close()"):
         pidfile = tmp_path / "app.pid"
         started.append(subprocess.Popen([sys.executable, "-IS", "-c", DAEMON, str(pidfile), on_hup]))
-        wait_for(pidfile.exists)
+        wait_until(pidfile.exists)
         return pidfile
     start.started = started
     yield start
     for process in started:
         process.kill()
         process.wait()
-
-
-def wait_for(condition, seconds=10):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "waited in vain"
-        time.sleep(0.01)
 
 
 def pidfile_service(path, *assignments):
@@ -349,14 +347,14 @@ def test_the_signal_reaches_the_process(daemon, name):
     service = pidfile_service(pidfile, f"signal={name}")
     assert service.problem() is None
     assert f"sent to process {pidfile.read_text().strip()}" in service.act(CONTEXT)
-    wait_for(pidfile.with_suffix(".pid.hup").exists)
+    wait_until(pidfile.with_suffix(".pid.hup").exists)
     assert service.down() is None
 
 
 def test_a_process_that_dies_of_the_signal_is_a_failure(daemon):
     pidfile = daemon("os._exit(1)")
     with pytest.raises(deploy.StepFailed, match="is not running"):
-        pidfile_service(pidfile, "settle=5s").act(CONTEXT)
+        pidfile_service(pidfile, "settle=60s").act(CONTEXT)
 
 
 def test_a_zombie_is_not_alive(daemon):
@@ -370,7 +368,8 @@ def test_a_zombie_is_not_alive(daemon):
 def test_a_process_may_go_on_under_another_id(daemon):
     pidfile = daemon("os.unlink(sys.argv[1]); pid = os.fork()\n"
                      "if pid: os._exit(0)\n"
-                     "time.sleep(0.1); open(sys.argv[1], 'w').write(str(os.getpid()))")
+                     "time.sleep(0.1); open(sys.argv[1] + '.new', 'w').write(str(os.getpid()))\n"
+                     "os.rename(sys.argv[1] + '.new', sys.argv[1])")
     before = int(pidfile.read_text())
     pidfile_service(pidfile, "settle=1s").act(CONTEXT)
     after = int(pidfile.read_text())

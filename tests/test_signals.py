@@ -39,7 +39,7 @@ class Running:
 
     def end(self) -> Any:
         """Wait for the end; the one JSON object, with its exit code checked."""
-        exit_code = self.process.wait(30)
+        exit_code = self.process.wait(60)
         text = self.stdout.read_text()
         assert text, f"exit code {exit_code} and nothing on stdout: {self.stderr.read_text()}"
         data = json.loads(text)
@@ -81,13 +81,11 @@ def wait_blocked(app: App) -> None:
 
 @by_signal
 def test_a_signal_while_unpacking_undoes_everything(live: App, number: int, exit_code: int) -> None:
-    # strace holds the run at the last step of unpacking, with files in staging already.
-    slow = strace(live, "-e", "trace=symlinkat", "-e", "inject=symlinkat:delay_enter=400000:when=1")
-    before = content(live.root)
-    running = Running(live, "deploy", live.artifact("1.1"), python=slow)
-    wait_until(lambda: list((live.root / ".deploy" / "staging").glob("*/bin/run")), what="staging is filled")
-    os.kill(running.pid, number)
-    data = running.end()
+    # At the last step of unpacking, with files in staging already.
+    name, before = signal.Signals(number).name, content(live.root)
+    sends = strace(live, "-e", "trace=openat,symlinkat", "-e", f"inject=symlinkat:signal={name}:when=1")
+    data = Running(live, "deploy", live.artifact("1.1"), python=sends).end()
+    assert re.search(rf'(?s)openat\([^\n]*"bin/run".*symlinkat\(.*{name}', trace_of(live).read_text()), "staging was filled"
     assert data["exit_code"] == exit_code and data["steps"][-1]["name"] == "unpack", described(data)
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
 
@@ -234,14 +232,14 @@ def test_a_signal_between_fork_and_exec_leaves_no_child(live: App) -> None:
         return bool(children)
     wait_until(holds_child, what="the hook's process is about to exec")
     os.kill(pid, signal.SIGTERM)
-    wait_gone([pid], 20)
+    wait_gone([pid])
     try:
-        wait_gone(children, 3)
+        wait_gone(children, 30)
     finally:
         for child in children:
             if is_running(child):
                 os.killpg(child, signal.SIGKILL)
-        running.process.wait(20)
+        running.process.wait(60)
     assert running.end()["exit_code"] == 143 and live.version == "1.0"
 
 
@@ -289,7 +287,7 @@ def test_a_signal_after_the_switch_of_a_rollback_by_hand_stays_on_the_newer(live
 
 def test_more_signals_during_the_way_back_change_nothing(live: App) -> None:
     go, on_the_way = live.directory / "go", live.directory / "on-the-way"
-    wait = script(live.directory / "wait", f"touch {on_the_way}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done")
+    wait = script(live.directory / "wait", f"touch {on_the_way}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 3000 ]; do sleep 0.02; n=$((n+1)); done")
     live.configure(f"[hooks]\npost_activate = {block(live)}\npre_rollback = {wait}\n")
     running = Running(live, "deploy", live.artifact("1.1"))
     wait_blocked(live)
@@ -305,13 +303,11 @@ def test_more_signals_during_the_way_back_change_nothing(live: App) -> None:
 
 
 def test_signals_while_undoing_change_nothing(live: App) -> None:
-    # strace holds the run at its first removal of what it had staged.
+    # At the first removal of what it had staged.
     live.configure("[hooks]\npre_activate = false\n")
-    slow = strace(live, "-e", "trace=unlinkat", "-e", "inject=unlinkat:delay_enter=400000:when=1")
-    running = Running(live, "deploy", live.artifact("1.1"), python=slow)
-    wait_until(lambda: trace_of(live).exists() and "unlinkat(" in trace_of(live).read_text(), what="undoing has begun")
-    os.kill(running.pid, signal.SIGTERM)
-    assert running.end()["exit_code"] == 1
+    sends = strace(live, "-e", "trace=unlinkat", "-e", "inject=unlinkat:signal=TERM:when=1")
+    assert Running(live, "deploy", live.artifact("1.1"), python=sends).end()["exit_code"] == 1
+    assert re.search(r'\.deploy/releases>, "[^"\n]+\.json", 0\)[^\n]*\n[^\n]* SIGTERM ', trace_of(live).read_text()), "undoing had begun"
     assert inconsistencies(live, ["1.0"]) == []
 
 
@@ -321,7 +317,7 @@ def signalled_on_the_way_back(live: App, *arguments: Any) -> Any:
     live.configure("[hooks]\npre_rollback = /bin/sh -c 'kill -9 $PPID'\n" + probe)
     assert live.run("deploy", live.artifact("1.1"), json=False).exit_code == -signal.SIGKILL
     go, there = live.directory / "go", live.directory / "there"
-    wait = script(live.directory / "wait", f"touch {there}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done")
+    wait = script(live.directory / "wait", f"touch {there}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 3000 ]; do sleep 0.02; n=$((n+1)); done")
     live.configure(f"[service:x]\ncommand = {wait}\n")
     running = Running(live, *arguments)
     wait_until(there.exists, what="recovery restarts the service of the old release")
@@ -541,18 +537,15 @@ def piped(app: App, pipe: str, *words: str) -> int:
 
 def test_sigpipe_kills_a_hook_that_writes_to_nobody_as_anywhere_else(live: App) -> None:
     """Python ignores SIGPIPE; what it starts must not, or `yes | head` in a hook never ends."""
-    live.configure("[hooks]\npre_activate = /bin/bash -c 'yes | head -1 > /dev/null; test ${PIPESTATUS[0]} = 141'\ntimeout "
-                   "= 10s\n")
-    started = time.monotonic()
+    live.configure("[hooks]\npre_activate = /bin/bash -c 'yes | head -1 > /dev/null; test ${PIPESTATUS[0]} = 141'\n")
     assert Running(live, "deploy", live.artifact("1.1")).end()["exit_code"] == 0
-    assert time.monotonic() - started < 9
 
 
 # -- who is not meant ------------------------------------------------------------
 
 def test_under_nohup_a_hangup_changes_nothing(live: App) -> None:
     go, there = live.directory / "go", live.directory / "there"
-    wait = script(live.directory / "wait", f"touch {there}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 500 ]; do sleep 0.02; n=$((n+1)); done")
+    wait = script(live.directory / "wait", f"touch {there}\nn=0\nwhile [ ! -e {go} ] && [ $n -lt 3000 ]; do sleep 0.02; n=$((n+1)); done")
     live.configure(f"[hooks]\npre_activate = {wait}\n")
     python = script(live.directory / "bin" / "under-nohup", f"exec {needs('nohup')} {sys.executable} \"$@\"")
     running = Running(live, "deploy", live.artifact("1.1"), python=str(python))

@@ -24,7 +24,7 @@ def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> N
             if line.startswith(b"checked "):
                 process.send_signal(signal.SIGTERM)
         process.stderr.close()
-        assert process.wait(30) == 0 and app.version == f"1.{number}"
+        assert process.wait(60) == 0 and app.version == f"1.{number}"
 
 
 def test_too_little_memory_is_no_defect_of_this_program() -> None:

@@ -46,7 +46,7 @@ class Guarded:
     def configuration(self, auth_file: Any) -> str:
         """A hook that tells its environment, and a probe that needs the password."""
         return ("[hooks]\npre_activate = env\n"
-                f"[probe:web]\nurl = http://127.0.0.1:{self.http.server_address[1]}/\nsuccesses = 1\ndeadline = 3s\n"
+                f"[probe:web]\nurl = http://127.0.0.1:{self.http.server_address[1]}/\nsuccesses = 1\ndeadline = 60s\n"
                 f"auth_file = {auth_file}\n")
 
 
@@ -167,9 +167,9 @@ def test_a_stop_is_confirmed_and_the_way_back_asks_for_its_time(app, listener):
     app.configure("[probe:web]\ntcp = 127.0.0.1:1\ndeadline = 50s\n[hooks]\ntimeout = 9s\npost_rollback = true\n")
     told = []  # type: List[Dict[str, str]]
     run = start_deploy("deploy", app.artifact("1.0"), config=app.config, env=listener.env)
-    wait_until(lambda: told.extend(listener.told()) or any(words["STATUS"] == "probe web" for words in told), 30)
+    wait_until(lambda: told.extend(listener.told()) or any(words["STATUS"] == "probe web" for words in told))
     run.send_signal(signal.SIGTERM)
-    assert run.wait(30) == 5
+    assert run.wait(60) == 5
     told += listener.told()
     assert [words["STATUS"] for words in told if words.get("STOPPING") == "1"] == ["interrupted by SIGTERM"]
     assert app.current is None
