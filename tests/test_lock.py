@@ -293,6 +293,14 @@ def test_two_applications_do_not_wait_for_each_other(app: App, holder: subproces
     assert deploy_all(other, "2.0") == [other.current]
 
 
+def test_who_had_the_lock_before_is_not_taken_for_its_holder(app: App) -> None:
+    """Whoever has just taken it may not have written its name yet."""
+    app.deploy("1.0")
+    with open(str(app.root / ".deploy" / "lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "an unknown process" in app.run("pin", "1.0", check=75).data["error"]["message"]
+
+
 @pytest.mark.parametrize("content", ["[" * 4000, "{", "[]", '{"pid": [], "user": {}}', "\xff"], ids=["deep", "cut", "list", "types", "bytes"])
 def test_a_holder_that_cannot_be_read_is_an_unknown_one(app: App, content: str) -> None:
     app.deploy("1.0")

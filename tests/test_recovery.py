@@ -153,7 +153,7 @@ def test_killed_by_what_the_new_release_needs_is_decided_by_the_next_deploy(live
 ], ids=["before the switch back", "after the switch back", "at the end"])
 def test_killed_while_rolling_back_goes_on_rolling_back(live: App, way_back: str, linked: str) -> None:
     killer = script(live.directory / "restart", 'test "$DEPLOY_VERSION" = 1.1 || kill -9 $PPID')
-    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 2s\nperiod = 20ms\nsuccesses = 1\n"
+    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 1s\nperiod = 20ms\nsuccesses = 1\n"
     live.configure(way_back.replace("{killer}", str(killer)) + probe)
     killed(live, "deploy", live.artifact("1.1"))
     assert journal(live)["phase"] == "rolling_back" and live.version == linked

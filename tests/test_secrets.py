@@ -214,7 +214,8 @@ def crash_and_recovery(scene: Scene) -> None:
 def rollback_fails(scene: Scene) -> None:
     """Neither release is well."""
     scene.echo.always_bad = True
-    scene.run("deploy", scene.artifact("1.1"), exit_code=6)
+    soon = [word for name in ("file", "header", "url", "command") for word in ("--set", f"probe:{name}.deadline=700ms")]
+    scene.run("deploy", scene.artifact("1.1"), *soon, exit_code=6)
 
 
 ENDS = [succeeds, hook_fails, hook_fails_late, probe_fails, artifact_is_refused, crash_and_recovery, rollback_fails]
