@@ -1652,6 +1652,8 @@ class Interrupts:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+        # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an exit code 0 of that.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     def __init__(self) -> None:
         self._pending, self._allowed, self._closed = 0, False, False
 

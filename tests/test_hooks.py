@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from crashes import content, is_running, script, wait_gone
-from support import App, clean_environment, described, file, needs, run_deploy, start_deploy, wait_until
+from support import App, clean_environment, deploy_argv, described, file, needs, run_deploy, start_deploy, wait_until
 
 FORWARD = ["pre_stage", "post_stage", "pre_activate", "post_activate", "post_deploy"]
 EVERY = FORWARD + ["on_failure", "pre_rollback", "post_rollback"]
@@ -439,3 +439,16 @@ def test_what_could_not_be_undone_is_told_and_undone_by_the_next_run(app: App) -
     app.configure("durable = no\n")
     app.run("recover", check=0)
     assert os.listdir(str(app.root / "releases")) == [app.current] and not (app.root / ".deploy" / "journal.json").exists()
+
+
+@pytest.mark.parametrize("arguments, exit_code", [
+    (["deploy"], 1), (["probe", "--command", "/bin/false"], 7), (["probe", "--command", "/bin/echo", "--expect", "body=x"], 7),
+], ids=["hook", "probe", "judged"])
+def test_the_exit_code_of_a_child_counts_where_the_starter_ignores_sigchld(app: App, arguments: List[Any], exit_code: int) -> None:
+    app.configure("[hooks]\npre_activate = /bin/false")
+    arguments = arguments + [app.artifact("1.0")] * (arguments == ["deploy"])
+    ended = subprocess.run(deploy_argv(*arguments, config=app.config), env=clean_environment(), cwd="/", stdout=subprocess.PIPE,
+                           preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    data = json.loads(ended.stdout.decode())
+    assert data["exit_code"] == ended.returncode == exit_code, described(data)
+    assert ended.returncode == 7 or "pre_activate failed" in data["msg"]
