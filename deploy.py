@@ -1652,13 +1652,13 @@ class Interrupts:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-        # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an exit code 0 of that.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     def __init__(self) -> None:
         self._pending, self._allowed, self._closed = 0, False, False
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
+        # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an exit code 0 of that.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
