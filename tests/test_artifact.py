@@ -181,6 +181,24 @@ def test_limits_are_kept(bench, values, why):
         bench.unpack(gzip.compress(tar(*[entry(b"f%d" % number, b"x" * 1000) for number in range(5)])), **values)
 
 
+FIVE = tar(*[entry(b"f%d" % number, b"x" * 1000) for number in range(5)])
+
+
+@pytest.mark.parametrize("limit, met", [("max_files", 5), ("max_file", 1000), ("max_artifact", len(FIVE))])
+def test_a_limit_may_be_met_and_not_passed(bench, limit, met):
+    assert bench.unpack(FIVE, **{f"limits__{limit}": met}).counts["files"] == 5
+    with pytest.raises(deploy.ArtifactRefused, match=f"{limit} allows"):
+        bench.unpack(FIVE, **{f"limits__{limit}": met - 1})
+
+
+def test_an_artifact_that_is_cut_off_while_it_is_read_is_told(bench):
+    path = bench.artifact(FIVE)
+    with deploy.OpenArtifact.open(path) as artifact:
+        os.truncate(path, len(FIVE) - 1)
+        with pytest.raises(deploy.ArtifactRefused, match="became shorter while it was read"):
+            deploy.hash_artifact(artifact, lambda done: None)
+
+
 def test_a_bomb_is_refused_by_its_ratio(bench):
     with pytest.raises(deploy.ArtifactRefused, match="max_ratio"):
         bench.unpack(gzip.compress(tar(entry(b"a", bytes(30 << 20)))))

@@ -180,22 +180,6 @@ def test_releases_does_not_count_what_it_does_not_know(deployed: App) -> None:
     assert deployed.run("status", check=0).data["status"]["releases"] == 1
 
 
-@pytest.mark.parametrize("text,version", [("current", "1.1"), ("previous", "1.0"), ("latest", "1.3"), ("1.2", "1.2")])
-def test_a_release_can_be_named_in_many_ways(text: str, version: str, busy: App) -> None:
-    assert busy.run("verify", text, check=0).data["release"] == release(busy, version)
-
-
-def test_a_release_can_be_named_by_id_prefix_and_digest_prefix(busy: App) -> None:
-    name = release(busy, "1.3")
-    assert busy.run("verify", name, check=0).data["release"] == name
-    assert busy.run("verify", busy.record(name)["artifact"]["sha256"][:12], check=0).data["release"] == name
-
-
-def test_an_ambiguous_release_lists_the_candidates(busy: App) -> None:
-    error = busy.run("verify", "2", check=2).data["error"]
-    assert all(name in error["message"] for name in busy.releases()) and error["hint"]
-
-
 # -- history -----------------------------------------------------------------
 
 RESULTS = ["deployed", "deployed", "reverted", "staged"]

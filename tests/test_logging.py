@@ -361,6 +361,13 @@ def test_a_syslog_that_was_started_anew_gets_the_next_line(tmp_path: Path) -> No
         assert not sink.write("info", "lost", {}, {})
 
 
+def test_a_pipe_that_nobody_reads_is_no_log_file_and_not_waited_for(app: App) -> None:
+    path = app.directory / "log"
+    os.mkfifo(str(path))
+    error = app.run("deploy", app.artifact("1.0"), "--log-file", path, check=2).data["error"]
+    assert f"cannot open the log file {path}: " in error["message"] and error["hint"] and app.releases() == []
+
+
 def test_a_name_server_that_hangs_is_waited_for_once(monkeypatch: Any) -> None:
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: release.wait(60) and [])

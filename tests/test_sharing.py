@@ -241,3 +241,13 @@ def test_a_file_with_attributes_of_its_own_is_not_linked(linked: App) -> None:
     deploy(linked, "1.1", TREE)
     assert "lib/small" not in shared(linked, first, str(linked.current))
     assert os.listxattr(str(linked.root / "current" / "lib" / "small")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_file_that_was_given_away_is_not_linked(linked: App) -> None:
+    """Its owner could change what is in both releases."""
+    first = str(linked.current)
+    os.chown(str(linked.root / "current" / "lib" / "small"), 65534, 65534)
+    deploy(linked, "1.1", TREE)
+    assert "lib/small" not in shared(linked, first, str(linked.current))
+    assert (linked.root / "current" / "lib" / "small").stat().st_uid == 0

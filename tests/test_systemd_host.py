@@ -86,7 +86,7 @@ class Shop:
 
     def wait_for(self, unit: str, status: str) -> None:
         """Wait until a run's StatusText begins so."""
-        wait_until(lambda: self.host.properties(unit, "StatusText")["StatusText"].startswith(status), 30, f"{unit}: {status}")
+        wait_until(lambda: self.host.properties(unit, "StatusText")["StatusText"].startswith(status), what=f"{unit}: {status}")
 
     @property
     def version(self) -> str:
@@ -135,9 +135,9 @@ def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop
     def tick(result: str) -> None:
         before = host.properties(service, "InvocationID")["InvocationID"]
         host.run("systemctl", "start", timer)
-        wait_until(lambda: host.properties(service, "InvocationID")["InvocationID"] != before, 30)
+        wait_until(lambda: host.properties(service, "InvocationID")["InvocationID"] != before)
         host.run("systemctl", "stop", timer)
-        wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"), 60)
+        wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"))
         state = host.properties(service, "ExecMainStatus", "StatusText")
         assert state["ExecMainStatus"] == result, (state, host.journal(service))
 
@@ -213,15 +213,15 @@ def test_paths_of_every_kind_reach_the_run_as_they_are(host: Host) -> None:
 
 @once_in_ci
 def test_a_run_outlasts_its_limit_because_it_asks_for_time(shop: Shop, host: Host) -> None:
-    shop.configure("[hooks]\npre_stage = sleep 3.5\n", service="action = none")
+    shop.configure("[hooks]\npre_stage = sleep 6\n", service="action = none")
     shop.serve()
-    service = shop.units("deploy", shop.artifact("1.0"), drop_in="TimeoutStartSec=2")
+    service = shop.units("deploy", shop.artifact("1.0"), drop_in="TimeoutStartSec=4")
     host.run("systemctl", "start", "--no-block", service)
-    shop.wait_for(service, "run hook pre_stage: sleep 3.5")
-    wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"), 60)
+    shop.wait_for(service, "run hook pre_stage: sleep 6")
+    wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"))
     assert host.properties(service, "Result")["Result"] == "success" and shop.version == "1.0"
     # The same where systemd does not listen.
-    shop.units("deploy", shop.artifact("2.0"), drop_in="TimeoutStartSec=2\nNotifyAccess=none")
+    shop.units("deploy", shop.artifact("2.0"), drop_in="TimeoutStartSec=4\nNotifyAccess=none")
     host.run("systemctl", "start", service, check=1)
     assert host.properties(service, "Result")["Result"] == "timeout"
     assert shop.version == "1.0" and shop.leftovers() == [] and shop.history() == ["deployed", "failed"]
@@ -269,7 +269,7 @@ def test_a_notify_unit_is_started_when_the_deployment_is_done_and_not_when_it_fa
         shop.configure(f"[hooks]\npre_activate = {hook}\n", service="action = none")
         service = shop.units("deploy", shop.artifact(version), drop_in="Type=notify")
         host.run("systemctl", "start", service, check=check)
-        wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"), 20)
+        wait_until(lambda: host.properties(service, "ActiveState")["ActiveState"] in ("inactive", "failed"))
         assert host.properties(service, "Result")["Result"] == ("success", "exit-code")[check]
 
 
@@ -374,7 +374,7 @@ def test_preflight_names_a_unit_that_is_failed_now(shop: Shop, host: Host) -> No
     shop.configure()
     shop.serve("/bin/false", more="")
     host.run("systemctl", "start", shop.unit, check=None)
-    wait_until(lambda: host.properties(shop.unit, "ActiveState")["ActiveState"] == "failed", 10)
+    wait_until(lambda: host.properties(shop.unit, "ActiveState")["ActiveState"] == "failed")
     shop.serve()
     result = shop.deploy("1.0")
     assert f"services: unit {shop.unit} is failed now (result exit-code)" in result["warnings"]
