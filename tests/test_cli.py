@@ -423,7 +423,7 @@ def test_no_colour_and_no_control_characters_in_a_pipe(app: App) -> None:
 
 
 def test_progress_only_on_a_terminal_and_only_when_it_takes_long(app: App) -> None:
-    app.configure(f"[probe:web]\ntcp = 127.0.0.1:{free_port()}\ndeadline = 1500ms\nperiod = 100ms\nperiod_max = 100ms\nwhen = before")
+    app.configure(f"[probe:web]\ntcp = 127.0.0.1:{free_port()}\ndeadline = 2500ms\nperiod = 100ms\nperiod_max = 100ms\nwhen = before")
     argv = ["preflight", app.artifact("1.0")]
     with open(str(app.directory / "err"), "wb") as stderr:
         piped = start_deploy(*argv, config=app.config, env={"TERM": "xterm"}, stderr=stderr)
@@ -431,7 +431,10 @@ def test_progress_only_on_a_terminal_and_only_when_it_takes_long(app: App) -> No
         assert piped.wait(60) == shown.exit_code == 3
     assert b"\r\x1b[K" in shown.output and re.search(rb"\r\x1b\[K *probe web", shown.output)
     assert b"\r" not in (app.directory / "err").read_bytes()
-    short = run_on_terminal("preflight", config=app.config, env={"TERM": "xterm", "DEPLOY_PROBE_WEB_DEADLINE": "100ms"})
+    for _ in range(3):  # on a busy host one may take long all the same
+        short = run_on_terminal("preflight", config=app.config, env={"TERM": "xterm", "DEPLOY_PROBE_WEB_DEADLINE": "100ms"})
+        if b"\r\x1b[K" not in short.output:
+            break
     assert short.exit_code == 3 and b"\r\x1b[K" not in short.output
 
 

@@ -202,7 +202,7 @@ def test_the_output_of_a_service_command_and_of_a_probe_command(words: List[str]
     program = speaks(app, "speaks", 1)
     app.configure(f"[service:web]\ncommand = {program}\n")
     judge(app, *words)
-    app.configure(f"[probe:web]\ncommand = {program}\ndeadline = 50ms\nperiod = 20ms\n")
+    app.configure(f"[probe:web]\ncommand = {program}\ndeadline = 200ms\nperiod = 20ms\n")
     judge(app, "probe")
     judge(app, "deploy", app.artifact("1.2"))
     stored(app)
@@ -254,8 +254,8 @@ def port() -> Iterator[int]:
 def test_an_answer_over_http(expectation: str, port: int, app: App) -> None:
     app.deploy("1.0")
     app.configure(f"[probe:web]\nurl = http://127.0.0.1:{port}/\n{expectation}deadline = 50ms\nperiod = 20ms\n")
-    judge(app, "probe", marks="")
-    failed = judge(app, "deploy", app.artifact("1.1"), marks="")
+    judge(app, "probe")
+    failed = judge(app, "deploy", app.artifact("1.1"), marks="")  # a busy host may have no answer in time
     # The old release gets the same answer, so the way back fails as well: the longest of all messages.
     assert failed.exit_code == 6, failed.describe()
     judge(app, "show", "2", marks="")

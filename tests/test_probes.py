@@ -523,6 +523,14 @@ def test_evidence_holds_status_and_the_start_of_the_body(serve):
     assert json.loads(json.dumps(result.to_json()))["required"] is True
 
 
+def test_no_half_of_a_secret_stands_at_the_end_of_the_evidence(serve):
+    session = session_with()
+    session.console.secrets.add("swordfish-of-the-answer")
+    for before in range(deploy.EVIDENCE_CHARACTERS - 20, deploy.EVIDENCE_CHARACTERS, 5):
+        result = ask("url", url_of(serve(http(500, b"x" * before + b"swordfish-of-the-answer"))), session=session)
+        assert result.evidence["body"].startswith("x" * before) and "sw" not in result.evidence["body"], before
+
+
 # -- TLS ---------------------------------------------------------------------
 
 @pytest.fixture(scope="session")

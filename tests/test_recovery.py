@@ -174,6 +174,21 @@ def test_killed_before_the_journal_goes_only_the_journal_is_removed(live: App) -
     assert live.history() == history and content(live.root) == before
 
 
+def test_a_verdict_that_current_does_not_agree_with_is_not_believed(live: App) -> None:
+    """Killed before the journal went, and then somebody pointed `current` back by hand: it is not live, whatever the history says."""
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    before = os.readlink(str(live.root / "current"))
+    calls = record_calls(live, "deploy", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "unlinkat", '"journal.json"'), "deploy", artifact)
+    assert live.history()[-1]["result"] == "deployed" and live.version == "1.1"
+    (live.root / "current").unlink()
+    (live.root / "current").symlink_to(before)
+    result = live.run("recover", check=0)
+    assert "was finished" not in result.data["recovered"][0], result.describe()
+    assert live.history()[-1]["result"] == "reverted" and inconsistencies(live, ["1.0"]) == []
+
+
 def test_the_first_deployment_killed_after_the_switch_and_failing_leaves_nothing_live(app: App) -> None:
     probe = "[probe:x]\ncommand = %s\ndeadline = 50ms\nperiod = 20ms\n"
     app.configure(probe % KILL)
@@ -283,6 +298,20 @@ DAMAGES = {
     "another type": lambda data: b"[]",
     "deep": lambda data: b"[" * 100000,
 }  # type: Dict[str, Callable[[bytes], bytes]]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_record_that_cannot_be_read_does_not_pass_for_none_in_a_recovery(app: App, version: str) -> None:
+    kill_after_switch(app)
+    record = app.root / ".deploy" / "releases" / f"{next(name for name in app.releases() if name.endswith(version))}.json"
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-20])
+    before = unchanged_part(app.root)
+    error = app.run("recover", check=3).data["error"]
+    assert "cannot recover the deploy of" in error["message"] and str(record) in error["message"] and "recover --to" in error["hint"]
+    assert unchanged_part(app.root) == before
+    record.write_bytes(whole)
+    assert recover_and_judge(app, ["1.0", "1.1"]) == []
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut off", "another value", "deep"])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Dict, List
 
 import pytest
 
+from crashes import script
 from scenes import configure, deploy_all
 from support import DEPLOY, App, clean_environment, deploy_argv, fake_command, make_tree, needs, once_in_ci, snapshot
 
@@ -112,11 +114,24 @@ def test_a_release_that_a_process_runs_from_stays_until_it_ends(app: App, how: s
     try:
         ids += deploy_all(app, "2.0", "3.0", "4.0")
         assert app.releases() == sorted([ids[0]] + ids[2:])
-        assert app.run("prune", check=0).data["removed"] == []
+        done = app.run("prune", check=0).data
+        assert done["removed"] == done["warnings"] == []
     finally:
         process.kill()
         process.wait()
     assert app.run("prune", check=0).data["removed"] == [ids[0]]
+
+
+def test_a_process_that_begins_while_it_is_deployed_keeps_the_release_that_it_runs_from(app: App) -> None:
+    ids, pid = deploy_all(app, "1.0", "2.0"), app.directory / "pid"
+    lives = script(app.directory / "lives", f"cd {app.root}/releases/{ids[0]}/lib\nsleep 300 > /dev/null 2>&1 &\necho $! > {pid}")
+    configure(app, f"keep_releases = 2\n[hooks]\npost_activate = {lives}\n")
+    try:
+        warnings = app.deploy("3.0").data["warnings"]
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert len(app.releases()) == 3 and ids[0] in app.releases()
+    assert any("is in use by a running process" in text for text in warnings), warnings
 
 
 def test_unknown_names_in_releases_are_left_alone_and_not_counted(app: App) -> None:
