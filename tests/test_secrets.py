@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from support import App, Result, Server, run_deploy
+from support import App, Result, Server, make_artifact, run_deploy
 
 # One word each, so that no encoding on the way makes another of it.
 CANARIES = {name: f"canary{index:02d}{name.replace(' ', '')}9f3a" for index, name in enumerate((
@@ -326,13 +326,14 @@ def test_a_known_secret_at_the_end_of_the_evidence_of_an_answer_is_masked(app: A
 
 
 @pytest.mark.parametrize("rolls_back", [True, False], ids=["rolled back", "left live"])
-def test_a_known_secret_that_an_answer_holds_as_a_value_is_kept_nowhere(rolls_back: bool, app: App, server: Server) -> None:
+def test_a_known_secret_in_an_answer_a_command_or_a_path_is_kept_nowhere(rolls_back: bool, app: App, server: Server) -> None:
     server.body = json.dumps({"status": CANARIES["env"]}).encode()
     app.deploy("1.0")
     app.configure(f"durable = no\nauto_rollback = {'yes' if rolls_back else 'no'}\n[env]\nDB_PASSWORD = {CANARIES['env']}\n"
                   f"[probe:x]\nurl = {server.url}\njson.status = ok\nsuccesses = 1\nperiod = 20ms\ndeadline = 500ms\n"
-                  f"[hooks]\npre_rollback = cp {app.root}/.deploy/journal.json {app.directory}/journal\n")
-    result = app.run("deploy", app.artifact("1.1"), "--log-file", app.directory / "log", check=6)
+                  f"[hooks]\npost_deploy = true {CANARIES['env']}\npre_rollback = cp {app.root}/.deploy/journal.json {app.directory}/journal\n")
+    artifact = make_artifact(app.directory / CANARIES["env"], "1.1")
+    result = app.run("deploy", artifact, "--log-file", app.directory / "log", check=6)
     text = everything(app, result) + ((app.directory / "journal").read_text() if rolls_back else "")
     assert CANARIES["env"] not in text and "json status is '[masked]'" in text
 
