@@ -2756,6 +2756,8 @@ class Store:
             store = cls(Directory.open(path), settings.command_line)
             store.check_owner()
             store.root.make("releases").close()
+            if not store.root.status("shared"):
+                store.root.make("shared").close()  # hooks are told its path
             with store.root.make(".deploy", 0o700) as private:
                 for name in PRIVATE_DIRECTORIES:
                     private.make(name, 0o700).close()

@@ -656,6 +656,12 @@ def test_the_summary_counts_what_the_result_lists(app: App) -> None:
 
 # -- options of [deploy] ----------------------------------------------------------
 
+def test_a_hook_finds_the_shared_directory_that_it_is_told_of(app: App) -> None:
+    app.configure("[hooks]\npre_activate = sh -c 'echo 1 > \"$DEPLOY_SHARED_PATH/counter\"'\n")
+    app.deploy("1.0")
+    assert (app.root / "shared" / "counter").read_text() == "1\n"
+
+
 def test_shared_directories_and_files_outlive_releases(app: App) -> None:
     configure(app, "shared_dirs =\n  log\n  var/uploads\nshared_files = config/.env\n")
     make_tree(app.root / "shared", {"config/.env": "SECRET=1\n"})

@@ -130,7 +130,6 @@ def test_a_full_disk_leaves_the_old_release_live(disk: SmallDisk, hook: str, exi
 def test_a_full_inode_table_leaves_the_old_release_live(few_inodes: SmallDisk, hook: str, exit_code: int, then: str) -> None:
     """The way back needs a link, and no inode is left for one: it was made before."""
     app, names = few_inodes.app, few_inodes.app.root / "shared"
-    names.mkdir()
     # `true`, not `:`, whose failed redirection would end the shell.
     full = script(app.directory / "fill",
                   f"cd {few_inodes.inside}/shared; while true > x$i; do i=$((i+1)); done 2>/dev/null; {then or 'exit 0'}")

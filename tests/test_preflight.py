@@ -235,7 +235,7 @@ def missing_shared_file(app: App) -> Broken:
 
 def shared_directory_is_a_file(app: App) -> Broken:
     """A file stands where a shared directory belongs."""
-    (app.root / "shared").mkdir()
+    (app.root / "shared").mkdir(exist_ok=True)
     (app.root / "shared" / "logs").write_text("")
     app.configure("shared_dirs = logs")
     return Broken()
