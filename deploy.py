@@ -159,7 +159,7 @@ EXIT_CODES = (
     (EXIT_CHANGED, "something changed (only with --detailed-exitcode)"),
     (EXIT_INTERNAL, "an internal error; a traceback is shown"),
     (EXIT_BUSY, "another run holds the lock"),
-    (130, "interrupted by SIGINT before activation; everything undone (143: SIGTERM, 129: SIGHUP)"),
+    (130, "interrupted by SIGINT before activation; everything undone (143: by SIGTERM or SIGHUP)"),
 )
 
 STATE_STAGED = "staged"
@@ -296,8 +296,9 @@ class Interrupted(DeployError):
     """SIGINT, SIGTERM or SIGHUP asked the run to stop."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
-        self.exit_code = 128 + signal_number
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}", "run the same command again")
+        # Two codes are promised: for a person's Control-C, and for an end from outside, by whichever signal.
+        self.exit_code = 128 + (signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
 
 
 # ============================================================================

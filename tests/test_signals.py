@@ -18,7 +18,7 @@ import pytest
 from crashes import Call, Saved, content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone, warm
 from support import DEPLOY, App, clean_environment, described, load_deploy, needs, start_deploy, wait_until
 
-SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 # Where a test goes through every place, one in so many is tried.
 STRIDE = int(os.environ.get("DEPLOY_TEST_SIGNAL_STRIDE", "1"))
 by_signal = pytest.mark.parametrize("number, exit_code", SIGNALS, ids=[number.name for number, _ in SIGNALS])
@@ -186,7 +186,7 @@ def test_a_signal_in_a_hook_before_activation_undoes_everything(live: App, numbe
     running.process.send_signal(number)
     data = running.end()
     assert data["exit_code"] == exit_code and not data["rolled_back"]
-    assert data["error"]["message"] == f"interrupted by {signal.Signals(number).name}"
+    assert data["error"] == {"message": f"interrupted by {signal.Signals(number).name}", "hint": "run the same command again"}
     wait_gone(pids(live))
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
     assert live.history()[-1]["exit_code"] == exit_code
