@@ -1411,12 +1411,12 @@ class RunningCommand:
                 elif select.select([self._output], [], [], min(self.POLL_SECONDS, left_seconds))[0]:
                     self._read(on_line)
         finally:
+            seconds = time.monotonic() - self._started_seconds  # killing it is not its time
             if self._process.poll() is None:
                 self._kill_group()
             self._drain(on_line)
             self._process.stdout.close()  # type: ignore
-        return CommandResult(self.argv, self._process.returncode, timed_out, list(self.tail),
-                             time.monotonic() - self._started_seconds)
+        return CommandResult(self.argv, self._process.returncode, timed_out, list(self.tail), seconds)
 
     def _read(self, on_line: Callable[[str], None]) -> bool:
         try:
@@ -1860,6 +1860,19 @@ def _parse_relative(text: str) -> str:
     return path
 
 
+def _parse_pattern(text: str) -> str:
+    if text and "@v" not in text:
+        raise ValueError("expected @v where the version stands")
+    return text
+
+
+def _parse_signal(text: str) -> str:
+    name = re.sub(r"\ASIG", "", text.upper())
+    if f"SIG{name}" not in signal.Signals.__members__:
+        raise ValueError("expected the name of a signal, such as HUP")
+    return name
+
+
 def _parse_events(text: str) -> List[str]:
     known, words = [name for name, _ in NOTIFY_EVENTS], re.findall(r"[^\s,]+", text)
     unknown = [word for word in words if word not in known]
@@ -1891,6 +1904,8 @@ KINDS = {
     "syslog": (_parse_syslog, "/dev/log or udp://HOST:PORT"),
     "addresses": (_parse_addresses, "[host:]port, one a line"),
     "events": (_parse_events, "events"),
+    "pattern": (_parse_pattern, "text"),
+    "signal": (_parse_signal, "name of a signal"),
 }  # type: Dict[str, Tuple[Callable[[str], Any], str]]
 
 # A kind that is not in KINDS is a choice, written `one|two|three`.
@@ -1908,7 +1923,7 @@ OPTIONS = (
            "takes no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a "
            "post_stage hook); hard links are one file, so changing one by hand changes all"),
     Option("artifact", "checksum", "required|if-present|off", "required", "whether an artifact needs a SHA-256 to be compared with"),
-    Option("artifact", "match", "text", "", "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
+    Option("artifact", "match", "pattern", "", "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
     Option("artifact", "strip_components", "int", "0", "leading directories to drop from every name, as tar does"),
     Option("artifact", "symlinks", "inside|refuse", "inside", "whether an artifact may hold symlinks that stay inside it"),
     Option("limits", "max_artifact", "size", "4G", "largest artifact; 0 is no limit, here and below"),
@@ -1940,7 +1955,7 @@ OPTIONS = (
     Option("vars", "*", "text", "", "value for ${name} in templates"),
     Option("service:*", "unit", "text", "", "systemd unit to act on"),
     Option("service:*", "pidfile", "path", "", "file that holds the process id to signal"),
-    Option("service:*", "signal", "text", "HUP", "signal for the process in pidfile"),
+    Option("service:*", "signal", "signal", "HUP", "signal for the process in pidfile"),
     Option("service:*", "command", "argv", "", "command that restarts the service, under the rules for hooks"),
     Option("service:*", "action", "restart|reload|reload-or-restart|start|none", "restart", "what to do once current has changed"),
     Option("service:*", "after", "list", "", "services that go first"),
@@ -3677,9 +3692,7 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
     if not pattern:
         version = guess_version(name)
         return version if _VERSION.match(version) else sha256[:12]
-    before, mark, after = pattern.partition("@v")
-    if not mark:
-        raise UsageError(f"[artifact] match = {pattern!r} has no @v", "write @v where the version stands: myapp_@v.tar.gz")
+    before, _, after = pattern.partition("@v")
     found = re.match(re.escape(before) + "(.+)" + re.escape(after) + r"\Z", name)
     if not found or not _VERSION.match(found.group(1)):
         raise ArtifactRefused(f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}",
@@ -6135,11 +6148,7 @@ class PidfileService(Service):
     HINT = "look into the program's own log; {pidfile} must name a living process"
 
     def problem(self) -> Optional[Problem]:
-        """Check the signal's name and the process."""
-        try:
-            self._signal()
-        except ValueError as error:
-            return str(error), f"correct signal in [service:{self.settings.name}]"
+        """Check the process."""
         why = self.down() if self.settings.action != "none" else None
         return (f"service {self.settings.name}: {why}", "start the service first, or correct pidfile") if why else None
 
@@ -6156,7 +6165,7 @@ class PidfileService(Service):
     def _perform(self, context: Context) -> str:
         try:
             pid = self._pid()
-            os.kill(pid, self._signal())
+            os.kill(pid, signal.Signals["SIG" + self.settings.signal])
         except (OSError, ValueError) as error:
             raise self._failure(f"cannot send {self.settings.signal}: {error}")
         self._settle(self._down_twice)
@@ -6167,13 +6176,6 @@ class PidfileService(Service):
         if self.down():
             pause(self.session, WATCH_SECONDS)
         return self.down()
-
-    def _signal(self) -> int:
-        name = self.settings.signal.upper()
-        name = name if name.startswith("SIG") else "SIG" + name
-        if name not in signal.Signals.__members__:
-            raise ValueError(f"{self.settings.signal!r} is not the name of a signal")
-        return int(signal.Signals[name])
 
     def _pid(self) -> int:
         """Return the id of the living process; ValueError or OSError says why there is none."""
@@ -6274,12 +6276,15 @@ def services_in_order(settings: Settings) -> List[str]:
     """List the services so that each comes after those in its `after`; UsageError for a cycle."""
     order = []  # type: List[str]
 
+    def where(name: str) -> str:
+        return f"{settings.origin(f'service:{name}', 'after')}: [service:{name}] after"
+
     def visit(name: str, path: List[str]) -> None:
         if name in path:
-            raise UsageError(f"services wait for each other: {' -> '.join(path[path.index(name):] + [name])}",
+            raise UsageError(f"{where(name)}: services wait for each other: {' -> '.join(path[path.index(name):] + [name])}",
                              "remove one `after`")
         if name not in settings.service:
-            raise UsageError(f"[service:{path[-1]}] after = {name}: there is no [service:{name}]",
+            raise UsageError(f"{where(path[-1])} = {name}: there is no [service:{name}]",
                              nearest(name, settings.service) or "declare it, or correct `after`")
         for earlier in settings.service[name].after if name not in order else []:
             visit(earlier, path + [name])
@@ -6905,6 +6910,11 @@ class ProbeResult(NamedTuple):
         """Return what the history keeps and --json shows."""
         return dict(self._asdict(), seconds=round(self.seconds, 3))
 
+    def complaint(self) -> str:
+        """Say that it failed: after how many tries, why, and how the answer began."""
+        body = f"; the answer began: {self.evidence['body'][:120]!r}" if self.evidence["body"] else ""
+        return f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}{body}"
+
 
 class ProbeRun:
     """A probe's tries from the first to the verdict."""
@@ -7043,6 +7053,11 @@ class ArtifactFacts(NamedTuple):
     version: str
     cost: Cost
     release: Optional[str]
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return what --json shows of it."""
+        return {"name": portable(self.name), "source": portable(self.source), "format": self.format,
+                "size": self.size_bytes, "sha256": self.sha256, "version": self.version}
 
 
 class Facts(NamedTuple):
@@ -7681,7 +7696,7 @@ def check_probes_before(survey: Survey) -> Finding:
         with closing(session.console.progress(f"probe {name}")) as progress:
             found = run_probe(session, probe, context, expect_release=False, progress=progress)
         if not found.ok:
-            problem = f"probe {name}: {found.detail}", "mend what it asks for before deploying"
+            problem = found.complaint(), "mend what it asks for before deploying"
             (failed if probe.required else doubtful).append(problem)
     finding = _all_of(failed or doubtful, count(run, "probe"))
     return finding if failed or not doubtful else ("warn",) + finding[1:]
@@ -8152,9 +8167,7 @@ class Probe(Step):
         with closing(run.session.console.progress(self.name)) as progress:
             found = run_probe(run.session, probe, run.context(self.release), expect_release=True, progress=progress)
         if not found.ok:
-            body = f"; the answer began: {found.evidence['body'][:120]!r}" if found.evidence["body"] else ""
-            raise StepFailed(f"probe {self.probe} failed after {count(found.tries, 'try', 'tries')}: "
-                             f"{found.detail}{body}", "look at the service's own log", found.evidence)
+            raise StepFailed(found.complaint(), "look at the service's own log", found.evidence)
         return found.detail
 
 
@@ -10394,11 +10407,8 @@ def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
     call.outcome.previous = plan.from_release if not nothing_to_do else target.id if target else None
     call.console.log_context["release"] = plan.to_release
     call.console.diff = diff_of(facts, plan)
-    found = facts.artifact
-    if found:
-        call.outcome.extra["artifact"] = {
-            "name": portable(found.name), "source": portable(found.source), "format": found.format,
-            "size": found.size_bytes, "sha256": found.sha256, "version": found.version}
+    if facts.artifact:
+        call.outcome.extra["artifact"] = facts.artifact.to_json()
 
 
 def diff_of(facts: Facts, plan: Plan) -> Dict[str, str]:
@@ -10541,9 +10551,8 @@ def command_prune(call: Invocation) -> None:
 def command_pin(call: Invocation) -> None:
     """Protect a release from pruning."""
     transact(call, plan_pin, checks=False)
-    state = "is pinned" if call.flags.command == "pin" else "is not pinned"
-    call.outcome.message = f"{call.outcome.release} {state}"
     if not call.dry_run:
+        call.outcome.message = f"{call.outcome.release} is {'' if call.flags.command == 'pin' else 'not '}pinned"
         call.console.result(call.outcome.message)
 
 
@@ -10614,6 +10623,8 @@ def command_preflight(call: Invocation) -> None:
         facts = observer.observe(call.request(), locked=False)
         results = run_checks(Survey(call.session, facts, store, observer.artifact))
         call.outcome.release = facts.current.release
+    if facts.artifact:
+        call.outcome.extra["artifact"] = facts.artifact.to_json()
     call.outcome.checks = results
     rows = [(result.status, result.name, result.detail) for result in results]
     call.console.result(render_table(("STATUS", "CHECK", "FOUND"), rows))
@@ -10665,7 +10676,7 @@ def command_probe(call: Invocation) -> None:
     failed = [found for found in results if not found.ok and found.required]
     call.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
-        found_unwell = ProblemFound(f"probe {failed[0].name} failed: {failed[0].detail}", "look at the service's own log")
+        found_unwell = ProblemFound(failed[0].complaint(), "look at the service's own log")
         found_unwell.exit_code = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM))
         raise found_unwell
 
@@ -10695,7 +10706,8 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
 def known_probe(settings: Settings, name: str) -> bool:
     """Raise UsageError for a probe that is not configured."""
     if name not in settings.probe:
-        raise UsageError(f"there is no probe {name!r}", nearest(name, settings.probe) or "configure [probe:NAME]")
+        raise UsageError(f"there is no probe {name!r}",
+                         nearest(name, settings.probe) or "configure [probe:NAME], or give --url, --tcp or --command")
     return True
 
 
@@ -10838,7 +10850,8 @@ def command_show(call: Invocation) -> None:
     text = live if call.flags.id == "current" and live else call.flags.id
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)] or \
-        [entry for entry in entries if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
+        [entry for entry in entries if entry.operation not in ("pin", "unpin")
+         and (entry.release and entry.release.startswith(text) or entry.version == text)][-1:]
     if not found and text in ("latest", "last") and entries:
         found = entries[-1:]
     if len({entry.deploy_id for entry in found}) != 1:

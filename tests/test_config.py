@@ -235,6 +235,8 @@ BAD_VALUES = [
     ("too-long", "probe:web", "timeout", "481h"), ("for-ever", "deploy", "lock_wait", "999999999h"),
     ("regex-too-deep", "probe:web", "body", "(" * 5000), ("regex-too-often", "probe:web", "body", "a{99999999999}"),
     ("nul", "env", "A", "x\0y"), ("nul-name", "env", "A\0B", "x"), ("nul-command", "hooks", "pre_stage", "echo a\0b"),
+    ("match-without-@v", "artifact", "match", "myapp.tar.gz"),
+    *[("signal " + name, "service:web", "signal", name) for name in ("NOSUCH", "SIG", "9", "_DFL", "SIG_IGN", "HUP;", "")],
     ("action", "service:web", "action", "bounce"), ("service-command", "service:web", "command", "sh -c 'x"),
 ]
 NEEDED = {"probe:web": {"url": "http://127.0.0.1/"}, "template:t": {"source": "a", "target": "b"},

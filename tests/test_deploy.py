@@ -333,6 +333,16 @@ def test_show_prints_the_evidence_of_a_failure(app: App) -> None:
     assert "no such table: users" in shown and "service:web" in shown and "reverted" in shown
 
 
+def test_show_of_a_release_is_its_deployment_and_not_a_later_pin(app: App) -> None:
+    deployed = app.deploy("1.0").data
+    app.run("pin", "1.0", check=0)
+    app.run("unpin", "1.0", check=0)
+    for name in ("current", "1.0", deployed["release"]):
+        shown = app.run("show", name, check=0).data
+        assert [entry["deploy_id"] for entry in shown["history"]] == [deployed["deploy_id"]]
+    assert app.run("show", "latest", check=0).data["history"][0]["operation"] == "unpin"
+
+
 @pytest.mark.parametrize("status, body, seen", [
     (500, b"Traceback: cannot import name config", "500"),
     (200, b'{"version": "1.0", "status": "starting"}', "1.0"),

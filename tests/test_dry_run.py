@@ -148,6 +148,14 @@ def test_the_plan_of_pinning_is_what_pinning_does(words: List[str], two: App) ->
     assert [step["name"] for step in done["steps"]] == [words[0]]
 
 
+def test_a_dry_run_of_pinning_does_not_say_that_it_is_done(two: App) -> None:
+    for command, said in (("pin", "would pin: 1 step"), ("unpin", "nothing to do")):
+        assert two.run("-n", command, "1.0", check=0).data["msg"] == said
+    two.run("pin", "1.0", check=0)
+    for command, said in (("pin", "nothing to do"), ("unpin", "would unpin: 1 step")):
+        assert two.run("-n", command, "1.0", check=0).data["msg"] == said
+
+
 def test_packing_is_planned_without_a_file_being_written(app: App) -> None:
     tree = app.directory / "tree"
     tree.mkdir()

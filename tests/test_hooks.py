@@ -303,6 +303,15 @@ def test_a_hook_that_ignores_term_is_killed(app: App, pids: Path) -> None:
     wait_gone(pids_in(pids))
 
 
+def test_a_timeout_is_told_without_the_time_that_killing_took(app: App) -> None:
+    stubborn = script(app.directory / "stubborn", "trap '' TERM\nwhile :; do sleep 1; done")
+    app.configure(f"[hooks]\npre_activate = {stubborn}\ntimeout = 300ms\n")
+    told = app.run("deploy", app.artifact("1.0"), check=1)
+    seconds = re.search(r"timed out after (\d\.\d+)s", told.data["error"]["message"])
+    step = told.data["steps"][-1]
+    assert seconds and float(seconds.group(1)) < step["seconds"] - 3, "it got 5 s to heed TERM"
+
+
 # -- output --------------------------------------------------------------------------
 
 def test_output_reaches_the_log_line_by_line_while_the_hook_runs(app: App, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import pytest
 
 from support import (
-    DEPLOY, App, Result, clean_environment, described, fake_command, free_port, load_deploy, needs, open_to_others, run_as_another, snapshot,
-    start_deploy, wait_until)
+    DEPLOY, App, Result, Server, clean_environment, described, fake_command, free_port, load_deploy, needs, open_to_others,
+    run_as_another, snapshot, start_deploy, wait_until)
 
 deploy = load_deploy()
 NAMES = [name for name, _, _ in deploy.CHECKS]
@@ -707,3 +707,26 @@ def test_an_optional_probe_before_only_warns(app: App) -> None:
     result = app.run("preflight", app.artifact("1.0"), check=0)
     assert found_alone(result, "probes")["status"] == "warn"
     app.deploy("1.0")
+
+
+@pytest.mark.parametrize("command", ["preflight", "deploy", "unit status"])
+@pytest.mark.parametrize("after, why", [("nosuch", "there is no [service:nosuch]"), ("web", "web -> web")])
+def test_an_after_that_cannot_be_names_file_section_and_key(command: str, after: str, why: str, app: App) -> None:
+    config = app.configure(f"[service:web]\ncommand = true\nafter = {after}\n")
+    words = [command, app.artifact("1.0")] if command == "deploy" else command.split()
+    message = app.run(*words, check=2).data["error"]["message"]
+    assert message.startswith(f"{config}: [service:web] after") and why in message
+
+
+def test_preflight_tells_what_it_knows_of_the_artifact(app: App) -> None:
+    artifact = app.artifact("1.0")
+    found = app.run("preflight", artifact, check=0).data["artifact"]
+    assert found == app.run("deploy", artifact, check=0).data["artifact"]
+    assert "artifact" not in app.run("preflight", check=0).data
+
+
+def test_a_before_probe_that_fails_tells_its_tries_and_the_answer(app: App, server: Server) -> None:
+    server.status, server.body = 503, b"the database is away"
+    app.configure(f"[probe:db]\nurl = {server.url}\nwhen = before\ndeadline = 200ms\nperiod = 50ms\n")
+    message = app.run("deploy", app.artifact("1.0"), check=3).data["error"]["message"]
+    assert re.search(r"probe db failed after \d+ tr", message) and "the answer began: 'the database is away'" in message

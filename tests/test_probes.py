@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 
-from support import described, load_deploy, needs, run_deploy, start_deploy, wait_until
+from support import Server, described, load_deploy, needs, run_deploy, start_deploy, wait_until
 
 deploy = load_deploy()
 
@@ -1055,3 +1055,10 @@ def test_a_health_check_may_choose_its_exit_code(server):
 def test_an_exit_code_that_is_none_is_refused(server, value):
     result = run_deploy("probe", "--url", server.url, f"--unhealthy-exit-code={value}", check=2)
     assert "--unhealthy-exit-code" in result.data["msg"] and not server.requests
+
+
+def test_the_command_tells_the_tries_and_how_the_answer_began(server: Server) -> None:
+    server.status, server.body = 500, b"cannot import name config"
+    data = run_deploy("probe", "--url", server.url, check=7).data
+    assert data["error"]["message"] == \
+        "probe ad-hoc failed after 1 try: status 500, expected 200-299; the answer began: 'cannot import name config'"

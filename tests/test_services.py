@@ -397,11 +397,6 @@ def test_a_process_that_is_gone_a_missing_file_and_a_fifo_are_down(tmp_path):
     assert "not a regular file" in pidfile_service(tmp_path / "fifo").down()
 
 
-@pytest.mark.parametrize("name", ["NOSUCH", "SIG", "9", "_DFL", "SIG_IGN", "HUP;"])
-def test_preflight_refuses_an_unknown_signal(daemon, name):
-    assert "is not the name of a signal" in pidfile_service(daemon(), f"signal={name}").problem()[0]
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the pidfile away")
 def test_a_pidfile_of_another_user_does_not_choose_roots_victim(daemon):
     pidfile = daemon()
