@@ -191,6 +191,15 @@ def test_a_limit_may_be_met_and_not_passed(bench, limit, met):
         bench.unpack(FIVE, **{f"limits__{limit}": met - 1})
 
 
+def test_symlinks_are_followed_for_so_many_steps_and_no_further(bench, monkeypatch):
+    """Each may be short enough and lead straight inside; all of them together cost time."""
+    monkeypatch.setattr(deploy, "MAX_LINK_STEPS", 1000)
+    fifty_steps = [link(b"l%d" % number, b"./" * 49 + b"f") for number in range(21)]
+    assert len(bench.unpack(tar(entry(b"f", b"x"), *fifty_steps[:20])).manifest.symlinks) == 20
+    with pytest.raises(deploy.ArtifactRefused, match="'l20': the archive's symlinks are too many and too long to follow"):
+        bench.unpack(tar(entry(b"f", b"x"), *fifty_steps))
+
+
 def test_an_artifact_that_is_cut_off_while_it_is_read_is_told(bench):
     path = bench.artifact(FIVE)
     with deploy.OpenArtifact.open(path) as artifact:

@@ -717,6 +717,19 @@ def test_the_checksum_is_asked_for_as_configured(app: App, checksum: str, beside
     assert app.version == (None if code else "1.0")
 
 
+def test_an_artifact_that_was_changed_in_place_is_read_again_though_size_and_time_are_the_same(app: App) -> None:
+    """What was verified last is not read again where nothing has changed; who sets the time back cannot set back when he did."""
+    artifact = app.artifact("1.0")
+    app.run("deploy", artifact, check=0)
+    assert app.run("deploy", artifact, check=0).data["changed"] is False
+    before, data = artifact.stat(), artifact.read_bytes()
+    with open(str(artifact), "r+b") as stream:
+        stream.write(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(str(artifact), ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert artifact.stat().st_ino == before.st_ino and artifact.stat().st_size == before.st_size
+    app.run("deploy", artifact, check=4)
+
+
 @pytest.mark.parametrize("pattern, name, version", [
     ("myapp_@v.tar.gz", "myapp_7-beta.tar.gz", "7-beta"), ("@v-myapp.tar.gz", "3.1-myapp.tar.gz", "3.1"),
     ("myapp_@v.tar.gz", "other_7.tar.gz", None), ("myapp_@v.tar.gz", "myapp_.tar.gz", None),

@@ -768,10 +768,11 @@ def test_a_symlink_in_the_place_of_its_own_directories_and_files_is_never_follow
 
 
 @as_root
-def test_what_it_makes_is_nobody_elses_to_write(app: App) -> None:
+@pytest.mark.parametrize("umask", ["000", "077"])
+def test_what_it_makes_is_everybodys_to_read_and_nobody_elses_to_write(umask: str, app: App) -> None:
     """Under any umask: releases may be read, state is private, nothing is writable by others or runs as its owner."""
     configure(app, "shared_dirs = uploads\n")
-    line = 'umask 000; exec "$@"'
+    line = f'umask {umask}; exec "$@"'
     argv = [sys.executable, str(DEPLOY), "-c", str(app.config), "--log-file", str(app.directory / "log"), "deploy",
             str(app.artifact("1.0"))]
     subprocess.run(["/bin/sh", "-c", line, "sh"] + argv, env=clean_environment(), check=True, stdout=subprocess.DEVNULL,
@@ -780,4 +781,7 @@ def test_what_it_makes_is_nobody_elses_to_write(app: App) -> None:
         mode = path.lstat().st_mode
         if not stat.S_ISLNK(mode):
             assert not mode & 0o7022, f"{path} has mode {stat.S_IMODE(mode):04o}"
+    for path in (app.root / "releases", *(app.root / "releases").rglob("*")):
+        mode, wanted = path.stat().st_mode, 0o055 if path.is_dir() else 0o044
+        assert mode & wanted == wanted, f"{path} has mode {stat.S_IMODE(mode):04o}"
     assert (app.root / ".deploy").stat().st_mode & 0o077 == 0
