@@ -1930,7 +1930,7 @@ OPTIONS = (
     Option("limits", "max_files", "int", "250000", "most members of an archive"),
     Option("limits", "max_file", "size", "4G", "largest single file"),
     Option("limits", "max_expanded", "size", "16G", "most bytes that may come out of an archive"),
-    Option("limits", "max_ratio", "int", "200", "most bytes that may come out for each byte of a compressed archive"),
+    Option("limits", "max_ratio", "int", "200", "most bytes that may come out for each byte of a compressed archive; 1M always may"),
     Option("preflight", "require_commands", "list", "", "programs that must be found on PATH"),
     Option("preflight", "require_env", "list", "", "environment variables that must be set and not empty"),
     Option("preflight", "require_files", "paths", "", "files that must exist and be readable"),

@@ -572,6 +572,12 @@ def test_sizes_and_numbers_mean_what_they_say(option: str, beyond: str, within: 
     app.run("stage", artifact, "--set", f"limits.{option}={within}", check=0)
 
 
+def test_the_ratio_does_not_count_below_the_size_that_its_help_names(app: App) -> None:
+    floor = deploy.parse_size(re.search(r"(\w+) always may", deploy.find_option("limits", "max_ratio").help).group(1))  # type: ignore
+    for name, bytes_out, exit_code in (("below", floor // 2, 0), ("above", floor + 1, 4)):
+        app.run("stage", app.artifact(name, {"big.txt": "0" * bytes_out}), "--set", "limits.max_ratio=1", check=exit_code)
+
+
 def test_0_is_no_limit(app: App) -> None:
     names = ("max_artifact", "max_files", "max_file", "max_expanded", "max_ratio")
     app.configure("[limits]\n" + "".join(f"{name} = 0\n" for name in names))
