@@ -383,6 +383,7 @@ def test_the_old_process_that_still_answers_is_a_failure(app: App, server: Serve
     done = app.run("deploy", app.artifact("2.0"), check=5).data
     assert (app.current, done["rolled_back"]) == (first, True)
     assert "1.0" in done["error"]["message"] and "2.0" in done["error"]["message"]
+    assert (server.answer()[0], app.record(done["previous"])["state"]) == (200, "bad")
 
 
 def test_the_new_process_that_answers_is_a_success(app: App, server: Server) -> None:

@@ -142,7 +142,7 @@ def live_a_life(directory: Path, executable: str, uid: int) -> None:
         assert pruned["removed"] == [second] and "no /proc" in pruned["steps"][0]["detail"]
 
         # One that its probe does not take for what it is, since the server is told nothing.
-        ini.write_text(CONFIG.format(python=inside.python.path, port=port, deadline="300ms").replace("settle = 0s", "action = none"))
+        ini.write_text(CONFIG.format(python=inside.python.path, port=port, deadline="3s").replace("settle = 0s", "action = none"))
         assert deploy(inside, "1.3", check=5)["release"] == third
         history = inside.run("history", *config, check=0).data["history"]
         assert [entry["result"] for entry in history] == [

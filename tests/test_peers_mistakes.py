@@ -12,7 +12,7 @@ import pytest
 
 from crashes import Saved, wait_gone
 from scenes import Gate, configure, deploy_all, fails_for
-from support import (App, Server, clean_environment, deploy_argv, fake_command, make_tree, needs, snapshot, start_deploy)
+from support import (App, clean_environment, deploy_argv, fake_command, make_tree, needs, snapshot, start_deploy)
 
 
 @pytest.fixture
@@ -200,16 +200,7 @@ def test_the_time_limit_of_a_hook_also_ends_its_children(app: App, gate: Gate) -
     wait_gone([int(pid_file.read_text())])
 
 
-# 10
-def test_the_old_process_answering_is_not_taken_for_the_new_release(app: App, server: Server) -> None:
-    configure(app)
-    first = app.deploy("1.0").data["release"]
-    server.restart()
-    configure(app, f"[service:web]\ncommand = true\n[probe:web]\nurl = {server.url}\nrelease = json:version\n"
-                   "deadline = 500ms\nperiod = 50ms\nsuccesses = 1\n")
-    failed = app.run("deploy", app.artifact("2.0"), check=5).data
-    assert (app.current, server.answer()[0]) == (first, 200)
-    assert app.record(failed["previous"])["state"] == "bad"
+# 10: test_the_old_process_that_still_answers_is_a_failure, in test_deploy.py
 
 
 # 11

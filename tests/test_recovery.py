@@ -120,7 +120,7 @@ def test_killed_between_the_switch_and_its_note_counts_as_switched(live: App) ->
     ("true", "1.1", ("retired", "active")), ("false", "1.0", ("active", "bad")),
 ], ids=["well", "not well"])
 def test_killed_after_the_switch_probes_once_more_and_decides(live: App, command: str, version: str, states: Any) -> None:
-    probe = f"[probe:well]\ncommand = %s\ndeadline = {'60s' if command == 'true' else '1s'}\nperiod = 20ms\nsuccesses = 1\n"
+    probe = f"[probe:well]\ncommand = %s\ndeadline = {'60s' if command == 'true' else '5s'}\nperiod = 20ms\nsuccesses = 1\n"
     # Only the new release can be unwell: the old one is probed as well on the way back.
     well = script(live.directory / "well", f'test "$DEPLOY_VERSION" = 1.0 || {command}')
     live.configure(f"[hooks]\npost_activate = {KILL}\n" + probe % well)
@@ -153,7 +153,7 @@ def test_killed_by_what_the_new_release_needs_is_decided_by_the_next_deploy(live
 ], ids=["before the switch back", "after the switch back", "at the end"])
 def test_killed_while_rolling_back_goes_on_rolling_back(live: App, way_back: str, linked: str) -> None:
     killer = script(live.directory / "restart", 'test "$DEPLOY_VERSION" = 1.1 || kill -9 $PPID')
-    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 1s\nperiod = 20ms\nsuccesses = 1\n"
+    probe = "[probe:sick]\ncommand = /bin/sh -c 'test $DEPLOY_VERSION = 1.0'\ndeadline = 2s\nperiod = 20ms\nsuccesses = 1\n"
     live.configure(way_back.replace("{killer}", str(killer)) + probe)
     killed(live, "deploy", live.artifact("1.1"))
     assert journal(live)["phase"] == "rolling_back" and live.version == linked

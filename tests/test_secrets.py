@@ -329,12 +329,16 @@ def test_a_known_secret_at_the_end_of_the_evidence_of_an_answer_is_masked(app: A
 def test_a_known_secret_in_an_answer_a_command_or_a_path_is_kept_nowhere(rolls_back: bool, app: App, server: Server) -> None:
     server.body = json.dumps({"status": CANARIES["env"]}).encode()
     app.deploy("1.0")
-    app.configure(f"durable = no\nauto_rollback = {'yes' if rolls_back else 'no'}\n[env]\nDB_PASSWORD = {CANARIES['env']}\n"
-                  f"[probe:x]\nurl = {server.url}\njson.status = ok\nsuccesses = 1\nperiod = 20ms\ndeadline = 500ms\n"
-                  f"[hooks]\npost_deploy = true {CANARIES['env']}\npre_rollback = cp {app.root}/.deploy/journal.json {app.directory}/journal\n")
     artifact = make_artifact(app.directory / CANARIES["env"], "1.1")
-    result = app.run("deploy", artifact, "--log-file", app.directory / "log", check=6)
-    text = everything(app, result) + ((app.directory / "journal").read_text() if rolls_back else "")
+    for deadline in ("500ms", "10s"):
+        app.configure(f"durable = no\nauto_rollback = {'yes' if rolls_back else 'no'}\n[env]\nDB_PASSWORD = {CANARIES['env']}\n"
+                      f"[probe:x]\nurl = {server.url}\njson.status = ok\nsuccesses = 1\nperiod = 20ms\ndeadline = {deadline}\n"
+                      f"[hooks]\npost_deploy = true {CANARIES['env']}\n"
+                      f"pre_rollback = cp {app.root}/.deploy/journal.json {app.directory}/journal\n")
+        result = app.run("deploy", artifact, "--force", "--log-file", app.directory / "log", check=6)
+        text = everything(app, result) + ((app.directory / "journal").read_text() if rolls_back else "")
+        if "json status is" in text:
+            break  # else the host was so busy that no answer came in time
     assert CANARIES["env"] not in text and "json status is '[masked]'" in text
 
 
