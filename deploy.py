@@ -1150,7 +1150,7 @@ def has_library(name: str) -> bool:
 
 def cores() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def boot_id() -> str:
@@ -7185,7 +7185,7 @@ class Observer:
     def _is_whole(self, record: Record) -> bool:
         """Tell whether a staged release still is what its manifest says; without one it is not."""
         try:
-            return not problems_of(check_release(self.session, self.store, record))
+            return not problems_of(check_release(self.session, self.store, record))  # type: ignore  # there is a root: it has a record
         except StateError:
             return False
 
@@ -7200,10 +7200,8 @@ def application_name(settings: Settings) -> str:
     return settings.deploy.application or os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
 
 
-def check_release(session: Session, store: Optional[Store], record: Record) -> Differences:
+def check_release(session: Session, store: Store, record: Record) -> Differences:
     """Hash a release against its manifest; StateError when the manifest itself is missing or damaged."""
-    if store is None:
-        raise StateError(f"{record.id} cannot be verified: its root is missing", "name another with --root DIR")
     release, again = record.id, "stage the artifact again: deploy.py deploy --force ARTIFACT"
     try:
         with closing(session.console.progress("verify", int(record.tree.get("bytes") or 0))) as progress, \
@@ -7889,9 +7887,7 @@ class Unpack(Step):
     def apply(self, run: Run) -> str:
         """Unpack; ArtifactRefused for what is wrong with it."""
         run.staging = run.store.new_staging()
-        artifact = run.observer.artifact
-        if artifact is None:
-            raise StepFailed("the artifact is not open", "run the command again")
+        artifact = run.observer.artifact  # type: Any
         with closing(run.session.console.progress("unpack", artifact.size_bytes)) as progress, \
                 run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
             found = unpack(artifact, tree, run.settings, progress.update, expected=self.expected, sharer=sharer)
@@ -8038,8 +8034,8 @@ class SealRelease(Step):
 
     name = "seal"
 
-    def __init__(self, release: str, *, rescan: bool) -> None:
-        self.release, self.rescan = release, rescan
+    def __init__(self, release: str, artifact: ArtifactFacts, *, rescan: bool) -> None:
+        self.release, self.artifact, self.rescan = release, artifact, rescan
         self.description = "write manifest and record" + (", with what post_stage made" if rescan else "")
 
     def apply(self, run: Run) -> str:
@@ -8059,8 +8055,8 @@ class SealRelease(Step):
         run.store.write_record(record)
         run.facts.records[self.release] = record
         run.facts.on_disk.add(self.release)
-        artifact = run.observer.artifact
-        if artifact is not None and artifact.format != "directory" and run.session.console.is_public(artifact.path):
+        artifact = run.observer.artifact  # type: Any
+        if artifact.format != "directory" and run.session.console.is_public(artifact.path):
             try:
                 run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
             except OSError as error:
@@ -8068,9 +8064,7 @@ class SealRelease(Step):
         return f"manifest {record.tree['manifest_sha256'][:12]}"
 
     def _record(self, run: Run, digests: Dict[str, str]) -> Record:
-        found = run.facts.artifact
-        if found is None:
-            raise StepFailed("there is no artifact to record", "run the command again")
+        found = self.artifact
         # What is not words is not masked: a secret such as 1234 may well stand in a digest.
         artifact = dict(run.session.console.secrets.mask_json({
             "name": portable(found.name), "source": portable(found.source), "sha256_source": found.sha256_source}),
@@ -8330,7 +8324,7 @@ def staging_steps(settings: Settings, artifact: ArtifactFacts, release: str) -> 
         steps.append(RenderTemplates(settings.template, release))
     steps.append(Publish(release, durable=settings.deploy.durable))
     hook = _hook(settings, "post_stage", release)
-    steps += hook + [SealRelease(release, rescan=bool(hook))]
+    steps += hook + [SealRelease(release, artifact, rescan=bool(hook))]
     return _in_phase(PHASE_STAGING, steps)
 
 
@@ -9120,9 +9114,8 @@ def completables() -> List[Completable]:
     }  # type: Dict[str, Sequence[str]]
     found = [Completable(("-h", "--help"), (), "", "show how it is used"), Completable(("--version",), (), "", "show the version")]
     for flag in FLAGS:
-        known = flag.settings.get("choices") or words.get(flag.metavar, ())
         names = flag.names if flag.names[0].startswith("-") else ()
-        found.append(Completable(names, flag.commands, flag.metavar, flag.help, tuple(known)))
+        found.append(Completable(names, flag.commands, flag.metavar, flag.help, tuple(words.get(flag.metavar, ()))))
     for option in OPTIONS:
         if option.flag:
             known = option.kind.split("|") if option.kind not in KINDS else ()
@@ -11992,7 +11985,7 @@ def open_log(settings: Settings, console: Console) -> None:
             console.debug(f"syslog cannot be reached: {problem}")
 
 
-def run_command_line(argv: List[str], console: Console) -> Tuple[int, Optional[Invocation]]:
+def run_command_line(argv: List[str], console: Console) -> Tuple[int, Invocation]:
     """Run one command to its exit code."""
     flags = parse_command_line(argv)
     console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), verbose=bool(flags.verbose or flags.debug),
@@ -12065,10 +12058,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         if parameters is not None:
             argv = module_argv(parameters, console.secrets)
         exit_code, call = run_command_line(argv, console)
-        if call is not None:
-            report(call, exit_code, time.monotonic() - started_seconds)
+        report(call, exit_code, time.monotonic() - started_seconds)
         # What a command did is not undone by losing what it said; a command that only says something has then failed.
-        is_lost = console.is_result_lost and (call is None or call.flags.command not in WRITING and not call.outcome.changed)
+        is_lost = console.is_result_lost and call.flags.command not in WRITING and not call.outcome.changed
         return exit_code or (EXIT_FAILED if is_lost else EXIT_OK)
     except (DeployError, ImportError, MemoryError) as error:
         if "--debug" in argv:
