@@ -4991,7 +4991,7 @@ class TreeSource:
 
     def members(self) -> Iterator[Tuple[Member, Iterator[bytes]]]:
         """Yield each member with its data; ArtifactRefused for what cannot be read or changes meanwhile."""
-        with self._reading():
+        with reading_tree(self._artifact):
             for entry in walk_tree(self._artifact.descriptor):
                 identity = entry.status.st_dev, entry.status.st_ino
                 if identity == self._forbidden:
@@ -5015,7 +5015,7 @@ class TreeSource:
             return
         hasher, left_bytes, piece = hashlib.sha256(), entry.status.st_size, b"-"
         while left_bytes and piece:
-            with self._reading():
+            with reading_tree(self._artifact):
                 piece = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
             left_bytes -= len(piece)
             hasher.update(piece)
@@ -5027,16 +5027,17 @@ class TreeSource:
         self._progress(self._done_bytes)
         self._whole.add_file(entry.name, hasher.digest(), file_mode(after.st_mode), after.st_size)
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ArtifactRefused(f"cannot read artifact {self._artifact.path}: {reason(error)}",
-                                  "make all of it readable for this user")
-
     def close(self) -> None:
         """Nothing is held."""
+
+
+@contextmanager
+def reading_tree(artifact: OpenArtifact) -> Iterator[None]:
+    """Make an artifact that is refused of what the system refuses in a directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactRefused(f"cannot read artifact {artifact.path}: {reason(error)}", "make all of it readable for this user")
 
 
 class TreeEntry(NamedTuple):
@@ -5517,12 +5518,10 @@ def expected_cost(artifact: OpenArtifact) -> Cost:
 def tree_cost(artifact: OpenArtifact) -> Cost:
     """Add up a directory."""
     size_bytes = files = 0
-    try:
+    with reading_tree(artifact):
         for entry in walk_tree(artifact.descriptor):
             files += 1
             size_bytes += entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
-    except OSError as error:
-        raise ArtifactRefused(f"cannot read artifact {artifact.path}: {reason(error)}", "make all of it readable for this user")
     return Cost(size_bytes, files, True, True)
 
 
