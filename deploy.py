@@ -1473,16 +1473,14 @@ class RunningCommand:
 
 def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None, directory: str = "/",
                 timeout_seconds: float = 60.0, on_line: Callable[[str], None] = lambda line: None,
-                run_as: str = "", interrupts: Optional["Interrupts"] = None,
-                mask: Callable[[str], str] = str) -> CommandResult:
+                run_as: str = "", interrupts: "Interrupts", mask: Callable[[str], str] = str) -> CommandResult:
     """Run a command to its end, without a shell, stdin closed, in its own process group.
 
-    `environ` is the whole environment; without it a minimal one is made.  With
-    `interrupts` a signal ends it, group and all.  `mask` is applied to each line
-    before it is cut.  A program that cannot be started gives exit code 127 and says why in `tail`.
+    `environ` is the whole environment; without it a minimal one is made.  A
+    signal ends it, group and all.  `mask` is applied to each line before it is
+    cut.  A program that cannot be started gives exit code 127 and says why in `tail`.
     """
     import subprocess
-    interrupts = interrupts or Interrupts()
     try:
         # An exception inside Popen would leave a child behind that nobody knows of.
         with interrupts.held():
@@ -10939,7 +10937,7 @@ def command_unit(call: Invocation) -> None:
     if words[0] == "probe":
         chosen_probes(call.settings, call.flags.inner)
     if find_command("systemd-analyze"):
-        judged = run_command(["systemd-analyze", "calendar", "--", call.flags.timer])
+        judged = run_command(["systemd-analyze", "calendar", "--", call.flags.timer], interrupts=call.session.interrupts)
         if not judged.ok:
             raise UsageError(f"--timer {call.flags.timer!r}: {' '.join(judged.tail)}", "man systemd.time; such as daily, or Mon..Fri 02:00")
     # systemd takes no quotes, backslashes or dollars in a program's own path.
