@@ -418,8 +418,8 @@ class Progress:
 
     def __init__(self, console: "Console", label: str, total: int = 0) -> None:
         self._console, self._label, self._total = console, label, total
-        self._is_followed = console.shows_progress or console.supervisor is not None
-        self._next_draw_seconds = time.monotonic() + 1.0 if self._is_followed else float("inf")
+        is_followed = console.shows_progress or console.supervisor is not None
+        self._next_draw_seconds = time.monotonic() + 1.0 if is_followed else float("inf")
         self._drawn = False
 
     def update(self, done: int, detail: str = "") -> None:
@@ -660,8 +660,8 @@ def leads_to(stream: Any, journal_stream: str) -> bool:
 class Console:
     """The result on stdout, everything else on stderr, and the log beside them."""
 
-    COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33", "undone": "33",
-               "error": "31;1", "head": "1", "dim": "2"}
+    COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33",
+               "error": "31;1", "dim": "2"}
 
     def __init__(self, journal_stream: str = "") -> None:
         self.secrets = Secrets()
@@ -1342,12 +1342,9 @@ def program_places(name: str, directory: str, path: str) -> List[str]:
     return places
 
 
-def find_command(name: str, directory: str = "") -> Optional[str]:
-    """Find a program: a bare name in the command path, anything else relative to `directory`."""
+def find_command(name: str) -> Optional[str]:
+    """Find a program: a bare name in the command path, anything else as it stands."""
     import shutil
-    if "/" in name:
-        path = os.path.join(directory, name) if directory else name
-        return path if os.access(path, os.X_OK) and os.path.isfile(path) else None
     return shutil.which(name, path=command_path())
 
 
@@ -2285,13 +2282,12 @@ class Settings:
 
     def _check_groups(self) -> None:
         for section, keys in ONE_OF:
-            for name in getattr(self, section[:-2]):
-                full = f"{section[:-2]}:{name}"
-                present = [key for key in keys if self.given.get((full, key), Given("", "", "")).text]
+            for name, values in getattr(self, section[:-2]).items():
+                present = [key for key in keys if getattr(values, key)]
                 if len(present) != 1:
                     wanted = keys[0] if len(keys) == 1 else "exactly one of " + ", ".join(keys)
                     got = f", not {' and '.join(present)}" if present else ", and has none"
-                    raise self.wrong(full, f"needs {wanted}{got}")
+                    raise self.wrong(f"{section[:-2]}:{name}", f"needs {wanted}{got}")
 
     def wrong(self, section: str, problem: str) -> UsageError:
         """Make the error for a section whose values do not go together."""
@@ -3638,8 +3634,7 @@ def match_digests(entries: Sequence[Tuple[bytes, str]], name: bytes, *, bare: bo
 
 def compare_digests(actual: str, expected: str, name: str) -> None:
     """Raise ArtifactRefused when the bytes are not the ones that were promised."""
-    import hmac
-    if not hmac.compare_digest(actual.lower().encode(), expected.lower().encode()):
+    if actual != expected.lower():
         raise ArtifactRefused(f"checksum mismatch for {name}: its SHA-256 is {actual}, expected {expected}",
                               "copy the artifact again, or correct the digest; do not deploy it as it is")
 
@@ -10681,7 +10676,11 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     if adhoc:
         probes = [adhoc_probe(adhoc[0][0].replace("probe_", ""), adhoc[0][1], flags.expect or [])]
     else:
-        probes = [settings.probe[name] for name in flags.names or sorted(settings.probe) if known_probe(settings, name)]
+        unknown = [name for name in flags.names if name not in settings.probe]
+        if unknown:
+            raise UsageError(f"there is no probe {unknown[0]!r}",
+                             nearest(unknown[0], settings.probe) or "configure [probe:NAME], or give --url, --tcp or --command")
+        probes = [settings.probe[name] for name in flags.names or sorted(settings.probe)]
     if not probes:
         raise UsageError("there is no probe to run", "configure a [probe:NAME], or give --url, --tcp or --command")
     for probe in probes:
@@ -10691,14 +10690,6 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
         if problem:
             raise UsageError(f"probe {probe.name}: {problem}", "correct it in the configuration or on the command line")
     return probes
-
-
-def known_probe(settings: Settings, name: str) -> bool:
-    """Raise UsageError for a probe that is not configured."""
-    if name not in settings.probe:
-        raise UsageError(f"there is no probe {name!r}",
-                         nearest(name, settings.probe) or "configure [probe:NAME], or give --url, --tcp or --command")
-    return True
 
 
 def probe_context(call: Invocation) -> Tuple[Context, bool]:
@@ -12019,19 +12010,14 @@ def guarded(call: Invocation) -> int:
         if call.flags.splay:
             splay(call)
         COMMANDS[call.flags.command](call)
-    except DeployError as error:
-        if call.flags.debug:
-            call.console.traceback()
-        outcome.error = error
-        return error.exit_code
-    except (OSError, ImportError, MemoryError) as error:
+    except FAILURES as error:
         if call.flags.debug:
             call.console.traceback()
         outcome.error = step_error(error, call.flags.command)
-        return outcome.error.exit_code
     except Exception as error:  # a defect of this program, which those who are told of failures shall hear of too
         call.console.traceback()
         outcome.error = internal_error(error)
+    if outcome.error:
         return outcome.error.exit_code
     return EXIT_CHANGED if outcome.changed and call.flags.detailed_exitcode else EXIT_OK
 
