@@ -718,6 +718,18 @@ def test_the_checksum_is_asked_for_as_configured(app: App, checksum: str, beside
     assert app.version == (None if code else "1.0")
 
 
+def test_what_was_verified_before_is_held_against_todays_checksum(app: App) -> None:
+    """A build that was replaced, with the checksum of the one before: neither is it that one, nor is that one meant."""
+    artifact = app.artifact("1.0", {"build": "1"})
+    sidecar = artifact.with_name(artifact.name + ".sha256")
+    first = sidecar.read_text()
+    app.run("deploy", artifact, check=0)
+    second = app.deploy("1.0", {"build": "2"}).data["release"]
+    sidecar.write_text(first)
+    app.run("deploy", artifact, check=4)
+    assert app.current == second
+
+
 def test_an_artifact_that_was_changed_in_place_is_read_again_though_size_and_time_are_the_same(app: App) -> None:
     """What was verified last is not read again where nothing has changed; who sets the time back cannot set back when he did."""
     artifact = app.artifact("1.0")

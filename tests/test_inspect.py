@@ -215,6 +215,7 @@ def edit(text: str, old: str, new: str) -> str:
 
 TAMPERING = [
     ("changed", lambda lines: [lines[0], edit(lines[1], '"1.1"', '"9.9"'), lines[2]], "line 2"),
+    ("changed-with-its-checksum", lambda lines: [lines[0], json.dumps(deploy.seal(dict(json.loads(lines[1]), version="9.9"))), lines[2]], "line 3"),
     ("first-changed", lambda lines: [edit(lines[0], "deployed", "activated"), lines[1], lines[2]], "line 1"),
     ("middle-removed", lambda lines: [lines[0], lines[2]], "2"),
     ("first-removed", lambda lines: lines[1:], "1"),

@@ -564,6 +564,14 @@ def test_a_link_in_the_middle_of_the_way_is_judged_as_well(links: int, app: App)
 
 
 @as_root
+def test_links_in_a_circle_are_not_followed_for_ever(app: App) -> None:
+    (app.directory / "start").symlink_to("end")
+    (app.directory / "end").symlink_to("start")
+    artifact = runs(app, f"[hooks]\npre_stage = {app.directory}/start\n")
+    assert "start" in app.run("deploy", artifact, check=3).data["error"]["message"]
+
+
+@as_root
 def test_two_dots_behind_a_link_are_judged_as_the_kernel_goes_them(app: App) -> None:
     """It goes up from where the link led; who could lead that elsewhere chooses the program."""
     for name in ("loose", "far/below", "far/bin", "bin"):

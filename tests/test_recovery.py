@@ -174,6 +174,23 @@ def test_killed_before_the_journal_goes_only_the_journal_is_removed(live: App) -
     assert live.history() == history and content(live.root) == before
 
 
+def test_a_hook_that_ended_is_not_run_again_by_a_recovery(live: App) -> None:
+    runs = script(live.directory / "runs", f"echo $DEPLOY_HOOK >> {live.directory}/ran")
+    live.configure(f"[hooks]\npost_activate = {runs}\npost_deploy = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure(f"[hooks]\npost_activate = {runs}\npost_deploy = {runs}\n")
+    assert recover_and_judge(live, ["1.1"]) == []
+    assert (live.directory / "ran").read_text().split() == ["post_activate", "post_deploy"]
+
+
+def test_a_sweep_takes_nothing_of_others_from_the_root(live: App) -> None:
+    names = [".mine.4711.0badcafe.tmp", ".current.4711.0badcafe.tmp"]
+    for name in names:
+        (live.root / name).write_text("")
+    live.run("recover", check=0)
+    assert [(live.root / name).exists() for name in names] == [True, False]
+
+
 def test_a_verdict_that_current_does_not_agree_with_is_not_believed(live: App) -> None:
     """Killed before the journal went, and then somebody pointed `current` back by hand: it is not live, whatever the history says."""
     artifact, saved = live.artifact("1.1"), Saved(live)

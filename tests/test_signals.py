@@ -304,10 +304,12 @@ def test_more_signals_during_the_way_back_change_nothing(live: App) -> None:
 
 def test_signals_while_undoing_change_nothing(live: App) -> None:
     # At the first removal of what it had staged.
-    live.configure("[hooks]\npre_activate = false\n")
+    told = live.directory / "told"
+    live.configure(f"[hooks]\npre_activate = false\non_failure = touch {told}\n")
     sends = strace(live, "-e", "trace=unlinkat", "-e", "inject=unlinkat:signal=TERM:when=1")
     assert Running(live, "deploy", live.artifact("1.1"), python=sends).end()["exit_code"] == 1
     assert re.search(r'\.deploy/releases>, "[^"\n]+\.json", 0\)[^\n]*\n[^\n]* SIGTERM ', trace_of(live).read_text()), "undoing had begun"
+    assert told.exists(), "on_failure is part of it"
     assert inconsistencies(live, ["1.0"]) == []
 
 
@@ -471,6 +473,24 @@ def test_a_second_signal_does_not_cut_short_the_end_of_a_hook(live: App, again: 
     assert cleaned.exists(), "the hook was not left the time to clean up"
     wait_gone(pids(live))
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
+
+
+def test_a_second_signal_does_not_cut_short_the_end_of_a_service_command(live: App) -> None:
+    """Where a signal interrupts at once, it does so once."""
+    cleaned, asked = live.directory / "cleaned", live.directory / "asked"
+    slow = script(live.directory / "slow", f"test $DEPLOY_VERSION = 1.0 && exit 0\ntrap 'echo $$ >> {asked}; sleep 0.8; echo done > {cleaned}; "
+                                           f"exit 0' TERM\nsleep 600 &\necho $! >> {live.directory}/pids\necho $$ >> "
+                                           f"{live.directory}/pids\nwait; wait")
+    live.configure(f"[service:x]\ncommand = {slow}\n")
+    running = Running(live, "deploy", live.artifact("1.1"))
+    wait_blocked(live)
+    running.process.send_signal(signal.SIGINT)
+    wait_until(asked.exists, what="the command was asked to end")
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end()["exit_code"] == 5
+    assert cleaned.exists(), "the command was not left the time to clean up"
+    wait_gone(pids(live))
+    assert inconsistencies(live, ["1.0"]) == []
 
 
 @by_signal
