@@ -1635,6 +1635,42 @@ class Worker:
         return bool(self._done.wait(seconds))
 
 
+class EarlySync(Descriptor):
+    """Has a filesystem written to the disk while it is being filled, so that the sync at the end, which alone counts, is short.
+
+    Through a descriptor of its own: each is told once of a write that failed,
+    and it is the sync at the end that must hear of it.
+    """
+
+    SHORTEST_PAUSE_SECONDS = 0.1
+
+    def __init__(self, directory: Directory) -> None:
+        import threading
+        self.descriptor, self._ended = os.open(".", _DIRECTORY_FLAGS, dir_fd=directory.descriptor), threading.Event()
+        try:
+            self._worker = Worker(self._run)  # type: Any
+        except OSError:  # no thread to be had: all is written at the end
+            self._worker = None
+
+    def _run(self) -> None:
+        pause_seconds = self.SHORTEST_PAUSE_SECONDS
+        try:
+            while not self._ended.wait(pause_seconds):
+                started_seconds = time.monotonic()
+                sync_filesystem(self.descriptor)
+                # A slow disk has at least half of the time to itself.
+                pause_seconds = max(self.SHORTEST_PAUSE_SECONDS, time.monotonic() - started_seconds)
+        except OSError:
+            pass  # the last sync says why
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        self._ended.set()
+        while self._worker and not self._worker.wait(WATCH_SECONDS):
+            pass
+        super().close()
+
+
 # -- signals -----------------------------------------------------------------
 
 class Interrupts:
@@ -7881,7 +7917,8 @@ class Unpack(Step):
         run.staging = run.store.new_staging()
         artifact = run.observer.artifact  # type: Any
         with closing(run.session.console.progress("unpack", artifact.size_bytes)) as progress, \
-                run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer:
+                run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer, \
+                EarlySync(tree) if run.settings.deploy.durable else Descriptor():
             found = unpack(artifact, tree, run.settings, progress.update, expected=self.expected, sharer=sharer)
         run.manifest = found.manifest
         for note in found.notes:

@@ -1,9 +1,11 @@
 """The artifact: digests, versions, manifests, judging, unpacking, comparing and packing."""
 
+import errno
 import gzip
 import hashlib
 import io
 import os
+import queue
 import shutil
 import socket
 import stat
@@ -820,6 +822,33 @@ def test_a_difference_is_found_while_a_forked_process_reads_the_same_open_direct
         with deploy.Helper(read_on):
             for _ in range(3000):
                 assert deploy.Portion(manifest, 0, 1).compare(directory, lambda done: None) == ({"file": ""}, [])
+
+
+def test_a_filesystem_is_synced_while_it_is_filled_through_a_descriptor_of_its_own(tmp_path, monkeypatch):
+    """The kernel tells each open file once of a write that failed: the sync at the end must not find it told already."""
+    synced = queue.Queue()
+    monkeypatch.setattr(deploy, "sync_filesystem", lambda descriptor: synced.put(os.fstat(descriptor)))
+    with deploy.Directory.open(str(tmp_path)) as directory:
+        with deploy.EarlySync(directory) as early:
+            for _ in range(3):
+                assert os.path.samestat(synced.get(timeout=60), os.stat(str(tmp_path)))
+            os.set_blocking(directory.descriptor, False)
+            assert os.get_blocking(early.descriptor), "a copy of the descriptor shares the open file"
+            used = early.descriptor
+        synced.queue.clear()
+        assert not os.path.exists(f"/proc/self/fd/{used}") and synced.empty()
+
+
+def test_a_disk_that_fails_early_does_not_end_the_unpacking(tmp_path, monkeypatch):
+    failing = threading.Event()
+
+    def fail(descriptor):
+        failing.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(deploy, "sync_filesystem", fail)
+    with deploy.Directory.open(str(tmp_path)) as directory, deploy.EarlySync(directory):
+        assert failing.wait(60)
 
 
 def test_the_helper_ends_with_its_parent(tmp_path):

@@ -153,6 +153,26 @@ def test_too_few_inodes_are_refused_before_anything_changes(few_inodes: SmallDis
     assert {name: found for name, found in snapshot(app.root).items() if name != ".deploy/lock"} == before
 
 
+@pytest.fixture
+def thin_disk(app: App) -> Iterator[SmallDisk]:
+    """A filesystem that promises ten times what is behind it."""
+    behind = app.directory / "behind"
+    behind.mkdir()
+    make = f"truncate -s 300M {behind}/image && {needs('mkfs.ext4')} -q -O ^has_journal {behind}/image"
+    yield from with_release(app, f"mount -t tmpfs -o size=30m none {behind} && {make} && mount -o loop {behind}/image {{root}}"
+                                 f" && rmdir {{root}}/lost+found")
+
+
+def test_what_the_disk_could_not_take_is_known_before_the_release_gets_its_name(thin_disk: SmallDisk) -> None:
+    """Every write succeeds, and fails on its way to the disk, some of them while others are yet to come."""
+    app = thin_disk.app
+    noise = {f"noise{number}": os.urandom(4 << 20) for number in range(15)}
+    thin_disk.configure()
+    result = thin_disk.run("stage", app.artifact("1.1", noise, suffix=".tar"), check=1)
+    assert re.search("EIO|ENOSPC", result.data["error"]["message"]), result.describe()
+    assert app.version == "1.0" and len(app.releases()) == 1
+
+
 @pytest.mark.parametrize("hook, exit_code, live", [
     ("pre_stage", 1, ["1.0"]), ("post_stage", 1, ["1.0"]), ("pre_activate", 1, ["1.0"]),
     ("post_activate", 6, ["1.0", "1.1"]), ("post_deploy", 6, ["1.0", "1.1"]),
