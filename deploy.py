@@ -8071,7 +8071,7 @@ class SealRelease(Step):
         """Hash again what a hook may have changed, then write."""
         if self.rescan:
             try:
-                with closing(run.session.console.progress("hash")) as progress, \
+                with closing(run.session.console.progress("hash")) as progress, run.session.interrupts.allowed(), \
                         run.store.directory("releases").child(self.release) as directory:
                     run.manifest = scan_tree(directory, lambda done: progress.update(done, format_size(done)))
             except ArtifactRefused as error:

@@ -90,6 +90,29 @@ def test_a_signal_while_unpacking_undoes_everything(live: App, number: int, exit
     assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
 
 
+def test_a_signal_ends_the_hashing_of_what_a_hook_made(live: App) -> None:
+    before = content(live.root)
+    hook = script(live.directory / "post_stage", "exec truncate -s 1T large")  # takes no space, and an hour to hash
+    live.configure(f"[hooks]\npost_stage = {hook}")
+    run = Running(live, "deploy", live.artifact("1.1"))
+    pid = run.pid
+
+    def hashes() -> bool:
+        try:
+            return any(os.readlink(f"/proc/{pid}/fd/{name}").endswith("/large") for name in os.listdir(f"/proc/{pid}/fd"))
+        except FileNotFoundError:
+            return False
+
+    try:
+        wait_until(hashes, timeout=60, what="it hashes what the hook has made")
+        run.process.terminate()
+        data = run.end()
+    finally:
+        run.process.kill()
+    assert data["exit_code"] == 143 and data["steps"][-1]["name"] == "seal", described(data)
+    assert content(live.root) == before and inconsistencies(live, ["1.0"]) == []
+
+
 def test_a_signal_ends_packing_and_leaves_nothing_behind(app: App) -> None:
     source, target = app.directory / "source", app.directory / "packed" / "app.tar.gz"
     source.mkdir()
