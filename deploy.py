@@ -880,9 +880,9 @@ NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.EFBIG)
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def environment(name: str, default: str = "") -> str:
-    """Read one variable of this process's environment."""
-    return os.environ.get(name, default)
+def environment(name: str) -> str:
+    """Read one variable of this process's environment; empty where there is none."""
+    return os.environ.get(name, "")
 
 
 def environment_names() -> List[str]:
@@ -7313,8 +7313,8 @@ def check_configuration(survey: Survey) -> Finding:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
     settings = survey.settings
     problems = unreadable_keys("probe", settings.probe, PROBE_KEY_FILES) + missing_programs(settings, "probe")
-    for name, probe in sorted(settings.probe.items()):
-        problems += unusable_keys(name, probe) if not problems else []
+    if not problems:  # all can be read, and what is in them can be looked at
+        problems = [problem for name, probe in sorted(settings.probe.items()) for problem in unusable_keys(name, probe)]
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)
         if os.geteuid() != 0:

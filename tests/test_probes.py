@@ -608,10 +608,11 @@ def test_key_files_that_cannot_serve_are_found_by_preflight(keys, problem, certi
     (certificates / "lines").write_text("Bearer abc\nX: y\n")
     for path in certificates.iterdir():
         path.chmod(0o600)
-    app.configure(f"[probe:x]\nurl = https://127.0.0.1:9/\n{keys.format(d=certificates)}\n")
+    app.configure("".join(f"[probe:{name}]\nurl = https://127.0.0.1:9/\n{keys.format(d=certificates)}\n" for name in "xy"))
     error = app.run("deploy", app.artifact("1.0"), check=3).data["error"]
     assert error["message"].startswith("preflight: configuration: [probe:x]") and problem in error["message"], described(error)
     assert str(certificates) in error["message"] and error["hint"] and app.releases() == []
+    assert "; [probe:y]" in error["message"], "all are told at once"
 
 
 def test_an_encrypted_key_fails_and_asks_nobody(serve, certificates):
