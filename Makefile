@@ -1,5 +1,5 @@
 # PYTHON chooses the interpreter, JOBS how many suites `test-all` and `test-others` run at a time,
-# SHARES in how many parts the Pythons between the oldest and the newest share the cases of each test (1: each runs them all),
+# SHARES in how many parts the Pythons between the oldest and the newest share the tests (1: each runs them all),
 # PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
 PYTHON = python3
 JOBS = 1

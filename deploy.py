@@ -6723,10 +6723,11 @@ class UrlTry(NetworkTry):
         text, url = self.probe.url, parse_url(self.probe.url)
         headers = self._headers(url)
         for redirects_left in range(self.probe.redirects, -1, -1):
-            response = self._request(parse_url(text), headers)
-            location = response.getheader("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not location or not self.probe.redirects:
-                return self._receive(response)
+            # A socket stays open, whoever closes it, as long as what reads from it does.
+            with closing(self._request(parse_url(text), headers)) as response:
+                location = response.getheader("Location")
+                if response.status not in (301, 302, 303, 307, 308) or not location or not self.probe.redirects:
+                    return self._receive(response)
             self.socket.close()
             text = urljoin(text, location)
             if parse_url(text).origin != url.origin:

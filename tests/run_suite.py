@@ -7,8 +7,8 @@ Without --all: the Python that runs this, in .venv.  With --all: every Python
 from 3.6 to 3.14 that pyenv has, each in .venvs/VERSION, then a summary; one
 that is not installed is named and left out.  With --others: all but the one
 that runs this.  With --shares the oldest and the newest run everything, and
-those between them every test, but of its cases only one in N, each Python its
-own; N of them in a row have run every case.  $PYTEST_ARGUMENTS works as well.
+those between them one case in N, each Python its own; N of them in a row have
+run every case.  $PYTEST_ARGUMENTS works as well.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="under every Python that pyenv has")
     parser.add_argument("--others", action="store_true", help="under every such Python but the one that runs this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time, with --all")
-    parser.add_argument("--shares", type=int, default=1, help="run one in so many cases of a test, but for the oldest and the newest")
+    parser.add_argument("--shares", type=int, default=1, help="run one in so many cases, but under the oldest and the newest")
     parser.add_argument("arguments", nargs="*", help="handed to pytest, after --")
     options = parser.parse_args()
     arguments = shlex.split(os.environ.get("PYTEST_ARGUMENTS", "")) + options.arguments

@@ -1,6 +1,8 @@
 """Probes against real peers: HTTP, TLS and unix-socket servers that misbehave in earnest."""
 
 import contextlib
+import gc
+import http.client as http_client
 import json
 import os
 import re
@@ -372,6 +374,19 @@ def test_a_huge_body_is_read_no_further_than_max_body(serve):
     server = serve(flood)
     assert ask("url", url_of(server), "max_body=1k", "body=start").ok
     assert server.hung_up.wait(60), "the connection is closed"
+
+
+@pytest.mark.parametrize("answer", [http(200, b"well"), b"HTTP/1.1 200 OK\r\n\r\n" + b"well" * 5000], ids=["whole", "read in part"])
+def test_no_connection_is_left_open_for_the_garbage_collector(serve, answer):
+    """A peer that has more to send waits for the end of it: who only stops reading does not tell it."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert ask("url", url_of(serve(answer)), "max_body=1k", "body=well").ok
+        left = [found for found in gc.get_objects() if isinstance(found, http_client.HTTPResponse) and not found.isclosed()]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 @pytest.mark.parametrize("head", [

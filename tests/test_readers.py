@@ -23,7 +23,7 @@ def test_readers_never_miss_a_file_and_never_see_two_releases_in_one_tree(tmp_pa
     assert (figures.tally.missing, figures.tally.mixed) == (0, 0), figures.line()
     assert figures.switches >= SWITCHES and figures.tally.opens >= OPENS, figures.line()
     assert figures.tally.seen == sorted(readers.name_of(number) for number in range(readers.RELEASES)), figures.line()
-    assert sorted(os.listdir(str(tmp_path / "root"))) == [".deploy", "current", "releases"]
+    assert sorted(os.listdir(str(tmp_path / "root"))) == [".deploy", "current", "releases", "shared"]
 
 
 def test_the_readers_notice_a_switch_in_two_calls(tmp_path: Path, monkeypatch: Any) -> None:
