@@ -1505,9 +1505,10 @@ class Helper:
 
     `result` waits for what the work returned (JSON); None where it failed, and
     the caller does it himself.  Leaving the block ends the process, and so does
-    the end of this one: a copy that lived on would hold the lock.  With a
-    `limit_seconds`, for work that needs no open file, the kernel ends it
-    (`timed_out`), whatever it is doing.  `started` is no where there was no process to be had.
+    the end of this one, where the work asks for it: a copy that lived on would
+    hold the lock.  With a `limit_seconds`, for work that needs no open file,
+    the kernel ends it (`timed_out`), whatever it is doing.  `started` is no
+    where there was no process to be had.
     """
 
     def __init__(self, work: Callable[[Callable[[], None]], Any], limit_seconds: float = 0.0) -> None:
@@ -1553,20 +1554,20 @@ class Helper:
         if os.getppid() != parent:
             os._exit(EXIT_INTERNAL)
 
-    def result(self) -> Any:
-        """Wait for the end of the work and return its result."""
+    def result(self, check: Callable[[], None] = lambda: None) -> Any:
+        """Wait for the end of the work and return its result; `check`, asked again and again, may raise."""
         if self._pid < 0:
             return None
-        data = b"".join(iter(self._next, b""))
+        data = b"".join(iter(lambda: self._next(check), b""))
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
         self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
         return json.loads(data.decode("ascii")) if status == 0 else None
 
-    def _next(self) -> bytes:
+    def _next(self, check: Callable[[], None]) -> bytes:
         import select
         while not select.select([self._reading], [], [], WATCH_SECONDS)[0]:
-            pass  # a signal's handler gets its turn
+            check()
         return os.read(self._reading, 1 << 16)
 
     def __enter__(self) -> "Helper":
@@ -6449,8 +6450,10 @@ class Try:
 
         if not (self.probe.body or self.probe.json or self.probe.expect_header or self.probe.release):
             return Answer(True, well, self.evidence)
-        with Helper(compare, max(self.SHORTEST_JUDGING_SECONDS, self._ends_seconds - time.monotonic())) as helper:
-            found = helper.result() if helper.started else compare(lambda: None)
+        interrupts, left_seconds = self.question.session.interrupts, self._ends_seconds - time.monotonic()
+        # An exception while it is made would leave behind a process that nobody knows of.
+        with interrupts.held(), Helper(compare, max(self.SHORTEST_JUDGING_SECONDS, left_seconds)) as helper:
+            found = helper.result(interrupts.check) if helper.started else compare(lambda: None)
         why = found[0] if found else "comparing the answer with what is expected failed"
         if helper.timed_out:
             why = f"comparing the answer with what is expected did not end within {format_seconds(self.question.timeout_seconds)}" \

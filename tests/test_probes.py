@@ -851,6 +851,33 @@ def test_a_signal_ends_a_regular_expression_without_end(number, to_group, app, s
     assert [line["result"] for line in app.history()] == ["reverted"] and app.leftovers() == []
 
 
+def test_a_signal_that_comes_by_another_thread_leaves_nobody_comparing(serve, monkeypatch):
+    """The thread that asks has it blocked while it forks; that of a conversation takes it, and the handler runs in the first."""
+    session, forked, fork = session_with(), [], os.fork
+
+    def fork_and_interrupt():
+        process = fork()
+        if process:
+            forked.append(process)
+            thread = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1))
+            thread.start()
+            thread.join()
+        return process
+
+    before = signal.signal(signal.SIGUSR1, session.interrupts._handle)
+    monkeypatch.setattr(os, "fork", fork_and_interrupt)
+    started = time.monotonic()
+    try:
+        with pytest.raises(deploy.Interrupted), session.interrupts.allowed():
+            ask("url", url_of(serve(http(200, BAIT))), f"body={ENDLESS}", session=session)
+        assert len(forked) == 1 and not os.path.exists(f"/proc/{forked[0]}") and time.monotonic() - started < 30
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        for process in forked:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+
+
 def test_who_compares_does_not_keep_the_lock_of_a_run_that_was_killed(app, serve):
     process, helper = comparing(app, serve)
     process.kill()
