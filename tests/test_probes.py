@@ -383,7 +383,7 @@ def test_no_connection_is_left_open_for_the_garbage_collector(serve, answer):
     gc.disable()
     try:
         assert ask("url", url_of(serve(answer)), "max_body=1k", "body=well").ok
-        left = [found for found in gc.get_objects() if isinstance(found, http_client.HTTPResponse) and not found.isclosed()]
+        left = [found for found in gc.get_objects() if type(found) is http_client.HTTPResponse and not found.isclosed()]
     finally:
         gc.enable()
     assert left == []
