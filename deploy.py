@@ -1150,7 +1150,7 @@ def has_library(name: str) -> bool:
 
 def cores() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the former is Linux's alone
 
 
 def boot_id() -> str:
