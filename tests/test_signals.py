@@ -477,20 +477,26 @@ def test_a_signal_at_every_fsync_leaves_the_old_or_the_new_release_whole(live: A
 
 # -- more than one signal, and children ----------------------------------------------
 
-@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_second_signal_does_not_cut_short_the_end_of_a_hook(live: App, again: int) -> None:
-    """A person presses Control-C twice: the hook still gets its time to clean up, and everything is undone."""
-    before, cleaned = content(live.root), live.directory / "cleaned"
-    slow = script(live.directory / "slow", f"trap 'echo $$ >> {live.directory}/asked; sleep 0.8; echo done > {cleaned}; "
-                                           f"exit 0' TERM\n"
-                                           f"sleep 600 &\necho $! >> {live.directory}/pids\necho $$ >> "
-                                           f"{live.directory}/pids\nwait; wait")
-    live.configure(f"[hooks]\npre_activate = {slow}\n")
+def interrupt_twice(live: App, configuration: str, again: int) -> Tuple[Running, Path]:
+    """Interrupt a run in a command that takes its time to end, and send it another signal then; returns the run, and the command's mark."""
+    asked, cleaned, ids = live.directory / "asked", live.directory / "cleaned", live.directory / "pids"
+    slow = script(live.directory / "slow", f"test $DEPLOY_VERSION = 1.0 && exit 0\n"
+                                           f"trap 'echo $$ >> {asked}; sleep 0.8; echo done > {cleaned}; exit 0' TERM\n"
+                                           f"sleep 600 &\necho $! >> {ids}\necho $$ >> {ids}\nwait; wait")
+    live.configure(configuration.format(slow=slow))
     running = Running(live, "deploy", live.artifact("1.1"))
     wait_blocked(live)
     running.process.send_signal(signal.SIGINT)
-    wait_until((live.directory / "asked").exists, what="the hook was asked to end")
+    wait_until(asked.exists, what="the command was asked to end")
     running.process.send_signal(again)
+    return running, cleaned
+
+
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_second_signal_does_not_cut_short_the_end_of_a_hook(live: App, again: int) -> None:
+    """A person presses Control-C twice: the hook still gets its time to clean up, and everything is undone."""
+    before = content(live.root)
+    running, cleaned = interrupt_twice(live, "[hooks]\npre_activate = {slow}\n", again)
     data = running.end()
     assert (data["exit_code"], data["error"]["message"]) == (130, "interrupted by SIGINT")
     assert cleaned.exists(), "the hook was not left the time to clean up"
@@ -500,16 +506,7 @@ def test_a_second_signal_does_not_cut_short_the_end_of_a_hook(live: App, again: 
 
 def test_a_second_signal_does_not_cut_short_the_end_of_a_service_command(live: App) -> None:
     """Where a signal interrupts at once, it does so once."""
-    cleaned, asked = live.directory / "cleaned", live.directory / "asked"
-    slow = script(live.directory / "slow", f"test $DEPLOY_VERSION = 1.0 && exit 0\ntrap 'echo $$ >> {asked}; sleep 0.8; echo done > {cleaned}; "
-                                           f"exit 0' TERM\nsleep 600 &\necho $! >> {live.directory}/pids\necho $$ >> "
-                                           f"{live.directory}/pids\nwait; wait")
-    live.configure(f"[service:x]\ncommand = {slow}\n")
-    running = Running(live, "deploy", live.artifact("1.1"))
-    wait_blocked(live)
-    running.process.send_signal(signal.SIGINT)
-    wait_until(asked.exists, what="the command was asked to end")
-    running.process.send_signal(signal.SIGTERM)
+    running, cleaned = interrupt_twice(live, "[service:x]\ncommand = {slow}\n", signal.SIGTERM)
     assert running.end()["exit_code"] == 5
     assert cleaned.exists(), "the command was not left the time to clean up"
     wait_gone(pids(live))
