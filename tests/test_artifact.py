@@ -837,16 +837,18 @@ def test_a_filesystem_is_synced_while_it_is_filled_through_a_descriptor_of_its_o
         assert not os.path.exists(f"/proc/self/fd/{used}") and synced.empty()
 
 
-def test_a_disk_that_fails_early_does_not_end_the_unpacking(tmp_path, monkeypatch):
-    failing = threading.Event()
+def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path, monkeypatch):
+    failed, work = [], []
 
     def fail(descriptor):
-        failing.set()
+        failed.append(descriptor)
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(deploy, "sync_filesystem", fail)
-    with deploy.Directory.open(str(tmp_path)) as directory, deploy.EarlySync(directory):
-        assert failing.wait(60)
+    monkeypatch.setattr(deploy, "Worker", work.append)
+    with deploy.Directory.open(str(tmp_path)) as directory, deploy.EarlySync(directory) as early:
+        work[0]()  # here, where an exception would be seen
+        assert failed == [early.descriptor]
 
 
 def test_the_helper_ends_with_its_parent(tmp_path):
