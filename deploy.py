@@ -1493,11 +1493,23 @@ def base_environment() -> Dict[str, str]:
     return {"PATH": command_path(), "HOME": home, "LANG": "C.UTF-8"}
 
 
-def start_filter(argv: Sequence[str]) -> Any:
-    """Start a decompressor as a subprocess.Popen with pipes at both ends; OSError when it cannot start."""
+_F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
+
+
+def start_filter(argv: Sequence[str], pipe_bytes: int) -> Any:
+    """Start a decompressor as a subprocess.Popen with pipes at both ends; OSError when it cannot start.
+
+    They hold `pipe_bytes` where the system lets them, so that it need not stop after every 64 KiB.
+    """
     import subprocess
-    return subprocess.Popen(list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for pipe in (process.stdin, process.stdout):
+        try:
+            fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)  # type: ignore
+        except OSError:  # over pipe-max-size, or this user's pipes have too many pages (pipe(7)): they stay at 64 KiB
+            pass
+    return process
 
 
 class Helper:
@@ -4302,7 +4314,7 @@ def find_decoder(name: str) -> Optional[str]:
 def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Feed blocks to a program and read its output in turns, so that neither waits for the other."""
     try:
-        process = start_filter(argv)
+        process = start_filter(argv, BLOCK_BYTES)
     except OSError as error:
         raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}", "mend it, or deploy a .tar.gz")
     try:

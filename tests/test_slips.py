@@ -1,5 +1,6 @@
 """Slips of a tired operator, each of which once had a surprising answer."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from typing import Any, List
 
 import pytest
 
-from support import DEPLOY, App, clean_environment, deploy_argv, described, make_tree, needs, open_to_others, run_deploy, snapshot, write_checksum
+from archives import entry, tar, zstd
+from support import (ANOTHER_UID, DEPLOY, App, clean_environment, deploy_argv, described, make_tree, needs, open_to_others, run_as_another,
+                     run_deploy, snapshot, write_checksum)
 
 
 def test_a_signal_after_the_verdict_does_not_change_the_exit_code(app: App) -> None:
@@ -59,6 +62,26 @@ def test_a_limit_of_processes_is_no_defect_of_this_program() -> None:
         asked = run("probe", "--tcp", "127.0.0.1:1")
         assert asked["exit_code"] == 7 and "EAGAIN" in asked["msg"], described(asked)
         assert app.version == "1.0"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
+def test_a_user_whose_pipes_are_at_their_limit_can_still_unpack() -> None:
+    """Over pipe-user-pages-soft, which everything counts that the user runs, no pipe may grow (pipe(7))."""
+    hoard = ("import fcntl, os, sys\n"
+             "try:\n"
+             "    for _ in range(2000): fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)\n"
+             "except PermissionError:\n"
+             "    print('at the limit', flush=True)\n"
+             "    sys.stdin.read()\n")
+    argv = [needs("setpriv"), f"--reuid={ANOTHER_UID}", f"--regid={ANOTHER_UID}", "--clear-groups", "/usr/bin/python3", "-Ic", hoard]
+    with open_to_others() as app, subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hoarder:
+        assert hoarder.stdout and hoarder.stdout.readline() == b"at the limit\n"
+        app.configure()
+        artifact = app.directory / "app-1.0.tar.zst"
+        artifact.write_bytes(zstd(tar(entry(b"VERSION", b"1.0\n"), entry(b"large", os.urandom(3 << 20)))))
+        result = run_as_another(app, "deploy", artifact, "--sha256", hashlib.sha256(artifact.read_bytes()).hexdigest())
+        hoarder.communicate()
+        assert result["exit_code"] == 0 and app.version == "1.0", described(result)
 
 
 @pytest.mark.parametrize("words", [["--root", "relative", "status"], ["-c", "../x.ini", "status"], ["--root", "/x", "deploy", "a.tar.gz"],
