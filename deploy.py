@@ -5469,6 +5469,7 @@ class Portion:
     def __init__(self, manifest: Manifest, number: int, portions: int) -> None:
         self._manifest, self._number, self._portions = manifest, number, portions
         self._added, self.known = [], 0  # type: List[str], int
+        self._compares = False  # what walk_tree has asked for last, and hands out next
 
     def compare(self, directory: Directory, progress_update: Callable[[int], None]) -> Tuple[Dict[str, str], List[str]]:
         """Hash; returns each entry's difference from the manifest, empty for its bytes, and the names that were added."""
@@ -5477,7 +5478,7 @@ class Portion:
         # listing, so that of two who read it one may see an empty directory, and no difference.
         with directory.child(".") as own:
             for entry in walk_tree(own.descriptor, wanted=self._wants):
-                if self._is_mine(entry.name) and entry.name in self._manifest:
+                if self._compares:
                     difference = compare_entry(entry, self._manifest)
                     if difference is not None:
                         changed[os.fsdecode(entry.name)] = difference
@@ -5485,14 +5486,13 @@ class Portion:
                     progress_update(done_bytes)
         return changed, self._added
 
-    def _is_mine(self, name: bytes) -> bool:
-        return zlib.crc32(name) % self._portions == self._number
-
     def _wants(self, name: bytes) -> bool:
         """Tell whether an entry is to be opened: one of this portion, a directory, or what the manifest does not know."""
-        if name in self._manifest:
+        is_known = name in self._manifest
+        self._compares = is_known and zlib.crc32(name) % self._portions == self._number
+        if is_known:
             self.known += 1
-            return self._is_mine(name) or name in self._manifest.directories
+            return self._compares or name in self._manifest.directories
         # Below what has become a directory, and is opened by one portion alone, that one names what was added; else the first.
         parent = name.rpartition(b"/")[0]
         if self._number and (not parent or parent in self._manifest.directories):
