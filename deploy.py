@@ -1507,7 +1507,7 @@ def start_filter(argv: Sequence[str], pipe_bytes: int) -> Any:
     for pipe in (process.stdin, process.stdout):
         try:
             fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)  # type: ignore
-        except OSError:  # over pipe-max-size, or this user's pipes have too many pages (pipe(7)): they stay at 64 KiB
+        except OSError:  # over pipe-max-size, or this user's pipes have too many pages (pipe(7)): they stay as they are
             pass
     return process
 
