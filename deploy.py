@@ -454,8 +454,9 @@ class Sink:
 
     `write` takes them masked and escaped, and never raises: a log that cannot
     be written must not end a deployment half way.  Not the logging module's:
-    it takes 20 ms to import, and its SysLogHandler asks a name server for
-    every line, without a limit, and ends each with NUL.
+    a handler of its takes whatever is raised while it writes for its own
+    failure, an interruption by a signal as well; SysLogHandler asks a name
+    server for every line, without a limit, and FileHandler follows symlinks.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -8757,8 +8758,9 @@ class Executor:
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
             self.console.warn("not everything could be undone: " + "; ".join(problems))
-            raise error
-        self._close(lambda: self.append_history("failed", error.exit_code, error.message, failure_of(error, self._failed_step())))
+            self._remember(self._phase, self._failure(error))
+        else:
+            self._close(lambda: self.append_history("failed", error.exit_code, error.message, self._failure(error)))
         self._run_on_failure()
         raise error
 
@@ -8767,6 +8769,16 @@ class Executor:
         self.outcome.steps = [
             result._replace(status="undone") if result.status == "done" and result.name in names and number < before
             else result for number, result in enumerate(self.outcome.steps)]
+
+    def _remember(self, phase: str, failure: Dict[str, Any]) -> None:
+        """Tell a recovery why; undoing and going back matter more than that it is noted."""
+        try:
+            self._enter(phase, failure)
+        except OSError as error:
+            self.console.warn(f"the journal could not be written: {reason(error)}")
+
+    def _failure(self, error: DeployError) -> Dict[str, Any]:
+        return self.console.secrets.mask_json(failure_of(error, self._failed_step()))
 
     def _failed_step(self) -> str:
         failed = [result.name for result in self.outcome.steps if result.status == "failed"]
@@ -8785,7 +8797,7 @@ class Executor:
 
     def _leave_live(self, error: DeployError) -> None:
         """auto_rollback = no: the failed release stays, and a person decides."""
-        failure = self.console.secrets.mask_json(failure_of(error, self._failed_step()))
+        failure = self._failure(error)
         self.outcome.changed = True
         self._close(lambda: self._settle_left_live(error, failure))
         self._run_on_failure()
@@ -8801,14 +8813,10 @@ class Executor:
         plan = self.plan
         self.run.session.interrupts.close()
         self.run.before = plan.to_release
-        failure = self.journal and self.journal.failure or self.console.secrets.mask_json(failure_of(error, self._failed_step()))
+        failure = self.journal and self.journal.failure or self._failure(error)
         self.console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
         problems, taken = [], len(self.outcome.steps)
-        try:
-            self._enter(PHASE_ROLLING_BACK, failure)
-        except OSError as journal_error:
-            # Going back matters more than noting it: the journal still says `switched`.
-            self.console.warn(f"the journal could not be written: {reason(journal_error)}")
+        self._remember(PHASE_ROLLING_BACK, failure)
         for step in plan.way_back:
             try:
                 self._take(step)
@@ -9004,7 +9012,8 @@ class Recovery:
             self.store.remove_release(journal.to_release)
         plan = Plan(journal.operation, journal.from_release, journal.to_release, [], [])
         executor = Executor(self.run, plan, Outcome("recover"), journal)
-        executor.append_history("aborted", EXIT_FAILED, "interrupted before activation", None)
+        why = (journal.failure or {}).get("reason", "interrupted before activation")
+        executor.append_history("aborted", EXIT_FAILED, str(why), journal.failure)
         self.store.clear_journal()
         what = "was not finished; the release stays staged" if made_here and sealed else \
             "was undone: it had not been activated"

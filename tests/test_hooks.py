@@ -439,14 +439,19 @@ def test_a_hook_that_undoes_the_switch_does_not_end_in_success(app: App, deed: s
 
 def test_what_could_not_be_undone_is_told_and_undone_by_the_next_run(app: App) -> None:
     app.deploy("1.0")
-    app.configure("durable = no\n[hooks]\npre_activate = /bin/sh -c 'rmdir $DEPLOY_ROOT/.deploy/trash; exit 1'\n")
+    told = app.root.parent / "told"
+    app.configure("durable = no\n[hooks]\npre_activate = /bin/sh -c 'rmdir $DEPLOY_ROOT/.deploy/trash; exit 1'\n"
+                  f"on_failure = /bin/sh -c 'echo $DEPLOY_VERSION >> {told}'\n")
     result = app.run("deploy", app.artifact("1.1"), check=1)
+    assert told.read_text() == "1.1\n", "whom on_failure calls is wanted here most of all"
     assert any("not everything could be undone" in warning for warning in result.data["warnings"]), described(result.data)
     assert result.data["release"] == app.current and app.version == "1.0", "what is live, not what is left over"
     assert len(os.listdir(str(app.root / "releases"))) == 2
     app.configure("durable = no\n")
     app.run("recover", check=0)
     assert os.listdir(str(app.root / "releases")) == [app.current] and not (app.root / ".deploy" / "journal.json").exists()
+    ended = app.history()[-1]
+    assert ended["result"] == "aborted" and ended["message"] == result.data["error"]["message"], "why it failed, not that it was interrupted"
 
 
 @pytest.mark.parametrize("arguments, exit_code", [
