@@ -514,7 +514,9 @@ class LogFile(Sink):
             pass  # no place for a new one: the one that was moved takes the rest
         stamp = "" if self._as_json else f"{format_time(time.time())} {level.upper()} "
         # One call for each line: those of two runs cannot mix.
-        os.write(self._descriptor, stamp.encode("ascii") + line + b"\n")
+        data = stamp.encode("ascii") + line + b"\n"
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _is_in_place(self) -> bool:
         try:
@@ -833,7 +835,10 @@ class Console:
         if self._sinks:
             message = self.clean(message).encode("utf-8", "backslashreplace").decode("utf-8")
             for sink in self._sinks:
-                sink.write(level, message, self.log_context, event or {})
+                is_there = sink.write(level, message, self.log_context, event or {})
+                if not is_there and isinstance(sink, LogFile) and id(sink) not in self._broken:
+                    self._broken.add(id(sink))
+                    self.warn("the log file cannot be written: not all that is said is in it")
 
 
 def silence(stream: Any) -> None:
@@ -1792,7 +1797,7 @@ def _parse_bool(text: str) -> bool:
 
 def _parse_int(text: str) -> int:
     if not re.match(r"[0-9]{1,18}\Z", text):
-        raise ValueError("expected a whole number, 0 or more")
+        raise ValueError("expected a whole number, 0 or more, of at most 18 digits")
     return int(text)
 
 
@@ -1802,10 +1807,31 @@ def _parse_exit_code(text: str) -> int:
     return int(text)
 
 
+def _parse_times(text: str) -> int:
+    number = _parse_int(text)
+    if not number:
+        raise ValueError("expected 1 or more")
+    return number
+
+
 def _parse_float(text: str) -> float:
     if not re.match(r"[0-9]{1,9}(\.[0-9]{1,9})?\Z", text):
         raise ValueError("expected a number such as 1.5")
     return float(text)
+
+
+def _parse_factor(text: str) -> float:
+    number = _parse_float(text)
+    if number < 1:
+        raise ValueError("expected 1 or more: waits do not get shorter")
+    return number
+
+
+def _parse_share(text: str) -> float:
+    number = _parse_float(text)
+    if number > 1:
+        raise ValueError("expected a share between 0 and 1")
+    return number
 
 
 def parse_duration(text: str) -> float:
@@ -1935,7 +1961,9 @@ KINDS = {
     "relative": (_parse_relative, "relative path"),
     "relatives": (lambda text: [_parse_relative(line) for line in _parse_list(text)], "relative paths, one a line"),
     "int": (_parse_int, "number"),
-    "float": (_parse_float, "number"),
+    "times": (_parse_times, "number"),
+    "factor": (_parse_factor, "number"),
+    "share": (_parse_share, "number"),
     "size": (parse_size, "size"),
     "duration": (parse_duration, "duration"),
     "limit": (_parse_limit, "duration"),
@@ -2031,12 +2059,12 @@ OPTIONS = (
     Option("probe:*", "period", "duration", "2s", "wait between tries; shorter where the deadline is near"),
     Option("probe:*", "timeout", "limit", "3s", "longest time of one try"),
     Option("probe:*", "deadline", "limit", "60s", "longest time until it must be well"),
-    Option("probe:*", "successes", "int", "2", "tries in a row that must be well"),
+    Option("probe:*", "successes", "times", "2", "tries in a row that must be well"),
     Option("probe:*", "soak", "duration", "0s", "how long it must stay well afterwards"),
-    Option("probe:*", "failures", "int", "3", "tries in a row during the soak that mean failure"),
-    Option("probe:*", "backoff", "float", "1.5", "factor by which the wait grows after a failed try"),
+    Option("probe:*", "failures", "times", "3", "tries in a row during the soak that mean failure"),
+    Option("probe:*", "backoff", "factor", "1.5", "factor by which the wait grows after a failed try"),
     Option("probe:*", "period_max", "duration", "10s", "longest wait between tries"),
-    Option("probe:*", "jitter", "float", "0.1", "random share added to or taken from each wait"),
+    Option("probe:*", "jitter", "share", "0.1", "random share added to or taken from each wait"),
     Option("probe:*", "required", "bool", "yes", "no: a failure is only a warning"),
     Option("notify:*", "type", "webhook|slack|email|command", "webhook", "how it is told"),
     Option("notify:*", "events", "events", ", ".join(name for name, _ in NOTIFY_EVENTS), "what it is told of"),
@@ -2208,10 +2236,10 @@ RESULT_KEYS = (
     ("msg", "str", "the end in one line"),
     ("application", "str", "name of the application, or null"),
     ("root", "str", "its root, or null"),
-    ("release", "str", "what is live (or staged) at the end, or null"),
-    ("previous", "str", "what was live before, or null"),
+    ("release", "str", "what is live at the end; what `stage`, `verify`, `pin`, `unpin` and `show` are about; or null"),
+    ("previous", "str", "what was live before; `status`, and where there was nothing to do: what a rollback goes to; or null"),
     ("rolled_back", "bool", "it failed, and the release from before is live again"),
-    ("deploy_id", "str", "the run's id, by which `show` finds it"),
+    ("deploy_id", "str", "the run's id, by which `show` finds what changed something; null where none began"),
     ("dry_run", "bool", "nothing was to be changed"),
     ("steps", "list", "[{`name`, `status` (done, skipped, failed, undone, planned), `seconds`, `detail`}]"),
     ("checks", "list", "[{`name`, `status` (ok, warn, fail, skip), `detail`, `hint`}]"),
@@ -2840,6 +2868,7 @@ class Store:
             found = os.fstat(directory.descriptor) if directory else None
             if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
                 raise StateError(f"{self.path}/{path} belongs to uid {found.st_uid}, and its contents would be believed",
+                                 f"where it is as it was left: chown -R root {self.path}/{path}" if name else
                                  f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...")
             if found and found.st_mode & 0o022:
                 raise StateError(f"{self.path}/{path} is writable by group or others "
@@ -2857,6 +2886,9 @@ class Store:
         if path not in self._open:
             try:
                 self._open[path] = self.root.walk_to(path)
+            except PermissionError:
+                raise StateError(f"{self.path}/{path} cannot be read by {user_name()}",
+                                 f"run it as the owner of {self.path}/.deploy, or as root")
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
@@ -3719,11 +3751,17 @@ _PLATFORM = re.compile(r"(?i)(?:[-_.](?:linux|darwin|windows|unknown|gnu|musl|am
 _IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"), re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
 
 
+ROLES = ("current", "previous", "latest")  # what a person may call a release instead of by its name
+
+
 def check_version(text: str) -> str:
     """Return the text if it can be a version, which becomes part of a directory's name; else UsageError."""
     if not _VERSION.match(text):
         raise UsageError(f"--release-version {text!r} cannot be a version",
                          "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit")
+    if text in ROLES:
+        raise UsageError(f"--release-version {text!r} cannot be a version: {', '.join(ROLES)} mean whichever release that is",
+                         "give it another name")
     return text
 
 
@@ -4095,7 +4133,8 @@ class Judge:
     def _admit_file(self, name: bytes, member: Member) -> None:
         self._new(name, member)
         if 0 < self._limits.max_file < member.size_bytes:
-            raise refuse(member.name, f"it has {format_size(member.size_bytes)}, more than [limits] max_file allows",
+            raise refuse(member.name, f"it has {format_size(member.size_bytes)}, more than the "
+                         f"{format_size(self._limits.max_file)} that [limits] max_file allows",
                          "raise [limits] max_file if that is right")
         self.manifest.files[name] = pack_file(bytes(32), file_mode(member.mode), member.size_bytes)  # the digest comes later
         self._files, self._expanded_bytes = self._files + 1, self._expanded_bytes + member.size_bytes
@@ -4144,7 +4183,8 @@ class Judge:
         """Judge what only the whole archive tells: where symlinks lead; return notes for the operator."""
         if not len(self.manifest):
             raise ArtifactRefused("the artifact holds nothing" + (
-                f" that strip_components = {self._strip} leaves" if self._strip and self._members else ""), REBUILD)
+                f" that strip_components = {self._strip} leaves" if self._strip and self._members else ""),
+                                  "look at what the build put into it; nothing was kept")
         for name in self.manifest.symlinks:
             self._resolve_link(name, 0)
         collisions = list(itertools.islice(self._note_collisions(), MAX_NOTES + 1))
@@ -5008,11 +5048,12 @@ def check_limits(artifact: OpenArtifact, limits: Any) -> None:
         # For the modules and programs that it will need; nothing is decoded yet.
         DECODERS[artifact.format](artifact, iter(()))
     if 0 < limits.max_artifact < artifact.size_bytes:
-        raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than [limits] max_artifact allows",
+        raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than the "
+                              f"{format_size(limits.max_artifact)} that [limits] max_artifact allows",
                               "raise [limits] max_artifact if that is right")
     if artifact.format == "zip" and 0 < limits.max_files < find_central(artifact)[2]:
-        raise ArtifactRefused(f"the zip has {find_central(artifact)[2]:,} entries, more than [limits] max_files "
-                              "allows", "raise [limits] max_files if that is right")
+        raise ArtifactRefused(f"the zip has {find_central(artifact)[2]:,} entries, more than the {limits.max_files:,} that "
+                              "[limits] max_files allows", "raise [limits] max_files if that is right")
 
 
 class TreeSource:
@@ -5080,7 +5121,9 @@ def reading_tree(artifact: OpenArtifact) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtifactRefused(f"cannot read artifact {artifact.path}: {reason(error)}", "make all of it readable for this user")
+        where = f"/{escape(portable(os.fsdecode(error.filename)))}" if isinstance(error.filename, (str, bytes)) and \
+            error.filename not in (artifact.path, os.fsencode(artifact.path)) else ""
+        raise ArtifactRefused(f"cannot read artifact {artifact.path}{where}: {reason(error)}", "make all of it readable for this user")
 
 
 class TreeEntry(NamedTuple):
@@ -5115,6 +5158,7 @@ def walk_tree(directory: int, prefix: bytes = b"", wanted: Callable[[bytes], boo
             descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENXIO):
+                error.filename = prefix + base
                 raise
             status = os.stat(base, dir_fd=directory, follow_symlinks=False)
             target = os.readlink(base, dir_fd=directory) if stat.S_ISLNK(status.st_mode) else b""
@@ -5861,7 +5905,7 @@ def foreign_program(settings: Settings, where: str, program: str, directory: str
 
 def accepting(settings: Settings, paths: Iterable[str]) -> str:
     """Write the words of a shell that accept the risk of these paths, and of those accepted so far."""
-    words = [*settings.preflight.accept_risk, *paths]
+    words = list(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
     if len(words) == 1:
         return spell(["--set", f"preflight.accept_risk={words[0]}"])
     return f"--set preflight.accept_risk=\"$(printf '%s\\n' {spell(words)})\""
@@ -6223,18 +6267,21 @@ class PidfileService(Service):
         """Return the id of the living process; ValueError or OSError says why there is none."""
         path = self.settings.pidfile
         descriptor = os.open(path, _READ_FLAGS)
-        owner = os.fstat(descriptor).st_uid
+        found = os.fstat(descriptor)
         text = (read_descriptor(descriptor, path, 65536).decode("utf-8", "replace").splitlines() or [""])[0].strip()
         if not re.match(r"[0-9]{1,9}\Z", text) or int(text) <= 1:
             raise ValueError(f"{path} holds {text[:40]!r} and not a process id")
         if not process_is_alive(int(text)) or _is_zombie(int(text)):
             raise ValueError(f"process {text} of {path} is not running")
-        _refuse_foreign(path, owner, int(text))
+        _refuse_foreign(path, found, int(text))
         return int(text)
 
 
-def _refuse_foreign(path: str, owner: int, pid: int) -> None:
+def _refuse_foreign(path: str, found: os.stat_result, pid: int) -> None:
     """A user who may write the pidfile must not choose which process of others root signals."""
+    if found.st_mode & stat.S_IWOTH or found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid()):
+        raise ValueError(f"{path} is writable by group or others (mode {stat.S_IMODE(found.st_mode):04o}), who could name any process")
+    owner = found.st_uid
     try:
         process_owner = str(os.stat(f"/proc/{pid}").st_uid)
     except OSError:
@@ -6722,12 +6769,14 @@ class UrlTry(NetworkTry):
     @staticmethod
     def check(settings: Settings, probe: Any) -> Optional[str]:
         """Check the URL, `connect` and the method."""
+        key = "url"
         try:
             parse_url(probe.url)
+            key = "connect"
             if probe.connect:
                 split_address(probe.connect)
         except ValueError as error:
-            return str(error)
+            return f"{key}: {error}"
         if not re.match(r"[A-Z]{1,20}\Z", probe.method):
             return f"method = {probe.method}: expected GET, HEAD, ..."
         if probe.redirects > MOST_REDIRECTS:
@@ -6818,7 +6867,7 @@ class TcpTry(NetworkTry):
         try:
             split_address(probe.tcp)
         except ValueError as error:
-            return str(error)
+            return f"tcp: {error}"
         return None
 
     def _talk(self) -> Answer:
@@ -7184,8 +7233,9 @@ class Observer:
         version = request.version or find_version(artifact.name, settings.artifact.match, digest.sha256)
         cost = expected_cost(artifact)
         if cost.exact and 0 < settings.limits.max_expanded < cost.expanded_bytes:
-            raise ArtifactRefused(f"{artifact.name} expands to {format_size(cost.expanded_bytes)}, more than [limits] "
-                                  "max_expanded allows", "raise [limits] max_expanded if that is right")
+            raise ArtifactRefused(f"{artifact.name} expands to {format_size(cost.expanded_bytes)}, more than the "
+                                  f"{format_size(settings.limits.max_expanded)} that [limits] max_expanded allows",
+                                  "raise [limits] max_expanded if that is right")
         found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes, digest.sha256,
                               digest.source, version, cost, None)
         candidate = self._made_before(facts, found)
@@ -7196,7 +7246,7 @@ class Observer:
         if candidate != facts.current.release and not self._is_whole(facts.records[candidate]):
             self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
             return found
-        return found._replace(release=candidate)
+        return found._replace(release=candidate, version=facts.records[candidate].version)
 
     def _refuse_own(self, facts: Facts, path: str) -> None:
         """A release is no artifact: it has shared links and templates in it, and may be pruned while it is copied."""
@@ -7207,14 +7257,17 @@ class Observer:
                                       f"{facts.command_line('activate RELEASE')}")
 
     def _made_before(self, facts: Facts, found: ArtifactFacts) -> Optional[str]:
-        """Name the newest release that was made from the same bytes, version and options."""
-        strip = self.session.settings.artifact.strip_components
+        """Name the newest release that was made from the same bytes, version and options.
+
+        The live one's version is what it was called when it was deployed, unless another is asked for.
+        """
+        strip, live = self.session.settings.artifact.strip_components, facts.current.release
         if facts.request.force:
             return None
-        same = [record for record in facts.records.values()
-                if record.sha256 == found.sha256 and record.version == found.version and record.id in facts.on_disk
+        same = [record for record in facts.records.values() if record.sha256 == found.sha256 and record.id in facts.on_disk
+                and (record.version == found.version or record.id == live and not facts.request.version)
                 and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
-        return max(same, key=lambda record: record.sequence).id if same else None
+        return max(same, key=lambda record: (record.id == live, record.sequence)).id if same else None
 
     def _confirm(self, artifact: OpenArtifact, digest: Digest) -> None:
         """Where no unpacking will tell: the bytes must really have the digest they are said to have."""
@@ -7509,19 +7562,28 @@ def check_current(survey: Survey) -> Finding:
     return _ok(current.release or "nothing is live yet")
 
 
+def look_into_state(survey: Survey) -> None:
+    """Raise StateError where this user cannot: nobody knows then what is under way."""
+    if survey.store:
+        survey.store.optional(".deploy/releases")
+
+
 def check_state(survey: Survey) -> Finding:
     """Records and journal can be read."""
     facts = survey.facts
+    look_into_state(survey)
     if facts.state_problems:
         # A way back that can be told must not wait for the record of some other release.
         harmless = facts.request.command in ("rollback", "activate") and facts.current.release in facts.records
+        whole = f"; or make a whole one live: {facts.command_line('recover --to RELEASE')}" if facts.current.release else ""
         return "warn" if harmless else "fail", "; ".join(facts.state_problems), \
-            "restore the file from a backup, or move it away: its release is then unknown"
+            f"restore the file from a backup, or move it away: its release is then unknown{whole}"
     return _ok(count(len(survey.facts.records), "record"))
 
 
 def check_recovery(survey: Survey) -> Finding:
     """Nothing is left over from an earlier run."""
+    look_into_state(survey)
     journal = survey.facts.journal
     if journal is None:
         return _ok("nothing to recover")
@@ -7533,6 +7595,7 @@ def check_recovery(survey: Survey) -> Finding:
 
 def check_lock(survey: Survey) -> Finding:
     """No other run is at work."""
+    look_into_state(survey)
     holder = survey.facts.holder
     return _ok("free") if holder is None else \
         ("fail", f"held by {describe_holder(holder)}", "look again once it has ended; a real run waits for it with --wait-lock 5m")
@@ -7840,11 +7903,11 @@ def run_checks(survey: Survey, *, going_back: bool = False) -> List[CheckResult]
 
 def context_for(facts: Facts, release: Optional[str]) -> Context:
     """Describe a release to hooks, probes and templates; without one, the release that is about to be made."""
-    record = facts.records.get(release or "")
+    record, live = facts.records.get(release or ""), facts.current.release
     version = record.version if record else facts.artifact.version if facts.artifact else ""
+    previous = record.previous if record and release == live else live
     return Context(facts.application, facts.root, release or "", version,
-                   f"{facts.root}/releases/{release}" if release else facts.root,
-                   facts.current.release or "", facts.deploy_id)
+                   f"{facts.root}/releases/{release}" if release else facts.root, previous or "", facts.deploy_id)
 
 
 # ============================================================================
@@ -8266,7 +8329,7 @@ def select_release(facts: Facts, text: str) -> Record:
     there = {name: record for name, record in facts.records.items() if name in facts.on_disk}
     if text in there:
         return there[text]
-    if text in ("current", "previous", "latest"):
+    if text in ROLES:
         return _select_by_role(facts, text, there)
     exact = [record for record in there.values() if record.version == text]
     if len(exact) == 1:
@@ -8307,6 +8370,14 @@ def live_before(facts: Facts, release: Optional[str]) -> Iterator[str]:
         release = facts.records[release].previous
         if release and release not in seen:
             yield release
+
+
+def refuse_without_current(records: Dict[str, Record], on_disk: Set[str], live: Optional[str], command_line: Callable[[str], str]) -> None:
+    """Raise StateError where `current` is gone from a release that should be live: nothing else tells of it."""
+    for record in records.values():
+        if live is None and record.state == STATE_ACTIVE and record.id in on_disk:
+            raise StateError(f"{record.id} should be live, but current is missing",
+                             f"make it live again: {command_line(f'activate {record.id}')}")
 
 
 def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
@@ -8456,6 +8527,7 @@ def plan_rollback(settings: Settings, facts: Facts) -> Plan:
     if facts.request.release:
         target = select_release(facts, facts.request.release)
     else:
+        refuse_without_current(facts.records, facts.on_disk, live, facts.command_line)
         refuse_unreadable(facts, live)
         found = rollback_target(facts, live)
         if found is None:
@@ -8486,7 +8558,7 @@ def prunable(settings: Settings, facts: Facts, live: Optional[str], previous: Op
     gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
     keep = {live, previous} | facts.in_use
     forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
-    return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
+    return [record for record in gone if record.id not in keep and not record.pinned and record.state != STATE_ACTIVE] + forgotten
 
 
 def prune_steps(settings: Settings, facts: Facts, live: Optional[str], previous: Optional[str]) -> List[Step]:
@@ -8556,7 +8628,7 @@ class Executor:
         self.run, self.plan, self.outcome = run, plan, outcome
         self.console, self.store = run.session.console, run.store
         self.journal, self.interrupted = journal, False
-        self._well = False  # what failed, if anything, does not make the release bad
+        self.is_well = False  # what failed, if anything, does not make the release bad
         self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
         self._phase, self._done_before = (journal.phase, journal.done) if journal else ("", [])
         self._done = []  # type: List[Step]
@@ -8574,7 +8646,7 @@ class Executor:
                     self._enter(PHASE_SWITCHED)
             self.run.session.interrupts.check()
             self._confirm_live()
-            self._well = True
+            self.is_well = True
             self._commit()
         except FAILURES as error:
             self.run.session.interrupts.close()
@@ -8582,7 +8654,7 @@ class Executor:
             if self.interrupted:
                 self.console.working(str(error), 0.0, "STOPPING=1")
             # A disk that refuses this program's own notes, or a module it lacks, says nothing against the release.
-            self._well = self._well or isinstance(error, (OSError, ImportError, MemoryError))
+            self.is_well = self.is_well or isinstance(error, (OSError, ImportError, MemoryError))
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
         except Exception as error:  # a defect of this program must not leave a release live that nobody asked
             self.run.session.interrupts.close()
@@ -8774,8 +8846,8 @@ class Executor:
         """Tell a recovery why; undoing and going back matter more than that it is noted."""
         try:
             self._enter(phase, failure)
-        except OSError as error:
-            self.console.warn(f"the journal could not be written: {reason(error)}")
+        except FAILURES as error:
+            self.console.warn(f"the journal could not be written: {step_error(error, 'journal').message}")
 
     def _failure(self, error: DeployError) -> Dict[str, Any]:
         return self.console.secrets.mask_json(failure_of(error, self._failed_step()))
@@ -8824,6 +8896,9 @@ class Executor:
                 problems.append(step_error(back_error, step.name).message)
                 if isinstance(step, Switch):
                     break
+        started = [step.service for step in self._done if isinstance(step, RestartService)]
+        if started and not plan.from_release:
+            self.console.warn(f"{', '.join(started)} may still run what failed: nothing was live before to restart it on; stop it by hand")
         undone = {step.name for step in self._done if step.phase in (PHASE_INTENT, PHASE_SWITCHED)}
         self._mark_undone(undone - {VerifyRelease.name}, before=taken)
         self.outcome.changed = True
@@ -8851,7 +8926,7 @@ class Executor:
         failed = self.run.facts.records.get(self.plan.to_release)
         if failed and failed.id != self.plan.from_release:
             state = failed.state if failed.state == STATE_BAD else STATE_RETIRED if failed.activated_at else \
-                STATE_STAGED if self._well or failure.get("interrupted") else STATE_BAD
+                STATE_STAGED if self.is_well or failure.get("interrupted") else STATE_BAD
             self._write(failed._replace(state=state, failure=failure, deactivated_at=format_time(time.time())))
 
     def _give_up(self, error: DeployError, problems: List[str], failure: Dict[str, Any]) -> None:
@@ -8865,8 +8940,10 @@ class Executor:
         found = self.store.current()
         live = found.release or found.problem or "nothing"
         self.outcome.release = found.release
+        self.outcome.previous = self.plan.to_release if found.release == self.plan.from_release else self.plan.from_release
         command, tried = self.run.settings.command_line, self.journal.recoveries if self.journal else 0
-        again = f"mend the cause, then: {command('recover')}; or " if tried < MAX_RECOVERIES else ""
+        is_stray = found.release not in (self.plan.from_release, self.plan.to_release)
+        again = "" if is_stray or tried >= MAX_RECOVERIES else f"mend the cause, then: {command('recover')}; or "
         raise RollbackFailed(
             f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
             f"{again}settle on a release by hand: {command('recover --to RELEASE')}")
@@ -8881,6 +8958,7 @@ class Executor:
     def _run_on_failure(self) -> None:
         """Run the on_failure hook; its own failure is a warning."""
         commands = self.run.settings.hooks.on_failure
+        self.run.before = self.plan.from_release
         if commands and self._phase:
             self._take(RunHook("on_failure", self.plan.to_release, commands, optional=True))
 
@@ -8895,7 +8973,7 @@ def step_error(error: Exception, step: str) -> DeployError:
         return StepFailed(f"{step}: out of memory", "give it more (ulimit -v, MemoryMax=), then run again")
     if not isinstance(error, OSError):
         return StepFailed(f"{step}: internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
-    hints = {errno.ENOSPC: "free some space (deploy.py prune), then run again",
+    hints = {errno.ENOSPC: "free some space, then run again",
              errno.EDQUOT: "raise the quota or free some space, then run again",
              errno.EROFS: "mount the filesystem read-write, then run again",
              errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
@@ -8916,6 +8994,35 @@ def failure_of(error: DeployError, step: str) -> Dict[str, Any]:
 def longest_seconds(settings: Settings) -> float:
     """Return how long restarts and probes may take in all, for the journal's deadline."""
     return sum(map(service_seconds, settings.service.values())) + sum(map(probe_seconds, settings.probe.values()))
+
+
+def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
+    """Return the result in the history, where the run had come to one and `current` agrees with it."""
+    try:
+        last = store.history(1)
+    except StateError:
+        # A damaged line must not stand in the way of recovery; --verify finds it.
+        return ""
+    if not last or last[0].deploy_id != journal.deploy_id:
+        return ""
+    where = {"deployed": journal.to_release, "activated": journal.to_release, "rolled_back": journal.to_release,
+             "left_live": journal.to_release, "staged": live, "recovered": live, "failed": journal.from_release,
+             "reverted": journal.from_release, "aborted": journal.from_release}
+    result = last[0].result
+    return result if result in where and where[result] == live else ""
+
+
+def refuse_stray(store: Store, journal: Journal, live: Optional[str]) -> None:
+    """Raise StateError where somebody else has changed `current` since: what is to be done only a person knows."""
+    if live not in (journal.from_release, journal.to_release):
+        raise StateError(
+            f"cannot recover the {journal.operation} of {journal.to_release}: current is {live or 'missing'}, "
+            f"neither where it came from ({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
+
+
+def by_hand(store: Store) -> str:
+    """Say how a person settles what no program can decide."""
+    return f"see which release should be live, then settle on it: {store.command_line('recover --to RELEASE')}"
 
 
 class Recovery:
@@ -8945,13 +9052,14 @@ class Recovery:
         for release in (journal.from_release, journal.to_release):
             if release and release not in self.run.facts.records and self.store.has_record(release):
                 raise StateError(f"cannot recover the {journal.operation} of {journal.to_release}: "
-                                 + "; ".join(self.run.facts.state_problems), self._by_hand())
+                                 + "; ".join(self.run.facts.state_problems), by_hand(self.store))
 
     def _agree(self) -> List[str]:
-        """The link is the truth: what it names is `active`, and nothing else is."""
-        live, done = self.store.current().release, []
+        """The link is the truth: what it names is `active`, and nothing else is; where it is gone, that stays known."""
+        live, there, done = self.store.current().release, self.store.releases_on_disk(), []
         for record in self.store.records()[0].values():
-            state = STATE_ACTIVE if record.id == live else STATE_RETIRED if record.state == STATE_ACTIVE else record.state
+            lost = live is None and record.id in there
+            state = STATE_ACTIVE if record.id == live else STATE_RETIRED if record.state == STATE_ACTIVE and not lost else record.state
             if state != record.state:
                 self.store.write_record(record._replace(state=state))
                 done.append(f"{record.id} is {state}, not {record.state}")
@@ -8959,14 +9067,11 @@ class Recovery:
 
     def _settle(self, journal: Journal) -> str:
         current = self.store.current()
-        verdict = self._verdict(journal, current.release)
+        verdict = verdict_of(self.store, journal, current.release)
         if verdict:
             self.store.clear_journal()
             return f"{journal.operation} of {journal.to_release} was finished ({verdict})"
-        if current.release not in (journal.from_release, journal.to_release):
-            raise StateError(
-                f"cannot recover the {journal.operation} of {journal.to_release}: current is {current.release or 'missing'}, "
-                f"neither where it came from ({journal.from_release or 'nothing live'}) nor where it went", self._by_hand())
+        refuse_stray(self.store, journal, current.release)
         before = ", before the last boot" if journal.boot_id != boot_id() else ""
         due = f", its verdict due at {journal.deadline}" if journal.deadline else ""
         self.console.say(f"recovering the {journal.operation} of {journal.to_release} ({journal.phase}, "
@@ -8976,32 +9081,13 @@ class Recovery:
             return self._abort(journal)
         if journal.recoveries >= MAX_RECOVERIES:
             raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered {journal.recoveries} times "
-                                 f"without success; live now: {current.release or 'nothing'}", self._by_hand())
+                                 f"without success; live now: {current.release or 'nothing'}", by_hand(self.store))
         # The link tells how far the run came; the journal may be one write behind it.
         phase = PHASE_ROLLING_BACK if current.release != journal.to_release else \
             PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
         journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1)
         self.store.write_journal(journal)
         return self._go_on(journal)
-
-    def _verdict(self, journal: Journal, live: Optional[str]) -> str:
-        """Return the result in the history, where the run had come to one and `current` agrees with it."""
-        try:
-            last = self.store.history(1)
-        except StateError:
-            # A damaged line must not stand in the way of recovery; --verify finds it.
-            return ""
-        if not last or last[0].deploy_id != journal.deploy_id:
-            return ""
-        where = {"deployed": journal.to_release, "activated": journal.to_release, "rolled_back": journal.to_release,
-                 "left_live": journal.to_release, "staged": live, "recovered": live, "failed": journal.from_release,
-                 "reverted": journal.from_release, "aborted": journal.from_release}
-        result = last[0].result
-        return result if result in where and where[result] == live else ""
-
-    def _by_hand(self) -> str:
-        return (f"see which release should be live, then settle on it: "
-                f"{self.store.command_line('recover --to RELEASE')}")
 
     def _abort(self, journal: Journal) -> str:
         """Nothing was switched: a staged release that is whole stays, anything less goes."""
@@ -9034,7 +9120,8 @@ class Recovery:
         try:
             if journal.phase == PHASE_ROLLING_BACK:
                 failure = journal.failure or {}
-                executor.roll_back(StepFailed(str(failure.get("reason", "the deployment was interrupted")),
+                executor.is_well = journal.failure is None  # nobody could note what led back, which proves nothing
+                executor.roll_back(StepFailed(str(failure.get("reason", "it led back, and why could not be noted")),
                                               "", failure.get("evidence")))
             executor.execute()
         except RolledBack as error:
@@ -9160,7 +9247,7 @@ class Completable(NamedTuple):
 def completables() -> List[Completable]:
     """List every flag and argument of the tables."""
     words = {
-        "RELEASE": ("current", "previous", "latest"), "SHELL": SHELLS, "COMMAND": tuple(dict(COMMAND_HELP)),
+        "RELEASE": ROLES, "SHELL": SHELLS, "COMMAND": tuple(dict(COMMAND_HELP)),
         "TOPIC": (*(topic.name for topic in TOPICS), *dict(COMMAND_HELP)),
         "KEY=VALUE": [f"{option.key}=".replace("*=", "") for option in OPTIONS if option.section == "probe:*"],
         "SECTION.KEY=VALUE": [f"{option.section}.{option.key}=".replace("*=", "")
@@ -9435,8 +9522,9 @@ Relative paths are relative to the configuration file. `deploy.py config
 `--sha256`, else `<artifact>.sha256`, else `SHA256SUMS` beside the artifact;
 coreutils text, binary and BSD (`--tag`) forms. The artifact is opened once:
 the bytes that are hashed are the bytes that are unpacked. A directory has no
-bytes of its own to hash: its digest is that of its manifest, and it is copied
-as it is.
+bytes of its own to hash: its digest is made of all names, modes, symlink
+targets and contents in it, needs nothing to be compared with, and is shown as
+`artifact.sha256` with `--json`; it is copied as it is.
 
 ### Archives
 
@@ -9544,7 +9632,8 @@ themselves; exit 7 means that one is not well:
 {{options probe:*}}"""),
     Topic("hooks", "commands at named points, services, shared files and templates", """\
 A hook is one or more commands, one a line, split like a shell would but run
-without one, in the release (`pre_stage` in the root).
+without one, in the release (`pre_stage` in the root, and
+`on_failure` where the release is gone again).
 
     [hooks]
     post_stage = bin/install-dependencies
@@ -10251,10 +10340,13 @@ exit_code: {type: int, returned: always, description: "the exit code"}
 msg: {type: str, returned: always, description: "the end in one line"}
 application: {type: str, returned: always, description: "name of the application, or null"}
 root: {type: str, returned: always, description: "its root, or null"}
-release: {type: str, returned: always, description: "what is live (or staged) at the end, or null"}
-previous: {type: str, returned: always, description: "what was live before, or null"}
+release: {type: str, returned: always, description: "what is live at the end; what stage, verify, pin, unpin and show
+  are about; or null"}
+previous: {type: str, returned: always, description: "what was live before; status, and where there was nothing to do:
+  what a rollback goes to; or null"}
 rolled_back: {type: bool, returned: always, description: "it failed, and the release from before is live again"}
-deploy_id: {type: str, returned: always, description: "the run's id, by which show finds it"}
+deploy_id: {type: str, returned: always, description: "the run's id, by which show finds what changed something; null
+  where none began"}
 dry_run: {type: bool, returned: always, description: "nothing was to be changed"}
 steps: {type: list, returned: always, description: "[{name, status (done, skipped, failed, undone, planned), seconds,
   detail}]"}
@@ -10580,7 +10672,7 @@ def summarize(call: Invocation, what: str) -> None:
                                                  unicode=console.unicode)))
     if call.flags.command == "stage":
         console.result(f"  go live    {call.settings.command_line(f'activate {outcome.release}')}")
-    elif outcome.previous:
+    elif outcome.previous and call.facts and call.facts.release(outcome.previous):
         undo = "rollback" if call.flags.command != "rollback" else f"activate {outcome.previous}"
         console.result(f"  undo       {call.settings.command_line(undo)}")
 
@@ -10590,6 +10682,9 @@ def command_prune(call: Invocation) -> None:
     transact(call, plan_prune, checks=False)
     removed = [step.name.partition(":")[2] for step in call.outcome.steps if step.status in ("done", "planned")]
     call.outcome.extra["removed"] = removed
+    facts = call.facts  # type: Any
+    for name in sorted(facts.in_use & facts.on_disk - {facts.current.release}):
+        call.console.say(f"{name} is in use by a process, and stays")
     call.outcome.message = f"{count(len(removed), 'release')} {'would be ' if call.dry_run else ''}removed"
     if not call.dry_run:
         call.console.result("\n".join([call.outcome.message] + [f"  {name}" for name in removed]))
@@ -10608,17 +10703,18 @@ def command_recover(call: Invocation) -> None:
     if call.flags.to:
         settle_by_hand(call)
         return
-    done, damaged_records = [], []  # type: List[str], List[str]
+    done, records, damaged_records = [], {}, []  # type: List[str], Dict[str, Record], List[str]
     if not is_untouched(call):
         with preview(call) if call.dry_run else writing(call) as store:
             done = preview_recovery(store) if call.dry_run else call.outcome.extra["recovered"]
-            damaged_records = store.records()[1]
+            records, damaged_records = store.records()
             call.outcome.release = store.current().release
     if call.dry_run:
         call.outcome.changed = bool(done)
         call.outcome.extra["plan"] = [{"name": "recover", "description": description} for description in done]
     call.outcome.message = "; ".join(done) or "nothing to recover"
     call.console.result(call.outcome.message)
+    refuse_without_current(records, set(records), call.outcome.release, call.settings.command_line)
     if damaged_records:
         raise StateError("; ".join(damaged_records), "restore the file from a backup, or move it away: its release is then unknown")
 
@@ -10630,6 +10726,8 @@ def preview_recovery(store: Store) -> List[str]:
         raise busy(holder)
     if current.problem:
         raise StateError(current.problem, current.hint)
+    if journal and not verdict_of(store, journal, current.release):
+        refuse_stray(store, journal, current.release)
     plan = [f"recover the {journal.operation} of {journal.to_release} ({journal.phase})"] if journal else []
     return plan + [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
 
@@ -10667,7 +10765,13 @@ def settle_by_hand(call: Invocation) -> None:
 def command_preflight(call: Invocation) -> None:
     """Run every read-only check, and show them as a table."""
     with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
-        facts = observer.observe(call.request(), locked=False)
+        try:
+            facts = observer.observe(call.request(), locked=False)
+        except StateError as error:
+            # A finding among others: what does not depend on the state is looked at all the same.
+            observer.store = None
+            facts = observer.observe(call.request(), locked=False)
+            facts = facts._replace(current=Current(None, error.message, error.hint), state_problems=[error.message])
         results = run_checks(Survey(call.session, facts, store, observer.artifact))
         call.outcome.release = facts.current.release
     if facts.artifact:
@@ -10713,6 +10817,9 @@ def command_probe(call: Invocation) -> None:
     flags, results = call.flags, []
     probes = chosen_probes(call.settings, flags)
     context, live = probe_context(call)
+    if not live and flags.expect and probes[0].release:
+        raise UsageError(f"--expect release={probes[0].release}: nothing is live to compare the answer with",
+                         "name the root of what answers: --root DIR")
     for probe in probes:
         found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
         results.append(found)
@@ -10778,7 +10885,11 @@ def command_status(call: Invocation) -> None:
             facts.state_problems.append(error.message)
         current, previous = facts.release(facts.current.release or ""), rollback_target(facts, facts.current.release)
         found = [(record, store.manifest_problem(record)) for record in (current, previous) if record]
-    problems = state_problems(facts, {record.id: problem for record, problem in found if problem})
+        problems = state_problems(facts, {record.id: problem for record, problem in found if problem})
+        try:
+            store.check_owner()
+        except StateError as error:
+            problems.append((error.message, error.hint))
     call.outcome.release, call.outcome.previous = facts.current.release, previous.id if previous else None
     call.outcome.extra["status"] = {
         "current": current.to_json() if current else None, "previous": previous.to_json() if previous else None,
@@ -10802,9 +10913,10 @@ def state_problems(facts: Facts, manifests: Dict[str, str]) -> List[Problem]:
     problems += [(problem, facts.command_line("recover --to RELEASE") if "journal" in problem else
                   "restore the file from a backup, or move it away") for problem in facts.state_problems]
     if facts.journal and facts.holder is None:
-        by_hand = " --to RELEASE" if facts.journal.recoveries >= MAX_RECOVERIES else ""
+        is_stray = facts.current.release not in (facts.journal.from_release, facts.journal.to_release)
+        to = " --to RELEASE" if is_stray or facts.journal.recoveries >= MAX_RECOVERIES else ""
         problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was not finished "
-                         f"({facts.journal.phase})", facts.command_line("recover" + by_hand)))
+                         f"({facts.journal.phase})", facts.command_line("recover" + to)))
     live = facts.current.release
     for record in facts.records.values():
         settled = not facts.current.problem and facts.holder is None and not facts.journal
@@ -10891,19 +11003,28 @@ def command_show(call: Invocation) -> None:
     with reading(call) as store:
         entries, live = store.history(), store.current().release
     text = live if call.flags.id == "current" and live else call.flags.id
+    moves = [entry for entry in entries if entry.operation not in ("pin", "unpin")]
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)] or \
-        [entry for entry in entries if entry.operation not in ("pin", "unpin")
-         and (entry.release and entry.release.startswith(text) or entry.version == text)][-1:]
+        [entry for entry in moves if entry.release == text][-1:] or \
+        [entry for entry in moves if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
     if not found and text in ("latest", "last") and entries:
         found = entries[-1:]
     if len({entry.deploy_id for entry in found}) != 1:
         names = ", ".join(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
         raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
                          f"give one of: {names}" if names else "nothing was deployed here so far")
-    entry = found[-1]
-    call.outcome.extra["history"] = [one.to_json() for one in found]
-    call.outcome.release, call.outcome.previous, call.outcome.message = entry.release, entry.previous, entry.result
+    # The run itself, and what a recovery made of it.
+    found = [entry for entry in entries if entry.deploy_id == found[0].deploy_id]
+    call.outcome.extra["history"] = [entry.to_json() for entry in found]
+    last = found[-1]
+    call.outcome.release, call.outcome.previous, call.outcome.message = last.release, last.previous, last.result
+    for entry in found:
+        show_entry(call, entry)
+
+
+def show_entry(call: Invocation, entry: HistoryEntry) -> None:
+    """Show one line of the history, its timeline, and what was seen where it failed."""
     call.console.result("\n".join(f"  {name:<10} {value}" for name, value in (
         ("id", f"{entry.deploy_id} (entry {entry.sequence})"), ("operation", entry.operation), ("result", entry.result),
         ("release", entry.release or "-"), ("before", entry.previous or "-"), ("ended", entry.at),
@@ -10911,12 +11032,6 @@ def command_show(call: Invocation) -> None:
         ("exit code", entry.exit_code), ("message", entry.message or "-"))))
     steps = [(f"{step.get('name')} [{step.get('status')}]", float(step.get("seconds", 0))) for step in entry.steps]
     call.console.result("\n".join(render_timeline(steps, unicode=call.console.unicode)))
-    for one in found:
-        show_evidence(call, one)
-
-
-def show_evidence(call: Invocation, entry: HistoryEntry) -> None:
-    """Show what was seen when a deployment failed."""
     if not entry.failure:
         return
     call.console.result(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
@@ -11046,7 +11161,7 @@ def command_completion(call: Invocation) -> None:
 def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
     """Put together the one object of --json."""
     outcome, warnings, root = call.outcome, call.console.warnings, call.settings.deploy.root
-    failed_steps = sum(step.status == "failed" for step in outcome.steps)
+    done_steps, failed_steps = (sum(step.status == status for step in outcome.steps) for status in ("done", "failed"))
     failed_checks = sum(check.status == "fail" for check in outcome.checks)
     ok = outcome.error is None
     result = result_of(outcome.error)
@@ -11057,8 +11172,8 @@ def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str,
         root=portable(os.path.realpath(root)) if root else None, release=outcome.release, previous=outcome.previous,
         rolled_back=outcome.rolled_back, deploy_id=call.deploy_id, dry_run=call.dry_run,
         steps=[step.to_json() for step in outcome.steps], checks=[dict(check._asdict()) for check in outcome.checks],
-        summary={"checked": len(outcome.checks), "changed": sum(step.status == "done" for step in outcome.steps),
-                 "failed": failed_steps + failed_checks, "warnings": len(warnings)},
+        summary={"checked": len(outcome.checks), "changed": done_steps or int(outcome.changed and not call.dry_run),
+                 "failed": failed_steps + failed_checks or int(not ok), "warnings": len(warnings)},
         warnings=warnings, seconds=round(seconds, 3))
     return dict(outcome.extra, **result)
 
@@ -11922,7 +12037,7 @@ def option_text(option: Option, name: str, value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int) and not isinstance(value, bool) and option.kind != "mode":
         return str(value)
-    if isinstance(value, float) and option.kind == "float":
+    if isinstance(value, float) and option.kind in ("factor", "share"):
         return str(value)
     return parameter_text(f"set: {name}", value)
 
@@ -12026,6 +12141,7 @@ def open_log(settings: Settings, console: Console) -> None:
             console.warn(f"[log] {key} is not used: others could have written the configuration that names it")
             setattr(settings.log, key, "")
     if settings.log.file:
+        refuse_own_log(settings)
         console.add_sink(LogFile(settings.log.file, as_json=as_json))
     if settings.log.syslog:
         syslog = Syslog(settings.log.syslog, settings.log.facility, as_json=as_json)
@@ -12033,6 +12149,15 @@ def open_log(settings: Settings, console: Console) -> None:
         problem = syslog.problem()
         if problem:
             console.debug(f"syslog cannot be reached: {problem}")
+
+
+def refuse_own_log(settings: Settings) -> None:
+    """Raise UsageError for a log file that would be written into a release or into this program's own state."""
+    root = os.path.realpath(settings.deploy.root)
+    for own in (f"{root}/.deploy/", f"{root}/releases/") if settings.deploy.root else ():
+        if os.path.realpath(settings.log.file).startswith(own):
+            raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is deploy.py's own",
+                             "write it to another place, such as /var/log")
 
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Invocation]:
@@ -12072,6 +12197,8 @@ def guarded(call: Invocation) -> int:
         if call.flags.splay:
             splay(call)
         COMMANDS[call.flags.command](call)
+        if call.flags.command == "config" and not call.flags.example:
+            check_settings(call.settings)  # after they were shown
     except FAILURES as error:
         if call.flags.debug:
             call.console.traceback()

@@ -697,12 +697,12 @@ def open_to_others() -> Iterator[App]:
         shutil.rmtree(str(place))
 
 
-def run_as_another(app: App, *args: Any) -> Dict[str, Any]:
-    """Give an application to a user without any rights and run deploy.py as that user: the JSON result.
+def run_as_another(app: App, *args: Any, but: Optional[Path] = None) -> Dict[str, Any]:
+    """Give an application, `but` for one path, to a user without any rights and run deploy.py as that user: the JSON result.
 
     By the system's Python, fed through stdin: nothing else need be readable to that user.
     """
-    for path in (app.directory, *app.directory.rglob("*")):
+    for path in {app.directory, *app.directory.rglob("*")} - {but}:
         os.chown(str(path), ANOTHER_UID, ANOTHER_UID, follow_symlinks=False)
     argv = [needs("setpriv"), f"--reuid={ANOTHER_UID}", f"--regid={ANOTHER_UID}", "--clear-groups", "/usr/bin/python3", "-I", "-",
             "--json", "-c", str(app.config), *map(str, args)]

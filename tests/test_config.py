@@ -224,7 +224,8 @@ BAD_VALUES = [
     ("relative-name", "deploy", "shared_dirs", "a/" + 256 * "x"), ("relative-long", "deploy", "shared_files", "x/" * 512 + "x"),
     ("port-word", "preflight", "free_ports", "http"), ("port-big", "preflight", "free_ports", "70000"),
     ("port-zero", "preflight", "free_ports", "0"), ("quotes", "hooks", "pre_stage", "echo 'open"),
-    ("float", "probe:web", "backoff", "fast"), ("status", "probe:web", "status", "ok"),
+    ("float", "probe:web", "backoff", "fast"), ("backwards", "probe:web", "backoff", "0.5"), ("more-than-all", "probe:web", "jitter", "2"),
+    ("no-success", "probe:web", "successes", "0"), ("no-failure", "probe:web", "failures", "0"), ("status", "probe:web", "status", "ok"),
     ("status-range", "probe:web", "status", "200-99"), ("status-backwards", "probe:web", "status", "299-200"),
     ("regex", "probe:web", "body", "(open"), ("regex-negated", "probe:web", "body", "!(open"),
     ("header-regex", "probe:web", "expect_header.X", "[z"), ("when", "probe:web", "when", "during"),
@@ -239,6 +240,17 @@ BAD_VALUES = [
     *[("signal " + name, "service:web", "signal", name) for name in ("NOSUCH", "SIG", "9", "_DFL", "SIG_IGN", "HUP;", "")],
     ("action", "service:web", "action", "bounce"), ("service-command", "service:web", "command", "sh -c 'x"),
 ]
+UNFIT = {"url": "url = x\n", "connect": "url = http://a/\nconnect = x\n", "tcp": "tcp = a\n", "release": "command = true\nrelease = foo\n"}
+
+
+@pytest.mark.parametrize("key", sorted(UNFIT))
+def test_config_refuses_what_a_deployment_would_and_shows_it_all_the_same(key: str, tmp_path: Path) -> None:
+    (tmp_path / "deploy.ini").write_text("[probe:web]\n" + UNFIT[key])
+    result = run_deploy("-c", tmp_path / "deploy.ini", "config", check=2)
+    assert "deploy.ini: [probe:web] " + key in result.data["error"]["message"]
+    assert result.data["config"]["deploy.keep_releases"]["value"] == "5"
+
+
 NEEDED = {"probe:web": {"url": "http://127.0.0.1/"}, "template:t": {"source": "a", "target": "b"},
           "service:web": {"command": "true"}}  # type: Dict[str, Dict[str, str]]
 

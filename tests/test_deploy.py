@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -168,6 +169,37 @@ def test_what_is_live_already_changes_nothing(app: App, command: str) -> None:
     again = app.run(command, release if command == "activate" else artifact, "--detailed-exitcode", check=0).data
     assert (again["changed"], again["release"], again["ok"]) == (False, release, True)
     assert {name: found for name, found in snapshot(app.root).items() if name != ".deploy/lock"} == before
+
+
+def test_what_is_live_is_known_by_its_bytes_also_under_another_version(app: App) -> None:
+    artifact = app.artifact("1.0")
+    release = app.run("deploy", artifact, "--release-version", "7.7", check=0).data["release"]
+    for words in (["deploy", artifact], ["-n", "deploy", artifact], ["preflight", artifact]):
+        again = app.run(*words, check=0).data
+        assert (again["changed"], again["artifact"]["version"]) == (False, "7.7") and app.current == release
+    named = app.run("deploy", artifact, "--release-version", "7.8", check=0).data
+    assert named["changed"] and app.current == named["release"] != release, "a version that is asked for is another release"
+
+
+def test_no_undo_is_offered_that_would_be_refused(app: App) -> None:
+    app.deploy("1.0")
+    shutil.rmtree(str(app.root / ".deploy"))
+    assert "  undo  " not in app.run("deploy", app.artifact("1.1"), json=False, check=0).stdout
+    app.run("rollback", check=3)
+    assert "  undo  " in app.run("deploy", app.artifact("1.2"), json=False, check=0).stdout
+    app.run("rollback", check=0)
+
+
+@pytest.mark.parametrize("name", ["latest", "current", "previous"])
+def test_a_version_is_not_called_like_a_role(app: App, name: str) -> None:
+    error = app.run("deploy", app.artifact("1.0"), "--release-version", name, check=2).data["error"]
+    assert name in error["message"] and error["hint"] and not (app.root / ".deploy").exists()
+
+
+def test_services_that_a_failed_first_deployment_started_are_named(app: App) -> None:
+    app.configure("[service:web]\ncommand = true\n[probe:web]\ncommand = false\ndeadline = 200ms\nsuccesses = 1\n")
+    first = app.run("deploy", app.artifact("1.0"), check=5).data
+    assert any(warning.startswith("web may still run what failed") for warning in first["warnings"]), first["warnings"]
 
 
 def test_the_same_version_with_other_bytes_is_another_release(app: App) -> None:

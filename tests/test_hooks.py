@@ -250,6 +250,7 @@ def test_on_failure_is_told_which_release_failed(app: App, spy: Spy, hook: str) 
     call = spy.calls()[-1]
     assert names([call]) == ["on_failure"] and call["current"].endswith("-1.0")
     assert (call["env"]["DEPLOY_VERSION"], call["env"]["DEPLOY_ID"]) == ("1.1", result.data["deploy_id"])
+    assert call["env"]["DEPLOY_PREVIOUS_RELEASE"] == app.current, "what was live before it, also where it was live for a moment"
     assert call["env"]["DEPLOY_RELEASE"].endswith("-1.1")
 
 

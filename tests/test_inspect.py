@@ -287,6 +287,33 @@ def test_show_takes_a_number_a_version_an_id_or_a_release(text: str, busy: App) 
     assert busy.run("show", text.format(**words), check=0).data["history"][0]["sequence"] == 2
 
 
+def test_show_of_a_release_is_not_that_of_another_whose_name_goes_on(deployed: App) -> None:
+    """Two releases of one version in one second differ by a number behind the name."""
+    for number in range(50):
+        first, second = [deployed.run("stage", deployed.artifact(f"2.{number}", {"n": name}), check=0).data["release"] for name in "ab"]
+        if second == first + ".2":
+            break
+    else:
+        pytest.fail("no two of a hundred runs were in one second")
+    for name in (first, second):
+        assert deployed.run("show", name, check=0).data["release"] == name
+
+
+def test_show_of_a_recovered_run_has_its_own_timeline_too(deployed: App) -> None:
+    deployed.configure("auto_rollback = yes\n[hooks]\npost_activate = false\npre_rollback = /bin/sh -c 'rm -r $DEPLOY_ROOT/releases/*-1.0'\n")
+    failed = deployed.run("deploy", deployed.artifact("1.1"), check=6).data
+    deployed.configure()
+    deployed.run("recover", "--to", "1.1", check=0)
+    entries = [entry for entry in deployed.history() if entry["deploy_id"] == failed["deploy_id"]]
+    assert [entry["result"] for entry in entries] == ["rollback_failed", "recovered"]
+    for name in (failed["deploy_id"], str(entries[0]["sequence"]), "1.1"):
+        shown = deployed.run("show", name, check=0).data["history"]
+        assert [entry["sequence"] for entry in shown] == [entry["sequence"] for entry in entries]
+    shown = deployed.run("show", failed["deploy_id"], json=False, check=0).stdout
+    for line in ("rollback_failed", "recovered", "unpack [done]", "hook:post_activate [failed]"):
+        assert line in shown, shown
+
+
 def test_show_of_something_unknown_or_ambiguous_lists_ids(busy: App) -> None:
     for text in ("nothing", "20"):
         error = busy.run("show", text, check=2).data["error"]

@@ -14,7 +14,8 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 
-from support import App, clean_environment, compiled, in_namespace, load_deploy, needs, once_in_ci, run_deploy, wait_until
+from support import (App, clean_environment, compiled, described, in_namespace, load_deploy, needs, once_in_ci, run_deploy, snapshot,
+                     wait_until)
 
 deploy = load_deploy()
 
@@ -414,6 +415,21 @@ def test_a_log_line_is_whole_whatever_the_applications_name_and_the_bytes_of_a_f
     assert [line["application"] for line in lines] == ["my\\x0a{\\x85app"] * len(lines)
     # What json forgives, other readers do not: a lone surrogate is no character.
     assert any("none-" in line["message"] for line in lines) and not re.search("[\ud800-\udfff]", "".join(map(str, lines)))
+
+
+@pytest.mark.parametrize("place", [".deploy/history.jsonl", ".deploy/new.log", "releases/x.log", "current/x.log"])
+def test_no_log_is_written_into_a_release_or_the_state(place: str, app: App) -> None:
+    app.deploy("1.0")
+    before = snapshot(app.root)
+    for given in (["--log-file", app.root / place], ["--set", f"log.file={app.root / place}"]):
+        assert "deploy.py's own" in app.run(*given, "status", check=2).data["error"]["message"]
+    assert snapshot(app.root) == before
+    app.run("--log-file", app.root / "shared" / "deploy.log", "status", check=0)
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(app: App) -> None:
+    result = app.run("--log-file", "/dev/full", "deploy", app.artifact("1.0"), check=0)
+    assert result.data["warnings"] == ["the log file cannot be written: not all that is said is in it"], described(result.data)
 
 
 def test_a_log_shows_that_a_quiet_run_had_nothing_to_do(app: App) -> None:

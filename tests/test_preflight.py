@@ -485,6 +485,33 @@ def test_every_check_runs_and_every_failure_is_shown_whatever_fails_first(deploy
         assert all(found["hint"] for found in result.data["checks"] if found["status"] == "fail")
 
 
+def judge_unseen_state(data: Dict[str, Any]) -> None:
+    """What depends on the state fails for it, and nothing is said to be well that nobody could look at."""
+    checks = {found["name"]: found for found in data["checks"]}
+    assert data["exit_code"] == 3 and sorted(checks) == sorted(NAMES)
+    for name in ("current", "state", "recovery", "lock"):
+        assert (checks[name]["status"], ".deploy" in checks[name]["detail"]) == ("fail", True), checks[name]
+    assert checks["artifact"]["status"] == "ok", checks["artifact"]
+
+
+def test_a_state_that_is_none_is_a_finding_among_others(deployed: App) -> None:
+    (deployed.root / ".deploy").rename(deployed.root / "gone")
+    (deployed.root / ".deploy").write_text("")
+    judge_unseen_state(deployed.run("preflight", deployed.artifact("1.1"), check=3).data)
+
+
+@as_root
+def test_a_state_that_this_user_cannot_look_at_is_a_finding_among_others() -> None:
+    with open_to_others() as app:
+        app.deploy("1.0")
+        private, artifact = app.root / ".deploy", app.artifact("1.1")
+        judge_unseen_state(run_as_another(app, "preflight", artifact, but=private))
+        for words, exit_code in ((["deploy", artifact], 3), (["-n", "deploy", artifact], 3), (["rollback"], 3), (["status"], 7), (["verify"], 7)):
+            data = run_as_another(app, *words, but=private)
+            assert data["exit_code"] == exit_code and f"{private} cannot be read by" in data["error"]["message"], data
+            assert "run it as the owner" in data["error"]["hint"]
+
+
 def test_people_get_a_table_and_the_hints_of_everything_that_failed(app: App) -> None:
     app.configure("min_free = 999T\n[preflight]\nrequire_commands = no-such-program")
     result = app.run("preflight", json=False, check=3)

@@ -17,7 +17,8 @@ import pytest
 
 from crashes import script
 from scenes import configure
-from support import DEPLOY, App, Result, clean_environment, described, file, load_deploy, needs, open_to_others, run_as_another, run_deploy, snapshot
+from support import (DEPLOY, App, Result, clean_environment, described, file, load_deploy, make_tree, needs, open_to_others, run_as_another,
+                     run_deploy, snapshot)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NOBODY = 65534
@@ -284,6 +285,29 @@ def test_every_command_that_acts_refuses(command: str, trusted: Trusted) -> None
 
 
 @as_root
+@pytest.mark.parametrize("place, mode, owner, hint", [
+    ("", 0o777, 0, "chmod -R go-w"), ("releases", 0o700, NOBODY, "chown -R root"), ("", 0o700, NOBODY, "run it as its owner"),
+], ids=["open", "a part", "all of it"])
+def test_status_tells_of_a_state_that_every_run_would_refuse(place: str, mode: int, owner: int, hint: str, app: App) -> None:
+    app.deploy("1.0")
+    path = app.root / ".deploy" / place
+    path.chmod(mode)
+    os.chown(str(path), owner, owner)
+    for words, exit_code in ((["status"], 7), (["rollback"], 3)):
+        error = app.run(*words, check=exit_code).data["error"]
+        assert str(path) in error["message"] and hint in error["hint"], error
+
+
+@as_root
+def test_a_file_of_an_artifact_that_cannot_be_read_is_named() -> None:
+    with open_to_others() as app:
+        tree = make_tree(app.directory / "tree-1.0", {"a/b/secret": "x", "open": "y"})
+        (tree / "a" / "b" / "secret").chmod(0)
+        error = run_as_another(app, "deploy", tree, but=tree / "a" / "b" / "secret")["error"]
+        assert f"{tree}/a/b/secret: Permission denied" in error["message"] and "readable" in error["hint"], error
+
+
+@as_root
 @pytest.mark.parametrize("command", ["status", "releases", "history", "verify", "config"])
 def test_commands_that_only_look_may_be_used_to_find_out(command: str, trusted: Trusted) -> None:
     trusted.app.deploy("1.0")
@@ -368,7 +392,7 @@ def test_a_sticky_directory_is_safe_as_far_as_the_file_in_it_is(trusted: Trusted
 @as_root
 @pytest.mark.parametrize("name, fault, remedy", [
     ("", (61234, 0o700), "sudo -u '#61234'"), ("", (0, 0o770), "chmod -R go-w"), ("", (0, 0o705), "chmod 0700")] + [
-    (name, (61234, 0o700), "sudo -u '#61234'") for name in load_deploy().PRIVATE_DIRECTORIES] + [("manifests", (0, 0o770), "chmod -R go-w")])
+    (name, (61234, 0o700), "chown -R root") for name in load_deploy().PRIVATE_DIRECTORIES] + [("manifests", (0, 0o770), "chmod -R go-w")])
 def test_state_that_others_could_have_written_is_refused(name: str, fault: Tuple[int, int], remedy: str, trusted: Trusted) -> None:
     app = trusted.app
     app.deploy("1.0")

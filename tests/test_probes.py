@@ -675,7 +675,7 @@ def flapping(pattern):
 
 
 @pytest.mark.parametrize("pattern, successes, tries", [
-    ("+", 1, 1), ("+", 2, 2), ("---+", 2, 5), ("+-+-++", 2, 6), ("-+++", 3, 4), ("+", 0, 1)])
+    ("+", 1, 1), ("+", 2, 2), ("---+", 2, 5), ("+-+-++", 2, 6), ("-+++", 3, 4)])
 def test_successes_in_a_row_are_needed(serve, pattern, successes, tries):
     server = serve(flapping(pattern))
     result = ask("url", url_of(server), f"successes={successes}", *FAST, once=False)
@@ -1082,6 +1082,13 @@ def test_adhoc_probe_has_the_tables_defaults_and_reports_mistakes():
                  "body=" + 5000 * "(", "body=a{99999999999}"):
         with pytest.raises(deploy.UsageError):
             deploy.adhoc_probe("url", "http://a/", [text])
+
+
+def test_a_release_that_nothing_is_live_to_compare_with_is_refused(server, tmp_path):
+    for words in ([], ["--root", tmp_path / "none"]):
+        for where in ("json:nope", "header:X-Nope", "body"):
+            result = run_deploy(*words, "probe", "--url", server.url, "--expect", "release=" + where, check=2)
+            assert "nothing is live" in result.data["error"]["message"] and "--root" in result.data["error"]["hint"]
 
 
 def test_a_health_check_may_choose_its_exit_code(server):

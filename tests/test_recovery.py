@@ -116,6 +116,63 @@ def test_killed_between_the_switch_and_its_note_counts_as_switched(live: App) ->
     assert live.run("rollback", check=0).data["release"] and live.version == "1.0"
 
 
+def test_a_way_back_that_nobody_could_note_does_not_make_the_release_bad(live: App) -> None:
+    """A full disk may take the note and leave the switch: of what failed nothing is known."""
+    artifact = live.artifact("1.1")
+    live.configure(f"[hooks]\npost_activate = {KILL}\n")
+    killed(live, "deploy", artifact)
+    live.configure()
+    os.unlink(str(live.root / "current"))
+    os.symlink(next(f"releases/{name}" for name in live.releases() if name.endswith("-1.0")), str(live.root / "current"))
+    assert recover_and_judge(live, ["1.0"]) == []
+    assert (state_of(live, "1.0"), state_of(live, "1.1"), live.history()[-1]["result"]) == ("active", "staged", "reverted")
+    live.run("deploy", artifact, check=0)
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "gone"])
+def test_where_only_a_person_can_decide_everything_says_so_at_once(live: App, place: str) -> None:
+    live.deploy("1.1")
+    live.configure(f"[hooks]\npost_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.2"))
+    live.configure()
+    os.unlink(str(live.root / "current"))
+    if place == "elsewhere":
+        os.symlink(next(f"releases/{name}" for name in live.releases() if name.endswith("-1.0")), str(live.root / "current"))
+    for words, exit_code in ((["status"], 7), (["-n", "recover"], 3), (["recover"], 3), (["deploy", live.artifact("1.3")], 3)):
+        assert "recover --to RELEASE" in live.run(*words, check=exit_code).data["error"]["hint"], words
+    live.run("recover", "--to", "1.1", check=0)
+    assert recover_and_judge(live, ["1.1"]) == []
+
+
+def test_that_current_is_gone_is_told_until_a_release_is_live_again(live: App) -> None:
+    """What should be live stands in its record alone; a command that is refused must not forget it."""
+    live.deploy("1.1")
+    should = live.current
+    os.unlink(str(live.root / "current"))
+    for words, exit_code in ((["status"], 7), (["rollback"], 3), (["-n", "rollback"], 3), (["deploy", "/nonexistent.tar.gz"], 4),
+                             (["pin", "1.0"], 0), (["prune"], 0), (["recover"], 3), (["-n", "recover"], 3), (["status"], 7)):
+        result = live.run(*words, check=exit_code)
+        if exit_code in (3, 7):
+            assert f"{should} should be live, but current is missing" in result.data["error"]["message"], words
+            assert f"activate {should}" in result.data["error"]["hint"]
+    live.run("activate", "1.1", check=0)
+    assert live.current == should and live.run("status", check=0)
+    assert recover_and_judge(live, ["1.1"]) == []
+
+
+def test_what_should_be_live_is_not_pruned(live: App) -> None:
+    should = live.current
+    os.unlink(str(live.root / "current"))
+    for version in ("1.1", "1.2"):
+        live.deploy(version, check=0)
+    os.unlink(str(live.root / "current"))
+    live.configure("keep_releases = 1\n")
+    live.run("activate", "1.1", check=0)
+    os.unlink(str(live.root / "current"))
+    live.run("prune", check=0)
+    assert state_of(live, "1.1") == "active" and any(name.endswith("-1.1") for name in live.releases()), should
+
+
 @pytest.mark.parametrize("command, version, states", [
     ("true", "1.1", ("retired", "active")), ("false", "1.0", ("active", "bad")),
 ], ids=["well", "not well"])

@@ -404,6 +404,17 @@ def test_a_pidfile_of_another_user_does_not_choose_roots_victim(daemon):
     assert "belongs to uid 12345" in pidfile_service(pidfile).down()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the pidfile to a group")
+@pytest.mark.parametrize("mode, group, why", [(0o646, 0, "writable by group or others (mode 0646)"), (0o664, 12345, "(mode 0664)"),
+                                              (0o664, 0, ""), (0o644, 12345, "")])
+def test_a_pidfile_that_others_may_write_does_not_choose_roots_victim(daemon, mode, group, why):
+    pidfile = daemon()
+    os.chown(str(pidfile), 0, group)
+    pidfile.chmod(mode)
+    found = pidfile_service(pidfile).down()
+    assert (why in found) if why else found is None, found
+
+
 # -- commands ----------------------------------------------------------------
 
 def command_service(command, *assignments):
