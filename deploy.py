@@ -454,9 +454,9 @@ class Sink:
 
     `write` takes them masked and escaped, and never raises: a log that cannot
     be written must not end a deployment half way.  Not the logging module's:
-    a handler of its takes whatever is raised while it writes for its own
-    failure, an interruption by a signal as well; SysLogHandler asks a name
-    server for every line, without a limit, and FileHandler follows symlinks.
+    its handlers take whatever is raised while they write, even the
+    interruption by a signal, for a failure of their own; SysLogHandler asks a
+    name server for every line, without a limit; FileHandler follows symlinks.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -2237,9 +2237,9 @@ RESULT_KEYS = (
     ("application", "str", "name of the application, or null"),
     ("root", "str", "its root, or null"),
     ("release", "str", "what is live at the end; what `stage`, `verify`, `pin`, `unpin` and `show` are about; or null"),
-    ("previous", "str", "what was live before; `status`, and where there was nothing to do: what a rollback goes to; or null"),
+    ("previous", "str", "what was live before; where `current` stayed as it was: what a rollback goes to; or null"),
     ("rolled_back", "bool", "it failed, and the release from before is live again"),
-    ("deploy_id", "str", "the run's id, by which `show` finds what changed something; null where none began"),
+    ("deploy_id", "str", "the run's id, by which `show` finds a deployment; null where none began"),
     ("dry_run", "bool", "nothing was to be changed"),
     ("steps", "list", "[{`name`, `status` (done, skipped, failed, undone, planned), `seconds`, `detail`}]"),
     ("checks", "list", "[{`name`, `status` (ok, warn, fail, skip), `detail`, `hint`}]"),
@@ -2854,10 +2854,10 @@ class Store:
             raise cannot_prepare(path, error)
         return store
 
-    def check_owner(self) -> None:
+    def check_owner(self, *, looking: bool = False) -> None:
         """Refuse a .deploy that somebody else made or could write: what stands in it is acted on.
 
-        Raises StateError with the command that mends it.
+        Raises StateError with the command that mends it; `looking` at one that is wholly another's is no fault.
         """
         for name in ("",) + PRIVATE_DIRECTORIES:
             path = f".deploy/{name}".rstrip("/")
@@ -2866,9 +2866,11 @@ class Store:
             except StateError:
                 continue  # for the filesystem check to tell
             found = os.fstat(directory.descriptor) if directory else None
+            if found and looking and not name and found.st_uid != os.geteuid():
+                return
             if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
                 raise StateError(f"{self.path}/{path} belongs to uid {found.st_uid}, and its contents would be believed",
-                                 f"where it is as it was left: chown -R root {self.path}/{path}" if name else
+                                 f"if nobody has changed anything in it: chown -R root {self.path}/{path}" if name else
                                  f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...")
             if found and found.st_mode & 0o022:
                 raise StateError(f"{self.path}/{path} is writable by group or others "
@@ -2886,9 +2888,6 @@ class Store:
         if path not in self._open:
             try:
                 self._open[path] = self.root.walk_to(path)
-            except PermissionError:
-                raise StateError(f"{self.path}/{path} cannot be read by {user_name()}",
-                                 f"run it as the owner of {self.path}/.deploy, or as root")
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
@@ -2896,11 +2895,14 @@ class Store:
         return self._open[path]
 
     def optional(self, path: str) -> Optional[Directory]:
-        """Return a directory below the root, or None where there is none yet."""
+        """Return a directory below the root, or None where there is none yet; StateError for one that may not be read."""
         try:
             return self.directory(path)
         except FileNotFoundError:
             return None
+        except PermissionError as error:
+            raise StateError(f"{self.path}/{path} cannot be read by {user_name()}: {reason(error)}",
+                             f"run it as the owner of {self.path}/.deploy, or as root")
 
     # -- releases and current ------------------------------------------------
 
@@ -3778,6 +3780,9 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
     if not found or not _VERSION.match(found.group(1)):
         raise ArtifactRefused(f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}",
                               "name the artifact by the pattern, or correct the pattern")
+    if found.group(1) in ROLES:
+        raise ArtifactRefused(f"{found.group(1)!r}, of the artifact's name {name!r}, cannot be a version: it means whichever release that is",
+                              "name the artifact by its version, or give one with --release-version")
     return found.group(1)
 
 
@@ -6278,10 +6283,10 @@ class PidfileService(Service):
 
 
 def _refuse_foreign(path: str, found: os.stat_result, pid: int) -> None:
-    """A user who may write the pidfile must not choose which process of others root signals."""
-    if found.st_mode & stat.S_IWOTH or found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid()):
+    """Whoever may write the pidfile must not choose which process of ours or of others is signalled."""
+    owner, is_open = found.st_uid, found.st_mode & stat.S_IWOTH or found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
+    if owner in (0, os.geteuid()) and is_open:
         raise ValueError(f"{path} is writable by group or others (mode {stat.S_IMODE(found.st_mode):04o}), who could name any process")
-    owner = found.st_uid
     try:
         process_owner = str(os.stat(f"/proc/{pid}").st_uid)
     except OSError:
@@ -7246,7 +7251,11 @@ class Observer:
         if candidate != facts.current.release and not self._is_whole(facts.records[candidate]):
             self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
             return found
-        return found._replace(release=candidate, version=facts.records[candidate].version)
+        known = facts.records[candidate].version
+        if known != version:
+            self.session.console.say(f"{artifact.name} holds the same bytes as {candidate}, which is live; "
+                                     f"--release-version {version} would make another release of them")
+        return found._replace(release=candidate, version=known)
 
     def _refuse_own(self, facts: Facts, path: str) -> None:
         """A release is no artifact: it has shared links and templates in it, and may be pruned while it is copied."""
@@ -7259,13 +7268,14 @@ class Observer:
     def _made_before(self, facts: Facts, found: ArtifactFacts) -> Optional[str]:
         """Name the newest release that was made from the same bytes, version and options.
 
-        The live one's version is what it was called when it was deployed, unless another is asked for.
+        To `deploy` what is live is to do nothing, whatever its file is called now, unless another version is asked for.
         """
-        strip, live = self.session.settings.artifact.strip_components, facts.current.release
+        strip = self.session.settings.artifact.strip_components
+        live = facts.current.release if facts.request.command in ("deploy", "preflight") and not facts.request.version else None
         if facts.request.force:
             return None
         same = [record for record in facts.records.values() if record.sha256 == found.sha256 and record.id in facts.on_disk
-                and (record.version == found.version or record.id == live and not facts.request.version)
+                and (record.version == found.version or record.id == live)
                 and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
         return max(same, key=lambda record: (record.id == live, record.sequence)).id if same else None
 
@@ -7573,9 +7583,10 @@ def check_state(survey: Survey) -> Finding:
     facts = survey.facts
     look_into_state(survey)
     if facts.state_problems:
+        goes_back = facts.request.command in ("rollback", "activate")
         # A way back that can be told must not wait for the record of some other release.
-        harmless = facts.request.command in ("rollback", "activate") and facts.current.release in facts.records
-        whole = f"; or make a whole one live: {facts.command_line('recover --to RELEASE')}" if facts.current.release else ""
+        harmless = goes_back and facts.current.release in facts.records
+        whole = f"; or go to a whole one: {facts.command_line('recover --to RELEASE')}" if goes_back else ""
         return "warn" if harmless else "fail", "; ".join(facts.state_problems), \
             f"restore the file from a backup, or move it away: its release is then unknown{whole}"
     return _ok(count(len(survey.facts.records), "record"))
@@ -7624,6 +7635,7 @@ def check_artifact(survey: Survey) -> Finding:
 
 def check_bad(survey: Survey) -> Finding:
     """The artifact is not one that failed before."""
+    look_into_state(survey)
     found = survey.facts.artifact
     if found is None:
         return _skip("no artifact given")
@@ -8372,12 +8384,15 @@ def live_before(facts: Facts, release: Optional[str]) -> Iterator[str]:
             yield release
 
 
-def refuse_without_current(records: Dict[str, Record], on_disk: Set[str], live: Optional[str], command_line: Callable[[str], str]) -> None:
-    """Raise StateError where `current` is gone from a release that should be live: nothing else tells of it."""
-    for record in records.values():
-        if live is None and record.state == STATE_ACTIVE and record.id in on_disk:
-            raise StateError(f"{record.id} should be live, but current is missing",
-                             f"make it live again: {command_line(f'activate {record.id}')}")
+def lost_current(records: Dict[str, Record], on_disk: Set[str], live: Optional[str]) -> Optional[Record]:
+    """Return what should be live where `current` is gone: its record alone still tells of it."""
+    lost = [record for record in records.values() if record.state == STATE_ACTIVE and record.id in on_disk]
+    return lost[0] if lost and live is None else None
+
+
+def without_current(lost: Record, command_line: Callable[[str], str]) -> StateError:
+    """Make the error for it; `recover --to` keeps what was live before, which `activate` from nothing would not know."""
+    return StateError(f"{lost.id} should be live, but current is missing", command_line(f"recover --to {lost.id}"))
 
 
 def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
@@ -8527,7 +8542,9 @@ def plan_rollback(settings: Settings, facts: Facts) -> Plan:
     if facts.request.release:
         target = select_release(facts, facts.request.release)
     else:
-        refuse_without_current(facts.records, facts.on_disk, live, facts.command_line)
+        lost = lost_current(facts.records, facts.on_disk, live)
+        if lost:
+            raise without_current(lost, facts.command_line)
         refuse_unreadable(facts, live)
         found = rollback_target(facts, live)
         if found is None:
@@ -8556,9 +8573,10 @@ def prunable(settings: Settings, facts: Facts, live: Optional[str], previous: Op
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
     arriving = 1 if live and live not in facts.records else 0
     gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
-    keep = {live, previous} | facts.in_use
+    lost = lost_current(facts.records, facts.on_disk, facts.current.release)
+    keep = {live, previous} | facts.in_use | ({lost.id, lost.previous} if lost else set())
     forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
-    return [record for record in gone if record.id not in keep and not record.pinned and record.state != STATE_ACTIVE] + forgotten
+    return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
 
 
 def prune_steps(settings: Settings, facts: Facts, live: Optional[str], previous: Optional[str]) -> List[Step]:
@@ -8628,7 +8646,7 @@ class Executor:
         self.run, self.plan, self.outcome = run, plan, outcome
         self.console, self.store = run.session.console, run.store
         self.journal, self.interrupted = journal, False
-        self.is_well = False  # what failed, if anything, does not make the release bad
+        self._well = False  # what failed, if anything, does not make the release bad
         self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
         self._phase, self._done_before = (journal.phase, journal.done) if journal else ("", [])
         self._done = []  # type: List[Step]
@@ -8646,7 +8664,7 @@ class Executor:
                     self._enter(PHASE_SWITCHED)
             self.run.session.interrupts.check()
             self._confirm_live()
-            self.is_well = True
+            self._well = True
             self._commit()
         except FAILURES as error:
             self.run.session.interrupts.close()
@@ -8654,7 +8672,7 @@ class Executor:
             if self.interrupted:
                 self.console.working(str(error), 0.0, "STOPPING=1")
             # A disk that refuses this program's own notes, or a module it lacks, says nothing against the release.
-            self.is_well = self.is_well or isinstance(error, (OSError, ImportError, MemoryError))
+            self._well = self._well or isinstance(error, (OSError, ImportError, MemoryError))
             self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
         except Exception as error:  # a defect of this program must not leave a release live that nobody asked
             self.run.session.interrupts.close()
@@ -8896,7 +8914,8 @@ class Executor:
                 problems.append(step_error(back_error, step.name).message)
                 if isinstance(step, Switch):
                     break
-        started = [step.service for step in self._done if isinstance(step, RestartService)]
+        steps = self._done_before + [step.name for step in self._done]
+        started = [name.partition(":")[2] for name in dict.fromkeys(steps) if name.startswith("service:")]
         if started and not plan.from_release:
             self.console.warn(f"{', '.join(started)} may still run what failed: nothing was live before to restart it on; stop it by hand")
         undone = {step.name for step in self._done if step.phase in (PHASE_INTENT, PHASE_SWITCHED)}
@@ -8926,7 +8945,7 @@ class Executor:
         failed = self.run.facts.records.get(self.plan.to_release)
         if failed and failed.id != self.plan.from_release:
             state = failed.state if failed.state == STATE_BAD else STATE_RETIRED if failed.activated_at else \
-                STATE_STAGED if self.is_well or failure.get("interrupted") else STATE_BAD
+                STATE_STAGED if self._well or failure.get("interrupted") else STATE_BAD
             self._write(failed._replace(state=state, failure=failure, deactivated_at=format_time(time.time())))
 
     def _give_up(self, error: DeployError, problems: List[str], failure: Dict[str, Any]) -> None:
@@ -8942,8 +8961,8 @@ class Executor:
         self.outcome.release = found.release
         self.outcome.previous = self.plan.to_release if found.release == self.plan.from_release else self.plan.from_release
         command, tried = self.run.settings.command_line, self.journal.recoveries if self.journal else 0
-        is_stray = found.release not in (self.plan.from_release, self.plan.to_release)
-        again = "" if is_stray or tried >= MAX_RECOVERIES else f"mend the cause, then: {command('recover')}; or "
+        moved = found.release not in (self.plan.from_release, self.plan.to_release)
+        again = "" if moved or tried >= MAX_RECOVERIES else f"mend the cause, then: {command('recover')}; or "
         raise RollbackFailed(
             f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
             f"{again}settle on a release by hand: {command('recover --to RELEASE')}")
@@ -9012,12 +9031,16 @@ def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
     return result if result in where and where[result] == live else ""
 
 
-def refuse_stray(store: Store, journal: Journal, live: Optional[str]) -> None:
-    """Raise StateError where somebody else has changed `current` since: what is to be done only a person knows."""
-    if live not in (journal.from_release, journal.to_release):
-        raise StateError(
-            f"cannot recover the {journal.operation} of {journal.to_release}: current is {live or 'missing'}, "
-            f"neither where it came from ({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
+def is_stray(store: Store, journal: Journal, live: Optional[str]) -> bool:
+    """Tell whether somebody else has changed `current` since: what is to be done only a person knows."""
+    return live not in (journal.from_release, journal.to_release) and not verdict_of(store, journal, live)
+
+
+def stray_error(store: Store, journal: Journal, live: Optional[str]) -> StateError:
+    """Make the error for it."""
+    return StateError(
+        f"cannot recover the {journal.operation} of {journal.to_release}: current is {live or 'missing'}, "
+        f"neither where it came from ({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
 
 
 def by_hand(store: Store) -> str:
@@ -9071,7 +9094,8 @@ class Recovery:
         if verdict:
             self.store.clear_journal()
             return f"{journal.operation} of {journal.to_release} was finished ({verdict})"
-        refuse_stray(self.store, journal, current.release)
+        if is_stray(self.store, journal, current.release):
+            raise stray_error(self.store, journal, current.release)
         before = ", before the last boot" if journal.boot_id != boot_id() else ""
         due = f", its verdict due at {journal.deadline}" if journal.deadline else ""
         self.console.say(f"recovering the {journal.operation} of {journal.to_release} ({journal.phase}, "
@@ -9085,7 +9109,10 @@ class Recovery:
         # The link tells how far the run came; the journal may be one write behind it.
         phase = PHASE_ROLLING_BACK if current.release != journal.to_release else \
             PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
-        journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1)
+        # Without a note of what led back nothing is proved against the release; what failed before a switch is past.
+        unknown = {"step": journal.operation, "reason": "it led back, and why could not be noted", "evidence": {}, "interrupted": True}
+        failure = None if phase == PHASE_SWITCHED else journal.failure or unknown
+        journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1, failure=failure)
         self.store.write_journal(journal)
         return self._go_on(journal)
 
@@ -9120,9 +9147,7 @@ class Recovery:
         try:
             if journal.phase == PHASE_ROLLING_BACK:
                 failure = journal.failure or {}
-                executor.is_well = journal.failure is None  # nobody could note what led back, which proves nothing
-                executor.roll_back(StepFailed(str(failure.get("reason", "it led back, and why could not be noted")),
-                                              "", failure.get("evidence")))
+                executor.roll_back(StepFailed(str(failure.get("reason")), "", failure.get("evidence")))
             executor.execute()
         except RolledBack as error:
             if executor.interrupted:
@@ -9632,8 +9657,8 @@ themselves; exit 7 means that one is not well:
 {{options probe:*}}"""),
     Topic("hooks", "commands at named points, services, shared files and templates", """\
 A hook is one or more commands, one a line, split like a shell would but run
-without one, in the release (`pre_stage` in the root, and
-`on_failure` where the release is gone again).
+without one, in the release; `pre_stage`, and `on_failure` once the release is
+gone again, in the root.
 
     [hooks]
     post_stage = bin/install-dependencies
@@ -9881,7 +9906,8 @@ it: [service:NAME] pidfile, with signal = HUP. It may not be process 1.
 As process 1 deploy.py heeds SIGTERM, SIGINT and SIGHUP as elsewhere: what was
 not live is undone, what was is rolled back. Without /proc nobody can know
 whether a process still runs from a release that is pruned: `prune` says so,
-and a pidfile must belong to root or to the user who runs deploy.py."""),
+and a pidfile must belong to root or to the user who runs deploy.py, and be
+written by nobody else."""),
     Topic("monitoring", "metrics for Prometheus, and notifications when a run ends", """\
 Metrics and notifications tell how a run ended that may have changed something
 (deploy, stage, activate, rollback, prune, pin, unpin, recover; no dry run),
@@ -10342,11 +10368,11 @@ application: {type: str, returned: always, description: "name of the application
 root: {type: str, returned: always, description: "its root, or null"}
 release: {type: str, returned: always, description: "what is live at the end; what stage, verify, pin, unpin and show
   are about; or null"}
-previous: {type: str, returned: always, description: "what was live before; status, and where there was nothing to do:
-  what a rollback goes to; or null"}
+previous: {type: str, returned: always, description: "what was live before; where current stayed as it was: what a
+  rollback goes to; or null"}
 rolled_back: {type: bool, returned: always, description: "it failed, and the release from before is live again"}
-deploy_id: {type: str, returned: always, description: "the run's id, by which show finds what changed something; null
-  where none began"}
+deploy_id: {type: str, returned: always, description: "the run's id, by which show finds a deployment; null where none
+  began"}
 dry_run: {type: bool, returned: always, description: "nothing was to be changed"}
 steps: {type: list, returned: always, description: "[{name, status (done, skipped, failed, undone, planned), seconds,
   detail}]"}
@@ -10672,9 +10698,12 @@ def summarize(call: Invocation, what: str) -> None:
                                                  unicode=console.unicode)))
     if call.flags.command == "stage":
         console.result(f"  go live    {call.settings.command_line(f'activate {outcome.release}')}")
-    elif outcome.previous and call.facts and call.facts.release(outcome.previous):
-        undo = "rollback" if call.flags.command != "rollback" else f"activate {outcome.previous}"
-        console.result(f"  undo       {call.settings.command_line(undo)}")
+    elif outcome.previous:
+        facts = call.facts  # type: Any  # its records are as the run has left them
+        before = facts.release(outcome.previous)
+        if before and before.state != STATE_BAD if call.flags.command == "rollback" else rollback_target(facts, outcome.release):
+            undo = "rollback" if call.flags.command != "rollback" else f"activate {outcome.previous}"
+            console.result(f"  undo       {call.settings.command_line(undo)}")
 
 
 def command_prune(call: Invocation) -> None:
@@ -10703,18 +10732,20 @@ def command_recover(call: Invocation) -> None:
     if call.flags.to:
         settle_by_hand(call)
         return
-    done, records, damaged_records = [], {}, []  # type: List[str], Dict[str, Record], List[str]
+    done, damaged_records, lost = [], [], None  # type: List[str], List[str], Optional[Record]
     if not is_untouched(call):
         with preview(call) if call.dry_run else writing(call) as store:
             done = preview_recovery(store) if call.dry_run else call.outcome.extra["recovered"]
             records, damaged_records = store.records()
             call.outcome.release = store.current().release
+            lost = lost_current(records, store.releases_on_disk(), call.outcome.release)
     if call.dry_run:
         call.outcome.changed = bool(done)
         call.outcome.extra["plan"] = [{"name": "recover", "description": description} for description in done]
     call.outcome.message = "; ".join(done) or "nothing to recover"
     call.console.result(call.outcome.message)
-    refuse_without_current(records, set(records), call.outcome.release, call.settings.command_line)
+    if lost:
+        raise without_current(lost, call.settings.command_line)
     if damaged_records:
         raise StateError("; ".join(damaged_records), "restore the file from a backup, or move it away: its release is then unknown")
 
@@ -10726,8 +10757,8 @@ def preview_recovery(store: Store) -> List[str]:
         raise busy(holder)
     if current.problem:
         raise StateError(current.problem, current.hint)
-    if journal and not verdict_of(store, journal, current.release):
-        refuse_stray(store, journal, current.release)
+    if journal and is_stray(store, journal, current.release):
+        raise stray_error(store, journal, current.release)
     plan = [f"recover the {journal.operation} of {journal.to_release} ({journal.phase})"] if journal else []
     return plan + [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
 
@@ -10818,7 +10849,7 @@ def command_probe(call: Invocation) -> None:
     probes = chosen_probes(call.settings, flags)
     context, live = probe_context(call)
     if not live and flags.expect and probes[0].release:
-        raise UsageError(f"--expect release={probes[0].release}: nothing is live to compare the answer with",
+        raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, to compare the answer with",
                          "name the root of what answers: --root DIR")
     for probe in probes:
         found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
@@ -10885,9 +10916,10 @@ def command_status(call: Invocation) -> None:
             facts.state_problems.append(error.message)
         current, previous = facts.release(facts.current.release or ""), rollback_target(facts, facts.current.release)
         found = [(record, store.manifest_problem(record)) for record in (current, previous) if record]
-        problems = state_problems(facts, {record.id: problem for record, problem in found if problem})
+        stray = facts.journal is not None and is_stray(store, facts.journal, facts.current.release)
+        problems = state_problems(facts, {record.id: problem for record, problem in found if problem}, stray=stray)
         try:
-            store.check_owner()
+            store.check_owner(looking=True)
         except StateError as error:
             problems.append((error.message, error.hint))
     call.outcome.release, call.outcome.previous = facts.current.release, previous.id if previous else None
@@ -10905,22 +10937,27 @@ def command_status(call: Invocation) -> None:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(facts: Facts, manifests: Dict[str, str]) -> List[Problem]:
-    """Say what is broken, each with what to do about it; `manifests` tells by release what is wrong with its manifest."""
+def state_problems(facts: Facts, manifests: Dict[str, str], *, stray: bool) -> List[Problem]:
+    """Say what is broken, each with what to do about it.
+
+    `manifests` tells by release what is wrong with its manifest, `stray` that only a person can settle what is under way.
+    """
     problems = []
     if facts.current.problem:
         problems.append((facts.current.problem, facts.current.hint))
     problems += [(problem, facts.command_line("recover --to RELEASE") if "journal" in problem else
                   "restore the file from a backup, or move it away") for problem in facts.state_problems]
     if facts.journal and facts.holder is None:
-        is_stray = facts.current.release not in (facts.journal.from_release, facts.journal.to_release)
-        to = " --to RELEASE" if is_stray or facts.journal.recoveries >= MAX_RECOVERIES else ""
+        to = " --to RELEASE" if stray or facts.journal.recoveries >= MAX_RECOVERIES else ""
         problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was not finished "
                          f"({facts.journal.phase})", facts.command_line("recover" + to)))
-    live = facts.current.release
+    live, settled = facts.current.release, not facts.current.problem and facts.holder is None and not facts.journal
+    lost = lost_current(facts.records, facts.on_disk, live)
     for record in facts.records.values():
-        settled = not facts.current.problem and facts.holder is None and not facts.journal
-        if record.state == STATE_ACTIVE and record.id != live and settled:
+        if settled and record is lost:
+            error = without_current(lost, facts.command_line)
+            problems.append((error.message, error.hint))
+        elif record.state == STATE_ACTIVE and record.id != live and settled:
             there = record.id in facts.on_disk
             problems.append((f"{record.id} should be live, but " + (f"current points to {live}" if live else "current is missing")
                              + ("" if there else ", and its files are gone"), facts.command_line(
@@ -12141,7 +12178,6 @@ def open_log(settings: Settings, console: Console) -> None:
             console.warn(f"[log] {key} is not used: others could have written the configuration that names it")
             setattr(settings.log, key, "")
     if settings.log.file:
-        refuse_own_log(settings)
         console.add_sink(LogFile(settings.log.file, as_json=as_json))
     if settings.log.syslog:
         syslog = Syslog(settings.log.syslog, settings.log.facility, as_json=as_json)
@@ -12154,7 +12190,7 @@ def open_log(settings: Settings, console: Console) -> None:
 def refuse_own_log(settings: Settings) -> None:
     """Raise UsageError for a log file that would be written into a release or into this program's own state."""
     root = os.path.realpath(settings.deploy.root)
-    for own in (f"{root}/.deploy/", f"{root}/releases/") if settings.deploy.root else ():
+    for own in (f"{root}/.deploy/", f"{root}/releases/") if settings.deploy.root and settings.log.file else ():
         if os.path.realpath(settings.log.file).startswith(own):
             raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is deploy.py's own",
                              "write it to another place, such as /var/log")
@@ -12178,6 +12214,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Invocation
         console.log_context["application"] = escape(application_name(settings))
     if traceparent():
         console.log_context["trace_id"] = traceparent().split("-")[1]
+    refuse_own_log(settings)
     if not flags.dry_run:
         open_log(settings, console)
     if environment("TRACEPARENT") and not traceparent():

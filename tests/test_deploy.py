@@ -179,6 +179,8 @@ def test_what_is_live_is_known_by_its_bytes_also_under_another_version(app: App)
         assert (again["changed"], again["artifact"]["version"]) == (False, "7.7") and app.current == release
     named = app.run("deploy", artifact, "--release-version", "7.8", check=0).data
     assert named["changed"] and app.current == named["release"] != release, "a version that is asked for is another release"
+    staged = app.run("stage", artifact, "--allow-downgrade", check=0).data
+    assert staged["changed"] and staged["release"].endswith("-1.0"), "what is not live is staged under its own name"
 
 
 def test_no_undo_is_offered_that_would_be_refused(app: App) -> None:
@@ -190,16 +192,44 @@ def test_no_undo_is_offered_that_would_be_refused(app: App) -> None:
     app.run("rollback", check=0)
 
 
+def test_no_undo_leads_to_what_failed(app: App) -> None:
+    app.configure("auto_rollback = no\n[hooks]\npost_deploy = false\n")
+    app.deploy("1.0", check=6)
+    app.configure()
+    assert "  undo  " not in app.run("deploy", app.artifact("1.1"), json=False, check=0).stdout
+    app.run("rollback", check=3)
+    app.configure("auto_rollback = no\n[hooks]\npost_deploy = false\n")
+    app.deploy("1.2", check=6)
+    app.configure()
+    assert "  undo  " not in app.run("rollback", json=False, check=0).stdout
+    app.run("activate", "1.2", check=4)
+
+
 @pytest.mark.parametrize("name", ["latest", "current", "previous"])
 def test_a_version_is_not_called_like_a_role(app: App, name: str) -> None:
     error = app.run("deploy", app.artifact("1.0"), "--release-version", name, check=2).data["error"]
     assert name in error["message"] and error["hint"] and not (app.root / ".deploy").exists()
+    app.configure("[artifact]\nmatch = myapp-@v.tar.gz\n")
+    error = app.run("deploy", app.artifact(name), check=4).data["error"]
+    assert name in error["message"] and "--release-version" in error["hint"] and not (app.root / ".deploy").exists()
 
 
 def test_services_that_a_failed_first_deployment_started_are_named(app: App) -> None:
     app.configure("[service:web]\ncommand = true\n[probe:web]\ncommand = false\ndeadline = 200ms\nsuccesses = 1\n")
     first = app.run("deploy", app.artifact("1.0"), check=5).data
     assert any(warning.startswith("web may still run what failed") for warning in first["warnings"]), first["warnings"]
+    app.configure("[service:web]\ncommand = true\n[hooks]\npost_deploy = false\npre_rollback = /bin/sh -c 'kill -9 $PPID'\n")
+    assert app.run("deploy", app.artifact("1.1"), json=False).exit_code < 0
+    app.configure()
+    recovered = app.run("recover", check=0).data
+    assert any(warning.startswith("web may still run what failed") for warning in recovered["warnings"]), recovered["warnings"]
+
+
+def test_where_the_way_back_failed_previous_is_the_other_of_the_two(app: App) -> None:
+    first = app.deploy("1.0").data["release"]
+    app.configure("[hooks]\npost_deploy = false\n[service:web]\ncommand = sh -c 'test $DEPLOY_VERSION = 1.1'\n")
+    failed = app.deploy("1.1", check=6).data
+    assert (failed["release"], failed["previous"][-4:]) == (first, "-1.1") and failed["summary"]["failed"] >= 1
 
 
 def test_the_same_version_with_other_bytes_is_another_release(app: App) -> None:

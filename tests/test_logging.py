@@ -422,7 +422,8 @@ def test_no_log_is_written_into_a_release_or_the_state(place: str, app: App) -> 
     app.deploy("1.0")
     before = snapshot(app.root)
     for given in (["--log-file", app.root / place], ["--set", f"log.file={app.root / place}"]):
-        assert "deploy.py's own" in app.run(*given, "status", check=2).data["error"]["message"]
+        for words in (["status"], ["-n", "prune"]):
+            assert "deploy.py's own" in app.run(*given, *words, check=2).data["error"]["message"]
     assert snapshot(app.root) == before
     app.run("--log-file", app.root / "shared" / "deploy.log", "status", check=0)
 

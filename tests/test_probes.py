@@ -1088,7 +1088,7 @@ def test_a_release_that_nothing_is_live_to_compare_with_is_refused(server, tmp_p
     for words in ([], ["--root", tmp_path / "none"]):
         for where in ("json:nope", "header:X-Nope", "body"):
             result = run_deploy(*words, "probe", "--url", server.url, "--expect", "release=" + where, check=2)
-            assert "nothing is live" in result.data["error"]["message"] and "--root" in result.data["error"]["hint"]
+            assert "no release is known to be live" in result.data["error"]["message"] and "--root" in result.data["error"]["hint"]
 
 
 def test_a_health_check_may_choose_its_exit_code(server):

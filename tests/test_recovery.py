@@ -116,14 +116,18 @@ def test_killed_between_the_switch_and_its_note_counts_as_switched(live: App) ->
     assert live.run("rollback", check=0).data["release"] and live.version == "1.0"
 
 
-def test_a_way_back_that_nobody_could_note_does_not_make_the_release_bad(live: App) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["once", "killed once more"])
+def test_a_way_back_that_nobody_could_note_does_not_make_the_release_bad(again: bool, live: App) -> None:
     """A full disk may take the note and leave the switch: of what failed nothing is known."""
     artifact = live.artifact("1.1")
     live.configure(f"[hooks]\npost_activate = {KILL}\n")
     killed(live, "deploy", artifact)
-    live.configure()
     os.unlink(str(live.root / "current"))
     os.symlink(next(f"releases/{name}" for name in live.releases() if name.endswith("-1.0")), str(live.root / "current"))
+    if again:
+        live.configure(f"[hooks]\npre_rollback = {KILL}\n")
+        killed(live, "recover")
+    live.configure()
     assert recover_and_judge(live, ["1.0"]) == []
     assert (state_of(live, "1.0"), state_of(live, "1.1"), live.history()[-1]["result"]) == ("active", "staged", "reverted")
     live.run("deploy", artifact, check=0)
@@ -144,6 +148,17 @@ def test_where_only_a_person_can_decide_everything_says_so_at_once(live: App, pl
     assert recover_and_judge(live, ["1.1"]) == []
 
 
+def test_what_came_to_its_end_needs_no_person_wherever_current_went_since(live: App) -> None:
+    artifact, saved = live.artifact("1.1"), Saved(live)
+    calls = record_calls(live, "stage", artifact, check=0)
+    saved.restore()
+    kill_at(live, find_call(calls, "unlinkat", r"journal\.json"), "stage", artifact)
+    os.unlink(str(live.root / "current"))
+    os.symlink(next(f"releases/{name}" for name in live.releases() if name.endswith("-1.1")), str(live.root / "current"))
+    assert "--to" not in live.run("status", check=7).data["error"]["hint"]
+    live.run("recover", check=0)
+
+
 def test_that_current_is_gone_is_told_until_a_release_is_live_again(live: App) -> None:
     """What should be live stands in its record alone; a command that is refused must not forget it."""
     live.deploy("1.1")
@@ -154,23 +169,45 @@ def test_that_current_is_gone_is_told_until_a_release_is_live_again(live: App) -
         result = live.run(*words, check=exit_code)
         if exit_code in (3, 7):
             assert f"{should} should be live, but current is missing" in result.data["error"]["message"], words
-            assert f"activate {should}" in result.data["error"]["hint"]
-    live.run("activate", "1.1", check=0)
+            assert f"recover --to {should}" in result.data["error"]["hint"]
+    live.run("recover", "--to", should, check=0)
     assert live.current == should and live.run("status", check=0)
     assert recover_and_judge(live, ["1.1"]) == []
+    live.run("rollback", check=0)
+    assert live.version == "1.0", "the way back is as it was"
 
 
-def test_what_should_be_live_is_not_pruned(live: App) -> None:
-    should = live.current
+def test_what_should_be_live_and_is_gone_as_well_is_forgotten(live: App) -> None:
+    shutil.rmtree(str(live.root / "releases" / live.current))
     os.unlink(str(live.root / "current"))
+    for words, exit_code in ((["status"], 7), (["-n", "recover"], 0), (["recover"], 0), (["status"], 0)):
+        live.run(*words, check=exit_code)
+
+
+def test_a_failure_of_before_the_switch_is_not_told_for_one_behind_it(live: App) -> None:
+    """What could not be undone leaves its reason in the journal; where `current` moved all the same, the run goes on."""
+    move = script(live.directory / "move", "ln -sfn releases/$DEPLOY_RELEASE $DEPLOY_CURRENT_PATH; rmdir $DEPLOY_ROOT/.deploy/trash; exit 1")
+    live.configure(f"durable = no\n[hooks]\npre_activate = {move}\n")
+    live.run("deploy", live.artifact("1.1"), check=1)
+    assert journal(live)["failure"]["step"] == "hook:pre_activate"
+    live.configure("[hooks]\npost_activate = false\n")
+    live.run("recover")
+    failure = live.history()[-1]["failure"]
+    assert failure["step"] == "hook:post_activate" and "post_activate" in failure["reason"], failure
+    assert live.version == "1.0"
+
+
+def test_what_should_be_live_is_not_pruned_nor_what_was_before_it(live: App) -> None:
     for version in ("1.1", "1.2"):
         live.deploy(version, check=0)
-    os.unlink(str(live.root / "current"))
+    live.run("rollback", check=0)
     live.configure("keep_releases = 1\n")
-    live.run("activate", "1.1", check=0)
     os.unlink(str(live.root / "current"))
     live.run("prune", check=0)
-    assert state_of(live, "1.1") == "active" and any(name.endswith("-1.1") for name in live.releases()), should
+    assert {name.rpartition("-")[2] for name in live.releases()} >= {"1.0", "1.1"}
+    live.run("recover", "--to", "1.1", check=0)
+    live.run("rollback", check=0)
+    assert live.version == "1.0"
 
 
 @pytest.mark.parametrize("command, version, states", [

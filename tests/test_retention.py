@@ -116,6 +116,7 @@ def test_a_release_that_a_process_runs_from_stays_until_it_ends(app: App, how: s
         assert app.releases() == sorted([ids[0]] + ids[2:])
         done = app.run("prune", check=0).data
         assert done["removed"] == done["warnings"] == []
+        assert f"{ids[0]} is in use by a process, and stays" in app.run("prune", json=False, check=0).stderr
     finally:
         process.kill()
         process.wait()

@@ -408,6 +408,7 @@ def test_a_pidfile_of_another_user_does_not_choose_roots_victim(daemon):
 @pytest.mark.parametrize("mode, group, why", [(0o646, 0, "writable by group or others (mode 0646)"), (0o664, 12345, "(mode 0664)"),
                                               (0o664, 0, ""), (0o644, 12345, "")])
 def test_a_pidfile_that_others_may_write_does_not_choose_roots_victim(daemon, mode, group, why):
+    """One that belongs to the process's own user may be open to his group: it can name no process but his."""
     pidfile = daemon()
     os.chown(str(pidfile), 0, group)
     pidfile.chmod(mode)
