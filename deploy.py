@@ -10937,7 +10937,7 @@ def command_status(call: Invocation) -> None:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(facts: Facts, manifests: Dict[str, str], *, stray: bool) -> List[Problem]:
+def state_problems(facts: Facts, manifests: Dict[str, str], *, stray: bool = False) -> List[Problem]:
     """Say what is broken, each with what to do about it.
 
     `manifests` tells by release what is wrong with its manifest, `stray` that only a person can settle what is under way.
@@ -12189,9 +12189,11 @@ def open_log(settings: Settings, console: Console) -> None:
 
 def refuse_own_log(settings: Settings) -> None:
     """Raise UsageError for a log file that would be written into a release or into this program's own state."""
-    root = os.path.realpath(settings.deploy.root)
-    for own in (f"{root}/.deploy/", f"{root}/releases/") if settings.deploy.root and settings.log.file else ():
-        if os.path.realpath(settings.log.file).startswith(own):
+    if not settings.deploy.root or not settings.log.file:
+        return
+    root, place = os.path.realpath(settings.deploy.root), os.path.realpath(settings.log.file)
+    for own in (f"{root}/.deploy/", f"{root}/releases/"):
+        if place.startswith(own):
             raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is deploy.py's own",
                              "write it to another place, such as /var/log")
 
