@@ -7572,16 +7572,9 @@ def check_current(survey: Survey) -> Finding:
     return _ok(current.release or "nothing is live yet")
 
 
-def look_into_state(survey: Survey) -> None:
-    """Raise StateError where this user cannot: nobody knows then what is under way."""
-    if survey.store:
-        survey.store.optional(".deploy/releases")
-
-
 def check_state(survey: Survey) -> Finding:
     """Records and journal can be read."""
     facts = survey.facts
-    look_into_state(survey)
     if facts.state_problems:
         goes_back = facts.request.command in ("rollback", "activate")
         # A way back that can be told must not wait for the record of some other release.
@@ -7594,7 +7587,6 @@ def check_state(survey: Survey) -> Finding:
 
 def check_recovery(survey: Survey) -> Finding:
     """Nothing is left over from an earlier run."""
-    look_into_state(survey)
     journal = survey.facts.journal
     if journal is None:
         return _ok("nothing to recover")
@@ -7606,7 +7598,6 @@ def check_recovery(survey: Survey) -> Finding:
 
 def check_lock(survey: Survey) -> Finding:
     """No other run is at work."""
-    look_into_state(survey)
     holder = survey.facts.holder
     return _ok("free") if holder is None else \
         ("fail", f"held by {describe_holder(holder)}", "look again once it has ended; a real run waits for it with --wait-lock 5m")
@@ -7635,7 +7626,6 @@ def check_artifact(survey: Survey) -> Finding:
 
 def check_bad(survey: Survey) -> Finding:
     """The artifact is not one that failed before."""
-    look_into_state(survey)
     found = survey.facts.artifact
     if found is None:
         return _skip("no artifact given")
@@ -7890,6 +7880,8 @@ CHECKS = (
     ("probes", check_probes_before, False),
 )
 
+# What nobody knows where .deploy cannot be looked at.
+STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 # A check that fails for one of these reasons refuses the artifact, not the host.
 ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
 
@@ -10796,14 +10788,17 @@ def settle_by_hand(call: Invocation) -> None:
 def command_preflight(call: Invocation) -> None:
     """Run every read-only check, and show them as a table."""
     with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
+        unseen = None
         try:
             facts = observer.observe(call.request(), locked=False)
         except StateError as error:
             # A finding among others: what does not depend on the state is looked at all the same.
-            observer.store = None
+            unseen, observer.store = error, None
             facts = observer.observe(call.request(), locked=False)
-            facts = facts._replace(current=Current(None, error.message, error.hint), state_problems=[error.message])
         results = run_checks(Survey(call.session, facts, store, observer.artifact))
+        if unseen:
+            results = [CheckResult(result.name, "fail", unseen.message, unseen.hint) if result.name in STATE_CHECKS else result
+                       for result in results]
         call.outcome.release = facts.current.release
     if facts.artifact:
         call.outcome.extra["artifact"] = facts.artifact.to_json()

@@ -489,7 +489,7 @@ def judge_unseen_state(data: Dict[str, Any]) -> None:
     """What depends on the state fails for it, and nothing is said to be well that nobody could look at."""
     checks = {found["name"]: found for found in data["checks"]}
     assert data["exit_code"] == 3 and sorted(checks) == sorted(NAMES)
-    for name in ("current", "state", "recovery", "lock", "known-bad"):
+    for name in ("current", "state", "recovery", "lock", "clock", "known-bad"):
         assert (checks[name]["status"], ".deploy" in checks[name]["detail"]) == ("fail", True), checks[name]
     assert checks["artifact"]["status"] == "ok", checks["artifact"]
     assert data["summary"]["failed"] == sum(found["status"] == "fail" for found in checks.values())
