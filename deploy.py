@@ -9747,9 +9747,10 @@ taken up where it stopped (a hook that had ended is not run again, services are
 restarted and probed), then kept or rolled back. What was planned and is not
 configured any more is named in a warning. After two recoveries that
 failed, a person decides: `deploy.py recover --to RELEASE`, which verifies the
-release, makes it live and closes what was under way. It also replaces a
-`current` that leads to a release which is gone; one that is a directory, or
-leads elsewhere, is left to the person.
+release, makes it live and closes what was under way. It also mends a
+`current` that is gone, or leads to a release which is gone; `status` tells
+which release should be live. One that is a directory, or leads
+elsewhere, is left to the person.
 
 `history --verify` finds lines that were changed or are missing. That stays so:
 later lines go on from what history.head says was there, and the gap is told
