@@ -1598,6 +1598,67 @@ class Helper:
             os.waitpid(self._pid, 0)
 
 
+class Forked:
+    """A forked process that computes something, for work that nothing else could stop.
+
+    Used in a `with` block, whose end kills and reaps it.  It has no descriptor
+    but its pipe: it must not hold the lock, which close-on-exec does not give
+    up.  SIGALRM ends it at its limit, whatever it is doing.  `started` is
+    False where there was no process to be had.
+    """
+
+    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
+
+    def __init__(self, work: Callable[[], Any], limit_seconds: float) -> None:
+        import warnings
+        self.timed_out = False
+        self._reading, writing = os.pipe()
+        try:
+            with warnings.catch_warnings():
+                # 3.12 and later warn of threads: the child needs no lock that one might hold.
+                warnings.simplefilter("ignore")
+                self._pid = os.fork()
+        except OSError:  # too many processes
+            self._pid = -1
+        self.started = self._pid >= 0
+        if self._pid == 0:
+            exit_code = EXIT_INTERNAL
+            try:
+                signal.set_wakeup_fd(-1)  # its number may become a socket's
+                os.closerange(3, writing)
+                os.closerange(writing + 1, self.HIGHEST_DESCRIPTOR)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
+                write_all(writing, json.dumps(work()).encode("ascii"))
+                exit_code = EXIT_OK
+            finally:
+                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
+        os.close(writing)
+
+    def result(self, interrupts: "Interrupts") -> Any:
+        """Wait for the end and return what the work returned; None where it failed or ran out of time."""
+        if self._pid < 0:
+            return None
+        pieces = []  # type: List[bytes]
+        while not pieces or pieces[-1]:
+            if interrupts.wait(LONGEST_SECONDS, self._reading):
+                pieces.append(os.read(self._reading, 1 << 16))
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = -1
+        self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        return json.loads(b"".join(pieces).decode("ascii")) if status == 0 else None
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        os.close(self._reading)
+        if self._pid > 0:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
 class Supervisor:
     """systemd, where it started this run and listens on $NOTIFY_SOCKET (sd_notify(3)): one datagram for each word to it.
 
@@ -1705,9 +1766,14 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._pending, self._allowed, self._closed = 0, False, False
+        self._waking = -1
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
+        self._waking, writing = os.pipe()
+        os.set_blocking(self._waking, False)
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
         # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an exit code 0 of that.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.SIGNALS:
@@ -1728,6 +1794,25 @@ class Interrupts:
         if self._pending and not self._closed:
             number, self._pending = self._pending, 0
             raise Interrupted(number)
+
+    def wait(self, seconds: float, *descriptors: int) -> List[int]:
+        """Wait at most so long until a descriptor can be read, and return those; a signal ends it as `check` does."""
+        import select
+        ends_seconds = time.monotonic() + min(seconds, LONGEST_SECONDS)
+        poll = select.poll()
+        for descriptor in {self._waking, *descriptors} - {-1}:
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            self.check()
+            left_seconds = ends_seconds - time.monotonic()
+            found = [descriptor for descriptor, _ in poll.poll(max(0.0, left_seconds) * 1000)]
+            if self._waking in found:
+                # The handler has noted the number by now, or nobody listens to it; the bytes have done their work.
+                os.read(self._waking, 4096)
+                found.remove(self._waking)
+                self.check()
+            if found or left_seconds <= 0:
+                return found
 
     def close(self) -> None:
         """Stop listening: what follows must run to its end."""

@@ -168,6 +168,68 @@ def test_what_a_signal_breaks_in_the_library_is_an_interruption() -> None:
                 raise complaint
 
 
+WAITING = """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import support
+deploy = support.load_deploy()
+interrupts = deploy.Interrupts()
+interrupts.install()
+
+def later(seconds, work):
+    threading.Timer(seconds, work).start()
+
+def ended_by(work):
+    started = time.monotonic()
+    try:
+        return work(), time.monotonic() - started < 5
+    except deploy.Interrupted as error:
+        return error.exit_code, time.monotonic() - started < 5
+
+terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+reading, writing = os.pipe()
+"""
+
+
+@pytest.mark.parametrize("code, expected", [
+    ("later(0.2, terminate); print(ended_by(lambda: interrupts.wait(60, reading)))", "(143, True)"),
+    ("later(0.2, terminate); print(ended_by(lambda: interrupts.wait(60)))", "(143, True)"),
+    ("terminate(); print(ended_by(lambda: interrupts.wait(60)))", "(143, True)"),
+    ("later(0.2, lambda: os.write(writing, b'x')); print(ended_by(lambda: interrupts.wait(60, reading) == [reading]))", "(True, True)"),
+    ("interrupts.close(); later(0.1, terminate); later(0.4, lambda: os.write(writing, b'x'))\n"
+     "print(ended_by(lambda: interrupts.wait(60, reading) == [reading]), interrupts.wait(0.1))\n"
+     "interrupts.reopen(); print(ended_by(lambda: interrupts.wait(60)))", "(True, True) []\n(143, True)"),
+    ("signal.signal(signal.SIGUSR1, lambda *_: None); later(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1))\n"
+     "started = time.monotonic(); print(interrupts.wait(0.5), 0.5 <= time.monotonic() - started < 5)", "[] True"),
+    ("later(0.2, terminate)\nwith deploy.Forked(lambda: time.sleep(60), 60) as forked:\n"
+     "    print(ended_by(lambda: forked.result(interrupts)))", "(143, True)"),
+], ids=["descriptor", "nothing", "before", "readable", "closed", "another signal", "forked"])
+def test_a_signal_ends_a_wait_and_nothing_else_does(code: str, expected: str) -> None:
+    """However it arrives: before the wait, within it, while nobody listens to it."""
+    result = subprocess.run([sys.executable, "-c", WAITING + code, os.path.dirname(os.path.abspath(__file__))],
+                            stdout=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert result.stdout.strip() == expected and result.returncode == 0
+
+
+def test_a_forked_process_answers_fails_or_is_killed_at_its_limit(tmp_path: Path) -> None:
+    """It holds nothing that was open, and never more than its time."""
+    deploy, interrupts = load_deploy(), load_deploy().Interrupts()
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        with deploy.Forked(lambda: [None, {"a": "\u00e4"}, sorted(map(int, os.listdir("/proc/self/fd")))], 60) as forked:
+            nothing, text, descriptors = forked.result(interrupts)
+    assert (nothing, text) == (None, {"a": "\u00e4"})
+    assert len([number for number in descriptors if number > 2]) == 2, "its pipe, and the directory it reads"
+    for work, timed_out in [(lambda: 1 / 0, False), (lambda: re.match("(a+)+$", "a" * 64 + "b"), True)]:
+        started = time.monotonic()
+        with deploy.Forked(work, 0.3) as forked:
+            assert forked.started and forked.result(interrupts) is None and forked.timed_out is timed_out
+        assert time.monotonic() - started < 30
+    with deploy.Forked(lambda: time.sleep(600), 600) as forked:
+        pid = forked._pid
+    assert not is_running(pid)
+
+
 def test_a_signal_just_before_a_wait_for_another_process_ends_that_wait() -> None:
     """It comes by another thread, so that it ends no call: one that comes between a line of Python and its call does not, either."""
     deploy = load_deploy()
