@@ -7417,187 +7417,140 @@ def problems_of(differences: Differences) -> str:
 
 # -- checks ------------------------------------------------------------------
 
-class Survey(NamedTuple):
-    """What a check may look at."""
-
-    session: Session
-    facts: Facts
-    store: Optional[Store]
-    artifact: Optional[OpenArtifact]
-
-    @property
-    def settings(self) -> Settings:
-        """The settings in force."""
-        return self.session.settings
-
-
-Finding = Tuple[str, str, str]  # status, detail, hint
+# A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
+# The worst of these is the check's result; "ok" may therefore always stand at the end.
+Finding = Tuple[str, str, str]
 SPARE_INODES = 64  # for what a deployment writes beside the release
+KEY_FILES = {"probe": ("auth_file", "tls_ca", "tls_cert", "tls_key"),
+             "notify": ("url_file", "token_file", "tls_ca")}
 
 
-def _ok(detail: str) -> Finding:
-    return "ok", detail, ""
-
-
-def _skip(detail: str) -> Finding:
-    return "skip", detail, ""
-
-
-def _all_of(problems: List[Problem], fine: str) -> Finding:
-    """Fold problems into one finding."""
-    if problems:
-        return "fail", "; ".join(problem for problem, _ in problems), "; ".join(dict.fromkeys(hint for _, hint in problems))
-    return _ok(fine)
-
-
-# What steps import when they need it, the way back included.
-LATER_MODULES = ("queue", "random", "select", "shlex", "shutil", "socket", "struct", "subprocess", "threading")
-
-
-def check_runtime(survey: Survey) -> Finding:
-    """Which host, Python, user and working directory this is, and whether that Python has what will be imported later."""
-    from importlib.util import find_spec
+def check_runtime(run: "Run") -> Iterator[Finding]:
+    """Which host, Python and user this is."""
     python = ".".join(str(part) for part in sys.version_info[:3])
-    detail = f"{os.uname().nodename}, Python {python}, user {user_name()}"
-    survey.session.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
-    lacking = [name for name in LATER_MODULES if find_spec(name) is None]
-    if lacking:
-        return "fail", f"{INCOMPLETE}: no {', '.join(lacking)}", INSTALL
-    return _ok(detail)
+    run.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
+    yield "ok", f"{os.uname().nodename}, Python {python}, user {user_name()}", ""
 
 
-def check_user(survey: Survey) -> Finding:
+def check_user(run: "Run") -> Iterator[Finding]:
     """[preflight] user."""
-    wanted = survey.settings.preflight.user
-    if wanted and wanted not in (user_name(), str(os.geteuid())):
-        return "fail", f"run by {user_name()}, not by {wanted}", f"sudo -u {wanted} deploy.py ..."
-    return _ok(user_name()) if wanted else _skip("no [preflight] user")
+    wanted = run.settings.preflight.user
+    if not wanted:
+        yield "skip", "no [preflight] user", ""
+    elif wanted not in (user_name(), str(os.geteuid())):
+        yield "fail", f"run by {user_name()}, not by {wanted}", f"sudo -u {wanted} deploy.py ..."
+    yield "ok", user_name(), ""
 
 
-def check_configuration(survey: Survey) -> Finding:
+def check_configuration(run: "Run") -> Iterator[Finding]:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
-    settings = survey.settings
-    problems = unreadable_keys("probe", settings.probe, PROBE_KEY_FILES) + missing_programs(settings, "probe")
-    if not problems:  # all can be read, and what is in them can be looked at
-        problems = [problem for name, probe in sorted(settings.probe.items()) for problem in unusable_keys(name, probe)]
+    settings = run.settings
+    missing = [(section, key, path) for section, key, path in key_files(settings)
+               if section.startswith("probe:") and not os.access(path, os.R_OK)]
+    for section, key, path in missing:
+        yield "fail", f"[{section}] {key}: {path} is missing or cannot be read", f"create {path}"
+    yield from missing_programs(settings, "probe")
+    for name, probe in sorted(settings.probe.items()) if not missing else ():
+        yield from unusable_keys(name, probe)
     if settings.hooks.run_as:
-        become_user(settings.hooks.run_as)
+        become_user(settings.hooks.run_as)  # raises where there is no such user
         if os.geteuid() != 0:
-            problems.append((f"[hooks] run_as = {settings.hooks.run_as} needs root", "run as root, or remove run_as"))
-    return _all_of(problems, ", ".join(settings.files) or "no file; defaults and command line")
+            yield ("fail", f"[hooks] run_as = {settings.hooks.run_as} needs root",
+                   "run as root, or remove run_as")
+    yield "ok", ", ".join(settings.files) or "no file; defaults and command line", ""
 
 
-def unusable_keys(name: str, probe: Any) -> List[Problem]:
-    """List what is wrong with what the key files of a probe hold."""
-    problems = []
+def key_files(settings: Settings) -> List[Tuple[str, str, str]]:
+    """List the key files of every probe and notifier as (section, key, path)."""
+    found = []
+    for kind, keys in KEY_FILES.items():
+        for name, section in sorted(getattr(settings, kind).items()):
+            found += [(f"{kind}:{name}", key, getattr(section, key))
+                      for key in keys if getattr(section, key)]
+    return found
+
+
+def unusable_keys(name: str, probe: Any) -> Iterator[Finding]:
+    """Find what is wrong with what the key files of a probe hold."""
     if probe.tls_ca or probe.tls_cert:
         try:
             tls_context(probe)
         except (OSError, ValueError) as error:
-            paths = ", ".join(key_files(probe, PROBE_KEY_FILES[1:]))
-            problems.append((f"[probe:{name}] {paths}: {_network_reason(error)}",
-                             "tls_ca needs a certificate, tls_cert one with tls_key as its own key, all in PEM and not encrypted"))
-    # What _authorization() makes of it; in base64 anything may stand.
+            paths = ", ".join(filter(None, (probe.tls_ca, probe.tls_cert, probe.tls_key)))
+            yield ("fail", f"[probe:{name}] {paths}: {_network_reason(error)}",
+                   "tls_ca needs a certificate, tls_cert one with tls_key as its own key, "
+                   "all in PEM and not encrypted")
+    # What authorization() makes of it; in base64 anything may stand.
     text = _read_text(probe.auth_file).strip() if probe.auth_file else ""
     if " " in text and wrong_header({"Authorization": text}):
-        problems.append((f"[probe:{name}] auth_file: {probe.auth_file} holds a line break or a control character",
-                         "it must hold one line: the Authorization header's value, or user:password"))
-    return problems
+        yield ("fail", f"[probe:{name}] auth_file: {probe.auth_file} holds a line break "
+               "or a control character",
+               "it must hold one line: the Authorization header's value, or user:password")
 
 
-PROBE_KEY_FILES = ("auth_file", "tls_ca", "tls_cert", "tls_key")
-NOTIFY_KEY_FILES = ("url_file", "token_file", "tls_ca")
+def missing_programs(settings: Settings, kind: str) -> Iterator[Finding]:
+    """Find the programs of hooks or of probes that are not there."""
+    for section, key, argv in commands(settings):
+        if section.partition(":")[0] == kind and not may_be_run(settings, argv[0]):
+            yield ("fail", f"[{section}] {key}: {argv[0]} is not found or not executable",
+                   how_to_run(argv[0]))
 
 
-def key_files(section: Any, keys: Sequence[str]) -> List[str]:
-    """List the key files that a section names."""
-    return [path for path in (getattr(section, key) for key in keys) if path]
-
-
-def all_key_files(settings: Settings) -> List[str]:
-    """List the key files of every probe and notifier."""
-    return [path for sections, keys in ((settings.probe, PROBE_KEY_FILES), (settings.notify, NOTIFY_KEY_FILES))
-            for section in sections.values() for path in key_files(section, keys)]
-
-
-def unreadable_keys(kind: str, sections: Dict[str, Any], keys: Sequence[str]) -> List[Problem]:
-    """List the key files of such sections that cannot be read."""
-    return [(f"[{kind}:{name}] {key}: {getattr(section, key)} is missing or cannot be read", f"create {getattr(section, key)}")
-            for name, section in sorted(sections.items()) for key in keys
-            if getattr(section, key) and not os.access(getattr(section, key), os.R_OK)]
-
-
-def missing_programs(settings: Settings, kind: str) -> List[Problem]:
-    """List the programs of hooks, of probes or of notifiers that are not there."""
-    return [(f"[{section}] {key}: {argv[0]} is not found or not executable", how_to_run(argv[0]))
-            for section, key, argv in commands(settings)
-            if section.partition(":")[0] == kind and not may_be_run(settings, argv[0])]
-
-
-def check_reports(survey: Survey) -> Finding:
-    """Metrics can be written, and notifiers have what they need; what is missing there stops no deployment."""
-    settings, directory = survey.settings, survey.settings.metrics.textfile_dir
-    problems = unreadable_keys("notify", settings.notify, NOTIFY_KEY_FILES) + missing_programs(settings, "notify")
-    if directory and (os.path.islink(directory) or not os.access(directory, os.W_OK | os.X_OK)):
-        problems.append((f"[metrics] textfile_dir: {directory} is no directory that {user_name()} can write (nor is a symlink)",
-                         f"create {directory}, or name the directory itself"))
-    if not settings.notify and not directory:
-        return _skip("no [notify:NAME] and no [metrics]")
-    status, detail, hint = _all_of(problems, count(len(settings.notify), "notifier") + (", metrics" if directory else ""))
-    return "warn" if problems else status, detail, hint
-
-
-def check_trust(survey: Survey) -> Finding:
+def check_trust(run: "Run") -> Iterator[Finding]:
     """Could somebody else have written what is about to be believed?"""
-    refused, accepted = untrusted(survey.settings)
-    problems = list(refused.values())
-    if survey.store:
-        survey.store.check_owner()
-    private = survey.store.root.status(".deploy") if survey.store else None
-    if private and stat.S_IMODE(private.st_mode) & 0o077:
-        path = f"{survey.facts.root}/.deploy"
-        problems.append((f"{path} is open to others (mode {stat.S_IMODE(private.st_mode):04o})", f"chmod 0700 {path}"))
-    releases = f"{survey.facts.root}/releases"
-    for path, (problem, hint) in trust_problems(releases).items():
-        if path == releases and path not in refused:
-            # Nothing in there is run by root: what could be changed after it was verified is the application's own risk.
-            accepted.setdefault(path, (f"{problem}: a release could be changed after it was verified", hint))
-    status, detail, hint = _all_of(problems or list(accepted.values()), "what is believed belongs to us alone")
-    doubtful = status == "fail" and (os.geteuid() != 0 or not problems)
-    return "warn" if doubtful else status, detail, hint
+    serious = "fail" if os.geteuid() == 0 else "warn"
+    refused, accepted = untrusted(run.settings)
+    for problem, fix in refused.values():
+        yield serious, problem, fix
+    for problem, fix in accepted.values():
+        yield "warn", problem, fix
+    if run.store is not None:
+        run.store.check_owner()
+        private = f"{run.facts.root}/.deploy"
+        mode = stat.S_IMODE(os.lstat(private).st_mode) if os.path.lexists(private) else 0
+        if mode & 0o077:
+            yield serious, f"{private} is open to others (mode {mode:04o})", f"chmod 0700 {private}"
+    releases = f"{run.facts.root}/releases"
+    for path, (problem, fix) in trust_problems(releases).items():
+        if path == releases and path not in refused and path not in accepted:
+            # Nothing in there is run by root: what could be changed after it was verified is the
+            # application's own risk.
+            yield "warn", f"{problem}: a release could be changed after it was verified", fix
+    yield "ok", "what is believed belongs to us alone", ""
 
 
-def untrusted(settings: Settings, *, files_only: bool = False) -> Tuple[Dict[str, Problem], Dict[str, Problem]]:
+def untrusted(settings: Settings, *, files_only: bool = False
+              ) -> Tuple[Dict[str, Problem], Dict[str, Problem]]:
     """Find what somebody else could have changed: what is refused, and what the operator accepts.
 
-    Both by path.  A configuration that others may write
-    cannot accept its own risk.  `files_only` looks at the configuration alone.
+    Both by path.  A configuration that others may write cannot accept its own
+    risk.  `files_only` looks at the configuration alone.
     """
-    own, others = {}, {}  # type: Dict[str, Problem], Dict[str, Problem]
+    own: Dict[str, Problem] = {}
+    others: Dict[str, Problem] = {}
     for path in settings.files:
         own.update(trust_problems(path))
-    for path in [] if files_only else believed_paths(settings):
-        others.update(trust_problems(path))
-    for where, program, directory in [] if files_only else believed_programs(settings):
-        others = dict(foreign_program(settings, where, program, directory), **others)
+    if not files_only:
+        paths = [settings.deploy.root] if settings.deploy.root else []
+        paths += [path for _, _, path in key_files(settings)]
+        if any(service.unit for service in settings.service.values()):
+            paths += program_places("systemctl", "/", command_path())
+        for path in paths:
+            others.update(trust_problems(path))
+        for where, program, directory in believed_programs(settings):
+            others = dict(foreign_program(settings, where, program, directory), **others)
     by_file = settings.origin("preflight", "accept_risk") in settings.files
-    accepted = {path for path in settings.preflight.accept_risk if not by_file or path not in own}
-    found = dict(own, **others)
-    return {path: found[path] for path in found if path not in accepted}, \
-        {path: found[path] for path in found if path in accepted}
-
-
-def believed_paths(settings: Settings) -> List[str]:
-    """List the files that this program acts on beside its configuration, and the root."""
-    paths = [settings.deploy.root] if settings.deploy.root else []
-    paths += all_key_files(settings)
-    if any(service.unit for service in settings.service.values()):
-        paths += program_places("systemctl", "/", command_path())
-    return paths
+    refused: Dict[str, Problem] = {}
+    accepted: Dict[str, Problem] = {}
+    for path, problem in dict(own, **others).items():
+        may_accept = not by_file or path not in own
+        is_accepted = may_accept and path in settings.preflight.accept_risk
+        (accepted if is_accepted else refused)[path] = problem
+    return refused, accepted
 
 
 def believed_programs(settings: Settings) -> List[Tuple[str, str, str]]:
-    """List (where it is configured, program, directory to look from) for every place that is known before the run.
+    """List (where it is configured, program, directory to look from) for what root will run.
 
     What comes with the release is looked for in the one that is live, to which
     a run may go back, and on the way to the one that is not there yet.
@@ -7606,152 +7559,171 @@ def believed_programs(settings: Settings) -> List[Tuple[str, str, str]]:
         return [(program.where, program.name, "/") for program in programs(settings)]
     root = os.path.realpath(settings.deploy.root)
     coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
-    releases, found = [coming] + [live] * os.path.isdir(live), []
+    releases = [coming, live] if os.path.isdir(live) else [coming]
+    shared = settings.deploy.shared_dirs + settings.deploy.shared_files
+    found = []
     for program in programs(settings):
-        found += [(program.where, program.name, directory)
-                  for directory in [root] * program.in_root + releases * program.in_release]
+        directories = [root] if program.in_root else []
+        if program.in_release:
+            directories += releases
+        found += [(program.where, program.name, directory) for directory in directories]
         for place in program_places(native(program.name), coming, hook_path(settings)):
             inside = os.path.relpath(place, coming)
-            found += [(program.where, f"{root}/shared/{inside}", "/")
-                      for path in settings.deploy.shared_dirs + settings.deploy.shared_files if (inside + "/").startswith(path + "/")]
+            if any((inside + "/").startswith(path + "/") for path in shared):
+                found.append((program.where, f"{root}/shared/{inside}", "/"))
     return found
 
 
-def check_root(survey: Survey) -> Finding:
+def check_root(run: "Run") -> Iterator[Finding]:
     """The root exists, or can be made, and can be written."""
-    root = survey.facts.root
-    if survey.store is None:
-        parent = os.path.dirname(root)
-        if os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK):
-            return _ok(f"{root} will be made")
-        return "fail", f"{root} does not exist, and {parent} cannot take it", f"mkdir -p {root}"
-    if not os.access(root, os.W_OK | os.X_OK):
-        return "fail", f"{root} cannot be written by {user_name()}", f"chown {user_name()} {root}, or mount it read-write"
-    return _ok(root)
+    root, parent = run.facts.root, os.path.dirname(run.facts.root)
+    if run.store is not None and not os.access(root, os.W_OK | os.X_OK):
+        yield ("fail", f"{root} cannot be written by {user_name()}",
+               f"chown {user_name()} {root}, or mount it read-write")
+    if run.store is None and not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
+        yield "fail", f"{root} does not exist, and {parent} cannot take it", f"mkdir -p {root}"
+    yield "ok", root if run.store is not None else f"{root} will be made", ""
 
 
-def check_filesystem(survey: Survey) -> Finding:
+def check_filesystem(run: "Run") -> Iterator[Finding]:
     """One filesystem, or rename would fail half way (EXDEV)."""
-    if survey.store is None:
-        return _skip("no root yet")
-    device = os.fstat(survey.store.root.descriptor).st_dev
+    if run.store is None:
+        yield "skip", "no root yet", ""
+        return
+    root, device = run.facts.root, os.stat(run.facts.root).st_dev
     for path in ["releases", ".deploy"] + [f".deploy/{name}" for name in PRIVATE_DIRECTORIES]:
         try:
-            found = os.lstat(f"{survey.store.path}/{path}")
+            found = os.lstat(f"{root}/{path}")
         except FileNotFoundError:
             continue
         if not stat.S_ISDIR(found.st_mode):
-            return "fail", f"{survey.store.path}/{path} is not a directory", "move it out of the way"
+            yield "fail", f"{root}/{path} is not a directory", "move it out of the way"
+            return
         if found.st_dev != device:
-            return "fail", f"{path} lies on another filesystem than the root", f"unmount {survey.store.path}/{path}"
-    return _ok("one filesystem")
+            yield ("fail", f"{path} lies on another filesystem than the root",
+                   f"unmount {root}/{path}")
+    yield "ok", "one filesystem", ""
 
 
-def check_current(survey: Survey) -> Finding:
+def check_current(run: "Run") -> Iterator[Finding]:
     """`current` is a symlink to a release, or nothing yet."""
-    current = survey.facts.current
+    current = run.facts.current
     if current.problem:
-        return "fail", current.problem, current.hint
-    if current.release and current.release not in survey.facts.records:
-        return "warn", f"current points to {current.release}, which has no record", "it cannot be rolled back to"
-    return _ok(current.release or "nothing is live yet")
+        yield "fail", current.problem, current.hint
+    elif current.release and current.release not in run.facts.records:
+        yield ("warn", f"current points to {current.release}, which has no record",
+               "it cannot be rolled back to")
+    yield "ok", current.release or "nothing is live yet", ""
 
 
-def check_state(survey: Survey) -> Finding:
+def check_state(run: "Run") -> Iterator[Finding]:
     """Records and journal can be read."""
-    facts = survey.facts
-    if facts.state_problems:
-        goes_back = facts.request.command in ("rollback", "activate")
-        # A way back that can be told must not wait for the record of some other release.
-        harmless = goes_back and facts.current.release in facts.records
-        whole = f"; or go to a whole one: {facts.command_line('recover --to RELEASE')}" if goes_back else ""
-        return "warn" if harmless else "fail", "; ".join(facts.state_problems), \
-            f"restore the file from a backup, or move it away: its release is then unknown{whole}"
-    return _ok(count(len(survey.facts.records), "record"))
+    facts = run.facts
+    fix = "restore the file from a backup, or move it away: its release is then unknown"
+    serious = "fail"
+    if run.flags.command in ("rollback", "activate"):
+        fix += f"; or go to a whole one: {run.settings.command_line('recover --to RELEASE')}"
+        # A way back that is known must not wait for the record of some other release.
+        serious = "warn" if facts.current.release in facts.records else "fail"
+    for problem in facts.state_problems:
+        yield serious, problem, fix
+    yield "ok", count(len(facts.records), "record"), ""
 
 
-def check_recovery(survey: Survey) -> Finding:
+def check_recovery(run: "Run") -> Iterator[Finding]:
     """Nothing is left over from an earlier run."""
-    journal = survey.facts.journal
+    journal = run.facts.journal
     if journal is None:
-        return _ok("nothing to recover")
-    if survey.facts.holder is not None:
-        return _ok(f"{journal.operation} of {journal.to_release} is under way ({journal.phase})")
-    return "warn", f"{journal.operation} of {journal.to_release} was interrupted ({journal.phase})", \
-        "the next writing command recovers it first"
+        yield "ok", "nothing to recover", ""
+        return
+    what = f"{journal.operation} of {journal.to_release}"
+    if run.facts.holder is not None:
+        yield "ok", f"{what} is under way ({journal.phase})", ""
+    else:
+        yield ("warn", f"{what} was interrupted ({journal.phase})",
+               "the next writing command recovers it first")
 
 
-def check_lock(survey: Survey) -> Finding:
+def check_lock(run: "Run") -> Iterator[Finding]:
     """No other run is at work."""
-    holder = survey.facts.holder
-    return _ok("free") if holder is None else \
-        ("fail", f"held by {describe_holder(holder)}", "look again once it has ended; a real run waits for it with --wait-lock 5m")
+    if run.facts.holder is not None:
+        yield ("fail", f"held by {describe_holder(run.facts.holder)}",
+               "look again once it has ended; a real run waits for it with --wait-lock 5m")
+    yield "ok", "free", ""
 
 
-def check_clock(survey: Survey) -> Finding:
+def check_clock(run: "Run") -> Iterator[Finding]:
     """The clock is not before the newest record."""
-    newest = max((record.created_at for record in survey.facts.records.values()), default="")
-    now = format_time(survey.facts.now_seconds)
+    newest = max((record.created_at for record in run.facts.records.values()), default="")
+    now = format_time(run.facts.now_seconds)
     if newest > now:
-        return "warn", f"the clock says {now}, the newest record is of {newest}", "check the host's time"
-    return _ok(now)
+        yield ("warn", f"the clock says {now}, the newest record is of {newest}",
+               "check the host's time")
+    yield "ok", now, ""
 
 
-def check_artifact(survey: Survey) -> Finding:
+def check_artifact(run: "Run") -> Iterator[Finding]:
     """The artifact is there, readable, of a known format, and its digest is known."""
-    facts = survey.facts
-    if facts.refusal:
-        return "fail", facts.refusal.message, facts.refusal.hint
-    if facts.artifact is None:
-        return _skip("no artifact given")
-    found = facts.artifact
-    return _ok(f"{found.name}: {found.format}, {format_size(found.size_bytes)}, version {found.version}, "
-               f"sha256 {found.sha256[:12]} ({found.sha256_source})")
+    found, refusal = run.facts.artifact, run.facts.refusal
+    if refusal:
+        yield "fail", refusal.message, refusal.hint
+    elif found is None:
+        yield "skip", "no artifact given", ""
+    else:
+        yield ("ok", f"{found.name}: {found.format}, {format_size(found.size_bytes)}, "
+               f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
 
 
-def check_bad(survey: Survey) -> Finding:
+def check_bad(run: "Run") -> Iterator[Finding]:
     """The artifact is not one that failed before."""
-    found = survey.facts.artifact
-    if found is None:
-        return _skip("no artifact given")
-    bad = bad_record(survey.facts, found.sha256)
-    if bad and not survey.facts.request.force:
-        return ("fail",) + bad_refusal(bad)
-    return ("warn", f"failed before as {bad.id}, and is tried again", "") if bad else _ok("not known to be bad")
+    if run.facts.artifact is None:
+        yield "skip", "no artifact given", ""
+        return
+    bad = bad_record(run.facts, run.facts.artifact.sha256)
+    if bad and run.flags.force:
+        yield "warn", f"failed before as {bad.id}, and is tried again", ""
+    elif bad:
+        yield ("fail", *bad_refusal(bad))
+    yield "ok", "not known to be bad", ""
 
 
-def bad_record(facts: Facts, sha256: str) -> Optional[Record]:
+def bad_record(facts: "Facts", sha256: str) -> Optional[Record]:
     """Return the record that says this digest failed, unless a newer try of it did not."""
     found = [record for record in facts.records.values() if record.sha256 == sha256]
-    newest = max(found, key=lambda record: record.sequence) if found else None
+    newest = max(found, key=lambda record: record.sequence, default=None)
     return newest if newest and newest.state == STATE_BAD else None
 
 
 def bad_refusal(bad: Record) -> Problem:
     """Say why a bad artifact or release is refused, and how to insist."""
     why = (bad.failure or {}).get("reason", "it failed after activation")
-    return f"{bad.version} is marked bad: {bad.id}: {why}", "deploy a mended version, or insist with --force"
+    return (f"{bad.version} is marked bad: {bad.id}: {why}",
+            "deploy a corrected version, or insist with --force")
 
 
-def check_downgrade(survey: Survey) -> Finding:
+def check_downgrade(run: "Run") -> Iterator[Finding]:
     """The artifact is not older than what is live, where the two can be compared."""
-    facts = survey.facts
-    live = facts.records.get(facts.current.release or "")
-    if facts.artifact is None or live is None:
-        return _skip("nothing to compare")
-    new, old = version_key(facts.artifact.version), version_key(live.version)
+    artifact, live = run.facts.artifact, run.facts.records.get(run.facts.current.release or "")
+    if artifact is None or live is None:
+        yield "skip", "nothing to compare", ""
+        return
+    new, old = version_key(artifact.version), version_key(live.version)
     if new is not None and old is not None and new < old:
-        text = f"{facts.artifact.version} is older than {live.version}, which is live"
-        if not facts.request.allow_downgrade:
-            return "fail", text, "to go back use rollback or activate; to insist, --allow-downgrade"
-        return "warn", text, ""
-    return _ok(f"{live.version} -> {facts.artifact.version}")
+        text = f"{artifact.version} is older than {live.version}, which is live"
+        if run.flags.allow_downgrade:
+            yield "warn", text, ""
+        else:
+            yield ("fail", text,
+                   "to go back use rollback or activate; to insist, --allow-downgrade")
+    yield "ok", f"{live.version} -> {artifact.version}", ""
 
 
 def version_key(version: str) -> Optional[Tuple[Any, ...]]:
-    """Return something to order versions by (numbers, then pre-release), or None where that is a guess."""
-    found = re.match(r"v?(\d+(?:\.\d+)*)(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?(?:\+.*)?\Z",
-                     version, re.IGNORECASE)
+    """Return something to order versions by (numbers, then pre-release), or None for a guess."""
+    found = re.match(
+        r"v?(\d+(?:\.\d+)*)"
+        r"(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?(?:\+.*)?\Z",
+        version, re.IGNORECASE)
     if not found or len(found.group(1)) > 40:
         return None
     numbers = [int(part) for part in found.group(1).split(".")]
@@ -7759,179 +7731,217 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
         numbers.pop()
     if not found.group(2):
         return tuple(numbers), 1, ()
-    rank = {"dev": 0, "a": 1, "alpha": 1, "b": 2, "beta": 2, "c": 3, "rc": 3, "pre": 3, "preview": 3}
+    rank = {"dev": 0, "a": 1, "alpha": 1, "b": 2, "beta": 2,
+            "c": 3, "rc": 3, "pre": 3, "preview": 3}
     parts = re.findall(r"[a-z]+|\d+", found.group(2).lower())
-    return tuple(numbers), 0, tuple((rank.get(part, 0) if part.isalpha() else int(part)) for part in parts)
+    return tuple(numbers), 0, tuple(rank[part] if part.isalpha() else int(part) for part in parts)
 
 
-def _cost_and_room(survey: Survey) -> Tuple[Cost, os.statvfs_result]:
+def cost_and_room(run: "Run") -> Tuple[Cost, os.statvfs_result]:
     """Return what is still to be unpacked, and what the root's filesystem has."""
-    artifact = survey.facts.artifact
-    cost = artifact.cost if artifact and not artifact.release else Cost(0, 0, True, True)
-    return cost, os.statvfs(survey.facts.root if survey.store else os.path.dirname(survey.facts.root))
+    artifact, root = run.facts.artifact, run.facts.root
+    is_unpacked = artifact is None or artifact.release
+    cost = Cost(0, 0, True, True) if is_unpacked else artifact.cost
+    return cost, os.statvfs(root if run.store is not None else os.path.dirname(root))
 
 
-def check_space(survey: Survey) -> Finding:
+def check_space(run: "Run") -> Iterator[Finding]:
     """Free bytes for what the archive will need, and min_free on top."""
-    cost, found = _cost_and_room(survey)
-    needed_bytes, estimate = cost.expanded_bytes, "" if cost.exact else "about "
-    free_bytes, keep_bytes = found.f_bavail * found.f_frsize, survey.settings.deploy.min_free
-    detail = f"{format_size(free_bytes)} free, {estimate}{format_size(needed_bytes)} needed and {format_size(keep_bytes)} kept free"
-    if free_bytes >= needed_bytes + keep_bytes:
-        return _ok(detail)
-    # An estimate must not stop what may well fit; that the disk is full is found in time.
-    doubtful = estimate and free_bytes >= keep_bytes
-    return "warn" if doubtful else "fail", detail, "free some space (deploy.py prune), or lower [deploy] min_free"
+    cost, found = cost_and_room(run)
+    needed_bytes, keep_bytes = cost.expanded_bytes, run.settings.deploy.min_free
+    free_bytes = found.f_bavail * found.f_frsize
+    estimate = "" if cost.exact else "about "
+    detail = (f"{format_size(free_bytes)} free, {estimate}{format_size(needed_bytes)} needed "
+              f"and {format_size(keep_bytes)} kept free")
+    if free_bytes < needed_bytes + keep_bytes:
+        # An estimate must not stop what may well fit; that the disk is full is found in time.
+        doubtful = estimate and free_bytes >= keep_bytes
+        yield ("warn" if doubtful else "fail", detail,
+               "free some space (deploy.py prune), or lower [deploy] min_free")
+    yield "ok", detail, ""
 
 
-def check_inodes(survey: Survey) -> Finding:
+def check_inodes(run: "Run") -> Iterator[Finding]:
     """Free inodes for the files of the archive."""
-    cost, found = _cost_and_room(survey)
+    cost, found = cost_and_room(run)
+    free = found.f_favail
     if not found.f_files:
-        return _skip("this filesystem does not count inodes")
-    if found.f_favail >= cost.files + SPARE_INODES:
-        return _ok(f"{found.f_favail:,} free")
-    doubtful = not cost.counted and found.f_favail >= SPARE_INODES
-    return "warn" if doubtful else "fail", f"{found.f_favail:,} inodes free, {'' if cost.counted else 'about '}" \
-        f"{cost.files:,} needed", "remove small files, or deploy.py prune"
+        yield "skip", "this filesystem does not count inodes", ""
+    elif free < cost.files + SPARE_INODES:
+        estimate = "" if cost.counted else "about "
+        doubtful = estimate and free >= SPARE_INODES
+        yield ("warn" if doubtful else "fail",
+               f"{free:,} inodes free, {estimate}{cost.files:,} needed",
+               "remove small files, or deploy.py prune")
+    yield "ok", f"{free:,} free", ""
 
 
-def check_commands(survey: Survey) -> Finding:
+def check_commands(run: "Run") -> Iterator[Finding]:
     """[preflight] require_commands."""
-    missing = [(f"{name} is not found", f"install {name}, or extend PATH") for name in
-               survey.settings.preflight.require_commands if not find_command(name)]
-    return _all_of(missing, count(len(survey.settings.preflight.require_commands), "command"))
+    wanted = run.settings.preflight.require_commands
+    for name in wanted:
+        if not find_command(name):
+            yield "fail", f"{name} is not found", f"install {name}, or extend PATH"
+    yield "ok", count(len(wanted), "command"), ""
 
 
-def check_environment(survey: Survey) -> Finding:
+def check_environment(run: "Run") -> Iterator[Finding]:
     """[preflight] require_env."""
-    missing = [(f"{name} is not set", f"set {name} in the environment of deploy.py") for name in
-               survey.settings.preflight.require_env if not environment(name)]
-    return _all_of(missing, count(len(survey.settings.preflight.require_env), "variable"))
+    wanted = run.settings.preflight.require_env
+    for name in wanted:
+        if not environment(name):
+            yield "fail", f"{name} is not set", f"set {name} in the environment of deploy.py"
+    yield "ok", count(len(wanted), "variable"), ""
 
 
-def check_files(survey: Survey) -> Finding:
+def check_files(run: "Run") -> Iterator[Finding]:
     """[preflight] require_files."""
-    missing = [(f"{path} is missing or cannot be read", f"create {path}, readable by {user_name()}") for path in
-               survey.settings.preflight.require_files if not os.access(path, os.R_OK)]
-    return _all_of(missing, count(len(survey.settings.preflight.require_files), "file"))
+    wanted = run.settings.preflight.require_files
+    for path in wanted:
+        if not os.access(path, os.R_OK):
+            yield ("fail", f"{path} is missing or cannot be read",
+                   f"create {path}, readable by {user_name()}")
+    yield "ok", count(len(wanted), "file"), ""
 
 
-def check_shared(survey: Survey) -> Finding:
+def check_shared(run: "Run") -> Iterator[Finding]:
     """Shared files exist: an empty file in their place would be a lie."""
-    settings, shared = survey.settings.deploy, f"{survey.facts.root}/shared"
-    missing = [(f"{shared}/{path} is missing", f"put the real file at {shared}/{path}")
-               for path in settings.shared_files if not os.path.isfile(f"{shared}/{path}")]
+    directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
+    shared = f"{run.facts.root}/shared"
+    for path in files:
+        if not os.path.isfile(f"{shared}/{path}"):
+            yield ("fail", f"{shared}/{path} is missing", f"put the real file at {shared}/{path}")
     # What leads to a shared directory is walked by root later, and no symlink is followed.
-    below = {"/".join(parts[:depth]) for parts in (["shared"] + path.split("/") for path in settings.shared_dirs)
-             for depth in range(1, len(parts) + 1)}
-    places = [f"{survey.facts.root}/{path}" for path in sorted(below)]
-    missing += [(f"{place} is {'a symlink and ' * os.path.islink(place)}not a directory",
-                 f"put the directory itself there (or mount it: mount --bind), or move {place} away")
-                for place in places if os.path.lexists(place) and (os.path.islink(place) or not os.path.isdir(place))]
-    paths = sorted(path + "/" for path in settings.shared_dirs + settings.shared_files)
-    missing += [(f"shared {one} lies inside shared {other}", "share only the outer one") if one != other else
-                (f"shared {one[:-1]} is named twice", "name it once, in shared_dirs or in shared_files")
-                for other, one in zip(paths, paths[1:]) if one.startswith(other)]
-    return _all_of(missing, f"{count(len(settings.shared_dirs), 'directory', 'directories')}, "
-                            f"{count(len(settings.shared_files), 'file')}")
+    places = {shared} if directories else set()
+    for path in directories:
+        parts = path.split("/")
+        places.update("/".join([shared] + parts[:depth + 1]) for depth in range(len(parts)))
+    for place in sorted(places):
+        fix = f"put the directory itself there (or mount it: mount --bind), or move {place} away"
+        if os.path.islink(place):
+            yield "fail", f"{place} is a symlink and not a directory", fix
+        elif os.path.exists(place) and not os.path.isdir(place):
+            yield "fail", f"{place} is not a directory", fix
+    paths = sorted(path + "/" for path in directories + files)
+    for other, one in zip(paths, paths[1:]):
+        if one == other:
+            yield ("fail", f"shared {one[:-1]} is named twice",
+                   "name it once, in shared_dirs or in shared_files")
+        elif one.startswith(other):
+            yield "fail", f"shared {one} lies inside shared {other}", "share only the outer one"
+    yield ("ok", f"{count(len(directories), 'directory', 'directories')}, "
+           f"{count(len(files), 'file')}", "")
 
 
-def check_ports(survey: Survey) -> Finding:
+def check_ports(run: "Run") -> Iterator[Finding]:
     """[preflight] free_ports: bound for an instant, the only proof that a port is free."""
-    import socket
-    taken = []
-    for host, port in survey.settings.preflight.free_ports:
+    wanted = run.settings.preflight.free_ports
+    for host, port in wanted:
         try:
-            # Without a host: on every IPv6 and IPv4 address, as far as the host has them.
-            for family in (socket.AF_INET6, socket.AF_INET) if not host else \
-                    (socket.AF_INET6 if ":" in host else socket.AF_INET,):
-                bind_for_an_instant(family, host, port)
+            bind_for_an_instant(host, port)
         except (OSError, TypeError) as error:  # the latter for a name that cannot be one
-            taken.append((f"port {host + ':' if host else ''}{port}: {reason(error)}",
-                          f"see who has it: ss -ltnp 'sport = :{port}'" if getattr(error, "errno", 0) == errno.EADDRINUSE
-                          else "correct [preflight] free_ports, or run as a user who may listen there"))
-    return _all_of(taken, count(len(survey.settings.preflight.free_ports), "port"))
+            fix = "correct [preflight] free_ports, or run as a user who may listen there"
+            if getattr(error, "errno", 0) == errno.EADDRINUSE:
+                fix = f"see who has it: ss -ltnp 'sport = :{port}'"
+            place = f"{host}:{port}" if host else str(port)
+            yield "fail", f"port {place}: {reason(error)}", fix
+    yield "ok", count(len(wanted), "port"), ""
 
 
-def bind_for_an_instant(family: int, host: str, port: int) -> None:
-    """Bind a TCP port and let it go; OSError where it is taken, nothing where the family is not there."""
+def bind_for_an_instant(host: str, port: int) -> None:
+    """Bind a TCP port and let it go; OSError where it is taken.
+
+    Without a host: on every IPv6 and IPv4 address, as far as the host has them.
+    """
     import socket
-    try:
-        probe = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        if error.errno == errno.EAFNOSUPPORT:
-            return
-        raise
-    with probe:
-        # As servers do: connections that linger in TIME_WAIT do not count as taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    families = [socket.AF_INET6, socket.AF_INET]
+    if host:
+        families = [socket.AF_INET6 if ":" in host else socket.AF_INET]
+    for family in families:
         try:
-            probe.bind((host, port))
+            listener = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL or host:
-                raise
+            if error.errno == errno.EAFNOSUPPORT:
+                continue
+            raise
+        with listener:
+            # As servers do: connections that linger in TIME_WAIT do not count as taken.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                listener.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL or host:
+                    raise
 
 
-def check_probes_before(survey: Survey) -> Finding:
-    """Probes with when = before or both: the database is down now, not because of us."""
-    session, failed, doubtful, run = survey.session, [], [], 0
-    if os.geteuid() == 0 and untrusted(survey.settings)[0]:
-        return _skip("not run: somebody else could have written what is believed")
-    context = context_for(survey.facts, None)
-    for name, probe in sorted(survey.settings.probe.items()):
-        if probe.when == "after" or check_probe(survey.settings, probe):
-            continue
-        run += 1
-        session.console.working(f"probe {name}", probe_seconds(probe))
-        with closing(session.console.progress(f"probe {name}")) as progress:
-            found = run_probe(session, probe, context, expect_release=False, progress=progress)
-        if not found.ok:
-            problem = found.complaint(), "mend what it asks for before deploying"
-            (failed if probe.required else doubtful).append(problem)
-    finding = _all_of(failed or doubtful, count(run, "probe"))
-    return finding if failed or not doubtful else ("warn",) + finding[1:]
-
-
-def check_services(survey: Survey) -> Finding:
+def check_services(run: "Run") -> Iterator[Finding]:
     """Every service is known to its manager; one that has failed already is named."""
-    if os.geteuid() == 0 and untrusted(survey.settings)[0]:
-        return _skip("not asked: somebody else could have written what is believed")
-    services = [make_service(survey.session, name) for name in services_in_order(survey.settings)]
-    problems = [problem for problem in (service.problem() for service in services) if problem]
-    failed = [word for word in (service.ailing() for service in services) if word] if not problems else []
-    if failed:
-        return "warn", "; ".join(failed), "see why before it is restarted: systemctl status, journalctl -u"
-    return _all_of(problems, count(len(survey.settings.service), "service"))
+    if os.geteuid() == 0 and untrusted(run.settings)[0]:
+        yield "skip", "not asked: somebody else could have written what is believed", ""
+        return
+    for name in services_in_order(run.settings):
+        service = make_service(run, name)
+        problem, ailing = service.problem(), ""
+        if problem:
+            yield ("fail", *problem)
+        else:
+            ailing = service.ailing()
+        if ailing:
+            yield ("warn", ailing,
+                   "see why before it is restarted: systemctl status, journalctl -u")
+    yield "ok", count(len(run.settings.service), "service"), ""
 
 
-def check_hooks(survey: Survey) -> Finding:
+def check_hooks(run: "Run") -> Iterator[Finding]:
     """Programs of hooks are found; those in the release can only be looked for once it is there."""
-    total = sum(len(getattr(survey.settings.hooks, name)) for name in HOOK_NAMES)
-    return _all_of(missing_programs(survey.settings, "hooks"), count(total, "command"))
+    yield from missing_programs(run.settings, "hooks")
+    total = sum(len(getattr(run.settings.hooks, name)) for name in HOOK_NAMES)
+    yield "ok", count(total, "command"), ""
 
 
-def check_templates(survey: Survey) -> Finding:
+def check_templates(run: "Run") -> Iterator[Finding]:
     """Templates are in the artifact and every placeholder has a value."""
-    templates = survey.settings.template
-    if not templates or survey.artifact is None or survey.facts.artifact is None:
-        return _skip("no templates" if not templates else "no artifact given")
-    with survey.session.interrupts.allowed():
-        found = read_members(survey.artifact, {template.source for template in templates.values()}, survey.settings)
-    values, problems = template_values(survey.settings, context_for(survey.facts, None)), []
+    templates = run.settings.template
+    if not templates or run.artifact is None or run.facts.artifact is None:
+        yield "skip", "no templates" if not templates else "no artifact given", ""
+        return
+    sources = {template.source for template in templates.values()}
+    found = read_members(run.artifact, sources, run.settings)
+    values = template_values(run.settings, context_for(run.facts, None))
     for name, template in sorted(templates.items()):
-        data = found.get(template.source)
+        source = template.source
         try:
-            if data is None:
-                raise StepFailed(f"{template.source} is not in the artifact", f"correct [template:{name}] source")
-            render_template(data.decode("utf-8"), values, template.source)
+            if source not in found:
+                yield ("fail", f"{source} is not in the artifact",
+                       f"correct [template:{name}] source")
+            else:
+                render_template(found[source].decode("utf-8"), values, source)
         except UnicodeDecodeError:
-            problems.append((f"{template.source} is not UTF-8", "save the template as UTF-8"))
-        except DeployError as error:
-            problems.append((error.message, error.hint))
-    return _all_of(problems, count(len(templates), "template"))
+            yield "fail", f"{source} is not UTF-8", "save the template as UTF-8"
+        except StepFailed as error:
+            yield "fail", error.message, error.hint
+    yield "ok", count(len(templates), "template"), ""
+
+
+def check_probes(run: "Run") -> Iterator[Finding]:
+    """Probes with when = before or both: the database is down now, not because of us."""
+    if os.geteuid() == 0 and untrusted(run.settings)[0]:
+        yield "skip", "not run: somebody else could have written what is believed", ""
+        return
+    context, asked = context_for(run.facts, None), 0
+    for name, probe in sorted(run.settings.probe.items()):
+        if probe.when == "after" or check_probe(run.settings, probe):
+            continue
+        asked += 1
+        run.console.working(f"probe {name}", probe_seconds(probe))
+        with closing(run.console.progress(f"probe {name}")) as progress:
+            found = run_probe(run, probe, context, expect_release=False, progress=progress)
+        if not found.ok:
+            yield ("fail" if probe.required else "warn", found.complaint(),
+                   "correct what it asks for before deploying")
+    yield "ok", count(asked, "probe"), ""
 
 
 # name, check, whether it also guards activate and rollback: a way back must not
@@ -7940,7 +7950,6 @@ CHECKS = (
     ("runtime", check_runtime, True),
     ("user", check_user, True),
     ("configuration", check_configuration, True),
-    ("reports", check_reports, True),
     ("permissions", check_trust, True),
     ("root", check_root, True),
     ("filesystem", check_filesystem, True),
@@ -7962,7 +7971,7 @@ CHECKS = (
     ("services", check_services, False),
     ("hooks", check_hooks, False),
     ("templates", check_templates, False),
-    ("probes", check_probes_before, False),
+    ("probes", check_probes, False),
 )
 
 # What nobody knows where .deploy cannot be looked at.
@@ -7971,32 +7980,43 @@ STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
 
 
-def run_checks(survey: Survey, *, going_back: bool = False) -> List[CheckResult]:
-    """Run every check, whatever the others found."""
+def run_checks(run: "Run", *, going_back: bool = False) -> List[CheckResult]:
+    """Run every check, whatever the others found; each becomes one result, its worst finding."""
     results = []
     for name, check, guards_way_back in CHECKS:
         if going_back and not guards_way_back:
             continue
         try:
-            results.append(CheckResult(name, *check(survey)))
+            found = list(check(run))
         except Interrupted:
             raise
         except DeployError as error:
             # Whichever check reads it: what is wrong with the artifact refuses the artifact.
             name = "artifact" if isinstance(error, ArtifactRefused) else name
-            results.append(CheckResult(name, "fail", error.message, error.hint))
+            found = [("fail", error.message, error.hint)]
         except OSError as error:
-            results.append(CheckResult(name, "fail", f"{error.filename or ''}: {reason(error)}", "see that it can be read"))
+            found = [("fail", f"{error.filename or ''}: {reason(error)}",
+                      "see that it can be read")]
+        statuses = [status for status, _, _ in found]
+        worst = min(statuses, key=("fail", "warn", "skip", "ok").index)
+        details = [detail for status, detail, _ in found if status == worst]
+        fixes = dict.fromkeys(fix for status, _, fix in found if status == worst and fix)
+        results.append(CheckResult(name, worst, "; ".join(details), "; ".join(fixes)))
     return results
 
 
-def context_for(facts: Facts, release: Optional[str]) -> Context:
-    """Describe a release to hooks, probes and templates; without one, the release that is about to be made."""
+def context_for(facts: "Facts", release: Optional[str]) -> Context:
+    """Describe a release to hooks, probes and templates; without one, the one about to be made."""
     record, live = facts.records.get(release or ""), facts.current.release
-    version = record.version if record else facts.artifact.version if facts.artifact else ""
-    previous = record.previous if record and release == live else live
+    version = facts.artifact.version if facts.artifact else ""
+    previous = live
+    if record:
+        version = record.version
+        if release == live:
+            previous = record.previous
     return Context(facts.application, facts.root, release or "", version,
-                   f"{facts.root}/releases/{release}" if release else facts.root, previous or "", facts.deploy_id)
+                   f"{facts.root}/releases/{release}" if release else facts.root,
+                   previous or "", facts.deploy_id)
 
 
 # ============================================================================
@@ -9509,7 +9529,7 @@ def unit_access(settings: Settings, argv: Sequence[str]) -> str:
     """Write what the service may reach: its user, credentials, the paths that it writes, and homes and /tmp only where they are needed."""
     written = written_directories(settings, os.path.realpath(settings.deploy.root))
     # As the configuration writes them: where PATH finds a program here says nothing of a service's PATH.
-    needed = [*written, *settings.files, *argv, *all_key_files(settings), *[program.name for program in programs(settings)]]
+    needed = [*written, *settings.files, *argv, *[path for _, _, path in key_files(settings)], *[program.name for program in programs(settings)]]
 
     def within(*tops: str) -> bool:
         return any(path.startswith(tops) for path in needed)
@@ -10477,6 +10497,9 @@ class Invocation:
     def __init__(self, session: Session, flags: Any, deploy_id: str) -> None:
         self.session, self.flags, self.deploy_id = session, flags, deploy_id
         self.settings, self.console = session.settings, session.console
+        self.interrupts, self.traceparent = session.interrupts, session.traceparent
+        self.store: Optional[Store] = None
+        self.artifact: Optional[OpenArtifact] = None
         self.outcome = Outcome(flags.command)
         self.dry_run = bool(flags.dry_run)
         # For those who are told afterwards: what was observed, where it was to lead, and whether the settings may be acted on.
@@ -10609,14 +10632,14 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
     opened = preview(call) if call.dry_run else writing(call)
     with opened as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
         call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
-        survey = Survey(call.session, facts, store, observer.artifact)
+        call.store, call.artifact = store, observer.artifact
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken:
-            preflight(call, survey)
+            preflight(call)
         plan = planner(call.settings, facts)
         describe_ends(call, facts, plan)
         if plan.steps and checks and not broken:
-            preflight(call, survey)
+            preflight(call)
         if call.dry_run:
             show_plan(call, facts, plan)
         elif plan.steps and store is not None:
@@ -10626,8 +10649,9 @@ def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, ch
 def look_before_making(call: Invocation) -> None:
     """Run the checks without a root; raises what they find."""
     with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
-        call.facts = facts = observer.observe(call.request(), locked=True)
-        preflight(call, Survey(call.session, facts, store, observer.artifact), show=False)
+        call.facts = observer.observe(call.request(), locked=True)
+        call.store, call.artifact = store, observer.artifact
+        preflight(call, show=False)
 
 
 @contextmanager
@@ -10667,12 +10691,12 @@ def diff_of(facts: Facts, plan: Plan) -> Dict[str, str]:
     return diff
 
 
-def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
+def preflight(call: Invocation, *, show: bool = True) -> None:
     """Run the checks that guard this command; raise for what failed, artifact troubles first."""
     going_back, ends = call.flags.command in ("rollback", "activate"), (call.outcome.release, call.outcome.previous)
-    started_seconds = time.monotonic()
-    call.outcome.release, call.outcome.previous = survey.facts.current.release, None  # until the checks have passed
-    call.outcome.checks = results = run_checks(survey, going_back=going_back)
+    started_seconds, facts = time.monotonic(), call.facts
+    call.outcome.release, call.outcome.previous = facts.current.release, None  # until the checks have passed
+    call.outcome.checks = results = run_checks(call, going_back=going_back)
     failed = [result for result in results if result.status == "fail"]
     for result in results if show or failed else []:
         if result.status == "warn":
@@ -10687,10 +10711,10 @@ def preflight(call: Invocation, survey: Survey, *, show: bool = True) -> None:
     if not failed:
         call.outcome.release, call.outcome.previous = ends
         return
-    if survey.facts.refusal:
-        raise survey.facts.refusal
+    if facts.refusal:
+        raise facts.refusal
     if failed[0].name == "lock":
-        raise Busy(busy(survey.facts.holder or {}).message, failed[0].hint)
+        raise Busy(busy(facts.holder or {}).message, failed[0].hint)
     kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
     others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
     raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)
@@ -10881,7 +10905,8 @@ def command_preflight(call: Invocation) -> None:
             # A finding among others: what does not depend on the state is looked at all the same.
             unseen, observer.store = error, None
             facts = observer.observe(call.request(), locked=False)
-        results = run_checks(Survey(call.session, facts, store, observer.artifact))
+        call.facts, call.store, call.artifact = facts, store, observer.artifact
+        results = run_checks(call)
         if unseen:
             results = [CheckResult(result.name, "fail", unseen.message, unseen.hint) if result.name in STATE_CHECKS else result
                        for result in results]

@@ -318,13 +318,6 @@ def test_a_deployment_needs_neither_ctypes_nor_ssl_nor_http(tmp_path: Path, app:
     assert result.exit_code == 0 and app.version == "1.0", result.describe()
 
 
-def test_preflight_misses_what_the_way_back_would_need(tmp_path: Path, app: App) -> None:
-    app.deploy("1.0")
-    result = run_without(tmp_path, ["random.py", "queue.py"], "-c", app.config, "deploy", app.artifact("1.1"))
-    assert result.exit_code == 3 and f"{TOLD}no queue, random\nhint: {WHAT_TO_INSTALL}\n" in result.stderr
-    assert app.version == "1.0" and len(app.releases()) == 1
-
-
 def test_a_module_that_is_missed_after_activation_leads_back(tmp_path: Path, app: App) -> None:
     app.deploy("1.0")
     app.configure("[hooks]\npost_activate = true\n")

@@ -402,13 +402,6 @@ def test_receivers_that_fail_are_warnings_and_cost_three_seconds_together(app, r
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_what_notifiers_lack_is_a_warning_of_preflight(app, tmp_path):
-    configure(app, f"url = http://127.0.0.1:1/\ntoken_file={tmp_path}/none", "type = command\ncommand = /nonexistent/program")
-    check = next(found for found in app.run("preflight", check=0).data["checks"] if found["name"] == "reports")
-    assert check["status"] == "warn" and "/nonexistent/program is not found" in check["detail"]
-    assert f"[notify:n0] token_file: {tmp_path}/none is missing or cannot be read" in check["detail"]
-
-
 # -- what is wrong in the configuration ----------------------------------------------
 
 @pytest.mark.parametrize("key", ["ab\ncd", "canary-\udcff\udcfe\x01\nof-random-bytes"])

@@ -84,12 +84,6 @@ def probe_release_unreadable(app: App) -> Broken:
     return Broken()
 
 
-def notifier_without_its_token(app: App) -> Broken:
-    """A notifier's token is not there; that stops nothing."""
-    app.configure("[notify:ops]\nevents = rollback_failed\nurl = http://127.0.0.1:1/\ntoken_file = no-such.token")
-    return Broken()
-
-
 def config_writable_by_others(app: App) -> Broken:
     """Anybody may write the configuration."""
     app.config.chmod(0o646)
@@ -344,7 +338,6 @@ CAUSES = [
     # cause, checks (what the same cause spoils for others included), status of those, what detail and hint say, how deploy ends
     (wrong_user, "user", "fail", "somebody-else", "sudo -u somebody-else", 3),
     (unknown_run_as, "configuration", "fail", "no-such-user", "run_as", 3),
-    (notifier_without_its_token, "reports", "warn", "no-such.token is missing", "create", 0),
     (config_writable_by_others, "permissions", "fail", "deploy.ini", "chmod go-w", 3),
     (config_directory_writable_by_others, "permissions", "fail", "writable by", "chmod go-w", 3),
     (config_of_another_user, "permissions", "fail", "61234", "chown", 3),
