@@ -10508,6 +10508,11 @@ class Invocation:
         self.is_believed = False
 
     @property
+    def application(self) -> str:
+        """The application's name: configured, or the root's last component."""
+        return application_name(self.settings)
+
+    @property
     def root(self) -> str:
         """The root, as an absolute path without symlinks; UsageError where none is configured."""
         if not self.settings.deploy.root:
@@ -11301,171 +11306,177 @@ def command_completion(call: Invocation) -> None:
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
 
-def result_object(call: Invocation, exit_code: int, seconds: float) -> Dict[str, Any]:
+def result_object(run: "Run", exit_code: int, seconds: float) -> Dict[str, Any]:
     """Put together the one object of --json."""
-    outcome, warnings, root = call.outcome, call.console.warnings, call.settings.deploy.root
-    done_steps, failed_steps = (sum(step.status == status for step in outcome.steps) for status in ("done", "failed"))
-    failed_checks = sum(check.status == "fail" for check in outcome.checks)
-    ok = outcome.error is None
-    result = result_of(outcome.error)
-    result.update(
-        ok=ok, changed=outcome.changed, failed=not ok, command=outcome.command, exit_code=exit_code,
-        msg=outcome.error.message if outcome.error else outcome.message,
-        application=application_name(call.settings) if root else None,
-        root=portable(os.path.realpath(root)) if root else None, release=outcome.release, previous=outcome.previous,
-        rolled_back=outcome.rolled_back, deploy_id=call.deploy_id, dry_run=call.dry_run,
-        steps=[step.to_json() for step in outcome.steps], checks=[dict(check._asdict()) for check in outcome.checks],
-        summary={"checked": len(outcome.checks), "changed": done_steps or int(outcome.changed and not call.dry_run),
-                 "failed": failed_steps + failed_checks or int(not ok), "warnings": len(warnings)},
-        warnings=warnings, seconds=round(seconds, 3))
-    return dict(outcome.extra, **result)
+    outcome, root = run.outcome, run.settings.deploy.root
+    result = result_of(outcome.error, outcome)
+    if outcome.changed and not run.flags.dry_run:
+        result["summary"]["changed"] = max(1, result["summary"]["changed"])
+    if root:
+        result["application"] = run.application
+        result["root"] = portable(os.path.realpath(root))
+    result["warnings"] = run.console.warnings
+    result["summary"]["warnings"] = len(run.console.warnings)
+    result.update(exit_code=exit_code, seconds=round(seconds, 3), deploy_id=run.deploy_id,
+                  dry_run=bool(run.flags.dry_run))
+    return result
 
 
-def result_of(error: Optional[DeployError]) -> Dict[str, Any]:
-    """Put together the object of --json where no command was run: an early error, or help."""
-    return {"ok": error is None, "changed": False, "failed": error is not None, "command": None,
-            "exit_code": error.exit_code if error else EXIT_OK, "msg": error.message if error else "",
-            "application": None, "root": None, "release": None, "previous": None, "rolled_back": False,
-            "deploy_id": None, "dry_run": False, "steps": [], "checks": [],
-            "summary": {"checked": 0, "changed": 0, "failed": 1 if error else 0, "warnings": 0}, "warnings": [],
-            "error": {"message": error.message, "hint": error.hint} if error else None, "seconds": 0.0}
+def result_of(error: Optional[DeployError], outcome: Optional[Outcome] = None) -> Dict[str, Any]:
+    """Put together what --json shows of an outcome; without one, where no command was run."""
+    outcome = outcome or Outcome("")
+    statuses = [step.status for step in outcome.steps] + [check.status for check in outcome.checks]
+    failures = statuses.count("failed") + statuses.count("fail")
+    if error:
+        failures = max(1, failures)
+    return dict(outcome.extra, **{
+        "ok": error is None, "changed": outcome.changed, "failed": error is not None,
+        "command": outcome.command or None, "exit_code": error.exit_code if error else EXIT_OK,
+        "msg": error.message if error else outcome.message, "application": None, "root": None,
+        "release": outcome.release, "previous": outcome.previous,
+        "rolled_back": outcome.rolled_back, "deploy_id": None, "dry_run": False,
+        "steps": [step.to_json() for step in outcome.steps],
+        "checks": [dict(check._asdict()) for check in outcome.checks],
+        "summary": {"checked": len(outcome.checks), "changed": statuses.count("done"),
+                    "failed": failures, "warnings": 0},
+        "warnings": [], "seconds": 0.0,
+        "error": {"message": error.message, "hint": error.hint} if error else None})
 
 
 # -- metrics -------------------------------------------------------------------
 
-class Metrics:
-    """One application's samples, {metric with its labels: value}, and the text file that holds them."""
-
-    TURN_SECONDS = 1.0
-    LASTING = ("deploy_last_success_timestamp_seconds", "deploy_runs_total")  # what a later run does not replace
-
-    def __init__(self, application: str) -> None:
-        self.application = application
-        self.samples = {}  # type: Dict[str, float]
-
-    def key(self, metric: str, **labels: str) -> str:
-        """Write a metric with its labels, escaped as the format wants it."""
-        pairs = []
-        for name, value in dict({"app": self.application}, **labels).items():
-            text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            pairs.append(f'{name}="{text}"')
-        return f"{metric}{{{','.join(pairs)}}}"
-
-    def read(self, data: bytes) -> None:
-        """Take over the samples of an earlier file; ValueError for one that is damaged or not ours."""
-        own = "|".join(re.escape(self.key(name)[:-1]) for name, _, _ in METRICS)
-        sample = re.compile(rf'((?:{own})(?:,[a-z0-9]+="(?:[^"\\]|\\[\\n"])*")*\}}) ([0-9.]{{1,40}})\Z')
-        samples = {}
-        for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
-            found = sample.match(line)
-            if found:
-                samples[found.group(1)] = float(found.group(2))
-            elif line and not line.startswith("#"):
-                raise ValueError(f"line {number} is none of {self.application}'s")
-        self.samples = samples
-
-    def count(self, result: str) -> None:
-        """Count a run; every other result begins at 0, or its first time would not show as an increase."""
-        for name in ["changed", "unchanged", "interrupted", *RUN_RESULTS.values()]:
-            self.samples.setdefault(self.key("deploy_runs_total", result=name), 0)
-        self.samples[self.key("deploy_runs_total", result=result)] += 1
-
-    def describe(self, call: Invocation, exit_code: int, seconds: float, ended_seconds: float) -> None:
-        """Put this run in place of the one before."""
-        self.samples = {key: value for key, value in self.samples.items() if key.startswith(self.LASTING)}
-        succeeded = exit_code in (EXIT_OK, EXIT_CHANGED)
-        self.samples.update({
-            self.key("deploy_last_run_timestamp_seconds"): ended_seconds,
-            self.key("deploy_last_run_success"): succeeded, self.key("deploy_last_run_exit_code"): exit_code,
-            self.key("deploy_last_run_duration_seconds"): seconds})
-        if succeeded:
-            self.samples[self.key("deploy_last_success_timestamp_seconds")] = ended_seconds
-        for step in call.outcome.steps:
-            # A release in a label would make one more series of every deployment.
-            key = self.key("deploy_step_duration_seconds", step="prune" if step.name.startswith("prune:") else step.name)
-            self.samples[key] = self.samples.get(key, 0) + step.seconds  # a step of the way back bears the same name
-        release, sha256 = live_release(call)
-        if release:
-            self.samples[self.key("deploy_release_info", release=release, sha256=sha256)] = 1
-
-    def render(self) -> bytes:
-        """Write the file, in the text format that Prometheus reads."""
-        lines = []
-        for name, kind, text in METRICS:
-            rows = [f"{key} {value:.3f}".rstrip("0").rstrip(".") for key, value in self.samples.items() if key.startswith(name + "{")]
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows] if rows else []
-        return "\n".join([*lines, ""]).encode("utf-8")
-
-    @property
-    def file_name(self) -> str:
-        """The file's name; where characters of the application's had to go, a digest keeps two of them apart."""
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", self.application)[:100]
-        if name != self.application:
-            name += "-" + hashlib.sha256(self.application.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        return f"deploy_{name}.prom"
-
-    def take_turn(self, directory: Directory) -> None:
-        """Lock the directory until it is closed, so that of two runs at once both are counted.
-
-        Whoever holds it for longer is none of us, and is not waited for.
-        """
-        ends_seconds = time.monotonic() + self.TURN_SECONDS
-        while True:
-            try:
-                fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:  # or no such locks there (NFS)
-                if not isinstance(error, BlockingIOError) or time.monotonic() > ends_seconds:
-                    return
-            time.sleep(0.01)
+METRICS_TURN_SECONDS = 1.0  # whoever holds the directory for longer is none of us
+# What a later run does not replace.
+LASTING_METRICS = ("deploy_last_success_timestamp_seconds", "deploy_runs_total")
 
 
-def write_metrics(call: Invocation, exit_code: int, seconds: float) -> None:
+def write_metrics(run: "Run", exit_code: int, seconds: float) -> None:
     """Bring the application's file in [metrics] textfile_dir up to date.
 
     Nothing in that directory is acted on, no link in it is followed, and what
     is not this program's own is replaced: it may belong to somebody else.
     """
-    path, ended_seconds = call.settings.metrics.textfile_dir, time.time()
-    if not path or not call.settings.deploy.root:
+    path, ended_seconds = run.settings.metrics.textfile_dir, time.time()
+    if not path or not run.settings.deploy.root:
         return
-    metrics = Metrics(application_name(call.settings))
+    application = run.application
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", application)[:100]
+    if name != application:  # where characters had to go, a digest keeps two of them apart
+        digest = hashlib.sha256(application.encode("utf-8", "surrogateescape")).hexdigest()
+        name += "-" + digest[:8]
+    name = f"deploy_{name}.prom"
     try:
         with Directory.open(path) as directory:
-            metrics.take_turn(directory)
-            read_metrics(call, metrics, directory)
-            # Who did nothing, or was overtaken on the way here, must not hide what the other run has to tell.
-            before_seconds = metrics.samples.get(metrics.key("deploy_last_run_timestamp_seconds"), 0)
-            if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not ended_seconds < before_seconds <= time.time():
-                metrics.describe(call, exit_code, seconds, ended_seconds)
-            ok = "changed" if call.outcome.changed else "unchanged"
-            metrics.count(ok if exit_code in (EXIT_OK, EXIT_CHANGED) else RUN_RESULTS.get(exit_code, "interrupted"))
-            directory.write(metrics.file_name, metrics.render(), 0o644)
+            take_turn(directory.descriptor)
+            for left in directory.names():  # by a run that was killed here
+                if left.startswith(f".{name}.") and left.endswith(".tmp"):
+                    directory.discard(left)
+            samples: Dict[str, float] = {}
+            try:
+                samples = read_samples(application, directory.read(name, MAX_CONFIG_BYTES) or b"")
+            except (OSError, ValueError) as error:
+                run.console.warn(f"metrics: {path}/{name} starts over: {reason(error)}")
+            # Who did nothing, or was overtaken on the way here, must not hide what the other run
+            # has to tell.
+            last = samples.get(sample_key(application, "deploy_last_run_timestamp_seconds"), 0)
+            is_overtaken = ended_seconds < last <= time.time()
+            if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not is_overtaken:
+                samples = describe_run(samples, run, exit_code, seconds, ended_seconds)
+            result = RUN_RESULTS.get(exit_code, "interrupted")
+            if exit_code in (EXIT_OK, EXIT_CHANGED):
+                result = "changed" if run.outcome.changed else "unchanged"
+            # Every other result begins at 0, or its first time would not show as an increase.
+            for word in ["changed", "unchanged", "interrupted", *RUN_RESULTS.values()]:
+                key = sample_key(application, "deploy_runs_total", result=word)
+                samples[key] = samples.get(key, 0) + (word == result)
+            directory.write(name, render_samples(samples), 0o644)
     except OSError as error:
-        call.console.warn(f"metrics: cannot write {path}/{metrics.file_name}: {reason(error)}")
+        run.console.warn(f"metrics: cannot write {path}/{name}: {reason(error)}")
 
 
-def read_metrics(call: Invocation, metrics: Metrics, directory: Directory) -> None:
-    """Read what is there already, and remove what a run that was killed here has left; a bad file counts for none."""
-    for name in directory.names():
-        if name.startswith(f".{metrics.file_name}.") and name.endswith(".tmp"):
-            directory.discard(name)
+def take_turn(descriptor: int) -> None:
+    """Lock a directory until it is closed, so that of two runs at once both are counted."""
+    ends_seconds = time.monotonic() + METRICS_TURN_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:  # or no such locks there (NFS)
+            if not isinstance(error, BlockingIOError) or time.monotonic() > ends_seconds:
+                return
+        time.sleep(0.01)
+
+
+def sample_key(application: str, metric: str, **labels: str) -> str:
+    """Write a metric with its labels, escaped as the text format wants it."""
+    pairs = []
+    for name, value in dict({"app": application}, **labels).items():
+        text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        pairs.append(f'{name}="{text}"')
+    return f"{metric}{{{','.join(pairs)}}}"
+
+
+def read_samples(application: str, data: bytes) -> Dict[str, float]:
+    """Read the samples of an earlier file; ValueError for one that is damaged or not ours."""
+    own = "|".join(re.escape(sample_key(application, name)[:-1]) for name, _, _ in METRICS)
+    sample = re.compile(
+        rf'((?:{own})(?:,[a-z0-9]+="(?:[^"\\]|\\[\\n"])*")*\}}) ([0-9.]{{1,40}})\Z')
+    samples = {}
+    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
+        found = sample.match(line)
+        if found:
+            samples[found.group(1)] = float(found.group(2))
+        elif line and not line.startswith("#"):
+            raise ValueError(f"line {number} is none of {application}'s")
+    return samples
+
+
+def describe_run(samples: Dict[str, float], run: "Run", exit_code: int, seconds: float,
+                 ended_seconds: float) -> Dict[str, float]:
+    """Return the samples with this run in place of the one before."""
+    described = {key: value for key, value in samples.items() if key.startswith(LASTING_METRICS)}
+    succeeded = exit_code in (EXIT_OK, EXIT_CHANGED)
+
+    def put(metric: str, value: float, **labels: str) -> None:
+        key = sample_key(run.application, metric, **labels)
+        if metric == "deploy_step_duration_seconds":
+            value += described.get(key, 0)  # a step of the way back bears the same name
+        described[key] = value
+
+    put("deploy_last_run_timestamp_seconds", ended_seconds)
+    put("deploy_last_run_success", succeeded)
+    put("deploy_last_run_exit_code", exit_code)
+    put("deploy_last_run_duration_seconds", seconds)
+    if succeeded:
+        put("deploy_last_success_timestamp_seconds", ended_seconds)
+    for step in run.outcome.steps:
+        # A release in a label would make one more series of every deployment.
+        name = "prune" if step.name.startswith("prune:") else step.name
+        put("deploy_step_duration_seconds", step.seconds, step=name)
     try:
-        metrics.read(directory.read(metrics.file_name, MAX_CONFIG_BYTES) or b"")
-    except (OSError, ValueError) as error:
-        call.console.warn(f"metrics: {directory.path}/{metrics.file_name} starts over: {reason(error)}")
-
-
-def live_release(call: Invocation) -> Tuple[str, str]:
-    """Return the id of what is live now and its artifact's digest; empty where nothing is, or nobody can say."""
-    try:
-        with preview(call) as store:
-            release = store.current().release if store else None
-            record = store.records()[0].get(release) if store and release else None
+        store = Store.open(run.settings)
+        if store is not None:
+            with closing(store):
+                release = store.current().release
+                record = store.records()[0].get(release or "")
+            if release:
+                put("deploy_release_info", 1, release=portable(release),
+                    sha256=record.sha256 if record else "")
     except FAILURES:
-        return "", ""
-    return portable(release or ""), record.sha256 if record else ""
+        pass  # what is live nobody can say
+    return described
+
+
+def render_samples(samples: Dict[str, float]) -> bytes:
+    """Write the file, in the text format that Prometheus reads."""
+    lines = []
+    for name, kind, text in METRICS:
+        rows = [f"{key} {value:.3f}".rstrip("0").rstrip(".")
+                for key, value in samples.items() if key.startswith(name + "{")]
+        if rows:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
+    return "\n".join([*lines, ""]).encode("utf-8")
 
 
 # -- notifications -------------------------------------------------------------
@@ -11731,7 +11742,7 @@ def note_of(call: Invocation, event: str, result: Dict[str, Any]) -> Note:
     message = "; ".join(call.outcome.extra["recovered"]) if event == "recovered" else result["msg"]
     facts, root = call.facts, os.path.realpath(call.settings.deploy.root)
     if facts is None:
-        context = Context(application_name(call.settings), root, "", "", root, "", call.deploy_id)
+        context = Context(call.application, root, "", "", root, "", call.deploy_id)
         return Note(event, message, result, context, "")
     live = call.outcome.release if call.flags.command == "recover" else None
     before = facts.records.get(facts.current.release or "")
@@ -11743,35 +11754,39 @@ def note_of(call: Invocation, event: str, result: Dict[str, Any]) -> Note:
 WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover")
 
 
-def tell_others(call: Invocation, exit_code: int, seconds: float) -> None:
-    """Write metrics and notify; the lock is free by now, and whatever goes wrong here is a warning."""
-    if call.dry_run or not call.is_believed or call.flags.command not in WRITING:
+def tell_others(run: "Run", exit_code: int, seconds: float) -> None:
+    """Write metrics and notify; the lock is free by now, and whatever goes wrong is a warning."""
+    if run.flags.dry_run or not run.is_believed or run.flags.command not in WRITING:
         return
     for name, tell in (("metrics", write_metrics), ("notify", notify)):
         try:
-            tell(call, exit_code, seconds)
-        except Exception as error:  # a defect of this program must not make a failure of a deployment that is done
-            call.console.warn(step_error(error, name).message)
+            tell(run, exit_code, seconds)
+        except Exception as error:  # a defect here must not make a failure of what is done
+            run.console.warn(step_error(error, name).message)
 
 
-def report(call: Invocation, exit_code: int, seconds: float) -> None:
+def report(run: "Run", exit_code: int, seconds: float) -> None:
     """Show the end: the error with its hint, the summary line, or the JSON object."""
-    outcome, console = call.outcome, call.console
-    tell_others(call, exit_code, seconds)
-    result = result_object(call, exit_code, seconds)
+    outcome, console = run.outcome, run.console
+    tell_others(run, exit_code, seconds)
+    result = result_object(run, exit_code, seconds)
     summary = result["summary"]
     console.working(result["msg"], state="READY=1" if result["ok"] else "")
     end = {"event": "run_failed" if outcome.error else "run_done",
            "result": outcome.result or ("failed" if outcome.error else "done")}
     if outcome.steps or outcome.checks:
-        console.say(f"checked {summary['checked']}, changed {summary['changed']}, failed {summary['failed']}"
-                    + (f", {count(summary['warnings'], 'warning')}" if summary["warnings"] else "")
-                    + f" in {format_seconds(seconds)}", None if outcome.error or call.dry_run else end)
-    elif not outcome.error and call.flags.command in WRITING:
+        text = f"checked {summary['checked']}, changed {summary['changed']}, " \
+               f"failed {summary['failed']}"
+        if summary["warnings"]:
+            text += f", {count(summary['warnings'], 'warning')}"
+        text += f" in {format_seconds(seconds)}"
+        console.say(text, None if outcome.error or run.flags.dry_run else end)
+    elif not outcome.error and run.flags.command in WRITING:
         console.note(outcome.message, end)
     if outcome.error:
-        console.error(outcome.error.message, outcome.error.hint, None if call.dry_run else end)
-    elif (outcome.changed or console.warnings) and not call.dry_run:
+        console.error(outcome.error.message, outcome.error.hint,
+                      None if run.flags.dry_run else end)
+    elif (outcome.changed or console.warnings) and not run.flags.dry_run:
         console.release_held()
     if console.json_mode:
         console.json_result(result)
