@@ -1234,25 +1234,6 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
-def names_in_use(directory: str) -> Optional[Set[str]]:
-    """Name the entries of a directory in which a process has its working directory or executable; None without /proc."""
-    inside, found = os.path.realpath(directory) + "/", set()  # type: str, Set[str]
-    try:
-        processes = [name for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return None
-    if not processes:
-        return None
-    for link in [f"/proc/{process}/{name}" for process in processes for name in ("cwd", "exe")]:
-        try:
-            target = os.readlink(link)
-        except OSError:
-            continue
-        if target.startswith(inside):
-            found.add(target[len(inside):].split("/")[0])
-    return found
-
-
 Problem = Tuple[str, str]  # what is wrong, and what to do about it
 
 
@@ -7257,7 +7238,7 @@ class Facts(NamedTuple):
     records: Dict[str, Record]
     state_problems: List[str]
     on_disk: Set[str]
-    in_use: Set[str]
+    in_use: Dict[str, str]
     journal: Optional[Journal]
     holder: Optional[Dict[str, Any]]
     artifact: Optional[ArtifactFacts]
@@ -7308,10 +7289,10 @@ class Observer:
             in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
             artifact=None, refusal=None)
 
-    def _in_use(self, request: Request) -> Set[str]:
+    def _in_use(self, request: Request) -> Dict[str, str]:
         # Going through /proc costs more than all the rest; only what prunes needs it.
         prunes = request.command in ("deploy", "activate", "prune")
-        return (names_in_use(f"{self.store.path}/releases") if self.store and prunes else None) or set()
+        return (releases_in_use(self.session.settings, self.store.path) if self.store and prunes else None) or {}
 
     def _observe_artifact(self, facts: Facts) -> ArtifactFacts:
         settings, request = self.session.settings, facts.request
@@ -7413,6 +7394,66 @@ def problems_of(differences: Differences) -> str:
     parts = [f"{count(len(names), 'entry', 'entries')} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
              for word, names in (("changed", differences.changed), ("missing", differences.missing)) if names]
     return " and ".join(parts)
+
+
+def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
+    """Say of each release from which a process runs which one (pid and user); None without /proc.
+
+    Its working directory or executable is in there.  Only processes of root, of
+    the release's owner or of a configured service count: otherwise any user
+    could keep a release for ever by a `cd` into it.
+    """
+    import pwd
+    inside = os.path.realpath(f"{root}/releases") + "/"
+    found: Dict[str, str] = {}
+    try:
+        processes = [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return None
+    for process in processes:
+        for link in ("cwd", "exe"):
+            try:
+                target = os.readlink(f"/proc/{process}/{link}")
+                release = target[len(inside):].split("/")[0]
+                if not target.startswith(inside) or release in found:
+                    continue
+                # The real user: who may run something setuid is not its owner for that.
+                user = int(process_status(process, "Uid")[0])
+                owner = os.lstat(inside + release).st_uid
+                if user not in (0, owner) and not is_of_service(settings, process):
+                    continue
+            except (OSError, ValueError, IndexError):
+                continue  # it has ended, or may not be looked at
+            try:
+                name = pwd.getpwuid(user).pw_name
+            except KeyError:
+                name = f"uid {user}"
+            found[release] = f"pid {process} of {name}"
+    return found if processes else None
+
+
+def process_status(process: str, key: str) -> List[str]:
+    """Return the words of one line of a process's status (proc(5)), none where it lacks the line."""
+    for line in _read_text(f"/proc/{process}/status").splitlines():
+        if line.startswith(key + ":"):
+            return line.split()[1:]
+    return []
+
+
+def is_of_service(settings: Settings, process: str) -> bool:
+    """Tell whether a process is in a configured unit, or comes from one that a pidfile names."""
+    units, pids = set(), set()
+    for service in settings.service.values():
+        if service.unit:
+            units.add(service.unit if "." in service.unit else f"{service.unit}.service")
+        elif service.pidfile and os.path.isfile(service.pidfile):
+            pids.add(_read_text(service.pidfile).strip())
+    group = _read_text(f"/proc/{process}/cgroup")
+    if units.intersection(re.split("[/\n]", group)):
+        return True
+    while process not in pids and process not in ("", "0", "1"):
+        process = " ".join(process_status(process, "PPid"))
+    return process in pids
 
 
 # -- checks ------------------------------------------------------------------
@@ -8394,9 +8435,9 @@ class PruneRelease(Step):
 
     def apply(self, run: Run) -> str:
         """Files first, then the record; a bad one's digest is remembered."""
-        in_use = names_in_use(f"{run.store.path}/releases")
+        in_use = releases_in_use(run.session.settings, run.store.path)
         if self.record.id in (in_use or ()):
-            raise StepFailed(f"{self.record.id} is in use by a running process", "prune once it has ended")
+            raise StepFailed(f"{self.record.id} is in use by {in_use[self.record.id]}", "prune once it has ended")
         if self.on_disk:
             run.store.remove_release(self.record.id)
         if self.on_disk and bad_record(run.facts, self.record.sha256) == self.record:
@@ -8671,7 +8712,7 @@ def prunable(settings: Settings, facts: Facts, live: Optional[str], previous: Op
     arriving = 1 if live and live not in facts.records else 0
     gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
     lost = lost_current(facts.records, facts.on_disk, facts.current.release)
-    keep = {live, previous} | facts.in_use | ({lost.id, lost.previous} if lost else set())
+    keep = {live, previous} | set(facts.in_use) | ({lost.id, lost.previous} if lost else set())
     forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
     return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
 
@@ -9843,7 +9884,8 @@ deploy.py:
 `prune`, which also follows every deployment, keeps the newest `keep_releases`
 good releases (the current one is one of them) and the newest bad one, and
 never deletes current, previous, a pinned release, a staged one, or one that a
-running process has as its working directory or executable.
+process has as its working directory or executable: one of root, of the
+release's owner or of a configured service, which `prune` names.
 
 After a crash, a `kill -9` or a power cut, `current` is the old or the new
 release, complete. The next command that writes, or `deploy.py recover`,
@@ -10819,8 +10861,8 @@ def command_prune(call: Invocation) -> None:
     removed = [step.name.partition(":")[2] for step in call.outcome.steps if step.status in ("done", "planned")]
     call.outcome.extra["removed"] = removed
     facts = call.facts  # type: Any
-    for name in sorted(facts.in_use & facts.on_disk - {facts.current.release}):
-        call.console.say(f"{name} is in use by a process, and stays")
+    for name in sorted(set(facts.in_use) & facts.on_disk - {facts.current.release}):
+        call.console.say(f"{name} is in use by {facts.in_use[name]}, and stays")
     call.outcome.message = f"{count(len(removed), 'release')} {'would be ' if call.dry_run else ''}removed"
     if not call.dry_run:
         call.console.result("\n".join([call.outcome.message] + [f"  {name}" for name in removed]))

@@ -1,6 +1,7 @@
 """What pruning takes and what it never takes, and that nothing grows without end."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 
 from crashes import script
 from scenes import configure, deploy_all
-from support import DEPLOY, App, clean_environment, deploy_argv, fake_command, make_tree, needs, once_in_ci, snapshot
+from support import DEPLOY, App, clean_environment, deploy_argv, fake_command, load_deploy, make_tree, needs, once_in_ci, snapshot
+
+
+deploy = load_deploy()
 
 
 @pytest.fixture
@@ -116,7 +120,8 @@ def test_a_release_that_a_process_runs_from_stays_until_it_ends(app: App, how: s
         assert app.releases() == sorted([ids[0]] + ids[2:])
         done = app.run("prune", check=0).data
         assert done["removed"] == done["warnings"] == []
-        assert f"{ids[0]} is in use by a process, and stays" in app.run("prune", json=False, check=0).stderr
+        told = f"{ids[0]} is in use by pid {process.pid} of {deploy.user_name()}, and stays"
+        assert told in app.run("prune", json=False, check=0).stderr
     finally:
         process.kill()
         process.wait()
@@ -132,7 +137,42 @@ def test_a_process_that_begins_while_it_is_deployed_keeps_the_release_that_it_ru
     finally:
         os.kill(int(pid.read_text()), signal.SIGKILL)
     assert len(app.releases()) == 3 and ids[0] in app.releases()
-    assert any("is in use by a running process" in text for text in warnings), warnings
+    assert any(f"{ids[0]} is in use by pid " in text for text in warnings), warnings
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("whose, stays", [("any user's", False), ("the owner's", True), ("a service's", True), ("its child", True)])
+def test_only_processes_of_root_of_the_owner_or_of_a_service_keep_a_release(app: App, whose: str, stays: bool) -> None:
+    """Any user of the host could stop pruning otherwise."""
+    ids, nobody = deploy_all(app, "1.0"), 65534
+    release = app.root / "releases" / ids[0]
+    if whose == "the owner's":
+        os.chown(str(release), nobody, nobody)
+
+    def become_nobody() -> None:
+        os.setgid(nobody)
+        os.setuid(nobody)
+    argv = ["sh", "-c", "sleep 300 & echo $! && wait"] if whose == "its child" else ["sh", "-c", "echo $$; exec sleep 300"]
+    process = subprocess.Popen(argv, cwd=str(release), preexec_fn=become_nobody, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    pid = process.stdout.readline().decode().strip()  # type: ignore
+    try:
+        if whose in ("a service's", "its child"):
+            pidfile = app.directory / "worker.pid"
+            pidfile.write_text(f"{process.pid}\n")
+            configure(app, f"[service:worker]\npidfile = {pidfile}\naction = none\n")
+        ids += deploy_all(app, "2.0", "3.0", "4.0")
+        assert (ids[0] in app.releases()) is stays
+        if stays:
+            said = app.run("prune", json=False, check=0).stderr
+            assert re.search(rf"{re.escape(ids[0])} is in use by pid ({pid}|{process.pid}) of ", said), said
+    finally:
+        for number in (int(pid), process.pid):
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.wait()
+        process.stdout.close()  # type: ignore
 
 
 def test_unknown_names_in_releases_are_left_alone_and_not_counted(app: App) -> None:
