@@ -174,31 +174,48 @@ PHASE_SWITCHED = "switched"
 PHASE_ROLLING_BACK = "rolling_back"
 PHASES = (PHASE_STAGING, PHASE_INTENT, PHASE_SWITCHED, PHASE_ROLLING_BACK)
 
-# What a notifier can be told of.
+# How a run ends that is worth a notification: the words of history, log and metrics.
 NOTIFY_EVENTS = (
-    ("deployed", "a release went live (deploy, activate)"),
-    ("failed", "failed before activation (exit 1, 3, 4), interrupted, or an internal error"),
-    ("rolled_back", "rolled back: by itself (exit 5), or by hand (rollback)"),
+    ("deployed", "deploy made a release live"),
+    ("activated", "activate made a release live"),
+    ("rolled_back", "went back: by itself (exit 5), or by rollback"),
+    ("failed", "failed before activation (exit 1), interrupted, or an internal error"),
+    ("left_live", "failed after activation, and the release stays live (exit 6)"),
     ("rollback_failed", "a person is needed (exit 6)"),
+    ("refused", "preflight failed (exit 3), or the artifact was refused (exit 4)"),
     ("recovered", "what a crash had left was finished or undone"),
+    ("staged", "stage made a release; only where `events` names it"),
+    ("pruned", "prune deleted releases; only where `events` names it"),
 )
+DEFAULT_EVENTS = [name for name, _ in NOTIFY_EVENTS if name not in ("staged", "pruned")]
 
 # name, type, help; each has the label `app`, and those of its help in brackets.
 METRICS = (
-    ("deploy_last_run_timestamp_seconds", "gauge", "When the last run ended, since the epoch."),
-    ("deploy_last_run_success", "gauge", "Whether the last run succeeded (1) or not (0)."),
-    ("deploy_last_run_exit_code", "gauge", "Exit code of the last run."),
-    ("deploy_last_run_duration_seconds", "gauge", "How long the last run took."),
-    ("deploy_last_success_timestamp_seconds", "gauge", "When the last run that succeeded ended, since the epoch."),
+    ("deploy_last_run_timestamp_seconds", "gauge",
+     "When the last run ended, since the epoch [command]."),
+    ("deploy_last_run_success", "gauge",
+     "Whether the last run succeeded (1) or not (0) [command]."),
+    ("deploy_last_run_exit_code", "gauge", "Exit code of the last run [command]."),
+    ("deploy_last_run_duration_seconds", "gauge", "How long the last run took [command]."),
+    ("deploy_last_success_timestamp_seconds", "gauge",
+     "When the last run that succeeded ended, since the epoch."),
+    ("deploy_last_deployment_timestamp_seconds", "gauge",
+     "When the last deploy, activate or rollback ended, since the epoch [command]."),
+    ("deploy_last_deployment_success", "gauge",
+     "Whether the last deploy, activate or rollback succeeded (1) or not (0) [command]."),
+    ("deploy_last_deployment_duration_seconds", "gauge",
+     "How long the last deploy, activate or rollback took [command]."),
     ("deploy_step_duration_seconds", "gauge", "How long a step of the last run took [step]."),
-    ("deploy_release_info", "gauge", "The release that is live, and its artifact's digest [release, sha256]; always 1."),
+    ("deploy_release_info", "gauge",
+     "The release that is live, and its artifact's digest [release, sha256]; always 1."),
+    ("deploy_release_activated_timestamp_seconds", "gauge",
+     "When the release that is live was activated, since the epoch."),
     ("deploy_runs_total", "counter", "Runs by how they ended [result]."),
 )
 
-# The label `result` of deploy_runs_total; a run that ended well is `changed` or `unchanged`, and any other code `interrupted`.
-RUN_RESULTS = {
-    EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "preflight_failed", EXIT_ARTIFACT: "artifact_refused",
-    EXIT_ROLLED_BACK: "rolled_back", EXIT_ROLLBACK_FAILED: "rollback_failed", EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
+# The label `result` of deploy_runs_total: events, and what is none.
+RUN_RESULTS = [name for name, _ in NOTIFY_EVENTS] + [
+    "pinned", "unpinned", "unchanged", "usage", "busy", "interrupted", "internal_error"]
 
 HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
               "post_deploy", "on_failure", "pre_rollback", "post_rollback")
@@ -2133,7 +2150,7 @@ OPTIONS = (
     Option("probe:*", "jitter", "share", "0.1", "random share added to or taken from each wait"),
     Option("probe:*", "required", "bool", "yes", "no: a failure is only a warning"),
     Option("notify:*", "type", "webhook|slack|email|command", "webhook", "how it is told"),
-    Option("notify:*", "events", "events", ", ".join(name for name, _ in NOTIFY_EVENTS), "what it is told of"),
+    Option("notify:*", "events", "events", ", ".join(DEFAULT_EVENTS), "what it is told of"),
     Option("notify:*", "text", "text", "${application} on ${host}: ${event}: ${message}",
            "what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}"),
     Option("notify:*", "url", "text", "", "HTTP or HTTPS URL to post to (webhook, slack)"),
@@ -10062,19 +10079,19 @@ an exit code. Nobody is told anything under a configuration that is refused.
 `deploy_APPLICATION.prom` is replaced there after each run, for the textfile
 collector of Prometheus' node_exporter (--collector.textfile.directory). Every
 metric has the label `app`. A run that was mistyped or found another at work is
-only counted.
+only counted. What tells of the last deployment (deploy, activate, rollback)
+stays when a `pin` or `prune` follows it.
 
 {{metrics}}
 
-`result` is changed, unchanged, failed, usage, preflight_failed,
-artifact_refused, rolled_back, rollback_failed, interrupted, internal_error or
-busy. Rules to be alerted by:
+`result` is an event (below), pinned, unpinned, unchanged, usage, busy,
+interrupted or internal_error. Rules to be alerted by:
 
     groups:
       - name: deploy
         rules:
           - alert: DeployFailed
-            expr: deploy_last_run_success == 0
+            expr: deploy_last_deployment_success == 0
           - alert: DeployNeedsAPerson
             expr: deploy_last_run_exit_code == 6
             labels:
@@ -10087,7 +10104,7 @@ busy. Rules to be alerted by:
     [notify:ops]
     type = slack
     url_file = /etc/deploy/slack.url
-    events = failed, rolled_back, rollback_failed
+    events = failed, refused, rolled_back, left_live, rollback_failed
 
     [notify:tracker]
     url = https://tracker.example.com/deployments
@@ -10097,13 +10114,13 @@ busy. Rules to be alerted by:
     type = email
     to = ops@example.com
     smtp = localhost:25
-    events = rollback_failed
+    events = left_live, rollback_failed
     text = ${application} ${version} on ${host} needs you: ${message}
 
     [notify:pager]
     type = command
     command = /usr/local/bin/page "deployment"
-    events = rollback_failed
+    events = left_live, rollback_failed
 
 {{notify-events}}
 
@@ -10157,7 +10174,7 @@ the end of each step and of the run is an entry with fields: `DEPLOY_ID`,
     journalctl -u deploy-shop                      what a terminal would show
     journalctl -u deploy-shop -p err               what failed, and the hints
     journalctl DEPLOY_ID=20261121T104928Z-9b1c52 -o json
-    journalctl DEPLOY_APP=shop DEPLOY_RESULT=reverted
+    journalctl DEPLOY_APP=shop DEPLOY_RESULT=rolled_back
 
 {{events}}
 
@@ -11385,11 +11402,27 @@ def result_of(error: Optional[DeployError], outcome: Optional[Outcome] = None) -
         "error": {"message": error.message, "hint": error.hint} if error else None})
 
 
+def run_result(run: "Run", exit_code: int) -> str:
+    """Say in one word how a run ended: the word of history, events, metrics and log."""
+    result = run.outcome.result
+    if exit_code in (EXIT_OK, EXIT_CHANGED):
+        if result and run.flags.command != "recover":
+            return result
+        has_recovered = result or run.outcome.extra.get("recovered")
+        return "recovered" if has_recovered else "unchanged"
+    if exit_code == EXIT_ROLLBACK_FAILED:
+        return result or "rollback_failed"  # or left_live
+    return {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
+            EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
+            EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}.get(exit_code, "interrupted")
+
+
 # -- metrics -------------------------------------------------------------------
 
 METRICS_TURN_SECONDS = 1.0  # whoever holds the directory for longer is none of us
-# What a later run does not replace.
-LASTING_METRICS = ("deploy_last_success_timestamp_seconds", "deploy_runs_total")
+# What a later run does not replace; the second one by another that is no deployment.
+LASTING_METRICS = ("deploy_last_success_", "deploy_runs_total")
+DEPLOYMENT_METRICS = "deploy_last_deployment_"
 
 
 def write_metrics(run: "Run", exit_code: int, seconds: float) -> None:
@@ -11420,17 +11453,16 @@ def write_metrics(run: "Run", exit_code: int, seconds: float) -> None:
                 run.console.warn(f"metrics: {path}/{name} starts over: {reason(error)}")
             # Who did nothing, or was overtaken on the way here, must not hide what the other run
             # has to tell.
-            last = samples.get(sample_key(application, "deploy_last_run_timestamp_seconds"), 0)
-            is_overtaken = ended_seconds < last <= time.time()
+            last = [value for key, value in samples.items()
+                    if key.startswith("deploy_last_run_timestamp_seconds")]
+            is_overtaken = any(ended_seconds < value <= time.time() for value in last)
             if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not is_overtaken:
                 samples = describe_run(samples, run, exit_code, seconds, ended_seconds)
-            result = RUN_RESULTS.get(exit_code, "interrupted")
-            if exit_code in (EXIT_OK, EXIT_CHANGED):
-                result = "changed" if run.outcome.changed else "unchanged"
+            ended = run_result(run, exit_code)
             # Every other result begins at 0, or its first time would not show as an increase.
-            for word in ["changed", "unchanged", "interrupted", *RUN_RESULTS.values()]:
-                key = sample_key(application, "deploy_runs_total", result=word)
-                samples[key] = samples.get(key, 0) + (word == result)
+            for result in RUN_RESULTS:
+                key = sample_key(application, "deploy_runs_total", result=result)
+                samples[key] = samples.get(key, 0) + (result == ended)
             directory.write(name, render_samples(samples), 0o644)
     except OSError as error:
         run.console.warn(f"metrics: cannot write {path}/{name}: {reason(error)}")
@@ -11477,37 +11509,57 @@ def read_samples(application: str, data: bytes) -> Dict[str, float]:
 def describe_run(samples: Dict[str, float], run: "Run", exit_code: int, seconds: float,
                  ended_seconds: float) -> Dict[str, float]:
     """Return the samples with this run in place of the one before."""
-    described = {key: value for key, value in samples.items() if key.startswith(LASTING_METRICS)}
-    succeeded = exit_code in (EXIT_OK, EXIT_CHANGED)
+    command, succeeded = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED)
+    # One that found nothing to do is no news, unless the one before had failed.
+    was_good = all(samples.get(key) for key in samples if "_deployment_success" in key)
+    is_deployment = command in ("deploy", "activate", "rollback") and (
+        run.outcome.changed or not succeeded or not was_good)
+    lasting = LASTING_METRICS if is_deployment else LASTING_METRICS + (DEPLOYMENT_METRICS,)
+    described = {key: value for key, value in samples.items() if key.startswith(lasting)}
 
     def put(metric: str, value: float, **labels: str) -> None:
-        key = sample_key(run.application, metric, **labels)
-        if metric == "deploy_step_duration_seconds":
-            value += described.get(key, 0)  # a step of the way back bears the same name
-        described[key] = value
+        described[sample_key(run.application, metric, **labels)] = value
 
-    put("deploy_last_run_timestamp_seconds", ended_seconds)
-    put("deploy_last_run_success", succeeded)
-    put("deploy_last_run_exit_code", exit_code)
-    put("deploy_last_run_duration_seconds", seconds)
+    put("deploy_last_run_timestamp_seconds", ended_seconds, command=command)
+    put("deploy_last_run_success", succeeded, command=command)
+    put("deploy_last_run_exit_code", exit_code, command=command)
+    put("deploy_last_run_duration_seconds", seconds, command=command)
     if succeeded:
         put("deploy_last_success_timestamp_seconds", ended_seconds)
+    if is_deployment:
+        put("deploy_last_deployment_timestamp_seconds", ended_seconds, command=command)
+        put("deploy_last_deployment_success", succeeded, command=command)
+        put("deploy_last_deployment_duration_seconds", seconds, command=command)
+    steps: Dict[str, float] = {}
     for step in run.outcome.steps:
-        # A release in a label would make one more series of every deployment.
+        # A release in a label would make one more series of every deployment; a step of the way
+        # back bears the name of the one that it repeats.
         name = "prune" if step.name.startswith("prune:") else step.name
-        put("deploy_step_duration_seconds", step.seconds, step=name)
-    try:
-        store = Store.open(run.settings)
-        if store is not None:
-            with closing(store):
-                release = store.current().release
-                record = store.records()[0].get(release or "")
-            if release:
-                put("deploy_release_info", 1, release=portable(release),
-                    sha256=record.sha256 if record else "")
-    except FAILURES:
-        pass  # what is live nobody can say
+        steps[name] = steps.get(name, 0) + step.seconds
+    for name, step_seconds in steps.items():
+        put("deploy_step_duration_seconds", step_seconds, step=name)
+    release, record = live_release(run.settings)
+    if release:
+        put("deploy_release_info", 1, release=portable(release),
+            sha256=record.sha256 if record else "")
+    if record and record.activated_at:
+        from calendar import timegm
+        activated = time.strptime(record.activated_at, "%Y-%m-%dT%H:%M:%SZ")
+        put("deploy_release_activated_timestamp_seconds", timegm(activated))
     return described
+
+
+def live_release(settings: Settings) -> Tuple[Optional[str], Optional[Record]]:
+    """Return what is live now, with its record; nothing where nobody can say."""
+    try:
+        store = Store.open(settings)
+        if store is None:
+            return None, None
+        with closing(store):
+            release = store.current().release
+            return release, store.records()[0].get(release or "")
+    except FAILURES:
+        return None, None
 
 
 def render_samples(samples: Dict[str, float]) -> bytes:
@@ -11767,21 +11819,21 @@ def notify(call: Invocation, exit_code: int, seconds: float) -> None:
             call.console.debug(f"notify {talk.settings.name}: told of {talk.note.event}")
 
 
-def events_of(call: Invocation, exit_code: int) -> List[str]:
-    """List what is to be told of a run: nothing of one that changed nothing, was mistyped, or found another at work."""
-    events = ["recovered"] if call.outcome.extra.get("recovered") else []
-    if exit_code in (EXIT_OK, EXIT_CHANGED):
-        event = {"deploy": "deployed", "activate": "deployed", "rollback": "rolled_back"}.get(call.flags.command, "")
-        event = event if call.outcome.changed and call.outcome.steps else ""
-    else:
-        event = {EXIT_USAGE: "", EXIT_BUSY: "", EXIT_ROLLED_BACK: "rolled_back",
-                 EXIT_ROLLBACK_FAILED: "rollback_failed"}.get(exit_code, "failed")
-    return events + ([event] if event else [])
+def events_of(run: "Run", exit_code: int) -> List[str]:
+    """List the events of a run: what it recovered first, and how it ended where that is one."""
+    result = run_result(run, exit_code)
+    if result in ("interrupted", "internal_error"):
+        result = "failed"
+    events = ["recovered"] if run.outcome.extra.get("recovered") else []
+    if result in dict(NOTIFY_EVENTS) and result not in events:
+        events.append(result)
+    return events
 
 
 def note_of(call: Invocation, event: str, result: Dict[str, Any]) -> Note:
     """Put together one event: the release is the one that was to go live, `previous` what was live before."""
-    message = "; ".join(call.outcome.extra["recovered"]) if event == "recovered" else result["msg"]
+    recovered = call.outcome.extra.get("recovered") if event == "recovered" else None
+    message = "; ".join(recovered or [result["msg"]])
     facts, root = call.facts, os.path.realpath(call.settings.deploy.root)
     if facts is None:
         context = Context(call.application, root, "", "", root, "", call.deploy_id)
@@ -11815,7 +11867,7 @@ def report(run: "Run", exit_code: int, seconds: float) -> None:
     summary = result["summary"]
     console.working(result["msg"], state="READY=1" if result["ok"] else "")
     end = {"event": "run_failed" if outcome.error else "run_done",
-           "result": outcome.result or ("failed" if outcome.error else "done")}
+           "result": run_result(run, exit_code)}
     if outcome.steps or outcome.checks:
         text = f"checked {summary['checked']}, changed {summary['changed']}, " \
                f"failed {summary['failed']}"

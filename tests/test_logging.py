@@ -162,7 +162,7 @@ def test_a_failure_is_one_event_that_holds_the_error_and_the_hint(app: App) -> N
     app.configure(HOOK_FAILS)
     run = JournalRun(app, "deploy", app.artifact("1.0"))
     end = run.events[-1]
-    assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"], end["PRIORITY"]) == (deploy.EVENTS["run_failed"], "reverted", "3")
+    assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"], end["PRIORITY"]) == (deploy.EVENTS["run_failed"], "rolled_back", "3")
     first, second = end["MESSAGE"].split("\n")
     assert first.startswith("deploy.py: error: hook post_activate failed") and second.startswith("hint: ")
     failed = [event for event in run.events if event["MESSAGE_ID"] == deploy.EVENTS["step_failed"]]
@@ -172,7 +172,7 @@ def test_a_failure_is_one_event_that_holds_the_error_and_the_hint(app: App) -> N
 
 def test_what_is_refused_before_a_step_is_an_event_too(app: App) -> None:
     run = JournalRun(app, "deploy", app.directory / "none.tar.gz")
-    assert [(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in run.events] == [(deploy.EVENTS["run_failed"], "failed")]
+    assert [(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in run.events] == [(deploy.EVENTS["run_failed"], "refused")]
     assert "none.tar.gz" in run.events[0]["MESSAGE"]
 
 
@@ -273,7 +273,7 @@ def test_a_real_journal_finds_the_events_by_the_deployments_id(app: App) -> None
     run = app.history()[-1]
     found = [entry for entry in entries if entry.get("DEPLOY_ID") == run["deploy_id"]]
     assert [entry["DEPLOY_STEP"] for entry in found[:-1]] == [step["name"] for step in run["steps"]]
-    assert (found[-1]["DEPLOY_RESULT"], found[-1]["PRIORITY"]) == ("reverted", "3") and "\nhint: " in found[-1]["MESSAGE"]
+    assert (found[-1]["DEPLOY_RESULT"], found[-1]["PRIORITY"]) == ("rolled_back", "3") and "\nhint: " in found[-1]["MESSAGE"]
     assert {entry["_SYSTEMD_UNIT"] for entry in entries} == {"deploy-shop.service"}
     plain = [entry for entry in entries if "DEPLOY_ID" not in entry]
     assert {entry["PRIORITY"] for entry in plain} == {"4", "6"} and not any(entry["MESSAGE"].startswith("<") for entry in plain)
@@ -328,7 +328,7 @@ def test_json_lines_tell_the_ends_of_steps_and_runs(app: App) -> None:
     app.run("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", "--log-format", "json", check=5)
     lines = [json.loads(line) for line in (app.directory / "log").read_text().splitlines()]
     ends = [(line["event"], line["result"]) for line in lines if "event" in line]
-    assert ends[-1] == ("run_failed", "reverted") and ("step_failed", "failed") in ends and ends[0] == ("step_done", "done")
+    assert ends[-1] == ("run_failed", "rolled_back") and ("step_failed", "failed") in ends and ends[0] == ("step_done", "done")
 
 
 @pytest.mark.parametrize("place", ["nobody", "full", "stale", "name"])
@@ -440,8 +440,8 @@ def test_a_log_shows_that_a_quiet_run_had_nothing_to_do(app: App) -> None:
         assert result.stderr == "" and (words == ["status"] or result.stdout == "")
     lines = [json.loads(line) for line in (app.directory / "log").read_text().splitlines()]
     said = [(line["command"], line["message"], line["event"], line["result"]) for line in lines if line["level"] == "info"]
-    assert said == [("deploy", f"{app.current} is live already; nothing to do", "run_done", "done"),
-                    ("recover", "nothing to recover", "run_done", "done")]
+    assert said == [("deploy", f"{app.current} is live already; nothing to do", "run_done", "unchanged"),
+                    ("recover", "nothing to recover", "run_done", "unchanged")]
 
 
 # -- files that are moved ----------------------------------------------------------------

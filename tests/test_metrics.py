@@ -68,8 +68,8 @@ def parse(text: str) -> Dict[Tuple[str, Labels], float]:
 
 
 def read(app: App) -> Dict[str, float]:
-    """The samples of the application, without the label `app`: {`name value value`: number}."""
-    return {" ".join([name] + [value for key, value in labels[1:]]): number
+    """The samples of the application, without the labels `app` and `command`: {`name value value`: number}."""
+    return {" ".join([name] + [value for key, value in labels[1:] if key != "command"]): number
             for (name, labels), number in parse(prom(app).read_text()).items()}
 
 
@@ -99,7 +99,7 @@ def test_a_deployment_tells_what_is_live_and_how_it_came_there(app):
     assert after["deploy_last_run_timestamp_seconds"] == after["deploy_last_success_timestamp_seconds"]
     assert prom(app).name == "deploy_myapp.prom" and stat.S_IMODE(prom(app).stat().st_mode) == 0o644
     assert {key.split()[1] for key in after if key.startswith("deploy_runs_total")} == \
-        {"changed", "unchanged", "interrupted", *deploy.RUN_RESULTS.values()}, "what never came counts 0"
+        set(deploy.RUN_RESULTS), "what never came counts 0"
 
 
 def test_no_release_is_a_step_of_its_own(app):
@@ -115,7 +115,7 @@ def test_counters_go_on_and_every_end_is_counted(app):
     app.deploy("1.0")
     app.deploy("1.0")
     succeeded = read(app)["deploy_last_success_timestamp_seconds"]
-    ends = [("[hooks]\npre_activate = false\n", 1, "failed"), ("[preflight]\nrequire_files = /nonexistent\n", 3, "preflight_failed"),
+    ends = [("[hooks]\npre_activate = false\n", 1, "failed"), ("[preflight]\nrequire_files = /nonexistent\n", 3, "refused"),
             ("[hooks]\npost_activate = false\n", 5, "rolled_back")]
     for number, (text, exit_code, result) in enumerate(ends):
         configure(app, text)
@@ -133,7 +133,7 @@ def test_counters_go_on_and_every_end_is_counted(app):
     assert read(app)["deploy_last_run_success"] == 1 and read(app)["deploy_last_run_exit_code"] == 10
     app.run("prune", check=0)
     app.run("recover", check=0)
-    assert counts(app) == {"changed": 3, "unchanged": 3, "failed": 1, "preflight_failed": 1, "rolled_back": 1, "artifact_refused": 1}
+    assert counts(app) == {"deployed": 1, "pinned": 1, "staged": 1, "unchanged": 3, "failed": 1, "refused": 2, "rolled_back": 1}
     assert [key.split()[1] for key in read(app) if key.startswith("deploy_release_info")] == [app.current], "live, not staged"
 
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_is_counted(app, tmp_path):
         assert process.wait(60) == 143
     finally:
         gate.open()
-    assert counts(app) == {"changed": 1, "interrupted": 1} and read(app)["deploy_last_run_exit_code"] == 143
+    assert counts(app) == {"deployed": 1, "interrupted": 1} and read(app)["deploy_last_run_exit_code"] == 143
 
 
 DEFECT = """
@@ -183,6 +183,34 @@ def test_what_only_looks_writes_nothing(app, arguments):
     assert snapshot(textfiles(app)) == before
 
 
+def test_what_tells_of_the_last_deployment_stays_until_the_next_one(app):
+    """A pin closed the alert of a failed deployment."""
+    def last() -> Tuple[str, float]:
+        return next((dict(labels)["command"], number) for (name, labels), number in parse(prom(app).read_text()).items()
+                    if name == "deploy_last_deployment_success")
+
+    app.deploy("1.0")
+    assert last() == ("deploy", 1) and 0 < read(app)["deploy_last_deployment_duration_seconds"] < 60
+    activated = read(app)["deploy_release_activated_timestamp_seconds"]
+    assert abs(activated - read(app)["deploy_last_deployment_timestamp_seconds"]) < 60
+    configure(app, "[hooks]\npost_activate = false\n")
+    app.deploy("2.0", check=5)
+    failed_at = read(app)["deploy_last_deployment_timestamp_seconds"]
+    assert last() == ("deploy", 0)
+    configure(app)
+    for words in (["pin", "1.0"], ["prune"], ["recover"], ["stage", app.artifact("3.0")]):
+        app.run(*words, check=0)
+        assert last() == ("deploy", 0) and read(app)["deploy_last_run_success"] == 1
+        assert read(app)["deploy_last_deployment_timestamp_seconds"] == failed_at
+    app.deploy("2.0", check=4)
+    assert last() == ("deploy", 0)
+    app.run("activate", "3.0", check=0)
+    assert last() == ("activate", 1)
+    moved_at = read(app)["deploy_last_deployment_timestamp_seconds"]
+    app.run("deploy", app.artifact("3.0"), check=0)
+    assert read(app)["deploy_last_deployment_timestamp_seconds"] == moved_at, "it found nothing to do"
+
+
 # -- several runs ------------------------------------------------------------------
 
 def test_a_run_that_lost_the_lock_or_was_mistyped_is_only_counted(app):
@@ -206,7 +234,7 @@ def test_of_runs_that_end_at_once_every_one_is_counted(app):
         artifact = app.artifact("2.0")
         runs = [start_deploy("deploy", artifact, config=app.config) for _ in range(4)]  # each waits a second for its turn
         assert [run.wait(60) for run in runs] == [75] * 4
-    assert counts(app) == {"changed": 1, "busy": 4}
+    assert counts(app) == {"deployed": 1, "busy": 4}
 
 
 def test_a_directory_that_somebody_keeps_locked_costs_a_second_and_no_numbers(app):
@@ -216,7 +244,7 @@ def test_a_directory_that_somebody_keeps_locked_costs_a_second_and_no_numbers(ap
         app.deploy("1.0")
     finally:
         os.close(descriptor)
-    assert counts(app) == {"changed": 1}
+    assert counts(app) == {"deployed": 1}
 
 
 @pytest.mark.parametrize("earlier, kept", [(150.0, True), (99.0, False), (300.0, False)],
@@ -231,7 +259,7 @@ def test_a_run_that_is_overtaken_hides_nothing_of_the_later_one(app, monkeypatch
     session = deploy.Session(settings, deploy.Console(), deploy.Interrupts())
     deploy.write_metrics(deploy.Invocation(session, SimpleNamespace(command="deploy", dry_run=False), "id"), 1, 0.5)
     assert read(app)["deploy_last_run_timestamp_seconds"] == (earlier if kept else 100.0)
-    assert counts(app) == {"changed": 1, "failed": 1}
+    assert counts(app) == {"deployed": 1, "failed": 1}
 
 
 # -- what lies there already -----------------------------------------------------------
@@ -257,7 +285,7 @@ def test_what_is_not_ours_starts_over_with_a_warning(app, kind, tmp_path):
     OLD[kind](path, target)
     result = app.deploy("1.0")
     assert any(f"{path} starts over" in warning for warning in result.data["warnings"]), described(result.data)
-    assert counts(app) == {"changed": 1} and target.read_text() == "precious"
+    assert counts(app) == {"deployed": 1} and target.read_text() == "precious"
     assert stat.S_ISREG(os.lstat(str(path)).st_mode)
 
 

@@ -295,16 +295,18 @@ def test_every_end_is_its_event_and_what_changed_nothing_is_none(app, receive, t
     bad = {"before": "[hooks]\npost_activate = false"}
     assert told("deploy", one, check=0) == ["deployed 1.0  0"]
     assert told("deploy", one, check=0) == told("-n", "deploy", two, check=0) == told("pin", "1.0", check=0) == []
-    assert told("deploy", "/nonexistent", check=4) == ["failed  1.0 4"]
+    assert told("deploy", "/nonexistent", check=4) == ["refused  1.0 4"]
     assert told("deploy", two, check=1, before="[hooks]\npre_activate = false") == ["failed 2.0 1.0 1"]
-    assert told("deploy", two, check=3, before="[preflight]\nuser = nobody-else") == ["failed 2.0 1.0 3"]
+    assert told("deploy", two, check=3, before="[preflight]\nuser = nobody-else") == ["refused 2.0 1.0 3"]
     assert told("stage", two, check=0) == told("status", check=0) == told("activate", "9.9", check=2) == []
-    assert told("activate", "2.0", check=0) == ["deployed 2.0 1.0 0"]
+    assert told("activate", "2.0", check=0) == ["activated 2.0 1.0 0"]
     assert told("rollback", check=0) == ["rolled_back 1.0 2.0 0"]
     assert told("activate", "2.0", check=5, **bad) == ["rolled_back 2.0 1.0 5"]
-    assert told("activate", "2.0", check=6, before="auto_rollback = no\n" + bad["before"]) == ["rollback_failed 2.0 1.0 6"]
+    assert told("activate", "2.0", check=6, before="auto_rollback = no\n" + bad["before"]) == ["left_live 2.0 1.0 6"]
     only = section + "\nevents=recovered, rollback_failed"
     assert told("rollback", check=0, extra=only) == []
+    rare = section + "\nevents = staged, pruned"
+    assert told("stage", app.artifact("3.0"), check=0, extra=rare) == ["staged 3.0 1.0 0"]
     with open(str(app.root / ".deploy" / "lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert told("deploy", two, "--force", check=75) == []
@@ -424,7 +426,8 @@ def test_a_key_that_cannot_be_sent_is_not_shown_instead(app, receive, tmp_path, 
 
 @pytest.mark.parametrize("section, message", [
     ("type = pigeon", "type = 'pigeon': expected webhook, slack, email or command"),
-    ("url = http://x/\nevents=deployed, gone", "expected some of deployed, failed, rolled_back, rollback_failed, recovered, not 'gone'"),
+    ("url = http://x/\nevents=deployed, gone", "expected some of deployed, activated, rolled_back, failed, left_live, rollback_failed, "
+     "refused, recovered, staged, pruned, not 'gone'"),
     ("url = http://x/\nevents =", "expected some of deployed"),
     ("events = failed", "type = webhook needs url"),
     ("type = slack", "type = slack needs url or url_file"),
