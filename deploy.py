@@ -7834,32 +7834,17 @@ def check_inodes(run: "Run") -> Iterator[Finding]:
     yield "ok", f"{free:,} free", ""
 
 
-def check_commands(run: "Run") -> Iterator[Finding]:
-    """[preflight] require_commands."""
-    wanted = run.settings.preflight.require_commands
-    for name in wanted:
-        if not find_command(name):
-            yield "fail", f"{name} is not found", f"install {name}, or extend PATH"
-    yield "ok", count(len(wanted), "command"), ""
+def required(key: str, is_there: Callable[[str], Any], noun: str, problem: str, fix: str
+             ) -> Callable[["Run"], Iterator[Finding]]:
+    """Make the check of one of the lists in [preflight]; problem and fix have {} for the name."""
+    def check(run: "Run") -> Iterator[Finding]:
+        wanted = getattr(run.settings.preflight, key)
+        for name in wanted:
+            if not is_there(name):
+                yield "fail", problem.format(name), fix.format(name)
+        yield "ok", count(len(wanted), noun), ""
 
-
-def check_environment(run: "Run") -> Iterator[Finding]:
-    """[preflight] require_env."""
-    wanted = run.settings.preflight.require_env
-    for name in wanted:
-        if not environment(name):
-            yield "fail", f"{name} is not set", f"set {name} in the environment of deploy.py"
-    yield "ok", count(len(wanted), "variable"), ""
-
-
-def check_files(run: "Run") -> Iterator[Finding]:
-    """[preflight] require_files."""
-    wanted = run.settings.preflight.require_files
-    for path in wanted:
-        if not os.access(path, os.R_OK):
-            yield ("fail", f"{path} is missing or cannot be read",
-                   f"create {path}, readable by {user_name()}")
-    yield "ok", count(len(wanted), "file"), ""
+    return check
 
 
 def check_shared(run: "Run") -> Iterator[Finding]:
@@ -8021,9 +8006,13 @@ CHECKS = (
     ("downgrade", check_downgrade, False),
     ("space", check_space, False),
     ("inodes", check_inodes, False),
-    ("commands", check_commands, False),
-    ("environment", check_environment, False),
-    ("files", check_files, False),
+    ("commands", required("require_commands", find_command, "command", "{} is not found",
+                          "install {}, or extend PATH"), False),
+    ("environment", required("require_env", environment, "variable", "{} is not set",
+                             "set {} in the environment of deploy.py"), False),
+    ("files", required("require_files", lambda path: os.access(path, os.R_OK), "file",
+                       "{} is missing or cannot be read",
+                       "create {}, readable by the user who runs deploy.py"), False),
     ("shared", check_shared, False),
     ("ports", check_ports, False),
     ("services", check_services, False),
