@@ -60,18 +60,17 @@ Exit codes
     5 failed and rolled back        130, 143 interrupted, undone
 
 Sections, each using only what stands above it
-     1 Constants and exit codes     10 Facts and preflight
-     2 Errors                       11 Steps
-     3 Console                      12 Planner
-     4 System                       13 Executor
-     5 Options                      14 Reference
-     6 Model                        15 Commands
-     7 State                        16 Reports
-     8 Artifact                     17 Command line and main
-     9 Hooks, services, probes, templates
+     1 Constants and exit codes      9 Hooks, services, probes, templates
+     2 Errors                       10 Facts and preflight
+     3 Console                      11 Operations
+     4 System                       12 Executor
+     5 Options                      13 Reference
+     6 Model                        14 Commands
+     7 State                        15 Reports
+     8 Artifact                     16 Command line and main
 
-To follow a deployment, read sections 15, 12, 13 and 11 in that order: observe,
-plan, execute, and what each step does.
+To follow a deployment, read the table of operations in section 11, then
+`transact` in section 14: observe, plan, check, execute.
 """
 
 import sys
@@ -106,6 +105,7 @@ try:
     import zlib
     from collections import deque
     from contextlib import ExitStack, closing, contextmanager
+    from operator import attrgetter
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
                         Optional, Sequence, Set, Tuple, Type, Union)
@@ -2770,77 +2770,6 @@ class HistoryEntry(NamedTuple):
         return cls(**_fields(data, "the history line", _HISTORY_TYPES))
 
 
-class CheckResult(NamedTuple):
-    """What a preflight check found: ok, warn, fail or skip, and what to do about it."""
-
-    name: str
-    status: str
-    detail: str
-    hint: str = ""
-
-
-class StepResult(NamedTuple):
-    """How a step ended: done, skipped, failed, undone or planned; and the last lines its commands wrote."""
-
-    name: str
-    status: str
-    seconds: float
-    detail: str
-    output: Sequence[str] = ()
-
-    def to_json(self) -> Dict[str, Any]:
-        """Return what the history keeps and --json shows; `output` only where there is some."""
-        data = {"name": self.name, "status": self.status, "seconds": self.seconds, "detail": self.detail}
-        return dict(data, output=list(self.output)) if self.output else data
-
-
-class Session(NamedTuple):
-    """What every part of a run shares."""
-
-    settings: Settings
-    console: Console
-    interrupts: Interrupts
-    traceparent: str = ""  # for children; empty outside of a trace
-
-
-class Context(NamedTuple):
-    """Which release a hook, service, probe or template is run for."""
-
-    application: str
-    root: str
-    release: str
-    version: str
-    release_path: str
-    previous: str
-    deploy_id: str
-
-    def variables(self) -> Dict[str, str]:
-        """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
-        return {
-            "DEPLOY_APPLICATION": self.application, "DEPLOY_ROOT": self.root, "DEPLOY_RELEASE": self.release,
-            "DEPLOY_VERSION": self.version, "DEPLOY_RELEASE_PATH": self.release_path,
-            "DEPLOY_CURRENT_PATH": f"{self.root}/current", "DEPLOY_SHARED_PATH": f"{self.root}/shared",
-            "DEPLOY_PREVIOUS_RELEASE": self.previous, "DEPLOY_ID": self.deploy_id}
-
-
-class Plan(NamedTuple):
-    """The ordered steps of one operation, computed before anything changes.
-
-    `way_back` are the steps that make `from_release` live again, taken when a
-    step fails after the switch; before the switch, steps are undone instead.
-    """
-
-    operation: str
-    from_release: Optional[str]
-    to_release: str
-    steps: List[Any]
-    way_back: List[Any]
-
-    def to_json(self) -> List[Dict[str, str]]:
-        """Return the plan as the journal keeps it and --json shows it."""
-        return [{"name": step.name, "description": step.description} for step in self.steps]
-
-
 # ============================================================================
 # 7  State
 #    What is on disk under one root, and the only code that changes it: lock,
@@ -3542,6 +3471,178 @@ def describe_holder(holder: Dict[str, Any]) -> str:
         return "an unknown process"
     return (f"pid {holder.get('pid')} of {holder.get('user')} on {holder.get('host')}, "
             f"{holder.get('command')} since {holder.get('since')}")
+
+
+# -- one run -------------------------------------------------------------------
+
+class CheckResult(NamedTuple):
+    """What a preflight check found: ok, warn, fail or skip, and what to do about it."""
+
+    name: str
+    status: str
+    detail: str
+    hint: str = ""
+
+
+class StepResult(NamedTuple):
+    """How a step ended: done, skipped, failed, undone or planned; what its commands wrote last."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+    output: Sequence[str] = ()
+    started_at: str = ""
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return what the history keeps and --json shows; `output` only where there is some."""
+        data = {"name": self.name, "status": self.status, "seconds": self.seconds,
+                "detail": self.detail}
+        return dict(data, output=list(self.output)) if self.output else data
+
+
+class Context(NamedTuple):
+    """Which release a hook, service, probe or template is run for."""
+
+    application: str
+    root: str
+    release: str
+    version: str
+    release_path: str
+    previous: str
+    deploy_id: str
+    failed: str = ""
+
+    def variables(self) -> Dict[str, str]:
+        """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
+        names = {
+            "DEPLOY_APPLICATION": self.application, "DEPLOY_ROOT": self.root,
+            "DEPLOY_RELEASE": self.release, "DEPLOY_VERSION": self.version,
+            "DEPLOY_RELEASE_PATH": self.release_path, "DEPLOY_ID": self.deploy_id,
+            "DEPLOY_CURRENT_PATH": f"{self.root}/current",
+            "DEPLOY_SHARED_PATH": f"{self.root}/shared", "DEPLOY_PREVIOUS_RELEASE": self.previous}
+        if self.failed:
+            names["DEPLOY_FAILED_RELEASE"] = self.failed
+            names["DEPLOY_FAILED_PATH"] = f"{self.root}/releases/{self.failed}"
+        return names
+
+
+class Outcome:
+    """What a command did, for people and for --json."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.changed = False
+        self.rolled_back = False
+        self.release: Optional[str] = None
+        self.previous: Optional[str] = None
+        self.message = ""
+        self.result = ""  # what the history calls it, where it has a line there
+        self.steps: List[StepResult] = []
+        self.checks: List[CheckResult] = []
+        self.error: Optional[DeployError] = None
+        self.extra: Dict[str, Any] = {}  # what this command adds to the object of --json
+
+
+class Run:
+    """One run of this program: what was asked, with which settings, and what came of it."""
+
+    def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
+                 flags: Any) -> None:
+        self.settings = settings
+        self.console = console
+        self.interrupts = interrupts
+        self.flags = flags
+        self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
+        self.traceparent = child_traceparent()
+        self.by = who(started_by())
+        self.outcome = Outcome(flags.command)
+        # The open root, what was observed there, and the open artifact, while there are such.
+        self.store: Any = None
+        self.facts: Any = None
+        self.artifact: Any = None
+        # What the steps hand on: the staged tree's name and manifest, a command's last lines.
+        self.staging = ""
+        self.manifest: Any = None
+        self.output: List[str] = []
+        self.session = self
+        # For those who are notified: where it was to lead, and whether the settings count.
+        self.target = ""
+        self.is_believed = False
+
+    @property
+    def root(self) -> str:
+        """The root, absolute and without symlinks; UsageError where there is none that can be."""
+        if not self.settings.deploy.root:
+            raise UsageError("no root is given",
+                             "name it with --root DIR, or set root in [deploy] of the configuration")
+        root = os.path.realpath(self.settings.deploy.root)
+        if root == "/" or escape(root) != root:
+            raise UsageError(f"{root!r} cannot be a root",
+                             "name the application's own directory: --root DIR")
+        for found in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
+            above = root[:found.start()]
+            if os.path.isdir(f"{above}/.deploy"):
+                # ROOT/current as well: what is written there would change a release.
+                raise UsageError(f"{root} cannot be a root: it lies inside another one",
+                                 f"perhaps --root {above} is meant")
+        return root
+
+    def staged_tree(self) -> Directory:
+        """Open the tree that is being staged."""
+        return self.store.directory(".deploy/staging").child(self.staging)
+
+    @property
+    def application(self) -> str:
+        """The application's name: configured, or the root's last component."""
+        name = self.settings.deploy.application
+        return name or os.path.basename(os.path.realpath(self.settings.deploy.root)) or "application"
+
+
+class Step(NamedTuple):
+    """One action of a plan.
+
+    `do` returns a short detail and raises DeployError or OSError; `undo` takes it back, done,
+    half done or not begun.  `phase` is what the journal says meanwhile, `noted` the phase that
+    it names once the step is done, where a recovery must know of it.  A failure of an
+    `optional` step is a warning.  `seconds` is how long it may take.
+    """
+
+    name: str
+    text: str
+    do: Callable[[Run], str]
+    undo: Callable[[Run], None] = lambda run: None
+    phase: str = ""
+    optional: bool = False
+    noted: str = ""
+    seconds: float = Supervisor.UNLIMITED_SECONDS
+
+
+class Plan(NamedTuple):
+    """The ordered steps of one operation, computed before anything changes.
+
+    `steps` lead to the verdict, `last` come after it.  `way_back` makes `from_release` live
+    again when a step fails after the switch; before it, steps are undone instead.
+    """
+
+    operation: str
+    from_release: Optional[str]
+    to_release: str
+    steps: List[Step]
+    last: List[Step]
+    way_back: List[Step]
+
+    def to_json(self) -> List[Dict[str, str]]:
+        """Return the plan as the journal keeps it and --json shows it."""
+        return [{"name": step.name, "description": step.text} for step in self.steps + self.last]
+
+
+Session = Run
+
+
+def application_name(settings: Settings) -> str:
+    """Return the application's name: configured, or the root's last component."""
+    return settings.deploy.application or os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
 
 
 # ============================================================================
@@ -7205,47 +7306,10 @@ def run_probe(session: Session, probe: Any, context: Context, *, expect_release:
 #    Reads everything, changes nothing.
 # ============================================================================
 
-class Request(NamedTuple):
-    """What the command line asked for, beyond settings."""
-
-    command: str
-    artifact: str = ""
-    release: str = ""
-    sha256: str = ""
-    version: str = ""
-    allow_downgrade: bool = False
-    force: bool = False
-    # Nothing will be unpacked, so only a look of its own tells whether the bytes are right.
-    confirm_digest: bool = False
-
-
-class ArtifactFacts(NamedTuple):
-    """What is known of the artifact before it is unpacked; sizes in bytes.
-
-    `sha256` is what its bytes must have; `release` is the one that was made
-    from the same artifact in the same way and is whole, if there is one.
-    """
-
-    name: str
-    source: str
-    format: str
-    size_bytes: int
-    sha256: str
-    sha256_source: str
-    version: str
-    cost: Cost
-    release: Optional[str]
-
-    def to_json(self) -> Dict[str, Any]:
-        """Return what --json shows of it."""
-        return {"name": portable(self.name), "source": portable(self.source), "format": self.format,
-                "size": self.size_bytes, "sha256": self.sha256, "version": self.version}
-
-
 class Facts(NamedTuple):
-    """Everything the planner and the checks may know, observed at one moment."""
+    """Everything that the planner and the checks may know, observed at one moment."""
 
-    request: Request
+    request: Any  # the flags: what the command line asked for beyond settings
     root: str
     command_line: Callable[[str], str]
     application: str
@@ -7255,10 +7319,10 @@ class Facts(NamedTuple):
     records: Dict[str, Record]
     state_problems: List[str]
     on_disk: Set[str]
-    in_use: Dict[str, str]
+    in_use: Dict[str, str]  # by release, who runs from it: only what prunes looks
     journal: Optional[Journal]
     holder: Optional[Dict[str, Any]]
-    artifact: Optional[ArtifactFacts]
+    artifact: Optional["ArtifactFacts"]
     refusal: Optional[DeployError]
 
     def release(self, name: str) -> Optional[Record]:
@@ -7266,140 +7330,156 @@ class Facts(NamedTuple):
         return self.records.get(name) if name in self.on_disk else None
 
 
-class Observer:
-    """Looks at root and artifact; keeps the artifact open for whoever unpacks it."""
+class ArtifactFacts(NamedTuple):
+    """What is known of the artifact before it is unpacked; sizes in bytes.
 
-    def __init__(self, session: Session, store: Optional[Store], deploy_id: str) -> None:
-        self.session, self.store, self.deploy_id = session, store, deploy_id
-        self.artifact = None  # type: Optional[OpenArtifact]
+    `sha256` is what its bytes must have; `release` is the one that was made from the same
+    artifact in the same way and is whole, if there is one.
+    """
 
-    def observe(self, request: Request, *, locked: bool) -> Facts:
-        """Collect the facts; a refused artifact is a fact, so that every check can still be run."""
-        before = lock_used(self.store) if self.store else 0
-        facts = self._look(request, locked=locked)
-        if not locked and self.store and lock_used(self.store) != before:
-            facts = self._look(request, locked=locked)  # a run began or ended meanwhile, and half of each state is neither
-        if not request.artifact:
-            return facts
+    name: str
+    source: str
+    format: str
+    size_bytes: int
+    sha256: str
+    sha256_source: str
+    version: str
+    release: Optional[str]
+    cost: Any
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return what --json shows of it."""
+        return {"name": portable(self.name), "source": portable(self.source), "version": self.version,
+                "format": self.format, "size": self.size_bytes, "sha256": self.sha256}
+
+
+def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False) -> Facts:
+    """Look at the root and at the artifact, and keep what was found in `run.facts`.
+
+    A refused artifact is a fact, so that every check can still be run.  `confirm`: nothing will
+    be unpacked, so that only a look of its own says whether the bytes are right.
+    """
+    used = lock_used(run.store) if run.store else 0
+    run.facts = observe_root(run, locked=locked)
+    if not locked and run.store and lock_used(run.store) != used:
+        # A run began or ended meanwhile, and half of each state is neither.
+        run.facts = observe_root(run, locked=locked)
+    if artifact:
         try:
-            return facts._replace(artifact=self._observe_artifact(facts))
+            found = observe_artifact(run, artifact, confirm=confirm)
+            run.facts = run.facts._replace(artifact=found)
         except (ArtifactRefused, UsageError) as error:
-            return facts._replace(refusal=error)
+            run.facts = run.facts._replace(refusal=error)
         except ImportError as error:
-            return facts._replace(refusal=ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL))
+            run.facts = run.facts._replace(refusal=ArtifactRefused(
+                f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL))
+    return run.facts
 
-    def _look(self, request: Request, *, locked: bool) -> Facts:
-        store, settings = self.store, self.session.settings
-        # Before the records: without the lock, what a run makes live meanwhile must not look as if it had none.
-        current = store.current() if store else Current(None)
-        records, problems = store.records() if store else ({}, [])
-        journal = None
-        try:
-            journal = store.read_journal() if store else None
-        except StateError as error:
-            problems.append(error.message)
-        return Facts(
-            request=request, root=os.path.realpath(settings.deploy.root), command_line=settings.command_line,
-            application=application_name(settings),
-            deploy_id=self.deploy_id, now_seconds=time.time(), current=current,
-            records=records, state_problems=problems, on_disk=store.releases_on_disk() if store else set(),
-            in_use=self._in_use(request), journal=journal, holder=lock_holder(store) if store and not locked else None,
-            artifact=None, refusal=None)
 
-    def _in_use(self, request: Request) -> Dict[str, str]:
-        # Going through /proc costs more than all the rest; only what prunes needs it.
-        prunes = request.command in ("deploy", "activate", "prune")
-        return (releases_in_use(self.session.settings, self.store.path) if self.store and prunes else None) or {}
+def observe_root(run: Run, *, locked: bool) -> Facts:
+    """Look at what is under the root; without a root there is nothing yet."""
+    store, settings, journal = run.store, run.settings, None
+    # Before the records: what a run makes live meanwhile must not look as if it had none.
+    current = store.current() if store else Current(None)
+    records, problems = store.records() if store else ({}, [])
+    try:
+        journal = store.read_journal() if store else None
+    except StateError as error:
+        problems.append(error.message)
+    # Going through /proc costs more than all the rest.
+    prunes = store and run.flags.command in ("deploy", "activate", "prune")
+    return Facts(
+        request=run.flags, root=os.path.realpath(settings.deploy.root), application=run.application,
+        command_line=settings.command_line, deploy_id=run.deploy_id, now_seconds=time.time(),
+        current=current, records=records, state_problems=problems,
+        on_disk=store.releases_on_disk() if store else set(),
+        in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
+        journal=journal, holder=lock_holder(store) if store and not locked else None,
+        artifact=None, refusal=None)
 
-    def _observe_artifact(self, facts: Facts) -> ArtifactFacts:
-        settings, request = self.session.settings, facts.request
-        self.artifact = artifact = OpenArtifact.open(request.artifact)
-        check_limits(artifact, settings.limits)
-        self._refuse_own(facts, os.path.realpath(artifact.path))
-        digest = find_digest(artifact, request.sha256, settings.artifact.checksum) or \
-            Digest(self._hash(artifact), "computed")
-        version = request.version or find_version(artifact.name, settings.artifact.match, digest.sha256)
+
+def observe_artifact(run: Run, path: str, *, confirm: bool) -> ArtifactFacts:
+    """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
+    settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
+    run.artifact = artifact = OpenArtifact.open(path)
+    check_limits(artifact, settings.limits)
+    for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
+        # A release has shared links and templates in it, and may be pruned while it is copied.
+        if (os.path.realpath(artifact.path) + "/").startswith(own + "/"):
+            raise ArtifactRefused(
+                f"artifact {os.path.realpath(artifact.path)} lies inside {own}, which is deploy.py's own",
+                "name what the build made; a release goes live again by "
+                + facts.command_line("activate RELEASE"))
+    with closing(console.progress("hash", artifact.size_bytes)) as progress, run.interrupts.allowed():
+        digest = find_digest(artifact, flags.sha256 or "", settings.artifact.checksum) or \
+            Digest(hash_artifact(artifact, progress.update, settings), "computed")
+        version = flags.release_version or find_version(artifact.name, settings.artifact.match, digest.sha256)
         cost = expected_cost(artifact)
         if cost.exact and 0 < settings.limits.max_expanded < cost.expanded_bytes:
             raise ArtifactRefused(f"{artifact.name} expands to {format_size(cost.expanded_bytes)}, more than the "
                                   f"{format_size(settings.limits.max_expanded)} that [limits] max_expanded allows",
                                   "raise [limits] max_expanded if that is right")
-        found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes, digest.sha256,
-                              digest.source, version, cost, None)
-        candidate = self._made_before(facts, found)
-        if candidate or request.confirm_digest:
-            self._confirm(artifact, digest)
-        if candidate is None:
-            return found
-        if candidate != facts.current.release and not self._is_whole(facts.records[candidate]):
-            self.session.console.warn(f"{candidate} was changed since it was staged; staging the artifact again")
-            return found
-        known = facts.records[candidate].version
-        if known != version:
-            self.session.console.say(f"{artifact.name} holds the same bytes as {candidate}, which is live; "
-                                     f"--release-version {version} would make another release of them")
-        return found._replace(release=candidate, version=known)
-
-    def _refuse_own(self, facts: Facts, path: str) -> None:
-        """A release is no artifact: it has shared links and templates in it, and may be pruned while it is copied."""
-        for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
-            if (path + "/").startswith(own + "/"):
-                raise ArtifactRefused(f"artifact {path} lies inside {own}, which is deploy.py's own",
-                                      f"name what the build made; a release goes live again by "
-                                      f"{facts.command_line('activate RELEASE')}")
-
-    def _made_before(self, facts: Facts, found: ArtifactFacts) -> Optional[str]:
-        """Name the newest release that was made from the same bytes, version and options.
-
-        To `deploy` what is live is to do nothing, whatever its file is called now, unless another version is asked for.
-        """
-        strip = self.session.settings.artifact.strip_components
-        live = facts.current.release if facts.request.command in ("deploy", "preflight") and not facts.request.version else None
-        if facts.request.force:
-            return None
-        same = [record for record in facts.records.values() if record.sha256 == found.sha256 and record.id in facts.on_disk
-                and (record.version == found.version or record.id == live)
-                and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
-        return max(same, key=lambda record: (record.id == live, record.sequence)).id if same else None
-
-    def _confirm(self, artifact: OpenArtifact, digest: Digest) -> None:
-        """Where no unpacking will tell: the bytes must really have the digest they are said to have."""
-        if digest.source == "computed":
-            return
-        known = self.store.remembered_digest(artifact.path, artifact.identity()) if self.store else ""
-        compare_digests(known or self._hash(artifact), digest.sha256, artifact.name)
-
-    def _hash(self, artifact: OpenArtifact) -> str:
-        with closing(self.session.console.progress("hash", artifact.size_bytes)) as progress, self.session.interrupts.allowed():
-            return hash_artifact(artifact, progress.update, self.session.settings)
-
-    def _is_whole(self, record: Record) -> bool:
-        """Tell whether a staged release still is what its manifest says; without one it is not."""
+        found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes,
+                              digest.sha256, digest.source, version, None, cost)
+        before = made_before(run, found)
+        if (before or confirm) and digest.source != "computed":
+            known = run.store.remembered_digest(artifact.path, artifact.identity()) if run.store else ""
+            compare_digests(known or hash_artifact(artifact, progress.update, settings), digest.sha256, artifact.name)
+    if before is None:
+        return found
+    if before.id != facts.current.release:
         try:
-            return not problems_of(check_release(self.session, self.store, record))  # type: ignore  # there is a root: it has a record
+            whole = not problems_of(check_release(run, before))
         except StateError:
-            return False
-
-    def close(self) -> None:
-        """Close the artifact."""
-        if self.artifact is not None:
-            self.artifact.close()
-
-
-def application_name(settings: Settings) -> str:
-    """Return the application's name: configured, or the root's last component."""
-    return settings.deploy.application or os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
+            whole = False  # nobody can say without a manifest
+        if not whole:
+            console.warn(f"{before.id} was changed since it was staged; staging the artifact again")
+            return found
+    if before.version != found.version:
+        console.say(f"{found.name} holds the same bytes as {before.id}, which is live; "
+                    f"--release-version {found.version} would make another release of them")
+    return found._replace(release=before.id, version=before.version)
 
 
-def check_release(session: Session, store: Store, record: Record) -> Differences:
-    """Hash a release against its manifest; StateError when the manifest itself is missing or damaged."""
-    release, again = record.id, "stage the artifact again: deploy.py deploy --force ARTIFACT"
+def made_before(run: Run, found: ArtifactFacts) -> Optional[Record]:
+    """Return the newest release that was made from the same bytes, version and options.
+
+    To `deploy` what is live is to do nothing, whatever its file is called now, unless another
+    version is asked for.
+    """
+    facts, flags, live = run.facts, run.flags, None
+    if flags.force:
+        return None
+    if flags.command in ("deploy", "preflight") and not flags.release_version:
+        live = facts.current.release
+    strip = run.settings.artifact.strip_components
+    same = [record for record in facts.records.values()
+            if record.sha256 == found.sha256 and record.id in facts.on_disk
+            and (record.version == found.version or record.id == live)
+            and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
+    return max(same, key=lambda record: (record.id == live, record.sequence), default=None)
+
+
+def watching(run: Run, progress: Any) -> Callable[[int], None]:
+    """Make what is called for each block of work: it shows how far it is, and heeds signals."""
+    def watch(done: int) -> None:
+        run.interrupts.check()
+        progress.update(done)
+    return watch
+
+
+def check_release(run: Run, record: Record) -> Differences:
+    """Hold a release against its manifest; StateError when that is missing or damaged."""
+    release, store = record.id, run.store
+    again = "stage the artifact again: deploy.py deploy --force ARTIFACT"
     try:
-        with closing(session.console.progress("verify", int(record.tree.get("bytes") or 0))) as progress, \
-                session.interrupts.allowed(), store.open_manifest(release) as streams:
+        total = int(record.tree.get("bytes") or 0)
+        with closing(run.console.progress("verify", total)) as progress, \
+                run.interrupts.allowed(), store.open_manifest(release) as streams:
             for name, stream in zip(("manifest", "tree"), streams):
                 if hash_stream(stream) != record.tree.get(f"{name}_sha256"):
-                    raise StateError(f"{release} cannot be verified: {store.path}/.deploy/{name}s/{release} was changed", again)
+                    raise StateError(f"{release} cannot be verified: "
+                                     f"{store.path}/.deploy/{name}s/{release} was changed", again)
             with store.directory("releases").child(release) as directory:
                 return compare_tree(directory, Manifest.from_lines(*streams), progress.update)
     except ValueError as error:
@@ -7407,10 +7487,26 @@ def check_release(session: Session, store: Store, record: Record) -> Differences
 
 
 def problems_of(differences: Differences) -> str:
-    """Say what makes a release unfit to go live; files that were only added (caches, logs) do not."""
-    parts = [f"{count(len(names), 'entry', 'entries')} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-             for word, names in (("changed", differences.changed), ("missing", differences.missing)) if names]
+    """Say what makes a release unfit to go live; files that were only added do not."""
+    parts = []
+    for word, names in (("changed", differences.changed), ("missing", differences.missing)):
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            some = ", ".join(names[:3])
+            parts.append(f"{count(len(names), 'entry', 'entries')} {word} ({some}{more})")
     return " and ".join(parts)
+
+
+def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = None,
+                failed: str = "") -> Context:
+    """Describe a release to hooks, probes and templates; without one, the one to be made."""
+    record, live = facts.records.get(release or ""), facts.current.release
+    if previous is None:
+        previous = record.previous if record and release == live else live
+    version = record.version if record else facts.artifact.version if facts.artifact else ""
+    path = f"{facts.root}/releases/{release}" if release else facts.root
+    return Context(facts.application, facts.root, release or "", version, path, previous or "",
+                   facts.deploy_id, failed)
 
 
 def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
@@ -8052,168 +8148,359 @@ def run_checks(run: "Run", *, going_back: bool = False) -> List[CheckResult]:
     return results
 
 
-def context_for(facts: "Facts", release: Optional[str]) -> Context:
-    """Describe a release to hooks, probes and templates; without one, the one about to be made."""
-    record, live = facts.records.get(release or ""), facts.current.release
-    version = facts.artifact.version if facts.artifact else ""
-    previous = live
-    if record:
-        version = record.version
-        if release == live:
-            previous = record.previous
-    return Context(facts.application, facts.root, release or "", version,
-                   f"{facts.root}/releases/{release}" if release else facts.root,
-                   previous or "", facts.deploy_id)
+def longest_seconds(settings: Settings) -> float:
+    """Return how long restarts and probes may take in all, for the journal's deadline."""
+    return sum(map(service_seconds, settings.service.values())) + sum(map(probe_seconds, settings.probe.values()))
 
 
 # ============================================================================
-# 11  Steps
-#    One class for each action: its description says it, apply() does it, undo()
-#    takes it back.  apply() returns a short detail for the person watching and
-#    raises DeployError or OSError; undo() may be called on a step half done.
+# 11  Operations
+#    What each operation does, in which order: one table of words, and a maker
+#    of steps for each word.  A plan is made of settings and facts alone;
+#    nothing here looks at the disk, the clock or the network before a step is
+#    done.
 # ============================================================================
 
-class Run:
-    """What the steps of one run share, and what they hand on to each other."""
+STAGE = "pre_stage unpack shared templates publish post_stage seal"
+GO = "pre_activate activate"
+AFTER = "post_activate services probes post_deploy"
 
-    def __init__(self, session: Session, store: Store, facts: Facts, observer: Observer) -> None:
-        self.session, self.store, self.facts, self.observer = session, store, facts, observer
-        self.staging = ""
-        # What was live before the release in question; the way back turns it round.
-        self.before = facts.current.release
-        self.manifest = None  # type: Optional[Manifest]
-        self.by = who(started_by())
+# operation: what is done before the switch, after it, and once the verdict is in.
+ORDER = {
+    "stage": (STAGE, "", ""),
+    "deploy": (STAGE + " " + GO, AFTER, "prune"),
+    "activate": ("verify " + GO, AFTER, "prune"),
+    "rollback": ("verify health pre_rollback activate", "services probes post_rollback", ""),
+    "prune": ("", "", "prune"),
+    "pin": ("", "", "pin"),
+    "unpin": ("", "", "pin"),
+    # recover --to: a person has decided, so only a damaged release stops it.
+    "recover": ("", "", "verify activate services? probes?"),
+}
+# After the switch a failure takes the way back; ? means that its own failure is a warning.
+WAY_BACK = "pre_rollback? activate services probes post_rollback?"
 
-    @property
-    def settings(self) -> Settings:
-        """The settings in force."""
-        return self.session.settings
+# What the history calls an operation that went through.
+RESULTS = {"stage": "staged", "deploy": "deployed", "activate": "activated",
+           "rollback": "rolled_back", "prune": "pruned", "pin": "pinned", "unpin": "unpinned",
+           "recover": "recovered"}
 
-    def context(self, release: Optional[str]) -> Context:
-        """Describe a release to a hook, service, probe or template."""
-        return context_for(self.facts, release)._replace(previous=self.before or "")
-
-    def staged_tree(self) -> Directory:
-        """Open the tree that is being staged."""
-        return self.store.directory(".deploy/staging").child(self.staging)
-
-
-class Step:
-    """One action of a plan; `description` says what it will do, `phase` is what the journal says while it runs."""
-
-    name = description = phase = ""
-    # A step that may fail without failing the run: its failure is a warning.
-    optional = False
-    # The last lines that its commands wrote.
-    output = ()  # type: Sequence[str]
-
-    def bound_seconds(self, settings: Settings) -> float:
-        """Return how long apply() may take; what reads and writes has no limit of its own, and tells of its progress."""
-        return Supervisor.UNLIMITED_SECONDS
-
-    def apply(self, run: Run) -> str:
-        """Do it; return a short detail."""
-        raise NotImplementedError(type(self).__name__)
-
-    def undo(self, run: Run) -> None:
-        """Take it back, whether or not it was finished."""
+KEPT_BAD_RELEASES = 1
+KEPT_BAD_RECORDS = 50
 
 
-class RunHook(Step):
-    """Run the operator's commands for one hook."""
+class Move(NamedTuple):
+    """From what to what a plan leads; `back` where it is the way back of another one."""
 
-    def __init__(self, hook: str, release: Optional[str], commands: List[List[str]], *, optional: bool = False) -> None:
-        self.name, self.hook, self.release = f"hook:{hook}", hook, release
-        self.commands, self.optional = commands, optional
-        self.description = f"run hook {hook}: " + "; ".join(" ".join(argv) for argv in commands)
-
-    def bound_seconds(self, settings: Settings) -> float:
-        """Add up the commands' timeouts."""
-        return float(settings.hooks.timeout * len(self.commands))
-
-    def apply(self, run: Run) -> str:
-        """Run them one after the other; StepFailed for the first that fails."""
-        results = run_hook(run.session, self.hook, run.context(self.release))
-        self.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
-        return count(len(results), "command")
+    operation: str
+    from_release: Optional[str]
+    to_release: Optional[str]
+    back: bool = False
 
 
-class Unpack(Step):
+# -- which release is meant --------------------------------------------------
+
+def select_release(facts: Facts, text: str) -> Record:
+    """Find the release that a person means.
+
+    An id, a unique prefix of one, a version, a digest prefix, current, previous or latest.
+    Raises UsageError where there is none, or more than one; StateError where it may be one
+    that cannot be read.
+    """
+    there = {name: record for name, record in facts.records.items() if name in facts.on_disk}
+    if text in there:
+        return there[text]
+    if text in ROLES:
+        roles = {"latest": max(there.values(), key=attrgetter("sequence"), default=None),
+                 "current": facts.release(facts.current.release or ""),
+                 "previous": rollback_target(facts, facts.current.release)}
+        record = roles[text]
+        if record is None:
+            raise UsageError(f"there is no {text} release",
+                             f"see what there is: {facts.command_line('releases')}")
+        return record
+    exact = [record for record in there.values() if record.version == text]
+    found = exact if len(exact) == 1 else [
+        record for record in there.values()
+        if record.id.startswith(text) or record.version == text
+        or len(text) >= 4 and record.sha256.startswith(text.lower())]
+    if len(found) == 1:
+        return found[0]
+    newest = sorted(found or there.values(), key=attrgetter("sequence"), reverse=True)
+    names = ", ".join(record.id for record in newest[:10])
+    if found:
+        raise UsageError(f"{text!r} may be any of {count(len(found), 'release')}: {names}",
+                         "give more of the id")
+    unreadable = [problem for problem in facts.state_problems if "/.deploy/releases/" in problem]
+    if unreadable:
+        raise StateError(
+            f"there is no release {text!r} among those that can be read: {'; '.join(unreadable)}",
+            "restore the file from a backup, or name another release")
+    raise UsageError(f"there is no release {text!r}",
+                     f"the releases are {names}" if names else "none is there: deploy an artifact")
+
+
+def lost_current(facts: Facts) -> Optional[Record]:
+    """Return what should be live where `current` is gone: its record alone still says so."""
+    lost = [record for record in facts.records.values()
+            if record.state == STATE_ACTIVE and record.id in facts.on_disk]
+    return lost[0] if lost and facts.current.release is None else None
+
+
+def without_current(facts: Facts, lost: Record) -> StateError:
+    """Make the error for it; `recover --to` keeps what was live before, `activate` would not."""
+    return StateError(f"{lost.id} should be live, but current is missing",
+                      facts.command_line(f"recover --to {lost.id}"))
+
+
+def live_before(facts: Facts, release: Optional[str]) -> Iterator[str]:
+    """Name what was live before a release, and before that, as far as the records say."""
+    seen: Set[Optional[str]] = set()
+    while release in facts.records and release not in seen:
+        seen.add(release)
+        release = facts.records[release].previous
+        if release and release not in seen:
+            yield release
+
+
+def is_good(record: Record) -> bool:
+    """Say whether a rollback may go there: it was live, and neither failed nor was left by one."""
+    return record.state in (STATE_ACTIVE, STATE_RETIRED) and record.rolled_back_at is None
+
+
+def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
+    """Choose where a rollback goes: the last good release that was live before this one.
+
+    Follows what the records say was live before, past what is bad or gone; a second rollback
+    therefore goes further back, never to what was just left.
+    """
+    for name in live_before(facts, live):
+        record = facts.release(name)
+        if record and is_good(record):
+            return record
+    sequence = facts.records[live].sequence if live in facts.records else 0
+    older = [record for record in facts.records.values()
+             if record.id in facts.on_disk and is_good(record) and record.sequence < sequence]
+    return max(older, key=attrgetter("sequence"), default=None)
+
+
+def choose_rollback(facts: Facts) -> Record:
+    """Choose the target of a rollback without an argument; raises where that is not certain."""
+    lost, live = lost_current(facts), facts.current.release
+    if lost:
+        raise without_current(facts, lost)
+    for name in live_before(facts, live):
+        if name in facts.records and is_good(facts.records[name]):
+            break
+        if name in facts.on_disk and name not in facts.records and facts.state_problems:
+            # Its record cannot be read: it may be the one to go back to.
+            raise StateError(
+                f"the previous release {name} cannot be judged: {'; '.join(facts.state_problems)}",
+                f"name the release to go back to: {facts.command_line('rollback RELEASE')}")
+    target = rollback_target(facts, live)
+    if target is None:
+        raise PreflightFailed("there is no previous good release to roll back to",
+                              f"see what there is: {facts.command_line('releases')}")
+    return target
+
+
+# -- the planner -------------------------------------------------------------
+
+def plan_operation(settings: Settings, facts: Facts) -> Plan:
+    """Plan what was asked for; a plan without steps where there is nothing to do.
+
+    Raises DeployError for what cannot be planned: no such release, a bad one, no artifact.
+    """
+    asked, live = facts.request, facts.current.release
+    operation, artifact = asked.command, facts.artifact
+    nothing_to_do, release = False, live or ""
+    if operation in ("deploy", "stage"):
+        if artifact is None:
+            raise facts.refusal or UsageError("no artifact was given", "name one: deploy ARTIFACT")
+        release = artifact.release or new_release_id(facts, artifact.version)
+        nothing_to_do = bool(artifact.release) and (operation == "stage" or release == live)
+        if operation == "deploy" and nothing_to_do and facts.records[release].failure:
+            raise ArtifactRefused(*bad_refusal(facts.records[release]))
+    elif operation != "prune":
+        named = asked.to if operation == "recover" else asked.release
+        target = select_release(facts, named) if named else choose_rollback(facts)
+        release = target.id
+        if operation in ("pin", "unpin"):
+            nothing_to_do = target.pinned == (operation == "pin")
+        elif operation == "recover":
+            if facts.current.problem and not facts.current.missing:
+                raise StateError(facts.current.problem, facts.current.hint)
+        else:
+            nothing_to_do = release == live
+            if target.state == STATE_BAD and not nothing_to_do and not asked.force:
+                raise ArtifactRefused(*bad_refusal(target))
+    if nothing_to_do:
+        return Plan(operation, live, release, [], [], [])
+    return make_plan(settings, facts, Move(operation, live, release))
+
+
+def make_plan(settings: Settings, facts: Facts, move: Move) -> Plan:
+    """Expand the words of an operation, and those of its way back."""
+    before, after, last = ORDER[move.operation]
+    back = Move(move.operation, move.to_release, move.from_release, back=True)
+    steps = expand(before, PHASE_INTENT, settings, facts, move)
+    steps += expand(after, PHASE_SWITCHED, settings, facts, move)
+    # The way back ends once `current` is gone where nothing was live before.
+    way_back = WAY_BACK if move.from_release else "pre_rollback? activate post_rollback?"
+    switches = any(step.noted == PHASE_SWITCHED for step in steps)
+    return Plan(move.operation, move.from_release, move.to_release or "", steps,
+                expand(last, "", settings, facts, move),
+                expand(way_back, PHASE_ROLLING_BACK, settings, facts, back) if switches else [])
+
+
+def expand(words: str, phase: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Make the steps of some words of the table; none where nothing is configured for a word."""
+    steps: List[Step] = []
+    for word in words.split():
+        name = word.rstrip("?")
+        staging = name in STAGE.split()
+        if staging and facts.artifact and facts.artifact.release:
+            continue  # it was staged before
+        for step in MAKERS[name](name, settings, facts, move):
+            forward = phase in (PHASE_INTENT, PHASE_SWITCHED)
+            steps.append(step._replace(phase=PHASE_STAGING if staging else phase,
+                                       noted=step.noted if forward else "",
+                                       optional=step.optional or word.endswith("?")))
+    return steps
+
+
+def new_release_id(facts: Facts, version: str) -> str:
+    """Name a release that is about to be made: time and version, a number where that is taken."""
+    base = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(facts.now_seconds)) + version
+    name, number = base, 2
+    while name in facts.records or name in facts.on_disk:
+        name, number = f"{base}.{number}", number + 1
+    return name
+
+
+def prunable(settings: Settings, facts: Facts, move: Move) -> List[Record]:
+    """Choose what retention lets go: good releases beyond keep_releases, bad ones beyond one.
+
+    What will be live, what a rollback would then go to, pinned releases, those that a process
+    runs from and everything without a record stay.  A release that is about to be made counts
+    as one of those that are kept.
+    """
+    live, previous = move.to_release or None, move.from_release
+    if live == previous:
+        target = rollback_target(facts, live)
+        previous = target.id if target else None
+    newest_first = sorted(facts.records.values(), key=attrgetter("sequence"), reverse=True)
+    there = [record for record in newest_first if record.id in facts.on_disk]
+    good = [record for record in there
+            if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
+    bad = [record for record in there if record.state == STATE_BAD and record.id != live]
+    arriving = 1 if live and live not in facts.records else 0
+    gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
+    keep = {live, previous} | set(facts.in_use)
+    lost = lost_current(facts)
+    if lost:
+        keep |= {lost.id, lost.previous}
+    forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
+    return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
+
+
+def move_context(run: Run, move: Move) -> Context:
+    """Describe the release that a move leads to; on the way back, the one that failed as well."""
+    failed = move.from_release or "" if move.back else ""
+    return context_for(run.facts, move.to_release, move.from_release or "", failed)
+
+
+# -- the makers: word -> steps ------------------------------------------------
+
+def make_hook(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """The operator's commands for one hook; after the switch a recovery must not run them again."""
+    commands = getattr(settings.hooks, word)
+    if not commands:
+        return []
+
+    def run_commands(run: Run) -> str:
+        results = run_hook(run, word, move_context(run, move))
+        run.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
+        return count(len(commands), "command")
+
+    text = f"run hook {word}: " + "; ".join(" ".join(argv) for argv in commands)
+    after = word in AFTER.split() or word == "post_rollback" and not move.back
+    return [Step(f"hook:{word}", text, run_commands, noted=PHASE_SWITCHED if after else "",
+                 seconds=float(settings.hooks.timeout * len(commands)))]
+
+
+def make_unpack(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Verify and unpack the artifact into a private directory, in one pass."""
-
-    name = "unpack"
-
-    def __init__(self, artifact: ArtifactFacts) -> None:
-        self.expected = artifact.sha256
-        self.description = f"verify and unpack {artifact.name} ({artifact.format}, " \
-                           f"{format_size(artifact.size_bytes)}, sha256 {artifact.sha256[:12]})"
-
-    def apply(self, run: Run) -> str:
-        """Unpack; ArtifactRefused for what is wrong with it."""
-        run.staging = run.store.new_staging()
-        artifact = run.observer.artifact  # type: Any
-        with closing(run.session.console.progress("unpack", artifact.size_bytes)) as progress, \
-                run.session.interrupts.allowed(), run.staged_tree() as tree, self._sharer(run) as sharer, \
-                EarlySync(tree) if run.settings.deploy.durable else Descriptor():
-            found = unpack(artifact, tree, run.settings, progress.update, expected=self.expected, sharer=sharer)
-        run.manifest = found.manifest
-        for note in found.notes:
-            run.session.console.warn(note)
-        shared = f", {sharer.shared_files:,} shared with {run.facts.current.release}" if sharer and sharer.shared_files else ""
-        return f"{count(found.counts['files'], 'file')}, {format_size(found.counts['bytes'])}{shared}"
-
-    @contextmanager
-    def _sharer(self, run: Run) -> Iterator[Optional[Sharer]]:
-        how, live = run.settings.deploy.share_unchanged, run.facts.current.release
-        # A hook may write to the files of the release that it is to complete: hard links would reach into the live one.
-        if how == "no" or how == "hardlink" and run.settings.hooks.post_stage or live is None:
-            yield None
-            return
-        with run.store.directory("releases").child(live) as release, closing(Sharer(release, how)) as sharer:
-            yield sharer
-
-    def undo(self, run: Run) -> None:
-        """Remove what was unpacked."""
-        if run.staging:
-            run.store.discard_staging(run.staging)
+    found = facts.artifact
+    text = "verify and unpack" if found is None else \
+        f"verify and unpack {found.name} ({found.format}, {format_size(found.size_bytes)}, " \
+        f"sha256 {found.sha256[:12]})"
+    return [Step(word, text, do_unpack, undo_unpack)]
 
 
-class LinkShared(Step):
+def do_unpack(run: Run) -> str:
+    """Unpack; ArtifactRefused for what is wrong with it."""
+    run.staging, live = run.store.new_staging(), run.facts.current.release
+    how = run.settings.deploy.share_unchanged
+    with ExitStack() as stack:
+        progress = stack.enter_context(closing(run.console.progress("unpack", run.artifact.size_bytes)))
+        tree, sharer = stack.enter_context(run.staged_tree()), None
+        # A post_stage hook may write to the files: hard links would reach into the live release.
+        if live and how != "no" and not (how == "hardlink" and run.settings.hooks.post_stage):
+            release = stack.enter_context(run.store.directory("releases").child(live))
+            sharer = stack.enter_context(closing(Sharer(release, how)))
+        if run.settings.deploy.durable:
+            stack.enter_context(EarlySync(tree))
+        stack.enter_context(run.interrupts.allowed())
+        found = unpack(run.artifact, tree, run.settings, progress.update,
+                       expected=run.facts.artifact.sha256, sharer=sharer)
+    run.manifest = found.manifest
+    for note in found.notes:
+        run.console.warn(note)
+    counts, shared = found.counts, ""
+    if sharer and sharer.shared_files:
+        shared = f", {sharer.shared_files:,} shared with {live}"
+    return f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}{shared}"
+
+
+def undo_unpack(run: Run) -> None:
+    """Remove what was unpacked."""
+    if run.staging:
+        run.store.discard_staging(run.staging)
+
+
+def make_shared(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Link what outlives releases from shared/ into the release."""
+    directories, files = settings.deploy.shared_dirs, settings.deploy.shared_files
+    if not directories and not files:
+        return []
+    paths = [path + "/" for path in directories] + files
+    return [Step(word, "link from shared/: " + ", ".join(paths), do_shared)]
 
-    name = "shared"
 
-    def __init__(self, directories: List[str], files: List[str]) -> None:
-        self.directories, self.files = directories, files
-        self.description = "link from shared/: " + ", ".join([path + "/" for path in directories] + files)
-
-    def apply(self, run: Run) -> str:
-        """Make missing shared directories, and a relative link for each path."""
-        replaced = []
-        with run.store.root.make("shared") as shared, run.staged_tree() as tree:
-            for path in self.directories:
-                shared.walk_to(path, make=True).close()
-            for path in self.directories + self.files:
-                if self._link(run, tree, path):
+def do_shared(run: Run) -> str:
+    """Make missing shared directories, and a relative link for each path."""
+    directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
+    replaced = []
+    with run.store.root.make("shared") as shared, run.staged_tree() as tree:
+        for path in directories:
+            shared.walk_to(path, make=True).close()
+        for path in directories + files:
+            parent, _, name = path.rpartition("/")
+            target = "../" * (2 + path.count("/")) + "shared/" + path
+            with open_made(run, tree, parent) as directory:
+                if directory.status(name) is not None:
                     replaced.append(path)
-        detail = count(len(self.directories + self.files), "link")
-        return detail + (f", in place of the artifact's own {', '.join(replaced)}" if replaced else "")
-
-    def _link(self, run: Run, tree: Directory, path: str) -> bool:
-        parent, _, name = path.rpartition("/")
-        target = "../" * (2 + path.count("/")) + "shared/" + path
-        with open_made(run, tree, parent) as directory:
-            present = directory.status(name) is not None
-            if present:
-                directory.remove_tree(name)
-                run.manifest.drop(os.fsencode(path))  # type: ignore
-            os.symlink(target, name, dir_fd=directory.descriptor)
-        run.manifest.add_symlink(os.fsencode(path), os.fsencode(target))  # type: ignore
-        return present
+                    directory.remove_tree(name)
+                    run.manifest.drop(os.fsencode(path))
+                os.symlink(target, name, dir_fd=directory.descriptor)
+            run.manifest.add_symlink(os.fsencode(path), os.fsencode(target))
+    detail = count(len(directories + files), "link")
+    return detail + (f", in place of the artifact's own {', '.join(replaced)}" if replaced else "")
 
 
 def open_made(run: Run, tree: Directory, path: str) -> Directory:
-    """Open a directory of the staged tree, making it and noting it in the manifest where it is missing.
+    """Open a directory of the staged tree, making and listing it where it is missing.
 
     A symlink of the artifact on the way is refused: it could lead outside.
     """
@@ -8223,919 +8510,622 @@ def open_made(run: Run, tree: Directory, path: str) -> Directory:
         with here:
             found = here.status(name)
             if found is not None and not stat.S_ISDIR(found.st_mode):
-                raise StepFailed(f"{made} is not a directory in the artifact", f"choose another place than {path}/")
+                raise StepFailed(f"{made} is not a directory in the artifact",
+                                 f"choose another place than {path}/")
             if found is None:
-                run.manifest.add_directory(os.fsencode(made), 0o755)  # type: ignore
+                run.manifest.add_directory(os.fsencode(made), 0o755)
             here = here.make(name)
     return here
 
 
-class RenderTemplates(Step):
+def make_templates(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Render the configured templates into the release."""
+    templates = [template for _, template in sorted(settings.template.items())]
+    if not templates:
+        return []
 
-    name = "templates"
-
-    def __init__(self, templates: Dict[str, SimpleNamespace], release: str) -> None:
-        self.templates, self.release = [template for _, template in sorted(templates.items())], release
-        self.description = "render " + ", ".join(f"{template.source} -> {template.target}" for template in self.templates)
-
-    def apply(self, run: Run) -> str:
-        """Render each; StepFailed names every placeholder without a value."""
-        # The release has no record yet: the context is built for the id it will get.
-        context = run.context(None)._replace(release=self.release, release_path=run.store.release_path(self.release))
+    def render(run: Run) -> str:
+        # The release has no record yet: the context is made for the id that it will get.
+        context = move_context(run, move)
         values = template_values(run.settings, context)
         with run.staged_tree() as tree:
-            for template in self.templates:
-                self._render(run, tree, template, values)
-        return count(len(self.templates), "file")
+            for template in templates:
+                render_into(run, tree, template, values)
+        return count(len(templates), "file")
 
-    def _render(self, run: Run, tree: Directory, template: SimpleNamespace, values: Dict[str, str]) -> None:
-        parent, _, name = template.source.rpartition("/")
-        with open_made(run, tree, parent) as directory:
-            data = directory.read(name)
-        if data is None:
-            raise StepFailed(f"template {template.source} is not in the artifact",
-                             f"correct [template:{template.name}] source")
-        text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
-        rendered = text.encode("utf-8", "surrogateescape")
-        parent, _, name = template.target.rpartition("/")
-        path = os.fsencode(template.target)
-        with open_made(run, tree, parent) as directory:
-            if directory.is_directory(name):
-                raise StepFailed(f"{template.target} is a directory in the artifact", f"correct [template:{template.name}] target")
-            directory.remove_tree(name)
-            run.manifest.drop(path)  # type: ignore
-            directory.write(name, rendered, template.mode)
-        run.manifest.add_file(path, hashlib.sha256(rendered).digest(), template.mode, len(rendered))  # type: ignore
+    pairs = ", ".join(f"{template.source} -> {template.target}" for template in templates)
+    return [Step(word, f"render {pairs}", render)]
 
 
-class Publish(Step):
+def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]) -> None:
+    """Render one template; StepFailed names every placeholder without a value."""
+    parent, _, name = template.source.rpartition("/")
+    with open_made(run, tree, parent) as directory:
+        data = directory.read(name)
+    if data is None:
+        raise StepFailed(f"template {template.source} is not in the artifact",
+                         f"correct [template:{template.name}] source")
+    text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
+    rendered = text.encode("utf-8", "surrogateescape")
+    parent, _, name = template.target.rpartition("/")
+    path = os.fsencode(template.target)
+    with open_made(run, tree, parent) as directory:
+        if directory.is_directory(name):
+            raise StepFailed(f"{template.target} is a directory in the artifact",
+                             f"correct [template:{template.name}] target")
+        directory.remove_tree(name)
+        run.manifest.drop(path)
+        directory.write(name, rendered, template.mode)
+    run.manifest.add_file(path, hashlib.sha256(rendered).digest(), template.mode, len(rendered))
+
+
+def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Make the staged tree durable, then give it its name under releases/."""
+    release = move.to_release
 
-    name = "publish"
-
-    def __init__(self, release: str, *, durable: bool) -> None:
-        self.release, self.durable = release, durable
-        self.description = f"{'sync to disk and ' if durable else ''}move to releases/{release}"
-
-    def apply(self, run: Run) -> str:
-        """Sync before the rename: a name must never lead to data that a power cut can take."""
+    def publish(run: Run) -> str:
         with run.staged_tree() as tree:
-            close_directories(tree, run.manifest)  # type: ignore
-        if self.durable:
+            close_directories(tree, run.manifest)
+        # Before the rename: a name must never lead to data that a power cut can take.
+        if settings.deploy.durable:
             sync_filesystem(run.store.directory(".deploy/staging").descriptor)
-        run.store.publish(run.staging, self.release)
-        return self.release
+        run.store.publish(run.staging, release)
+        return release
 
-    def undo(self, run: Run) -> None:
-        """Take the release away again, where it was this run that published it."""
+    def remove(run: Run) -> None:
         # Where the tree still lies in staging, the name belongs to somebody else.
-        if not run.store.directory(".deploy/staging").is_directory(run.staging):
-            run.store.remove_release(self.release)
+        if not run.staging or not run.store.directory(".deploy/staging").is_directory(run.staging):
+            run.store.remove_release(release)
+
+    sync = "sync to disk and " if settings.deploy.durable else ""
+    return [Step(word, f"{sync}move to releases/{release}", publish, remove)]
 
 
-class SealRelease(Step):
-    """Write manifest and record: from here on the release exists, is `staged` and must not change."""
+def make_seal(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Write manifest and record: from here on the release exists and must not change."""
+    release, rescan = move.to_release, bool(settings.hooks.post_stage)
 
-    name = "seal"
+    def seal_release(run: Run) -> str:
+        if rescan:
+            rescan_release(run, release)
+        return write_release(run, release)
 
-    def __init__(self, release: str, artifact: ArtifactFacts, *, rescan: bool) -> None:
-        self.release, self.artifact, self.rescan = release, artifact, rescan
-        self.description = "write manifest and record" + (", with what post_stage made" if rescan else "")
+    def forget(run: Run) -> None:
+        run.store.remove_record(release)
+        run.facts.records.pop(release, None)
+        run.facts.on_disk.discard(release)
 
-    def apply(self, run: Run) -> str:
-        """Hash again what a hook may have changed, then write."""
-        if self.rescan:
-            try:
-                with closing(run.session.console.progress("hash")) as progress, run.session.interrupts.allowed(), \
-                        run.store.directory("releases").child(self.release) as directory:
-                    run.manifest = scan_tree(directory, lambda done: progress.update(done, format_size(done)))
-            except ArtifactRefused as error:
-                raise StepFailed(f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
-                                 "correct [hooks] post_stage, then run again")
-            if run.settings.deploy.durable:
-                sync_filesystem(run.store.directory(".deploy/staging").descriptor)
-        manifest = run.manifest  # type: Any
-        record = self._record(run, run.store.write_manifest(self.release, manifest.digest_lines(), manifest.tree_lines()))
-        run.store.write_record(record)
-        run.facts.records[self.release] = record
-        run.facts.on_disk.add(self.release)
-        artifact = run.observer.artifact  # type: Any
-        if artifact.format != "directory" and run.session.console.is_public(artifact.path):
-            try:
-                run.store.remember_digest(artifact.path, artifact.identity(), record.sha256)
-            except OSError as error:
-                run.session.console.debug(f"the digest was not cached: {reason(error)}")
-        return f"manifest {record.tree['manifest_sha256'][:12]}"
-
-    def _record(self, run: Run, digests: Dict[str, str]) -> Record:
-        found = self.artifact
-        # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-        artifact = dict(run.session.console.secrets.mask_json({
-            "name": portable(found.name), "source": portable(found.source), "sha256_source": found.sha256_source}),
-                        format=found.format, size=found.size_bytes, sha256=found.sha256, signature=None,
-                        strip_components=run.settings.artifact.strip_components)
-        return Record(
-            id=self.release, sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
-            version=found.version, state=STATE_STAGED, pinned=False,
-            artifact=artifact,
-            tree=dict(run.manifest.counts(), **digests),  # type: ignore
-            created_at=format_time(time.time()), activated_at=None, deactivated_at=None, previous=None,
-            by=run.by, rollback={"release": None, "command": None}, failure=None, rolled_back_at=None, pruned_at=None)
-
-    def undo(self, run: Run) -> None:
-        """Forget the release."""
-        run.store.remove_record(self.release)
-        run.facts.records.pop(self.release, None)
-        run.facts.on_disk.discard(self.release)
+    made = ", with what post_stage made" if rescan else ""
+    return [Step(word, "write manifest and record" + made, seal_release, forget)]
 
 
-class VerifyRelease(Step):
+def rescan_release(run: Run, release: str) -> None:
+    """Hash again what a hook may have changed."""
+    try:
+        with closing(run.console.progress("hash")) as progress, run.interrupts.allowed(), \
+                run.store.directory("releases").child(release) as directory:
+            run.manifest = scan_tree(
+                directory, lambda done: progress.update(done, format_size(done)))
+    except ArtifactRefused as error:
+        raise StepFailed(
+            f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
+            "correct [hooks] post_stage, then run again")
+    if run.settings.deploy.durable:
+        sync_filesystem(run.store.directory(".deploy/staging").descriptor)
+
+
+def write_release(run: Run, release: str) -> str:
+    """Write manifest and record of a release that is whole, and remember its artifact's digest."""
+    found, mask = run.facts.artifact, run.console.secrets.mask_json
+    digests = run.store.write_manifest(
+        release, run.manifest.digest_lines(), run.manifest.tree_lines())
+    # What is not words is not masked: a secret such as 1234 may well stand in a digest.
+    words = mask({"name": portable(found.name), "source": portable(found.source),
+                  "sha256_source": found.sha256_source})
+    artifact = dict(words, format=found.format, size=found.size_bytes, sha256=found.sha256,
+                    signature=None, strip_components=run.settings.artifact.strip_components)
+    record = Record(
+        id=release, version=found.version, state=STATE_STAGED, pinned=False, artifact=artifact,
+        sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
+        tree=dict(run.manifest.counts(), **digests), created_at=format_time(time.time()),
+        activated_at=None, deactivated_at=None, previous=None, by=run.by,
+        rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
+        pruned_at=None)
+    run.store.write_record(record)
+    run.facts.records[release] = record
+    run.facts.on_disk.add(release)
+    if found.format != "directory" and run.console.is_public(run.artifact.path):
+        try:
+            run.store.remember_digest(run.artifact.path, run.artifact.identity(), record.sha256)
+        except OSError as error:
+            run.console.debug(f"the digest was not cached: {reason(error)}")
+    return f"manifest {record.tree['manifest_sha256'][:12]}"
+
+
+def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Hash a release against its manifest before it goes live."""
+    release = move.to_release
 
-    name = "verify"
-
-    def __init__(self, release: str) -> None:
-        self.release, self.description = release, f"verify {release} against its manifest"
-
-    def apply(self, run: Run) -> str:
-        """StepFailed names what was changed or is missing; added files only give a warning."""
-        differences = check_release(run.session, run.store, run.facts.records[self.release])
+    def verify(run: Run) -> str:
+        differences = check_release(run, run.facts.records[release])
         problem = problems_of(differences)
-        refuse_foreign_programs(run.settings, [(program.where, program.name) for program in programs(run.settings)
-                                               if program.in_release], run.store.release_path(self.release))
+        inside = [(program.where, program.name) for program in programs(settings)
+                  if program.in_release]
+        refuse_foreign_programs(settings, inside, run.store.release_path(release))
         if problem:
-            raise StepFailed(f"{self.release} is not what was staged: {problem}",
-                             f"see all of it: {run.settings.command_line(f'verify {self.release}')}; "
-                             f"then deploy the artifact again", {"differences": differences._asdict()})
+            raise StepFailed(
+                f"{release} is not what was staged: {problem}",
+                f"see all of it: {settings.command_line(f'verify {release}')}; "
+                f"then deploy the artifact again", {"differences": differences._asdict()})
         if differences.added:
-            run.session.console.warn(f"{self.release} holds {count(len(differences.added), 'file')} that "
-                                     f"the artifact did not bring: {', '.join(differences.added[:3])}")
+            run.console.warn(f"{release} holds {count(len(differences.added), 'file')} that the "
+                             f"artifact did not bring: {', '.join(differences.added[:3])}")
         return "unchanged since it was staged"
 
+    return [Step(word, f"verify {release} against its manifest", verify)]
 
-class Switch(Step):
+
+def make_activate(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Point `current` at a release in one atomic rename, or take it away."""
+    target, source = move.to_release, move.from_release or facts.current.missing
+    if target == source:
+        return []
 
-    def __init__(self, from_release: Optional[str], to_release: Optional[str]) -> None:
-        self.name = "activate" if to_release else "deactivate"
-        self.from_release, self.to_release = from_release, to_release
-        self.description = "remove current: nothing was live before" if not to_release else \
-            f"point current at {to_release}" + (f" (was {from_release})" if from_release else "")
+    def switch(run: Run) -> str:
+        # After the switch a full disk may have no room for the link that leads back.
+        keep = not move.back and move.operation != "recover"
+        run.store.switch(source, target, keep=keep)
+        return f"current -> releases/{target}" if target else "current removed"
 
-    def apply(self, run: Run) -> str:
-        """Compare and swap."""
-        run.store.switch(self.from_release, self.to_release, keep=self.phase == PHASE_INTENT)
-        return f"current -> releases/{self.to_release}" if self.to_release else "current removed"
+    def switch_back(run: Run) -> None:
+        # Where the switch was done and only its confirmation failed.
+        if run.store.current().release == target:
+            run.store.switch(target, source)
 
-    def undo(self, run: Run) -> None:
-        """Point it back, where the switch was done and only its confirmation failed."""
-        if run.store.current().release == self.to_release:
-            run.store.switch(self.to_release, self.from_release)
-
-
-class RestartService(Step):
-    """Bring one service onto the release that is live now."""
-
-    def __init__(self, service: str, description: str, release: str) -> None:
-        self.name, self.service, self.description, self.release = f"service:{service}", service, description, release
-
-    def bound_seconds(self, settings: Settings) -> float:
-        """Add what the action may take and the time it must stay up."""
-        return service_seconds(settings.service[self.service])
-
-    def apply(self, run: Run) -> str:
-        """Act, and see that it stays up; StepFailed with the evidence."""
-        return make_service(run.session, self.service).act(run.context(self.release))
+    if not target:
+        return [Step("deactivate", "remove current: nothing was live before", switch, switch_back)]
+    text = f"point current at {target}" + (f" (was {source})" if source else "")
+    return [Step(word, text, switch, switch_back, noted=PHASE_SWITCHED)]
 
 
-class Probe(Step):
-    """Ask the running service whether it is well, and which version it is."""
+def make_services(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Bring each service onto the release that is live now, and see that it stays up."""
+    steps = []
+    for name in services_in_order(settings):
+        service = settings.service[name]
+        if service.action != "none":
+            steps.append(Step(
+                f"service:{name}", describe_service(settings, name),
+                lambda run, name=name: make_service(run, name).act(move_context(run, move)),
+                seconds=float(service.timeout + service.settle)))
+    return steps
 
-    def __init__(self, probe: str, release: str, *, required: bool) -> None:
-        self.name, self.probe, self.release, self.optional = f"probe:{probe}", probe, release, not required
-        self.description = f"probe {probe}" + ("" if required else " (a failure is only a warning)")
 
-    def bound_seconds(self, settings: Settings) -> float:
-        """Add delay, deadline and soak."""
-        return probe_seconds(settings.probe[self.probe])
+def make_probes(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Ask the running service whether it is healthy, and which version it is."""
 
-    def apply(self, run: Run) -> str:
-        """Probe until it is well or out of time; StepFailed with the evidence."""
-        probe = run.settings.probe[self.probe]
-        with closing(run.session.console.progress(self.name)) as progress:
-            found = run_probe(run.session, probe, run.context(self.release), expect_release=True, progress=progress)
+    def ask(run: Run, probe: Any) -> str:
+        with closing(run.console.progress(f"probe:{probe.name}")) as progress:
+            found = run_probe(run, probe, move_context(run, move), expect_release=True,
+                              progress=progress)
         if not found.ok:
             raise StepFailed(found.complaint(), "look at the service's own log", found.evidence)
         return found.detail
 
-
-class PruneRelease(Step):
-    """Delete a release that retention no longer keeps."""
-
-    optional = True
-
-    def __init__(self, record: Record, *, on_disk: bool) -> None:
-        self.name, self.record, self.on_disk = f"prune:{record.id}", record, on_disk
-        self.description = f"delete {record.id} ({record.state}, sequence {record.sequence})"
-
-    def apply(self, run: Run) -> str:
-        """Files first, then the record; a bad one's digest is remembered."""
-        in_use = releases_in_use(run.session.settings, run.store.path)
-        if self.record.id in (in_use or ()):
-            raise StepFailed(f"{self.record.id} is in use by {in_use[self.record.id]}", "prune once it has ended")
-        if self.on_disk:
-            run.store.remove_release(self.record.id)
-        if self.on_disk and bad_record(run.facts, self.record.sha256) == self.record:
-            run.store.write_record(self.record._replace(pruned_at=format_time(time.time())))
-        else:
-            run.store.remove_record(self.record.id)
-        unknown = "; whether a process still ran from it cannot be known: there is no /proc" if in_use is None else ""
-        return f"{format_size(int(self.record.tree.get('bytes') or 0))} freed{unknown}"
+    return [Step(f"probe:{name}",
+                 f"probe {name}" + ("" if probe.required else " (a failure is only a warning)"),
+                 lambda run, probe=probe: ask(run, probe), optional=not probe.required,
+                 seconds=probe_seconds(probe))
+            for name, probe in sorted(settings.probe.items()) if probe.when in ("after", "both")]
 
 
-class SetPinned(Step):
+def make_health(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Ask once how the release that is left is doing: nobody is put back on what was broken."""
+    return []
+
+
+def make_prune(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Delete the releases that retention no longer keeps; a failure is a warning."""
+    return [Step(f"prune:{record.id}",
+                 f"delete {record.id} ({record.state}, sequence {record.sequence})",
+                 lambda run, record=record: delete_release(run, record), optional=True)
+            for record in prunable(settings, facts, move)]
+
+
+def delete_release(run: Run, record: Record) -> str:
+    """Files first, then the record; a bad one's digest is remembered."""
+    in_use = releases_in_use(run.settings, run.store.path)
+    if record.id in (in_use or ()):
+        raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
+    on_disk = record.id in run.facts.on_disk
+    if on_disk:
+        run.store.remove_release(record.id)
+    if on_disk and bad_record(run.facts, record.sha256) == record:
+        run.store.write_record(record._replace(pruned_at=format_time(time.time())))
+    else:
+        run.store.remove_record(record.id)
+    unknown = "" if in_use is not None else \
+        "; whether a process still ran from it cannot be known: there is no /proc"
+    return f"{format_size(int(record.tree.get('bytes') or 0))} freed{unknown}"
+
+
+def make_pin(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Protect a release from pruning, or no longer."""
+    record, pinned = facts.records[move.to_release], move.operation == "pin"
 
-    def __init__(self, record: Record, *, pinned: bool) -> None:
-        self.name, self.record, self.pinned = "pin" if pinned else "unpin", record, pinned
-        self.description = f"{self.name} {record.id}"
+    def write(run: Run) -> str:
+        run.store.write_record(record._replace(pinned=pinned))
+        return record.id
 
-    def apply(self, run: Run) -> str:
-        """Write the record."""
-        run.store.write_record(self.record._replace(pinned=self.pinned))
-        return self.record.id
+    return [Step(move.operation, f"{move.operation} {record.id}", write)]
 
 
-# ============================================================================
-# 12  Planner
-#    Settings and facts in, a plan out.  Pure: nothing here looks at the disk,
-#    the clock or the network.
-# ============================================================================
-
-KEPT_BAD_RELEASES = 1
-KEPT_BAD_RECORDS = 50
-
-
-def select_release(facts: Facts, text: str) -> Record:
-    """Find the release a person means: id, unique prefix, version, digest prefix, current, previous, latest.
-
-    Raises UsageError where there is none, or more than one; StateError where it may be one that cannot be read.
-    """
-    there = {name: record for name, record in facts.records.items() if name in facts.on_disk}
-    if text in there:
-        return there[text]
-    if text in ROLES:
-        return _select_by_role(facts, text, there)
-    exact = [record for record in there.values() if record.version == text]
-    if len(exact) == 1:
-        return exact[0]
-    rules = (lambda record: record.id.startswith(text), lambda record: record.version == text,
-             lambda record: len(text) >= 4 and record.sha256.startswith(text.lower()))
-    found = {record.id: record for record in there.values() for rule in rules if rule(record)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    names = [record.id for record in sorted((found or there).values(), key=lambda record: -record.sequence)]
-    if found:
-        raise UsageError(f"{text!r} may be any of {count(len(found), 'release')}: {', '.join(names)}", "give more of the id")
-    unreadable = [problem for problem in facts.state_problems if "/.deploy/releases/" in problem]
-    if unreadable:
-        raise StateError(f"there is no release {text!r} among those that can be read: {'; '.join(unreadable)}",
-                         "restore the file from a backup, or name another release")
-    raise UsageError(f"there is no release {text!r}",
-                     f"the releases are {', '.join(names[:10])}" if names else "none is there: deploy an artifact")
-
-
-def _select_by_role(facts: Facts, role: str, there: Dict[str, Record]) -> Record:
-    if role == "latest":
-        found = max(there.values(), key=lambda record: record.sequence) if there else None
-    elif role == "current":
-        found = facts.release(facts.current.release or "")
-    else:
-        found = rollback_target(facts, facts.current.release)
-    if found is None:
-        raise UsageError(f"there is no {role} release", f"see what there is: {facts.command_line('releases')}")
-    return found
-
-
-def live_before(facts: Facts, release: Optional[str]) -> Iterator[str]:
-    """Name what was live before a release, and before that, as far as the records tell."""
-    seen = set()  # type: Set[Optional[str]]
-    while release in facts.records and release not in seen:
-        seen.add(release)
-        release = facts.records[release].previous
-        if release and release not in seen:
-            yield release
-
-
-def lost_current(records: Dict[str, Record], on_disk: Set[str], live: Optional[str]) -> Optional[Record]:
-    """Return what should be live where `current` is gone: its record alone still tells of it."""
-    lost = [record for record in records.values() if record.state == STATE_ACTIVE and record.id in on_disk]
-    return lost[0] if lost and live is None else None
-
-
-def without_current(lost: Record, command_line: Callable[[str], str]) -> StateError:
-    """Make the error for it; `recover --to` keeps what was live before, which `activate` from nothing would not know."""
-    return StateError(f"{lost.id} should be live, but current is missing", command_line(f"recover --to {lost.id}"))
-
-
-def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
-    """Choose where a rollback goes: the last good release that was live before this one.
-
-    Follows what the records say was live before, past what is bad or gone; a
-    second rollback therefore goes further back, never to what was just left.
-    """
-    for name in live_before(facts, live):
-        found = facts.release(name)
-        if found and is_good(found):
-            return found
-    sequence = facts.records[live].sequence if live in facts.records else 0
-    older = [record for record in facts.records.values() if record.id in facts.on_disk
-             and is_good(record) and record.sequence < sequence]
-    return max(older, key=lambda record: record.sequence) if older else None
-
-
-def refuse_unreadable(facts: Facts, live: Optional[str]) -> None:
-    """Raise StateError where the way back leads through a release whose record cannot be read: it may be the one."""
-    for name in live_before(facts, live):
-        if name in facts.records and is_good(facts.records[name]):
-            return
-        if name in facts.on_disk and name not in facts.records and facts.state_problems:
-            raise StateError(f"the previous release {name} cannot be judged: {'; '.join(facts.state_problems)}",
-                             f"name the release to go back to: {facts.command_line('rollback RELEASE')}")
-
-
-def is_good(record: Record) -> bool:
-    """Tell whether a rollback may go to a release: it was live, and neither failed nor was rolled back from."""
-    return record.state in (STATE_ACTIVE, STATE_RETIRED) and record.rolled_back_at is None
-
-
-def new_release_id(facts: Facts, version: str) -> str:
-    """Name a release that is about to be made: time and version, and a number where that is taken."""
-    base = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(facts.now_seconds)) + version
-    name, number = base, 2
-    while name in facts.records or name in facts.on_disk:
-        name, number = f"{base}.{number}", number + 1
-    return name
-
-
-def _in_phase(phase: str, steps: Iterable[Step]) -> List[Step]:
-    placed = list(steps)
-    for step in placed:
-        step.phase = phase
-    return placed
-
-
-def _hook(settings: Settings, hook: str, release: Optional[str], *, optional: bool = False) -> List[Step]:
-    commands = getattr(settings.hooks, hook)
-    return [RunHook(hook, release, commands, optional=optional)] if commands else []
-
-
-def staging_steps(settings: Settings, artifact: ArtifactFacts, release: str) -> List[Step]:
-    """Plan what makes an artifact a staged release."""
-    steps = _hook(settings, "pre_stage", release) + [Unpack(artifact)]
-    if settings.deploy.shared_dirs or settings.deploy.shared_files:
-        steps.append(LinkShared(settings.deploy.shared_dirs, settings.deploy.shared_files))
-    if settings.template:
-        steps.append(RenderTemplates(settings.template, release))
-    steps.append(Publish(release, durable=settings.deploy.durable))
-    hook = _hook(settings, "post_stage", release)
-    steps += hook + [SealRelease(release, artifact, rescan=bool(hook))]
-    return _in_phase(PHASE_STAGING, steps)
-
-
-def service_steps(settings: Settings, release: str) -> List[Step]:
-    """Plan what brings the services onto the release that is live, and asks them."""
-    steps = []  # type: List[Step]
-    for name in services_in_order(settings):
-        if settings.service[name].action != "none":
-            steps.append(RestartService(name, describe_service(settings, name), release))
-    for name, probe in sorted(settings.probe.items()):
-        if probe.when != "before":
-            steps.append(Probe(name, release, required=probe.required))
-    return steps
-
-
-def forward_steps(settings: Settings, live: Optional[str], release: str) -> List[Step]:
-    """Plan the second half of a deployment: switch, restart, probe."""
-    before = _hook(settings, "pre_activate", release) + [Switch(live, release)]
-    return _in_phase(PHASE_INTENT, before) + settling_steps(settings, "deploy", release)
-
-
-def settling_steps(settings: Settings, operation: str, release: str) -> List[Step]:
-    """Plan what follows the switch of an operation; recovery takes up here."""
-    if operation == "rollback":
-        steps = service_steps(settings, release) + _hook(settings, "post_rollback", release)
-    else:
-        steps = _hook(settings, "post_activate", release) + service_steps(settings, release) + \
-            _hook(settings, "post_deploy", release)
-    return _in_phase(PHASE_SWITCHED, steps)
-
-
-def way_back_steps(settings: Settings, live: Optional[str], release: str) -> List[Step]:
-    """Plan how `live` becomes live again after `release` failed; the operator's hooks cannot stop it."""
-    steps = _hook(settings, "pre_rollback", live, optional=True) + [Switch(release, live)]
-    if live:
-        steps += service_steps(settings, live)
-    return _in_phase(PHASE_ROLLING_BACK, steps + _hook(settings, "post_rollback", live, optional=True))
-
-
-def plan_stage(settings: Settings, facts: Facts) -> Plan:
-    """Plan `stage`; nothing to do where the same artifact is staged already."""
-    artifact = _artifact_of(facts)
-    if artifact.release:
-        return Plan("stage", facts.current.release, artifact.release, [], [])
-    release = new_release_id(facts, artifact.version)
-    return Plan("stage", facts.current.release, release, staging_steps(settings, artifact, release), [])
-
-
-def plan_deploy(settings: Settings, facts: Facts) -> Plan:
-    """Plan `deploy`; nothing to do where the artifact is live already."""
-    artifact, live = _artifact_of(facts), facts.current.release
-    if artifact.release and artifact.release == live:
-        if facts.records[live].failure:
-            raise ArtifactRefused(*bad_refusal(facts.records[live]))
-        return Plan("deploy", live, artifact.release, [], [])
-    release = artifact.release or new_release_id(facts, artifact.version)
-    steps = [] if artifact.release else staging_steps(settings, artifact, release)
-    steps += forward_steps(settings, live, release) + prune_steps(settings, facts, release, live)
-    return Plan("deploy", live, release, steps, way_back_steps(settings, live, release))
-
-
-def _artifact_of(facts: Facts) -> ArtifactFacts:
-    if facts.artifact is None:
-        raise facts.refusal or UsageError("no artifact was given", "name one: deploy.py deploy ARTIFACT")
-    return facts.artifact
-
-
-def plan_activate(settings: Settings, facts: Facts) -> Plan:
-    """Plan `activate RELEASE`; ArtifactRefused for a bad one without --force."""
-    target, live = select_release(facts, facts.request.release), facts.current.release
-    if target.id == live:
-        return Plan("activate", live, target.id, [], [])
-    if target.state == STATE_BAD and not facts.request.force:
-        raise ArtifactRefused(*bad_refusal(target))
-    steps = _in_phase(PHASE_INTENT, [VerifyRelease(target.id)]) + forward_steps(settings, live, target.id)
-    steps += prune_steps(settings, facts, target.id, live)
-    return Plan("activate", live, target.id, steps, way_back_steps(settings, live, target.id))
-
-
-def plan_rollback(settings: Settings, facts: Facts) -> Plan:
-    """Plan `rollback [RELEASE]`; PreflightFailed where there is nothing to go back to."""
-    live = facts.current.release
-    if facts.request.release:
-        target = select_release(facts, facts.request.release)
-    else:
-        lost = lost_current(facts.records, facts.on_disk, live)
-        if lost:
-            raise without_current(lost, facts.command_line)
-        refuse_unreadable(facts, live)
-        found = rollback_target(facts, live)
-        if found is None:
-            raise PreflightFailed("there is no previous good release to roll back to",
-                             f"see what there is: {facts.command_line('releases')}")
-        target = found
-    if target.id == live:
-        return Plan("rollback", live, target.id, [], [])
-    if target.state == STATE_BAD and not facts.request.force:
-        raise ArtifactRefused(*bad_refusal(target))
-    before = [VerifyRelease(target.id)] + _hook(settings, "pre_rollback", target.id) + [Switch(live, target.id)]
-    steps = _in_phase(PHASE_INTENT, before) + settling_steps(settings, "rollback", target.id)
-    return Plan("rollback", live, target.id, steps, way_back_steps(settings, live, target.id))
-
-
-def prunable(settings: Settings, facts: Facts, live: Optional[str], previous: Optional[str]) -> List[Record]:
-    """Choose what retention lets go: good releases beyond keep_releases, bad ones beyond one.
-
-    `live` and `previous` are the two that will be so; they, pinned releases,
-    those that a process runs from and everything without a record stay.  A
-    release that is about to be made counts as one of those that are kept.
-    """
-    newest_first = sorted(facts.records.values(), key=lambda record: -record.sequence)
-    there = [record for record in newest_first if record.id in facts.on_disk]
-    good = [record for record in there if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
-    bad = [record for record in there if record.state == STATE_BAD and record.id != live]
-    arriving = 1 if live and live not in facts.records else 0
-    gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
-    lost = lost_current(facts.records, facts.on_disk, facts.current.release)
-    keep = {live, previous} | set(facts.in_use) | ({lost.id, lost.previous} if lost else set())
-    forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
-    return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
-
-
-def prune_steps(settings: Settings, facts: Facts, live: Optional[str], previous: Optional[str]) -> List[Step]:
-    """Plan the pruning, as things stand once `live` is live."""
-    return [PruneRelease(record, on_disk=record.id in facts.on_disk)
-            for record in prunable(settings, facts, live, previous)]
-
-
-def plan_prune(settings: Settings, facts: Facts) -> Plan:
-    """Plan `prune`."""
-    live = facts.current.release
-    target = rollback_target(facts, live)
-    steps = prune_steps(settings, facts, live, target.id if target else None)
-    return Plan("prune", live, live or "", steps, [])
-
-
-def plan_settle(settings: Settings, facts: Facts) -> Plan:
-    """Plan `recover --to RELEASE`: a person has decided, so only a damaged release stops it."""
-    target, live, current = select_release(facts, facts.request.release), facts.current.release, facts.current
-    if current.problem and not current.missing:
-        raise StateError(current.problem, current.hint)
-    steps = [VerifyRelease(target.id)]  # type: List[Step]
-    steps += [Switch(live or current.missing, target.id)] if target.id != live else []
-    for step in service_steps(settings, target.id):
-        step.optional = True
-        steps.append(step)
-    return Plan("recover", live, target.id, steps, [])
-
-
-def plan_pin(settings: Settings, facts: Facts) -> Plan:
-    """Plan `pin RELEASE` and `unpin RELEASE`."""
-    target = select_release(facts, facts.request.release)
-    pinned = facts.request.command == "pin"
-    steps = [SetPinned(target, pinned=pinned)] if target.pinned != pinned else []
-    return Plan(facts.request.command, facts.current.release, target.id, steps, [])
+# word of the table -> its steps
+MAKERS: Dict[str, Callable[[str, Settings, Facts, Move], List[Step]]] = {
+    "unpack": make_unpack, "shared": make_shared, "templates": make_templates,
+    "publish": make_publish, "seal": make_seal, "verify": make_verify, "health": make_health,
+    "activate": make_activate, "services": make_services, "probes": make_probes,
+    "prune": make_prune, "pin": make_pin, **dict.fromkeys(HOOK_NAMES, make_hook)}
 
 
 # ============================================================================
-# 13  Executor
+# 12  Executor
 #    Runs a plan: journals each phase before its first step, undoes before the
-#    switch, takes the way back after it, and settles records and history.
+#    switch, takes the way back after it, and ends every run in one place.
+#    Recovery is the same table and the same functions.
 # ============================================================================
-
-class Outcome:
-    """What a command did, for people and for --json."""
-
-    def __init__(self, command: str) -> None:
-        self.command, self.changed, self.rolled_back = command, False, False
-        self.release = self.previous = None  # type: Optional[str]
-        self.message = self.result = ""  # result: what the history calls it, where it has a line there
-        self.steps = []  # type: List[StepResult]
-        self.checks = []  # type: List[CheckResult]
-        self.error = None  # type: Optional[DeployError]
-        self.extra = {}  # type: Dict[str, Any]
-
 
 class Executor:
     """Carries one plan through to a verdict.
 
-    Whatever happens, one of these holds at the end: the plan is done and
-    recorded; everything before the switch is undone; `from_release` is live
-    again and the failure recorded; or RollbackFailed says what a person must do
-    and the journal stays for `recover`.
+    Whatever happens, one of these holds at the end: the plan is done and recorded; everything
+    before the switch is undone; `from_release` is live again and the failure recorded; the
+    release stays live and a person decides; or RollbackFailed says what a person must do, and
+    the journal stays for `recover`.
     """
 
-    def __init__(self, run: Run, plan: Plan, outcome: Outcome, journal: Optional[Journal] = None) -> None:
-        self.run, self.plan, self.outcome = run, plan, outcome
-        self.console, self.store = run.session.console, run.store
-        self.journal, self.interrupted = journal, False
-        self._well = False  # what failed, if anything, does not make the release bad
-        self.deploy_id = journal.deploy_id if journal else run.facts.deploy_id
-        self._phase, self._done_before = (journal.phase, journal.done) if journal else ("", [])
-        self._done = []  # type: List[Step]
-        self._started_seconds = time.monotonic()
+    def __init__(self, run: Run, plan: Plan, journal: Optional[Journal] = None) -> None:
+        self.run = run
+        self.plan = plan
+        self.journal = journal
+        self.deploy_id = journal.deploy_id if journal else run.deploy_id
+        self.phase = journal.phase if journal else ""
+        self.done: List[Step] = []
+        # What failed, if anything, says nothing against the release.
+        self.blameless = False
+        self.started_seconds = time.monotonic()
 
     def execute(self) -> None:
         """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
-        transaction = [step for step in self.plan.steps if step.phase]
-        self.run.session.interrupts.reopen()
+        run, plan = self.run, self.plan
+        run.interrupts.reopen()
         try:
-            for step in transaction:
-                self.run.session.interrupts.check()
-                self._take(step)
-                if isinstance(step, Switch):
-                    self._enter(PHASE_SWITCHED)
-            self.run.session.interrupts.check()
-            self._confirm_live()
-            self._well = True
-            self._commit()
-        except FAILURES as error:
-            self.run.session.interrupts.close()
-            self.interrupted = isinstance(error, Interrupted)
-            if self.interrupted:
-                self.console.working(str(error), 0.0, "STOPPING=1")
-            # A disk that refuses this program's own notes, or a module it lacks, says nothing against the release.
-            self._well = self._well or isinstance(error, (OSError, ImportError, MemoryError))
-            self._fail(step_error(error, self._done[-1].name if self._done else self.plan.operation))
-        except Exception as error:  # a defect of this program must not leave a release live that nobody asked
-            self.run.session.interrupts.close()
+            for step in plan.steps:
+                run.interrupts.check()
+                self.take(step)
+            run.interrupts.check()
+            self.confirm_live()
+            self.blameless = True
+            if self.phase:
+                self.end(RESULTS[plan.operation])
+        except Exception as error:
+            run.interrupts.close()
+            if isinstance(error, Interrupted):
+                run.console.working(str(error), 0.0, "STOPPING=1")
+            # A disk that refuses our own notes, or a missing module, is not the release's doing.
+            if isinstance(error, (OSError, ImportError, MemoryError)):
+                self.blameless = True
             try:
-                self._fail(step_error(error, self.plan.operation))
+                self.fail(step_error(error, self.done[-1].name if self.done else plan.operation))
             except FAILURES:
-                pass
-            raise
-        # Signals from here on change nothing: the verdict is in.
-        self.run.session.interrupts.close()
-        for step in self.plan.steps:
-            if not step.phase:
-                self._take(step)
-        self._conclude()
-        self.outcome.changed = self.outcome.changed or any(result.status == "done" for result in self.outcome.steps)
+                if isinstance(error, FAILURES):
+                    raise
+            raise  # a defect of this program: what it had begun is undone by now
+        # The verdict is in: signals from here on change nothing.
+        run.interrupts.close()
+        for step in plan.last:
+            self.take(step)
+        if not self.phase:
+            self.end(RESULTS[plan.operation])
+        if any(result.status == "done" for result in run.outcome.steps):
+            run.outcome.changed = True
 
-    def _confirm_live(self) -> None:
-        """What is said to be live must be: a hook may have moved `current`, or deleted the release."""
-        found = self.store.current()
-        if self._phase == PHASE_SWITCHED and found.release != self.plan.to_release:
-            raise StepFailed(f"{self.plan.to_release} is not live after all: {found.problem or found.release or 'current is gone'}",
-                             "see which hook or other program changes `current`, then run again")
-
-    def _conclude(self) -> None:
-        """Close an operation that needed no journal."""
-        results = {"prune": "pruned", "pin": "pinned", "unpin": "unpinned", "recover": "recovered"}
-        if self.plan.operation == "recover":
-            self._activate_records()
-        if self.plan.operation in results and not self._phase:
-            self.append_history(results[self.plan.operation], EXIT_OK, "", None)
-        if self.plan.operation == "recover":
-            self.store.clear_journal()
-
-    # -- one step ------------------------------------------------------------
-
-    def _take(self, step: Step) -> None:
-        """Journal the phase where it is new, apply the step, and show how it went."""
-        if step.phase and step.phase != self._phase:
-            self._enter(step.phase)
-        self._done.append(step)
-        self.console.log_context["step"] = step.name
-        self.console.working(step.description, step.bound_seconds(self.run.settings))
+    def take(self, step: Step) -> None:
+        """Journal the phase where it is new, do the step, and show how it went."""
+        run, console = self.run, self.run.console
+        if step.phase and step.phase != self.phase:
+            self.enter(step.phase)
+        self.done.append(step)
+        console.log_context["step"] = step.name
+        console.working(step.text, step.seconds)
+        run.output, status, detail = [], "failed", "internal error"
+        started_at, started_seconds = time.time(), time.monotonic()
         try:
-            self._apply(step)
-        finally:
-            self.console.log_context.pop("step", None)
-        if isinstance(step, RunHook) and step.phase == PHASE_SWITCHED:
-            # A recovery must not run it again.
-            self._enter(PHASE_SWITCHED)
-
-    def _apply(self, step: Step) -> None:
-        started_seconds = time.monotonic()
-        try:
-            detail = step.apply(self.run)
+            detail = step.do(run)
+            status = "done"
         except Interrupted:
-            self._note(step, "failed", started_seconds, "interrupted")
+            detail = "interrupted"
             raise
         except FAILURES as error:
             detail = step_error(error, step.name).message
-            self._note(step, "failed", started_seconds, detail)
             if not step.optional:
                 raise
-            self.console.warnings.append(f"{step.name}: {detail}")
-        else:
-            self._note(step, "done", started_seconds, detail)
+            console.warnings.append(f"{step.name}: {detail}")
+        finally:
+            seconds, mask = time.monotonic() - started_seconds, console.secrets.mask
+            run.outcome.steps.append(StepResult(
+                step.name, status, round(seconds, 4), mask(detail), list(map(mask, run.output)),
+                format_time(started_at)))
+            console.painted("warn" if status == "failed" and step.optional else status,
+                            f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
+                            {"event": f"step_{status}", "result": status})
+            console.log_context.pop("step", None)
+        if step.noted:
+            self.enter(step.noted)
 
-    def _note(self, step: Step, status: str, started_seconds: float, detail: str) -> None:
-        seconds = time.monotonic() - started_seconds
-        mask = self.console.secrets.mask
-        self.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
-                                             [mask(line) for line in step.output]))
-        shown = "warn" if status == "failed" and step.optional else status
-        self.console.painted(shown, f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
-                             {"event": "step_done" if status == "done" else "step_failed", "result": status})
-
-    def _enter(self, phase: str, failure: Optional[Dict[str, Any]] = None) -> None:
-        """Write down durably what is about to be done."""
-        plan, facts = self.plan, self.run.facts
+    def enter(self, phase: str, failure: Optional[Dict[str, Any]] = None) -> None:
+        """Write down durably what is about to be done, and what was."""
+        plan, run = self.plan, self.run
         if self.journal is None:
-            record = facts.records.get(plan.to_release)
-            sha256 = facts.artifact.sha256 if facts.artifact else record.sha256 if record else ""
+            record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact or None
+            found = artifact or record
             self.journal = Journal(
-                deploy_id=self.deploy_id, operation=plan.operation, from_release=plan.from_release,
-                to_release=plan.to_release, phase=phase, artifact_sha256=sha256, boot_id=boot_id(),
-                started_at=format_time(facts.now_seconds), deadline=None, recoveries=0,
-                plan=self.console.secrets.mask_json(plan.to_json()), done=[], failure=None, by=self.run.by)
+                deploy_id=self.deploy_id, operation=plan.operation, phase=phase,
+                from_release=plan.from_release, to_release=plan.to_release,
+                artifact_sha256=found.sha256 if found else "", boot_id=boot_id(),
+                started_at=format_time(run.facts.now_seconds), recoveries=0,
+                plan=run.console.secrets.mask_json(plan.to_json()), done=[], failure=None,
+                by=run.by, deadline=None)
+        known = self.journal.done
+        done = known + [step.name for step in self.done if step.name not in known]
         self.journal = self.journal._replace(
-            phase=phase, done=self._done_before + [step.name for step in self._done],
-            failure=failure or self.journal.failure,
-            deadline=format_time(time.time() + longest_seconds(self.run.settings)))
-        self._phase = phase
-        self.store.write_journal(self.journal)
+            phase=phase, done=done, failure=failure or self.journal.failure)
+        self.phase = phase
+        run.store.write_journal(self.journal)
 
-    # -- the good end --------------------------------------------------------
+    def confirm_live(self) -> None:
+        """What is to be live must be: a hook may have moved `current`, or deleted the release."""
+        found = self.run.store.current()
+        if self.phase == PHASE_SWITCHED and found.release != self.plan.to_release:
+            raise StepFailed(
+                f"{self.plan.to_release} is not live after all: "
+                f"{found.problem or found.release or 'current is gone'}",
+                "see which hook or other program changes `current`, then run again")
 
-    def _commit(self) -> None:
-        """Records, history, and only then the journal: the verdict is durable before the note is gone."""
-        plan = self.plan
-        if not self._phase:
+    # -- the end ---------------------------------------------------------------
+
+    def end(self, result: str, error: Optional[DeployError] = None, *, exit_code: int = EXIT_OK,
+            automatic: bool = False, keep_journal: bool = False) -> None:
+        """Close the run: records, then the history, then the journal goes.
+
+        In this order the verdict is durable before the note of what is under way is gone.
+        """
+        run, plan, failure = self.run, self.plan, None
+        mask = run.console.secrets.mask_json
+        if error is not None:
+            failure = self.failure(error)
+        for record in settled(self, result, failure, automatic=automatic):
+            run.store.write_record(record)
+            run.facts.records[record.id] = record
+        record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact
+        found = record or artifact
+        run.store.append_history(HistoryEntry(
+            sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id,
+            operation=plan.operation, result="reverted" if automatic else result, release=plan.to_release or None,
+            version=found.version if found else None, previous=plan.from_release,
+            exit_code=exit_code, seconds=round(time.monotonic() - self.started_seconds, 3),
+            message=mask(error.message if error else ""), by=run.by,
+            steps=mask([dict(step.to_json(), started_at=step.started_at)
+                        for step in run.outcome.steps]), failure=failure,
+            previous_sha256=""))
+        run.outcome.result = result
+        if error is None and self.phase:
+            run.outcome.changed = True
+            run.outcome.release, run.outcome.previous = plan.to_release or None, plan.from_release
+        if keep_journal:
             return
-        if plan.operation != "stage":
-            self._activate_records()
-        self.append_history({"stage": "staged", "deploy": "deployed", "activate": "activated",
-                              "rollback": "rolled_back"}[plan.operation], EXIT_OK, "", None)
         try:
-            self.store.clear_journal()
-        except OSError as error:
+            run.store.clear_journal()
+        except OSError as problem:
+            if plan.operation == "recover":
+                raise
             # The verdict is durable: from here on nothing may be taken back.
-            self.console.warn(f"the journal could not be removed: {reason(error)}; the next run does it")
-        self.outcome.changed = True
-        self.outcome.release = plan.to_release
-        self.outcome.previous = plan.from_release
+            run.console.warn(f"the journal could not be removed: {reason(problem)}; "
+                             "the next run does it")
 
-    def _activate_records(self, failure: Optional[Dict[str, Any]] = None) -> None:
-        """The new release is active and knows the way back; every other one that was active retires."""
-        plan, records, now = self.plan, self.run.facts.records, format_time(time.time())
-        back = plan.operation in ("rollback", "recover")
-        for old in [record for record in records.values() if record.state == STATE_ACTIVE]:
-            if old.id != plan.to_release:
-                # One that had failed and was left live is not good for having been replaced.
-                state = STATE_BAD if old.failure else STATE_RETIRED
-                left = now if plan.operation == "rollback" else None
-                self._write(old._replace(state=state, deactivated_at=now, rolled_back_at=left))
-        new = records.get(plan.to_release)
-        if new is None:
+    def end_failed(self, result: str, error: DeployError, exit_code: int, *,
+                   automatic: bool = False, keep_journal: bool = False) -> None:
+        """Close a run that failed; where the disk refuses the verdict, the next run writes it."""
+        if not self.phase:
             return
-        # A rollback keeps the older `previous`, so that the next one goes further back.
-        previous = new.previous if back and new.activated_at else plan.from_release
-        command = self.run.settings.command_line("rollback") if previous else None
-        self._write(new._replace(
-            state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous, failure=failure,
-            rolled_back_at=None, rollback={"release": previous, "command": command}))
+        try:
+            self.end(result, error, exit_code=exit_code, automatic=automatic,
+                     keep_journal=keep_journal)
+        except FAILURES as problem:
+            self.run.console.warn(f"the verdict could not be written: "
+                                  f"{step_error(problem, 'history').message}; "
+                                  "the next run recovers it")
 
-    def _write(self, record: Record) -> None:
-        self.store.write_record(record)
-        self.run.facts.records[record.id] = record
+    def failure(self, error: DeployError) -> Dict[str, Any]:
+        """Describe a failure for record, history and journal; the first one stands."""
+        if self.journal and self.journal.failure:
+            return self.journal.failure
+        failed = [step.name for step in self.run.outcome.steps if step.status == "failed"]
+        return self.run.console.secrets.mask_json({
+            "step": failed[-1] if failed else self.plan.operation, "reason": error.message,
+            "evidence": getattr(error, "evidence", {}),
+            "interrupted": isinstance(error, Interrupted)})
 
-    def append_history(self, result: str, exit_code: int, message: str, failure: Optional[Dict[str, Any]]) -> None:
-        """Write the run's line into the history, masked."""
-        plan, facts, mask = self.plan, self.run.facts, self.console.secrets.mask_json
-        found = facts.records.get(plan.to_release)
-        version = found.version if found else facts.artifact.version if facts.artifact else None
-        entry = HistoryEntry(
-            sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id, operation=plan.operation, result=result,
-            release=plan.to_release or None, version=version, previous=plan.from_release, exit_code=exit_code,
-            seconds=round(time.monotonic() - self._started_seconds, 3), message=mask(message), by=self.run.by,
-            steps=mask([step.to_json() for step in self.outcome.steps]), failure=mask(failure), previous_sha256="")
-        self.store.append_history(entry)
-        self.outcome.result = result
+    # -- the bad ends ------------------------------------------------------------
 
-    # -- the bad ends --------------------------------------------------------
+    def fail(self, error: DeployError) -> None:
+        """Undo, leave it live, or take the way back; raises what the run ends with."""
+        self.run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
+        if self.phase not in (PHASE_SWITCHED, PHASE_ROLLING_BACK):
+            self.undo(error)
+        if self.phase == PHASE_SWITCHED and not self.run.settings.deploy.auto_rollback:
+            self.leave_live(error, "auto_rollback is off", "rollback")
+        self.go_back(error)
 
-    def _fail(self, error: DeployError) -> None:
-        """Undo, or take the way back, and raise what the run ends with."""
-        switched = self._phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)
-        self.console.debug(f"failed in phase {self._phase or 'none'}: {error.message}")
-        if not switched:
-            self._undo(error)
-        if not self.run.settings.deploy.auto_rollback and self._phase == PHASE_SWITCHED:
-            self._leave_live(error)
-        self.roll_back(error)
-
-    def _undo(self, error: DeployError) -> None:
+    def undo(self, error: DeployError) -> None:
         """Before the switch: take back every step, newest first, and let the error go on."""
         problems = []
-        for step in reversed(self._done):
+        for step in reversed(self.done):
             try:
                 step.undo(self.run)
-            except Exception as undo_error:  # a defect of this program included: the other steps are undone all the same
-                problems.append(f"{step.name}: {step_error(undo_error, step.name).message}")
-        self._mark_undone({step.name for step in self._done}, before=len(self.outcome.steps))
-        self.outcome.release, self.outcome.previous = self.plan.from_release, None
+            except Exception as problem:  # a defect included: the other steps are undone all the same
+                problems.append(f"{step.name}: {step_error(problem, step.name).message}")
+        self.mark_undone(self.done, len(self.run.outcome.steps))
+        self.run.outcome.release, self.run.outcome.previous = self.plan.from_release, None
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
-            self.console.warn("not everything could be undone: " + "; ".join(problems))
-            self._remember(self._phase, self._failure(error))
+            self.run.console.warn("not everything could be undone: " + "; ".join(problems))
+            self.remember(self.phase, error)
         else:
-            self._close(lambda: self.append_history("failed", error.exit_code, error.message, self._failure(error)))
-        self._run_on_failure()
+            self.end_failed("failed", error, error.exit_code)
+        self.run_on_failure()
         raise error
 
-    def _mark_undone(self, names: Set[str], before: int) -> None:
-        """Say of the steps among the first `before` results that they were taken back."""
-        self.outcome.steps = [
-            result._replace(status="undone") if result.status == "done" and result.name in names and number < before
-            else result for number, result in enumerate(self.outcome.steps)]
+    def leave_live(self, error: DeployError, why: str, command: str) -> None:
+        """The release that failed stays, and a person decides."""
+        self.run.outcome.changed = True
+        self.end_failed("left_live", error, EXIT_ROLLBACK_FAILED)
+        self.run_on_failure()
+        raise RollbackFailed(
+            f"{error.message}; {self.plan.to_release} is live all the same: {why}",
+            f"go back with: {self.run.settings.command_line(command)}")
 
-    def _remember(self, phase: str, failure: Dict[str, Any]) -> None:
-        """Tell a recovery why; undoing and going back matter more than that it is noted."""
-        try:
-            self._enter(phase, failure)
-        except FAILURES as error:
-            self.console.warn(f"the journal could not be written: {step_error(error, 'journal').message}")
-
-    def _failure(self, error: DeployError) -> Dict[str, Any]:
-        return self.console.secrets.mask_json(failure_of(error, self._failed_step()))
-
-    def _failed_step(self) -> str:
-        failed = [result.name for result in self.outcome.steps if result.status == "failed"]
-        return failed[-1] if failed else self.plan.operation
-
-    def _close(self, settle: Callable[[], None]) -> None:
-        """Write the verdict and clear the journal; where the disk refuses, the next run does it."""
-        if not self._phase:
-            return
-        try:
-            settle()
-            self.store.clear_journal()
-        except FAILURES as error:
-            why = step_error(error, "history").message
-            self.console.warn(f"the verdict could not be written: {why}; the next run recovers it")
-
-    def _leave_live(self, error: DeployError) -> None:
-        """auto_rollback = no: the failed release stays, and a person decides."""
-        failure = self._failure(error)
-        self.outcome.changed = True
-        self._close(lambda: self._settle_left_live(error, failure))
-        self._run_on_failure()
-        raise RollbackFailed(f"{error.message}; {self.plan.to_release} is live all the same: auto_rollback is off",
-                             f"go back with: {self.run.settings.command_line('rollback')}")
-
-    def _settle_left_live(self, error: DeployError, failure: Dict[str, Any]) -> None:
-        self._activate_records(failure)
-        self.append_history("left_live", EXIT_ROLLBACK_FAILED, error.message, failure)
-
-    def roll_back(self, error: DeployError) -> None:
+    def go_back(self, error: DeployError) -> None:
         """After the switch: make the old release live again; raises RolledBack or RollbackFailed."""
-        plan = self.plan
-        self.run.session.interrupts.close()
-        self.run.before = plan.to_release
-        failure = self.journal and self.journal.failure or self._failure(error)
-        self.console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
-        problems, taken = [], len(self.outcome.steps)
-        self._remember(PHASE_ROLLING_BACK, failure)
+        run, plan, console = self.run, self.plan, self.run.console
+        run.interrupts.close()
+        console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
+        forward, problems, taken = list(self.done), [], len(run.outcome.steps)
+        self.remember(PHASE_ROLLING_BACK, error)
         for step in plan.way_back:
             try:
-                self._take(step)
-            except Exception as back_error:  # a defect of this program included: what failed must not stay live for it
-                problems.append(step_error(back_error, step.name).message)
-                if isinstance(step, Switch):
+                self.take(step)
+            except Exception as problem:  # a defect included: what failed must not stay live for it
+                problems.append(step_error(problem, step.name).message)
+                if step.name in ("activate", "deactivate"):
                     break
-        steps = self._done_before + [step.name for step in self._done]
-        started = [name.partition(":")[2] for name in dict.fromkeys(steps) if name.startswith("service:")]
+        started = [name.partition(":")[2] for name in self.journal.done if name.startswith("service:")] \
+            if self.journal else []
         if started and not plan.from_release:
-            self.console.warn(f"{', '.join(started)} may still run what failed: nothing was live before to restart it on; stop it by hand")
-        undone = {step.name for step in self._done if step.phase in (PHASE_INTENT, PHASE_SWITCHED)}
-        self._mark_undone(undone - {VerifyRelease.name}, before=taken)
-        self.outcome.changed = True
+            console.warn(f"{', '.join(dict.fromkeys(started))} may still run what failed: "
+                         "nothing was live before to restart it on; stop it by hand")
+        self.mark_undone([step for step in forward if step.phase != PHASE_STAGING
+                          and step.name != "verify"], taken)
+        run.outcome.changed = True
         if problems:
-            self._give_up(error, problems, failure)
-        self._close(lambda: self._settle_failed("reverted", EXIT_ROLLED_BACK, error, failure))
-        self._run_on_failure()
-        self._prune_failed()
-        self.outcome.rolled_back = True
-        self.outcome.release, self.outcome.previous = plan.from_release, plan.to_release
-        live = f"{plan.from_release} is live again" if plan.from_release else "nothing is live, as before"
+            self.give_up(error, problems)
+        self.end_failed("rolled_back", error, EXIT_ROLLED_BACK, automatic=True)
+        self.run_on_failure()
+        # A timer that deploys one broken artifact after the other must not fill the disk.
+        back = Move("prune", plan.from_release, plan.from_release)
+        for step in expand("prune", "", run.settings, run.facts, back):
+            self.take(step)
+        run.outcome.rolled_back = True
+        run.outcome.release, run.outcome.previous = plan.from_release, plan.to_release
+        live = f"{plan.from_release} is live again" if plan.from_release else \
+            "nothing is live, as before"
+        show = run.settings.command_line(f"show {self.deploy_id}")
         raise RolledBack(f"{error.message}; rolled back: {live}",
-                         error.hint or f"see what happened: {self.run.settings.command_line(f'show {self.deploy_id}')}")
+                         error.hint or f"see what happened: {show}")
 
-    def _settle_failed(self, result: str, exit_code: int, error: DeployError, failure: Dict[str, Any]) -> None:
-        """Records and history of a release that failed after activation and is not live any more."""
-        old = self.run.facts.records.get(self.plan.from_release or "")
-        if old and old.state != STATE_ACTIVE:
-            self._write(old._replace(state=STATE_ACTIVE, deactivated_at=None))
-        self._mark_failed(failure)
-        self.append_history(result, exit_code, error.message, failure)
-
-    def _mark_failed(self, failure: Dict[str, Any]) -> None:
-        """Mark the release bad, unless it was good before or was only interrupted: neither proves it bad."""
-        failed = self.run.facts.records.get(self.plan.to_release)
-        if failed and failed.id != self.plan.from_release:
-            state = failed.state if failed.state == STATE_BAD else STATE_RETIRED if failed.activated_at else \
-                STATE_STAGED if self._well or failure.get("interrupted") else STATE_BAD
-            self._write(failed._replace(state=state, failure=failure, deactivated_at=format_time(time.time())))
-
-    def _give_up(self, error: DeployError, problems: List[str], failure: Dict[str, Any]) -> None:
+    def give_up(self, error: DeployError, problems: List[str]) -> None:
         """The way back failed too: keep the journal, say what a person must do."""
-        try:
-            self._mark_failed(failure)
-            self.append_history("rollback_failed", EXIT_ROLLBACK_FAILED, error.message, failure)
-        except FAILURES as write_error:
-            self.console.warn(f"the verdict could not be written: {step_error(write_error, 'history').message}")
-        self._run_on_failure()
-        found = self.store.current()
-        live = found.release or found.problem or "nothing"
-        self.outcome.release = found.release
-        self.outcome.previous = self.plan.to_release if found.release == self.plan.from_release else self.plan.from_release
-        command, tried = self.run.settings.command_line, self.journal.recoveries if self.journal else 0
-        moved = found.release not in (self.plan.from_release, self.plan.to_release)
-        again = "" if moved or tried >= MAX_RECOVERIES else f"mend the cause, then: {command('recover')}; or "
+        plan, command, outcome = self.plan, self.run.settings.command_line, self.run.outcome
+        self.end_failed("rollback_failed", error, EXIT_ROLLBACK_FAILED, keep_journal=True)
+        self.run_on_failure()
+        found = self.run.store.current()
+        outcome.release = found.release
+        outcome.previous = plan.to_release if found.release == plan.from_release else plan.from_release
+        tried = self.journal.recoveries if self.journal else 0
+        moved = found.release not in (plan.from_release, plan.to_release)
+        again = "" if moved or tried >= MAX_RECOVERIES else \
+            f"mend the cause, then: {command('recover')}; or "
         raise RollbackFailed(
-            f"{error.message}; the rollback failed too: {'; '.join(problems)}; live now: {live}",
+            f"{error.message}; the rollback failed too: {'; '.join(problems)}; "
+            f"live now: {found.release or found.problem or 'nothing'}",
             f"{again}settle on a release by hand: {command('recover --to RELEASE')}")
 
-    def _prune_failed(self) -> None:
-        """A timer that deploys one broken artifact after the other must not fill the disk."""
-        facts = self.run.facts
-        target = rollback_target(facts, self.plan.from_release)
-        for step in prune_steps(self.run.settings, facts, self.plan.from_release, target.id if target else None):
-            self._take(step)
+    def mark_undone(self, steps: Sequence[Step], before: int) -> None:
+        """Say of steps among the first `before` results that they were taken back."""
+        names = {step.name for step in steps}
+        results = self.run.outcome.steps
+        for number, result in enumerate(results[:before]):
+            if result.status == "done" and result.name in names:
+                results[number] = result._replace(status="undone")
 
-    def _run_on_failure(self) -> None:
+    def remember(self, phase: str, error: DeployError) -> None:
+        """Note why for a recovery; undoing and going back matter more than that it is noted."""
+        try:
+            self.enter(phase, self.failure(error))
+        except FAILURES as problem:
+            self.run.console.warn("the journal could not be written: "
+                                  + step_error(problem, "journal").message)
+
+    def run_on_failure(self) -> None:
         """Run the on_failure hook; its own failure is a warning."""
-        commands = self.run.settings.hooks.on_failure
-        self.run.before = self.plan.from_release
-        if commands and self._phase:
-            self._take(RunHook("on_failure", self.plan.to_release, commands, optional=True))
+        move = Move(self.plan.operation, self.plan.from_release, self.plan.to_release)
+        if self.phase:
+            for step in expand("on_failure?", "", self.run.settings, self.run.facts, move):
+                self.take(step)
+
+
+def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], *,
+            automatic: bool) -> List[Record]:
+    """Return the records that change as a run ends; nothing is read or written here."""
+    plan, records = executor.plan, executor.run.facts.records
+    now, new = format_time(time.time()), records.get(plan.to_release)
+    changed = []
+    if result == "left_live" or failure is None and result not in ("staged", "pruned"):
+        if plan.operation in ("pin", "unpin"):
+            return []
+        # The new release is active and knows the way back; every other one retires.
+        for old in records.values():
+            if old.state == STATE_ACTIVE and old.id != plan.to_release:
+                # One that had failed and was left live is not good for having been replaced.
+                changed.append(old._replace(
+                    state=STATE_BAD if old.failure else STATE_RETIRED, deactivated_at=now,
+                    rolled_back_at=now if plan.operation == "rollback" else None))
+        if new:
+            # A rollback keeps the older `previous`, so that the next one goes further back.
+            back = plan.operation in ("rollback", "recover") and new.activated_at
+            previous = new.previous if back else plan.from_release
+            command = executor.run.settings.command_line("rollback") if previous else None
+            changed.append(new._replace(
+                state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous,
+                failure=failure, rolled_back_at=None,
+                rollback={"release": previous, "command": command}))
+    elif automatic or result == "rollback_failed":
+        old = records.get(plan.from_release or "")
+        if automatic and old and old.state != STATE_ACTIVE:
+            changed.append(old._replace(state=STATE_ACTIVE, deactivated_at=None))
+        if new and new.id != plan.from_release:
+            # Bad, unless it was good before or was only interrupted: neither proves it bad.
+            state = STATE_BAD
+            if new.activated_at and new.state != STATE_BAD:
+                state = STATE_RETIRED
+            elif new.state != STATE_BAD and (executor.blameless or failure.get("interrupted")):
+                state = STATE_STAGED
+            changed.append(new._replace(state=state, failure=failure, deactivated_at=now))
+    return changed
 
 
 def step_error(error: Exception, step: str) -> DeployError:
-    """Turn what a step raised into an error a person can act on."""
+    """Turn what a step raised into an error that a person can act on."""
     if isinstance(error, DeployError):
         return error
     if isinstance(error, ImportError):
         return UsageError(f"{INCOMPLETE}: {error}", INSTALL)
     if isinstance(error, MemoryError):
-        return StepFailed(f"{step}: out of memory", "give it more (ulimit -v, MemoryMax=), then run again")
+        return StepFailed(f"{step}: out of memory",
+                          "give it more (ulimit -v, MemoryMax=), then run again")
     if not isinstance(error, OSError):
-        return StepFailed(f"{step}: internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
+        return StepFailed(f"{step}: internal error: {type(error).__name__}: {error}",
+                          "this is a defect: please report it")
     hints = {errno.ENOSPC: "free some space, then run again",
              errno.EDQUOT: "raise the quota or free some space, then run again",
              errno.EROFS: "mount the filesystem read-write, then run again",
@@ -9143,197 +9133,171 @@ def step_error(error: Exception, step: str) -> DeployError:
              errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=), then run again",
              errno.EACCES: "run it as a user who may do that, or let this one",
              errno.EIO: "check the disk and the kernel's log before anything else"}
-    # os.listdir() of a descriptor puts a number there.
-    where = f" at {escape(portable(os.fsdecode(error.filename)))}" if isinstance(error.filename, (str, bytes)) else ""
-    return StepFailed(f"{step}: {reason(error)}{where}", hints.get(error.errno or 0, "mend the cause, then run again"))
+    where = ""
+    if isinstance(error.filename, (str, bytes)):  # os.listdir() of a descriptor puts a number there
+        where = f" at {escape(portable(os.fsdecode(error.filename)))}"
+    return StepFailed(f"{step}: {reason(error)}{where}",
+                      hints.get(error.errno or 0, "mend the cause, then run again"))
 
 
-def failure_of(error: DeployError, step: str) -> Dict[str, Any]:
-    """Describe a failure for record, history and journal."""
-    evidence = error.evidence if isinstance(error, StepFailed) else {}
-    return {"step": step, "reason": error.message, "evidence": evidence, "interrupted": isinstance(error, Interrupted)}
+# -- recovery ------------------------------------------------------------------
+
+def recover(run: Run) -> List[str]:
+    """Finish or undo what an earlier run left, and say what was done; twice changes nothing more.
+
+    Raises StateError where nothing may be concluded, RollbackFailed when it was tried before
+    and failed.
+    """
+    store, done = run.store, []
+    journal, current = store.read_journal(), store.current()
+    if current.problem:
+        raise StateError(current.problem, current.hint)
+    if journal is not None:
+        done.append(settle_journal(run, journal, current.release))
+    done += [f"removed {name}" for name in store.sweep(run.console.warn)]
+    return done + store.mend_history() + agree_with_current(run) + forget_missing(run)
 
 
-def longest_seconds(settings: Settings) -> float:
-    """Return how long restarts and probes may take in all, for the journal's deadline."""
-    return sum(map(service_seconds, settings.service.values())) + sum(map(probe_seconds, settings.probe.values()))
+def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
+    """Bring the run that a journal tells of to its end; says how."""
+    store, what = run.store, f"{journal.operation} of {journal.to_release}"
+    for release in (journal.from_release, journal.to_release):
+        # A record that cannot be read now must not pass for none.
+        if release and release not in run.facts.records and store.has_record(release):
+            raise StateError(f"cannot recover the {what}: " + "; ".join(run.facts.state_problems),
+                             by_hand(store))
+    verdict = verdict_of(store, journal, live)
+    if verdict:
+        store.clear_journal()
+        return f"{what} was finished ({verdict})"
+    if is_stray(store, journal, live):
+        raise stray_error(store, journal, live)
+    before = ", before the last boot" if journal.boot_id != boot_id() else ""
+    run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
+    move = Move(journal.operation, journal.from_release, journal.to_release)
+    plan = make_plan(run.settings, run.facts, move)
+    if journal.phase == PHASE_STAGING or \
+            journal.phase == PHASE_INTENT and live == journal.from_release:
+        return abort(run, plan, journal)
+    if journal.recoveries >= MAX_RECOVERIES:
+        raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
+                             f"live now: {live or 'nothing'}", by_hand(store))
+    # The link says how far the run came; the journal may be one write behind it.
+    phase, failure = journal.phase, journal.failure
+    if live != journal.to_release:
+        phase = PHASE_ROLLING_BACK
+    elif phase == PHASE_INTENT:
+        phase = PHASE_SWITCHED
+    if phase == PHASE_SWITCHED:
+        failure = None  # what failed before a switch is past
+    elif failure is None:
+        failure = {"step": journal.operation, "evidence": {}, "interrupted": True,
+                   "reason": "it led back, and why could not be noted"}
+    journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1, failure=failure)
+    store.write_journal(journal)
+    run.outcome.changed = True
+    # Restarting and probing again does no harm; a hook that ended is not run twice.
+    steps = [step for step in plan.steps if step.phase == PHASE_SWITCHED
+             and not (step.noted and step.name in journal.done)]
+    executor = Executor(run, plan._replace(steps=steps, last=[]), journal)
+    try:
+        if phase == PHASE_ROLLING_BACK:
+            executor.go_back(StepFailed(str(failure.get("reason"))))
+        executor.execute()
+    except RolledBack as error:
+        if isinstance(error.__context__, Interrupted):
+            raise
+        run.outcome.rolled_back = False
+        return f"{what} was rolled back: {error.message}"
+    return f"{what} was finished: it is live"
+
+
+def abort(run: Run, plan: Plan, journal: Journal) -> str:
+    """Nothing was switched: a staged release that is whole stays, anything less is undone."""
+    made_here = journal.operation in ("deploy", "stage")
+    sealed = made_here and run.store.has_record(journal.to_release)
+    for step in reversed(plan.steps):
+        if not (sealed and step.phase == PHASE_STAGING):
+            step.undo(run)
+    executor = Executor(run, plan, journal)
+    why = (journal.failure or {}).get("reason", "interrupted before activation")
+    executor.end("aborted", StepFailed(str(why)), exit_code=EXIT_FAILED)
+    what = "was not finished; the release stays staged" if sealed else \
+        "was undone: it had not been activated"
+    return f"{journal.operation} of {journal.to_release} {what}"
 
 
 def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
-    """Return the result in the history, where the run had come to one and `current` agrees with it."""
+    """Return the result in the history, where the run had come to one and `current` agrees."""
     try:
         last = store.history(1)
     except StateError:
-        # A damaged line must not stand in the way of recovery; --verify finds it.
-        return ""
+        return ""  # a damaged line must not stand in the way of recovery; --verify finds it
     if not last or last[0].deploy_id != journal.deploy_id:
         return ""
-    where = {"deployed": journal.to_release, "activated": journal.to_release, "rolled_back": journal.to_release,
-             "left_live": journal.to_release, "staged": live, "recovered": live, "failed": journal.from_release,
-             "reverted": journal.from_release, "aborted": journal.from_release}
-    result = last[0].result
-    return result if result in where and where[result] == live else ""
+    result, forward, back = last[0].result, journal.to_release, journal.from_release
+    ends = {"deployed": forward, "activated": forward, "left_live": forward, "staged": live,
+            "rolled_back": forward, "recovered": live, "reverted": back, "failed": back,
+            "aborted": back}
+    return result if result in ends and ends[result] == live else ""
 
 
 def is_stray(store: Store, journal: Journal, live: Optional[str]) -> bool:
-    """Tell whether somebody else has changed `current` since: what is to be done only a person knows."""
-    return live not in (journal.from_release, journal.to_release) and not verdict_of(store, journal, live)
+    """Say whether somebody else has changed `current` since: only a person knows what to do."""
+    ends = (journal.from_release, journal.to_release)
+    return live not in ends and not verdict_of(store, journal, live)
 
 
 def stray_error(store: Store, journal: Journal, live: Optional[str]) -> StateError:
     """Make the error for it."""
     return StateError(
-        f"cannot recover the {journal.operation} of {journal.to_release}: current is {live or 'missing'}, "
-        f"neither where it came from ({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
+        f"cannot recover the {journal.operation} of {journal.to_release}: current is "
+        f"{live or 'missing'}, neither where it came from "
+        f"({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
 
 
 def by_hand(store: Store) -> str:
     """Say how a person settles what no program can decide."""
-    return f"see which release should be live, then settle on it: {store.command_line('recover --to RELEASE')}"
+    return "see which release should be live, then settle on it: " \
+        + store.command_line("recover --to RELEASE")
 
 
-class Recovery:
-    """Brings into line what an earlier run left; doing it twice changes nothing more."""
+def agree_with_current(run: Run) -> List[str]:
+    """The link is the truth: what it names is `active`, nothing else is; lost, it stays known."""
+    store, done = run.store, []
+    live, there = store.current().release, store.releases_on_disk()
+    for record in store.records()[0].values():
+        state = record.state
+        if record.id == live:
+            state = STATE_ACTIVE
+        elif state == STATE_ACTIVE and not (live is None and record.id in there):
+            state = STATE_RETIRED
+        if state != record.state:
+            store.write_record(record._replace(state=state))
+            done.append(f"{record.id} is {state}, not {record.state}")
+    return done
 
-    def __init__(self, run: Run, outcome: Outcome) -> None:
-        self.run, self.outcome, self.store = run, outcome, run.store
-        self.console = run.session.console
 
-    def recover(self) -> List[str]:
-        """Finish or undo what the journal tells of, sweep leftovers, and say what was done.
-
-        Raises StateError where nothing may be concluded, RollbackFailed when it
-        was tried before and failed.
-        """
-        journal, done, current = self.store.read_journal(), [], self.store.current()
-        if current.problem:
-            raise StateError(current.problem, current.hint)
-        if journal is not None:
-            self._refuse_unreadable(journal)
-            done.append(self._settle(journal))
-        done += [f"removed {name}" for name in self.store.sweep(self.console.warn)]
-        return done + self.store.mend_history() + self._agree() + self._forget_missing()
-
-    def _refuse_unreadable(self, journal: Journal) -> None:
-        """What is to be done depends on both ends: a record that cannot be read now must not pass for none."""
-        for release in (journal.from_release, journal.to_release):
-            if release and release not in self.run.facts.records and self.store.has_record(release):
-                raise StateError(f"cannot recover the {journal.operation} of {journal.to_release}: "
-                                 + "; ".join(self.run.facts.state_problems), by_hand(self.store))
-
-    def _agree(self) -> List[str]:
-        """The link is the truth: what it names is `active`, and nothing else is; where it is gone, that stays known."""
-        live, there, done = self.store.current().release, self.store.releases_on_disk(), []
-        for record in self.store.records()[0].values():
-            lost = live is None and record.id in there
-            state = STATE_ACTIVE if record.id == live else STATE_RETIRED if record.state == STATE_ACTIVE and not lost else record.state
-            if state != record.state:
-                self.store.write_record(record._replace(state=state))
-                done.append(f"{record.id} is {state}, not {record.state}")
+def forget_missing(run: Run) -> List[str]:
+    """Drop records without files, manifests without a record; what is bad stays known as bad."""
+    store, done = run.store, []
+    live, there = store.current().release, store.releases_on_disk()
+    records, problems = store.records()
+    if problems:
         return done
-
-    def _settle(self, journal: Journal) -> str:
-        current = self.store.current()
-        verdict = verdict_of(self.store, journal, current.release)
-        if verdict:
-            self.store.clear_journal()
-            return f"{journal.operation} of {journal.to_release} was finished ({verdict})"
-        if is_stray(self.store, journal, current.release):
-            raise stray_error(self.store, journal, current.release)
-        before = ", before the last boot" if journal.boot_id != boot_id() else ""
-        due = f", its verdict due at {journal.deadline}" if journal.deadline else ""
-        self.console.say(f"recovering the {journal.operation} of {journal.to_release} ({journal.phase}, "
-                         f"begun {journal.started_at}{before}{due})")
-        if journal.phase == PHASE_STAGING or \
-                journal.phase == PHASE_INTENT and current.release == journal.from_release:
-            return self._abort(journal)
-        if journal.recoveries >= MAX_RECOVERIES:
-            raise RollbackFailed(f"{journal.operation} of {journal.to_release} was recovered {journal.recoveries} times "
-                                 f"without success; live now: {current.release or 'nothing'}", by_hand(self.store))
-        # The link tells how far the run came; the journal may be one write behind it.
-        phase = PHASE_ROLLING_BACK if current.release != journal.to_release else \
-            PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
-        # Without a note of what led back nothing is proved against the release; what failed before a switch is past.
-        unknown = {"step": journal.operation, "reason": "it led back, and why could not be noted", "evidence": {}, "interrupted": True}
-        failure = None if phase == PHASE_SWITCHED else journal.failure or unknown
-        journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1, failure=failure)
-        self.store.write_journal(journal)
-        return self._go_on(journal)
-
-    def _abort(self, journal: Journal) -> str:
-        """Nothing was switched: a staged release that is whole stays, anything less goes."""
-        # activate and rollback go to a release that was there before.
-        made_here = journal.operation in ("deploy", "stage")
-        sealed = self.store.has_record(journal.to_release)
-        if made_here and not sealed:
-            self.store.remove_release(journal.to_release)
-        plan = Plan(journal.operation, journal.from_release, journal.to_release, [], [])
-        executor = Executor(self.run, plan, Outcome("recover"), journal)
-        why = (journal.failure or {}).get("reason", "interrupted before activation")
-        executor.append_history("aborted", EXIT_FAILED, str(why), journal.failure)
-        self.store.clear_journal()
-        what = "was not finished; the release stays staged" if made_here and sealed else \
-            "was undone: it had not been activated"
-        return f"{journal.operation} of {journal.to_release} {what}"
-
-    def _go_on(self, journal: Journal) -> str:
-        """The switch was made: ask the services, finish or go back."""
-        settings = self.run.settings
-        steps = settling_steps(settings, journal.operation, journal.to_release)
-        self._compare_plans(journal, steps)
-        # Restarting and probing again does no harm; a hook that ended is not run twice.
-        steps = [step for step in steps if not (isinstance(step, RunHook) and step.name in journal.done)]
-        self.run.before = journal.from_release
-        way_back = way_back_steps(settings, journal.from_release, journal.to_release)
-        plan = Plan(journal.operation, journal.from_release, journal.to_release, steps, way_back)
-        executor = Executor(self.run, plan, self.outcome, journal)
-        self.outcome.changed = True
-        try:
-            if journal.phase == PHASE_ROLLING_BACK:
-                failure = journal.failure or {}
-                executor.roll_back(StepFailed(str(failure.get("reason")), "", failure.get("evidence")))
-            executor.execute()
-        except RolledBack as error:
-            if executor.interrupted:
-                raise
-            self.outcome.rolled_back = False
-            return f"{journal.operation} of {journal.to_release} was rolled back: {error.message}"
-        return f"{journal.operation} of {journal.to_release} was finished: it is live"
-
-    def _compare_plans(self, journal: Journal, steps: List[Step]) -> None:
-        """Warn of what was to follow the switch and is not configured (so) any more, and the reverse."""
-        names = [step["name"] for step in journal.plan]
-        after = journal.plan[names.index("activate") + 1:] if "activate" in names else []
-        planned = {step["name"]: step["description"] for step in after if not step["name"].startswith("prune:")}
-        now = {step.name: self.console.secrets.mask(step.description) for step in steps}
-        ended = {name for name in journal.done if name.startswith("hook:")}
-        for name in sorted(set(planned).union(now) - ended):
-            what = "is not configured any more, and is left out" if name not in now else \
-                "was not planned, and is done as well" if name not in planned else \
-                "was planned otherwise than it is configured now" if planned[name] != now[name] else ""
-            if what:
-                self.console.warn(f"recovery under another configuration: {name} {what}")
-
-    def _forget_missing(self) -> List[str]:
-        """Drop records without files and manifests without a record; what is bad stays known as bad."""
-        done, live = [], self.store.current().release
-        records, problems = self.store.records()
-        there = self.store.releases_on_disk()
-        if problems:
-            return done
-        for record in records.values():
-            if record.id in there or record.pruned_at or record.id == live:
-                continue
-            if record.state == STATE_BAD:
-                self.store.write_record(record._replace(pruned_at=format_time(time.time())))
-            else:
-                self.store.remove_record(record.id)
-            done.append(f"forgot {record.id}: its files are gone")
-        return done + [f"removed {path}" for path in self.store.sweep_manifests(there)]
+    for record in records.values():
+        if record.id in there or record.pruned_at or record.id == live:
+            continue
+        if record.state == STATE_BAD:
+            store.write_record(record._replace(pruned_at=format_time(time.time())))
+        else:
+            store.remove_record(record.id)
+        done.append(f"forgot {record.id}: its files are gone")
+    return done + [f"removed {path}" for path in store.sweep_manifests(there)]
 
 
 # ============================================================================
-# 14  Reference
+# 13  Reference
 #    Texts made from the tables: what the program can say about itself.  Uses
 #    no state, no root and no clock.
 # ============================================================================
@@ -10534,56 +10498,10 @@ diff: {type: dict, returned: "in diff mode, by what moves current", description:
 
 
 # ============================================================================
-# 15  Commands
+# 14  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
 #    the Outcome; what they say goes through the Console.
 # ============================================================================
-
-class Invocation:
-    """One invocation: what was asked, with what settings, and what came of it."""
-
-    def __init__(self, session: Session, flags: Any, deploy_id: str) -> None:
-        self.session, self.flags, self.deploy_id = session, flags, deploy_id
-        self.settings, self.console = session.settings, session.console
-        self.interrupts, self.traceparent = session.interrupts, session.traceparent
-        self.store: Optional[Store] = None
-        self.artifact: Optional[OpenArtifact] = None
-        self.outcome = Outcome(flags.command)
-        self.dry_run = bool(flags.dry_run)
-        # For those who are told afterwards: what was observed, where it was to lead, and whether the settings may be acted on.
-        self.facts = None  # type: Optional[Facts]
-        self.target = ""
-        self.is_believed = False
-
-    @property
-    def application(self) -> str:
-        """The application's name: configured, or the root's last component."""
-        return application_name(self.settings)
-
-    @property
-    def root(self) -> str:
-        """The root, as an absolute path without symlinks; UsageError where none is configured."""
-        if not self.settings.deploy.root:
-            raise UsageError("no root is given", "name it with --root DIR, or set root in [deploy] of the configuration")
-        root = os.path.realpath(self.settings.deploy.root)
-        if root == "/" or escape(root) != root:
-            raise UsageError(f"{root!r} cannot be a root", "name the application's own directory: --root DIR")
-        for found in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
-            above = root[:found.start()]
-            if os.path.isdir(f"{above}/.deploy"):
-                # ROOT/current as well: what is written there would change a release.
-                raise UsageError(f"{root} cannot be a root: it lies inside another one", f"perhaps --root {above} is meant")
-        return root
-
-    def request(self) -> Request:
-        """What the command line asked for, beyond settings."""
-        flags = vars(self.flags)
-        return Request(
-            command=flags["command"], artifact=flags.get("artifact") or "", release=flags.get("release") or flags.get("to") or "",
-            sha256=flags.get("sha256") or "", version=flags.get("release_version") or "",
-            allow_downgrade=bool(flags.get("allow_downgrade")), force=bool(flags.get("force")),
-            confirm_digest=self.dry_run or flags["command"] == "preflight")
-
 
 def spoken_duration(text: str) -> str:
     """Write a flag's duration as the configuration has it: behind a flag a bare number is seconds."""
@@ -10607,302 +10525,272 @@ def flag_value(flag: str, text: str) -> Any:
         raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} {example}")
 
 
-def is_untouched(call: Invocation) -> bool:
-    """Tell whether nothing was ever deployed to the root."""
-    with preview(call) as store:
-        return store is None or store.optional(".deploy") is None
-
-
-def check_touched(call: Invocation) -> None:
-    """Raise UsageError for a root that nothing was deployed to, unless this command is what makes one."""
-    if call.flags.command not in ("deploy", "stage") and is_untouched(call):
-        raise UsageError(f"nothing was ever deployed to {call.root}",
-                         "name another root with --root DIR, or deploy something first")
-
+# -- a root, opened ------------------------------------------------------------
 
 @contextmanager
-def reading(call: Invocation) -> Iterator[Store]:
-    """Open the root for looking; UsageError where there is none, ProblemFound for a state that is not as it was left."""
-    with preview(call) as store:
-        if store is None:
-            raise UsageError(f"the root {call.root} does not exist",
-                             "name another with --root DIR, or deploy something first")
-        try:
-            yield store
-        except PreflightFailed as error:
-            raise ProblemFound(error.message, error.hint)
+def looking(run: Run, *, must_exist: bool = True) -> Iterator[Optional[Store]]:
+    """Open the root for looking: nothing is made, locked or recovered.
 
-
-@contextmanager
-def writing(call: Invocation, *, recover_first: bool = True) -> Iterator[Store]:
-    """Open the root for changing it: lock first, then bring an earlier run's leftovers into line."""
-    store = Store.create(call.settings)
-    found = lock_holder(store) if environment("DEPLOY_ID") else None
-    if found and found.get("deploy_id") == environment("DEPLOY_ID"):
-        store.close()
-        raise Busy(f"the run whose hook this is holds the lock: {describe_holder(found)}",
-                   f"call `deploy.py {call.flags.command}` once that run has ended; waiting for it would never end")
-    lock = Lock(store)
-    holder = dict(who(started_by()), command=call.flags.command, since=format_time(time.time()),
-                  deploy_id=call.deploy_id)
-    call.console.working("taking the lock", call.settings.deploy.lock_wait + Supervisor.UNLIMITED_SECONDS)
+    Raises UsageError where there is no root and there must be one, ProblemFound for a state
+    that is not as it was left.
+    """
+    run.store = Store.open(run.settings) if run.root else None
     try:
-        lock.acquire(call.settings.deploy.lock_wait, holder, call.session.interrupts)
-        store.begin_history()
+        if must_exist and run.store is None:
+            raise UsageError(f"the root {run.root} does not exist",
+                             "name another with --root DIR, or deploy something first")
+        yield run.store
+    except PreflightFailed as error:
+        if must_exist:
+            raise ProblemFound(error.message, error.hint)
+        raise
+    finally:
+        close_root(run)
+
+
+@contextmanager
+def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
+    """Open the root for changing it: lock first, then finish what an earlier run left."""
+    command, wait_seconds = run.flags.command, run.settings.deploy.lock_wait
+    run.store = Store.create(run.settings)
+    lock = Lock(run.store)
+    try:
+        found = lock_holder(run.store) if environment("DEPLOY_ID") else None
+        if found and found.get("deploy_id") == environment("DEPLOY_ID"):
+            raise Busy(f"the run whose hook this is holds the lock: {describe_holder(found)}",
+                       f"call `deploy.py {command}` once that run has ended; "
+                       "waiting for it would never end")
+        run.console.working("taking the lock", wait_seconds + Supervisor.UNLIMITED_SECONDS)
+        lock.acquire(wait_seconds, dict(run.by, command=command, since=format_time(time.time()),
+                                        deploy_id=run.deploy_id), run.interrupts)
+        run.store.begin_history()
         if recover_first:
-            call.outcome.extra["recovered"] = recover(call, store)
-        yield store
+            run.outcome.extra["recovered"] = recover_under_lock(run)
+        yield run.store
     finally:
         lock.release()
-        store.close()
+        close_root(run)
 
 
-def look(call: Invocation, store: Store) -> Facts:
-    """Observe without the lock, for what only looks."""
-    return Observer(call.session, store, call.deploy_id).observe(call.request(), locked=False)
+def close_root(run: Run) -> None:
+    """Close the artifact and the root."""
+    for opened in (run.artifact, run.store):
+        if opened is not None:
+            opened.close()
+    run.artifact = run.store = None
 
 
-def recover(call: Invocation, store: Store) -> List[str]:
-    """Recover, under the lock; every writing command begins with this."""
-    observer = Observer(call.session, store, call.deploy_id)
-    call.facts = facts = observer.observe(Request("recover"), locked=True)
-    # What recovery did is not what the command did: its steps are its own.
-    outcome = call.outcome if call.flags.command == "recover" else Outcome("recover")
-    done = Recovery(Run(call.session, store, facts, observer), outcome).recover()
+def recover_under_lock(run: Run) -> List[str]:
+    """Recover, as every writing command does first; what it did is not what the command did."""
+    outcome = run.outcome
+    if run.flags.command != "recover":
+        run.outcome = Outcome("recover")
+    try:
+        observe(run, locked=True)
+        done = recover(run)
+    finally:
+        run.outcome = outcome
     for line in done:
-        call.console.say(f"recovered: {line}")
-    call.outcome.changed = call.outcome.changed or bool(done)
-    call.session.interrupts.reopen()
+        run.console.say(f"recovered: {line}")
+    outcome.changed = outcome.changed or bool(done)
+    run.interrupts.reopen()
     return done
 
 
-def transact(call: Invocation, planner: Callable[[Settings, Facts], Plan], *, checks: bool = True) -> None:
+def is_untouched(run: Run) -> bool:
+    """Say whether nothing was ever deployed to the root."""
+    with looking(run, must_exist=False) as store:
+        return store is None or store.optional(".deploy") is None
+
+
+# -- commands that change what is live -----------------------------------------
+
+def transact(run: Run, *, checks: bool = True) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
-    if call.flags.command in ("deploy", "stage") and not call.dry_run and is_untouched(call):
-        # Before a root is made, everything else must be right: it may be a slip of the pen.
-        look_before_making(call)
-    check_touched(call)
-    opened = preview(call) if call.dry_run else writing(call)
-    with opened as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
-        call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
-        call.store, call.artifact = store, observer.artifact
+    flags, asked = run.flags, getattr(run.flags, "artifact", None) or ""
+    if is_untouched(run):
+        if flags.command not in ("deploy", "stage"):
+            raise UsageError(f"nothing was ever deployed to {run.root}",
+                             "name another root with --root DIR, or deploy something first")
+        if not flags.dry_run:
+            # Before a root is made, everything else must be right: it may be a slip of the pen.
+            with looking(run, must_exist=False):
+                observe(run, locked=True, artifact=asked)
+                preflight(run, show=False)
+    opened = looking(run, must_exist=False) if flags.dry_run else changing(run)
+    with opened:
+        facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken:
-            preflight(call)
-        plan = planner(call.settings, facts)
-        describe_ends(call, facts, plan)
-        if plan.steps and checks and not broken:
-            preflight(call)
-        if call.dry_run:
-            show_plan(call, facts, plan)
-        elif plan.steps and store is not None:
-            Executor(Run(call.session, store, facts, observer), plan, call.outcome).execute()
+            preflight(run)
+        plan = plan_operation(run.settings, facts)
+        describe_ends(run, plan)
+        if checks and not broken and (plan.steps or plan.last):
+            preflight(run)
+        if flags.dry_run:
+            show_plan(run, plan)
+        elif plan.steps or plan.last:
+            Executor(run, plan).execute()
 
 
-def look_before_making(call: Invocation) -> None:
-    """Run the checks without a root; raises what they find."""
-    with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
-        call.facts = observer.observe(call.request(), locked=True)
-        call.store, call.artifact = store, observer.artifact
-        preflight(call, show=False)
-
-
-@contextmanager
-def preview(call: Invocation) -> Iterator[Optional[Store]]:
-    """Open the root for looking, where there is one: nothing is made, locked or recovered."""
-    store = Store.open(call.settings) if call.root else None
-    try:
-        yield store
-    finally:
-        if store is not None:
-            store.close()
-
-
-def describe_ends(call: Invocation, facts: Facts, plan: Plan) -> None:
+def describe_ends(run: Run, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
-    target = rollback_target(facts, facts.current.release)
-    nothing_to_do = plan.from_release == plan.to_release
-    call.target = plan.to_release
-    call.outcome.release = plan.to_release or None
-    call.outcome.previous = plan.from_release if not nothing_to_do else target.id if target else None
-    call.console.log_context["release"] = plan.to_release
-    call.console.diff = diff_of(facts, plan)
+    facts, outcome = run.facts, run.outcome
+    run.target = plan.to_release
+    outcome.release, outcome.previous = plan.to_release or None, plan.from_release
+    if plan.from_release == plan.to_release:
+        target = rollback_target(facts, facts.current.release)
+        outcome.previous = target.id if target else None
+    run.console.log_context["release"] = plan.to_release
+    # What current points to before and after, in the form that Ansible shows.
+    moves = any(step.name == "activate" for step in plan.steps + plan.last)
+    for when, release in (("before", plan.from_release),
+                          ("after", plan.to_release if moves else plan.from_release)):
+        record, version, sha256 = facts.records.get(release or ""), "unknown", "unknown"
+        known = record or (facts.artifact if when == "after" and moves else None)
+        if known:
+            version, sha256 = known.version, known.sha256
+        text = f"release: {release}\nversion: {version}\nsha256: {sha256}\n" if release else ""
+        run.console.diff.update({f"{when}_header": f"{facts.root}/current", when: text})
     if facts.artifact:
-        call.outcome.extra["artifact"] = facts.artifact.to_json()
+        outcome.extra["artifact"] = facts.artifact.to_json()
 
 
-def diff_of(facts: Facts, plan: Plan) -> Dict[str, str]:
-    """Say what current points to before and after the plan, in the form Ansible shows."""
-    moves, artifact = any(isinstance(step, Switch) for step in plan.steps), facts.artifact
-    diff = {}
-    for when, release in (("before", plan.from_release), ("after", plan.to_release if moves else plan.from_release)):
-        record = facts.records.get(release or "")
-        known = (record.version, record.sha256) if record else \
-            (artifact.version, artifact.sha256) if artifact and when == "after" and moves else ("unknown", "unknown")
-        lines = [f"{word}: {text}\n" for word, text in zip(("release", "version", "sha256"), (release, *known))]
-        diff.update({f"{when}_header": f"{facts.root}/current", when: "".join(lines) if release else ""})
-    return diff
-
-
-def preflight(call: Invocation, *, show: bool = True) -> None:
-    """Run the checks that guard this command; raise for what failed, artifact troubles first."""
-    going_back, ends = call.flags.command in ("rollback", "activate"), (call.outcome.release, call.outcome.previous)
-    started_seconds, facts = time.monotonic(), call.facts
-    call.outcome.release, call.outcome.previous = facts.current.release, None  # until the checks have passed
-    call.outcome.checks = results = run_checks(call, going_back=going_back)
+def preflight(run: Run, *, show: bool = True) -> None:
+    """Run the checks that guard this command; raise for what failed, the artifact's first."""
+    console, outcome = run.console, run.outcome
+    ends, started_seconds = (outcome.release, outcome.previous), time.monotonic()
+    # Until the checks have passed.
+    outcome.release, outcome.previous = run.facts.current.release, None
+    results = run_checks(run, going_back=run.flags.command in ("rollback", "activate"))
+    outcome.checks = results
     failed = [result for result in results if result.status == "fail"]
     for result in results if show or failed else []:
         if result.status == "warn":
-            call.console.warn(f"{result.name}: {result.detail}")
+            console.warn(f"{result.name}: {result.detail}")
         elif result.status == "fail":
-            call.console.painted("fail", f"{result.name}: {result.detail}")
+            console.painted("fail", f"{result.name}: {result.detail}")
         else:
-            call.console.debug(f"{result.status:<5} {result.name}: {result.detail}")
-    if not failed and show:
-        call.console.painted("ok", f"{'preflight':<20} {format_seconds(time.monotonic() - started_seconds):>7}  "
-                                   f"{count(len(results), 'check')}")
+            console.debug(f"{result.status:<5} {result.name}: {result.detail}")
     if not failed:
-        call.outcome.release, call.outcome.previous = ends
+        outcome.release, outcome.previous = ends
+        if show:
+            seconds = format_seconds(time.monotonic() - started_seconds)
+            console.painted("ok", f"{'preflight':<20} {seconds:>7}  {count(len(results), 'check')}")
         return
-    if facts.refusal:
-        raise facts.refusal
-    if failed[0].name == "lock":
-        raise Busy(busy(facts.holder or {}).message, failed[0].hint)
-    kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
+    if run.facts.refusal:
+        raise run.facts.refusal
+    first = failed[0]
+    if first.name == "lock":
+        raise Busy(busy(run.facts.holder or {}).message, first.hint)
+    kind = ArtifactRefused if first.name in ARTIFACT_CHECKS else PreflightFailed
     others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
-    raise kind(f"preflight: {failed[0].name}: {failed[0].detail}{others}", failed[0].hint)
+    raise kind(f"preflight: {first.name}: {first.detail}{others}", first.hint)
 
 
-def show_plan(call: Invocation, facts: Facts, plan: Plan) -> None:
+def show_plan(run: Run, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
-    if facts.holder is not None:
-        call.console.warn(f"{busy(facts.holder).message}; once that has ended, the plan may be another")
-    outcome, journal = call.outcome, facts.journal
-    if facts.holder is not None or call.flags.command == "recover":
+    console, outcome, journal = run.console, run.outcome, run.facts.journal
+    if run.facts.holder is not None:
+        console.warn(f"{busy(run.facts.holder).message}; once that has ended, "
+                     "the plan may be another")
         journal = None
-    if journal is not None and not outcome.checks:  # where there are checks, one of them tells of it
-        call.console.warn(f"{journal.operation} of {journal.to_release} was interrupted ({journal.phase}); "
-                          "once that is recovered, which a real run does first, the plan may be another")
-    outcome.changed = bool(plan.steps or journal)
+    if run.flags.command == "recover":
+        journal = None
+    if journal is not None and not outcome.checks:  # where there are checks, one of them says so
+        console.warn(f"{journal.operation} of {journal.to_release} was interrupted "
+                     f"({journal.phase}); once that is recovered, which a real run does first, "
+                     "the plan may be another")
+    steps = plan.steps + plan.last
+    outcome.changed = bool(steps or journal)
     outcome.extra["plan"] = plan.to_json()
-    outcome.steps = [StepResult(step.name, "planned", 0.0, step.description) for step in plan.steps]
-    if not plan.steps:
+    outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
+    if not steps:
         outcome.message = "nothing to do"
-        call.console.result("nothing to do")
+        console.result("nothing to do")
         return
-    outcome.message = f"would {call.flags.command}: {count(len(plan.steps), 'step')}"
-    call.console.result(f"plan of {plan.operation} ({count(len(plan.steps), 'step')}; nothing was changed)")
-    for number, step in enumerate(plan.steps, 1):
-        call.console.result(f"  {number:>2}  {step.name:<20} {step.description}")
+    outcome.message = f"would {run.flags.command}: {count(len(steps), 'step')}"
+    console.result(f"plan of {plan.operation} ({count(len(steps), 'step')}; nothing was changed)")
+    for number, step in enumerate(steps, 1):
+        console.result(f"  {number:>2}  {step.name:<20} {step.text}")
     if plan.way_back:
-        call.console.result("should anything fail after activation:")
+        console.result("should anything fail after activation:")
         for step in plan.way_back:
-            call.console.result(f"      {step.name:<20} {step.description}")
+            console.result(f"      {step.name:<20} {step.text}")
 
 
-def share_of(host: str, application: str) -> float:
-    """Give a host its share, 0 to 1: a hash of its name and the application's, evenly spread, the same every time."""
-    digest = hashlib.sha256(f"{host} {application}".encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2 ** 64
+# What the summary says of the release then.
+MOVED = {"deploy": "is live", "stage": "is staged", "activate": "is live", "rollback": "is live again"}
 
 
-def splay(call: Invocation) -> None:
-    """Wait this host's share of --splay, so that a fleet does not begin at once; nothing is locked, and a signal ends it."""
-    text, host = call.flags.splay, os.uname().nodename
-    seconds = flag_value("--splay", text) * share_of(host, application_name(call.settings) if call.root else "")
-    said = f"{'would wait' if call.dry_run else 'waiting'} {format_seconds(seconds)} of --splay {text}"
-    call.console.say(said)
-    call.console.working(said, seconds)
-    ends_seconds = time.monotonic() + seconds
-    with closing(call.console.progress("splay", round(seconds))) as progress:
-        while time.monotonic() < ends_seconds and not call.dry_run:
-            left_seconds = ends_seconds - time.monotonic()
-            progress.update(round(seconds - left_seconds), format_seconds(left_seconds))
-            pause(call.session, min(WATCH_SECONDS, left_seconds))
-
-
-# -- commands that change what is live ----------------------------------------
-
-# How each is planned, and what the summary says of the release then.
-MOVES = {"deploy": (plan_deploy, "is live"), "stage": (plan_stage, "is staged"), "activate": (plan_activate, "is live"),
-         "rollback": (plan_rollback, "is live again")}  # type: Dict[str, Tuple[Callable[[Settings, Facts], Plan], str]]
-
-
-def command_move(call: Invocation) -> None:
-    """Carry out deploy, stage, activate or rollback, or show its plan."""
-    planner, what = MOVES[call.flags.command]
-    transact(call, planner)
-    summarize(call, what)
-
-
-def summarize(call: Invocation, what: str) -> None:
-    """Say at the end what changed, how long it took, and how to undo it."""
-    outcome, console = call.outcome, call.console
-    if call.dry_run:
+def command_move(run: Run) -> None:
+    """Carry out deploy, stage, activate or rollback; say what changed, and how to undo it."""
+    transact(run)
+    command, outcome, result = run.flags.command, run.outcome, run.console.result
+    if run.flags.dry_run:
         return
+    outcome.message = f"{outcome.release} {MOVED[command]}"
     if not outcome.steps:
-        outcome.message = f"{outcome.release} {what} already; nothing to do"
-        console.result(outcome.message)
+        outcome.message += " already; nothing to do"
+        result(outcome.message)
         return
-    outcome.message = f"{outcome.release} {what}"
-    console.result(f"{application_name(call.settings)}: {outcome.message}")
-    if outcome.previous and call.flags.command != "stage":
-        console.result(f"  before     {outcome.previous}")
-    if not console.in_journal:  # where each step's line has its own time
-        console.result("\n".join(render_timeline([(step.name, step.seconds) for step in outcome.steps],
-                                                 unicode=console.unicode)))
-    if call.flags.command == "stage":
-        console.result(f"  go live    {call.settings.command_line(f'activate {outcome.release}')}")
+    result(f"{run.application}: {outcome.message}")
+    command_line = run.settings.command_line
+    if command == "stage":
+        result(f"  go live    {command_line(f'activate {outcome.release}')}")
     elif outcome.previous:
-        facts = call.facts  # type: Any  # its records are as the run has left them
-        before = facts.release(outcome.previous)
-        if before and before.state != STATE_BAD if call.flags.command == "rollback" else rollback_target(facts, outcome.release):
-            undo = "rollback" if call.flags.command != "rollback" else f"activate {outcome.previous}"
-            console.result(f"  undo       {call.settings.command_line(undo)}")
+        result(f"  before     {outcome.previous}")
+        before = run.facts.release(outcome.previous)
+        if command == "rollback" and before and before.state != STATE_BAD:
+            result(f"  undo       {command_line(f'activate {outcome.previous}')}")
+        elif command != "rollback" and rollback_target(run.facts, outcome.release):
+            result(f"  undo       {command_line('rollback')}")
 
 
-def command_prune(call: Invocation) -> None:
+def command_prune(run: Run) -> None:
     """Delete what keep_releases no longer keeps."""
-    transact(call, plan_prune, checks=False)
-    removed = [step.name.partition(":")[2] for step in call.outcome.steps if step.status in ("done", "planned")]
-    call.outcome.extra["removed"] = removed
-    facts = call.facts  # type: Any
-    for name in sorted(set(facts.in_use) & facts.on_disk - {facts.current.release}):
-        call.console.say(f"{name} is in use by {facts.in_use[name]}, and stays")
-    call.outcome.message = f"{count(len(removed), 'release')} {'would be ' if call.dry_run else ''}removed"
-    if not call.dry_run:
-        call.console.result("\n".join([call.outcome.message] + [f"  {name}" for name in removed]))
+    transact(run, checks=False)
+    removed = [step.name.partition(":")[2] for step in run.outcome.steps
+               if step.status in ("done", "planned")]
+    run.outcome.extra["removed"] = removed
+    for name in sorted(set(run.facts.in_use) & run.facts.on_disk - {run.facts.current.release}):
+        run.console.say(f"{name} is in use by {run.facts.in_use[name]}, and stays")
+    would = "would be " if run.flags.dry_run else ""
+    run.outcome.message = f"{count(len(removed), 'release')} {would}removed"
+    if not run.flags.dry_run:
+        run.console.result("\n".join([run.outcome.message] + [f"  {name}" for name in removed]))
 
 
-def command_pin(call: Invocation) -> None:
-    """Protect a release from pruning."""
-    transact(call, plan_pin, checks=False)
-    if not call.dry_run:
-        call.outcome.message = f"{call.outcome.release} is {'' if call.flags.command == 'pin' else 'not '}pinned"
-        call.console.result(call.outcome.message)
+def command_pin(run: Run) -> None:
+    """Protect a release from pruning, or no longer."""
+    transact(run, checks=False)
+    if not run.flags.dry_run:
+        pinned = "pinned" if run.flags.command == "pin" else "not pinned"
+        run.outcome.message = f"{run.outcome.release} is {pinned}"
+        run.console.result(run.outcome.message)
 
 
-def command_recover(call: Invocation) -> None:
+def command_recover(run: Run) -> None:
     """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
-    if call.flags.to:
-        settle_by_hand(call)
+    if run.flags.to:
+        settle_by_hand(run)
         return
-    done, damaged_records, lost = [], [], None  # type: List[str], List[str], Optional[Record]
-    if not is_untouched(call):
-        with preview(call) if call.dry_run else writing(call) as store:
-            done = preview_recovery(store) if call.dry_run else call.outcome.extra["recovered"]
-            records, damaged_records = store.records()
-            call.outcome.release = store.current().release
-            lost = lost_current(records, store.releases_on_disk(), call.outcome.release)
-    if call.dry_run:
-        call.outcome.changed = bool(done)
-        call.outcome.extra["plan"] = [{"name": "recover", "description": description} for description in done]
-    call.outcome.message = "; ".join(done) or "nothing to recover"
-    call.console.result(call.outcome.message)
+    outcome, done, damaged, lost = run.outcome, [], [], None
+    if not is_untouched(run):
+        with looking(run, must_exist=False) if run.flags.dry_run else changing(run) as store:
+            done = preview_recovery(store) if run.flags.dry_run else outcome.extra["recovered"]
+            facts = observe(run, locked=True)
+            outcome.release, damaged, lost = facts.current.release, store.records()[1], lost_current(facts)
+    if run.flags.dry_run:
+        outcome.changed = bool(done)
+        outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
+    outcome.message = "; ".join(done) or "nothing to recover"
+    run.console.result(outcome.message)
     if lost:
-        raise without_current(lost, call.settings.command_line)
-    if damaged_records:
-        raise StateError("; ".join(damaged_records), "restore the file from a backup, or move it away: its release is then unknown")
+        raise without_current(run.facts, lost)
+    if damaged:
+        raise StateError("; ".join(damaged), "restore the file from a backup, or move it away: "
+                                             "its release is then unknown")
 
 
 def preview_recovery(store: Store) -> List[str]:
@@ -10914,386 +10802,436 @@ def preview_recovery(store: Store) -> List[str]:
         raise StateError(current.problem, current.hint)
     if journal and is_stray(store, journal, current.release):
         raise stray_error(store, journal, current.release)
-    plan = [f"recover the {journal.operation} of {journal.to_release} ({journal.phase})"] if journal else []
-    return plan + [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
+    plan = [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
+    if journal:
+        plan.insert(0, f"recover the {journal.operation} of {journal.to_release} ({journal.phase})")
+    return plan
 
 
-def settle_by_hand(call: Invocation) -> None:
+def settle_by_hand(run: Run) -> None:
     """Make the release live that a person names, and close whatever was under way."""
-    check_touched(call)
-    with preview(call) if call.dry_run else writing(call, recover_first=False) as store:
-        observer = Observer(call.session, store, call.deploy_id)
-        call.facts = facts = observer.observe(call.request(), locked=not call.dry_run)
-        plan = plan_settle(call.settings, facts)
-        describe_ends(call, facts, plan)
-        if call.dry_run or store is None:
-            show_plan(call, facts, plan)
+    flags, outcome = run.flags, run.outcome
+    if is_untouched(run):
+        raise UsageError(f"nothing was ever deployed to {run.root}", "name another root with --root DIR")
+    with looking(run, must_exist=False) if flags.dry_run else changing(run, recover_first=False) as store:
+        facts = observe(run, locked=not flags.dry_run)
+        plan = plan_operation(run.settings, facts)
+        describe_ends(run, plan)
+        if flags.dry_run:
+            show_plan(run, plan)
             return
-        executor = Executor(Run(call.session, store, facts, observer), plan, call.outcome)
+        executor = Executor(run, plan)
         # Under the id of what is being settled, where that is known: its story ends here.
-        executor.deploy_id = facts.journal.deploy_id if facts.journal else call.deploy_id
+        if facts.journal:
+            executor.deploy_id = facts.journal.deploy_id
         try:
             executor.execute()
         except FAILURES as error:
-            call.outcome.release, call.outcome.previous = store.current().release, None
-            if call.outcome.release == facts.current.release:
+            outcome.release, outcome.previous = store.current().release, None
+            if outcome.release == facts.current.release:
                 raise
-            raise RollbackFailed(f"{step_error(error, 'recover').message}; {call.outcome.release} is live all the same",
-                                 f"mend the cause, then: {call.settings.command_line(f'recover --to {plan.to_release}')}")
-        call.outcome.extra["recovered"] = [f"{plan.to_release} is live, and nothing is under way"] + store.sweep(call.console.warn)
-    call.outcome.changed = True
-    call.outcome.message = call.outcome.extra["recovered"][0]
-    call.console.result(call.outcome.message)
+            again = run.settings.command_line(f"recover --to {plan.to_release}")
+            raise RollbackFailed(f"{step_error(error, 'recover').message}; "
+                                 f"{outcome.release} is live all the same", f"mend the cause, then: {again}")
+        outcome.message = f"{plan.to_release} is live, and nothing is under way"
+        outcome.extra["recovered"] = [outcome.message] + store.sweep(run.console.warn)
+    outcome.changed = True
+    run.console.result(outcome.message)
 
 
 # -- commands that only look ---------------------------------------------------
 
-def command_preflight(call: Invocation) -> None:
+def command_preflight(run: Run) -> None:
     """Run every read-only check, and show them as a table."""
-    with preview(call) as store, closing(Observer(call.session, store, call.deploy_id)) as observer:
-        unseen = None
+    outcome, unseen = run.outcome, None
+    with looking(run, must_exist=False):
         try:
-            facts = observer.observe(call.request(), locked=False)
+            facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
         except StateError as error:
             # A finding among others: what does not depend on the state is looked at all the same.
-            unseen, observer.store = error, None
-            facts = observer.observe(call.request(), locked=False)
-        call.facts, call.store, call.artifact = facts, store, observer.artifact
-        results = run_checks(call)
-        if unseen:
-            results = [CheckResult(result.name, "fail", unseen.message, unseen.hint) if result.name in STATE_CHECKS else result
-                       for result in results]
-        call.outcome.release = facts.current.release
+            unseen, store, run.store = error, run.store, None
+            facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
+            run.store = store
+        results = run_checks(run)
+    if unseen:
+        results = [CheckResult(result.name, "fail", unseen.message, unseen.hint)
+                   if result.name in STATE_CHECKS else result for result in results]
+    outcome.release, outcome.checks = facts.current.release, results
     if facts.artifact:
-        call.outcome.extra["artifact"] = facts.artifact.to_json()
-    call.outcome.checks = results
+        outcome.extra["artifact"] = facts.artifact.to_json()
     rows = [(result.status, result.name, result.detail) for result in results]
-    call.console.result(render_table(("STATUS", "CHECK", "FOUND"), rows))
-    hints = [f"hint ({result.name}): {result.hint}" for result in results if result.hint]
-    if hints:
-        call.console.result("\n".join(hints))
+    lines = [render_table(("STATUS", "CHECK", "FOUND"), rows)]
+    lines += [f"hint ({result.name}): {result.hint}" for result in results if result.hint]
+    run.console.result("\n".join(lines))
     failed = [result for result in results if result.status == "fail"]
-    warned = [result for result in results if result.status == "warn"]
-    for result in warned:
-        call.console.warnings.append(f"{result.name}: {result.detail}")
-    call.outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed, {count(len(warned), 'warning')}"
+    warned = [f"{result.name}: {result.detail}" for result in results if result.status == "warn"]
+    run.console.warnings += warned
+    outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed, " \
+                      f"{count(len(warned), 'warning')}"
     if failed:
         names = ", ".join(result.name for result in failed)
-        raise PreflightFailed(f"preflight: {count(len(failed), 'check')} failed: {names}: {failed[0].detail}", failed[0].hint)
+        raise PreflightFailed(f"preflight: {count(len(failed), 'check')} failed: {names}: "
+                              f"{failed[0].detail}", failed[0].hint)
 
 
-def command_verify(call: Invocation) -> None:
+def command_verify(run: Run) -> None:
     """Hash a release again and compare it with its manifest."""
-    with reading(call) as store:
-        facts = look(call, store)
-        release = select_release(facts, call.flags.release or "current")
-        call.outcome.release = release.id
-        found = check_release(call.session, store, release)
-    call.outcome.extra["differences"] = {word: [portable(path) for path in paths] for word, paths in found.lists()}
+    with looking(run):
+        release = select_release(observe(run, locked=False), run.flags.release or "current")
+        run.outcome.release = release.id
+        found = check_release(run, release)
+    lists = {word: list(map(portable, names)) for word, names in found.lists()}
+    run.outcome.extra["differences"] = lists
     for word, names in found.lists():
         for name in names:
-            call.console.result(f"  {word:<8} {portable(name)}  {portable(found.reasons.get(name, ''))}".rstrip())
-    total, files = sum(len(names) for _, names in found.lists()), release.tree.get("files", 0)
-    call.outcome.message = f"{release.id}: {count(files, 'file')}, " + \
-        (f"{count(total, 'difference')}" if total else "all as staged")
-    call.console.result(call.outcome.message)
+            why = portable(found.reasons.get(name, ""))
+            run.console.result(f"  {word:<8} {portable(name)}  {why}".rstrip())
+    total, files = sum(map(len, lists.values())), count(release.tree.get("files", 0), "file")
+    verdict = count(total, "difference") if total else "all as staged"
+    run.outcome.message = f"{release.id}: {files}, {verdict}"
+    run.console.result(run.outcome.message)
     if total:
-        some = ", ".join(f"{word}: {', '.join(map(portable, names[:5]))}" for word, names in found.lists() if names)
-        raise ProblemFound(f"{call.outcome.message}: {some}", "deploy the artifact again with --force, or roll back")
+        some = ", ".join(f"{word}: {', '.join(names[:5])}" for word, names in lists.items() if names)
+        raise ProblemFound(f"{run.outcome.message}: {some}",
+                           "deploy the artifact again with --force, or roll back")
 
 
-def command_probe(call: Invocation) -> None:
+def command_probe(run: Run) -> None:
     """Run the configured probes now, or an ad-hoc one."""
-    flags, results = call.flags, []
-    probes = chosen_probes(call.settings, flags)
-    context, live = probe_context(call)
+    flags, results = run.flags, []
+    probes = chosen_probes(run.settings, flags)
+    context, live = Context("", "/", "", "", "/", "", run.deploy_id), False
+    if run.settings.deploy.root:
+        # Without a root (an ad-hoc probe) there is nothing to compare the answer with.
+        with looking(run, must_exist=False) as store:
+            context = context._replace(root=run.root, release_path=run.root)
+            if store is not None:
+                facts = observe(run, locked=False)
+                run.outcome.release = facts.current.release
+                live = facts.current.release in facts.records
+                context = context_for(facts, facts.current.release)
     if not live and flags.expect and probes[0].release:
-        raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, to compare the answer with",
-                         "name the root of what answers: --root DIR")
+        raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, "
+                         "to compare the answer with", "name the root of what answers: --root DIR")
     for probe in probes:
-        found = run_probe(call.session, probe, context, expect_release=live, once=flags.wait is None)
+        found = run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
         results.append(found)
         status = "ok" if found.ok else "fail" if found.required else "warn"
-        call.console.result(f"  {call.console.paint(status, f'{status:<5}')} {found.name:<16} "
-                            f"{format_seconds(found.seconds):>7}  {found.detail}")
-    call.outcome.extra["probes"] = [found.to_json() for found in results]
+        run.console.result(f"  {run.console.paint(status, f'{status:<5}')} {found.name:<16} "
+                           f"{format_seconds(found.seconds):>7}  {found.detail}")
+    run.outcome.extra["probes"] = [found.to_json() for found in results]
     failed = [found for found in results if not found.ok and found.required]
-    call.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
+    run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
-        found_unwell = ProblemFound(failed[0].complaint(), "look at the service's own log")
-        found_unwell.exit_code = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code or str(EXIT_PROBLEM))
-        raise found_unwell
+        error = ProblemFound(failed[0].complaint(), "look at the service's own log")
+        if flags.unhealthy_exit_code:
+            error.exit_code = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code)
+        raise error
 
 
 def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
-    """Make the probes that the command line asks for; UsageError where it does not hold together."""
-    adhoc = [(kind, getattr(flags, kind)) for kind in ("url", "tcp", "probe_command") if getattr(flags, kind)]
+    """Make the probes that the command line asks for; UsageError where it does not agree."""
+    adhoc = [(kind, value) for kind, value in
+             (("url", flags.url), ("tcp", flags.tcp), ("command", flags.probe_command)) if value]
     if len(adhoc) > 1 or adhoc and flags.names:
-        raise UsageError("probe takes names, or one of --url, --tcp and --command", "ask one thing at a time")
+        raise UsageError("probe takes names, or one of --url, --tcp and --command",
+                         "ask one thing at a time")
     if flags.expect and not adhoc:
-        raise UsageError("--expect goes with --url, --tcp or --command", "configured probes have their own expectations")
-    if adhoc:
-        probes = [adhoc_probe(adhoc[0][0].replace("probe_", ""), adhoc[0][1], flags.expect or [])]
-    else:
-        unknown = [name for name in flags.names if name not in settings.probe]
-        if unknown:
-            raise UsageError(f"there is no probe {unknown[0]!r}",
-                             nearest(unknown[0], settings.probe) or "configure [probe:NAME], or give --url, --tcp or --command")
-        probes = [settings.probe[name] for name in flags.names or sorted(settings.probe)]
+        raise UsageError("--expect goes with --url, --tcp or --command",
+                         "configured probes have their own expectations")
+    unknown = [name for name in flags.names if name not in settings.probe]
+    if unknown:
+        raise UsageError(f"there is no probe {unknown[0]!r}", nearest(unknown[0], settings.probe)
+                         or "configure [probe:NAME], or give --url, --tcp or --command")
+    probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in adhoc] or \
+        [settings.probe[name] for name in flags.names or sorted(settings.probe)]
     if not probes:
-        raise UsageError("there is no probe to run", "configure a [probe:NAME], or give --url, --tcp or --command")
+        raise UsageError("there is no probe to run",
+                         "configure a [probe:NAME], or give --url, --tcp or --command")
     for probe in probes:
         if flags.wait is not None:
             probe.deadline = flag_value("--wait", flags.wait)
         problem = check_probe(settings, probe)
         if problem:
-            raise UsageError(f"probe {probe.name}: {problem}", "correct it in the configuration or on the command line")
+            raise UsageError(f"probe {probe.name}: {problem}",
+                             "correct it in the configuration or on the command line")
     return probes
 
 
-def probe_context(call: Invocation) -> Tuple[Context, bool]:
-    """Describe what is live to the probes; without a root (an ad-hoc probe) there is nothing to compare with."""
-    empty = Context("", "/", "", "", "/", "", call.deploy_id)
-    if not call.settings.deploy.root:
-        return empty, False
-    with preview(call) as store:
-        if store is None:
-            return empty._replace(root=call.root, release_path=call.root), False
-        facts = look(call, store)
-    call.outcome.release = facts.current.release
-    return context_for(facts, facts.current.release), facts.current.release in facts.records
-
-
-def command_status(call: Invocation) -> None:
+def command_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
-    with reading(call) as store:
-        facts = look(call, store)
+    last, outcome = None, run.outcome
+    with looking(run) as store:
+        facts = observe(run, locked=False)
         try:
             last = next(iter(store.history(1)), None)
         except PreflightFailed as error:
-            last = None
             facts.state_problems.append(error.message)
-        current, previous = facts.release(facts.current.release or ""), rollback_target(facts, facts.current.release)
-        found = [(record, store.manifest_problem(record)) for record in (current, previous) if record]
-        stray = facts.journal is not None and is_stray(store, facts.journal, facts.current.release)
-        problems = state_problems(facts, {record.id: problem for record, problem in found if problem}, stray=stray)
+        problems = state_problems(run, facts)
         try:
             store.check_owner(looking=True)
         except StateError as error:
             problems.append((error.message, error.hint))
-    call.outcome.release, call.outcome.previous = facts.current.release, previous.id if previous else None
-    call.outcome.extra["status"] = {
-        "current": current.to_json() if current else None, "previous": previous.to_json() if previous else None,
-        "lock": facts.holder, "journal": facts.journal.to_json() if facts.journal else None,
-        "problems": [problem for problem, _ in problems], "releases": len(facts.on_disk & set(facts.records)),
-        "last": last.to_json() if last else None}
-    rows = status_rows(facts, current, previous, last)
+    current = facts.release(facts.current.release or "")
+    previous = rollback_target(facts, facts.current.release)
+    known = facts.on_disk & set(facts.records)
+    outcome.release, outcome.previous = facts.current.release, previous.id if previous else None
+    outcome.extra["status"] = {
+        "current": current.to_json() if current else None, "lock": facts.holder,
+        "previous": previous.to_json() if previous else None, "releases": len(known),
+        "journal": facts.journal.to_json() if facts.journal else None,
+        "last": last.to_json() if last else None, "problems": [problem for problem, _ in problems]}
     state = "; ".join(problem for problem, _ in problems) or "ok"
-    call.console.result("\n".join(f"  {name:<12} {text}" for name, text in
-                                  [("application", facts.application), ("root", facts.root)] + rows + [("state", state)]))
-    call.outcome.message = f"{facts.current.release or 'nothing'} is live; state: {state}"
+    live = facts.current.release or "nothing is live"
+    if current:
+        since = "and not settled yet" if current.state != STATE_ACTIVE else f"since {current.activated_at}"
+        live = f"{current.id}  version {current.version}, live{',' if since[0] == 'a' else ''} {since}"
+    back = f"{previous.id}  version {previous.version}" if previous else "none to roll back to"
+    holder = "free" if facts.holder is None else f"held by {describe_holder(facts.holder)}"
+    rows = [("application", facts.application), ("root", facts.root), ("current", live)]
+    if current and current.failure:
+        rows.append(("failure", str(current.failure.get("reason", ""))))
+    rows += [("previous", back), ("releases", f"{len(known)} on disk")]
+    if last:
+        rows.append(("last run", f"{last.operation} {last.result} at {last.at} by "
+                                 f"{last.by.get('user')}, {format_seconds(last.seconds)}"))
+    rows += [("lock", holder), ("state", state)]
+    run.console.result("\n".join(f"  {name:<12} {text}" for name, text in rows))
+    outcome.message = f"{facts.current.release or 'nothing'} is live; state: {state}"
     if problems:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(facts: Facts, manifests: Dict[str, str], *, stray: bool = False) -> List[Problem]:
-    """Say what is broken, each with what to do about it.
-
-    `manifests` tells by release what is wrong with its manifest, `stray` that only a person can settle what is under way.
-    """
-    problems = []
+def state_problems(run: Run, facts: Facts) -> List[Problem]:
+    """Say what is broken, each with what to do about it."""
+    problems, store, command_line = [], run.store, facts.command_line
+    live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
     if facts.current.problem:
         problems.append((facts.current.problem, facts.current.hint))
-    problems += [(problem, facts.command_line("recover --to RELEASE") if "journal" in problem else
-                  "restore the file from a backup, or move it away") for problem in facts.state_problems]
-    if facts.journal and facts.holder is None:
-        to = " --to RELEASE" if stray or facts.journal.recoveries >= MAX_RECOVERIES else ""
-        problems.append((f"{facts.journal.operation} of {facts.journal.to_release} was not finished "
-                         f"({facts.journal.phase})", facts.command_line("recover" + to)))
-    live, settled = facts.current.release, not facts.current.problem and facts.holder is None and not facts.journal
-    lost = lost_current(facts.records, facts.on_disk, live)
-    for record in facts.records.values():
-        if settled and record is lost:
-            error = without_current(lost, facts.command_line)
-            problems.append((error.message, error.hint))
-        elif record.state == STATE_ACTIVE and record.id != live and settled:
+    for problem in facts.state_problems:
+        hint = "restore the file from a backup, or move it away"
+        if "journal" in problem:
+            hint = command_line("recover --to RELEASE")
+        problems.append((problem, hint))
+    if journal and facts.holder is None:
+        by_hand = is_stray(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
+        problems.append((f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
+                         command_line("recover --to RELEASE" if by_hand else "recover")))
+    settled = not facts.current.problem and facts.holder is None and not journal
+    if lost and settled:
+        error = without_current(facts, lost)
+        problems.append((error.message, error.hint))
+    for record in facts.records.values() if settled else []:
+        if record.state == STATE_ACTIVE and record.id != live and record != lost:
             there = record.id in facts.on_disk
-            problems.append((f"{record.id} should be live, but " + (f"current points to {live}" if live else "current is missing")
-                             + ("" if there else ", and its files are gone"), facts.command_line(
-                                 f"activate {record.id}" if there else "recover")))
-        elif record.id == live and record.failure and settled:
-            problems.append((f"{live} is live, but failed: {record.failure.get('reason')}", facts.command_line("rollback")))
+            where = f"current points to {live}" if live else "current is missing"
+            gone = "" if there else ", and its files are gone"
+            problems.append((f"{record.id} should be live, but {where}{gone}",
+                             command_line(f"activate {record.id}" if there else "recover")))
+        elif record.id == live and record.failure:
+            problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
+                             command_line("rollback")))
     if live and live not in facts.records:
-        problems.append((f"{live} is live but has no record", "deploy an artifact to have a known state again"))
-    return problems + [(f"{release} cannot be verified: {problem}", "deploy its artifact again with --force")
-                       for release, problem in manifests.items()]
+        problems.append((f"{live} is live but has no record",
+                         "deploy an artifact to have a known state again"))
+    for record in (facts.release(live or ""), rollback_target(facts, live)):
+        problem = store.manifest_problem(record) if record else ""
+        if problem:
+            problems.append((f"{record.id} cannot be verified: {problem}",
+                             "deploy its artifact again with --force"))
+    return problems
 
 
-def status_rows(facts: Facts, current: Optional[Record], previous: Optional[Record],
-                last: Optional[HistoryEntry]) -> List[Tuple[str, str]]:
-    """Lay out the card that `status` shows."""
-    since = f"live since {current.activated_at}" if current and current.state == STATE_ACTIVE else "live, and not settled yet"
-    rows = [("current", f"{current.id}  version {current.version}, {since}" if current else facts.current.release or "nothing is live")]
-    if current and current.failure:
-        rows.append(("failure", str(current.failure.get("reason", ""))))
-    rows.append(("previous", f"{previous.id}  version {previous.version}" if previous else "none to roll back to"))
-    rows.append(("releases", f"{len(facts.on_disk & set(facts.records))} on disk"))
-    if last:
-        rows.append(("last run", f"{last.operation} {last.result} at {last.at} by {last.by.get('user')}, "
-                                 f"{format_seconds(last.seconds)}"))
-    rows.append(("lock", f"held by {describe_holder(facts.holder)}" if facts.holder is not None else "free"))
-    return rows
-
-
-def command_releases(call: Invocation) -> None:
+def command_releases(run: Run) -> None:
     """List the releases, newest first, `*` on the current one."""
-    with reading(call) as store:
-        facts = look(call, store)
+    with looking(run):
+        facts = observe(run, locked=False)
+    live = run.outcome.release = facts.current.release
     newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
-                    key=lambda record: -record.sequence)
-    call.outcome.release = facts.current.release
-    call.outcome.extra["releases"] = [dict(record.to_json(), current=record.id == facts.current.release)
-                                      for record in newest]
-    rows = [("*" if record.id == facts.current.release else "", record.id, record.version,
+                    key=attrgetter("sequence"), reverse=True)
+    run.outcome.extra["releases"] = [dict(record.to_json(), current=record.id == live)
+                                     for record in newest]
+    rows = [("*" if record.id == live else "", record.id, record.version,
              record.state + (", pinned" if record.pinned else ""), record.activated_at or "-",
              format_size(int(record.tree.get("bytes") or 0))) for record in newest]
-    call.outcome.message = count(len(rows), "release")
-    call.console.result(render_table(("", "RELEASE", "VERSION", "STATE", "ACTIVATED", "SIZE"), rows)
-                        if rows else "no releases yet")
+    run.outcome.message = count(len(rows), "release")
+    headers = ("", "RELEASE", "VERSION", "STATE", "ACTIVATED", "SIZE")
+    run.console.result(render_table(headers, rows) if rows else "no releases yet")
     if facts.state_problems:
-        raise ProblemFound("; ".join(facts.state_problems), "restore the file from a backup, or move it away")
+        raise ProblemFound("; ".join(facts.state_problems),
+                           "restore the file from a backup, or move it away")
 
 
-def command_history(call: Invocation) -> None:
+def command_history(run: Run) -> None:
     """List the deployments, oldest first; --verify proves that no line was changed."""
-    with reading(call) as store:
-        if call.flags.verify:
-            verify_history(call, store)
+    with looking(run) as store:
+        if run.flags.verify:
+            verify_history(run)
             return
-        entries = store.history(flag_value("--limit", call.flags.limit))
-    call.outcome.extra["history"] = [entry.to_json() for entry in entries]
+        entries = store.history()
+    limit = flag_value("--limit", run.flags.limit)
+    run.outcome.extra["total"] = len(entries)
+    shown = entries[-limit:] if limit else entries
+    run.outcome.extra["history"] = [entry.to_json() for entry in shown]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
-             format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in entries]
-    call.outcome.message = count(len(rows), "entry", "entries")
-    call.console.result(render_table(("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY"), rows)
-                        if rows else "no history yet")
+             format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in shown]
+    run.outcome.message = count(len(rows), "entry", "entries")
+    headers = ("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY")
+    run.console.result(render_table(headers, rows) if rows else "no history yet")
 
 
-def verify_history(call: Invocation, store: Store) -> None:
+def verify_history(run: Run) -> None:
     """Check the chain of the whole history."""
+    store, outcome = run.store, run.outcome
     problems, notes = store.verify_history()
-    call.outcome.extra["history"] = []
-    call.outcome.message = "; ".join(problems or [
-        f"{count(len(store.history_lines()), 'entry', 'entries')}, the chain is whole"] + notes)
-    call.console.result(call.outcome.message)
-    call.console.warnings.extend(notes)
+    outcome.extra["history"] = []
+    lines = count(len(store.history_lines()), "entry", "entries")
+    outcome.message = "; ".join(problems or [f"{lines}, the chain is whole"] + notes)
+    run.console.result(outcome.message)
+    run.console.warnings.extend(notes)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ProblemFound(f"the history is not whole: {'; '.join(problems[:3])}{more}",
-                           f"compare {store.path}/.deploy/history.jsonl with a backup or with your log; to start over, "
-                           "move it and history.head away, which the next entry will note")
+        raise ProblemFound(
+            f"the history is not whole: {'; '.join(problems[:3])}{more}",
+            f"compare {store.path}/.deploy/history.jsonl with a backup or with your log; to start "
+            "over, move it away, which the next entry will note")
 
 
-def command_show(call: Invocation) -> None:
-    """Show one deployment with its timeline, and the evidence where it failed."""
-    with reading(call) as store:
+def command_show(run: Run) -> None:
+    """Show one deployment with its steps, and the evidence where it failed."""
+    with looking(run) as store:
         entries, live = store.history(), store.current().release
-    text = live if call.flags.id == "current" and live else call.flags.id
+    text = live if run.flags.id == "current" and live else run.flags.id
     moves = [entry for entry in entries if entry.operation not in ("pin", "unpin")]
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)] or \
         [entry for entry in moves if entry.release == text][-1:] or \
-        [entry for entry in moves if entry.release and entry.release.startswith(text) or entry.version == text][-1:]
-    if not found and text in ("latest", "last") and entries:
+        [entry for entry in moves if entry.version == text or (entry.release or "").startswith(text)][-1:]
+    if not found and text in ("latest", "last"):
         found = entries[-1:]
-    if len({entry.deploy_id for entry in found}) != 1:
-        names = ", ".join(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
+    ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
+    if not found or len(ids) > 1:
         raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
-                         f"give one of: {names}" if names else "nothing was deployed here so far")
+                         f"give one of: {', '.join(ids)}" if ids else "nothing was deployed here so far")
     # The run itself, and what a recovery made of it.
-    found = [entry for entry in entries if entry.deploy_id == found[0].deploy_id]
-    call.outcome.extra["history"] = [entry.to_json() for entry in found]
+    found = [entry for entry in entries if entry.deploy_id == ids[0]]
+    run.outcome.extra["history"] = [entry.to_json() for entry in found]
     last = found[-1]
-    call.outcome.release, call.outcome.previous, call.outcome.message = last.release, last.previous, last.result
+    run.outcome.release, run.outcome.previous = last.release, last.previous
+    run.outcome.message = last.result
     for entry in found:
-        show_entry(call, entry)
+        show_entry(run, entry)
 
 
-def show_entry(call: Invocation, entry: HistoryEntry) -> None:
-    """Show one line of the history, its timeline, and what was seen where it failed."""
-    call.console.result("\n".join(f"  {name:<10} {value}" for name, value in (
-        ("id", f"{entry.deploy_id} (entry {entry.sequence})"), ("operation", entry.operation), ("result", entry.result),
-        ("release", entry.release or "-"), ("before", entry.previous or "-"), ("ended", entry.at),
-        ("took", format_seconds(entry.seconds)), ("by", f"{entry.by.get('user')} on {entry.by.get('host')}"),
-        ("exit code", entry.exit_code), ("message", entry.message or "-"))))
-    steps = [(f"{step.get('name')} [{step.get('status')}]", float(step.get("seconds", 0))) for step in entry.steps]
-    call.console.result("\n".join(render_timeline(steps, unicode=call.console.unicode)))
-    if not entry.failure:
-        return
-    call.console.result(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
-    for name, value in (entry.failure.get("evidence") or {}).items():
-        lines = [str(line) for line in value] if isinstance(value, list) else [str(value)]
-        call.console.result("\n".join(f"    {name if not number else '':<12} {line}" for number, line in enumerate(lines)))
+def show_entry(run: Run, entry: HistoryEntry) -> None:
+    """Show one line of the history, its steps, and what was seen where it failed."""
+    by = f"{entry.by.get('user')} on {entry.by.get('host')}"
+    rows = [("id", f"{entry.deploy_id} (entry {entry.sequence})"), ("operation", entry.operation),
+            ("result", entry.result), ("release", entry.release or "-"),
+            ("before", entry.previous or "-"), ("ended", entry.at),
+            ("took", format_seconds(entry.seconds)), ("by", by), ("exit code", entry.exit_code),
+            ("message", entry.message or "-")]
+    lines = [f"  {name:<10} {value}" for name, value in rows]
+    for step in entry.steps:
+        name = f"{step.get('name')} [{step.get('status')}]"
+        lines.append(f"  {name:<32} {format_seconds(float(step.get('seconds', 0))):>7}")
+    if entry.failure:
+        lines.append(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
+        for name, value in (entry.failure.get("evidence") or {}).items():
+            for line in value if isinstance(value, list) else [value]:
+                lines.append(f"    {name:<12} {line}")
+                name = ""
+    run.console.result("\n".join(lines))
 
 
 # -- commands beside a root ----------------------------------------------------
 
-def command_pack(call: Invocation) -> None:
+def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
-    directory = absolute(call.flags.directory)
+    flags, outcome = run.flags, run.outcome
+    directory, prefix = absolute(flags.directory), flags.prefix or ""
     name = os.path.basename(directory)
-    if call.flags.release_version:
-        name += "-" + call.flags.release_version
-    shown = call.flags.output or name + ".tar.gz"
+    if flags.release_version:
+        name += "-" + flags.release_version
+    shown = flags.output or name + ".tar.gz"
     target = absolute(shown)
     if not os.path.isdir(directory):
-        raise UsageError(f"{directory} is not a directory", "name the directory to pack: deploy.py pack DIRECTORY")
+        raise UsageError(f"{directory} is not a directory",
+                         "name the directory to pack: deploy.py pack DIRECTORY")
     for path in (target, target + ".sha256"):
-        # What is written is renamed into place: a device such as /dev/null, or a link to one, would be gone.
+        # What is written is renamed into place: a device, or a link to one, would be gone.
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UsageError(f"{portable(path)} is no regular file, and would be replaced by one", "name another file: pack -o FILE")
-    prefix = call.flags.prefix or ""
+            raise UsageError(f"{portable(path)} is no regular file, and would be replaced by one",
+                             "name another file: pack -o FILE")
     problem = name_problem(os.fsencode(prefix)) if prefix else ""
     if problem:
-        raise UsageError(f"--prefix {prefix!r}: {problem}", "name a relative directory, such as shop-1.4.2")
-    call.outcome.extra["plan"] = [{"name": "pack", "description": f"pack {directory} into {target} and {target}.sha256"}]
-    if call.dry_run:
-        call.outcome.changed = True
-        call.outcome.message = f"would pack {directory} into {target}"
-        call.console.result(call.outcome.message)
+        raise UsageError(f"--prefix {prefix!r}: {problem}",
+                         "name a relative directory, such as shop-1.4.2")
+    text = f"pack {directory} into {target} and {target}.sha256"
+    outcome.extra["plan"] = [{"name": "pack", "description": text}]
+    if flags.dry_run:
+        outcome.changed = True
+        outcome.message = f"would pack {directory} into {target}"
+        run.console.result(outcome.message)
         return
-    made = pack(directory, target, prefix, call.session.interrupts.check)
-    call.outcome.changed = True
-    call.outcome.extra["artifact"] = {"path": portable(target), "sha256": made.sha256, "size": made.size_bytes, "files": made.files}
-    call.outcome.message = f"{portable(shown)}: {count(made.files, 'file')}, {format_size(made.size_bytes)}"
-    call.console.result(f"{call.outcome.message}\n  sha256     {made.sha256}")
-    if made.private:
-        some = ", ".join(map(show, made.private[:3])) + (", ..." if len(made.private) > 3 else "")
-        call.console.warn(f"{count(len(made.private), 'file')} that only the owner could read will be readable for all in a release: "
-                          f"{some}; what is secret belongs into shared/, not into an artifact")
-    limit_bytes, option = expansion_limit("tar.gz", made.size_bytes, call.settings.limits)
-    if made.expanded_bytes > limit_bytes:
-        call.console.warn(f"it expands to {format_size(made.expanded_bytes)}, more than [limits] {option} allows: it will be "
-                          f"refused where {option} is not raised")
+    packed = pack(directory, target, prefix, run.interrupts.check)
+    made = {"sha256": packed.sha256, "size": packed.size_bytes, "files": packed.files, "bytes": packed.expanded_bytes}
+    warnings = []
+    if packed.private:
+        some = ", ".join(map(show, packed.private[:3])) + (", ..." if len(packed.private) > 3 else "")
+        warnings.append(f"{count(len(packed.private), 'file')} that only the owner could read will be readable for all in a release: "
+                        f"{some}; what is secret belongs into shared/, not into an artifact")
+    outcome.changed = True
+    outcome.extra["artifact"] = {"path": portable(target), "sha256": made["sha256"],
+                                 "size": made["size"], "files": made["files"]}
+    outcome.message = f"{portable(shown)}: {count(made['files'], 'file')}, {format_size(made['size'])}"
+    run.console.result(f"{outcome.message}\n  sha256     {made['sha256']}")
+    limit_bytes, option = expansion_limit("tar.gz", made["size"], run.settings.limits)
+    if made["bytes"] > limit_bytes:
+        warnings.append(f"it expands to {format_size(made['bytes'])}, more than [limits] {option} "
+                        f"allows: it will be refused where {option} is not raised")
+    for warning in warnings:
+        run.console.warn(warning)
 
 
-def command_config(call: Invocation) -> None:
+def command_config(run: Run) -> None:
     """Show every option with its value and where it came from."""
-    if call.flags.example:
-        call.console.raw_result(render_example())
-        call.outcome.extra["config"] = {}
+    if run.flags.example:
+        run.console.raw_result(render_example())
+        run.outcome.extra["config"] = {}
         return
     rows = []
-    for section, key, text, origin in call.settings.rows():
+    for section, key, text, origin in run.settings.rows():
         private = looks_secret(key) and (section in ("env", "vars") or key.startswith("header."))
-        rows.append((section, key, MASK if private and text else text.replace("\n", " | "), origin))
-    call.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
-                                    for section, key, text, origin in rows}
-    call.outcome.message = count(len(rows), "option")
-    call.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
+        shown = MASK if private and text else text.replace("\n", " | ")
+        rows.append((section, key, shown, origin))
+    run.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
+                                   for section, key, text, origin in rows}
+    run.outcome.message = count(len(rows), "option")
+    run.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
 
 
-def command_unit(call: Invocation) -> None:
+def wait_splay(run: Run) -> None:
+    """Wait this host's own share of --splay, so that a fleet does not begin at once.
+
+    The share is a hash of host and application: evenly spread, the same every time.
+    """
+    text, name = run.flags.splay, run.application if run.settings.deploy.root else ""
+    digest = hashlib.sha256(f"{os.uname().nodename} {name}".encode("utf-8", "surrogateescape"))
+    share = int.from_bytes(digest.digest()[:8], "big") / 2 ** 64
+    seconds = flag_value("--splay", text) * share
+    would = "would wait" if run.flags.dry_run else "waiting"
+    run.console.say(f"{would} {format_seconds(seconds)} of --splay {text}")
+    run.console.working(f"waiting {format_seconds(seconds)} of --splay {text}", seconds)
+    ends_seconds = time.monotonic() + seconds
+    with closing(run.console.progress("splay", round(seconds))) as progress:
+        while time.monotonic() < ends_seconds and not run.flags.dry_run:
+            left_seconds = ends_seconds - time.monotonic()
+            progress.update(round(seconds - left_seconds), format_seconds(left_seconds))
+            run.interrupts.wait(min(1.0, left_seconds))
+
+
+def command_unit(call: Run) -> None:
     """Print a systemd service and a timer that run a command, or write them into a directory."""
     import shlex
     outcome, root = call.outcome, call.root
@@ -11323,15 +11261,15 @@ def command_unit(call: Invocation) -> None:
         return
     directory = absolute(call.flags.output)
     outcome.changed, timer = True, list(units)[-1]
-    outcome.message = f"{'would write' if call.dry_run else 'wrote'} {' and '.join(f'{directory}/{name}' for name in units)}"
-    if not call.dry_run:
+    outcome.message = f"{'would write' if call.flags.dry_run else 'wrote'} {' and '.join(f'{directory}/{name}' for name in units)}"
+    if not call.flags.dry_run:
         with Directory.open(os.path.realpath(directory)) as opened:
             for name, text in units.items():
                 opened.write(name, text.encode("utf-8"), 0o644)
     call.console.result(f"{outcome.message}\n  start it   systemctl daemon-reload; systemctl enable --now {shlex.quote(timer)}")
 
 
-def command_help(call: Invocation) -> None:
+def command_help(call: Run) -> None:
     """Show a page of the reference; `help COMMAND` has become `COMMAND --help` before it comes here."""
     name = call.flags.topic or ""
     text = help_page(name)
@@ -11340,7 +11278,7 @@ def command_help(call: Invocation) -> None:
     call.console.raw_result(text)
 
 
-def command_completion(call: Invocation) -> None:
+def command_completion(call: Run) -> None:
     """Print what makes a shell complete this program's words."""
     script = completion(call.flags.shell)
     call.outcome.extra["completion"] = script
@@ -11349,7 +11287,7 @@ def command_completion(call: Invocation) -> None:
 
 
 # ============================================================================
-# 16  Reports
+# 15  Reports
 #    What a run tells once it has ended: metrics, notifications, the summary, the
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
@@ -11789,14 +11727,14 @@ def check_notifier(settings: Any) -> Optional[str]:
     return kind.check(settings)
 
 
-def notify(call: Invocation, exit_code: int, seconds: float) -> None:
+def notify(call: Run, exit_code: int, seconds: float) -> None:
     """Tell every notifier what it wants to know, all of them side by side; what fails there is a warning."""
     wanted = [(event, settings) for event in events_of(call, exit_code)
               for settings in call.settings.notify.values() if event in settings.events]
     if not wanted:
         return
     result = call.console.secrets.mask_json(result_object(call, exit_code, seconds))
-    talks = [NOTIFIERS[settings.type](call.session, settings, note_of(call, event, result)) for event, settings in wanted]
+    talks = [NOTIFIERS[settings.type](call, settings, note_of(call, event, result)) for event, settings in wanted]
     for talk in talks:
         talk.start()
     for talk in talks:
@@ -11819,7 +11757,7 @@ def events_of(run: "Run", exit_code: int) -> List[str]:
     return events
 
 
-def note_of(call: Invocation, event: str, result: Dict[str, Any]) -> Note:
+def note_of(call: Run, event: str, result: Dict[str, Any]) -> Note:
     """Put together one event: the release is the one that was to go live, `previous` what was live before."""
     recovered = call.outcome.extra.get("recovered") if event == "recovered" else None
     message = "; ".join(recovered or [result["msg"]])
@@ -11876,7 +11814,7 @@ def report(run: "Run", exit_code: int, seconds: float) -> None:
 
 
 # ============================================================================
-# 17  Command line and main
+# 16  Command line and main
 #    Parses, loads, runs one command, and turns whatever happens into an exit
 #    code, two lines of error, or one JSON object.
 # ============================================================================
@@ -11887,7 +11825,7 @@ COMMANDS = {
     "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
     "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
     "help": command_help, "completion": command_completion, "unit": command_unit,
-}  # type: Dict[str, Callable[[Invocation], None]]
+}  # type: Dict[str, Callable[[Run], None]]
 
 # Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
 TELLING = ("help", "completion")
@@ -12402,7 +12340,7 @@ def refuse_own_log(settings: Settings) -> None:
                              "write it to another place, such as /var/log")
 
 
-def run_command_line(argv: List[str], console: Console) -> Tuple[int, Invocation]:
+def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     """Run one command to its exit code."""
     flags = parse_command_line(argv)
     console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), verbose=bool(flags.verbose or flags.debug),
@@ -12412,12 +12350,12 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Invocation
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
-    deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
-    console.log_context = {"deploy_id": deploy_id, "command": flags.command}
+    call = Run(settings, console, interrupts, flags)
+    console.log_context = {"deploy_id": call.deploy_id, "command": flags.command}
+    if settings.deploy.root:
+        console.log_context["application"] = escape(call.application)
     if environment("NOTIFY_SOCKET")[:1] in ("/", "@"):
         console.supervisor = Supervisor(environment("NOTIFY_SOCKET"))
-    if settings.deploy.root:
-        console.log_context["application"] = escape(application_name(settings))
     if traceparent():
         console.log_context["trace_id"] = traceparent().split("-")[1]
     refuse_own_log(settings)
@@ -12425,11 +12363,10 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Invocation
         open_log(settings, console)
     if environment("TRACEPARENT") and not traceparent():
         console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not 00-TRACE-PARENT-FLAGS (W3C trace context)")
-    call = Invocation(Session(settings, console, interrupts, child_traceparent()), flags, deploy_id)
     return guarded(call), call
 
 
-def guarded(call: Invocation) -> int:
+def guarded(call: Run) -> int:
     """Run the command's function; its errors become the outcome."""
     outcome = call.outcome
     try:
@@ -12438,7 +12375,7 @@ def guarded(call: Invocation) -> int:
         check_believed(call.flags, call.settings)
         call.is_believed = True
         if call.flags.splay:
-            splay(call)
+            wait_splay(call)
         COMMANDS[call.flags.command](call)
         if call.flags.command == "config" and not call.flags.example:
             check_settings(call.settings)  # after they were shown

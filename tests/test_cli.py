@@ -439,7 +439,8 @@ def test_progress_only_on_a_terminal_and_only_when_it_takes_long(app: App) -> No
 
 
 @pytest.mark.parametrize("locale,ascii_only", [("C", True), ("C.UTF-8", False)])
-def test_what_is_drawn_fits_the_locale(locale: str, ascii_only: bool, app: App) -> None:
+def test_what_is_shown_fits_the_locale(locale: str, ascii_only: bool, app: App) -> None:
+    app.configure("[hooks]\npost_stage = echo caf\u00e9\n")
     shown = run_on_terminal("deploy", app.artifact("1.0"), config=app.config, env={"TERM": "xterm", "LC_ALL": locale})
     assert shown.exit_code == 0 and b"unpack" in shown.output
     assert all(byte < 128 for byte in shown.output) is ascii_only

@@ -626,38 +626,6 @@ def test_a_recovery_that_had_something_to_do_tells_the_damaged_record_as_well(li
     assert recover_and_judge(live, ["1.1"]) == []
 
 
-# -- another configuration -------------------------------------------------------
-
-ORDERED = """[hooks]
-post_activate = {kill}
-post_deploy = /bin/sh -c 'echo token=%s'
-[service:old]
-command = true
-[service:same]
-command = true
-"""
-
-
-def test_a_recovery_says_what_the_present_configuration_leaves_out_adds_or_changes(live: App) -> None:
-    live.configure(ORDERED.format(kill=KILL) + "[probe:old]\ncommand = true\n")
-    killed(live, "deploy", live.artifact("1.1"))
-    live.configure("[hooks]\npost_deploy = true\n[service:same]\ncommand = true\n[probe:new]\ncommand = true\nsuccesses = 1\n")
-    warnings = "\n".join(live.run("recover", check=0).data["warnings"])
-    for name, said in (("hook:post_deploy", "otherwise"), ("service:old", "left out"), ("probe:old", "left out"),
-                       ("probe:new", "as well"), ("hook:post_activate", "left out")):
-        assert re.search(f"{name} .*{said}", warnings), f"{name}: {warnings}"
-    assert "service:same" not in warnings
-    assert recover_and_judge(live, ["1.1"]) == []
-
-
-def test_a_recovery_under_the_same_configuration_has_nothing_to_say_of_it(live: App) -> None:
-    killing = script(live.directory / "kill-once", f"test -e {live.directory}/once || {{ touch {live.directory}/once; kill -9 $PPID; }}")
-    live.configure(ORDERED.format(kill=killing) + "[probe:old]\ncommand = true\nsuccesses = 1\n")
-    killed(live, "deploy", live.artifact("1.1"))
-    assert live.run("recover", check=0).data["warnings"] == []
-    assert recover_and_judge(live, ["1.1"]) == []
-
-
 @pytest.mark.parametrize("command", ["recover", "rollback", "prune", "deploy"])
 def test_a_history_line_too_deep_to_be_read_stops_nothing(live: App, command: str) -> None:
     live.deploy("1.1")
