@@ -253,11 +253,11 @@ def test_a_run_that_is_overtaken_hides_nothing_of_the_later_one(app, monkeypatch
     app.deploy("1.0")
     text = prom(app).read_text()
     prom(app).write_text(re.sub(r"(?m)^(deploy_last_run_timestamp_seconds.*) .*", rf"\1 {earlier}", text))
+    flags = SimpleNamespace(command="deploy", dry_run=False)
+    run = deploy.Run(deploy.load_settings([str(app.config)], {}, []), deploy.Console(), deploy.Interrupts(), flags)
     times = iter([100.0])
     monkeypatch.setattr(deploy.time, "time", lambda: next(times, 200.0))
-    settings = deploy.load_settings([str(app.config)], {}, [])
-    session = deploy.Session(settings, deploy.Console(), deploy.Interrupts())
-    deploy.write_metrics(deploy.Invocation(session, SimpleNamespace(command="deploy", dry_run=False), "id"), 1, 0.5)
+    deploy.write_metrics(run, 1, 0.5)
     assert read(app)["deploy_last_run_timestamp_seconds"] == (earlier if kept else 100.0)
     assert counts(app) == {"deployed": 1, "failed": 1}
 
