@@ -97,6 +97,7 @@ try:
     import hashlib
     import itertools
     import json
+    import logging
     import os
     import re
     import signal
@@ -150,16 +151,20 @@ EXIT_BUSY = 75
 EXIT_CODES = (
     (EXIT_OK, "done, or nothing to do"),
     (EXIT_FAILED, "failed before activation (a hook, a step, the disk); `current` is as before"),
-    (EXIT_USAGE, "usage, configuration, or a Python without a module that is needed; nothing was changed"),
+    (EXIT_USAGE, "usage, configuration, or a Python without a module that is needed; "
+                 "nothing was changed"),
     (EXIT_PREFLIGHT, "preflight failed; nothing was changed"),
     (EXIT_ARTIFACT, "artifact refused: missing, checksum, unsafe or damaged archive, known bad"),
-    (EXIT_ROLLED_BACK, "failed after activation and rolled back; the previous release is live again"),
-    (EXIT_ROLLBACK_FAILED, "failed, and the rollback failed too: a person is needed, the message says what to do"),
+    (EXIT_ROLLED_BACK, "failed after activation and rolled back; "
+                       "the previous release is live again"),
+    (EXIT_ROLLBACK_FAILED, "failed, and the rollback failed too: a person is needed, "
+                           "the message says what to do"),
     (EXIT_PROBLEM, "a read-only command found a problem (probe, verify, status, history --verify)"),
     (EXIT_CHANGED, "something changed (only with --detailed-exitcode)"),
     (EXIT_INTERNAL, "an internal error; a traceback is shown"),
     (EXIT_BUSY, "another run holds the lock"),
-    (130, "interrupted by SIGINT before activation; everything undone (143: by SIGTERM or SIGHUP)"),
+    (130, "interrupted by SIGINT before activation; everything undone "
+          "(143: by SIGTERM or SIGHUP)"),
 )
 
 STATE_STAGED = "staged"
@@ -227,11 +232,14 @@ MAX_RECOVERIES = 2
 MAX_DEPTH = 64
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
-WATCH_SECONDS = 0.25  # how long a wait may overlook a signal: one that comes just before it does not end it
-LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
 MAX_JUDGED_LINKS = 1000
+WATCH_SECONDS = 0.25  # the longest wait that nothing can wake, between two looks for a signal
+LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
+UNLIMITED_SECONDS = 300.0  # what systemd is asked for where nothing bounds the work (a slow disk)
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
+# Much more than is shown (a character may have four bytes): a secret that begins in what is shown
+# is whole when it is masked.
 MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 
 
@@ -254,7 +262,8 @@ class DeployError(Exception):
 class StepFailed(DeployError):
     """A step failed before activation; the steps before it are undone."""
 
-    def __init__(self, message: str, hint: str = "", evidence: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, message: str, hint: str = "",
+                 evidence: Optional[Dict[str, Any]] = None) -> None:
         super().__init__(message, hint)
         self.evidence = evidence or {}
 
@@ -305,17 +314,19 @@ class Busy(DeployError):
     exit_code = EXIT_BUSY
 
 
-# What may stop any work without being a defect of this program.
-FAILURES = (DeployError, OSError, ImportError, MemoryError)
-
-
 class Interrupted(DeployError):
     """SIGINT, SIGTERM or SIGHUP asked the run to stop."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name}", "run the same command again")
-        # Two codes are promised: for a person's Control-C, and for an end from outside, by whichever signal.
-        self.exit_code = 128 + (signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}",
+                         "run the same command again")
+        # Two codes are promised: for a person's Control-C, and for an end from outside, by
+        # whichever signal.
+        self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+# What may stop any work without being a defect of this program.
+FAILURES = (DeployError, OSError, ImportError, MemoryError)
 
 
 # ============================================================================
@@ -326,31 +337,53 @@ class Interrupted(DeployError):
 
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides:
 # what can move a cursor, forge a log line or hide text.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_URL_PRIVATE = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?", re.IGNORECASE)
-_AUTHORIZATION = re.compile(r"(?i)\b(authorization|proxy-authorization|cookie|set-cookie)([\"']?\s*[:=]\s*)\S[^\r\n]*")
-_SECRET_NAME = re.compile(
-    r"(?i)(passw|secret|token|credential|private|api[_-]?key|access[_-]?key|auth(?!or(?!i))|cookie|[_-]key$|^key$|dsn"
-    r"|[_-]pwd$|(?:\A|[_-])pass(?:phrase|\Z|[_-]))")
-# The name is looked at once, from its beginning: otherwise a long line of such names would take minutes.
-# What is called ..._file holds a path, which errors must be able to name; LoadCredential= in a unit file names one as well.
-_SECRET_ASSIGNMENT = re.compile(
-    r"(?i)(?<![\w.-])(?!LoadCredential=|[\w.-]*_file[\"']?\s*[=:]|(?:test|check|spec|case)s?[_-]pass[\"']?\s*[=:]\s*[0-9]+(?!\S))"
-    r"(?=[\w.-]*(?:passw|passphrase|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key"
-    r"|signing[_-]?key|cookie|(?<![a-z])dsn(?![a-z])|[_-](?:pwd|pass)(?![a-z])))"
-    r"([\w.-]+[\"']?\s*[=:]\s*)(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
-    r"(\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 MASK = "[masked]"
+# What the name of something private holds (an option, a variable, a header, what a command prints),
+# and what must follow for it to mean that.
+_SECRET_WORDS = {
+    "passw": "", "passphrase": "", "secret": "", "token": "", "credential": "", "cookie": "",
+    "apikey": "", "accesskey": "", "signingkey": "", "private": "(?=[_-]|key)",
+    "auth": "(?:(?![a-z])|orization|entication)", "dsn": "(?![a-z])",
+    "_key": "(?![a-z])", "-key": "(?![a-z])", "_pass": "(?![a-z])", "-pass": "(?![a-z])",
+    "_pwd": "(?![a-z])", "-pwd": "(?![a-z])",
+}
+_SECRET_NAME = re.compile(
+    "(?i)" + "|".join(map("".join, _SECRET_WORDS.items())) + r"|\A(?:pass|key)\Z")
+# NAME=VALUE, "name": "value", --name VALUE.  A name is looked at once, from its beginning: a long
+# line of such names would take minutes otherwise.
+_SECRET_ASSIGNMENT = re.compile(
+    r"(?i)(?<![\w.-])"
+    # What is called ..._file holds a path, which errors must be able to name; LoadCredential= in
+    # a unit file names one as well, and tests_pass: 12 counts.
+    r"(?!LoadCredential=|[\w.-]*(?:[_-]file|tls_key|public[_-]key)(?![\w.-])"
+    r"|(?:test|check|spec|case)s?[_-]pass[\"']?[ \t]*[=:][ \t]*[0-9]+(?!\S))"
+    r"(?=[\w.-]*(?:" + "|".join(map("".join, _SECRET_WORDS.items())) + r"))"
+    r"([\w.-]+[\"']?[ \t]*[=:][ \t]*"
+    r"|--?[\w-]+[ \t]+(?!-|(?:is|was|or|and|for|must|needs?|requires?|option|argument)\b))"
+    r"(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
+    r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
+_AUTHORIZATION = re.compile(
+    r"(?i)\b((?:authorization|proxy-authorization|cookie|set-cookie)[\"']?[ \t]*[:=][ \t]*)"
+    r"\S[^\r\n]*")
+_URL_PRIVATE = re.compile(
+    r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?")
+# A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
+_JWT = re.compile(r"eyJ(?<![\w.-]eyJ)[\w-]{6,}(?:\.[\w-]*){2,4}")
+# The password of mysql and its like, or what has letters and digits, as no other -p does but
+# find's -print0.
+_SHORT_OPTION = re.compile(
+    r"((?:mysql|mariadb|sshpass)[^\n|;&]{0,200}?\s-p[ ]?(?=\S)"
+    r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+")
 
 
 def escape(text: str) -> str:
     """Make control characters and terminal escapes visible instead of effective."""
-    return _UNPRINTABLE.sub(lambda match: _escape_character(match.group()), text)
-
-
-def _escape_character(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    def visible(found: Any) -> str:
+        code = ord(found.group())
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    return _UNPRINTABLE.sub(visible, text)
 
 
 def looks_secret(name: str) -> bool:
@@ -362,7 +395,7 @@ class Secrets:
     """The values that must never be shown; `mask` takes them out of any text."""
 
     def __init__(self) -> None:
-        self._values = []  # type: List[str]
+        self._values: List[str] = []
 
     def add(self, value: str) -> None:
         """Remember a private value; lines of a longer one are private as well."""
@@ -374,14 +407,21 @@ class Secrets:
         self._values.sort(key=len, reverse=True)
 
     def mask(self, text: str) -> str:
-        """Return the text with known secrets, URL userinfo and queries, and Authorization masked."""
+        """Mask known secrets, a URL's userinfo and query, and what looks like a secret."""
         for value in self._values:
             if value in text:
                 text = text.replace(value, MASK)
         if "://" in text:
             text = _URL_PRIVATE.sub(self._mask_url, text)
-        text = _AUTHORIZATION.sub(lambda found: found.group(1) + found.group(2) + MASK, text)
-        return _SECRET_ASSIGNMENT.sub(lambda found: found.group(1) + MASK, text)
+        lowered = text.lower()
+        if any(word in lowered for word in _SECRET_WORDS):
+            text = _AUTHORIZATION.sub(rf"\1{MASK}", text)
+            text = _SECRET_ASSIGNMENT.sub(rf"\1{MASK}", text)
+        if "-p" in text:
+            text = _SHORT_OPTION.sub(rf"\1{MASK}", text)
+        if "eyJ" in text:
+            text = _JWT.sub(MASK, text)
+        return text
 
     @staticmethod
     def _mask_url(found: Any) -> str:
@@ -390,14 +430,20 @@ class Secrets:
         return found.group(1) + userinfo + found.group(3) + query
 
     def mask_json(self, value: Any) -> Any:
-        """Mask every string inside a JSON-like value, and what stands under a secret-looking key."""
+        """Mask every string in a JSON-like value, and what a name that looks secret announces."""
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, dict):
-            return {key: MASK if isinstance(item, str) and item and looks_secret(str(key)) else self.mask_json(item)
-                    for key, item in value.items()}
+            return {key: MASK if isinstance(item, str) and item and looks_secret(str(key))
+                    else self.mask_json(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.mask_json(item) for item in value]
+            items = [self.mask_json(item) for item in value]
+            for number, (name, item) in enumerate(zip(value, items[1:]), 1):
+                # --token and its value, as two words of a command.
+                if (isinstance(name, str) and isinstance(item, str) and name.startswith("-")
+                        and self.mask(f"{name} {item}").endswith(MASK)):
+                    items[number] = MASK
+            return items
         return value
 
 
@@ -430,85 +476,78 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-class Progress:
-    """One line that is redrawn while work lasts over a second; off a terminal only a supervisor hears of it."""
+def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out rows in columns as wide as their widest cell; the last column is ragged.
 
-    def __init__(self, console: "Console", label: str, total: int = 0) -> None:
-        self._console, self._label, self._total = console, label, total
-        is_followed = console.shows_progress or console.supervisor is not None
-        self._next_draw_seconds = time.monotonic() + 1.0 if is_followed else float("inf")
-        self._drawn = False
-
-    def update(self, done: int, detail: str = "") -> None:
-        """Say how much of the total is done; drawn at most ten times a second, told to a supervisor at most once."""
-        now_seconds = time.monotonic()
-        if now_seconds < self._next_draw_seconds:
-            return
-        if not self._console.shows_progress:
-            self._next_draw_seconds = now_seconds + 1.0
-            self._console.working(f"{self._label} {detail or f'{done / max(1, self._total):.0%}'}")
-            return
-        self._next_draw_seconds, self._drawn = now_seconds + 0.1, True
-        self._console.draw(f"  {self._label:<12} {self._bar(done)}{detail}")
-
-    def _bar(self, done: int) -> str:
-        if not self._total:
-            return ""
-        share = min(1.0, done / self._total)
-        full, empty = ("█", "░") if self._console.unicode else ("#", ".")
-        width = round(share * 24)
-        return f"{full * width}{empty * (24 - width)} {share:4.0%}  "
-
-    def close(self) -> None:
-        """Take the line off the terminal again."""
-        if self._drawn:
-            self._console.draw("")
-            self._drawn = False
+    On a terminal that is narrower than that, the widest columns are folded.
+    """
+    table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
+    try:
+        left = os.get_terminal_size(1).columns - 2 * (len(widths) - 1)
+    except OSError:  # no terminal
+        left = sum(widths)
+    while sum(widths) > left and max(widths) > 16:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in table:
+        cells = [[cell] for cell in row]
+        if any(len(cell) > width for cell, width in zip(row, widths)):
+            import textwrap
+            cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths)]
+        for pieces in itertools.zip_longest(*cells, fillvalue=""):
+            padded = [piece.ljust(width) for piece, width in zip(pieces, widths)]
+            lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
-class Sink:
-    """A place for the log's lines.
+def render_steps(timings: Sequence[Tuple[str, float]]) -> str:
+    """Write how long each step took, one line a step."""
+    widest = max([len(name) for name, _ in timings] or [0])
+    return "\n".join(f"  {name:<{widest}}  {format_seconds(seconds):>7}" for name, seconds in timings)
 
-    `write` takes them masked and escaped, and never raises: a log that cannot
-    be written must not end a deployment half way.  Not the logging module's:
-    its handlers take whatever is raised while they write, even the
-    interruption by a signal, for a failure of their own; SysLogHandler asks a
-    name server for every line, without a limit; FileHandler follows symlinks.
+
+# -- the log -----------------------------------------------------------------
+
+# As syslog(3) and the journal count them.
+PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+FACILITIES = {"user": 1, "daemon": 3, "cron": 9,
+              **{f"local{number}": 16 + number for number in range(8)}}
+
+
+class LogFormatter(logging.Formatter):
+    """A record as text, or as one JSON object; `context` says what it is about.
+
+    `event` holds `event` (a key of EVENTS) and `result` where the line is the end of a step or
+    of the run.
     """
 
     def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
+        super().__init__()
+        self.as_json = as_json
 
-    def write(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bool:
-        """Write one line, about what `context` names (deploy_id, release, step, ...); tells whether it got there.
-
-        `event` holds `event` (a key of EVENTS) and `result` where the line is the end of a step or of the run.
-        """
-        try:
-            self._put(level, self._render(level, message, context, event))
-            return True
-        except (OSError, RuntimeError):
-            return False
-
-    def _render(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bytes:
-        if self._as_json:
-            entry = {"time": format_time(time.time()), "level": level, "message": message}
-            return json.dumps({**entry, **context, **event}).encode("ascii")
-        words = " ".join(f"{key}={value}" for key, value in context.items())
-        return (f"[{words}] {message}" if words else message).encode("utf-8", "backslashreplace")
-
-    def _put(self, level: str, line: bytes) -> None:
-        raise NotImplementedError
+    def format(self, record: Any) -> str:
+        """Write the line, without an end and, as text, without the time, which syslog adds."""
+        if self.as_json:
+            return json.dumps({"time": format_time(record.created),
+                               "level": record.levelname.lower(), "message": record.msg,
+                               **record.context, **record.event})
+        words = " ".join(f"{key}={value}" for key, value in record.context.items())
+        return f"[{words}] {record.msg}" if words else record.msg
 
 
-class LogFile(Sink):
-    """A file that is appended to, and opened again when logrotate has moved it.
+class LogFile(logging.Handler):
+    """A file that is appended to; UsageError when it cannot be opened at the beginning.
 
-    Raises UsageError when it cannot be opened at the beginning.
+    Not the library's WatchedFileHandler: that follows symlinks, waits for the reader of a pipe,
+    and writes a line in pieces, between which those of another run may come.
     """
 
     def __init__(self, path: str, *, as_json: bool) -> None:
-        super().__init__(as_json=as_json)
+        super().__init__()
+        self.setFormatter(LogFormatter(as_json=as_json))
+        self._is_stamped = not as_json
+        self.report: Callable[[str], None] = str  # whom to tell, once, that it cannot be written
         self._path = path
         try:
             self._descriptor = self._open()
@@ -518,39 +557,41 @@ class LogFile(Sink):
                              "choose a file that this user can write: --log-file FILE")
 
     def _open(self) -> int:
-        # No symlink is followed, and no reader of a named pipe is waited for.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o640)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+                       | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
 
-    def _put(self, level: str, line: bytes) -> None:
+    def emit(self, record: Any) -> None:
+        """Write one line, in one call, to a new file where logrotate has moved the old one."""
+        line = self.format(record)
+        if self._is_stamped:
+            line = f"{format_time(record.created)} {record.levelname} {line}"
         try:
-            if not self._is_in_place():
-                replaced, self._descriptor = self._descriptor, self._open()
-                os.close(replaced)
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+                raise FileNotFoundError
+        except FileNotFoundError:
+            self._replace()
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            is_written = os.write(self._descriptor, data) == len(data)
+        except OSError:
+            is_written = False
+        if not is_written:
+            report, self.report = self.report, str
+            report("the log file cannot be written: not all that is said is in it")
+
+    def _replace(self) -> None:
+        try:
+            replaced, self._descriptor = self._descriptor, self._open()
+            os.close(replaced)
         except OSError:
             pass  # no place for a new one: the one that was moved takes the rest
-        stamp = "" if self._as_json else f"{format_time(time.time())} {level.upper()} "
-        # One call for each line: those of two runs cannot mix.
-        data = stamp.encode("ascii") + line + b"\n"
-        if os.write(self._descriptor, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return False
 
 
-# As syslog(3) and the journal count them.
-PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
-FACILITIES = dict({"user": 1, "daemon": 3, "cron": 9}, **{f"local{number}": 16 + number for number in range(8)})
-
-
-class Syslog(Sink):
+class Syslog(logging.Handler):
     """A syslog daemon: datagrams of RFC 3164 to (host, port), or to its socket (path, 0).
 
-    One that is gone, slow or hanging costs a run PATIENCE_SECONDS in all, and lines.
+    One that is gone, slow or hanging costs a run PATIENCE_SECONDS in all, and lines.  The
+    library's SysLogHandler asks a name server and waits for a full socket with every line.
     """
 
     # What every receiver should take is 2,048 (RFC 5424, 6.1), with what stands before the line.
@@ -558,17 +599,14 @@ class Syslog(Sink):
     PATIENCE_SECONDS = 1.0
 
     def __init__(self, address: Tuple[str, int], facility: str, *, as_json: bool) -> None:
-        super().__init__(as_json=as_json)
+        super().__init__()
+        self.setFormatter(LogFormatter(as_json=as_json))
         self._host, self._port = address
-        self._facility, self._patience_seconds = FACILITIES[facility], self.PATIENCE_SECONDS
-        self._socket = self._lookup = None  # type: Any
-        self._addresses = []  # type: List[Tuple[Any, Any]]
-
-    def _render(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bytes:
-        line = super()._render(level, message, context, event)
-        excess_bytes = len(line) - self.LONGEST_BYTES
-        # The message is cut, not the line: that may be JSON.
-        return line if excess_bytes <= 0 else super()._render(level, message[:-excess_bytes - 3] + "...", context, event)
+        self._facility = FACILITIES[facility]
+        self._patience_seconds = self.PATIENCE_SECONDS
+        self._socket: Any = None
+        self._lookup: Any = None
+        self._addresses: List[Tuple[Any, Any]] = []
 
     def problem(self) -> str:
         """Say why the daemon cannot be reached, or nothing."""
@@ -578,23 +616,29 @@ class Syslog(Sink):
             return str(error)
         return ""
 
-    def _put(self, level: str, line: bytes) -> None:
-        now = time.localtime()
+    def emit(self, record: Any) -> None:
+        """Send one line, or lose it."""
+        line = self.format(record).encode("utf-8", "backslashreplace")
+        excess_bytes = len(line) - self.LONGEST_BYTES
+        if excess_bytes > 0:  # the message is cut, not the line: that may be JSON
+            cut = logging.makeLogRecord({**vars(record), "msg": record.msg[:-excess_bytes - 3] + "..."})
+            line = self.format(cut).encode("utf-8", "backslashreplace")
+        now = time.localtime(record.created)
         stamp = f"{time.strftime('%b', now)} {now.tm_mday:2d} {time.strftime('%H:%M:%S', now)}"
         host = os.uname().nodename.partition(".")[0] + " " if self._port else ""
-        head = f"<{self._facility * 8 + PRIORITIES[level]}>{stamp} {host}deploy.py[{os.getpid()}]: "
-        self._send(head.encode("utf-8") + line)
-
-    def _send(self, data: bytes) -> None:
+        priority = self._facility * 8 + PRIORITIES[record.levelno]
+        data = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: ".encode("utf-8") + line
         started_seconds = time.monotonic()
         try:
-            self._connected().send(data)
-        except ConnectionError:
-            # It was started anew, or does not listen at this one of its addresses.
-            self._socket, self._addresses = None, self._addresses[1:] + self._addresses[:1]
-            self._connected().send(data)
-        finally:
-            self._patience_seconds -= time.monotonic() - started_seconds
+            try:
+                self._connected().send(data)
+            except ConnectionError:
+                # It was started anew, or does not listen at this one of its addresses.
+                self._socket, self._addresses = None, self._addresses[1:] + self._addresses[:1]
+                self._connected().send(data)
+        except (OSError, RuntimeError):
+            pass
+        self._patience_seconds -= time.monotonic() - started_seconds
 
     def _connected(self) -> Any:
         import socket
@@ -607,74 +651,118 @@ class Syslog(Sink):
         return self._socket
 
     def _looked_up(self) -> Tuple[Any, Any]:
-        """Return the host's first address, asked for once and in a thread: a name server may let one wait for minutes."""
+        """Return the host's first address, asked for once and in a thread.
+
+        A name server may let one wait for minutes; later lines go out once the answer is there.
+        """
+        import socket
         import threading
+
+        def resolve() -> None:
+            try:
+                found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_DGRAM)
+                self._addresses = [(family, address) for family, _, _, _, address in found]
+            except (OSError, UnicodeError):
+                pass
+            self._lookup.set()
+            while sys.version_info < (3, 10):
+                time.sleep(3600)  # the end of a thread may abort the process: see Worker
+
         if self._lookup is None:
             self._lookup = threading.Event()
-            threading.Thread(target=self._resolve, daemon=True).start()
-            self._lookup.wait(self.PATIENCE_SECONDS)  # once: later lines go out as soon as the answer is there
+            threading.Thread(target=resolve, daemon=True).start()
+            self._lookup.wait(self.PATIENCE_SECONDS)
         if not self._addresses:
             raise OSError(errno.EHOSTUNREACH, "the host name cannot be resolved")
         return self._addresses[0]
 
-    def _resolve(self) -> None:
-        import socket
-        try:
-            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_DGRAM)
-            self._addresses = [(family, address) for family, _, _, _, address in found]
-        except (OSError, UnicodeError):
-            pass
-        self._lookup.set()
-        while sys.version_info < (3, 10):
-            time.sleep(3600)  # the end of a thread may abort the process: see Worker
+
+# -- the journal -------------------------------------------------------------
+
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+# A datagram takes some 200 kB, and what is longer would have to be handed over as a file.
+JOURNAL_MESSAGE_CHARACTERS = 16384
+# What ended, and its MESSAGE_ID in the journal: fixed for ever, so that
+# `journalctl MESSAGE_ID=...` finds all of a kind.
+EVENTS = {
+    "step_done": "752776c9d4a04544b445b2571c16d1c0",
+    "step_failed": "50e9d49501a849f387ee31d5aadd09be",
+    "run_done": "b74b2ae3000449748a7e69bd2284dad1",
+    "run_failed": "0243aa5108f3479a91f41ea025cd832f",
+}
+JOURNAL_FIELDS = {
+    "deploy_id": "DEPLOY_ID", "application": "DEPLOY_APP", "command": "DEPLOY_COMMAND",
+    "release": "DEPLOY_RELEASE", "step": "DEPLOY_STEP", "result": "DEPLOY_RESULT",
+    "trace_id": "DEPLOY_TRACE_ID",
+}
 
 
-# What ended, and its MESSAGE_ID in the journal: fixed for ever, so that `journalctl MESSAGE_ID=...` finds all of a kind.
-EVENTS = {"step_done": "752776c9d4a04544b445b2571c16d1c0", "step_failed": "50e9d49501a849f387ee31d5aadd09be",
-          "run_done": "b74b2ae3000449748a7e69bd2284dad1", "run_failed": "0243aa5108f3479a91f41ea025cd832f"}
+def send_to_journal(level: int, message: str, about: Dict[str, str]) -> bool:
+    """Send an event by the journal's native protocol, with its fields; tells whether it got there.
 
-
-class SystemdJournal(Sink):
-    """The journal's native socket: an event with its fields, as `journalctl DEPLOY_ID=... -o json` shows them.
-
-    Used where stderr leads to the journal, instead of the line there: nothing
-    stands in the journal twice.
+    `journalctl DEPLOY_ID=... -o json` shows them.
     """
-
-    SOCKET = "/run/systemd/journal/socket"
-    LONGEST_CHARACTERS = 16384  # a datagram takes some 200 kB, and what is longer would have to be handed over as a file
-    # What the fields of the journal are called elsewhere.
-    FIELDS = {"DEPLOY_ID": "deploy_id", "DEPLOY_APP": "application", "DEPLOY_COMMAND": "command", "DEPLOY_RELEASE": "release",
-              "DEPLOY_STEP": "step", "DEPLOY_RESULT": "result", "DEPLOY_TRACE_ID": "trace_id"}
-
-    def _render(self, level: str, message: str, context: Dict[str, str], event: Dict[str, str]) -> bytes:
-        known = {**context, **event}
-        fields = {"MESSAGE": message[:self.LONGEST_CHARACTERS], "PRIORITY": str(PRIORITIES[level]),
-                  "MESSAGE_ID": EVENTS[event["event"]], "SYSLOG_IDENTIFIER": "deploy.py"}
-        fields.update((field, known[name]) for field, name in self.FIELDS.items() if known.get(name))
-        return b"".join(self._field(name.encode("ascii"), value.encode("utf-8", "backslashreplace"))
-                        for name, value in fields.items())
-
-    @staticmethod
-    def _field(name: bytes, value: bytes) -> bytes:
+    import socket
+    fields = {"MESSAGE": message[:JOURNAL_MESSAGE_CHARACTERS], "PRIORITY": str(PRIORITIES[level]),
+              "MESSAGE_ID": EVENTS[about["event"]], "SYSLOG_IDENTIFIER": "deploy.py"}
+    fields.update((JOURNAL_FIELDS[name], value) for name, value in about.items()
+                  if name in JOURNAL_FIELDS and value)
+    entry = b""
+    for name, text in fields.items():
+        value = text.encode("utf-8", "backslashreplace")
         if b"\n" in value:
-            return name + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
-        return name + b"=" + value + b"\n"
-
-    def _put(self, level: str, line: bytes) -> None:
-        import socket
+            entry += name.encode("ascii") + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
+        else:
+            entry += name.encode("ascii") + b"=" + value + b"\n"
+    try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
             journal.settimeout(1.0)
-            journal.sendto(line, self.SOCKET)
-
-
-def leads_to(stream: Any, journal_stream: str) -> bool:
-    """Tell whether a stream is the one that `$JOURNAL_STREAM` (device:inode, systemd.exec(5)) names."""
-    try:
-        found = os.fstat(stream.fileno())
-    except (OSError, ValueError, AttributeError):
+            journal.sendto(entry, JOURNAL_SOCKET)
+    except OSError:
         return False
-    return journal_stream == f"{found.st_dev}:{found.st_ino}"
+    return True
+
+
+# -- the console -------------------------------------------------------------
+
+class Progress:
+    """One line that is redrawn while work lasts over a second.
+
+    Off a terminal only a supervisor hears of it.
+    """
+
+    def __init__(self, console: "Console", label: str, total: int = 0) -> None:
+        self._console = console
+        self._label = label
+        self._total = total
+        self._drawn = False
+        is_followed = console.shows_progress or console.supervisor
+        self._next_seconds = time.monotonic() + 1.0 if is_followed else float("inf")
+
+    def update(self, done: int, detail: str = "") -> None:
+        """Say how much of the total is done; drawn ten times a second, told once a second."""
+        now_seconds = time.monotonic()
+        if now_seconds < self._next_seconds:
+            return
+        share = min(1.0, done / max(1, self._total))
+        if not self._console.shows_progress:
+            self._next_seconds = now_seconds + 1.0
+            self._console.working(f"{self._label} {detail or f'{share:.0%}'}")
+            return
+        bar = ""
+        if self._total:
+            full, empty = ("█", "░") if self._console.unicode else ("#", ".")
+            width = round(share * 24)
+            bar = f"{full * width}{empty * (24 - width)} {share:4.0%}  "
+        self._next_seconds = now_seconds + 0.1
+        self._drawn = True
+        self._console.draw(f"  {self._label:<12} {bar}{detail}")
+
+    def close(self) -> None:
+        """Take the line off the terminal again."""
+        if self._drawn:
+            self._console.draw("")
+            self._drawn = False
 
 
 class Console:
@@ -682,52 +770,73 @@ class Console:
 
     COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33",
                "error": "31;1", "dim": "2"}
+    STATUS_CHARACTERS = 256  # systemd throws a datagram over 4096 bytes away as a whole
 
     def __init__(self, journal_stream: str = "") -> None:
         self.secrets = Secrets()
-        self.json_mode = self.quiet = self.verbose = False
-        self.colour = self.utf8 = self.unicode = self.shows_progress = False
-        self.log_context = {}  # type: Dict[str, str]
-        self.warnings = []  # type: List[str]
-        self.supervisor = None  # type: Any
-        self.diff = {}  # type: Dict[str, str]  # what current pointed to and points to; Ansible's diff mode shows it
-        self._sinks = []  # type: List[Sink]
-        self._journal_streams = [stream for stream in (sys.stdout, sys.stderr) if leads_to(stream, journal_stream)]
-        self.in_journal = sys.stderr in self._journal_streams
-        self._journal = SystemdJournal(as_json=False)
-        self._held = []  # type: List[Tuple[str, str, Dict[str, str]]]
-        self._broken = set()  # type: Set[int]
+        self.json_mode = False
+        self.quiet = False
+        self.verbose = False
+        self.colour = False
+        self.utf8 = False
+        self.unicode = False
+        self.shows_progress = False
+        self.warnings: List[str] = []
+        self.log_context: Dict[str, str] = {}  # what every line of the log is about
+        self.supervisor = ""  # $NOTIFY_SOCKET, where systemd listens
+        self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
         self.is_result_lost = False  # what stdout should hold is not there: its disk is full
+        self._log = logging.Logger("deploy.py")  # of our own: nobody's configuration reaches it
+        self._held: List[Tuple[int, str, Dict[str, str]]] = []
+        self._broken: Set[int] = set()
+        self._bound_seconds = UNLIMITED_SECONDS
+        self._journal_streams = [stream for stream in (sys.stdout, sys.stderr)
+                                 if leads_to(stream, journal_stream)]
+        self.in_journal = sys.stderr in self._journal_streams
 
-    def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool, utf8: bool) -> None:
+    def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool,
+                  utf8: bool) -> None:
         """Choose what is shown, from the command line and from what the terminal can do."""
-        self.json_mode, self.quiet, self.verbose = json_mode, quiet, verbose
         terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self.json_mode = json_mode
+        self.quiet = quiet
+        self.verbose = verbose
         self.utf8 = utf8
         self.unicode = terminal and utf8
         self.colour = terminal and color
         self.shows_progress = terminal and not quiet
 
-    def paint(self, kind: str, text: str) -> str:
-        """Colour a piece of text where colour is wanted."""
-        return f"\033[{self.COLOURS[kind]}m{text}\033[0m" if self.colour and kind in self.COLOURS else text
+    def add_sink(self, handler: logging.Handler) -> None:
+        """Send every line there as well, from now on."""
+        if isinstance(handler, LogFile):
+            handler.report = self.warn
+        self._log.addHandler(handler)
 
-    # -- writing -------------------------------------------------------------
+    # -- what is said --------------------------------------------------------
 
     def say(self, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line for the person watching, on stderr and in the log; held back while quiet."""
-        self._log("info", text, event)
-        self._stderr("info", self.clean(text), event)
+        self.note(text, event)
+        self._tell(logging.INFO, self.clean(text), event)
 
-    def note(self, text: str, event: Dict[str, str]) -> None:
+    def note(self, text: str, event: Optional[Dict[str, str]] = None,
+             level: int = logging.INFO) -> None:
         """A line for the log alone: what the result says on stdout."""
-        self._log("info", text, event)
+        if self._log.handlers:
+            message = self.clean(text).encode("utf-8", "backslashreplace").decode("utf-8")
+            self._log.handle(self._log.makeRecord(
+                "deploy.py", level, "", 0, message, (), None,
+                extra={"context": self.log_context, "event": event or {}}))
 
     def painted(self, status: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line that opens with a coloured status word in a column of its own."""
-        level = "error" if status.startswith("fail") else "warning" if status == "warn" else "info"
-        self._log(level, f"{status}: {text}", event)
-        self._stderr(level, f"  {self.paint(status, f'{status:<7}')} {self.clean(text)}", event)
+        level = logging.INFO
+        if status.startswith("fail"):
+            level = logging.ERROR
+        elif status == "warn":
+            level = logging.WARNING
+        self.note(f"{status}: {text}", event, level)
+        self._tell(level, f"  {self.paint(status, f'{status:<7}')} {self.clean(text)}", event)
 
     def warn(self, text: str) -> None:
         """A warning: shown, logged, and kept for the result."""
@@ -736,20 +845,35 @@ class Console:
 
     def debug(self, text: str) -> None:
         """A line that only -v and the log show."""
-        self._log("debug", text)
+        self.note(text, None, logging.DEBUG)
         if self.verbose:
-            self._stderr("debug", self.paint("dim", "  " + self.clean(text)))
+            self._tell(logging.DEBUG, self.paint("dim", "  " + self.clean(text)))
 
     def output(self, text: str) -> None:
         """One line that a hook or a service command wrote."""
-        self._log("info", text)
-        self._stderr("info", self.paint("dim", "    | ") + self.clean(text))
+        self.note(text)
+        self._tell(logging.INFO, self.paint("dim", "    | ") + self.clean(text))
+
+    def error(self, message: str, hint: str = "", event: Optional[Dict[str, str]] = None) -> None:
+        """The two lines of an error; never held back."""
+        self.note(message + (f" (hint: {hint})" if hint else ""), event, logging.ERROR)
+        self.release_held()
+        text = f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}"
+        if hint:
+            text += f"\nhint: {self.clean(hint)}"
+        self._show(logging.ERROR, text, {**self.log_context, **event} if event else {})
+
+    def traceback(self) -> None:
+        """Show the exception being handled with its traceback, for --debug and internal errors."""
+        import traceback
+        for line in traceback.format_exc().rstrip().split("\n"):
+            self._write(sys.stderr, self.clean(line) + "\n", logging.ERROR)
 
     def result(self, text: str) -> None:
-        """Lines of the result, on stdout; --json replaces them by its one object, -q holds them back."""
+        """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
         lines = "\n".join(self.clean(line) for line in text.split("\n"))
         if self.quiet and not self.json_mode:
-            self._stderr("info", lines)
+            self._tell(logging.INFO, lines)
         elif not self.json_mode:
             self._write(sys.stdout, lines + "\n")
 
@@ -760,21 +884,11 @@ class Console:
 
     def json_result(self, value: Dict[str, Any]) -> None:
         """The one object of --json; ASCII, so that any reader and any locale takes it."""
-        self._write(sys.stdout, json.dumps(self.secrets.mask_json(value), ensure_ascii=True) + "\n")
+        self._write(sys.stdout, json.dumps(self.secrets.mask_json(value)) + "\n")
 
-    def error(self, message: str, hint: str = "", event: Optional[Dict[str, str]] = None) -> None:
-        """The two lines of an error; never held back."""
-        self._log("error", message + (f" (hint: {hint})" if hint else ""), event)
-        self.release_held()
-        lines = [f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}"]
-        lines += [f"hint: {self.clean(hint)}"] if hint else []
-        self._show("error", "\n".join(lines), self._about(event))
-
-    def traceback(self) -> None:
-        """Show the exception being handled with its traceback, for --debug and internal errors."""
-        import traceback
-        for line in traceback.format_exc().rstrip().split("\n"):
-            self._write(sys.stderr, self.clean(line) + "\n", "error")
+    def progress(self, label: str, total: int = 0) -> Progress:
+        """Start a progress line; `total` in the unit of the later updates, 0 when unknown."""
+        return Progress(self, label, total)
 
     def draw(self, text: str) -> None:
         """Redraw the one progress line."""
@@ -785,109 +899,99 @@ class Console:
                 columns = 80
             self._write(sys.stderr, "\r\033[K" + self.clean(text)[:max(20, columns - 1)])
 
-    def progress(self, label: str, total: int = 0) -> Progress:
-        """Start a progress line; `total` in the unit of the later updates, 0 when unknown."""
-        return Progress(self, label, total)
-
     def working(self, text: str, bound_seconds: float = 0.0, state: str = "") -> None:
-        """Tell a supervisor what is under way and how long it may take at most; without a bound the last one begins anew."""
-        if self.supervisor is not None:
-            self.supervisor.tell(self.clean(text), bound_seconds, state)
+        """Tell systemd what is under way and that it may take twice so long (sd_notify(3)).
 
-    def is_public(self, text: str) -> bool:
-        """Tell whether there is nothing to mask."""
-        return self.secrets.mask(text) == text
+        Without a bound the last one begins anew.  `state` is a word of its own (READY=1).
+        Nothing that goes wrong here matters.
+        """
+        if self.supervisor[:1] not in ("/", "@"):
+            return
+        import socket
+        self._bound_seconds = bound_seconds or self._bound_seconds
+        words = [f"STATUS={self.clean(text)[:self.STATUS_CHARACTERS]}",
+                 f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto("\n".join(words).encode("utf-8", "backslashreplace"),
+                              re.sub("^@", "\0", self.supervisor))
+        except (OSError, ValueError):
+            pass
+
+    # -- how it is written ---------------------------------------------------
+
+    def paint(self, kind: str, text: str) -> str:
+        """Colour a piece of text where colour is wanted."""
+        if not self.colour or kind not in self.COLOURS:
+            return text
+        return f"\033[{self.COLOURS[kind]}m{text}\033[0m"
 
     def clean(self, text: str) -> str:
         """Mask secrets, then escape what could act on a terminal."""
         return escape(self.secrets.mask(text))
 
+    def is_public(self, text: str) -> bool:
+        """Tell whether there is nothing to mask."""
+        return self.secrets.mask(text) == text
+
     def release_held(self) -> None:
         """Write what --quiet held back: there was a change or a failure after all."""
         held, self._held = self._held, []
-        for level, text, event in held:
-            self._show(level, text, event)
+        for level, text, about in held:
+            self._show(level, text, about)
 
-    def _stderr(self, level: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
+    def _tell(self, level: int, text: str, event: Optional[Dict[str, str]] = None) -> None:
+        # What an event is about now may be something else by the time it is shown.
+        about = {**self.log_context, **event} if event else {}
         if self.quiet:
-            self._held.append((level, text, self._about(event)))
+            self._held.append((level, text, about))
         else:
-            self._show(level, text, self._about(event))
+            self._show(level, text, about)
 
-    def _about(self, event: Optional[Dict[str, str]]) -> Dict[str, str]:
-        """Add to an event what it is about now; by the time it is shown that may be something else."""
-        return {**self.log_context, **event} if event else {}
-
-    def _show(self, level: str, text: str, event: Dict[str, str]) -> None:
-        """Write to stderr, or an event to the journal where it listens."""
-        if not (event and self.in_journal and self._journal.write(level, text, {}, event)):
+    def _show(self, level: int, text: str, about: Dict[str, str]) -> None:
+        """Write to stderr, or an event to the journal where stderr leads: nothing stands twice."""
+        if not (about and self.in_journal and send_to_journal(level, text, about)):
             self._write(sys.stderr, text + "\n", level)
 
-    def _write(self, stream: Any, text: str, level: str = "info") -> None:
-        """Write bytes that the terminal can show; a closed pipe or a full disk never stops what is under way."""
+    def _write(self, stream: Any, text: str, level: int = logging.INFO) -> None:
+        """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing."""
         if stream is None or id(stream) in self._broken:
             return
         if stream in self._journal_streams:
             text = re.sub(r"(?m)^(?=.)", f"<{PRIORITIES[level]}>", text)
         try:
             stream.flush()
-            data = text.encode("utf-8" if self.utf8 else "ascii", "backslashreplace")
-            stream.buffer.write(data)
+            stream.buffer.write(text.encode("utf-8" if self.utf8 else "ascii", "backslashreplace"))
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:
             self._broken.add(id(stream))
             silence(stream)
             # Whoever closes a pipe has seen enough; a file that was to hold the result does not.
-            if stream is sys.stdout and isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.EBADF):
+            number = getattr(error, "errno", None)
+            if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
                 self.is_result_lost = True
-                self.error(f"stdout: {error.strerror}: what was printed there is not all of it", "write it to another place")
+                self.error(f"stdout: {os.strerror(number)}: what was printed there is not all of it",
+                           "write it to another place")
 
-    # -- the log -------------------------------------------------------------
 
-    def add_sink(self, sink: Sink) -> None:
-        """Send every line there as well, from now on."""
-        self._sinks.append(sink)
-
-    def _log(self, level: str, message: str, event: Optional[Dict[str, str]] = None) -> None:
-        if self._sinks:
-            message = self.clean(message).encode("utf-8", "backslashreplace").decode("utf-8")
-            for sink in self._sinks:
-                is_there = sink.write(level, message, self.log_context, event or {})
-                if not is_there and isinstance(sink, LogFile) and id(sink) not in self._broken:
-                    self._broken.add(id(sink))
-                    self.warn("the log file cannot be written: not all that is said is in it")
+def leads_to(stream: Any, journal_stream: str) -> bool:
+    """Tell whether a stream is the one of `$JOURNAL_STREAM` (device:inode, systemd.exec(5))."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return journal_stream == f"{found.st_dev}:{found.st_ino}"
 
 
 def silence(stream: Any) -> None:
-    """Point a broken stream at /dev/null, or the interpreter's last flush would change the exit code."""
+    """Point a broken stream at /dev/null, or the interpreter's last flush changes the exit code."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
     except (OSError, ValueError):
         pass
-
-
-def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows in columns as wide as their widest cell; the last column is ragged."""
-    table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
-    return "\n".join(lines)
-
-
-def render_timeline(timings: Sequence[Tuple[str, float]], *, unicode: bool) -> List[str]:
-    """Draw when each step ran within the whole, one line a step."""
-    total_seconds = sum(seconds for _, seconds in timings) or 1.0
-    widest = max([len(name) for name, _ in timings] or [0])
-    start_seconds, lines = 0.0, []
-    for name, seconds in timings:
-        left = int(start_seconds / total_seconds * 30)
-        width = max(1, round(seconds / total_seconds * 30))
-        bar = (" " * min(left, 29) + ("█" if unicode else "#") * width)[:30]
-        lines.append(f"  {name:<{widest}}  {bar:<30}  {format_seconds(seconds):>7}")
-        start_seconds += seconds
-    return lines
 
 
 # ============================================================================
@@ -898,9 +1002,10 @@ def render_timeline(timings: Sequence[Tuple[str, float]], *, unicode: bool) -> L
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# What opening and reading say of a link, a directory, a device or something far too large in a file's place.
-NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.EFBIG)
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# What opening and reading say of a link, a directory, a device or something far too large in a
+# file's place.
+NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.EFBIG)
 
 
 def environment(name: str) -> str:
@@ -914,14 +1019,12 @@ def environment_names() -> List[str]:
 
 
 def locale_is_utf8() -> bool:
-    """Tell whether the environment's locale says that UTF-8 can be shown.
-
-    LC_CTYPE=C.UTF-8 does not count: the interpreter itself sets it where the
-    locale is C (PEP 538).
-    """
-    ctype = environment("LC_CTYPE")
-    chosen = environment("LC_ALL") or (ctype if ctype not in ("C.UTF-8", "C.utf8", "UTF-8") else "") or environment("LANG")
-    return "utf" in chosen.lower()
+    """Tell whether the environment's locale says that UTF-8 can be shown."""
+    chosen = environment("LC_ALL")
+    # The interpreter itself sets LC_CTYPE=C.UTF-8 where the locale is C (PEP 538).
+    if not chosen and environment("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8"):
+        chosen = environment("LC_CTYPE")
+    return "utf" in (chosen or environment("LANG")).lower()
 
 
 def current_directory() -> str:
@@ -936,27 +1039,30 @@ def absolute(path: str) -> str:
     """Make a path absolute; UsageError for a relative one where the working directory is gone."""
     directory = "" if os.path.isabs(path) else current_directory()
     if not directory and not os.path.isabs(path):
-        raise UsageError(f"{path!r} leads nowhere: the working directory was deleted", "cd to another directory")
+        raise UsageError(f"{path!r} leads nowhere: the working directory was deleted",
+                         "cd to another directory")
     return os.path.normpath(os.path.join(directory, path))
 
 
 def native(text: str) -> str:
-    """Turn text from a UTF-8 file into the str that the os module takes, whatever the locale (3.6 under C)."""
+    """Turn text from a UTF-8 file into the str that the os module takes (3.6 under LANG=C)."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def portable(name: str) -> str:
-    """Turn a str from the os module into UTF-8 text with surrogate escapes, whatever the locale."""
+    """Turn a str from the os module into UTF-8 text with surrogate escapes, in any locale."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def reason(error: Exception) -> str:
-    """Say why something failed; what the system refused with the errno's name, for those who search for it."""
+    """Say why something failed, with the errno's name, for those who search for it."""
+    # What has no name (a host that cannot be resolved) has a number that tells nobody anything.
     name = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
-    # What has no name (a host that cannot be resolved) has numbers of its own, which tell nobody anything.
     text = getattr(error, "strerror", None) or str(error)
     return f"{text} ({name})" if name else text
 
+
+# -- files -------------------------------------------------------------------
 
 def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
     """Write everything, however many calls the kernel wants for it."""
@@ -973,7 +1079,7 @@ class Descriptor:
 
     def close(self) -> None:
         """Close the descriptor."""
-        # Forgotten first: a signal may interrupt here, and what was closed twice could be another's.
+        # Forgotten first: what was closed twice could be another's.
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -994,7 +1100,8 @@ class Directory(Descriptor):
     """
 
     def __init__(self, path: str, descriptor: int) -> None:
-        self.path, self.descriptor = path, descriptor
+        self.path = path
+        self.descriptor = descriptor
 
     @classmethod
     def open(cls, path: str) -> "Directory":
@@ -1003,7 +1110,8 @@ class Directory(Descriptor):
 
     def child(self, name: str) -> "Directory":
         """Open a subdirectory."""
-        return Directory(f"{self.path}/{name}", os.open(name, _DIRECTORY_FLAGS, dir_fd=self.descriptor))
+        descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.descriptor)
+        return Directory(f"{self.path}/{name}", descriptor)
 
     def make(self, name: str, mode: int = 0o755) -> "Directory":
         """Open a subdirectory, making it first where it is missing."""
@@ -1056,10 +1164,11 @@ class Directory(Descriptor):
 
     def stream(self, name: str) -> Any:
         """Open a regular file for reading as binary; FileNotFoundError where there is none."""
-        return open_regular(os.open(name, _READ_FLAGS, dir_fd=self.descriptor), f"{self.path}/{name}")
+        descriptor = os.open(name, _READ_FLAGS, dir_fd=self.descriptor)
+        return open_regular(descriptor, f"{self.path}/{name}")
 
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> None:
-        """Replace a file durably: a unique temporary file, fsync, rename, fsync of the directory."""
+        """Replace a file durably: a temporary file, fsync, rename, fsync of the directory."""
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
         try:
@@ -1106,7 +1215,8 @@ class Directory(Descriptor):
             self.discard(name)
             return
         if found.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
-            # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod follows a link swapped in.
+            # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod
+            # follows a link swapped in.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
@@ -1162,18 +1272,13 @@ def sync_filesystem(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def has_library(name: str) -> bool:
-    """Load a shared library for good; tell whether it is there."""
-    try:
-        import ctypes
-        return bool(ctypes.CDLL(name))
-    except (ImportError, OSError):
-        return False
-
+# -- who and where -----------------------------------------------------------
 
 def cores() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the former is Linux's alone
+    if hasattr(os, "sched_getaffinity"):  # Linux's alone
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def boot_id() -> str:
@@ -1185,36 +1290,57 @@ def boot_id() -> str:
         return ""
 
 
-def user_name() -> str:
-    """Return the effective user's name; images without a passwd entry give the number."""
+def user_name(uid: int = -1) -> str:
+    """Return a user's name, by default the effective one's; the number without a passwd entry."""
     import pwd
+    uid = os.geteuid() if uid < 0 else uid
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(uid)
 
 
 def traceparent() -> str:
-    """Return $TRACEPARENT, or an empty string where it is not one of W3C trace context, version 00."""
+    """Return $TRACEPARENT where it is one of W3C trace context, version 00, else nothing."""
     text = environment("TRACEPARENT")
-    return text if re.match(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z", text) else ""
+    pattern = r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z"
+    return text if re.match(pattern, text) else ""
 
 
 def child_traceparent() -> str:
-    """Return what children are handed: the same trace, in which this run is their parent; nothing outside of a trace."""
+    """Return what children are handed: the same trace, with this run as their parent."""
     words = traceparent().split("-")
     return "-".join([*words[:2], os.urandom(8).hex(), words[3]]) if len(words) == 4 else ""
 
 
+def person() -> int:
+    """Return the uid of who is behind this run: by sudo, by the login, or our own."""
+    import pwd
+    if os.geteuid() == 0:  # anybody else may have written the variable himself
+        try:
+            return pwd.getpwnam(environment("SUDO_USER")).pw_uid
+        except KeyError:
+            pass
+    try:
+        with open("/proc/self/loginuid") as stream:
+            uid = int(stream.read(64))
+    except (OSError, ValueError):
+        return os.geteuid()
+    return uid if 0 <= uid < (1 << 32) - 1 else os.geteuid()
+
+
 def who(trigger: str) -> Dict[str, Any]:
-    """Say who runs this: user, uid, host, pid, what started it, and the trace it is part of, if any."""
-    by = {"user": user_name(), "uid": os.geteuid(), "host": os.uname().nodename,
+    """Say who runs this and as whom, where, what started it, and the trace it is part of."""
+    uid = person()
+    by = {"user": user_name(uid), "uid": uid, "as": user_name(), "host": os.uname().nodename,
           "pid": os.getpid(), "trigger": trigger}
-    return dict(by, traceparent=traceparent()) if traceparent() else by
+    if traceparent():
+        by["traceparent"] = traceparent()
+    return by
 
 
 def started_by() -> str:
-    """Guess what started this run: Ansible (by the name it gives a module), systemd, ssh or a person."""
+    """Guess what started this run: Ansible (by the name of its modules), systemd, a person."""
     if os.path.basename(sys.argv[0]).startswith("AnsiballZ_"):
         return "ansible"
     if environment("INVOCATION_ID"):
@@ -1223,21 +1349,9 @@ def started_by() -> str:
         return "ssh"
     if sys.stdin is not None and sys.stdin.isatty():
         return "terminal"
-    return "cron" if {"cron", "crond"} & set(_ancestors()) else "script"
-
-
-def _ancestors() -> Iterator[str]:
-    """Name the parent process, its parent, and so on."""
-    pid = os.getppid()
-    while pid > 0:
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
-                # PID (NAME) STATE PARENT ...; a name may hold anything.
-                before, _, after = stream.read(4096).rpartition(")")
-        except OSError:
-            return
-        yield before.partition("(")[2]
-        pid = int(after.split()[1])
+    # cron gives everybody the same shell, and nobody a terminal.
+    is_cron = environment("SHELL") == "/bin/sh" and environment("LOGNAME")
+    return "cron" if is_cron and not environment("TERM") else "script"
 
 
 def process_is_alive(pid: int) -> bool:
@@ -1262,14 +1376,27 @@ def trust_problems(path: str) -> Dict[str, Problem]:
     writable by group or others (a sticky directory such as /tmp may be).
     Returns the problems by path.
     """
-    problems, here, links = {}, "/", 0  # type: Dict[str, Problem], str, int
+    problems: Dict[str, Problem] = {}
+    here = "/"
+    links = 0
     ahead = os.path.abspath(path).split("/")[::-1]
     while ahead:
-        here = os.path.normpath(os.path.join(here, ahead.pop()))  # no link is left in it: `..` leads where it leads the kernel
-        problem = _writable_by_others(here)
-        if problem:
-            problems[here] = problem
-        if os.path.islink(here) and links < MAX_JUDGED_LINKS:
+        # No link is left in it: `..` leads where it leads the kernel.
+        here = os.path.normpath(os.path.join(here, ahead.pop()))
+        try:
+            found = os.lstat(here)
+        except OSError:
+            continue  # not there, for others to see to, or out of reach
+        mode = stat.S_IMODE(found.st_mode)
+        is_sticky = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX
+        if found.st_uid not in (0, os.geteuid()):
+            problems[here] = (
+                f"{here} belongs to uid {found.st_uid}",
+                f"chown root {here}, or run as its owner: sudo -u '#{found.st_uid}' deploy.py ...")
+        elif mode & 0o022 and not is_sticky and not stat.S_ISLNK(found.st_mode):
+            problems[here] = (f"{here} is writable by group or others (mode {mode:04o})",
+                              f"chmod go-w {here}")
+        if stat.S_ISLNK(found.st_mode) and links < MAX_JUDGED_LINKS:
             links += 1
             target = os.readlink(here)
             ahead += target.split("/")[::-1]
@@ -1277,24 +1404,8 @@ def trust_problems(path: str) -> Dict[str, Problem]:
     return problems
 
 
-def _writable_by_others(path: str) -> Optional[Problem]:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None  # not there, for others to see to, or out of reach
-    mode = stat.S_IMODE(found.st_mode)
-    if found.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to uid {found.st_uid}", \
-            f"chown root {path}, or run as its owner: sudo -u '#{found.st_uid}' deploy.py ..."
-    if stat.S_ISLNK(found.st_mode) or stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX:
-        return None
-    if mode & 0o022:
-        return f"{path} is writable by group or others (mode {mode:04o})", f"chmod go-w {path}"
-    return None
-
-
 def private_file(name: str, path: str) -> str:
-    """Return the credential that systemd handed over under this name (LoadCredential=NAME:..., systemd.exec(5)), else `path`."""
+    """Return the credential of this name that systemd handed over (LoadCredential=), else `path`."""
     directory = environment("CREDENTIALS_DIRECTORY")
     credential = os.path.join(directory, name)
     return credential if directory and os.path.exists(credential) else path
@@ -1332,13 +1443,18 @@ def command_path() -> str:
     return ":".join(present + [entry for entry in EXTRA_PATH.split(":") if entry not in present])
 
 
+def base_environment() -> Dict[str, str]:
+    """Return the small environment every child starts from."""
+    return {"PATH": command_path(), "HOME": environment("HOME") or "/", "LANG": "C.UTF-8"}
+
+
 def program_places(name: str, directory: str, path: str) -> List[str]:
     """List where starting a program in `directory` looks for it, up to the first place where it is.
 
     A bare name is looked for in `path`, whose relative entries start from the
     directory as well; what comes before the right place could be put there.
     """
-    places = []  # type: List[str]
+    places: List[str] = []
     for entry in path.split(":") if "/" not in name else [""]:
         places.append(os.path.join(directory, entry, name))
         if os.path.isfile(places[-1]) and os.access(places[-1], os.X_OK):
@@ -1348,8 +1464,8 @@ def program_places(name: str, directory: str, path: str) -> List[str]:
 
 def find_command(name: str) -> Optional[str]:
     """Find a program: a bare name in the command path, anything else as it stands."""
-    import shutil
-    return shutil.which(name, path=command_path())
+    place = program_places(name, "", command_path())[-1]
+    return place if os.path.isfile(place) and os.access(place, os.X_OK) else None
 
 
 def become_user(name: str) -> Callable[[], None]:
@@ -1361,9 +1477,10 @@ def become_user(name: str) -> Callable[[], None]:
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
-        raise UsageError(f"user {name!r} does not exist on this host", "create it, or correct run_as in [hooks]")
-
-    # Looked up here: between fork and exec a name service must not be asked (it may lock, or load libraries).
+        raise UsageError(f"user {name!r} does not exist on this host",
+                         "create it, or correct run_as in [hooks]")
+    # Looked up here: between fork and exec a name service must not be asked (it may lock, or
+    # load libraries).
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
 
     def change() -> None:
@@ -1382,46 +1499,61 @@ class RunningCommand:
 
     POLL_SECONDS = 0.02
     KILL_AFTER_SECONDS = 5.0
+    READ_BYTES = 1 << 14  # between two looks for a signal, and this may be as many lines
+    DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full is left alone
 
-    def __init__(self, argv: Sequence[str], environ: Dict[str, str], directory: str, run_as: str = "",
-                 mask: Callable[[str], str] = str) -> None:
+    def __init__(self, argv: Sequence[str], environ: Dict[str, str], directory: str,
+                 run_as: str = "", mask: Callable[[str], str] = str) -> None:
         import subprocess
-        self.argv, self.tail, self._rest = list(argv), deque(maxlen=OUTPUT_TAIL_LINES), b""  # type: ignore
-        self._mask, self._is_cut = mask, False
+        self.argv = list(argv)
+        self.tail: Any = deque(maxlen=OUTPUT_TAIL_LINES)
+        self._mask = mask
+        self._rest = b""
+        self._is_cut = False  # the rest of a line that is too long is thrown away
         self._started_seconds = time.monotonic()
         # The program is looked up in the child's PATH, the one the operator is shown.
-        self._process = subprocess.Popen(
-            self.argv, env=environ, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=become_user(run_as) if run_as else None)
-        self._output = self._process.stdout.fileno()  # type: ignore
+        self._process: Any = subprocess.Popen(
+            self.argv, env=environ, cwd=directory, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=become_user(run_as) if run_as else None)
+        self._output = self._process.stdout.fileno()
         os.set_blocking(self._output, False)
 
-    def wait(self, timeout_seconds: float, on_line: Callable[[str], None], check: Callable[[], None]) -> CommandResult:
-        """Read its output until it ends; when its time is up, or on any error, its whole group is killed."""
-        import select
+    def wait(self, timeout_seconds: float, on_line: Callable[[str], None],
+             interrupts: "Interrupts") -> CommandResult:
+        """Read its output until it ends; when its time is up, or on any error, kill its group."""
         timed_out = False
+        pause_seconds = 0.001
         try:
-            while self._process.poll() is None:
-                check()
+            while self._process.poll() is None and not timed_out:
                 left_seconds = timeout_seconds - (time.monotonic() - self._started_seconds)
-                if left_seconds <= 0:
-                    timed_out = True
-                    break
+                timed_out = left_seconds <= 0
                 if self._output < 0:
-                    time.sleep(self.POLL_SECONDS)
-                elif select.select([self._output], [], [], min(self.POLL_SECONDS, left_seconds))[0]:
+                    interrupts.wait(min(pause_seconds, left_seconds))
+                    pause_seconds = min(self.POLL_SECONDS, 2 * pause_seconds)
+                elif interrupts.wait(min(self.POLL_SECONDS, left_seconds), self._output):
                     self._read(on_line)
         finally:
             seconds = time.monotonic() - self._started_seconds  # killing it is not its time
             if self._process.poll() is None:
                 self._kill_group()
-            self._drain(on_line)
-            self._process.stdout.close()  # type: ignore
-        return CommandResult(self.argv, self._process.returncode, timed_out, list(self.tail), seconds)
+            for _ in range(self.DRAIN_READS):
+                if not self._read(on_line):
+                    break
+            if self._rest and not self._is_cut:
+                self._emit([self._rest], on_line)
+            self._process.stdout.close()
+        exit_code = self._process.returncode
+        if exit_code is None:
+            exit_code = -signal.SIGKILL
+        return CommandResult(self.argv, exit_code, timed_out, list(self.tail), seconds)
 
     def _read(self, on_line: Callable[[str], None]) -> bool:
+        """Take what is there; tells whether there was anything."""
+        if self._output < 0:
+            return False
         try:
-            data = os.read(self._output, 65536)
+            data = os.read(self._output, self.READ_BYTES)
         except BlockingIOError:
             return False
         if not data:
@@ -1431,50 +1563,40 @@ class RunningCommand:
         if lines and self._is_cut:
             del lines[0]
             self._is_cut = False
-        # Much more than is shown (a character may have four bytes): a secret that begins in it is whole when it is masked.
         if len(self._rest) > MASKED_BYTES:
-            lines += [] if self._is_cut else [self._rest]
-            self._rest, self._is_cut = b"", True
-        for line in lines:
-            self._emit(line, on_line)
+            if not self._is_cut:
+                lines.append(self._rest)
+            self._rest = b""
+            self._is_cut = True
+        if lines:
+            self._emit(lines, on_line)
         return True
 
-    def _emit(self, line: bytes, on_line: Callable[[str], None]) -> None:
-        text = self._mask(line[:MASKED_BYTES].decode("utf-8", "backslashreplace").rstrip("\r"))[:OUTPUT_LINE_CHARACTERS]
-        self.tail.append(text)
-        on_line(text)
-
-    def _drain(self, on_line: Callable[[str], None]) -> None:
-        """Take what is in the pipe already; a child that keeps it open and full cannot hold us."""
-        for _ in range(64):
-            if self._output < 0 or not self._read(on_line):
-                break
-        if self._rest and not self._is_cut:
-            self._emit(self._rest, on_line)
-        self._rest = b""
+    def _emit(self, lines: List[bytes], on_line: Callable[[str], None]) -> None:
+        # Masked all at once, which costs little however many lines there are.
+        block = b"\n".join(line[:MASKED_BYTES] for line in lines)
+        for line in self._mask(block.decode("utf-8", "backslashreplace")).split("\n"):
+            line = line.rstrip("\r")[:OUTPUT_LINE_CHARACTERS]
+            self.tail.append(line)
+            on_line(line)
 
     def _kill_group(self) -> None:
         """TERM to the whole group, KILL after a grace period."""
-        deadline_seconds = time.monotonic() + self.KILL_AFTER_SECONDS
-        try:
-            self._signal_group(signal.SIGTERM)
-            while self._process.poll() is None and time.monotonic() < deadline_seconds:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                # KILL also when the leader is gone: its children may have ignored TERM.
+                os.killpg(self._process.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass  # what sudo started is another user's, and is not waited for for ever
+            ends_seconds = time.monotonic() + self.KILL_AFTER_SECONDS
+            while self._process.poll() is None and time.monotonic() < ends_seconds:
                 time.sleep(self.POLL_SECONDS)
-        finally:
-            # Also when the leader is gone: its children may have ignored TERM.
-            self._signal_group(signal.SIGKILL)
-            self._process.wait()
-
-    def _signal_group(self, number: int) -> None:
-        try:
-            os.killpg(self._process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
-def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None, directory: str = "/",
-                timeout_seconds: float = 60.0, on_line: Callable[[str], None] = lambda line: None,
-                run_as: str = "", interrupts: "Interrupts", mask: Callable[[str], str] = str) -> CommandResult:
+def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None,
+                directory: str = "/", timeout_seconds: float = 60.0,
+                on_line: Callable[[str], Any] = str, run_as: str = "",
+                interrupts: "Interrupts", mask: Callable[[str], str] = str) -> CommandResult:
     """Run a command to its end, without a shell, stdin closed, in its own process group.
 
     `environ` is the whole environment; without it a minimal one is made.  A
@@ -1486,34 +1608,177 @@ def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None
         # An exception inside Popen would leave a child behind that nobody knows of.
         with interrupts.held():
             running = RunningCommand(argv, environ or base_environment(), directory, run_as, mask)
-            return running.wait(timeout_seconds, on_line, interrupts.check)
+            return running.wait(timeout_seconds, on_line, interrupts)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return CommandResult(list(argv), 127, False, [f"cannot start {argv[0]}: {reason(error)}"], 0.0)
-
-
-def base_environment() -> Dict[str, str]:
-    """Return the small environment every child starts from."""
-    home = environment("HOME") or "/"
-    return {"PATH": command_path(), "HOME": home, "LANG": "C.UTF-8"}
+        why = f"cannot start {argv[0]}: {reason(error)}"
+        return CommandResult(list(argv), 127, False, [why], 0.0)
 
 
 _F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
 
 
-def start_filter(argv: Sequence[str], pipe_bytes: int) -> Any:
-    """Start a decompressor as a subprocess.Popen with pipes at both ends; OSError when it cannot start.
+def start_filter(argv: Sequence[str], pipe_bytes: int, memory_bytes: int = 0) -> Any:
+    """Start a decompressor as a subprocess.Popen with pipes at all three ends.
 
-    They hold `pipe_bytes` where the system lets them, so that it need not stop after every 64 KiB.
+    They hold `pipe_bytes` where the system lets them, so that it need not stop
+    after every 64 KiB.  It may take `memory_bytes` of memory, if given.
+    Raises OSError when it cannot start.
     """
+    import resource
     import subprocess
-    process = subprocess.Popen(list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+    process: Any = subprocess.Popen(
+        list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=limit if memory_bytes else None)
     for pipe in (process.stdin, process.stdout):
         try:
-            fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)  # type: ignore
-        except OSError:  # over pipe-max-size, or this user's pipes have too many pages (pipe(7)): they stay as they are
-            pass
+            fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)
+        except OSError:
+            pass  # over pipe-max-size, or this user's pipes have too many pages (pipe(7))
     return process
+
+
+# -- threads and forked processes --------------------------------------------
+
+class Worker:
+    """Work in a second thread, which does not outlive the program; OSError where there is none.
+
+    Up to Python 3.9 a thread that ends calls pthread_exit(3), and the C library
+    aborts the whole process when it cannot load libgcc_s then: so it is loaded
+    before, and where an image has none, a thread that is done sleeps on.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        import threading
+        self._work = work
+        self._done = threading.Event()
+        self._may_end = sys.version_info >= (3, 10)
+        if not self._may_end:
+            try:
+                import ctypes
+                self._may_end = bool(ctypes.CDLL("libgcc_s.so.1"))
+            except (ImportError, OSError):
+                pass
+        try:
+            threading.Thread(target=self._run, daemon=True).start()
+        except RuntimeError as error:
+            # What fork(2) gives at the limit of processes, which threads count for.
+            raise OSError(errno.EAGAIN, str(error))
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._done.set()
+            while not self._may_end:
+                time.sleep(3600)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the work is done, at most so long; tell whether it is."""
+        return bool(self._done.wait(seconds))
+
+
+class EarlySync(Descriptor):
+    """Has a filesystem written to the disk while it is being filled.
+
+    So the sync at the end, which alone counts, is short.  Through a descriptor
+    of its own: each is told once of a write that failed, and it is the sync at
+    the end that must hear of it.
+    """
+
+    SHORTEST_PAUSE_SECONDS = 0.1
+
+    def __init__(self, directory: Directory) -> None:
+        import threading
+        self.descriptor = os.open(".", _DIRECTORY_FLAGS, dir_fd=directory.descriptor)
+        self._ended = threading.Event()
+        self._worker: Any = None
+        try:
+            self._worker = Worker(self._run)
+        except OSError:
+            pass  # no thread to be had: all is written at the end
+
+    def _run(self) -> None:
+        pause_seconds = self.SHORTEST_PAUSE_SECONDS
+        try:
+            while not self._ended.wait(pause_seconds):
+                started_seconds = time.monotonic()
+                sync_filesystem(self.descriptor)
+                # A slow disk has at least half of the time to itself.
+                pause_seconds = max(self.SHORTEST_PAUSE_SECONDS, time.monotonic() - started_seconds)
+        except OSError:
+            pass  # the last sync says why
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        self._ended.set()
+        while self._worker and not self._worker.wait(WATCH_SECONDS):
+            pass
+        super().close()
+
+
+class Forked:
+    """A forked process that computes something, for work that nothing else could stop.
+
+    Used in a `with` block, whose end kills and reaps it.  It has no descriptor
+    but its pipe: it must not hold the lock, which close-on-exec does not give
+    up.  SIGALRM ends it at its limit, whatever it is doing.  `started` is
+    False where there was no process to be had.
+    """
+
+    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
+
+    def __init__(self, work: Callable[[], Any], limit_seconds: float) -> None:
+        import warnings
+        self.timed_out = False
+        self._reading, writing = os.pipe()
+        try:
+            with warnings.catch_warnings():
+                # 3.12 and later warn of threads: the child needs no lock that one might hold.
+                warnings.simplefilter("ignore")
+                self._pid = os.fork()
+        except OSError:  # too many processes
+            self._pid = -1
+        self.started = self._pid >= 0
+        if self._pid == 0:
+            exit_code = EXIT_INTERNAL
+            try:
+                signal.set_wakeup_fd(-1)  # its number may become a socket's
+                os.closerange(3, writing)
+                os.closerange(writing + 1, self.HIGHEST_DESCRIPTOR)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
+                write_all(writing, json.dumps(work()).encode("ascii"))
+                exit_code = EXIT_OK
+            finally:
+                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
+        os.close(writing)
+
+    def result(self, interrupts: "Interrupts") -> Any:
+        """Wait for the end and return what the work returned; None where it failed or ran out of time."""
+        if self._pid < 0:
+            return None
+        pieces: List[bytes] = []
+        while not pieces or pieces[-1]:
+            if interrupts.wait(LONGEST_SECONDS, self._reading):
+                pieces.append(os.read(self._reading, 1 << 16))
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = -1
+        self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        return json.loads(b"".join(pieces).decode("ascii")) if status == 0 else None
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        os.close(self._reading)
+        if self._pid > 0:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
 
 class Helper:
@@ -1596,175 +1861,23 @@ class Helper:
             os.waitpid(self._pid, 0)
 
 
-class Forked:
-    """A forked process that computes something, for work that nothing else could stop.
-
-    Used in a `with` block, whose end kills and reaps it.  It has no descriptor
-    but its pipe: it must not hold the lock, which close-on-exec does not give
-    up.  SIGALRM ends it at its limit, whatever it is doing.  `started` is
-    False where there was no process to be had.
-    """
-
-    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
-
-    def __init__(self, work: Callable[[], Any], limit_seconds: float) -> None:
-        import warnings
-        self.timed_out = False
-        self._reading, writing = os.pipe()
-        try:
-            with warnings.catch_warnings():
-                # 3.12 and later warn of threads: the child needs no lock that one might hold.
-                warnings.simplefilter("ignore")
-                self._pid = os.fork()
-        except OSError:  # too many processes
-            self._pid = -1
-        self.started = self._pid >= 0
-        if self._pid == 0:
-            exit_code = EXIT_INTERNAL
-            try:
-                signal.set_wakeup_fd(-1)  # its number may become a socket's
-                os.closerange(3, writing)
-                os.closerange(writing + 1, self.HIGHEST_DESCRIPTOR)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
-                write_all(writing, json.dumps(work()).encode("ascii"))
-                exit_code = EXIT_OK
-            finally:
-                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
-        os.close(writing)
-
-    def result(self, interrupts: "Interrupts") -> Any:
-        """Wait for the end and return what the work returned; None where it failed or ran out of time."""
-        if self._pid < 0:
-            return None
-        pieces = []  # type: List[bytes]
-        while not pieces or pieces[-1]:
-            if interrupts.wait(LONGEST_SECONDS, self._reading):
-                pieces.append(os.read(self._reading, 1 << 16))
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = -1
-        self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        return json.loads(b"".join(pieces).decode("ascii")) if status == 0 else None
-
-    def __enter__(self) -> "Forked":
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        os.close(self._reading)
-        if self._pid > 0:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-
-
-class Supervisor:
-    """systemd, where it started this run and listens on $NOTIFY_SOCKET (sd_notify(3)): one datagram for each word to it.
-
-    Nothing that goes wrong here matters.  Children never get the variable.
-    """
-
-    STATUS_CHARACTERS = 256  # a datagram over 4096 bytes is thrown away as a whole
-    UNLIMITED_SECONDS = 300.0  # what is asked for where nothing bounds the work (sync(2) on a slow disk) and no progress is told
-
-    def __init__(self, address: str) -> None:
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._bound_seconds = self.UNLIMITED_SECONDS
-
-    def tell(self, status: str, bound_seconds: float, state: str) -> None:
-        """Say what is being done, ask for twice the time it may take (0: the last bound anew), and add `state` (READY=1)."""
-        import socket
-        self._bound_seconds = bound_seconds or self._bound_seconds
-        words = [f"STATUS={status[:self.STATUS_CHARACTERS]}", f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto("\n".join(words).encode("utf-8", "backslashreplace"), self._address)
-        except (OSError, ValueError):
-            pass
-
-
-class Worker:
-    """Work in a second thread, which does not outlive the program; OSError(EAGAIN) where there can be none.
-
-    Up to Python 3.9 a thread that ends calls pthread_exit(3), and the C library
-    aborts the whole process when it cannot load libgcc_s then: so it is loaded
-    before, and where an image has none, a thread that is done sleeps on.
-    """
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        import threading
-        self._work, self._done = work, threading.Event()
-        self._may_end = sys.version_info >= (3, 10) or has_library("libgcc_s.so.1")
-        try:
-            threading.Thread(target=self._run, daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(errno.EAGAIN, str(error))  # what fork(2) gives at the limit of processes, which threads count for
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        finally:
-            self._done.set()
-            while not self._may_end:
-                time.sleep(3600)
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until the work is done, at most so long; tell whether it is."""
-        return bool(self._done.wait(seconds))
-
-
-class EarlySync(Descriptor):
-    """Has a filesystem written to the disk while it is being filled, so that the sync at the end, which alone counts, is short.
-
-    Through a descriptor of its own: each is told once of a write that failed,
-    and it is the sync at the end that must hear of it.
-    """
-
-    SHORTEST_PAUSE_SECONDS = 0.1
-
-    def __init__(self, directory: Directory) -> None:
-        import threading
-        self.descriptor, self._ended = os.open(".", _DIRECTORY_FLAGS, dir_fd=directory.descriptor), threading.Event()
-        try:
-            self._worker = Worker(self._run)  # type: Any
-        except OSError:  # no thread to be had: all is written at the end
-            self._worker = None
-
-    def _run(self) -> None:
-        pause_seconds = self.SHORTEST_PAUSE_SECONDS
-        try:
-            while not self._ended.wait(pause_seconds):
-                started_seconds = time.monotonic()
-                sync_filesystem(self.descriptor)
-                # A slow disk has at least half of the time to itself.
-                pause_seconds = max(self.SHORTEST_PAUSE_SECONDS, time.monotonic() - started_seconds)
-        except OSError:
-            pass  # the last sync says why
-
-    def close(self) -> None:
-        """Let it end, and wait for that."""
-        self._ended.set()
-        while self._worker and not self._worker.wait(WATCH_SECONDS):
-            pass
-        super().close()
-
-
 # -- signals -----------------------------------------------------------------
 
 class Interrupts:
-    """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, at points where stopping is safe.
+    """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, where stopping is safe.
 
-    Only inside `allowed()`, where the work is waiting or can be thrown away,
-    does a signal interrupt at once; elsewhere it waits for the next `check()`.
-    After `close()` signals change nothing, as the way back is not
-    interrupted; what came meanwhile counts after `reopen()`.
+    A signal sets a number and wakes a `wait`; `check` raises.  After `close()`
+    signals change nothing, as the way back is not interrupted; what came
+    meanwhile counts after `reopen()`.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self._pending, self._allowed, self._closed = 0, False, False
-        self._waking = -1
+        self._pending = 0
+        self._closed = False
+        self._waking = -1  # can be read once a signal has come
+        self._allowed = False
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
@@ -1772,7 +1885,8 @@ class Interrupts:
         os.set_blocking(self._waking, False)
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
-        # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an exit code 0 of that.
+        # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an
+        # exit code 0 of that.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -1794,7 +1908,10 @@ class Interrupts:
             raise Interrupted(number)
 
     def wait(self, seconds: float, *descriptors: int) -> List[int]:
-        """Wait at most so long until a descriptor can be read, and return those; a signal ends it as `check` does."""
+        """Wait at most so long until a descriptor can be read, and return those that can.
+
+        A signal ends it as `check` does.
+        """
         import select
         ends_seconds = time.monotonic() + min(seconds, LONGEST_SECONDS)
         poll = select.poll()
@@ -1805,7 +1922,7 @@ class Interrupts:
             left_seconds = ends_seconds - time.monotonic()
             found = [descriptor for descriptor, _ in poll.poll(max(0.0, left_seconds) * 1000)]
             if self._waking in found:
-                # The handler has noted the number by now, or nobody listens to it; the bytes have done their work.
+                # The handler has noted the number by now: the bytes have done their work.
                 os.read(self._waking, 4096)
                 found.remove(self._waking)
                 self.check()
@@ -1817,7 +1934,7 @@ class Interrupts:
         self._closed = True
 
     def reopen(self) -> None:
-        """Listen again: a recovery is over, and the run itself begins; or not, where a signal has come."""
+        """Listen again: a recovery is over, and the run itself begins, or a signal has come."""
         self._closed = False
 
     @contextmanager
@@ -3615,7 +3732,7 @@ class Step(NamedTuple):
     phase: str = ""
     optional: bool = False
     noted: str = ""
-    seconds: float = Supervisor.UNLIMITED_SECONDS
+    seconds: float = UNLIMITED_SECONDS
 
 
 class Plan(NamedTuple):
@@ -9531,7 +9648,7 @@ def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: 
     service = UNIT_SERVICE.format(
         description=description, command=" ".join(unit_word(word, command=True) for word in argv), busy=EXIT_BUSY,
         # There and back; what has no bound of its own asks for more time while it makes progress.
-        start_seconds=settings.deploy.lock_wait + Supervisor.UNLIMITED_SECONDS + sum(hooks.values()) + back_seconds
+        start_seconds=settings.deploy.lock_wait + UNLIMITED_SECONDS + sum(hooks.values()) + back_seconds
         + longest_seconds(settings), stop_seconds=back_seconds + 60, more=unit_access(settings, argv), sandbox=UNIT_SANDBOX)
     return {f"{name}.service": service, f"{name}.timer": UNIT_TIMER.format(description=description, calendar=unit_text(calendar))}
 
@@ -10560,7 +10677,7 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
             raise Busy(f"the run whose hook this is holds the lock: {describe_holder(found)}",
                        f"call `deploy.py {command}` once that run has ended; "
                        "waiting for it would never end")
-        run.console.working("taking the lock", wait_seconds + Supervisor.UNLIMITED_SECONDS)
+        run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
         lock.acquire(wait_seconds, dict(run.by, command=command, since=format_time(time.time()),
                                         deploy_id=run.deploy_id), run.interrupts)
         run.store.begin_history()
@@ -11702,7 +11819,7 @@ class Command(Notifier):
     def _talk(self) -> str:
         if self._running is None:
             return self._problem
-        result = self._running.wait(NOTIFY_SECONDS - 2 * NotifyCommand.KILL_AFTER_SECONDS, lambda line: None, lambda: None)
+        result = self._running.wait(NOTIFY_SECONDS - 2 * NotifyCommand.KILL_AFTER_SECONDS, str, Interrupts())
         last = f": {result.tail[-1]}" if result.tail else ""
         return "" if result.ok else f"{spell(result.argv)} {result.verdict()}{last}"
 
@@ -12354,8 +12471,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     console.log_context = {"deploy_id": call.deploy_id, "command": flags.command}
     if settings.deploy.root:
         console.log_context["application"] = escape(call.application)
-    if environment("NOTIFY_SOCKET")[:1] in ("/", "@"):
-        console.supervisor = Supervisor(environment("NOTIFY_SOCKET"))
+    console.supervisor = environment("NOTIFY_SOCKET")
     if traceparent():
         console.log_context["trace_id"] = traceparent().split("-")[1]
     refuse_own_log(settings)

@@ -5,13 +5,16 @@ import fcntl
 import json
 import os
 import pty
+import pwd
 import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
@@ -70,9 +73,11 @@ class OnTerminal(NamedTuple):
     output: bytes
 
 
-def run_on_terminal(*args: Any, env: Optional[Dict[str, Optional[str]]] = None, timeout: float = 60, **options: Any) -> OnTerminal:
+def run_on_terminal(*args: Any, env: Optional[Dict[str, Optional[str]]] = None, timeout: float = 60, columns: int = 200,
+                    **options: Any) -> OnTerminal:
     """Run deploy.py with stdout and stderr on one pseudo-terminal."""
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(deploy_argv(*args, json=False, **options), env=clean_environment(env), cwd="/", stdin=slave,
                                stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
@@ -402,6 +407,41 @@ def test_detailed_exitcode_says_whether_anything_changed(app: App) -> None:
         assert result.data["changed"] is (exit_code == 10) and result.data["ok"] is (exit_code != 2)
 
 
+# -- who ran it --------------------------------------------------------------
+
+NAMED = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import support
+deploy = support.load_deploy()
+os.setuid(int(sys.argv[2]))
+print(json.dumps(deploy.who(deploy.started_by())))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("uid, sudo_user, user, effective", [
+    (0, "daemon", "daemon", "root"), (0, None, "root", "root"), (0, "no-such-user", "root", "root"), (1, "root", "daemon", "daemon")],
+    ids=["sudo", "root", "unknown", "a claim of somebody else's"])
+def test_the_person_behind_a_run_is_named(uid: int, sudo_user: Optional[str], user: str, effective: str) -> None:
+    login = Path("/proc/self/loginuid")
+    if login.exists() and login.read_text() not in ("4294967295", "0") and sudo_user != "daemon":
+        pytest.skip("this session has a login of its own")
+    done = subprocess.run([sys.executable, "-c", NAMED, str(Path(__file__).parent), str(uid)], stdout=subprocess.PIPE, check=True,
+                          stdin=subprocess.DEVNULL, env=clean_environment({"SUDO_USER": sudo_user}))
+    by = json.loads(done.stdout.decode())
+    assert (by["user"], by["uid"], by["as"]) == (user, pwd.getpwnam(user).pw_uid, effective)
+
+
+@pytest.mark.parametrize("env, trigger", [
+    ({}, "script"), ({"INVOCATION_ID": "1"}, "systemd"), ({"SSH_CONNECTION": "a 1 b 2"}, "ssh"),
+    ({"SHELL": "/bin/sh", "LOGNAME": "root", "PATH": "/usr/bin:/bin"}, "cron"),
+    ({"SHELL": "/bin/sh", "LOGNAME": "root", "TERM": "xterm"}, "script")], ids=["script", "systemd", "ssh", "cron", "a shell's"])
+def test_what_started_a_run_is_in_its_history(env: Dict[str, Optional[str]], trigger: str, app: App) -> None:
+    app.run("stage", app.artifact("1.0"), env=env, check=0)
+    assert app.history()[-1]["by"]["trigger"] == trigger
+
+
 # -- terminals ---------------------------------------------------------------
 
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
@@ -415,6 +455,15 @@ def test_colour_only_on_a_terminal_that_wants_it(words: List[str], env: Dict[str
     shown = run_on_terminal(*words, "activate", "9.9", config=live.config, env=env)
     assert shown.exit_code == 2 and b"9.9" in shown.output
     assert bool(COLOUR.search(shown.output)) is coloured
+
+
+@pytest.mark.parametrize("words", [["preflight"], ["config"]], ids=" ".join)
+def test_a_table_is_not_wider_than_the_terminal_and_loses_nothing(words: List[str], live: App) -> None:
+    wide, narrow = [run_on_terminal(*words, config=live.config, env={"NO_COLOR": "1"}, columns=columns).output.decode().splitlines()
+                    for columns in (1000, 70)]
+    assert max(map(len, narrow)) <= 70 < max(map(len, wide))
+    # Each word is there, and of those that are longer than their column each letter; how much is free changes.
+    assert sorted(re.sub(r"[\s\d]", "", "".join(narrow))) == sorted(re.sub(r"[\s\d]", "", "".join(wide)))
 
 
 def test_no_colour_and_no_control_characters_in_a_pipe(app: App) -> None:

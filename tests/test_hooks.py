@@ -351,6 +351,17 @@ def test_a_flood_of_output_is_survived_and_only_its_end_is_kept(app: App, tmp_pa
     assert len(json.dumps(app.history()[-1])) < 200000 and len(result.data["error"]["message"]) < 5000
 
 
+def test_a_flood_of_empty_lines_does_not_hold_a_signal_or_use_up_the_time(app: App) -> None:
+    app.configure("durable = no\n[hooks]\ntimeout = 20s\npre_stage = seq 1 30000\npre_activate = yes ''\n")
+    with (app.directory / "out").open("w") as out:
+        run = start_deploy("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", config=app.config, stdout=out)
+        wait_until(lambda: (app.directory / "log").exists() and "] \n" in (app.directory / "log").read_text(), what="the flood has begun")
+        started = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 143 and time.monotonic() - started < 15
+    assert "] 30000\n" in (app.directory / "log").read_text()
+
+
 def test_a_flood_without_end_is_stopped_by_the_timeout(app: App) -> None:
     app.configure("[hooks]\npre_activate = yes\ntimeout = 300ms\n")
     app.run("-q", "deploy", app.artifact("1.0"), timeout=60, check=1)

@@ -1,6 +1,7 @@
 """Where what was said is kept: the journal, syslog, files that logrotate moves, and the trace that a run is part of."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -98,7 +99,7 @@ class JournalRun:
         ours, theirs = socket.socketpair()
         found = os.fstat(theirs.fileno())
         program = ("import importlib.machinery, sys; loader = importlib.machinery.SourcelessFileLoader('deploy', sys.argv[1]); "
-                   "deploy = loader.load_module(); deploy.SystemdJournal.SOCKET = sys.argv[2]; sys.exit(deploy.main(sys.argv[3:]))")
+                   "deploy = loader.load_module(); deploy.JOURNAL_SOCKET = sys.argv[2]; sys.exit(deploy.main(sys.argv[3:]))")
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", program, compiled(), str(socket_path), "-c", str(app.config), *map(str, words)],
             stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
@@ -217,7 +218,7 @@ def test_stderr_alone_may_lead_to_the_journal(app: App) -> None:
     assert done.returncode == 0 and done.stdout.startswith(b"  application")
 
 
-@pytest.mark.skipif(os.path.exists(deploy.SystemdJournal.SOCKET), reason="this host has a journal, and it would be written to")
+@pytest.mark.skipif(os.path.exists(deploy.JOURNAL_SOCKET), reason="this host has a journal, and it would be written to")
 def test_where_the_journals_socket_is_gone_the_line_is_written_after_all(app: App) -> None:
     with (app.directory / "stderr").open("w+") as stderr:
         found = os.fstat(stderr.fileno())
@@ -351,15 +352,20 @@ def test_why_syslog_cannot_be_reached_is_told_to_who_asks(app: App, tmp_path: Pa
     assert "syslog cannot be reached: [Errno 2]" in result.stderr
 
 
+def says(handler: Any, text: str) -> None:
+    """Have a line written."""
+    handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR, "context": {}, "event": {}}))
+
+
 def test_a_syslog_that_was_started_anew_gets_the_next_line(tmp_path: Path) -> None:
-    sink = deploy.Syslog((str(tmp_path / "log"), 0), "user", as_json=False)
+    handler = deploy.Syslog((str(tmp_path / "log"), 0), "user", as_json=False)
     for number in range(3):
         receiver = Receiver(tmp_path / "log")
-        assert sink.write("info", f"line {number}", {}, {})
+        says(handler, f"line {number}")
         receiver.until(f"]: line {number}".encode())
         receiver.close()
         (tmp_path / "log").unlink()
-        assert not sink.write("info", "lost", {}, {})
+        says(handler, "lost")
 
 
 def test_a_pipe_that_nobody_reads_is_no_log_file_and_not_waited_for(app: App) -> None:
@@ -372,19 +378,19 @@ def test_a_pipe_that_nobody_reads_is_no_log_file_and_not_waited_for(app: App) ->
 def test_a_name_server_that_hangs_is_waited_for_once(monkeypatch: Any) -> None:
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: release.wait(60) and [])
-    sink = deploy.Syslog(("log.example", 514), "user", as_json=False)
+    handler = deploy.Syslog(("log.example", 514), "user", as_json=False)
     try:
-        assert "cannot be resolved" in sink.problem()
-        monkeypatch.setattr(sink._lookup, "wait", lambda seconds: pytest.fail("waited for it again"))
-        assert not sink.write("info", "the first line", {}, {})
+        assert "cannot be resolved" in handler.problem()
+        monkeypatch.setattr(handler._lookup, "wait", lambda seconds: pytest.fail("waited for it again"))
+        says(handler, "the first line")
     finally:
         release.set()
 
 
 def test_a_name_leads_to_the_address_that_listens(udp: Receiver) -> None:
-    sink = deploy.Syslog(("localhost", int(udp.address.rpartition(":")[2])), "user", as_json=False)
+    handler = deploy.Syslog(("localhost", int(udp.address.rpartition(":")[2])), "user", as_json=False)
     # What nobody took is known at the second datagram: localhost may be ::1 first.
-    wait_until(lambda: sink.write("error", "found", {}, {}) and udp.datagrams, what="a datagram at 127.0.0.1")
+    wait_until(lambda: says(handler, "found") or udp.datagrams, what="a datagram at 127.0.0.1")
     assert udp.datagrams[0].startswith(b"<11>")
 
 

@@ -286,8 +286,26 @@ def test_what_is_assigned_to_a_name_that_looks_secret_is_masked_in_output(name: 
 
 
 @pytest.mark.parametrize("line", [
+    "curl --token unheard0fcanary https://x", "psql --db-password 'unheard0f canary'", "mysql -u root -punheard0fcanary shop",
+    "sshpass -p unheard0fcanary ssh x", "login -punheard0fcanary", "APP_KEY=base64:unheard0fcanary",
+    "got eyJhbGciOiJIUzI1NiJ9.eyJ1bmhlYXJkMGYiOjF9.unheard0fcanary", "auth: unheard0fcanary"])
+def test_what_commands_are_given_as_secret_and_web_tokens_are_masked(line: str, app: App) -> None:
+    text = everything(app, say(app, line + "\n"))
+    assert "unheard0f" not in text and "eyJhbGc" not in text, text
+
+
+def test_the_words_of_a_command_are_masked_where_they_are_kept_one_by_one(app: App) -> None:
+    app.configure("durable = no\n[hooks]\npre_activate = false --token unheard0fcanary -punheard0f1 --token-file /x --verbose\n")
+    result = app.run("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", check=1)
+    assert "unheard0f" not in everything(app, result)
+    assert app.history()[-1]["failure"]["evidence"]["argv"] == \
+        ["false", "--token", "[masked]", "-p[masked]", "--token-file", "/x", "--verbose"]
+
+
+@pytest.mark.parametrize("line", [
     "tests_pass: 12", '"checks-pass": 3', "cat: /etc/secret.txt: No such file or directory", "secret.txt: no such file",
-    "open token: permission denied", "reading tls_ca, tls_cert and tls_key: TLS: no certificate", "[probe:x] tls_key: /etc/x.pem is missing"])
+    "open token: permission denied", "reading tls_ca, tls_cert and tls_key: TLS: no certificate", "[probe:x] tls_key: /etc/x.pem is missing",
+    "--token is required", "use --password-file /x/y", "docker run -p8080:80", "find . -print0", "author: me", "PASS: test_x", "private: true"])
 def test_what_only_looks_like_an_assignment_is_shown(line: str, app: App) -> None:
     assert line in say(app, line + "\n", json=False).stderr
 
@@ -407,8 +425,9 @@ def test_a_secret_of_fewer_than_four_characters_is_by_design_not_masked_by_value
     assert "bare q7z" in text and "password=q7z" not in text
 
 
-@pytest.mark.parametrize("line", ["token." * 4000, "_key-" * 4000, "a-" * 8000, "x" * 20000 + "http://a?b=c"],
-                         ids=["names", "half names", "dashes", "scheme"])
+@pytest.mark.parametrize("line", [
+    "token." * 4000, "_key-" * 4000, "a-" * 8000, "x" * 20000 + "http://a?b=c", "eyJ" * 10000, "eyJ." * 8000, "mysql " * 5000,
+    " -p1a" * 6000, "--token " * 4000], ids=["names", "half names", "dashes", "scheme", "web tokens", "half web tokens", "mysql", "-p", "options"])
 def test_a_long_line_that_looks_like_secrets_takes_no_time(line: str, app: App) -> None:
     path = app.directory / "line"
     path.write_text(line + "\n")
