@@ -7471,16 +7471,17 @@ class ArtifactFacts(NamedTuple):
 
 
 def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False) -> Facts:
-    """Look at the root and at the artifact, and keep what was found in `run.facts`.
+    """Look at the root, where that is still to be done, and at the artifact; keeps `run.facts`.
 
     A refused artifact is a fact, so that every check can still be run.  `confirm`: nothing will
     be unpacked, so that only a look of its own says whether the bytes are right.
     """
-    used = lock_used(run.store) if run.store else 0
-    run.facts = observe_root(run, locked=locked)
-    if not locked and run.store and lock_used(run.store) != used:
-        # A run began or ended meanwhile, and half of each state is neither.
+    if run.facts is None:
+        used = lock_used(run.store) if run.store else 0
         run.facts = observe_root(run, locked=locked)
+        if not locked and run.store and lock_used(run.store) != used:
+            # A run began or ended meanwhile, and half of each state is neither.
+            run.facts = observe_root(run, locked=locked)
     if artifact:
         try:
             found = observe_artifact(run, artifact, confirm=confirm)
@@ -9266,13 +9267,14 @@ def recover(run: Run) -> List[str]:
     and failed.
     """
     store, done = run.store, []
-    journal, current = store.read_journal(), store.current()
+    current, journal = run.facts.current, store.read_journal()
     if current.problem:
         raise StateError(current.problem, current.hint)
     if journal is not None:
         done.append(settle_journal(run, journal, current.release))
+        run.facts = observe_root(run, locked=True)
     done += [f"removed {name}" for name in store.sweep(run.console.warn)]
-    return done + store.mend_history() + agree_with_current(run) + forget_missing(run)
+    return done + store.mend_history() + agree_with_disk(run)
 
 
 def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
@@ -9379,38 +9381,34 @@ def by_hand(store: Store) -> str:
         + store.command_line("recover --to RELEASE")
 
 
-def agree_with_current(run: Run) -> List[str]:
-    """The link is the truth: what it names is `active`, nothing else is; lost, it stays known."""
-    store, done = run.store, []
-    live, there = store.current().release, store.releases_on_disk()
-    for record in store.records()[0].values():
-        state = record.state
+def agree_with_disk(run: Run) -> List[str]:
+    """Bring the records into line with what is there; returns what was done.
+
+    The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
+    should be live stays known.  Records without files go, but what is bad stays known as bad.
+    """
+    store, facts, done = run.store, run.facts, []
+    live = facts.current.release
+    for record in list(facts.records.values()):
+        there, state = record.id in facts.on_disk, record.state
         if record.id == live:
             state = STATE_ACTIVE
-        elif state == STATE_ACTIVE and not (live is None and record.id in there):
+        elif state == STATE_ACTIVE and not (live is None and there):
             state = STATE_RETIRED
         if state != record.state:
-            store.write_record(record._replace(state=state))
             done.append(f"{record.id} is {state}, not {record.state}")
-    return done
-
-
-def forget_missing(run: Run) -> List[str]:
-    """Drop records without files, manifests without a record; what is bad stays known as bad."""
-    store, done = run.store, []
-    live, there = store.current().release, store.releases_on_disk()
-    records, problems = store.records()
-    if problems:
-        return done
-    for record in records.values():
-        if record.id in there or record.pruned_at or record.id == live:
-            continue
-        if record.state == STATE_BAD:
-            store.write_record(record._replace(pruned_at=format_time(time.time())))
-        else:
+        gone = not (there or record.pruned_at or record.id == live or facts.state_problems)
+        if gone and state != STATE_BAD:
             store.remove_record(record.id)
-        done.append(f"forgot {record.id}: its files are gone")
-    return done + [f"removed {path}" for path in store.sweep_manifests(there)]
+        elif gone:
+            store.write_record(record._replace(pruned_at=format_time(time.time())))
+        elif state != record.state:
+            store.write_record(record._replace(state=state))
+        if gone:
+            done.append(f"forgot {record.id}: its files are gone")
+    if not facts.state_problems:
+        done += [f"removed {path}" for path in store.sweep_manifests(facts.on_disk)]
+    return done
 
 
 # ============================================================================
@@ -10707,6 +10705,8 @@ def recover_under_lock(run: Run) -> List[str]:
         done = recover(run)
     finally:
         run.outcome = outcome
+    if done:
+        run.facts = None  # it is not what it was
     for line in done:
         run.console.say(f"recovered: {line}")
     outcome.changed = outcome.changed or bool(done)
@@ -10716,8 +10716,13 @@ def recover_under_lock(run: Run) -> List[str]:
 
 def is_untouched(run: Run) -> bool:
     """Say whether nothing was ever deployed to the root."""
-    with looking(run, must_exist=False) as store:
-        return store is None or store.optional(".deploy") is None
+    try:
+        os.lstat(f"{run.root}/.deploy")
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # whoever opens the root says what is wrong with it
+    return False
 
 
 # -- commands that change what is live -----------------------------------------
@@ -10734,6 +10739,7 @@ def transact(run: Run, *, checks: bool = True) -> None:
             with looking(run, must_exist=False):
                 observe(run, locked=True, artifact=asked)
                 preflight(run, show=False)
+            run.facts = None
     opened = looking(run, must_exist=False) if flags.dry_run else changing(run)
     with opened:
         facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
@@ -10966,7 +10972,7 @@ def command_preflight(run: Run) -> None:
             facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
         except StateError as error:
             # A finding among others: what does not depend on the state is looked at all the same.
-            unseen, store, run.store = error, run.store, None
+            unseen, store, run.store, run.facts = error, run.store, None, None
             facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
             run.store = store
         results = run_checks(run)
