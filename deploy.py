@@ -501,12 +501,6 @@ def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def render_steps(timings: Sequence[Tuple[str, float]]) -> str:
-    """Write how long each step took, one line a step."""
-    widest = max([len(name) for name, _ in timings] or [0])
-    return "\n".join(f"  {name:<{widest}}  {format_seconds(seconds):>7}" for name, seconds in timings)
-
-
 # -- the log -----------------------------------------------------------------
 
 # As syslog(3) and the journal count them.
@@ -524,11 +518,11 @@ class LogFormatter(logging.Formatter):
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
-        self.as_json = as_json
+        self._as_json = as_json
 
     def format(self, record: Any) -> str:
         """Write the line, without an end and, as text, without the time, which syslog adds."""
-        if self.as_json:
+        if self._as_json:
             return json.dumps({"time": format_time(record.created),
                                "level": record.levelname.lower(), "message": record.msg,
                                **record.context, **record.event})
@@ -543,11 +537,11 @@ class LogFile(logging.Handler):
     and writes a line in pieces, between which those of another run may come.
     """
 
-    def __init__(self, path: str, *, as_json: bool) -> None:
+    def __init__(self, path: str, report: Callable[[str], Any], *, as_json: bool) -> None:
         super().__init__()
         self.setFormatter(LogFormatter(as_json=as_json))
+        self._report = report  # told once that it cannot be written
         self._is_stamped = not as_json
-        self.report: Callable[[str], None] = str  # whom to tell, once, that it cannot be written
         self._path = path
         try:
             self._descriptor = self._open()
@@ -562,33 +556,29 @@ class LogFile(logging.Handler):
 
     def emit(self, record: Any) -> None:
         """Write one line, in one call, to a new file where logrotate has moved the old one."""
-        line = self.format(record)
-        if self._is_stamped:
-            line = f"{format_time(record.created)} {record.levelname} {line}"
         try:
-            if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
-                raise FileNotFoundError
+            place = os.stat(self._path)
         except FileNotFoundError:
-            self._replace()
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+            place = None
+        if place is None or not os.path.samestat(place, os.fstat(self._descriptor)):
+            try:
+                replaced, self._descriptor = self._descriptor, self._open()
+                os.close(replaced)
+            except OSError:
+                pass  # no place for a new one: the one that was moved takes the rest
+        stamp = f"{format_time(record.created)} {record.levelname} " if self._is_stamped else ""
+        data = (stamp + self.format(record) + "\n").encode("utf-8", "backslashreplace")
         try:
             is_written = os.write(self._descriptor, data) == len(data)
         except OSError:
             is_written = False
         if not is_written:
-            report, self.report = self.report, str
+            report, self._report = self._report, str
             report("the log file cannot be written: not all that is said is in it")
-
-    def _replace(self) -> None:
-        try:
-            replaced, self._descriptor = self._descriptor, self._open()
-            os.close(replaced)
-        except OSError:
-            pass  # no place for a new one: the one that was moved takes the rest
 
 
 class Syslog(logging.Handler):
-    """A syslog daemon: datagrams of RFC 3164 to (host, port), or to its socket (path, 0).
+    """A syslog daemon: datagrams of RFC 3164 to the first of some addresses that takes them.
 
     One that is gone, slow or hanging costs a run PATIENCE_SECONDS in all, and lines.  The
     library's SysLogHandler asks a name server and waits for a full socket with every line.
@@ -598,83 +588,60 @@ class Syslog(logging.Handler):
     LONGEST_BYTES = 1900
     PATIENCE_SECONDS = 1.0
 
-    def __init__(self, address: Tuple[str, int], facility: str, *, as_json: bool) -> None:
+    def __init__(self, addresses: List[Tuple[int, Any]], facility: str,
+                 report: Callable[[str], Any], *, as_json: bool) -> None:
         super().__init__()
         self.setFormatter(LogFormatter(as_json=as_json))
-        self._host, self._port = address
+        self._report = report  # told once that nobody is there
+        self._addresses = list(addresses)  # family, and what connect(2) takes
         self._facility = FACILITIES[facility]
         self._patience_seconds = self.PATIENCE_SECONDS
         self._socket: Any = None
-        self._lookup: Any = None
-        self._addresses: List[Tuple[Any, Any]] = []
-
-    def problem(self) -> str:
-        """Say why the daemon cannot be reached, or nothing."""
-        try:
-            self._connected()
-        except (OSError, RuntimeError) as error:
-            return str(error)
-        return ""
 
     def emit(self, record: Any) -> None:
         """Send one line, or lose it."""
         line = self.format(record).encode("utf-8", "backslashreplace")
         excess_bytes = len(line) - self.LONGEST_BYTES
         if excess_bytes > 0:  # the message is cut, not the line: that may be JSON
-            cut = logging.makeLogRecord({**vars(record), "msg": record.msg[:-excess_bytes - 3] + "..."})
-            line = self.format(cut).encode("utf-8", "backslashreplace")
+            cut = record.msg[:-excess_bytes - 3] + "..."
+            record = logging.makeLogRecord({**vars(record), "msg": cut})
+            line = self.format(record).encode("utf-8", "backslashreplace")
         now = time.localtime(record.created)
         stamp = f"{time.strftime('%b', now)} {now.tm_mday:2d} {time.strftime('%H:%M:%S', now)}"
-        host = os.uname().nodename.partition(".")[0] + " " if self._port else ""
+        is_remote = self._addresses and not isinstance(self._addresses[0][1], str)
+        host = os.uname().nodename.partition(".")[0] + " " if is_remote else ""
         priority = self._facility * 8 + PRIORITIES[record.levelno]
-        data = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: ".encode("utf-8") + line
+        head = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: "
         started_seconds = time.monotonic()
+        why = ""
         try:
-            try:
-                self._connected().send(data)
-            except ConnectionError:
-                # It was started anew, or does not listen at this one of its addresses.
-                self._socket, self._addresses = None, self._addresses[1:] + self._addresses[:1]
-                self._connected().send(data)
-        except (OSError, RuntimeError):
-            pass
+            self._send(head.encode("utf-8") + line)
+        except OSError as error:
+            why = str(error)
         self._patience_seconds -= time.monotonic() - started_seconds
+        if why:
+            report, self._report = self._report, str
+            report(f"syslog cannot be reached: {why}")
 
-    def _connected(self) -> Any:
+    def _send(self, data: bytes) -> None:
         import socket
-        if self._socket is None:
-            family, address = self._looked_up() if self._port else (socket.AF_UNIX, self._host)
-            found = socket.socket(family, socket.SOCK_DGRAM)
-            found.connect(address)
-            self._socket = found
-        self._socket.settimeout(max(0.0, self._patience_seconds))
-        return self._socket
-
-    def _looked_up(self) -> Tuple[Any, Any]:
-        """Return the host's first address, asked for once and in a thread.
-
-        A name server may let one wait for minutes; later lines go out once the answer is there.
-        """
-        import socket
-        import threading
-
-        def resolve() -> None:
-            try:
-                found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_DGRAM)
-                self._addresses = [(family, address) for family, _, _, _, address in found]
-            except (OSError, UnicodeError):
-                pass
-            self._lookup.set()
-            while sys.version_info < (3, 10):
-                time.sleep(3600)  # the end of a thread may abort the process: see Worker
-
-        if self._lookup is None:
-            self._lookup = threading.Event()
-            threading.Thread(target=resolve, daemon=True).start()
-            self._lookup.wait(self.PATIENCE_SECONDS)
         if not self._addresses:
             raise OSError(errno.EHOSTUNREACH, "the host name cannot be resolved")
-        return self._addresses[0]
+        for is_last in (False, True):
+            try:
+                if self._socket is None:
+                    found = socket.socket(self._addresses[0][0], socket.SOCK_DGRAM)
+                    found.connect(self._addresses[0][1])
+                    self._socket = found
+                self._socket.settimeout(max(0.0, self._patience_seconds))
+                self._socket.send(data)
+                return
+            except ConnectionError:
+                # It was started anew, or does not listen at this one of its addresses.
+                self._socket = None
+                self._addresses.append(self._addresses.pop(0))
+                if is_last:
+                    raise
 
 
 # -- the journal -------------------------------------------------------------
@@ -708,12 +675,9 @@ def send_to_journal(level: int, message: str, about: Dict[str, str]) -> bool:
     fields.update((JOURNAL_FIELDS[name], value) for name, value in about.items()
                   if name in JOURNAL_FIELDS and value)
     entry = b""
-    for name, text in fields.items():
+    for name, text in fields.items():  # in the form that any value may have
         value = text.encode("utf-8", "backslashreplace")
-        if b"\n" in value:
-            entry += name.encode("ascii") + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
-        else:
-            entry += name.encode("ascii") + b"=" + value + b"\n"
+        entry += name.encode("ascii") + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
             journal.settimeout(1.0)
@@ -806,10 +770,8 @@ class Console:
         self.colour = terminal and color
         self.shows_progress = terminal and not quiet
 
-    def add_sink(self, handler: logging.Handler) -> None:
+    def add_log(self, handler: logging.Handler) -> None:
         """Send every line there as well, from now on."""
-        if isinstance(handler, LogFile):
-            handler.report = self.warn
         self._log.addHandler(handler)
 
     # -- what is said --------------------------------------------------------
@@ -966,7 +928,12 @@ class Console:
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:
             self._broken.add(id(stream))
-            silence(stream)
+            try:  # or the interpreter's last flush would change the exit code
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+            except (OSError, ValueError):
+                pass
             # Whoever closes a pipe has seen enough; a file that was to hold the result does not.
             number = getattr(error, "errno", None)
             if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
@@ -982,16 +949,6 @@ def leads_to(stream: Any, journal_stream: str) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return journal_stream == f"{found.st_dev}:{found.st_ino}"
-
-
-def silence(stream: Any) -> None:
-    """Point a broken stream at /dev/null, or the interpreter's last flush changes the exit code."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-    except (OSError, ValueError):
-        pass
 
 
 # ============================================================================
@@ -1779,6 +1736,23 @@ class Forked:
         if self._pid > 0:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
+
+
+def syslog_addresses(host: str, port: int) -> List[Tuple[int, Any]]:
+    """List where a syslog daemon listens as (family, address): a socket's path where port is 0.
+
+    None where its name cannot be resolved in a second: a name server may let one wait for minutes.
+    """
+    import socket
+    if not port:
+        return [(socket.AF_UNIX, host)]
+
+    def look_up() -> List[Tuple[int, Any]]:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_DGRAM)
+        return [(family, address) for family, _, _, _, address in found]
+
+    with Forked(look_up, 1.0) as forked:
+        return [(family, tuple(address)) for family, address in forked.result(Interrupts()) or []]
 
 
 class Helper:
@@ -12443,13 +12417,11 @@ def open_log(settings: Settings, console: Console) -> None:
             console.warn(f"[log] {key} is not used: others could have written the configuration that names it")
             setattr(settings.log, key, "")
     if settings.log.file:
-        console.add_sink(LogFile(settings.log.file, as_json=as_json))
+        console.add_log(LogFile(settings.log.file, console.warn, as_json=as_json))
     if settings.log.syslog:
-        syslog = Syslog(settings.log.syslog, settings.log.facility, as_json=as_json)
-        console.add_sink(syslog)
-        problem = syslog.problem()
-        if problem:
-            console.debug(f"syslog cannot be reached: {problem}")
+        console.add_log(Syslog(syslog_addresses(*settings.log.syslog), settings.log.facility,
+                               console.debug, as_json=as_json))
+        console.debug(f"the log goes to syslog, facility {settings.log.facility}")
 
 
 def refuse_own_log(settings: Settings) -> None:
