@@ -38,7 +38,7 @@ bench: ## measure the speed
 lint: ## compile without warnings, Python 3.6 syntax, only permitted names at the top level
 	$(PYTHON) -W error tests/lint.py
 
-example: ## write deploy.ini.example, the README's reference and what ansible-doc reads again
+example: ## write deploy.ini.example and what the README shows of deploy.py again
 	$(PYTHON) deploy.py config --example > deploy.ini.example.new
 	mv deploy.ini.example.new deploy.ini.example
 	$(PYTHON) tests/tables.py

@@ -91,6 +91,7 @@ INSTALL = "install all of it (Debian, Ubuntu: apt-get install python3)"
 _stderr = sys.stderr
 try:
     sys.stderr = None  # hashlib would show a traceback for each hash that it has not got
+    import argparse
     import binascii
     import errno
     import fcntl
@@ -1946,12 +1947,210 @@ class Interrupts:
 #    variables, help, the example file and the README are all made from them.
 # ============================================================================
 
+def _size(text: str) -> int:
+    digits = text.rstrip("kKMGT")
+    return int(digits) << 10 * "_KMGT".index(text[len(digits):].upper() or "_")
+
+
+def _duration(text: str) -> float:
+    number, unit = re.findall(r"[0-9.]+|[a-z]+", text)
+    seconds = float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[unit]
+    if seconds > LONGEST_SECONDS:
+        raise ValueError(f"expected at most {LONGEST_SECONDS // 3600}h")
+    return seconds
+
+
+def _plain(text: str) -> str:
+    """Refuse what other formats allow around a path, a unit or a name, and what would be taken as part of it."""
+    comment = re.search(r"\s[#;]", text)
+    if comment:
+        raise ValueError(f"a comment needs a line of its own; write {text[:comment.start()].rstrip()}")
+    if text[:1] in ("'", '"', "[", "(", "{"):
+        raise ValueError(f"quotes and brackets would be part of it; write {text.strip(QUOTES)}")
+    if "\n" in text:
+        raise ValueError("expected one line")
+    return text
+
+
+def _path(text: str) -> str:
+    if text.startswith("~") or re.search(r"\$[A-Za-z_{(]", text):
+        raise ValueError("`~` and `$NAME` are not replaced here; write the path in full")
+    return native(_plain(text))
+
+
+def _relative(text: str) -> str:
+    path = os.path.normpath(_path(text)) if text else ""
+    parts = path.split("/")
+    if path.startswith("/") or parts[0] in ("..", ".") or any(ord(c) < 32 for c in path) \
+            or max(len(os.fsencode(part)) for part in parts) > MAX_NAME_BYTES \
+            or len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise ValueError(f"expected a relative path that stays inside, not {text!r}")
+    return path
+
+
+def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]:
+    """Make what reads a list of one item a line; `apart` is the pattern that shows a line to hold more than one."""
+    def read_lines(text: str) -> List[Any]:
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        for line in lines:
+            if not re.search(r"\s[#;]", line) and re.search(apart, line):
+                items = [item.strip(QUOTES) for item in re.split(apart, line) if item.strip(QUOTES)]
+                raise ValueError(f"expected one a line; write {' and '.join(items)} on a line of its own each")
+        return [read(line) for line in lines]
+    return read_lines
+
+
+def _argv(text: str) -> List[str]:
+    """Split a command as a shell would; what only a shell could do is refused with the line to write."""
+    import shlex
+    words = shlex.split(text)
+    if words[:1] == [""]:
+        raise ValueError("the first word is a program's name, and it is empty")
+
+    def inner(quoted: Any) -> str:  # of a word in double quotes a shell reads `$` and backquotes
+        return "_" + "".join(re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or ""))
+    found = _SHELL_SYNTAX.search(_QUOTED.sub(inner, text))
+    line = f"sh -c {shlex.quote(text)}"
+    if found:
+        raise ValueError(f"{found.group()} is for a shell, and none runs here; write {line}, "
+                         "or put it in single quotes where it is meant as it stands")
+    if words and words[0] in SHELL_WORDS:
+        raise ValueError(f"{words[0]} is no program but a shell's own word; write {line}")
+    if words and re.match(r"[A-Za-z_]\w*=", words[0]):
+        name, _, value = words[0].partition("=")
+        raise ValueError(f"{words[0]} is no program; write {name} = {value} into [env], or {line}")
+    return words
+
+
+def _regex(text: str) -> str:
+    import warnings
+    try:
+        with warnings.catch_warnings():
+            # What one Python warns of, another refuses or understands differently.
+            warnings.simplefilter("error")
+            re.compile(text[1:] if text.startswith("!") else text)
+    except (re.error, Warning, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}")
+    return text
+
+
+def _statuses(text: str) -> List[Tuple[int, int]]:
+    found = re.findall(r"([1-5][0-9]{2})(?:\s*-\s*([1-5][0-9]{2}))?", text)
+    ranges = [(int(low), int(high or low)) for low, high in found]
+    for low, high in ranges:
+        if high < low:
+            raise ValueError(f"{low}-{high} ends before it begins")
+    return ranges
+
+
+def _addresses(text: str) -> List[Tuple[str, int]]:
+    addresses = []
+    for item in re.findall(r"[^\s,]+", text):
+        host, _, port = item.rpartition(":")
+        if not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"expected PORT or HOST:PORT, not {item!r}")
+        addresses.append((host.strip("[]"), int(port)))
+    return addresses
+
+
+def _syslog(text: str) -> Optional[Tuple[str, int]]:
+    """Read a socket's path as (path, 0), udp://host:port as (host, port), nothing as None."""
+    if not text.startswith("udp://"):
+        return (native(text), 0) if text else None
+    host, _, port = text[6:].rpartition(":")
+    if not 0 < int(port) < 65536:
+        raise ValueError(f"there is no port {port}")
+    return host.strip("[]"), int(port)
+
+
+def _events(text: str) -> List[str]:
+    known = [name for name, _ in NOTIFY_EVENTS]
+    words = re.findall(r"[^\s,]+", text)
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        raise ValueError(f"expected some of {', '.join(known)}" + (f", not {unknown[0]!r}" if unknown else ""))
+    return words
+
+
+QUOTES = " '\"[](){}"
+# What stands in quotes, or behind a backslash, is nothing to a shell either.
+_QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
+_SHELL_SYNTAX = re.compile(
+    r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
+SHELL_WORDS = frozenset(
+    ". : alias bg bind builtin case cd declare eval exec exit export fg for function hash history if "
+    "jobs let local popd pushd read readonly return set shift shopt source times trap type typeset "
+    "ulimit umask unalias unset until wait while { ( !".split())
+BOOLEANS = {"yes": True, "true": True, "on": True, "1": True,
+            "no": False, "false": False, "off": False, "0": False}
+
+_STATUS = r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?"
+
+# kind: (what the documentation calls it, the pattern of its whole text, what was expected where it
+# does not fit, how it is read).  What the reading cannot do raises ValueError with words of its
+# own, or KeyError.  A kind that is not here is a choice, written `one|two|three`.
+KINDS: Dict[str, Tuple[str, str, str, Callable[[str], Any]]] = {
+    "text": ("text", r"(?s).*", "", str),
+    "name": ("text", r"(?s).*", "", _plain),
+    "names": ("one a line", r"(?s).*", "", _lines(_plain, r"[\s,]")),
+    "list": ("one a line", r"(?s).*", "", _lines(_plain, ",")),
+    "unit": ("systemd unit", r"[^,]*", "one unit; another one is another [service:NAME]", _plain),
+    "path": ("path", r"(?s).*", "", _path),
+    "private": ("path", r"(?s).*", "", _path),
+    "paths": ("paths, one a line", r"(?s).*", "", _lines(_path, ",")),
+    "relative": ("relative path", r"(?s).*", "", _relative),
+    "relatives": ("relative paths, one a line", r"(?s).*", "", _lines(_relative, ",")),
+    "int": ("number", r"[0-9]{1,18}", "a whole number, 0 or more, of at most 18 digits", int),
+    "times": ("number", r"0*[1-9][0-9]{0,17}", "a whole number, 1 or more", int),
+    "exit_code": ("number", r"[1-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5]", "1 to 255", int),
+    "factor": ("number", r"[1-9][0-9]{0,8}(\.[0-9]{1,9})?",
+               "a number such as 1.5, 1 or more: waits do not get shorter", float),
+    "share": ("number", r"0(\.[0-9]{1,9})?|1(\.0{1,9})?", "a share between 0 and 1", float),
+    "size": ("size", r"[0-9]{1,12}[kKMGT]?", "a size such as 64k, 10M or 2G", _size),
+    "duration": ("duration", r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)",
+                 "a duration such as 500ms, 3s, 2m or 1h", _duration),
+    "limit": ("duration", r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)",
+              "a duration such as 500ms, 3s, 2m or 1h, and more than 0s", _duration),
+    "bool": ("yes or no", r".*", "yes or no", lambda text: BOOLEANS[text.lower()]),
+    "mode": ("file mode", r"0?[0-7]{3}", "a file mode such as 0640", lambda text: int(text, 8)),
+    "argv": ("command", r"(?s).*", "", _argv),
+    "commands": ("commands, one a line", r"(?s).*", "", _lines(_argv, r"\A\Z")),
+    "regex": ("regular expression", r"(?s).*", "", _regex),
+    "statuses": ("status codes", rf"\s*{_STATUS}(\s*,\s*{_STATUS})*\s*",
+                 "HTTP status codes such as 200-299, 301", _statuses),
+    "addresses": ("[host:]port, one a line", r"(?s).*", "", _addresses),
+    "syslog": ("/dev/log or udp://HOST:PORT",
+               r"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):[0-9]{1,5}",
+               "/dev/log, another socket's path, or udp://HOST:PORT", _syslog),
+    "events": ("events", r"(?s).*", "", _events),
+    "pattern": ("text", r".*@v.*", "@v where the version stands", _plain),
+    "signal": ("name of a signal", r"(?i)(SIG)?[A-Z0-9]+", "the name of a signal, such as HUP",
+               lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
+}
+
+
+def read_value(kind: str, text: str) -> Any:
+    """Read a text as a kind of value; ValueError says what was expected."""
+    if kind not in KINDS:
+        choices = kind.split("|")
+        if text not in choices:
+            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
+        return text
+    _, pattern, expected, read = KINDS[kind]
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"expected {expected}")
+    try:
+        return read(text)
+    except KeyError:
+        raise ValueError(f"expected {expected}")
+
+
 class Option(NamedTuple):
     """One row: where it stands in the INI, how its text is read, and what it means.
 
     A section `probe:*` may be given many times, each with a name; a key `*` or
-    `json.*` stands for keys the operator chooses.  `flag` is the command line's
-    own spelling, where there is one.
+    `json.*` stands for keys that the operator chooses.  `flag` is the command
+    line's own spelling, where there is one.
     """
 
     section: str
@@ -1961,325 +2160,171 @@ class Option(NamedTuple):
     help: str
     flag: str = ""
 
-
-def _parse_bool(text: str) -> bool:
-    words = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
-    if text.lower() not in words:
-        raise ValueError("expected yes or no")
-    return words[text.lower()]
-
-
-def _parse_int(text: str) -> int:
-    if not re.match(r"[0-9]{1,18}\Z", text):
-        raise ValueError("expected a whole number, 0 or more, of at most 18 digits")
-    return int(text)
+    def read(self, text: str) -> Any:
+        """Read a value's text; ValueError says what was expected.  An empty one is as good as none."""
+        if not text and not self.default:
+            return KINDS[self.kind][3]("")
+        return read_value(self.kind, text)
 
 
-def _parse_exit_code(text: str) -> int:
-    if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
-        raise ValueError("expected 1 to 255")
-    return int(text)
-
-
-def _parse_times(text: str) -> int:
-    number = _parse_int(text)
-    if not number:
-        raise ValueError("expected 1 or more")
-    return number
-
-
-def _parse_float(text: str) -> float:
-    if not re.match(r"[0-9]{1,9}(\.[0-9]{1,9})?\Z", text):
-        raise ValueError("expected a number such as 1.5")
-    return float(text)
-
-
-def _parse_factor(text: str) -> float:
-    number = _parse_float(text)
-    if number < 1:
-        raise ValueError("expected 1 or more: waits do not get shorter")
-    return number
-
-
-def _parse_share(text: str) -> float:
-    number = _parse_float(text)
-    if number > 1:
-        raise ValueError("expected a share between 0 and 1")
-    return number
-
-
-def parse_duration(text: str) -> float:
-    """Read `500ms`, `3s`, `2m` or `1h` as seconds; ValueError for anything else."""
-    found = re.match(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)\Z", text)
-    if not found:
-        raise ValueError("expected a duration such as 500ms, 3s, 2m or 1h")
-    seconds = float(found.group(1)) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found.group(2)]
-    if seconds > LONGEST_SECONDS:
-        raise ValueError(f"expected at most {LONGEST_SECONDS // 3600}h")
-    return seconds
-
-
-def _parse_limit(text: str) -> float:
-    seconds = parse_duration(text)
-    if not seconds:
-        raise ValueError("expected more than 0s: nothing is ever done in no time")
-    return seconds
-
-
-def parse_size(text: str) -> int:
-    """Read `64k`, `10M` or `2G` as bytes (powers of 1024); ValueError for anything else."""
-    found = re.match(r"([0-9]{1,12})([kKMGT]?)\Z", text)
-    if not found:
-        raise ValueError("expected a size such as 64k, 10M or 2G")
-    return int(found.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found.group(2).upper()]
-
-
-def _parse_mode(text: str) -> int:
-    if not re.match(r"0?[0-7]{3}\Z", text):
-        raise ValueError("expected a file mode such as 0640")
-    return int(text, 8)
-
-
-def _parse_list(text: str) -> List[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _parse_argv(text: str) -> List[str]:
-    import shlex
-    words = shlex.split(text)
-    if words[:1] == [""]:
-        raise ValueError("the first word is a program's name, and it is empty")
-    return words
-
-
-def _parse_regex(text: str) -> str:
-    import warnings
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what one Python warns of, another refuses or understands differently
-            re.compile(text[1:] if text.startswith("!") else text)
-    except (re.error, Warning, RecursionError, OverflowError) as error:
-        raise ValueError(f"not a regular expression: {error}")
-    return text
-
-
-def _parse_statuses(text: str) -> List[Tuple[int, int]]:
-    ranges = []
-    for item in text.split(","):
-        found = re.match(r"\s*([1-5][0-9][0-9])(?:\s*-\s*([1-5][0-9][0-9]))?\s*\Z", item)
-        if not found:
-            raise ValueError("expected HTTP status codes such as 200-299, 301")
-        low, high = int(found.group(1)), int(found.group(2) or found.group(1))
-        if high < low:
-            raise ValueError(f"{low}-{high} ends before it begins")
-        ranges.append((low, high))
-    return ranges
-
-
-def _parse_addresses(text: str) -> List[Tuple[str, int]]:
-    addresses = []
-    for item in re.split(r"[\s,]+", text.strip()):
-        if item:
-            host, _, port = item.rpartition(":")
-            if not port.isdigit() or not 0 < int(port) < 65536:
-                raise ValueError(f"expected PORT or HOST:PORT, not {item!r}")
-            addresses.append((host.strip("[]"), int(port)))
-    return addresses
-
-
-def _parse_syslog(text: str) -> Optional[Tuple[str, int]]:
-    """Read a socket's path as (path, 0), udp://host:port as (host, port), nothing as None."""
-    found = re.match(r"udp://(?:\[([0-9A-Fa-f:.]+)\]|([^\s/:@\[\]]+)):([0-9]{1,5})\Z", text)
-    if found and 0 < int(found.group(3)) < 65536:
-        return found.group(1) or found.group(2), int(found.group(3))
-    if text and not text.startswith("/"):
-        raise ValueError("expected /dev/log, another socket's path, or udp://HOST:PORT")
-    return (native(text), 0) if text else None
-
-
-def _parse_relative(text: str) -> str:
-    path = os.path.normpath(native(text)) if text else ""
-    if path.startswith("/") or path.split("/")[0] in ("..", ".") or any(ord(c) < 32 for c in path) \
-            or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.split("/")) or len(os.fsencode(path)) > MAX_PATH_BYTES:
-        raise ValueError(f"expected a relative path that stays inside, not {text!r}")
-    return path
-
-
-def _parse_pattern(text: str) -> str:
-    if text and "@v" not in text:
-        raise ValueError("expected @v where the version stands")
-    return text
-
-
-def _parse_signal(text: str) -> str:
-    name = re.sub(r"\ASIG", "", text.upper())
-    if f"SIG{name}" not in signal.Signals.__members__:
-        raise ValueError("expected the name of a signal, such as HUP")
-    return name
-
-
-def _parse_events(text: str) -> List[str]:
-    known, words = [name for name, _ in NOTIFY_EVENTS], re.findall(r"[^\s,]+", text)
-    unknown = [word for word in words if word not in known]
-    if unknown or not words:
-        raise ValueError(f"expected some of {', '.join(known)}" + (f", not {unknown[0]!r}" if unknown else ""))
-    return words
-
-
-# kind: (how its text is read, what the documentation calls it)
-KINDS = {
-    "text": (str, "text"),
-    "path": (native, "path"),
-    "private": (native, "path"),
-    "paths": (lambda text: [native(line) for line in _parse_list(text)], "paths, one a line"),
-    "relative": (_parse_relative, "relative path"),
-    "relatives": (lambda text: [_parse_relative(line) for line in _parse_list(text)], "relative paths, one a line"),
-    "int": (_parse_int, "number"),
-    "times": (_parse_times, "number"),
-    "factor": (_parse_factor, "number"),
-    "share": (_parse_share, "number"),
-    "size": (parse_size, "size"),
-    "duration": (parse_duration, "duration"),
-    "limit": (_parse_limit, "duration"),
-    "bool": (_parse_bool, "yes or no"),
-    "mode": (_parse_mode, "file mode"),
-    "list": (_parse_list, "one a line"),
-    "argv": (_parse_argv, "command"),
-    "commands": (lambda text: [_parse_argv(line) for line in _parse_list(text)], "commands, one a line"),
-    "regex": (_parse_regex, "regular expression"),
-    "statuses": (_parse_statuses, "status codes"),
-    "syslog": (_parse_syslog, "/dev/log or udp://HOST:PORT"),
-    "addresses": (_parse_addresses, "[host:]port, one a line"),
-    "events": (_parse_events, "events"),
-    "pattern": (_parse_pattern, "text"),
-    "signal": (_parse_signal, "name of a signal"),
-}  # type: Dict[str, Tuple[Callable[[str], Any], str]]
-
-# A kind that is not in KINDS is a choice, written `one|two|three`.
-OPTIONS = (
-    Option("deploy", "application", "text", "", "name of what is deployed; default: the root's last component"),
-    Option("deploy", "root", "path", "", "directory that holds current, releases, shared and .deploy", "--root"),
-    Option("deploy", "keep_releases", "int", "5", "good releases kept by prune; current, previous and pinned ones always stay"),
-    Option("deploy", "shared_dirs", "relatives", "", "directories linked from shared/ into every release, made when missing"),
-    Option("deploy", "shared_files", "relatives", "", "files linked from shared/ into every release; they must exist"),
-    Option("deploy", "auto_rollback", "bool", "yes", "go back to the previous release when anything fails after activation"),
-    Option("deploy", "lock_wait", "duration", "0s", "how long to wait for another run to finish", "--wait-lock"),
-    Option("deploy", "min_free", "size", "256M", "free space that must be left after staging"),
-    Option("deploy", "durable", "bool", "yes", "sync every release to disk before it is published"),
-    Option("deploy", "share_unchanged", "no|reflink|hardlink", "reflink", "how a file that is the same in the live release "
-           "takes no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a "
-           "post_stage hook); hard links are one file, so changing one by hand changes all"),
-    Option("artifact", "checksum", "required|if-present|off", "required", "whether an artifact needs a SHA-256 to be compared with"),
-    Option("artifact", "match", "pattern", "", "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
-    Option("artifact", "strip_components", "int", "0", "leading directories to drop from every name, as tar does"),
-    Option("artifact", "symlinks", "inside|refuse", "inside", "whether an artifact may hold symlinks that stay inside it"),
-    Option("limits", "max_artifact", "size", "4G", "largest artifact; 0 is no limit, here and below"),
-    Option("limits", "max_files", "int", "250000", "most members of an archive"),
-    Option("limits", "max_file", "size", "4G", "largest single file"),
-    Option("limits", "max_expanded", "size", "16G", "most bytes that may come out of an archive"),
-    Option("limits", "max_ratio", "int", "200", "most bytes that may come out for each byte of a compressed archive; 1M always may"),
-    Option("preflight", "require_commands", "list", "", "programs that must be found on PATH"),
-    Option("preflight", "require_env", "list", "", "environment variables that must be set and not empty"),
-    Option("preflight", "require_files", "paths", "", "files that must exist and be readable"),
-    Option("preflight", "free_ports", "addresses", "", "TCP ports that nothing may listen on yet"),
-    Option("preflight", "user", "text", "", "user that deploy.py must be run as"),
-    Option("preflight", "accept_risk", "paths", "", "paths that root believes although others may change them; "
-           "the configuration's own only by --set or from the environment"),
-    Option("env", "*", "text", "", "environment variable handed to hooks and commands"),
-    Option("hooks", "pre_stage", "commands", "", "before the artifact is unpacked"),
-    Option("hooks", "post_stage", "commands", "", "in the unpacked release, before it is sealed; may add to it"),
-    Option("hooks", "pre_activate", "commands", "", "before the switch; a failure leaves everything as it was"),
-    Option("hooks", "post_activate", "commands", "", "right after the switch, before services restart"),
-    Option("hooks", "post_deploy", "commands", "", "after the probes passed"),
-    Option("hooks", "on_failure", "commands", "", "after a failure, when undoing or rolling back is done"),
-    Option("hooks", "pre_rollback", "commands", "", "before the switch back"),
-    Option("hooks", "post_rollback", "commands", "", "after the previous release is live again"),
-    Option("hooks", "timeout", "limit", "10m", "for each hook command; then TERM and KILL to its process group"),
-    Option("hooks", "run_as", "text", "", "user that hooks and commands run as (root only)"),
-    Option("template:*", "source", "relative", "", "template in the release; ${name} is replaced, $${name} is kept as ${name}"),
-    Option("template:*", "target", "relative", "", "where the result goes in the release"),
-    Option("template:*", "mode", "mode", "0644", "file mode of the result"),
-    Option("vars", "*", "text", "", "value for ${name} in templates"),
-    Option("service:*", "unit", "text", "", "systemd unit to act on"),
-    Option("service:*", "pidfile", "path", "", "file that holds the process id to signal"),
-    Option("service:*", "signal", "signal", "HUP", "signal for the process in pidfile"),
-    Option("service:*", "command", "argv", "", "command that restarts the service, under the rules for hooks"),
-    Option("service:*", "action", "restart|reload|reload-or-restart|start|none", "restart", "what to do once current has changed"),
-    Option("service:*", "after", "list", "", "services that go first"),
-    Option("service:*", "timeout", "limit", "60s", "longest time the action may take"),
-    Option("service:*", "settle", "duration", "3s", "time the service must stay up unchanged afterwards (systemd units, pidfiles)"),
-    Option("probe:*", "url", "text", "", "HTTP or HTTPS URL to ask"),
-    Option("probe:*", "tcp", "text", "", "host:port or unix:/path to connect to"),
-    Option("probe:*", "command", "argv", "", "command that must exit with 0, under the rules for hooks"),
-    Option("probe:*", "service", "text", "", "name of a [service:NAME] that must be up"),
-    Option("probe:*", "connect", "text", "", "host:port or unix:/path to send the url's connection to"),
-    Option("probe:*", "status", "statuses", "200-299", "HTTP status codes that are well"),
-    Option("probe:*", "body", "regex", "", "must be found in the answer (or the output); a leading ! negates"),
-    Option("probe:*", "json.*", "text", "", "value at this dotted path of the JSON answer"),
-    Option("probe:*", "expect_header.*", "regex", "", "must be found in this header of the answer"),
-    Option("probe:*", "release", "text", "", "where the answer names its version: json:PATH, header:NAME or body"),
-    Option("probe:*", "method", "text", "GET", "HTTP method"),
-    Option("probe:*", "header.*", "text", "", "request header"),
-    Option("probe:*", "auth_file", "private", "", "file with the Authorization header's value, or user:password for Basic; "
-           "a credential from systemd that has the probe's NAME goes before it"),
-    Option("probe:*", "redirects", "int", "0", "redirects to follow, on the same host"),
-    Option("probe:*", "max_body", "size", "64k", "how much of the answer is read"),
-    Option("probe:*", "tls_verify", "bool", "yes", "check the certificate and its name"),
-    Option("probe:*", "tls_ca", "path", "", "CA certificates to trust instead of the system's"),
-    Option("probe:*", "tls_cert", "path", "", "client certificate"),
-    Option("probe:*", "tls_key", "path", "", "key of the client certificate"),
-    Option("probe:*", "when", "after|before|both", "after", "probe the new release, the host before anything changes, or both"),
-    Option("probe:*", "initial_delay", "duration", "0s", "wait before the first try"),
-    Option("probe:*", "period", "duration", "2s", "wait between tries; shorter where the deadline is near"),
-    Option("probe:*", "timeout", "limit", "3s", "longest time of one try"),
-    Option("probe:*", "deadline", "limit", "60s", "longest time until it must be well"),
-    Option("probe:*", "successes", "times", "2", "tries in a row that must be well"),
-    Option("probe:*", "soak", "duration", "0s", "how long it must stay well afterwards"),
-    Option("probe:*", "failures", "times", "3", "tries in a row during the soak that mean failure"),
-    Option("probe:*", "backoff", "factor", "1.5", "factor by which the wait grows after a failed try"),
-    Option("probe:*", "period_max", "duration", "10s", "longest wait between tries"),
-    Option("probe:*", "jitter", "share", "0.1", "random share added to or taken from each wait"),
-    Option("probe:*", "required", "bool", "yes", "no: a failure is only a warning"),
-    Option("notify:*", "type", "webhook|slack|email|command", "webhook", "how it is told"),
-    Option("notify:*", "events", "events", ", ".join(DEFAULT_EVENTS), "what it is told of"),
-    Option("notify:*", "text", "text", "${application} on ${host}: ${event}: ${message}",
-           "what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}"),
-    Option("notify:*", "url", "text", "", "HTTP or HTTPS URL to post to (webhook, slack)"),
-    Option("notify:*", "url_file", "private", "", "file with the url, which is a secret itself (slack); "
-           "a credential from systemd that has the notifier's NAME goes before it"),
-    Option("notify:*", "token_file", "private", "", "file with a token that is sent as such (Bearer; webhook); "
-           "a credential from systemd that has the notifier's NAME goes before it"),
-    Option("notify:*", "header.*", "text", "", "request header (webhook)"),
-    Option("notify:*", "tls_ca", "path", "", "CA certificates to trust instead of the system's (webhook, slack)"),
-    Option("notify:*", "to", "list", "", "addresses to write to (email)"),
-    Option("notify:*", "from", "text", "", "address to write from (email); default: deploy@HOST"),
-    Option("notify:*", "smtp", "text", "localhost:25", "host:port of a mail server that takes mail without a login (email)"),
-    Option("notify:*", "command", "argv", "", "command to run, under the rules for hooks (command)"),
-    Option("metrics", "textfile_dir", "path", "", "directory of node_exporter's textfile collector; "
-           "deploy_APPLICATION.prom is written there after each run"),
-    Option("log", "file", "path", "", "log file to append to", "--log-file"),
-    Option("log", "syslog", "syslog", "", "syslog daemon to send to: its socket, or a host that listens"),
-    Option("log", "facility", "|".join(FACILITIES), "daemon", "syslog facility"),
-    Option("log", "format", "text|json", "text", "log lines as text or as JSON objects", "--log-format"),
+# (section, what it is, its options: key, kind, default, help, flag)
+SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
+    ("deploy", "what is deployed, and where", (
+        ("application", "name", "", "name of what is deployed; default: the root's last component"),
+        ("root", "path", "", "directory that holds current, releases, shared and .deploy", "--root"),
+        ("keep_releases", "int", "5",
+         "good releases kept by prune; current, previous and pinned ones always stay"),
+        ("shared_dirs", "relatives", "",
+         "directories linked from shared/ into every release, made when missing"),
+        ("shared_files", "relatives", "",
+         "files linked from shared/ into every release; they must exist"),
+        ("auto_rollback", "bool", "yes",
+         "go back to the previous release when anything fails after activation"),
+        ("lock_wait", "duration", "0s", "how long to wait for another run to finish", "--wait-lock"),
+        ("min_free", "size", "256M", "free space that must be left after staging"),
+        ("durable", "bool", "yes", "sync every release to disk before it is published"),
+        ("share_unchanged", "no|reflink|hardlink", "reflink",
+         "how a file that is the same in the live release takes no space again: reflink where the "
+         "filesystem can (btrfs, xfs), hardlink anywhere (not with a post_stage hook); hard links "
+         "are one file, so changing one by hand changes all"),
+    )),
+    ("artifact", "how artifacts are named and verified", (
+        ("checksum", "required|if-present|off", "required",
+         "whether an artifact needs a SHA-256 to be compared with"),
+        ("match", "pattern", "",
+         "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
+        ("strip_components", "int", "0", "leading directories to drop from every name, as tar does"),
+        ("symlinks", "inside|refuse", "inside",
+         "whether an artifact may hold symlinks that stay inside it"),
+    )),
+    ("limits", "what an archive may cost", (
+        ("max_artifact", "size", "4G", "largest artifact; 0 is no limit, here and below"),
+        ("max_files", "int", "250000", "most members of an archive"),
+        ("max_file", "size", "4G", "largest single file"),
+        ("max_expanded", "size", "16G", "most bytes that may come out of an archive"),
+        ("max_ratio", "int", "200",
+         "most bytes that may come out for each byte of a compressed archive; 1M always may"),
+    )),
+    ("preflight", "what the host must offer", (
+        ("require_commands", "names", "", "programs that must be found on PATH"),
+        ("require_env", "names", "", "environment variables that must be set and not empty"),
+        ("require_files", "paths", "", "files that must exist and be readable"),
+        ("free_ports", "addresses", "", "TCP ports that nothing may listen on yet"),
+        ("user", "name", "", "user that deploy.py must be run as"),
+        ("accept_risk", "paths", "",
+         "paths that root believes although others may change them; the configuration's own only "
+         "by --set or from the environment"),
+    )),
+    ("env", "environment of hooks and commands", (
+        ("*", "text", "", "environment variable handed to hooks and commands"),
+    )),
+    ("hooks", "commands run at named points, each without a shell, in the release", (
+        ("pre_stage", "commands", "", "before the artifact is unpacked"),
+        ("post_stage", "commands", "",
+         "in the unpacked release, before it is sealed; may add to it"),
+        ("pre_activate", "commands", "", "before the switch; a failure leaves everything as it was"),
+        ("post_activate", "commands", "", "right after the switch, before services restart"),
+        ("post_deploy", "commands", "", "after the probes passed"),
+        ("on_failure", "commands", "", "after a failure, when undoing or rolling back is done"),
+        ("pre_rollback", "commands", "", "before the switch back"),
+        ("post_rollback", "commands", "", "after the previous release is live again"),
+        ("timeout", "limit", "10m",
+         "for each hook command; then TERM and KILL to its process group"),
+        ("run_as", "name", "", "user that hooks and commands run as (root only)"),
+    )),
+    ("template:*", "a file rendered into every release", (
+        ("source", "relative", "",
+         "template in the release; ${name} is replaced, $${name} is kept as ${name}"),
+        ("target", "relative", "", "where the result goes in the release"),
+        ("mode", "mode", "0644", "file mode of the result"),
+    )),
+    ("vars", "values for templates", (
+        ("*", "text", "", "value for ${name} in templates"),
+    )),
+    ("service:*", "a service restarted after each switch: unit, or pidfile and signal, or command", (
+        ("unit", "unit", "", "systemd unit to act on"),
+        ("pidfile", "path", "", "file that holds the process id to signal"),
+        ("signal", "signal", "HUP", "signal for the process in pidfile"),
+        ("command", "argv", "", "command that restarts the service, under the rules for hooks"),
+        ("action", "restart|reload|reload-or-restart|start|none", "restart",
+         "what to do once current has changed"),
+        ("after", "names", "", "services that go first"),
+        ("timeout", "limit", "60s", "longest time the action may take"),
+        ("settle", "duration", "3s",
+         "time the service must stay up unchanged afterwards (systemd units, pidfiles)"),
+    )),
+    ("probe:*", "a question put to the running service: url, tcp, command or service", (
+        ("url", "text", "", "HTTP or HTTPS URL to ask"),
+        ("tcp", "text", "", "host:port or unix:/path to connect to"),
+        ("command", "argv", "", "command that must exit with 0, under the rules for hooks"),
+        ("service", "name", "", "name of a [service:NAME] that must be up"),
+        ("connect", "text", "", "host:port or unix:/path to send the url's connection to"),
+        ("status", "statuses", "200-299", "HTTP status codes that are healthy"),
+        ("body", "regex", "", "must be found in the answer (or the output); a leading ! negates"),
+        ("json.*", "text", "", "value at this dotted path of the JSON answer"),
+        ("expect_header.*", "regex", "", "must be found in this header of the answer"),
+        ("release", "text", "",
+         "where the answer names its version: json:PATH, header:NAME or body"),
+        ("method", "text", "GET", "HTTP method"),
+        ("header.*", "text", "", "request header"),
+        ("auth_file", "private", "",
+         "file with the Authorization header's value, or user:password for Basic; a credential "
+         "from systemd that has the probe's NAME goes before it"),
+        ("redirects", "int", "0", "redirects to follow, on the same host"),
+        ("max_body", "size", "64k", "how much of the answer is read"),
+        ("tls_verify", "bool", "yes", "check the certificate and its name"),
+        ("tls_ca", "path", "", "CA certificates to trust instead of the system's"),
+        ("tls_cert", "path", "", "client certificate"),
+        ("tls_key", "path", "", "key of the client certificate"),
+        ("when", "after|before|both", "after",
+         "probe the new release, the host before anything changes, or both"),
+        ("initial_delay", "duration", "0s", "wait before the first try"),
+        ("period", "duration", "2s", "wait between tries; shorter where the deadline is near"),
+        ("timeout", "limit", "3s", "longest time of one try"),
+        ("deadline", "limit", "60s", "longest time until it must be healthy"),
+        ("successes", "times", "2", "tries in a row that must be healthy"),
+        ("soak", "duration", "0s", "how long it must stay healthy afterwards"),
+        ("failures", "times", "3", "tries in a row during the soak that mean failure"),
+        ("backoff", "factor", "1.5", "factor by which the wait grows after a failed try"),
+        ("period_max", "duration", "10s", "longest wait between tries"),
+        ("jitter", "share", "0.1", "random share added to or taken from each wait"),
+        ("required", "bool", "yes", "no: a failure is only a warning"),
+    )),
+    ("notify:*", "somebody who is told how a run ended: by webhook, slack, email or a command", (
+        ("type", "webhook|slack|email|command", "webhook", "how it is told"),
+        ("events", "events", ", ".join(DEFAULT_EVENTS), "what it is told of"),
+        ("text", "text", "${application} on ${host}: ${event}: ${message}",
+         "what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}"),
+        ("url", "text", "", "HTTP or HTTPS URL to post to (webhook, slack)"),
+        ("url_file", "private", "",
+         "file with the url, which is a secret itself (slack); a credential from systemd that has "
+         "the notifier's NAME goes before it"),
+        ("token_file", "private", "",
+         "file with a token that is sent as such (Bearer; webhook); a credential from systemd that "
+         "has the notifier's NAME goes before it"),
+        ("header.*", "text", "", "request header (webhook)"),
+        ("tls_ca", "path", "", "CA certificates to trust instead of the system's (webhook, slack)"),
+        ("to", "list", "", "addresses to write to (email)"),
+        ("from", "text", "", "address to write from (email); default: deploy@HOST"),
+        ("smtp", "text", "localhost:25",
+         "host:port of a mail server that takes mail without a login (email)"),
+        ("command", "argv", "", "command to run, under the rules for hooks (command)"),
+    )),
+    ("metrics", "numbers for Prometheus", (
+        ("textfile_dir", "path", "",
+         "directory of node_exporter's textfile collector; deploy_APPLICATION.prom is written "
+         "there after each run"),
+    )),
+    ("log", "where everything that is said is kept: a file, syslog, or both", (
+        ("file", "path", "", "log file to append to", "--log-file"),
+        ("syslog", "syslog", "", "syslog daemon to send to: its socket, or a host that listens"),
+        ("facility", "|".join(FACILITIES), "daemon", "syslog facility"),
+        ("format", "text|json", "text", "log lines as text or as JSON objects", "--log-format"),
+    )),
 )
+OPTIONS = tuple(Option(section, *row) for section, _, rows in SECTIONS for row in rows)
 
-SECTION_HELP = (
-    ("deploy", "what is deployed, and where"),
-    ("artifact", "how artifacts are named and verified"),
-    ("limits", "what an archive may cost"),
-    ("preflight", "what the host must offer"),
-    ("env", "environment of hooks and commands"),
-    ("hooks", "commands run at named points, each without a shell, in the release"),
-    ("template:*", "a file rendered into every release"),
-    ("vars", "values for templates"),
-    ("service:*", "a service restarted after each switch: unit, or pidfile and signal, or command"),
-    ("probe:*", "a question put to the running service: url, tcp, command or service"),
-    ("notify:*", "somebody who is told how a run ended: by webhook, slack, email or a command"),
-    ("metrics", "numbers for Prometheus"),
-    ("log", "where everything that is said is kept: a file, syslog, or both"),
-)
-
-# Each name is (section, key); exactly one key of each group must be given.
+# Exactly one of these keys must be given in every such section.
 ONE_OF = (
     ("service:*", ("unit", "pidfile", "command")),
     ("probe:*", ("url", "tcp", "command", "service")),
@@ -2287,161 +2332,143 @@ ONE_OF = (
     ("template:*", ("target",)),
 )
 
-
-COMMAND_HELP = (
-    ("deploy", "preflight, stage, activate, restart, probe; rolls back by itself when that fails"),
-    ("stage", "verify and unpack only; the release is `staged`"),
-    ("activate", "make a staged or earlier release live"),
-    ("rollback", "re-activate the previous good release, or the one that is named"),
-    ("preflight", "run every read-only check, and show them as a table"),
-    ("probe", "run the configured probes now, or an ad-hoc one"),
-    ("verify", "hash a release again and compare it with its manifest"),
-    ("status", "show what is live, what it can go back to, and whether anything needs a person"),
-    ("releases", "list the releases, newest first, `*` on the current one"),
-    ("history", "list the deployments, oldest first; --verify proves that no line was changed"),
-    ("show", "show one deployment with its timeline, and the evidence where it failed"),
-    ("prune", "delete what keep_releases no longer keeps"),
-    ("pin", "protect a release from pruning"),
-    ("unpin", "let a release be pruned again"),
-    ("recover", "finish or undo what a crash left; --to settles by hand what cannot be decided"),
-    ("pack", "pack a directory into a reproducible .tar.gz, with its .sha256 beside it"),
-    ("config", "show every option with its value and where it came from"),
-    ("unit", "print a systemd service and a timer that run a command"),
-    ("help", "show a page of the reference, or how a command is used; needs no configuration"),
-    ("completion", "print what makes bash, zsh or fish complete the words of this program"),
-)
-
-# What --help shows beneath: a command line to begin with, and the exit codes to expect (2, 70 and 10 may always come).
-COMMAND_EXAMPLES = {
-    "deploy": ("-c /etc/deploy/shop.ini deploy shop-1.4.2.tar.gz", (0, 1, 3, 4, 5, 6, 75, 130)),
-    "stage": ("-c /etc/deploy/shop.ini stage shop-1.4.2.tar.gz", (0, 1, 3, 4, 75, 130)),
-    "activate": ("-c /etc/deploy/shop.ini activate 1.4.2", (0, 1, 3, 4, 5, 6, 75, 130)),
-    "rollback": ("-c /etc/deploy/shop.ini rollback", (0, 1, 3, 4, 5, 6, 75, 130)),
-    "preflight": ("-c /etc/deploy/shop.ini preflight shop-1.4.2.tar.gz", (0, 3)),
-    "probe": ("probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s", (0, 7)),
-    "verify": ("--root /srv/shop verify current", (0, 7)),
-    "status": ("--root /srv/shop status", (0, 7)),
-    "releases": ("--root /srv/shop releases", (0,)),
-    "history": ("--root /srv/shop history --limit 5", (0, 7)),
-    "show": ("--root /srv/shop show latest", (0, 7)),
-    "prune": ("--root /srv/shop --set deploy.keep_releases=3 -n prune", (0, 1, 3, 75)),
-    "pin": ("--root /srv/shop pin 1.4.1", (0, 3, 75)),
-    "unpin": ("--root /srv/shop unpin 1.4.1", (0, 3, 75)),
-    "recover": ("-c /etc/deploy/shop.ini recover", (0, 1, 3, 5, 6, 75)),
-    "pack": ("pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz", (0, 1, 4, 130)),
-    "config": ("config --example", (0,)),
-    "unit": ("-c /etc/deploy/shop.ini unit deploy /var/lib/artifacts/shop.tar.gz", (0,)),
-    "help": ("help probes", (0,)),
-    "completion": ("completion bash", (0,)),
-}  # type: Dict[str, Tuple[str, Tuple[int, ...]]]
+# command: (what it does, a command line to begin with)
+COMMAND_HELP = {
+    "deploy": ("preflight, stage, activate, restart, probe; rolls back by itself if that fails",
+               "-c /etc/deploy/shop.ini deploy shop-1.4.2.tar.gz"),
+    "stage": ("verify and unpack only; the release is `staged`",
+              "-c /etc/deploy/shop.ini stage shop-1.4.2.tar.gz"),
+    "activate": ("make a staged or earlier release live", "-c /etc/deploy/shop.ini activate 1.4.2"),
+    "rollback": ("re-activate the previous good release, or the one that is named",
+                 "-c /etc/deploy/shop.ini rollback"),
+    "preflight": ("run every read-only check, and show them as a table",
+                  "-c /etc/deploy/shop.ini preflight shop-1.4.2.tar.gz"),
+    "probe": ("run the configured probes now, or an ad-hoc one",
+              "probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s"),
+    "verify": ("hash a release again and compare it with its manifest",
+               "--root /srv/shop verify current"),
+    "status": ("show what is live, what it can go back to, and whether anything needs a person",
+               "--root /srv/shop status"),
+    "releases": ("list the releases, newest first, `*` on the current one",
+                 "--root /srv/shop releases"),
+    "history": ("list the deployments, oldest first; --verify proves that no line was changed",
+                "--root /srv/shop history --limit 5"),
+    "show": ("show one deployment with its steps, and the evidence where it failed",
+             "--root /srv/shop show latest"),
+    "prune": ("delete what keep_releases no longer keeps",
+              "--root /srv/shop --set deploy.keep_releases=3 -n prune"),
+    "pin": ("protect a release from pruning", "--root /srv/shop pin 1.4.1"),
+    "unpin": ("let a release be pruned again", "--root /srv/shop unpin 1.4.1"),
+    "recover": ("finish or undo what a crash left; --to settles by hand what cannot be decided",
+                "-c /etc/deploy/shop.ini recover"),
+    "pack": ("pack a directory into a reproducible .tar.gz, with its .sha256 beside it",
+             "pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz"),
+    "config": ("show every option with its value and where it came from", "config --example"),
+    "help": ("show what this program is, how a command is used, or a page on one of its uses",
+             "help systemd"),
+    "completion": ("print what makes bash or zsh complete the words of this program",
+                   "completion bash"),
+}
 
 
 class Flag(NamedTuple):
     """A flag or argument that is not an option of the configuration.
 
-    `commands` names the commands that take it; none means every command,
-    before and after its name.
+    `commands` names those that take it; none means every command, before and
+    after its name.  Without a metavar it is a switch.  `nargs` is argparse's
+    for an argument, and `+` for a flag that may repeat; `kind` one of KINDS.
     """
 
     names: Tuple[str, ...]
     help: str
     commands: Tuple[str, ...] = ()
     metavar: str = ""
-    settings: Dict[str, Any] = {}
+    nargs: str = ""
+    kind: str = ""
+    default: Optional[str] = None
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether it has a place instead of a name."""
+        return not self.names[0].startswith("-")
+
+    @property
+    def dest(self) -> str:
+        """The name under which argparse keeps its value."""
+        name = self.names[-1].lstrip("-").replace("-", "_")
+        return {"command": "probe_command", "set": "assignments"}.get(name, name)
 
 
 RELEASE_HELP = "id, unique prefix, version, digest prefix, current, previous or latest"
+STAGING = ("deploy", "stage", "preflight")
 
 FLAGS = (
-    Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", {"action": "append"}),
-    Flag(("-n", "--dry-run"), "show the plan, change nothing", (), "", {"action": "store_true"}),
-    Flag(("--json",), "print exactly one JSON object on stdout", (), "", {"action": "store_true"}),
-    Flag(("-v", "--verbose"), "show every check and what each step looks at", (), "", {"action": "store_true"}),
-    Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong", (), "", {"action": "store_true"}),
-    Flag(("--no-color",), "no colour (NO_COLOR is honoured too)", (), "", {"action": "store_true"}),
-    Flag(("-y", "--yes"), "answer yes to every question (none is asked so far)", (), "", {"action": "store_true"}),
-    Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", {"action": "append", "dest": "assignments"}),
-    Flag(("--detailed-exitcode",), "exit 10 when something changed", (), "", {"action": "store_true"}),
-    Flag(("--debug",), "show tracebacks", (), "", {"action": "store_true"}),
+    Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", "+"),
+    Flag(("-n", "--dry-run"), "show the plan, change nothing"),
+    Flag(("--json",), "print exactly one JSON object on stdout"),
+    Flag(("-v", "--verbose"), "show every check and what each step looks at"),
+    Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong"),
+    Flag(("--no-color",), "no colour (NO_COLOR is honoured too)"),
+    Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", "+"),
+    Flag(("--detailed-exitcode",), "exit 10 when something changed"),
+    Flag(("--debug",), "show tracebacks"),
     Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
-    Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", {"nargs": "?"}),
+    Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", "?"),
     Flag(("release",), RELEASE_HELP, ("activate", "pin", "unpin"), "RELEASE"),
-    Flag(("release",), RELEASE_HELP + "; default: the previous good one", ("rollback",), "RELEASE", {"nargs": "?"}),
-    Flag(("release",), RELEASE_HELP + "; default: current", ("verify",), "RELEASE", {"nargs": "?"}),
-    Flag(("--sha256",), "digest the artifact must have", ("deploy", "stage", "preflight"), "HEX"),
-    Flag(("--release-version",), "version, instead of the one in the name", ("deploy", "stage", "preflight", "pack"), "V"),
-    Flag(("--allow-downgrade",), "accept a version older than the one that is live", ("deploy", "stage", "preflight"),
-         "", {"action": "store_true"}),
+    Flag(("release",), RELEASE_HELP + "; default: the previous good one", ("rollback",), "RELEASE", "?"),
+    Flag(("release",), RELEASE_HELP + "; default: current", ("verify",), "RELEASE", "?"),
+    Flag(("--sha256",), "digest the artifact must have", STAGING, "HEX"),
+    Flag(("--release-version",), "version, instead of the one in the name", STAGING + ("pack",), "V"),
+    Flag(("--allow-downgrade",), "accept a version older than the one that is live", STAGING),
     Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already",
-         ("deploy", "stage", "activate", "rollback", "preflight"), "", {"action": "store_true"}),
-    Flag(("--splay",), "wait first, this host's own share of DURATION: always the same, evenly spread over hosts",
-         ("deploy", "stage", "activate", "rollback", "prune", "recover"), "DURATION"),
-    Flag(("names",), "configured probes; default: all", ("probe",), "NAME", {"nargs": "*"}),
+         STAGING + ("activate", "rollback")),
+    Flag(("--splay",), "wait first, this host's own share of DURATION: always the same, evenly "
+         "spread over hosts", ("deploy", "stage", "activate", "rollback", "prune", "recover"),
+         "DURATION", kind="duration"),
+    Flag(("names",), "configured probes; default: all", ("probe",), "NAME", "*"),
     Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
     Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
-    Flag(("--command",), "run this program, with its arguments", ("probe",), "PROGRAM", {"dest": "probe_command"}),
-    Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat", ("probe",), "KEY=VALUE",
-         {"action": "append"}),
-    Flag(("--wait",), "try until it is well, at most this long; default: one try", ("probe",), "DURATION"),
-    Flag(("--unhealthy-exit-code",), "exit code when a probe fails, 1 to 255; default: 7", ("probe",), "N"),
-    Flag(("--verify",), "check the hash chain", ("history",), "", {"action": "store_true"}),
-    Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", {"default": "20"}),
+    Flag(("--command",), "run this program, with its arguments", ("probe",), "PROGRAM"),
+    Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat",
+         ("probe",), "KEY=VALUE", "+"),
+    Flag(("--wait",), "try until it is healthy, at most this long; default: one try", ("probe",),
+         "DURATION", kind="limit"),
+    Flag(("--unhealthy-exit-code",), "exit code when a probe fails, 1 to 255; default: 7",
+         ("probe",), "N", kind="exit_code"),
+    Flag(("--verify",), "check the hash chain", ("history",)),
+    Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", kind="int",
+         default="20"),
     Flag(("id",), "deployment id, its prefix or number, or a release", ("show",), "ID"),
     Flag(("--to",), "settle on this release, whatever the journal says", ("recover",), "RELEASE"),
     Flag(("directory",), "directory to pack", ("pack",), "DIRECTORY"),
     Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
     Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
-    Flag(("--example",), "print a configuration file with every option", ("config",), "", {"action": "store_true"}),
-    Flag(("--timer",), "when the timer runs it, as OnCalendar= takes it; default: every quarter of an hour", ("unit",), "ONCALENDAR",
-         {"default": "*:0/15"}),
-    Flag(("-o", "--output"), "directory to write both files into; default: print them", ("unit",), "DIR"),
-    Flag(("words",), "the command to run, with its arguments", ("unit",), "COMMAND", {"nargs": "..."}),
-    Flag(("topic",), "page or command; default: the list of pages", ("help",), "TOPIC", {"nargs": "?"}),
-    Flag(("shell",), "bash, zsh or fish", ("completion",), "SHELL"),
+    Flag(("--example",), "print a configuration file with every option", ("config",)),
+    Flag(("topic",), "systemd, cron, hooks, config, or a command", ("help",), "TOPIC", "?"),
+    Flag(("shell",), "bash or zsh", ("completion",), "SHELL"),
 )
 
-# What the one object of --json holds after every command: (key, type, meaning).
-RESULT_KEYS = (
-    ("ok", "bool", "it went well: `exit_code` is 0 or 10"),
-    ("changed", "bool", "something changed; with `-n`: a real run would change something"),
-    ("failed", "bool", "the contrary of `ok`"),
-    ("command", "str", "what was run; null where the command line was not understood"),
-    ("exit_code", "int", "the exit code"),
-    ("msg", "str", "the end in one line"),
-    ("application", "str", "name of the application, or null"),
-    ("root", "str", "its root, or null"),
-    ("release", "str", "what is live at the end; what `stage`, `verify`, `pin`, `unpin` and `show` are about; or null"),
-    ("previous", "str", "what was live before; where `current` stayed as it was: what a rollback goes to; or null"),
-    ("rolled_back", "bool", "it failed, and the release from before is live again"),
-    ("deploy_id", "str", "the run's id, by which `show` finds a deployment; null where none began"),
-    ("dry_run", "bool", "nothing was to be changed"),
-    ("steps", "list", "[{`name`, `status` (done, skipped, failed, undone, planned), `seconds`, `detail`}]"),
-    ("checks", "list", "[{`name`, `status` (ok, warn, fail, skip), `detail`, `hint`}]"),
-    ("summary", "dict", "{`checked`, `changed`, `failed`, `warnings`}: how many"),
-    ("warnings", "list", "one text each"),
-    ("error", "dict", "{`message`, `hint`}, or null"),
-    ("seconds", "float", "how long the run took"),
-)
+
+def spoken_duration(text: str) -> str:
+    """Write a flag's duration as the configuration has it: behind a flag a bare number is seconds."""
+    return text + "s" if re.match(r"[0-9]+\Z", text) else text
+
+
+def flag_value(name: str, text: str) -> Any:
+    """Read what a flag was given; UsageError names the flag."""
+    flag = next(flag for flag in FLAGS if name in flag.names)
+    try:
+        return read_value(flag.kind, spoken_duration(text) if flag.metavar == "DURATION" else text)
+    except ValueError as error:
+        raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Suggest the name that was probably meant: ` (did you mean X?)` or nothing."""
+    """Suggest the name that was probably meant: `did you mean 'X'?`, or nothing."""
     import difflib
     known = {name.lower(): name for name in names}
     found = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f"did you mean {known[found[0]]!r}?" if found else ""
-
-
-def find_option(section: str, key: str) -> Optional[Option]:
-    """Return the row for a section and key as the operator wrote them, or None."""
-    section = wildcard(section)
-    for option in OPTIONS:
-        if option.section == section:
-            if option.key == key or option.key == "*":
-                return option
-            if option.key.endswith(".*") and key.startswith(option.key[:-1]) and key != option.key[:-1]:
-                return option
-    return None
 
 
 def wildcard(section: str) -> str:
@@ -2450,26 +2477,57 @@ def wildcard(section: str) -> str:
     return f"{kind}:*" if colon and re.match(r"[A-Za-z0-9_-]+\Z", name) else section
 
 
-def parse_option(option: Option, text: str) -> Any:
-    """Read a value's text; ValueError says what was expected."""
-    if option.kind in KINDS:
-        return KINDS[option.kind][0](text)
-    choices = option.kind.split("|")
-    if text not in choices:
-        raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
-    return text
+def find_option(section: str, key: str) -> Optional[Option]:
+    """Return the row for a section and key as the operator wrote them, or None."""
+    table = wildcard(section)
+    for option in OPTIONS:
+        if option.section == table:
+            chosen = option.key.endswith(".*") and key.startswith(option.key[:-1]) and key != option.key[:-1]
+            if option.key in (key, "*") or chosen:
+                return option
+    return None
 
 
-def default_of(section: str, key: str) -> Any:
-    """Return an option's default as parsed; an empty dictionary for chosen keys (`json` of `json.*`)."""
-    found = next(option for option in OPTIONS if option.section == section and key in (option.key, option.key[:-2]))
-    return {} if found.key.endswith(".*") else parse_option(found, found.default)
+def check_known(section: str, key: Optional[str], origin: str) -> None:
+    """Raise UsageError for a section or key that does not exist, suggesting the nearest name."""
+    names = [name.replace(":*", ":NAME") for name, _, _ in SECTIONS]
+    keys = [option.key for option in OPTIONS if option.section == wildcard(section)]
+    if not keys:
+        raise UsageError(f"{origin}: unknown section [{section}]",
+                         nearest(section, names) or "the sections are " + ", ".join(names))
+    if key is not None and find_option(section, key) is None:
+        raise UsageError(f"{origin}: unknown key {key!r} in [{section}]",
+                         nearest(key, keys) or "the keys are " + ", ".join(keys))
 
 
 def meaningless(section: str, values: Any, keys: Iterable[str], what: str) -> Optional[str]:
-    """Say which of the keys of a section are given although they mean nothing to what it describes; None for none."""
-    given = [key for key in keys if getattr(values, key) != default_of(section, key)]
+    """Say which keys of a section are given although they mean nothing to what it describes; None for none."""
+    defaults = {}
+    for option in OPTIONS:
+        if option.section == section:
+            chosen = option.key.endswith(".*")
+            defaults[option.key[:-2] if chosen else option.key] = {} if chosen else option.read(option.default)
+    given = [key for key in keys if getattr(values, key) != defaults[key]]
     return f"{' and '.join(given)} mean{'s' if len(given) == 1 else ''} nothing to {what}" if given else None
+
+
+@contextmanager
+def noted(mistakes: List[UsageError]) -> Iterator[None]:
+    """Keep a mistake of the configuration in a list, so that all are told at once."""
+    try:
+        yield
+    except UsageError as error:
+        mistakes.append(error)
+
+
+def raise_mistakes(mistakes: Sequence[UsageError]) -> None:
+    """Raise one UsageError that tells all of them, each with what is right; nothing where there are none."""
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        told = [f"({number}) {mistake.message} [{mistake.hint}]" for number, mistake in enumerate(mistakes, 1)]
+        raise UsageError(f"{len(mistakes)} mistakes in the configuration: {'; '.join(told)}",
+                         "correct them all; deploy.py config --example shows every option")
 
 
 class Given(NamedTuple):
@@ -2480,26 +2538,37 @@ class Given(NamedTuple):
     directory: str
 
 
+NOT_GIVEN = Given("", "default", "")
+
+
 class Settings:
     """Every option's value, typed, with its origin.
 
     Sections are attributes (`settings.deploy.root`); sections with names are
     dictionaries of such objects (`settings.probe["web"].url`); chosen keys are
-    dictionaries of texts (`settings.env`, `settings.probe["web"].header`).
+    dictionaries (`settings.env`, `settings.probe["web"].header`).  A value that
+    cannot be read is among the mistakes, and its default in its place.
     """
 
     def __init__(self, given: Dict[Tuple[str, str], Given], files: List[str]) -> None:
-        self.given, self.files = given, files
-        for section in dict.fromkeys(option.section for option in OPTIONS):
+        self.given = given
+        self.files = files
+        self.mistakes: List[UsageError] = []
+        for section, _, rows in SECTIONS:
             if section.endswith(":*"):
-                names = sorted({name.partition(":")[2] for name, _ in given if wildcard(name) == section})
-                kind = section[:-2]
-                setattr(self, kind, {name: self._section(f"{kind}:{name}") for name in names})
-            elif find_option(section, "*"):
+                names = sorted({name for name, _ in given if wildcard(name) == section})
+                setattr(self, section[:-2], {name.partition(":")[2]: self._section(name) for name in names})
+            elif rows[0][0] == "*":
                 setattr(self, section, {key: value.text for (name, key), value in given.items() if name == section})
             else:
                 setattr(self, section, self._section(section))
-        self._check_groups()
+        for section, keys in ONE_OF:
+            for name in sorted({name for name, _ in given if wildcard(name) == section}):
+                present = [key for key in keys if given.get((name, key), NOT_GIVEN).text]
+                if len(present) != 1:
+                    wanted = keys[0] if len(keys) == 1 else "exactly one of " + ", ".join(keys)
+                    got = f", not {' and '.join(present)}" if present else ", and has none"
+                    self.mistakes.append(self.wrong(name, f"needs {wanted}{got}"))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -2519,27 +2588,21 @@ class Settings:
         return values
 
     def _value(self, option: Option, section: str, key: str) -> Any:
-        given = self.given.get((section, key)) or Given(option.default, "default", "")
+        given = self.given.get((section, key))
+        if given is None:
+            return option.read(option.default)
         try:
-            value = parse_option(option, given.text)
+            value = option.read(given.text)
         except ValueError as error:
-            raise UsageError(f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
-                             f"{option.key}: {option.help}")
+            self.mistakes.append(UsageError(f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
+                                            f"{option.key}: {option.help}"))
+            return option.read(option.default)
         if option.kind in ("path", "private") and value:
             path = absolute(os.path.join(given.directory, value))
             return private_file(section.partition(":")[2], path) if option.kind == "private" else path
         if option.kind == "paths":
             return [absolute(os.path.join(given.directory, path)) for path in value]
         return value
-
-    def _check_groups(self) -> None:
-        for section, keys in ONE_OF:
-            for name, values in getattr(self, section[:-2]).items():
-                present = [key for key in keys if getattr(values, key)]
-                if len(present) != 1:
-                    wanted = keys[0] if len(keys) == 1 else "exactly one of " + ", ".join(keys)
-                    got = f", not {' and '.join(present)}" if present else ", and has none"
-                    raise self.wrong(f"{section[:-2]}:{name}", f"needs {wanted}{got}")
 
     def wrong(self, section: str, problem: str) -> UsageError:
         """Make the error for a section whose values do not go together."""
@@ -2563,36 +2626,53 @@ class Settings:
         """List every option in force as (section, key, text, origin), in the table's order."""
         rows = []
         for option in OPTIONS:
-            names = [name for name, _ in self.given if wildcard(name) == option.section]
-            sections = [option.section] if not option.section.endswith("*") else sorted(set(names))
-            for section in sections:
+            sections = {name for name, _ in self.given if wildcard(name) == option.section}
+            for section in sorted(sections) if option.section.endswith("*") else [option.section]:
+                keys = [option.key]
                 if option.key.endswith("*"):
-                    rows += [(section, key, given.text, given.origin)
-                             for (name, key), given in self.given.items()
-                             if name == section and find_option(name, key) is option]
-                else:
-                    given = self.given.get((section, option.key)) or Given(option.default, "default", "")
-                    rows.append((section, option.key, given.text, given.origin))
+                    keys = [key for name, key in self.given if name == section and find_option(name, key) is option]
+                for key in keys:
+                    given = self.given.get((section, key)) or Given(option.default, "default", "")
+                    rows.append((section, key, given.text, given.origin))
         return rows
 
 
-def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str], assignments: Sequence[str]) -> Settings:
+def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
+                  assignments: Sequence[str]) -> Settings:
+    """Read the settings; UsageError tells all that is wrong, with file, section and key."""
+    settings = read_settings(files, flags, assignments)
+    raise_mistakes(settings.mistakes)
+    return settings
+
+
+def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
+                  assignments: Sequence[str]) -> Settings:
     """Put the layers together: default, files, environment, command line; a later one wins.
 
     `flags` are options that have a flag of their own, `assignments` are the
-    texts of --set.  Raises UsageError that names file, section and key.
+    texts of --set.  What is wrong is in the result's `mistakes`.
     """
-    given = {}  # type: Dict[Tuple[str, str], Given]
+    given: Dict[Tuple[str, str], Given] = {}
+    mistakes: List[UsageError] = []
     for path in files:
-        given.update(read_ini(path))
+        with noted(mistakes):
+            given.update(read_ini(path, mistakes))
     given.update(read_environment({section for section, _ in given}))
     here = current_directory()
     for (section, key), text in flags.items():
         given[section, key] = Given(text, "command line", here)
     for assignment in assignments:
-        section, key, text = split_assignment(assignment)
-        given[section, key] = Given(text, "command line (--set)", here)
-    return Settings(given, list(files))
+        with noted(mistakes):
+            name, equals, value = assignment.partition("=")
+            section, dot, key = name.strip().partition(".")  # a later `.` belongs to the key
+            if not equals or not dot:
+                raise UsageError(f"--set {assignment!r}: expected SECTION.KEY=VALUE",
+                                 "for example --set deploy.keep_releases=3")
+            check_known(section, key, "--set")
+            given[section, key] = Given(value.strip(), "command line (--set)", here)
+    settings = Settings(given, list(files))
+    settings.mistakes[:0] = mistakes
+    return settings
 
 
 def discover_files() -> List[str]:
@@ -2602,8 +2682,8 @@ def discover_files() -> List[str]:
     return [path for path in ("deploy.ini", "/etc/deploy/deploy.ini") if os.path.exists(path)][:1]
 
 
-def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
-    """Read one configuration file; UsageError names the file, section and key that is wrong."""
+def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Given]:
+    """Read one configuration file; UsageError where it is no INI file, names that do not exist among the mistakes."""
     import configparser
     parser = configparser.RawConfigParser(
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
@@ -2612,7 +2692,8 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
     directory = os.path.dirname(absolute(path))
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        parser.read_string(read_descriptor(descriptor, path, MAX_CONFIG_BYTES).decode("utf-8-sig"), path)
+        text = read_descriptor(descriptor, path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+        parser.read_string(text, path)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {reason(error)}",
                          "name a configuration that this user can read: -c FILE")
@@ -2621,63 +2702,42 @@ def read_ini(path: str) -> Dict[Tuple[str, str], Given]:
     except configparser.ParsingError as error:
         # Not its own words: they quote the line, which may hold a password.
         numbers = [number for number, _ in getattr(error, "errors", [])] or [getattr(error, "lineno", 0)]
-        raise UsageError(f"cannot understand {path}: line {', '.join(map(str, numbers))} is none that can stand there",
-                         "lines are [section], then key = value, or a continuation that is indented") from None
+        raise UsageError(f"cannot understand {path}: line {', '.join(map(str, numbers))} is none that "
+                         "can stand there", "lines are [section], then key = value, or a continuation "
+                         "that is indented") from None
     except configparser.Error as error:
         raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
                          "every section and every key may stand there once")
     given = {}
     for section in parser.sections():
-        for key, text in parser.items(section):
-            check_known(section, key, path)
-            if "\0" in text + key:
-                raise UsageError(f"{path}: [{section}] {key} holds a NUL character", "no program, file or variable can: take it out")
-            given[section, key] = Given(text.strip(), path, directory)
-        check_known(section, None, path)
-        if wildcard(section) != section and not parser.items(section):
-            given[section, ""] = Given("", path, directory)  # declared, and nothing more: it is not to be overlooked
+        with noted(mistakes):
+            check_known(section, None, path)
+            if wildcard(section) != section and not parser.items(section):
+                given[section, ""] = Given("", path, directory)  # declared, and nothing more
+            for key, text in parser.items(section):
+                with noted(mistakes):
+                    check_known(section, key, path)
+                    if "\0" in text + key:
+                        raise UsageError(f"{path}: [{section}] {key} holds a NUL character",
+                                         "no program, file or variable can: take it out")
+                    given[section, key] = Given(text.strip(), path, directory)
     return given
-
-
-def check_known(section: str, key: Optional[str], origin: str) -> None:
-    """Raise UsageError for a section or key that does not exist, suggesting the nearest name."""
-    sections = {option.section for option in OPTIONS}
-    if wildcard(section) not in sections:
-        plain = [name.replace(":*", ":NAME") for name in sorted(sections)]
-        raise UsageError(f"{origin}: unknown section [{section}]",
-                         nearest(section, plain) or "the sections are " + ", ".join(plain))
-    if key is not None and find_option(section, key) is None:
-        keys = [option.key for option in OPTIONS if option.section == wildcard(section)]
-        raise UsageError(f"{origin}: unknown key {key!r} in [{section}]",
-                         nearest(key, keys) or "the keys are " + ", ".join(keys))
 
 
 def read_environment(sections: Set[str]) -> Dict[Tuple[str, str], Given]:
     """Take options from DEPLOY_<SECTION>_<KEY>; `sections` are those with names that the files declare."""
     given = {}
-    names = set(environment_names())
+    names = [name for name in environment_names() if name.startswith("DEPLOY_")]
     directory = current_directory()
-    for option in OPTIONS:
+    for option in OPTIONS if names else ():
         for section in [name for name in sections if wildcard(name) == option.section] or [option.section]:
             prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
-            if option.key.endswith("*"):
-                keys = [name[len(prefix):] for name in names if name.startswith(prefix)] if option.key == "*" else []
-            else:
-                keys = [option.key] if prefix + option.key.upper() in names else []
-            for key in keys:
-                name = prefix + (key if option.key == "*" else key.upper())
-                given[section, key] = Given(environment(name), f"environment {name}", directory)
+            for name in names:
+                if option.key == "*" and name.startswith(prefix):
+                    given[section, name[len(prefix):]] = Given(environment(name), f"environment {name}", directory)
+                elif name == prefix + option.key.upper():
+                    given[section, option.key] = Given(environment(name), f"environment {name}", directory)
     return given
-
-
-def split_assignment(text: str) -> Tuple[str, str, str]:
-    """Read --set SECTION.KEY=VALUE; a later `.` belongs to the key (probe:web.json.status=ok)."""
-    name, equals, value = text.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not equals or not dot:
-        raise UsageError(f"--set {text!r}: expected SECTION.KEY=VALUE", "for example --set deploy.keep_releases=3")
-    check_known(section, key, "--set")
-    return section, key, value.strip()
 
 
 # ============================================================================
@@ -9387,678 +9447,46 @@ def agree_with_disk(run: Run) -> List[str]:
 
 # ============================================================================
 # 13  Reference
-#    Texts made from the tables: what the program can say about itself.  Uses
-#    no state, no root and no clock.
+#    What the program says about itself: texts, and what is made from the tables.
+#    Uses no state, no root and no clock.
 # ============================================================================
 
-def render_example() -> str:
-    """Write the configuration file that shows every option, commented, with its default and help."""
-    lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
-             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line, indented.",
-             "# Relative paths are relative to this file."]
-    for section, text in SECTION_HELP:
-        lines += ["", f"# {text}", f"#[{section.replace('*', 'NAME')}]" if section.endswith("*") else f"[{section}]"]
-        for option in OPTIONS:
-            if option.section == section:
-                key = option.key.replace("*", "NAME")
-                lines += [f"# {option.help} ({kind_name(option.kind)})", f"#{key} = {option.default}".rstrip()]
-    return "\n".join(lines) + "\n"
-
-
-def kind_name(kind: str) -> str:
-    """Say what sort of text an option takes."""
-    return KINDS[kind][1] if kind in KINDS else kind.replace("|", ", ")
-
-
-def option_metavar(option: Option) -> str:
-    """Name what the flag of an option takes: DIR, FILE, DURATION, text|json."""
-    if option.kind == "path":
-        return "DIR" if option.key == "root" else "FILE"
-    return kind_name(option.kind).upper() if option.kind in KINDS else option.kind
-
-
-# -- tables: one source, for a terminal and for the README -----------------------
-
-# Lays out headers and rows of light Markdown: as aligned columns here, as a Markdown table in the README.
-TableWriter = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
-PAGE_COLUMNS = 79
-
-
-def aligned_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table for a terminal of 80 columns; what does not fit wraps within its column."""
-    return aligned_rows([[name.upper() for name in headers], *rows])
-
-
-def aligned_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows as such a table does, without a heading."""
-    import textwrap
-    table = [[cell.replace("`", "") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    while sum(widths) + 2 * len(widths) > PAGE_COLUMNS:
-        widths[widths.index(max(widths))] -= 1
-    lines = []
-    for row in table:
-        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths)]
-        for parts in itertools.zip_longest(*cells, fillvalue=""):
-            lines.append("".join(f"  {part:<{width}}" for part, width in zip(parts, widths)).rstrip())
-    return "\n".join(lines)
-
-
-class Completable(NamedTuple):
-    """A flag (with the name of its value, if it takes one) or an argument (no names), as help and shells show it."""
-
-    names: Tuple[str, ...]
-    commands: Tuple[str, ...]
-    metavar: str
-    help: str
-    words: Tuple[str, ...] = ()
-
-    def spelled(self, name: str) -> str:
-        """Write one of its names with what it takes: `--root DIR`."""
-        return f"{name} {self.metavar}" if self.metavar else name
-
-    @property
-    def offer(self) -> str:
-        """What may stand for the value: `files`, `directories`, `words A B`, `beginnings A= B=`, or nothing."""
-        if self.metavar in ("FILE", "ARTIFACT", "DIR", "DIRECTORY"):
-            return "directories" if self.metavar.startswith("DIR") else "files"
-        kind = "beginnings" if self.metavar.endswith("KEY=VALUE") else "words"
-        return f"{kind} {' '.join(self.words)}" if self.words else ""
-
-
-def completables() -> List[Completable]:
-    """List every flag and argument of the tables."""
-    words = {
-        "RELEASE": ROLES, "SHELL": SHELLS, "COMMAND": tuple(dict(COMMAND_HELP)),
-        "TOPIC": (*(topic.name for topic in TOPICS), *dict(COMMAND_HELP)),
-        "KEY=VALUE": [f"{option.key}=".replace("*=", "") for option in OPTIONS if option.section == "probe:*"],
-        "SECTION.KEY=VALUE": [f"{option.section}.{option.key}=".replace("*=", "")
-                              for option in OPTIONS if ":" not in option.section],
-    }  # type: Dict[str, Sequence[str]]
-    found = [Completable(("-h", "--help"), (), "", "show how it is used"), Completable(("--version",), (), "", "show the version")]
-    for flag in FLAGS:
-        names = flag.names if flag.names[0].startswith("-") else ()
-        found.append(Completable(names, flag.commands, flag.metavar, flag.help, tuple(words.get(flag.metavar, ()))))
-    for option in OPTIONS:
-        if option.flag:
-            known = option.kind.split("|") if option.kind not in KINDS else ()
-            found.append(Completable((option.flag,), (), option_metavar(option), option.help, tuple(known)))
-    return found
-
-
-def usage(command: str) -> str:
-    """Write a command with its arguments: `deploy ARTIFACT`, `rollback [RELEASE]`."""
-    words = [command]
-    for flag in FLAGS:
-        if command in flag.commands and not flag.names[0].startswith("-"):
-            count = flag.settings.get("nargs", "")
-            shown = flag.metavar + ("..." if count in ("*", "...") else "")
-            words.append(f"[{shown}]" if count in ("*", "?") else shown)
-    return " ".join(words)
-
-
-def own_flags(command: str) -> List[Completable]:
-    """List the flags that this and few other commands take; of no command, the global options."""
-    return [item for item in completables() if item.names and (command in item.commands if command else not item.commands)]
-
-
-def options_tables(sections: Sequence[str], write: TableWriter) -> str:
-    """The options of some sections, a table for each."""
-    parts = []
-    for section, text in SECTION_HELP:
-        if section in sections:
-            rows = [(f"`{option.key.replace('*', 'NAME')}`", kind_name(option.kind),
-                     f"`{option.default}`" if option.default else "", option.help)
-                    for option in OPTIONS if option.section == section]
-            parts += [f"### [{section.replace('*', 'NAME')}]", text, write(("key", "takes", "default", "means"), rows)]
-    return "\n\n".join(parts)
-
-
-# -- unit files ------------------------------------------------------------------
-
-# A deployment writes below its root, talks to systemd, to services and to what it probes, and runs hooks: as root, but
-# with no more of root than these may need, and blind to nothing it has to see (/proc tells which releases are in use).
-UNIT_SANDBOX = """\
-NoNewPrivileges=yes
-CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID CAP_KILL
-CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID CAP_SYS_PTRACE
-LockPersonality=yes
-PrivateDevices=yes
-PrivateMounts=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallErrorNumber=EPERM
-SystemCallFilter=@system-service
-UMask=0022
-"""
-
-UNIT_SERVICE = """\
-[Unit]
-Description={description}
-Wants=network-online.target
-After=network-online.target
-
-[Service]
-Type=oneshot
-ExecStart={command}
-NotifyAccess=main
-SuccessExitStatus={busy}
-TimeoutStartSec={start_seconds:.0f}
-TimeoutStopSec={stop_seconds:.0f}
-KillMode=mixed
-{more}ProtectSystem=strict
-{sandbox}"""
-
-UNIT_TIMER = """\
-[Unit]
-Description={description}
-
-[Timer]
-OnCalendar={calendar}
-RandomizedDelaySec=5min
-FixedRandomDelay=true
-Persistent=true
-
-[Install]
-WantedBy=timers.target
-"""
-
-# Options whose files are written outside the root: their directories.
-WRITTEN_DIRECTORIES = (("log", "file", os.path.dirname), ("metrics", "textfile_dir", str))
-
-
-def unit_text(text: str) -> str:
-    """Write what stands in a unit file up to the end of its line; UsageError for what would make it another line."""
-    if _UNPRINTABLE.search(text) or any("\ud800" <= character <= "\udfff" for character in text) or text.endswith("\\"):
-        raise UsageError(f"{text!r} cannot stand in a unit file", "rename it, or write the unit file by hand")
-    return text.replace("%", "%%")
-
-
-def unit_word(text: str, *, command: bool = False) -> str:
-    """Write one word as unit files take it (systemd.syntax(7)); in a command line `$` has a meaning as well."""
-    text = text.replace("$", "$$" if command else "$")
-    is_plain = re.match(r"[\w%@+=:,./$-]+\Z", text)
-    return unit_text(text if is_plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"')
-
-
-def unit_name(settings: Settings, command: str) -> str:
-    """Name the units of a command: `deploy-shop`, `deploy-shop-prune`; foreign characters as systemd-escape(1) writes them."""
-    name = "".join(character if re.match(r"[A-Za-z0-9:_.-]", character) else
-                   "".join(f"\\x{byte:02x}" for byte in os.fsencode(character)) for character in application_name(settings))
-    return f"deploy-{name}" + (f"-{command}" if command != "deploy" else "")
-
-
-def unit_command(settings: Settings, program: Sequence[str], words: Sequence[str]) -> List[str]:
-    """Put together what the service runs: the configuration files, what this command line set, and the command."""
-    argv = list(program) + [word for path in settings.files for word in ("-c", absolute(path))]
-    for (section, key), given in settings.given.items():
-        is_root = (section, key) == ("deploy", "root") and given.origin not in settings.files  # from the environment, too
-        if given.origin.startswith("command line") or is_root:
-            option = find_option(section, key)  # type: Any
-            text = absolute(os.path.join(given.directory, given.text)) if option.kind in ("path", "private") else given.text
-            argv += [option.flag, text] if option.flag else ["--set", f"{section}.{key}={text}"]
-    return argv + list(words)
-
-
-def unit_files(settings: Settings, argv: Sequence[str], command: str, calendar: str) -> Dict[str, str]:
-    """Write the service that runs `argv` and its timer; returns {file name: text}."""
-    name = unit_name(settings, command)
-    description = unit_text(f"deploy.py {command} of {application_name(settings)}")
-    hooks = {hook: settings.hooks.timeout * len(getattr(settings.hooks, hook)) for hook in HOOK_NAMES}
-    # What was interrupted ends first; then services and probes of the release that was live before.
-    back_seconds = RunningCommand.KILL_AFTER_SECONDS + longest_seconds(settings) \
-        + hooks["pre_rollback"] + hooks["post_rollback"] + hooks["on_failure"]
-    service = UNIT_SERVICE.format(
-        description=description, command=" ".join(unit_word(word, command=True) for word in argv), busy=EXIT_BUSY,
-        # There and back; what has no bound of its own asks for more time while it makes progress.
-        start_seconds=settings.deploy.lock_wait + UNLIMITED_SECONDS + sum(hooks.values()) + back_seconds
-        + longest_seconds(settings), stop_seconds=back_seconds + 60, more=unit_access(settings, argv), sandbox=UNIT_SANDBOX)
-    return {f"{name}.service": service, f"{name}.timer": UNIT_TIMER.format(description=description, calendar=unit_text(calendar))}
-
-
-def unit_access(settings: Settings, argv: Sequence[str]) -> str:
-    """Write what the service may reach: its user, credentials, the paths that it writes, and homes and /tmp only where they are needed."""
-    written = written_directories(settings, os.path.realpath(settings.deploy.root))
-    # As the configuration writes them: where PATH finds a program here says nothing of a service's PATH.
-    needed = [*written, *settings.files, *argv, *[path for _, _, path in key_files(settings)], *[program.name for program in programs(settings)]]
-
-    def within(*tops: str) -> bool:
-        return any(path.startswith(tops) for path in needed)
-    user = settings.preflight.user
-    lines = [f"User={unit_text(user)}"] if user not in ("", "root", "0") else []
-    lines += [f"LoadCredential={section.partition(':')[2]}:{unit_text(path)}" for section, path in private_paths(settings)]
-    lines += ["ReadWritePaths=" + " ".join(map(unit_word, written))]
-    lines += [f"ProtectHome={'read-only' if within('/home/', '/root/', '/run/user/') else 'yes'}"]
-    lines += ["PrivateTmp=yes"] if not within("/tmp/", "/var/tmp/") else []
-    return "".join(line + "\n" for line in lines)
-
-
-def written_directories(settings: Settings, root: str) -> List[str]:
-    """List the directories that a run writes: the root, and what lies elsewhere."""
-    found = [root]
-    for section, key, directory_of in WRITTEN_DIRECTORIES:
-        path = getattr(getattr(settings, section), key)
-        # One mount for all of the root: a second one inside would be a border that no rename crosses (EXDEV).
-        if path and not (directory_of(path) + "/").startswith(root + "/"):
-            found.append(directory_of(path))
-    return list(dict.fromkeys(found))
-
-
-def private_paths(settings: Settings) -> List[Tuple[str, str]]:
-    """List the files with passwords and tokens as configured: (section, path); UsageError where one name would stand for two."""
-    found = sorted((section, absolute(os.path.join(given.directory, native(given.text)))) for (section, key), given
-                   in settings.given.items() if given.text and getattr(find_option(section, key), "kind", "") == "private")
-    names = [section.partition(":")[2] for section, _ in found]
-    for (section, path), name in zip(found, names):
-        if names.count(name) > 1:
-            raise settings.wrong(section, f"{path} and another file would be the same credential, {name}: give one section another name")
-    return found
-
-
-def example_units() -> str:
-    """Write the unit files of an example, as code."""
-    given = {("deploy", "root"): "/srv/shop", ("service:web", "unit"): "shop.service", ("probe:web", "url"): "http://127.0.0.1:8080/health",
-             ("probe:web", "auth_file"): "/etc/deploy/health.token"}
-    files = ["/etc/deploy/shop.ini"]
-    settings = Settings({name: Given(text, files[0], "/etc/deploy") for name, text in given.items()}, files)
-    argv = unit_command(settings, ["/usr/local/sbin/deploy.py"], ["deploy", "/var/lib/artifacts/shop.tar.gz"])
-    parts = [f"    # /etc/systemd/system/{name}\n" + re.sub("(?m)^(?=.)", "    ", text)
-             for name, text in unit_files(settings, argv, "deploy", "*:0/15").items()]
-    return "\n".join(parts).rstrip("\n")
-
-
-# Each lays out its headers and rows by the writer that it is given.
-TABLES = {
-    "commands": lambda write: write(("command", "does", "flags"), [
-        (f"`{usage(name)}`", text, ", ".join(f"`{item.spelled(item.names[-1])}`" for item in own_flags(name)))
-        for name, text in COMMAND_HELP]),
-    "flags": lambda write: write(("option", "means"), [
-        (", ".join(f"`{item.spelled(name)}`" for name in item.names), item.help) for item in own_flags("")]),
-    "sections": lambda write: write(("section", "what it is", "page"), [
-        (f"`[{section.replace('*', 'NAME')}]`", text, next(topic.name for topic in TOPICS if section in sections_of(topic)))
-        for section, text in SECTION_HELP]),
-    "exit-codes": lambda write: write(("code", "means"), [(str(code), text) for code, text in EXIT_CODES]),
-    "result": lambda write: write(("key", "type", "means"), [(f"`{key}`", kind, text) for key, kind, text in RESULT_KEYS]),
-    "events": lambda write: write(("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in EVENTS.items()]),
-    "metrics": lambda write: write(("metric", "means"), [(f"`{name}`", text) for name, _, text in METRICS]),
-    "notify-events": lambda write: write(("event", "means"), [(f"`{name}`", text) for name, text in NOTIFY_EVENTS]),
-    "unit": lambda write: example_units(),
-}  # type: Dict[str, Callable[[TableWriter], str]]
-
-
-# -- pages -----------------------------------------------------------------------
-
-class Topic(NamedTuple):
-    """One page of the reference: its name, what it is about in one line, and its text.
-
-    The text is light Markdown that reads well as it stands: lines of up to 79
-    characters, `###` for headings, code indented by four.  A line {{NAME}}
-    stands for a table of TABLES, a line {{options SECTION...}} for the options
-    of these sections, or {{options}} for those that no other page has.  README
-    shows the same pages (make example).
-    """
-
-    name: str
-    about: str
-    text: str
-
-
-TOPICS = (
-    Topic("commands", "what each command does, and the global options", """\
-{{commands}}
-
-RELEASE is an id, a unique prefix of one, a version, a digest prefix (4
-characters or more), `current`, `previous` or `latest`. `rollback` goes to the
-last good release that was live before the current one; a second rollback goes
-further back, never to what a rollback has left. `activate` goes to any.
-
-Global options stand before or after the command:
-
-{{flags}}"""),
-    Topic("configuration", "where the INI file is read from, its sections and their options", """\
-INI files with `=` as the only delimiter, no interpolation and no `[DEFAULT]`;
-lists have one item a line. Precedence: command line, then the environment
-(`DEPLOY_<SECTION>_<KEY>`, such as `DEPLOY_DEPLOY_ROOT`), then files, then the
-default; `deploy.py config` shows every value and where it came from. Without
-`-c` the first of `$DEPLOY_CONFIG`, `./deploy.ini` and
-`/etc/deploy/deploy.ini` is read. Durations are written `500ms`, `3s`, `2m`,
-`1h` (behind a flag a bare number is seconds); sizes `64k`, `10M`, `2G`.
-Relative paths are relative to the configuration file. `deploy.py config
---example` prints a file to begin with.
-
-{{sections}}
-
-{{options}}"""),
-    Topic("artifacts", "checksums, what an archive may hold, how one is packed", """\
-### Checksums
-
-`--sha256`, else `<artifact>.sha256`, else `SHA256SUMS` beside the artifact;
-coreutils text, binary and BSD (`--tag`) forms. The artifact is opened once:
-the bytes that are hashed are the bytes that are unpacked. A directory has no
-bytes of its own to hash: its digest is made of all names, modes, symlink
-targets and contents in it, needs nothing to be compared with, and is shown as
-`artifact.sha256` with `--json`; it is copied as it is.
-
-### Archives
-
-Members are judged before anything of them is written; one unsafe member
-refuses the whole archive, and nothing is ever renamed to something safer.
-Refused are absolute names, `..`, control characters and backslashes, duplicate
-names, anything below a symlink, symlinks that leave the release, devices and
-other special files, sparse members, headers that contradict each other,
-damaged or cut-off streams, and whatever is over `[limits]`. Setuid bits,
-owners and extended attributes are dropped.
-
-What is the same in the live release takes no space again: `share_unchanged =
-reflink` shares the blocks on filesystems that can (btrfs, xfs), `hardlink`
-makes one file of both anywhere. Either way the old bytes are compared with the
-new ones, not a digest written down earlier.
-
-An archive whose files all lie under one top directory keeps it, as `tar` does;
-`strip_components = 1` drops it (a leading `./` does not count).
-
-`pack` gives every file mode 0644 or 0755, whoever packs and under whatever
-umask. It warns of files that only their owner could read: what is secret
-belongs into `shared/`.
-
-{{options artifact limits}}"""),
-    Topic("trust", "what root believes, and what is kept secret", """\
-deploy.py can do whatever the user can who runs it, and so can whoever may
-write what it believes. So as root each of these, and every directory and
-symlink on the way to it, must belong to root and not be writable by group or
-others; anything else is refused (exit 3) with the command that mends it:
-
-- the configuration and the root directory;
-- the key files and certificates of probes and notifiers;
-- the programs of hooks, services, probes and notifiers, and systemctl: where
-  PATH finds them (`[env] PATH` goes before the caller's), with the directories
-  that PATH names before. A program that comes with the release needs a
-  `releases/` of root's, one that leads into `shared/` (`shared_dirs = bin`,
-  `../../shared/x`) that place as well. It is looked at once more just before
-  it is run: a hook may have made links, or given the release away. `run_as`
-  ends all this but systemctl: what runs as somebody else gets no more than he
-  has.
-
-Where root runs nothing of it, `shared/` and the releases may belong to the
-application's user; a `releases/` that does is a warning, since a release could
-be changed after it was verified. What the arguments of a program name
-(`python3 /opt/x.py`) is not looked at.
-
-`[preflight] accept_risk` names paths for which another owner or mode is meant,
-such as a root that belongs to the application's user; for the configuration
-itself only `--set` and the environment count. A `[log]` file that a
-configuration of others names is not opened.
-
-`.deploy/` is 0700. Releases are made under umask 022 whatever the caller's is.
-Values of keys and variables that look secret (password, token, key, ...), URL
-userinfo and query strings, and Authorization headers are masked in all output,
-logs, records and the history."""),
-    Topic("exit-codes", "what the exit code promises, how errors read, the object of --json", """\
-{{exit-codes}}
-
-An error reads `deploy.py: error: WHAT: WHY`, with `hint: WHAT TO DO NEXT` on
-the next line.
-
-### JSON
-
-With `--json` stdout holds exactly one object, whatever happens:
-
-{{result}}
-
-Commands add `releases`, `history`, `plan`, `probes`, `config`, `differences`
-{`changed`, `missing`, `added`}, `removed`, `recovered`, `artifact`, `status`,
-`help`, `completion` and `units`."""),
-    Topic("probes", "how the running program is asked whether it is well", """\
-A `[probe:NAME]` asks a `url`, connects to a `tcp` address, runs a `command`,
-or looks whether a `service` is up, after every switch, forward and back. All
-that it expects must hold. `release` wants the *new* version in the answer: the
-old process answering is a failure.
-
-    [probe:web]
-    url = http://127.0.0.1:8080/health
-    status = 200
-    json.status = ok
-    release = json:version
-    deadline = 30s
-    soak = 10s
-
-Until `successes` tries in a row are well, only `deadline` counts; then `soak`
-begins, in which `failures` tries in a row mean failure. Every try is cut off
-at `timeout`, a slowly dripping answer and a regular expression without end
-(`(a+)+$`) included. Proxies from the environment are never used. `when =
-before` asks during preflight, before anything changes.
-
-Between two tries lies `period`, after each further failure `backoff` times as
-long, up to `period_max`; a success starts that anew. Where the deadline is
-near the waits shrink, so that there is time for one more whole try, and then
-to half of what is left: a service that comes up late is still seen.
-
-What a kind of probe cannot check (`status` of a `tcp` probe), and what cannot
-come true (more `successes` than there is time for before `deadline`, `body`
-with `max_body = 0`), is a configuration error, not ignored. Probes also run by
-themselves; exit 7 means that one is not well:
-
-    deploy.py probe                        # every configured probe, one try
-    deploy.py probe web --wait 30s         # until it is well
-    deploy.py probe --url http://127.0.0.1:8080/health --expect json.status=ok
-
-{{options probe:*}}"""),
-    Topic("hooks", "commands at named points, services, shared files and templates", """\
-A hook is one or more commands, one a line, split like a shell would but run
-without one, in the release; `pre_stage`, and `on_failure` once the release is
-gone again, in the root.
-
-    [hooks]
-    post_stage = bin/install-dependencies
-    pre_activate =
-        bin/migrate --check
-        bin/migrate
-    timeout = 5m
-    run_as = shop
-
-Each runs under `timeout` in a process group of its own, stdin closed, with
-PATH, HOME, LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`,
-`DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`,
-`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`,
-`DEPLOY_ID` and `DEPLOY_HOOK`. After a timeout the whole group is ended (TERM,
-then KILL). A background child that keeps stdout open is not waited for.
-
-`post_stage` may add to the release (dependencies, compiled assets); afterwards
-the release is sealed: the manifest is written, and later changes are found by
-`verify`. Files that were only added do not stop a rollback, changed or missing
-ones do. `pre_rollback` and `post_rollback` run with DEPLOY_RELEASE naming the
-release that goes live again; on the automatic way back their failure is only a
-warning.
-
-### Services
-
-    [service:web]
-    unit = shop-web.service
-
-    [service:worker]
-    pidfile = /run/shop/worker.pid
-    signal = HUP
-    after = web
-
-`unit` is restarted through systemctl and must stay up unchanged for `settle`;
-a process in `pidfile` gets `signal`; `command` is an argv that restarts the
-service. They are acted on in the order of `after`, after every switch, forward
-and back.
-
-### Shared files and templates
-
-    [deploy]
-    shared_dirs = var/uploads
-    shared_files = .env
-
-    [template:nginx]
-    source = etc/nginx.conf.in
-    target = etc/nginx.conf
-
-    [vars]
-    server_name = shop.example.com
-
-`shared_dirs` are made under `shared/` where they are missing; `shared_files`
-must exist, and a missing one fails preflight: an empty file in its place would
-be a lie. What the artifact brings at a shared path is replaced by the link.
-
-A template's `${name}` is looked up in `[vars]`, then among the `DEPLOY_*`
-variables above, then in the environment. `$${name}` gives a literal `${name}`;
-a name without a value is an error.
-
-{{options env hooks service:* template:* vars}}"""),
-    Topic("files", "what lies under the root, what is deleted, what survives a crash", """\
-    /srv/shop/                    root
-        current -> releases/ID    relative symlink
-        releases/
-            20261121T101500Z-1.4.2/   exactly the artifact, plus shared links
-                                      and rendered templates
-        shared/
-        .deploy/                  mode 0700: deploy.py's own
-            lock                  flock; never unlinked, what it holds is
-                                  information only
-            journal.json          only while something is under way
-            history.jsonl         one JSON object a line, hash-chained;
-                                  history.head names the last
-            releases/ID.json      the record: rollback metadata
-            manifests/ID          the SHA-256 of every file, for sha256sum -c
-            trees/ID              directories, symlinks and modes
-            staging, cache, trash swept by recovery
-
-Everything lies on one filesystem. Directories under `releases/` that have no
-record are left alone and never counted. A release can be checked without
-deploy.py:
-
-    (cd current && sha256sum -c ../../.deploy/manifests/ID)
-
-`prune`, which also follows every deployment, keeps the newest `keep_releases`
-good releases (the current one is one of them) and the newest bad one, and
-never deletes current, previous, a pinned release, a staged one, or one that a
-process has as its working directory or executable: one of root, of the
-release's owner or of a configured service, which `prune` names.
-
-After a crash, a `kill -9` or a power cut, `current` is the old or the new
-release, complete. The next command that writes, or `deploy.py recover`,
-finishes or undoes the rest: what had not been activated is undone; what had is
-taken up where it stopped (a hook that had ended is not run again, services are
-restarted and probed), then kept or rolled back. What was planned and is not
-configured any more is named in a warning. After two recoveries that
-failed, a person decides: `deploy.py recover --to RELEASE`, which verifies the
-release, makes it live and closes what was under way. It also mends a
-`current` that is gone, or leads to a release which is gone; `status` tells
-which release should be live. One that is a directory, or leads
-elsewhere, is left to the person.
-
-`history --verify` finds lines that were changed or are missing. That stays so:
-later lines go on from what history.head says was there, and the gap is told
-for ever. To accept it and start over, move history.jsonl and history.head
-away: the next entry notes that the history begins anew."""),
-    Topic("systemd", "run by a service or a timer", """\
-`deploy.py unit COMMAND...` prints a service that runs a command under a
-configuration, and its timer; `--timer` says when, `-o DIR` writes both files:
-
-    deploy.py -c /etc/deploy/shop.ini unit deploy /var/lib/artifacts/shop.tar.gz
-    deploy.py -c /etc/deploy/shop.ini unit -o /etc/systemd/system deploy /var/lib/artifacts/shop.tar.gz
-    systemctl daemon-reload
-    systemctl enable --now deploy-shop.timer
-
-The first prints, where shop.ini has a root, a service and a probe with its
-auth_file:
-
-{{unit}}
-
-- Time: the run tells systemd what it does (`systemctl status` shows it) and
-  asks for twice the time that each step may take, so a long deployment is not
-  cut short. `systemctl stop` sends SIGTERM: what was not live is undone, what
-  was is rolled back; TimeoutStopSec is what services, probes and hooks of the
-  way back may take by the configuration. Write the unit again after changing
-  it. SuccessExitStatus=75: another run that holds the lock is no failure.
-- Paths: one `ReadWritePaths=` for all of the root; two inside it are two
-  mounts, and no rename crosses them. The root must exist. Directories of a log
-  file or of metrics outside of it are added. What hooks write elsewhere, and
-  what else they need, goes into a drop-in: `systemctl edit deploy-shop`.
-- The key file of [probe:NAME] or [notify:NAME] is handed over as a credential
-  of that NAME, which goes before the file itself; hooks are not told where it
-  lies.
-- Hooks run in the same sandbox: no sudo, no setuid files, no new namespaces.
-  What they or a `command` of a service leave running ends with the unit: let
-  `unit` restart services.
-- Services: [service:NAME] unit = x.service is loaded anew where its file has
-  changed, restarted, and well when it stays up unchanged for the time of
-  `settle`: a crash loop, a program that cannot be started or a unit that was
-  not restarted fails the deployment, with the last lines of its journal.
-  Preflight warns of a unit that is failed already. The unit that deploy.py
-  itself runs in is never restarted."""),
-    Topic("ansible", "the same file is the module: a rolling deployment, and back", """\
-deploy.py is an Ansible module as well: put it beside the playbook as
-`library/deploy.py`. The hosts need nothing but Python 3.6 or newer.
-`ansible-doc -M library deploy` shows every parameter.
-
-Parameters are the arguments and flags of the command line, with `_` for `-`;
-`command` is `deploy` where it is not given, and `set` holds options of the
-configuration. Quote what YAML would change: a version (1.10 is 1.1), a mode
-(0640), a yes that is meant as a word. Such a number is refused, and so is a
-parameter that does not exist, or not for this command.
-
-    - hosts: shop
-      gather_facts: no
-      serial: [1, "50%", "100%"]
-      max_fail_percentage: 0
-      tasks:
-        - block:
-            - name: Deploy
-              deploy:
-                config: /etc/deploy/shop.ini
-                artifact: /var/lib/artifacts/shop-1.4.2.tar.gz
-              register: deployed
-              until: deployed.rc != 75
-              retries: 10
-              delay: 30
-          rescue:
-            - name: Lead back the hosts that were well
-              deploy:
-                command: rollback
-                config: /etc/deploy/shop.ini
-                release: "{{ hostvars[item].deployed.previous }}"
-                wait_lock: 1m
-              delegate_to: "{{ item }}"
-              loop: "{{ ansible_play_hosts_all }}"
-              when:
-                - hostvars[item].deployed is defined
-                - hostvars[item].deployed is changed
-                - hostvars[item].deployed is not failed
-            - name: Stop the roll
-              fail:
-                msg: "{{ ansible_failed_result.msg }}"
-
-One host goes first, then half of them, then the rest. A host whose probe fails
-has rolled back by itself when the task fails; the rescue leads back those that
-went live before it, each to the release it had, and no further host is begun.
-The same playbook again changes nothing. `--check` is a dry run, and `--diff`
-shows which release, version and digest `current` points to before and after.
-
-The result is the object of `--json` (`deploy.py help exit-codes`) and `rc`,
-the exit code; `msg` ends with the hint. Another run that holds the lock is a
-failure with rc 75, which `until` above waits for; `wait_lock: 5m` waits on the
-host instead. `timeout:` of a task ends only Ansible's waiting: the run on the
-host goes on, holds the lock, and comes to its own end.
-
-With `no_log: yes` the values of all parameters but names of releases, the root
-and the configuration are masked in log, records and history as secrets are.
-One question to every host:
-
-    ansible shop -M library -m deploy -a "command=status config=/etc/deploy/shop.ini\""""),
-    Topic("cron", "run by cron, silent when nothing changed", """\
-A line for /etc/cron.d. cron mails whatever is printed:
+# The README has the same pages.
+HELP = {
+    "systemd": """\
+`systemctl enable --now deploy@shop.timer deploy-recover@shop` for shop.ini:
+
+    # /etc/systemd/system/deploy@.service
+    [Service]
+    Type=oneshot
+    ExecStart=/usr/local/sbin/deploy.py -c /etc/deploy/%i.ini deploy /var/lib/artifacts/%i.tar.gz
+    NotifyAccess=main
+    SuccessExitStatus=75
+    TimeoutStartSec=15min
+    TimeoutStopSec=5min
+    KillMode=mixed
+    ProtectSystem=strict
+    ReadWritePaths=/srv/%i
+    ProtectHome=yes
+    PrivateTmp=yes
+    NoNewPrivileges=yes
+    # /etc/systemd/system/deploy@.timer
+    [Timer]
+    OnCalendar=*:0/15
+    RandomizedDelaySec=5min
+    FixedRandomDelay=true
+    Persistent=true
+    [Install]
+    WantedBy=timers.target
+    # /etc/systemd/system/deploy-recover@.service
+    [Service]
+    Type=oneshot
+    ExecStart=/usr/local/sbin/deploy.py -c /etc/deploy/%i.ini recover
+    [Install]
+    WantedBy=multi-user.target
+""",
+    "cron": """\
+A line for /etc/cron.d; cron mails whatever is printed:
 
     MAILTO=ops@example.com
     */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q deploy --splay 10m /var/lib/artifacts/shop.tar.gz
@@ -10072,401 +9500,177 @@ that hosts which begin at the same minute are spread evenly, and each comes at
 the same time every time. Nothing is locked meanwhile, and a SIGTERM ends it
 with nothing changed; `-n` tells the share and does not wait.
 
-    $ deploy.py -c /etc/deploy/shop.ini -n prune --splay 10m
-    would wait 3m27s of --splay 10m
-    nothing to do
-
 The short PATH and the all but empty environment of cron are enough: programs
 are looked up in PATH and then in /usr/local/sbin, /usr/local/bin, /usr/sbin,
 /usr/bin, /sbin and /bin. A run that finds another one at work exits with 75 at
-once, and cron mails that; `--wait-lock 5m` waits for it instead."""),
-    Topic("containers", "images that hold little more than Python, and health checks", """\
-Besides deploy.py an image needs Python, with its whole standard library and
-the shared libraries of both. Nothing asks for a shell, coreutils, a passwd
-file, a locale, a terminal, HOME, /tmp or /proc. A module that is missing is
-told in one line, with exit code 2.
-
-Any user will do, also one without a name: history and records then have the
-number. The root of the image may be read-only; the application's root lies on
-one volume that belongs to that user.
-
-    RUN ["python3", "-c", "import py_compile; py_compile.compile('/usr/local/sbin/deploy.py', '/usr/local/lib/deploy.pyc', doraise=True)"]
-    HEALTHCHECK CMD ["python3", "/usr/local/lib/deploy.pyc", "probe", "--url", "http://127.0.0.1:8080/", "--unhealthy-exit-code", "1"]
-
-`probe` needs no configuration for that, tries once within 3 seconds
-(`--expect timeout=1s`), and exits with 0, or with 7 unless
-`--unhealthy-exit-code` says otherwise. An address instead of a name needs no
-/etc/hosts. Compiling is most of what a start takes: compiled when the image is
-built, it takes less than half.
-
-A program is told of a new release by a signal where nothing else can restart
-it: [service:NAME] pidfile, with signal = HUP. It may not be process 1.
-
-As process 1 deploy.py heeds SIGTERM, SIGINT and SIGHUP as elsewhere: what was
-not live is undone, what was is rolled back. Without /proc nobody can know
-whether a process still runs from a release that is pruned: `prune` says so,
-and a pidfile must belong to root or to the user who runs deploy.py, and be
-written by nobody else."""),
-    Topic("monitoring", "metrics for Prometheus, and notifications when a run ends", """\
-Metrics and notifications tell how a run ended that may have changed something
-(deploy, stage, activate, rollback, prune, pin, unpin, recover; no dry run),
-after its lock is free. Whatever goes wrong with them is a warning, and never
-an exit code. Nobody is told anything under a configuration that is refused.
-
-### Metrics
-
-    [metrics]
-    textfile_dir = /var/lib/prometheus/node-exporter
-
-`deploy_APPLICATION.prom` is replaced there after each run, for the textfile
-collector of Prometheus' node_exporter (--collector.textfile.directory). Every
-metric has the label `app`. A run that was mistyped or found another at work is
-only counted. What tells of the last deployment (deploy, activate, rollback)
-stays when a `pin` or `prune` follows it.
-
-{{metrics}}
-
-`result` is an event (below), pinned, unpinned, unchanged, usage, busy,
-interrupted or internal_error. Rules to be alerted by:
-
-    groups:
-      - name: deploy
-        rules:
-          - alert: DeployFailed
-            expr: deploy_last_deployment_success == 0
-          - alert: DeployNeedsAPerson
-            expr: deploy_last_run_exit_code == 6
-            labels:
-              severity: page
-          - alert: DeployDoesNotRun
-            expr: time() - deploy_last_run_timestamp_seconds > 3600
-
-### Notifications
-
-    [notify:ops]
-    type = slack
-    url_file = /etc/deploy/slack.url
-    events = failed, refused, rolled_back, left_live, rollback_failed
-
-    [notify:tracker]
-    url = https://tracker.example.com/deployments
-    token_file = /etc/deploy/tracker.token
-
-    [notify:mail]
-    type = email
-    to = ops@example.com
-    smtp = localhost:25
-    events = left_live, rollback_failed
-    text = ${application} ${version} on ${host} needs you: ${message}
-
-    [notify:pager]
-    type = command
-    command = /usr/local/bin/page "deployment"
-    events = left_live, rollback_failed
-
-{{notify-events}}
-
-A run that changed nothing, was mistyped (exit 2) or found another at work
-(exit 75) is no event. All are told side by side and have 3 seconds, DNS and
-TLS included; then what is not done is given up.
-
-`webhook` posts {`event`, `text`, `result`}, the result as --json shows it;
-`slack` posts {`text`}; `email` goes to a mail server that wants no login;
-`command` runs under the rules for hooks with DEPLOY_EVENT and DEPLOY_TEXT. A
-certificate is always verified; no redirect and no proxy is followed. Secrets
-are masked in all that is told.
-
-In `text` stand ${event}, ${message}, ${host}, ${application}, ${command},
-${release}, ${version}, ${previous}, ${previous_version}, ${exit_code},
-${seconds}, ${deploy_id} and the DEPLOY_* variables of hooks: `release` is the
-one that was to go live, `previous` the one that was live before.
-
-{{options metrics notify:*}}"""),
-    Topic("logging", "where what was said is kept", """\
-Everything that is said, with the output of hooks line by line, goes to a file,
-to syslog, or to both, also where `-q` keeps the screen empty. Secrets are
-masked and control characters escaped, as on the screen.
-
-    [log]
-    file = /var/log/deploy/shop.log
-    syslog = /dev/log
-    facility = local3
-    format = json
-
-Each line carries deployment id, command, application, release and step. As
-text (`format = text`) it reads TIME LEVEL [deploy_id=... step=...] MESSAGE,
-and as JSON it is one object a line, with `time`, `level`, `message`, and at
-the end of a step or a run `event` (`step_done`, `step_failed`, `run_done`,
-`run_failed`) and `result`. The file may be moved under a run, by logrotate for
-example: it is made anew with mode 0640, and no symlink is followed.
-
-`syslog` is the daemon's socket or `udp://HOST:PORT`; lines go there in the
-form of RFC 3164, cut at 1,900 bytes. A daemon that is gone or hangs costs a
-run a second at the most, and lines; `-v` says why it cannot be reached.
-
-{{options log}}
-
-### The journal
-
-Where systemd connects stderr to the journal, every line has its priority, and
-the end of each step and of the run is an entry with fields: `DEPLOY_ID`,
-`DEPLOY_APP`, `DEPLOY_COMMAND`, `DEPLOY_RELEASE`, `DEPLOY_STEP`,
-`DEPLOY_RESULT`, and the `MESSAGE_ID` of its kind.
-
-    journalctl -u deploy-shop                      what a terminal would show
-    journalctl -u deploy-shop -p err               what failed, and the hints
-    journalctl DEPLOY_ID=20261121T104928Z-9b1c52 -o json
-    journalctl DEPLOY_APP=shop DEPLOY_RESULT=rolled_back
-
-{{events}}
-
-### Traces
-
-A `TRACEPARENT` in the environment (W3C trace context, version 00) is kept in
-every line (`trace_id`) and in the history (`by`), and hooks, the commands of
-services and probes, and probes over HTTP are handed a child of it. One that is
-not valid is ignored."""),
-)  # type: Tuple[Topic, ...]
-
-
-def sections_of(topic: Topic) -> List[str]:
-    """List the sections whose options stand on a page."""
-    def named(text: str) -> List[str]:
-        return [section for line in re.findall(r"(?m)^\{\{options (.*)\}\}$", text) for section in line.split()]
-
-    if "{{options}}" not in topic.text:
-        return named(topic.text)
-    elsewhere = [section for other in TOPICS for section in named(other.text)]
-    return [section for section, _ in SECTION_HELP if section not in elsewhere]
-
-
-def page(topic: Topic, write: TableWriter) -> str:
-    """Write a page with its tables filled in."""
-    def table(found: Any) -> str:
-        name, *sections = found.group(1).split()
-        return options_tables(sections or sections_of(topic), write) if name == "options" else TABLES[name](write)
-
-    return re.sub(r"(?m)^\{\{([a-z].*)\}\}$", table, topic.text)
-
-
-def help_page(name: str) -> str:
-    """Write a page for a terminal, or the list of pages where none is named; UsageError for an unknown one."""
-    topics = {topic.name: topic for topic in TOPICS}
-    if not name:
-        return HELP_INDEX + aligned_table(("topic", "about"), [(topic.name, topic.about) for topic in TOPICS]) + "\n"
-    if name not in topics:
-        raise UsageError(f"there is no help on {name!r}",
-                         nearest(name, [*topics, *dict(COMMAND_HELP)]) or "the topics are " + ", ".join(topics))
-    text = re.sub("(?m)^### ", "", page(topics[name], aligned_table))
-    return f"{name}: {topics[name].about}\n\n{text}\n"
-
-
-def usage_page(command: str) -> str:
-    """Write what --help shows of one command; of all, where none is named."""
-    if not command:
-        return OVERVIEW.format(
-            commands=aligned_rows([(usage(name), text) for name, text in COMMAND_HELP]), flags=rows_of(own_flags("")),
-            codes=short_codes(code for code, _ in EXIT_CODES))
-    example, codes = COMMAND_EXAMPLES[command]
-    import textwrap
-    everywhere = " ".join(name for item in own_flags("") for name in item.names)
-    own = [item for item in completables() if command in item.commands]
-    text = dict(COMMAND_HELP)[command].replace("`", "")
-    return "\n\n".join(filter(None, (
-        f"usage: deploy.py [global options] {usage(command)}{' [options]' if own_flags(command) else ''}",
-        textwrap.fill(text[0].upper() + text[1:] + ".", PAGE_COLUMNS), rows_of(own),
-        f"example:\n  deploy.py {example}", f"exit codes:\n{short_codes(codes)}",
-        "global options (deploy.py --help explains them):\n" + textwrap.indent(
-            textwrap.fill(everywhere, PAGE_COLUMNS - 2, break_on_hyphens=False), "  "),
-        "more: deploy.py help " + TOPIC_OF_COMMAND.get(command, "commands") + ", deploy.py help exit-codes"))) + "\n"
-
-
-def rows_of(items: Sequence[Completable]) -> str:
-    """Lay out flags and arguments with their meanings."""
-    return aligned_rows([(", ".join(item.spelled(name) for name in item.names) or item.metavar, item.help)
-                         for item in items]) if items else ""
-
-
-def short_codes(codes: Iterable[int]) -> str:
-    """Lay out exit codes with the beginning of what they mean."""
-    meanings = dict(EXIT_CODES)
-    return aligned_rows([(str(code), re.split("[;:(]", meanings[code])[0].strip()) for code in codes])
-
-
-# Where a command's reference is more than its row among the commands.
-TOPIC_OF_COMMAND = {"probe": "probes", "recover": "files", "prune": "files", "config": "configuration",
-                    "pack": "artifacts", "stage": "artifacts", "unit": "systemd"}
-
-OVERVIEW = """\
-usage: deploy.py [global options] COMMAND [options]
-
-Take an artifact live on this host, and back.
-
-commands:
-{commands}
-
-global options, before or after the command:
-{flags}
-
-exit codes:
-{codes}
-
-example: deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz
-more: deploy.py COMMAND --help, deploy.py help
-"""
-
-HELP_INDEX = """\
-deploy.py takes an artifact live on this host, and back.
-
-  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz     goes live
-  deploy.py --root /srv/shop rollback                     and back
-  deploy.py --root /srv/shop status                       what is live now
-
-  deploy.py --help             every command and every global option
-  deploy.py help COMMAND       one command: its flags, an example
-  deploy.py help TOPIC         one of these pages
-  deploy.py config --example   a configuration file to begin with
-
-"""
-
-
-# -- completion ------------------------------------------------------------------
-
-def completion_cases() -> str:
-    """Write what bash and zsh share: which offer follows which word, then which stands behind which command."""
-    items = completables()
-    values, arguments = {}, {}  # type: Dict[str, List[str]], Dict[str, List[str]]
-    for item in items:
-        if item.names and item.metavar:
-            where = item.commands or ("*",)
-            values.setdefault(item.offer, []).extend(f"{command}:{name}" for command in where for name in item.names)
-        elif item.metavar:
-            arguments.setdefault(item.offer, []).extend(f"{name}:*" for name in item.commands)
-    lines = ["    case $command:$previous in"]
-    lines += [f"        {'|'.join(names)}) {f'_deploy_py_{offer}; ' if offer else ''}return ;;" for offer, names in values.items()]
-    lines += ["    esac", "    case $command:$word in"]
-    for command, _ in COMMAND_HELP:
-        own = [name for item in items if command in item.commands for name in item.names]
-        lines += [f"        {command}:-*) _deploy_py_flags {' '.join(own)} ;;"] if own else []
-    lines.append("        *:-*) _deploy_py_flags ;;")
-    lines.append(f"        :*) _deploy_py_words {' '.join(dict(COMMAND_HELP))} ;;")
-    lines += [f"        {'|'.join(names)}) _deploy_py_{offer} ;;" for offer, names in arguments.items() if offer]
-    return "\n".join(lines + ["    esac"])
-
-
-def fish_completion() -> str:
-    """Write fish's completions, one line for each flag, argument and command, with its description."""
-    def quoted(text: str) -> str:
-        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-    lines = [f"complete -c deploy.py -n '__deploy_py_in -' -a {name} -d {quoted(text)}" for name, text in COMMAND_HELP]
-    for item in completables():
-        kind, _, words = item.offer.partition(" ")
-        offer = {"": "", "files": "-F", "directories": "-a '(__fish_complete_directories)'"}.get(kind, f"-a {quoted(words)}")
-        parts = ["complete -c deploy.py"]
-        parts += [f"-n '__deploy_py_in {' '.join(item.commands)}'"] if item.commands else []
-        parts += [f"-{'l' if name.startswith('--') else 's'} {name.lstrip('-')}" for name in item.names]
-        parts += ["-r" if kind == "files" else "-x"] if item.names and item.metavar else []
-        parts += [offer] if offer else []
-        if item.names or offer:
-            lines.append(" ".join(parts + [f"-d {quoted(item.help)}"]))
-    return "\n".join(lines)
-
-
-def completion(shell: str) -> str:
-    """Write the script that makes a shell complete this program's words; UsageError for an unknown shell."""
-    if shell not in SHELLS:
-        raise UsageError(f"there is no completion for {shell!r}", "one of " + ", ".join(SHELLS))
-    items = completables()
-    taking = [name for item in items if item.names and item.metavar for name in item.names]
-    everywhere = [name for item in items if not item.commands for name in item.names]
-    script = {"bash": BASH_COMPLETION, "zsh": ZSH_COMPLETION, "fish": FISH_COMPLETION}[shell]
-    for place, text in (("@BODY@", COMPLETION_BODY), ("@TAKING@", ("|", " ")[shell == "fish"].join(taking)),
-                        ("@EVERYWHERE@", " ".join(everywhere)),
-                        ("@COMMANDS@", ("|", " ")[shell == "fish"].join(dict(COMMAND_HELP))),
-                        ("@CASES@", fish_completion() if shell == "fish" else completion_cases())):
-        script = script.replace(place, text)
-    return script
-
-
-SHELLS = ("bash", "zsh", "fish")
-
-# The same in bash and zsh: which command is it, and what may stand here.  Bash hands over `a=b` as three words;
-# behind `unit` stands another command.
-COMPLETION_BODY = """\
-    for item in "${before[@]}"; do
+once, and cron mails that; `--wait-lock 5m` waits for it instead.
+""",
+    "hooks": """\
+A hook is one or more commands, one a line, run in the release; `pre_stage`,
+and `on_failure` once the release is gone again, in the root:
+
+    [hooks]
+    post_stage = bin/install-dependencies
+    pre_activate =
+        bin/migrate --check
+        bin/migrate
+    post_deploy = sh -c 'curl -fsS http://127.0.0.1:8080/warm > /dev/null'
+
+No shell reads them: words are split as a shell would, and what only a shell
+could do (`&&`, `|`, `>`, `$NAME`, `*`, `cd`) is refused unless it is quoted;
+`sh -c '...'` asks for one, and `[env]` sets variables.
+
+Each runs under `timeout` in a process group of its own, stdin closed, with
+PATH, HOME, LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`,
+`DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`,
+`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`,
+`DEPLOY_ID` and `DEPLOY_HOOK`. After a timeout the whole group is ended (TERM,
+then KILL). A background child that keeps stdout open is not waited for.
+
+`post_stage` may add to the release (dependencies, compiled assets); afterwards
+the release is sealed: the manifest is written, and later changes are found by
+`verify`. On the automatic way back a failure of `pre_rollback` and
+`post_rollback` is only a warning.
+""",
+    "config": """\
+An INI file, `=` between key and value, one item a line in lists, comments on
+lines of their own. `deploy.py config --example` prints every option.
+
+    [deploy]
+    application = shop
+    root = /srv/shop
+    shared_dirs =
+        log
+        var/uploads
+
+    [service:web]
+    unit = shop-web.service
+
+    [probe:web]
+    url = http://127.0.0.1:8080/health
+    release = json:version
+
+Precedence: command line, then the environment (`DEPLOY_<SECTION>_<KEY>`, such
+as `DEPLOY_DEPLOY_ROOT`), then files, then the default; `deploy.py config`
+shows every value and where it came from. Without `-c` the first of
+`$DEPLOY_CONFIG`, `./deploy.ini` and `/etc/deploy/deploy.ini` is read.
+
+Durations are written `500ms`, `3s`, `2m`, `1h` (behind a flag a bare number is
+seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file;
+`~` and variables are not replaced. All that is wrong is told at once.
+`deploy.py config --help` is about the command of that name.
+""",
+}
+
+
+def kind_name(kind: str) -> str:
+    """Say what sort of text an option takes."""
+    return KINDS[kind][0] if kind in KINDS else kind.replace("|", ", ")
+
+
+def usage(command: str) -> str:
+    """Write a command with its arguments: `deploy ARTIFACT`, `rollback [RELEASE]`."""
+    words = [command]
+    for flag in FLAGS:
+        if command in flag.commands and flag.is_argument:
+            shown = flag.metavar + ("..." if flag.nargs == "*" else "")
+            words.append(f"[{shown}]" if flag.nargs else shown)
+    return " ".join(words)
+
+
+def render_example() -> str:
+    """Write the configuration file that shows every option, commented, with its default and help."""
+    lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
+             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line, indented.",
+             "# Relative paths are relative to this file. Comments stand on lines of their own."]
+    for section, text, _ in SECTIONS:
+        heading = f"#[{section[:-1]}NAME]" if section.endswith("*") else f"[{section}]"
+        lines += ["", f"# {text}", heading]
+        for option in OPTIONS:
+            if option.section == section:
+                lines.append(f"# {option.help} ({kind_name(option.kind)})")
+                lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def help_page(topic: str) -> str:
+    """Return what this program is, or a page on one of its uses; UsageError for an unknown one."""
+    if not topic:
+        return f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {', '.join(HELP)}, or a command\n"
+    if topic not in HELP:
+        raise UsageError(f"there is no help on {topic!r}", nearest(topic, [*HELP, *COMMAND_HELP])
+                         or f"there is help on {', '.join(HELP)}, and on every command")
+    return HELP[topic]
+
+
+# zsh reads the same script, by its own emulation of bash's completion.
+COMPLETION = """\
+# Completion of deploy.py for bash and zsh (there behind compinit). For every user of bash:
+#   deploy.py completion bash > /usr/share/bash-completion/completions/deploy.py
+# or in ~/.bashrc, ~/.zshrc: eval "$(deploy.py completion bash)"
+if [[ -n $ZSH_VERSION ]]; then autoload -U +X bashcompinit && bashcompinit; fi
+_deploy_py() {
+    local word="${COMP_WORDS[COMP_CWORD]}" command="" skip="" offer="" item
+    for item in "${COMP_WORDS[@]:1:$((COMP_CWORD - 1))}"; do
         if [[ $item == = ]]; then skip=1; continue; fi
         if [[ -n $skip ]]; then skip=""; continue; fi
         case $item in
             @TAKING@) skip=1 ;;
-            unit) command=unit ;;
             @COMMANDS@) command=$item; break ;;
         esac
     done
+    case "$command:$word" in
 @CASES@
-}"""
-
-BASH_COMPLETION = """\
-# bash completion of deploy.py. For every user:
-#   deploy.py completion bash > /usr/share/bash-completion/completions/deploy.py
-# or in ~/.bashrc: eval "$(deploy.py completion bash)"
-_deploy_py_files() { compopt -o default; }
-_deploy_py_directories() { compopt -o dirnames; }
-_deploy_py_words() { COMPREPLY=($(compgen -W "$*" -- "$word")); }
-_deploy_py_beginnings() { compopt -o nospace; _deploy_py_words "$@"; }
-_deploy_py_flags() { _deploy_py_words "$@" @EVERYWHERE@; }
-_deploy_py() {
-    local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command="" skip="" item
-    local -a before=("${COMP_WORDS[@]:1:COMP_CWORD-1}")
-    if [[ $word == = ]]; then word=""; elif [[ $previous == = ]]; then previous=${COMP_WORDS[COMP_CWORD-2]}; fi
-    COMPREPLY=()
-@BODY@
-complete -F _deploy_py deploy.py
-"""
-
-ZSH_COMPLETION = """\
-#compdef deploy.py
-# zsh completion of deploy.py. In a directory of $fpath:
-#   deploy.py completion zsh > /usr/local/share/zsh/site-functions/_deploy.py
-# or in ~/.zshrc, after compinit: eval "$(deploy.py completion zsh)"
-_deploy_py_files() { _files; }
-_deploy_py_directories() { _files -/; }
-_deploy_py_words() { compadd -- "$@"; }
-_deploy_py_beginnings() { compadd -S "" -- "$@"; }
-_deploy_py_flags() { _deploy_py_words "$@" @EVERYWHERE@; }
-_deploy_py() {
-    local word=${words[CURRENT]} previous=${words[CURRENT-1]} command="" skip="" item
-    local -a before=("${(@)words[2,CURRENT-1]}")
-    if [[ $word == --*=* ]]; then previous=${word%%=*}; compset -P 1 '*='; fi
-@BODY@
-if [[ $funcstack[1] == _deploy* ]]; then _deploy_py "$@"; else compdef _deploy_py deploy.py; fi
-"""
-
-FISH_COMPLETION = """\
-# fish completion of deploy.py:
-#   deploy.py completion fish > ~/.config/fish/completions/deploy.py.fish
-function __deploy_py_in
-    set -l words (commandline -opc)
-    set -l command -
-    set -l skip
-    for word in $words[2..-1]
-        if test -n "$skip"
-            set skip
-        else if contains -- $word @TAKING@
-            set skip 1
-        else if contains -- $word @COMMANDS@
-            set command $word
-            test $word = unit; or break
-        end
-    end
-    contains -- $command $argv
-end
-complete -c deploy.py -f
-@CASES@
+        *:-*) offer="@EVERYWHERE@" ;;
+        :*) if [[ -z $skip ]]; then offer="@NAMES@"; fi ;;
+    esac
+    COMPREPLY=($(compgen -W "$offer" -- "$word"))
+}
+complete -o default -F _deploy_py deploy.py
 """
 
 
-# -- what ansible-doc reads -------------------------------------------------------
+def completion(shell: str) -> str:
+    """Write the script that makes a shell complete this program's words; UsageError for an unknown shell."""
+    if shell not in ("bash", "zsh"):
+        raise UsageError(f"there is no completion for {shell!r}", "one of bash, zsh")
+    everywhere = ["-h", "--help", "--version"] + [option.flag for option in OPTIONS if option.flag]
+    everywhere += [name for flag in FLAGS if not flag.commands for name in flag.names]
+    taking = [option.flag for option in OPTIONS if option.flag]
+    taking += [name for flag in FLAGS if flag.metavar and not flag.is_argument for name in flag.names]
+    cases = []
+    for command in COMMAND_HELP:
+        own = [name for flag in FLAGS if command in flag.commands and not flag.is_argument for name in flag.names]
+        if own:
+            cases.append(f"        {command}:-*) offer=\"{' '.join(own + everywhere)}\" ;;")
+    script = COMPLETION
+    for place, text in (("TAKING", "|".join(taking)), ("COMMANDS", "|".join(COMMAND_HELP)),
+                        ("NAMES", " ".join(COMMAND_HELP)), ("EVERYWHERE", " ".join(everywhere)),
+                        ("CASES", "\n".join(cases))):
+        script = script.replace(f"@{place}@", text)
+    return script
+
+
+# What ansible-doc reads, as texts: it does not run this file.
+DOCUMENTATION = """\
+module: deploy
+short_description: Take an artifact live on this host, and back
+description:
+  - This file is deploy.py itself; every argument and flag of a command is a parameter, with _ for -.
+  - Check mode is a dry run. Another run that holds the lock is a failure with rc 75.
+  - Quote what YAML would change, such as a version (1.10) or a file mode (0640).
+options:
+  command: {type: str, default: deploy, description: "what to do: any command of deploy.py"}
+  artifact: {type: path, description: "archive or directory, for deploy, stage and preflight"}
+  release: {type: str, description: "id, version or digest prefix, for activate, rollback, verify, pin, unpin"}
+  config: {type: list, elements: path, description: "configuration file; may repeat, a later one wins"}
+  root: {type: path, description: "directory that holds current, releases, shared and .deploy"}
+  set: {type: dict, description: 'options: "section.key": value, or section: {key: value}'}
+  sha256: {type: str, description: "digest the artifact must have"}
+  release_version: {type: str, description: "version, instead of the one in the artifact's name"}
+  force: {type: bool, default: no, description: "try a bad artifact or release again"}
+  wait_lock: {type: str, description: "how long to wait for another run to finish, such as 5m"}
+"""
 
 EXAMPLES = """\
 - name: Deploy; while another run holds the lock (rc 75), try again
@@ -10490,99 +9694,17 @@ EXAMPLES = """\
 
 - name: Go back to the previous good release
   deploy: {command: rollback, config: /etc/deploy/shop.ini}
-
-- name: What is live?
-  deploy: {command: status, config: /etc/deploy/shop.ini}
-  register: live
-"""
-
-# The next two are made from the tables, as texts, since ansible-doc does not run this file: make example.
-DOCUMENTATION = """\
-module: deploy
-short_description: "Take an artifact live on this host, and back"
-description: ["This file is deploy.py itself: what its commands do on a command line, they do here.", "Check mode is a
-  dry run. Another run that holds the lock is a failure with rc 75.", "A value is quoted where YAML would change it,
-  such as a version (1.10) or a file mode (0640)."]
-options:
-  command: {type: str, default: deploy, choices: [deploy, stage, activate, rollback, preflight, probe, verify, status,
-    releases, history, show, prune, pin, unpin, recover, pack, config], description: ["deploy: preflight, stage,
-    activate, restart, probe; rolls back by itself when that fails", "stage: verify and unpack only; the release is
-    staged", "activate: make a staged or earlier release live", "rollback: re-activate the previous good release, or
-    the one that is named", "preflight: run every read-only check, and show them as a table", "probe: run the
-    configured probes now, or an ad-hoc one", "verify: hash a release again and compare it with its manifest", "status:
-    show what is live, what it can go back to, and whether anything needs a person", "releases: list the releases,
-    newest first, * on the current one", "history: list the deployments, oldest first; --verify proves that no line was
-    changed", "show: show one deployment with its timeline, and the evidence where it failed", "prune: delete what
-    keep_releases no longer keeps", "pin: protect a release from pruning", "unpin: let a release be pruned again",
-    "recover: finish or undo what a crash left; --to settles by hand what cannot be decided", "pack: pack a directory
-    into a reproducible .tar.gz, with its .sha256 beside it", "config: show every option with its value and where it
-    came from"]}
-  config: {type: list, elements: path, description: "configuration file; may repeat, a later one wins"}
-  set: {type: dict, description: "options of the configuration: \\"section.key\\": value, or section: {key: value}"}
-  artifact: {type: path, description: ["archive or directory", "needed by deploy, stage", "for preflight"]}
-  release: {type: str, description: ["id, unique prefix, version, digest prefix, current, previous or latest", "id,
-    unique prefix, version, digest prefix, current, previous or latest; default: the previous good one", "id, unique
-    prefix, version, digest prefix, current, previous or latest; default: current", "needed by activate, pin, unpin",
-    "for rollback, verify"]}
-  sha256: {type: str, description: ["digest the artifact must have", "for deploy, stage, preflight"]}
-  release_version: {type: str, description: ["version, instead of the one in the name", "for deploy, stage, preflight,
-    pack"]}
-  allow_downgrade: {type: bool, default: no, description: ["accept a version older than the one that is live", "for
-    deploy, stage, preflight"]}
-  force: {type: bool, default: no, description: ["try a bad artifact or release again; stage anew what is staged
-    already", "for deploy, stage, activate, rollback, preflight"]}
-  splay: {type: str, description: ["wait first, this host's own share of DURATION: always the same, evenly spread over
-    hosts", "for deploy, stage, activate, rollback, prune, recover"]}
-  names: {type: list, elements: str, description: ["configured probes; default: all", "for probe"]}
-  url: {type: str, description: ["ask this URL, without a configuration", "for probe"]}
-  tcp: {type: str, description: ["connect to host:port or unix:/path", "for probe"]}
-  probe_command: {type: str, description: ["run this program, with its arguments", "for probe"]}
-  expect: {type: list, elements: str, description: ["any key of [probe:NAME], for --url, --tcp and --command; may
-    repeat", "for probe"]}
-  wait: {type: str, description: ["try until it is well, at most this long; default: one try", "for probe"]}
-  unhealthy_exit_code: {type: int, description: ["exit code when a probe fails, 1 to 255; default: 7", "for probe"]}
-  verify: {type: bool, default: no, description: ["check the hash chain", "for history"]}
-  limit: {type: int, default: 20, description: ["newest entries to show; 0 means all", "for history"]}
-  id: {type: str, description: ["deployment id, its prefix or number, or a release", "needed by show"]}
-  to: {type: str, description: ["settle on this release, whatever the journal says", "for recover"]}
-  directory: {type: path, description: ["directory to pack", "needed by pack"]}
-  output: {type: path, description: ["file to write; default: NAME[-V].tar.gz here", "for pack"]}
-  prefix: {type: str, description: ["directory to put everything under", "for pack"]}
-  example: {type: bool, default: no, description: ["print a configuration file with every option", "for config"]}
-  root: {type: path, description: "directory that holds current, releases, shared and .deploy"}
-  wait_lock: {type: str, description: ["how long to wait for another run to finish", "default: 0s, unless configured"]}
-  log_file: {type: path, description: "log file to append to"}
-  log_format: {type: str, choices: [text, json], description: ["log lines as text or as JSON objects", "default: text,
-    unless configured"]}
 """
 
 RETURN = """\
-ok: {type: bool, returned: always, description: "it went well: exit_code is 0 or 10"}
-changed: {type: bool, returned: always, description: "something changed; with -n: a real run would change something"}
-failed: {type: bool, returned: always, description: "the contrary of ok"}
-command: {type: str, returned: always, description: "what was run; null where the command line was not understood"}
-exit_code: {type: int, returned: always, description: "the exit code"}
-msg: {type: str, returned: always, description: "the end in one line"}
-application: {type: str, returned: always, description: "name of the application, or null"}
-root: {type: str, returned: always, description: "its root, or null"}
-release: {type: str, returned: always, description: "what is live at the end; what stage, verify, pin, unpin and show
-  are about; or null"}
-previous: {type: str, returned: always, description: "what was live before; where current stayed as it was: what a
-  rollback goes to; or null"}
-rolled_back: {type: bool, returned: always, description: "it failed, and the release from before is live again"}
-deploy_id: {type: str, returned: always, description: "the run's id, by which show finds a deployment; null where none
-  began"}
-dry_run: {type: bool, returned: always, description: "nothing was to be changed"}
-steps: {type: list, returned: always, description: "[{name, status (done, skipped, failed, undone, planned), seconds,
-  detail}]"}
-checks: {type: list, returned: always, description: "[{name, status (ok, warn, fail, skip), detail, hint}]"}
-summary: {type: dict, returned: always, description: "{checked, changed, failed, warnings}: how many"}
-warnings: {type: list, returned: always, description: "one text each"}
+changed: {type: bool, returned: always, description: "something changed, or would in check mode"}
+rc: {type: int, returned: always, description: "the exit code"}
+msg: {type: str, returned: always, description: "the end in one line, with the hint"}
+release: {type: str, returned: always, description: "what is live at the end, or null"}
+previous: {type: str, returned: always, description: "what was live before, or null"}
+rolled_back: {type: bool, returned: always, description: "the release from before is live again"}
 error: {type: dict, returned: always, description: "{message, hint}, or null"}
-seconds: {type: float, returned: always, description: "how long the run took"}
-rc: {type: int, returned: always, description: "the exit code, as exit_code"}
-diff: {type: dict, returned: "in diff mode, by what moves current", description: "release, version and sha256 that
-  current points to: before and after, with headers"}
+diff: {type: dict, returned: in diff mode, description: "what current points to, before and after"}
 """
 
 
@@ -10591,28 +9713,6 @@ diff: {type: dict, returned: "in diff mode, by what moves current", description:
 #    One function each: observe, plan, show, execute.  What they find goes into
 #    the Outcome; what they say goes through the Console.
 # ============================================================================
-
-def spoken_duration(text: str) -> str:
-    """Write a flag's duration as the configuration has it: behind a flag a bare number is seconds."""
-    return text + "s" if re.match(r"[0-9]+\Z", text) else text
-
-
-# How a flag's value is read, and an example of one; all are read before anything is looked at.
-FLAG_VALUES = {
-    "--splay": (lambda text: parse_duration(spoken_duration(text)), "5m"), "--wait": (lambda text: _parse_limit(spoken_duration(text)), "30s"),
-    "--limit": (_parse_int, "20; 0 means all"), "--unhealthy-exit-code": (_parse_exit_code, "1"),
-    "--sha256": (check_given_digest, ""), "--release-version": (check_version, ""),
-}  # type: Dict[str, Tuple[Callable[[str], Any], str]]
-
-
-def flag_value(flag: str, text: str) -> Any:
-    """Read what a flag was given; UsageError names the flag."""
-    read, example = FLAG_VALUES[flag]
-    try:
-        return read(text)
-    except ValueError as error:
-        raise UsageError(f"{flag} {text!r}: {error}", f"for example {flag} {example}")
-
 
 # -- a root, opened ------------------------------------------------------------
 
@@ -11328,50 +10428,12 @@ def wait_splay(run: Run) -> None:
             run.interrupts.wait(min(1.0, left_seconds))
 
 
-def command_unit(call: Run) -> None:
-    """Print a systemd service and a timer that run a command, or write them into a directory."""
-    import shlex
-    outcome, root = call.outcome, call.root
-    file, words = absolute(__file__), call.flags.words
-    if words[0] == "probe":
-        chosen_probes(call.settings, call.flags.inner)
-    if find_command("systemd-analyze"):
-        judged = run_command(["systemd-analyze", "calendar", "--", call.flags.timer], interrupts=call.session.interrupts)
-        if not judged.ok:
-            raise UsageError(f"--timer {call.flags.timer!r}: {' '.join(judged.tail)}", "man systemd.time; such as daily, or Mon..Fri 02:00")
-    # systemd takes no quotes, backslashes or dollars in a program's own path.
-    alone = os.access(file, os.X_OK) and os.path.exists("/usr/bin/python3") and not re.search("[\"'\\\\$]", file)
-    program = [file] if alone else [sys.executable, file]
-    units = unit_files(call.settings, unit_command(call.settings, program, words), words[0], call.flags.timer)
-    outcome.extra["units"] = units
-    for path in written_directories(call.settings, root):
-        if not os.path.isdir(path):
-            call.console.warn(f"{path} does not exist: make it, or systemd cannot start the service")
-    for (section, key), given in call.settings.given.items():
-        if given.origin.startswith("command line") and not call.console.is_public(f"{section}.{key}={given.text}"):
-            raise UsageError(f"{section}.{key} is a secret, and everybody may read a unit file", "put it into the configuration")
-        if given.origin.startswith("environment ") and given.origin != call.settings.origin("deploy", "root"):
-            call.console.warn(f"{given.origin[12:]} is not in the unit: put it into the configuration")
-    if not call.flags.output:
-        outcome.message = f"printed {' and '.join(units)}"
-        call.console.raw_result("\n".join(f"# /etc/systemd/system/{name}\n{text}" for name, text in units.items()))
-        return
-    directory = absolute(call.flags.output)
-    outcome.changed, timer = True, list(units)[-1]
-    outcome.message = f"{'would write' if call.flags.dry_run else 'wrote'} {' and '.join(f'{directory}/{name}' for name in units)}"
-    if not call.flags.dry_run:
-        with Directory.open(os.path.realpath(directory)) as opened:
-            for name, text in units.items():
-                opened.write(name, text.encode("utf-8"), 0o644)
-    call.console.result(f"{outcome.message}\n  start it   systemctl daemon-reload; systemctl enable --now {shlex.quote(timer)}")
-
-
 def command_help(call: Run) -> None:
     """Show a page of the reference; `help COMMAND` has become `COMMAND --help` before it comes here."""
     name = call.flags.topic or ""
     text = help_page(name)
     call.outcome.extra["help"] = {"topic": name or None, "text": text}
-    call.outcome.message = f"help on {name}" if name else "the topics of help"
+    call.outcome.message = f"help on {name or 'deploy.py'}"
     call.console.raw_result(text)
 
 
@@ -11916,233 +10978,156 @@ def report(run: "Run", exit_code: int, seconds: float) -> None:
 #    code, two lines of error, or one JSON object.
 # ============================================================================
 
-COMMANDS = {
-    "deploy": command_move, "stage": command_move, "activate": command_move, "rollback": command_move,
-    "preflight": command_preflight, "probe": command_probe, "verify": command_verify, "status": command_status,
-    "releases": command_releases, "history": command_history, "show": command_show, "prune": command_prune,
-    "pin": command_pin, "unpin": command_pin, "recover": command_recover, "pack": command_pack, "config": command_config,
-    "help": command_help, "completion": command_completion, "unit": command_unit,
-}  # type: Dict[str, Callable[[Run], None]]
+COMMANDS: Dict[str, Callable[[Run], None]] = {
+    "deploy": command_move, "stage": command_move, "activate": command_move,
+    "rollback": command_move, "preflight": command_preflight, "probe": command_probe,
+    "verify": command_verify, "status": command_status, "releases": command_releases,
+    "history": command_history, "show": command_show, "prune": command_prune, "pin": command_pin,
+    "unpin": command_pin, "recover": command_recover, "pack": command_pack,
+    "config": command_config, "help": command_help, "completion": command_completion,
+}
 
 # Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
 TELLING = ("help", "completion")
-# Those, and what writes outside the root, where a unit may not.
-NOT_IN_A_UNIT = TELLING + ("unit", "pack")
 # Commands that run nothing and follow no setting but the root.
 LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify")
-
-def suggestion(message: str) -> str:
-    """Guess what was meant from what argparse says it does not know."""
-    found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s']+)", message)
-    flags = [name for flag in FLAGS for name in flag.names] + [option.flag for option in OPTIONS if option.flag]
-    if found and found.group(1) in flags:
-        return f"{found.group(1)} belongs behind a command that takes it"
-    if found and found.group(1) in COMMANDS:
-        return "one command at a time"
-    return nearest(found.group(1).partition("=")[0], list(COMMANDS) + flags) if found else ""
 
 
 class HelpAsked(Exception):
     """--help or --version: the text to show instead of running a command."""
 
 
-def build_parser(names: Sequence[str]) -> Any:
+class Parser(argparse.ArgumentParser):
+    """argparse, with everything it has to say handed to the one boundary."""
+
+    def __init__(self, **settings: Any) -> None:
+        # A formatter that asks for the terminal's width would import shutil, bz2 and lzma at every start.
+        super().__init__(add_help=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=79), **settings)
+        self.color = False  # Python 3.14 would colour the help
+
+    def error(self, message: str) -> Any:
+        """Raise UsageError with the nearest word that may stand there."""
+        found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
+        word = found.group(1) if found else ""
+        flags = {name: flag.commands for flag in FLAGS for name in flag.names if not flag.is_argument}
+        flags.update((option.flag, ()) for option in OPTIONS if option.flag)
+        hint = nearest(word, COMMANDS)
+        if word in COMMANDS:
+            hint = "one command at a time"
+        elif word in flags:
+            hint = f"{word} belongs behind a command that takes it: {', '.join(flags[word])}"
+        elif word.startswith("-") or "unrecognized" in message:
+            hint = nearest(word, flags) if word.startswith("-") else ""
+        message = re.sub(r"(?s)\(choose from .*", f"(choose from {', '.join(COMMANDS)})", message)
+        raise UsageError(message, hint or f"see {self.prog} --help")
+
+    def _get_option_tuples(self, option_string: str) -> Any:
+        # Nothing can be abbreviated, and allow_abbrev=False forbids joined short options (-qn) before 3.8.
+        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)  # type: ignore
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        raise HelpAsked(message)
+
+
+def collector() -> Callable[[str], List[str]]:
+    """Make a type that keeps all values in one list: argparse's `append` begins anew behind the command."""
+    values: List[str] = []
+
+    def collect(text: str) -> List[str]:
+        values.append(text)
+        return values
+    return collect
+
+
+def add_flag(group: Any, flag: Flag) -> None:
+    """Add one row of the table to a parser or a group of one."""
+    default = flag.default if flag.commands else argparse.SUPPRESS  # so that no place undoes the other
+    if not flag.metavar:
+        group.add_argument(*flag.names, dest=flag.dest, action="store_true", default=default, help=flag.help)
+    elif flag.is_argument:
+        group.add_argument(flag.dest, metavar=flag.metavar, nargs=flag.nargs or None, help=flag.help)
+    else:
+        group.add_argument(*flag.names, dest=flag.dest, metavar=flag.metavar, default=default, help=flag.help,
+                           type=collector() if flag.nargs else str)
+
+
+def build_parser(names: Iterable[str]) -> Parser:
     """Make the parser of these commands from the tables; it raises UsageError and HelpAsked, and never prints or exits."""
-    import argparse
+    common = Parser()
+    group = common.add_argument_group("global options, before or after the command")
+    group.add_argument("-h", "--help", action="help", help="show how it is used")
+    group.add_argument("--version", action="version", version=f"deploy.py {VERSION}", help="show the version")
+    for flag in FLAGS:
+        if not flag.commands:
+            add_flag(group, flag)
+    for option in OPTIONS:
+        if option.flag:
+            shown = {"root": "DIR", "file": "FILE", "lock_wait": "DURATION"}.get(option.key, option.kind)
+            group.add_argument(option.flag, dest=f"{option.section}.{option.key}", metavar=shown,
+                               default=argparse.SUPPRESS, help=option.help)
 
-    class Parser(argparse.ArgumentParser):
-        """argparse, with everything it has to say handed to the one boundary."""
-
-        def error(self, message: str) -> Any:
-            """Raise UsageError."""
-            raise UsageError(message, suggestion(message) or f"see {self.prog} --help")
-
-        def format_help(self) -> str:
-            """Write the help from the tables."""
-            return usage_page(self.prog.partition(" ")[2])
-
-        def _print_message(self, message: str, file: Any = None) -> None:
-            raise HelpAsked(message)
-
-    parser = Parser(prog="deploy.py", usage="deploy.py", allow_abbrev=False)
-    add_global_flags(parser)
-    # With a prog it makes no formatter, which would import shutil, bz2 and lzma.
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, prog="deploy.py")
+    def misplaced(name: str) -> Callable[[str], Any]:
+        def refuse_flag(text: str) -> Any:
+            raise UsageError(f"{name} stands before the command", f"write it behind: deploy.py COMMAND {name} ...")
+        return refuse_flag
+    parser = Parser(prog="deploy.py", usage="deploy.py [global options] COMMAND [options]", parents=[common],
+                    description="Take an artifact live on this host, and back.\n\n"
+                                "example:\n  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz",
+                    epilog="more: deploy.py COMMAND --help, deploy.py help")
+    for flag in FLAGS:
+        for name in flag.names if flag.commands and not flag.is_argument else ():
+            parser.add_argument(name, dest=f"misplaced {name}", nargs="?", const="", type=misplaced(name),
+                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="deploy.py",
+                                     parser_class=Parser)
     for name in names:
-        command = commands.add_parser(name, allow_abbrev=False)
+        text, example = [words.replace("`", "") for words in COMMAND_HELP[name]]
+        has_flags = any(name in flag.commands and not flag.is_argument for flag in FLAGS)
+        command = commands.add_parser(
+            name, parents=[common], help=text, usage=f"deploy.py [global options] {usage(name)}{' [options]' * has_flags}",
+            description=f"{text[0].upper()}{text[1:]}\n\nexample:\n  deploy.py {example}")
         for flag in FLAGS:
             if name in flag.commands:
                 add_flag(command, flag)
-        add_global_flags(command)
     return parser
-
-
-def add_flag(parser: Any, flag: Flag, **more: Any) -> None:
-    """Add one row of the table."""
-    settings = dict(flag.settings, **more)
-    if flag.metavar:
-        settings["metavar"] = flag.metavar
-    parser.add_argument(*flag.names, **settings)
-
-
-def add_global_flags(parser: Any) -> None:
-    """Add what may stand before and after the command; SUPPRESS keeps one place from undoing the other."""
-    import argparse
-    parser.add_argument("--version", action="version", version=f"deploy.py {VERSION}")
-    for flag in FLAGS:
-        if not flag.commands:
-            add_flag(parser, flag, default=argparse.SUPPRESS)
-    for option in OPTIONS:
-        if option.flag:
-            parser.add_argument(option.flag, dest=f"{option.section}.{option.key}", default=argparse.SUPPRESS)
 
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
-    # Making all parsers takes a third of a short run, but the help of all and a misspelt command need them.
-    first = next((word for word in argv if word in COMMANDS or word in ("-h", "--help")), "")
-    names = [name for name in COMMANDS if name in argv] if first in COMMANDS else list(COMMANDS)
-    # argparse keeps only the last place's list of a flag that may repeat: both places count.
-    try:
-        flags = build_parser(names).parse_args(hoist_repeated(argv))
-    except UsageError:
-        check_early_flags(argv, first)
-        if len(names) == len(COMMANDS):
-            raise
-        flags = build_parser(list(COMMANDS)).parse_args(hoist_repeated(argv))
-    shown = {f"{option.section}.{option.key}": option.flag for option in OPTIONS if option.flag}
+    # Making all parsers would take a third of a short run: only --help needs more than those that are named.
+    asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
+    flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
+    names = {f"{option.section}.{option.key}": option.flag for option in OPTIONS if option.flag}
+    names.update((flag.dest, flag.names[-1]) for flag in FLAGS)
     for flag in FLAGS:
-        name = flag_name(flag)
-        shown[name] = flag.names[-1]
-        if not hasattr(flags, name):
-            setattr(flags, name, None)
+        vars(flags).setdefault(flag.dest, None)
     for name, value in vars(flags).items():
         # A variable that was never set must not pass for an option that was never given.
         if value == "" or isinstance(value, list) and "" in value:
-            raise UsageError(f"{shown.get(name, name)} is given, but empty", "give a value, or leave it out")
+            raise UsageError(f"{names[name]} is given, but empty", "give a value, or leave it out")
     if not flags.command:
         raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
     for flag in FLAGS:
-        if flag.names[-1] in FLAG_VALUES and getattr(flags, flag_name(flag)) is not None:
-            flag_value(flag.names[-1], getattr(flags, flag_name(flag)))
-    if flags.command == "unit":
-        flags.words, flags.inner = inner_command(flags.words)
-    if flags.command == "help" and flags.topic in COMMANDS:
+        if flag.kind and getattr(flags, flag.dest) is not None:
+            flag_value(flag.names[-1], getattr(flags, flag.dest))
+    if flags.sha256:
+        check_given_digest(flags.sha256)
+    if flags.release_version:
+        check_version(flags.release_version)
+    if flags.command == "help" and flags.topic in COMMANDS and flags.topic not in HELP:
         build_parser([flags.topic]).parse_args([flags.topic, "--help"])
     return flags
-
-
-def check_early_flags(argv: List[str], command: str) -> None:
-    """Raise UsageError for a command's own flag before it: argparse does not know it there, and takes its value for the command."""
-    early = [word.partition("=")[0] for word in argv[:argv.index(command)]] if command in COMMANDS else []
-    for name in early:
-        if name.startswith("-") and any(flag.commands and name in flag.names for flag in FLAGS):
-            raise UsageError(f"{name} stands before the command {command}", f"write it behind: deploy.py {command} {name} ...")
-
-
-def flag_name(flag: Flag) -> str:
-    """Return the name under which argparse keeps a flag's value."""
-    return flag.settings.get("dest") or flag.names[-1].lstrip("-").replace("-", "_")
-
-
-def inner_command(words: List[str]) -> Tuple[List[str], Any]:
-    """Check the command line that a unit is to run, and make its artifact's path one that holds in any directory."""
-    words = words[words[:1] == ["--"]:]
-    if words[:1] and words[0] in NOT_IN_A_UNIT:
-        raise UsageError(f"a unit cannot run `{words[0]}`", "name the command it shall run: deploy.py unit deploy ARTIFACT")
-    flags = parse_command_line(words)
-    if words[0] != flags.command:
-        raise UsageError(f"{words[0]} stands before the command that the unit is to run", "global options go before `unit`")
-    return words[:1] + [absolute(word) if word == flags.artifact else word for word in words[1:]], flags
-
-
-def hoist_repeated(argv: List[str]) -> List[str]:
-    """Move -c and --set behind the command, so that argparse collects them in one list; for `unit` whatever sets an option."""
-    is_unit = next((word for word in argv if word in COMMANDS), "") == "unit"
-    names = {name for flag in FLAGS if not flag.commands and flag.settings.get("action") == "append" for name in flag.names}
-    names |= {option.flag for option in OPTIONS if option.flag and is_unit}
-    moved, rest, tail, words = [], [], [], iter(split_short(argv))  # type: List[str], List[str], List[str], Iterator[str]
-    for word in words:
-        if word == "--":
-            tail = [word, *words]
-        elif word in names:
-            value = next(words, None)
-            if value is None:
-                rest.append(word)  # where it stands it lacks its value; elsewhere it would take another word for it
-            else:
-                moved += [word, value]
-        elif word.partition("=")[0] in names:
-            moved.append(word)
-        else:
-            rest.append(word)
-    # Behind the name of its own command everything is that command's.
-    place = rest.index("unit") + 1 if is_unit and "unit" in rest else len(rest)
-    return rest[:place] + moved + rest[place:] + tail
-
-
-def split_short(argv: List[str]) -> List[str]:
-    """Take joined short options apart (-qn, -cFILE): 3.6 and 3.7 forbid them along with abbreviations."""
-    takes_value = {name[1]: bool(flag.metavar) for flag in FLAGS for name in flag.names if re.match(r"-[a-z]\Z", name)}
-    words = []  # type: List[str]
-    for position, word in enumerate(argv):
-        if word == "--":
-            return words + argv[position:]
-        while re.match(r"-[a-z].", word) and word[1] in takes_value:
-            words.append(word[:2])
-            if takes_value[word[1]]:
-                word = word[2:].lstrip("=")
-                break
-            word = "-" + word[2:]
-        words.append(word)
-    return words
 
 
 # -- the same file as an Ansible module ------------------------------------------
 
 # Ansible starts a module that says WANT_JSON with one argument: a file of JSON with the task's parameters.
 
-class Parameter(NamedTuple):
-    """A parameter of the module: the flag, or the argument (no `word`), that it stands for; no commands means all."""
-
-    name: str
-    word: str
-    kind: str
-    help: str
-    commands: Tuple[str, ...]
-    metavar: str = ""
-    needed: bool = False
-    choices: Tuple[str, ...] = ()
-    default: str = ""
-
-
-# Commands that print something for a person to look at.
-NO_TASKS = TELLING + ("unit",)
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
-NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "yes", "detailed_exitcode", "debug")
+NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_exitcode", "debug")
 # What state and history are made of: no_log cannot hide it.
 NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root", "config")
-
-
-def module_parameters() -> List[Parameter]:
-    """List the module's parameters but `command`, from the tables; a name may have a row for each of several commands."""
-    rows = []
-    for flag in FLAGS:
-        name = flag.names[-1].lstrip("-").replace("-", "_")
-        name = flag.settings["dest"] if name == "command" else name
-        commands = tuple(command for command in flag.commands if command not in NO_TASKS)
-        repeats = flag.settings.get("action") == "append" or flag.settings.get("nargs") == "*"
-        kind = "dict" if name == "set" else "list" if repeats else "int" if flag.metavar == "N" else \
-            "str" if flag.metavar else "bool"
-        word = flag.names[-1] if flag.names[-1].startswith("-") else ""
-        if name not in NO_PARAMETERS and (commands or not flag.commands):
-            rows.append(Parameter(name, word, kind, flag.help, commands, flag.metavar,
-                                  needed=not word and "nargs" not in flag.settings, default=flag.settings.get("default", "")))
-    for option in OPTIONS:
-        if option.flag:
-            choices = tuple(option.kind.split("|")) if option.kind not in KINDS else ()
-            rows.append(Parameter(option.flag[2:].replace("-", "_"), option.flag, "str", option.help, (),
-                                  option_metavar(option), choices=choices))
-    return rows
 
 
 def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
@@ -12172,8 +11157,7 @@ class ModuleConsole(Console):
     def __init__(self, parameters: Dict[str, Any]) -> None:
         super().__init__()
         self.json_mode = True
-        self._shows_diff = bool(parameters.get("_ansible_diff"))
-        self._shows_traceback = is_verbose(parameters)
+        self._parameters = parameters
         self._traceback = ""
         self._answer = -1
         try:
@@ -12190,11 +11174,11 @@ class ModuleConsole(Console):
     def json_result(self, value: Dict[str, Any]) -> None:
         """Answer with the object of --json and what Ansible looks for; `msg`, which it shows first, has the hint as well."""
         answer = dict(value, rc=value["exit_code"])
-        if self._shows_diff and self.diff and not value["failed"]:
+        if self._parameters.get("_ansible_diff") and self.diff and not value["failed"]:
             answer["diff"] = self.diff
         if value["error"] and value["error"]["hint"]:
             answer["msg"] += f" (hint: {value['error']['hint']})"
-        if self._shows_traceback and self._traceback:
+        if self._traceback and is_verbose(self._parameters):
             answer["exception"] = self._traceback
         try:
             write_all(self._answer, json.dumps(self.secrets.mask_json(answer)).encode("ascii") + b"\n")
@@ -12211,83 +11195,95 @@ def is_verbose(parameters: Dict[str, Any]) -> bool:
     return isinstance(verbosity, int) and verbosity >= 3
 
 
+def parameters_of(command: str) -> Dict[str, Tuple[str, str]]:
+    """List the module's parameters for a command, from the tables: {name: (flag, or nothing for an argument, kind)}."""
+    found = {}
+    for flag in FLAGS:
+        if command in (flag.commands or (command,)):
+            name = "set" if flag.dest == "assignments" else flag.dest
+            kind = "list" if flag.nargs in ("+", "*") else "number" if flag.kind else "text"
+            found[name] = ("" if flag.is_argument else flag.names[-1], kind if flag.metavar else "switch")
+    for option in OPTIONS:
+        if option.flag:
+            kind = "number" if option.kind == "duration" else "text"
+            found[option.flag[2:].replace("-", "_")] = (option.flag, kind)
+    return {name: row for name, row in found.items() if name not in NO_PARAMETERS}
+
+
 def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
     """Translate a task's parameters into the command line that does the same; UsageError names the one that is wrong."""
     if not parameters:
         raise UsageError("the file with the parameters is no JSON object", "run the task again")
     given = {name: value for name, value in parameters.items() if not name.startswith("_ansible_") and value is not None}
     command = parameter_text("command", given.pop("command", "deploy"))
-    if command not in COMMANDS or command in NO_TASKS:
-        names = [name for name in COMMANDS if name not in NO_TASKS]
+    names = [name for name in COMMANDS if name not in TELLING]
+    if command not in names:
         raise UsageError(f"command: there is no {command!r}", nearest(command, names) or "one of " + ", ".join(names))
-    argv, arguments = ["--json", command], []  # type: List[str], List[str]
+    argv = ["--json", command]
+    arguments: List[str] = []
     if parameter_switch("_ansible_check_mode", parameters.get("_ansible_check_mode") or False):
         argv.append("-n")
     if is_verbose(parameters):
         argv.append("--debug")
+    known = parameters_of(command)
     for name, value in given.items():
-        row = find_parameter(name, command)
-        words = parameter_words(row, value)
-        if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN:
-            for text in [word[len(row.word) + 1:] if row.word else word for word in words]:
-                for part in (text, text.partition("=")[2], *re.findall(r"[^\s=\"']{9,}", text.partition("=")[2])):
-                    secrets.add(part)
-        (argv if row.word else arguments).extend(words)
-    return [native(word) for word in argv + (["--"] if arguments else []) + arguments]
+        if name not in known:
+            takes = f"{command} takes " + ", ".join(["command", *known])
+            if any(name in parameters_of(other) for other in names):
+                raise UsageError(f"{name} is no parameter of the command {command}", takes)
+            raise UsageError(f"unknown parameter {name!r}", nearest(name, known) or takes)
+        flag, kind = known[name]
+        if kind == "switch":
+            if parameter_switch(name, value):
+                argv.append(flag)
+            continue
+        texts = parameter_texts(name, kind, value)
+        for text in texts if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN else ():
+            option_value = text.partition("=")[2]
+            for part in (text, option_value, *re.findall(r"[^\s=\"']{9,}", option_value)):
+                secrets.add(part)
+        if flag:
+            argv += [f"{flag}={text}" for text in texts]
+        else:
+            arguments += texts
+    return [native(word) for word in argv + ["--"] * bool(arguments) + arguments]
 
 
-def find_parameter(name: str, command: str) -> Parameter:
-    """Find a parameter's row for a command; UsageError where there is none, or none for this command."""
-    rows = module_parameters()
-    fitting = [row for row in rows if not row.commands or command in row.commands]
-    for row in fitting:
-        if row.name == name:
-            return row
-    takes = f"{command} takes " + ", ".join(["command"] + [row.name for row in fitting])
-    if any(row.name == name for row in rows):
-        raise UsageError(f"{name} is no parameter of the command {command}", takes)
-    raise UsageError(f"unknown parameter {name!r}", nearest(name, [row.name for row in rows]) or takes)
-
-
-def parameter_words(row: Parameter, value: Any) -> List[str]:
-    """Write a parameter as words of the command line."""
-    if row.kind == "bool":
-        return [row.word] if parameter_switch(row.name, value) else []
-    if row.kind == "dict" and isinstance(value, str) and value.startswith("{"):
+def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
+    """Write a parameter's value as one text or more."""
+    if name == "set" and isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise UsageError(f"{row.name}: {{...}} is no JSON object", 'such as {"deploy.keep_releases": 3}')
-    if row.kind == "dict" and isinstance(value, dict):
-        texts = list(parameter_assignments(value, ""))
-    elif row.kind in ("dict", "list"):
-        items = value if isinstance(value, list) else parameter_text(row.name, value).split(",")
-        texts = [parameter_text(row.name, item).strip() for item in items]
-    elif isinstance(value, int) and not isinstance(value, bool) and row.metavar in ("N", "DURATION"):
-        texts = [str(value)]
-    else:
-        texts = [parameter_text(row.name, value)]
-    return [f"{row.word}={text}" if row.word else text for text in texts]
+            raise UsageError(f"{name}: {{...}} is no JSON object", 'such as {"deploy.keep_releases": 3}')
+    if name == "set" and isinstance(value, dict):
+        return list(parameter_assignments(value, ""))
+    if kind == "list":
+        items = value if isinstance(value, list) else parameter_text(name, value).split(",")
+        return [parameter_text(name, item).strip() for item in items]
+    return [parameter_text(name, value, int if kind == "number" else str)]
 
 
 def parameter_switch(name: str, value: Any) -> bool:
     """Read a boolean: one of YAML, or what an ad-hoc command has as text."""
     try:
-        return _parse_bool(str(value))
+        return bool(read_value("bool", str(value)))
     except ValueError as error:
         raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
 
 
-def parameter_text(name: str, value: Any) -> str:
-    """Read a text; a number is refused, since it may not be what was written."""
+def parameter_text(name: str, value: Any, *fine: type) -> str:
+    """Write a value as text; a number or a yes, unless it is fine there, may not be what was written."""
     if isinstance(value, str):
         if "\0" in value or re.search("[\ud800-\udc7f\udd00-\udfff]", value):
             raise UsageError(f"{name}: holds a character that no argument can have", "write it without")
         return value
+    if type(value) in fine:
+        return str(value).lower()
     if isinstance(value, (bool, int, float)):
         raise UsageError(f"{name}: expected text, and YAML made of it the {type(value).__name__} {json.dumps(value)}",
                          "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
-    raise UsageError(f"{name}: expected text, not a {type(value).__name__}", "see deploy.py help ansible")
+    raise UsageError(f"{name}: expected text, not a {type(value).__name__}", "see ansible-doc -M library deploy")
 
 
 def parameter_assignments(value: Dict[str, Any], section: str) -> Iterator[str]:
@@ -12297,90 +11293,109 @@ def parameter_assignments(value: Dict[str, Any], section: str) -> Iterator[str]:
         if isinstance(item, dict):
             yield from parameter_assignments(item, name)
             continue
-        found = find_option(*name.partition(".")[::2])
-        if found is None or "=" in name:
+        option = find_option(*name.partition(".")[::2])
+        if option is None or "=" in name:
             check_known(*name.partition(".")[::2], "set")
             raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
-        if isinstance(item, list):
-            texts = [option_text(found, name, each) for each in item]
-            item = spell(texts) if found.kind == "argv" else ("," if found.kind == "statuses" else "\n").join(texts)
-        yield f"{name}={option_text(found, name, item)}"
+        fine: Dict[str, Tuple[type, ...]] = {"mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float)}
+        types = (bool, int) if option.key == "json.*" else fine.get(option.kind, (int,))
+        items = item if isinstance(item, list) else [item]
+        texts = [parameter_text(f"set: {name}", each, *types) for each in items]
+        if isinstance(item, list) and option.kind == "argv":
+            texts = [spell(texts)]
+        yield f"{name}={(',' if option.kind == 'statuses' else chr(10)).join(texts)}"
 
 
-def option_text(option: Option, name: str, value: Any) -> str:
-    """Write one value of `set` as the configuration would have it; UsageError for what YAML may have changed."""
-    if isinstance(value, bool) and (option.kind == "bool" or option.key == "json.*"):
-        return "true" if value else "false"
-    if isinstance(value, int) and not isinstance(value, bool) and option.kind != "mode":
-        return str(value)
-    if isinstance(value, float) and option.kind in ("factor", "share"):
-        return str(value)
-    return parameter_text(f"set: {name}", value)
-
+# -- what is true before a command runs ------------------------------------------
 
 def load(flags: Any) -> Settings:
-    """Load the settings that the flags ask for."""
+    """Load the settings that the flags ask for; UsageError tells all that is wrong with them."""
     if flags.command in TELLING:
         return Settings({}, [])
     given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
     if ("deploy", "lock_wait") in given:
         given["deploy", "lock_wait"] = spoken_duration(given["deploy", "lock_wait"])
-    files = flags.config or discover_files()
-    return load_settings(files, given, flags.assignments or [])  # type: ignore
+    settings = read_settings(flags.config or discover_files(), given, flags.assignments or [])  # type: ignore
+    if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
+        check_settings(settings)
+    raise_mistakes(settings.mistakes)
+    return settings
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UsageError for all that is wrong, also what is proper value by value and does not go together."""
+    mistakes = settings.mistakes
+    wrong = " ".join(mistake.message for mistake in mistakes)
+    with noted(mistakes):
+        check_size_of_commands(settings)
+    with noted(mistakes):
+        services_in_order(settings)
+    for kind, sections in (("probe", settings.probe), ("notify", settings.notify), ("template", settings.template)):
+        for name, values in sections.items():
+            if f"[{kind}:{name}]" in wrong:
+                continue  # what is made of a mistake is no second one
+            problem = check_probe(settings, values) if kind == "probe" else \
+                check_notifier(values) if kind == "notify" else place_problem(settings, values)
+            if problem:
+                mistakes.append(settings.wrong(f"{kind}:{name}", problem))
+    owners: Dict[str, str] = {}
+    for (section, key), given in settings.given.items():
+        # Two files of one name: one of them would send to its peer what was meant for the other's.
+        if given.text and getattr(find_option(section, key), "kind", "") == "private":
+            name = section.partition(":")[2]
+            if owners.setdefault(name, section) != section:
+                mistakes.append(settings.wrong(section, f"{key} and another file would be the same credential, {name}: "
+                                                        "give one section another name"))
+    raise_mistakes(mistakes)
+
+
+def place_problem(settings: Settings, template: Any) -> str:
+    """Say where a template meets what else is to stand in that place of a release, or around it; nothing where it does not."""
+    shared = {path: f"what is shared as {path}" for path in settings.deploy.shared_dirs + settings.deploy.shared_files}
+    rendered = {other.target: f"the target of [template:{other.name}]"
+                for other in settings.template.values() if other is not template}
+    for key, places in (("source", shared), ("target", dict(rendered, **shared))):
+        path = getattr(template, key)
+        for place, what in places.items():
+            if (path + "/").startswith(place + "/") or key == "target" and place.startswith(path + "/"):
+                return f"{key} = {path}: it meets {what}"
+    return ""
 
 
 def check_believed(flags: Any, settings: Settings) -> None:
     """As root, act on nothing that somebody else could have written; looking at it is allowed."""
-    if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight", "unit"):
+    if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight",):
         refused = untrusted(settings)[0]
         for problem, hint in refused.values():
             raise PreflightFailed(f"what root acts on could have been written by others: {problem}",
                                   f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise UsageError for values that are proper one by one and do not go together."""
-    check_size_of_commands(settings)
-    check_places(settings)
-    for name, probe in settings.probe.items():
-        problem = check_probe(settings, probe)
-        if problem:
-            raise settings.wrong(f"probe:{name}", problem)
-    for name, notifier in settings.notify.items():
-        problem = check_notifier(notifier)
-        if problem:
-            raise settings.wrong(f"notify:{name}", problem)
-    private_paths(settings)  # two of one name: one of them would send to its peer what was meant for the other's
-    services_in_order(settings)
-
-
-def check_places(settings: Settings) -> None:
-    """Raise UsageError where two things are to stand in the same place of a release, or one inside another."""
-    shared = {path: f"what is shared as {path}" for path in settings.deploy.shared_dirs + settings.deploy.shared_files}
-    for name, template in sorted(settings.template.items()):
-        rendered = {other.target: f"the target of [template:{other.name}]" for other in settings.template.values() if other is not template}
-        for key, places in (("source", shared), ("target", dict(rendered, **shared))):
-            path = getattr(template, key)
-            for place, what in places.items():
-                if (path + "/").startswith(place + "/") or key == "target" and place.startswith(path + "/"):
-                    raise settings.wrong(f"template:{name}", f"{key} = {path}: it meets {what}")
-
-
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
-    """Tell the console every private value, before anything is written."""
+    """Tell the console every private value, before anything is written or a hook or a server can show it."""
+    receivers = [*settings.probe.values(), *settings.notify.values()]
     named = [(name, environment(name)) for name in environment_names()
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
-    for values in [settings.env, settings.vars, *[section.header for section in [*settings.probe.values(), *settings.notify.values()]]]:
+    for values in [settings.env, settings.vars, *[receiver.header for receiver in receivers]]:
         named += values.items()
-    for name, value in named:
-        if looks_secret(name):
-            secrets.add(value)
-    for probe in settings.probe.values():
-        learn_sent(probe.url, probe.auth_file, secrets)
+    found = [value for name, value in named if looks_secret(name)]
+    for receiver in receivers:
+        userinfo = re.match(r"[a-z]+://([^/?#@]*)@", receiver.url)
+        key_file = receiver.auth_file if hasattr(receiver, "auth_file") else receiver.token_file
+        for text in (userinfo.group(1) if userinfo else "", read_if_there(key_file)):
+            found += [text, text.partition(":")[2], text.partition(" ")[2]]
+        # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
+        found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
+                  if len(value) >= 8 or looks_secret(name)]
     for notifier in settings.notify.values():
-        learn_sent(notifier.url, notifier.token_file, secrets)
-        for text in (notifier.url, read_if_there(notifier.url_file)):
-            learn_hook_url(text, secrets)
+        for url in (notifier.url, read_if_there(notifier.url_file)):
+            # The long words of its path let anybody post there.
+            found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
+    for value in found:
+        secrets.add(value)
+        if "%" in value or "+" in value:
+            from urllib.parse import unquote_plus
+            secrets.add(unquote_plus(value))
 
 
 def read_if_there(path: str) -> str:
@@ -12389,20 +11404,6 @@ def read_if_there(path: str) -> str:
         return _read_text(path).strip() if path else ""
     except OSError:
         return ""
-
-
-def learn_sent(url: str, key_file: str, secrets: Secrets) -> None:
-    """Learn what will be sent, before a hook or a server can show it: a key file, userinfo and query of a URL."""
-    userinfo = re.match(r"[a-z]+://([^/?#@]*)@", url)
-    texts = [userinfo.group(1) if userinfo else "", read_if_there(key_file)]
-    values = [value for text in texts for value in (text, text.partition(":")[2], text.partition(" ")[2])]
-    # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
-    values += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", url) if len(value) >= 8 or looks_secret(name)]
-    for value in values:
-        secrets.add(value)
-        if "%" in value or "+" in value:
-            from urllib.parse import unquote_plus
-            secrets.add(unquote_plus(value))
 
 
 def open_log(settings: Settings, console: Console) -> None:
@@ -12434,6 +11435,8 @@ def refuse_own_log(settings: Settings) -> None:
             raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is deploy.py's own",
                              "write it to another place, such as /var/log")
 
+
+# -- one run -----------------------------------------------------------------------
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     """Run one command to its exit code."""

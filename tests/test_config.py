@@ -355,6 +355,62 @@ def test_exactly_one_of_a_group_must_be_given(name: str, text: str, wanted: str,
     assert wanted in refusal(text, tmp_path).message
 
 
+# -- habits of other formats ---------------------------------------------------
+
+HABITS = [
+    ("comment", "deploy", "root", "/srv/x   # the shop", "a comment needs a line of its own; write /srv/x"),
+    ("semicolon", "service:web", "unit", "web.service ; the web", "write web.service"),
+    ("comment-on-a-name", "deploy", "application", "shop # mine", "write shop"),
+    ("commas", "deploy", "shared_dirs", "log, tmp", "expected one a line; write log and tmp on a line of its own each"),
+    ("commas-in-names", "preflight", "require_commands", "git,curl", "write git and curl"),
+    ("spaces-in-names", "service:web", "after", "a b", "write a and b"),
+    ("brackets", "preflight", "require_files", "[/a, /b]", "write /a and /b"),
+    ("bracket", "deploy", "shared_files", "['.env']", "write .env"),
+    ("quotes", "deploy", "root", '"/srv/my shop"', "write /srv/my shop"),
+    ("quoted-unit", "service:web", "unit", "'web.service'", "write web.service"),
+    ("two-units", "service:web", "unit", "a.service, b.service", "one unit"),
+    ("tilde", "deploy", "root", "~/shop", "write the path in full"), ("variable", "log", "file", "$HOME/log", "write the path in full"),
+    ("variable-in-a-list", "preflight", "require_files", "/a\n  ${HOME}/b", "write the path in full"),
+    ("variable-in-a-template", "template:t", "target", "$HOME/x", "write the path in full"),
+    ("lines", "deploy", "root", "/srv/a\n  /srv/b", "expected one line"),
+]
+
+
+@pytest.mark.parametrize("name,section,key,value,right", HABITS, ids=[row[0] for row in HABITS])
+def test_what_another_format_would_take_is_refused_with_the_right_form(
+        name: str, section: str, key: str, value: str, right: str, tmp_path: Path) -> None:
+    error = refusal(f"[{section}]\n{key} = {value}\n", tmp_path)
+    assert f"[{section}] {key} = " in error.message and right in error.message
+
+
+def test_an_expression_a_url_and_a_command_may_hold_what_a_path_may_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ini", "[probe:web]\nurl = http://127.0.0.1/~me/[1],2;#x\nbody = [a, b] # ~/x; $HOME\n"
+                                     "[probe:own]\ncommand = 'test # ;' [a, b] ~x\n[vars]\nx = [1, 2] # y\n")
+    assert config_of(config=path)["probe:web.body"]["value"] == "[a, b] # ~/x; $HOME"
+
+
+def test_all_that_is_wrong_is_told_at_once(app: App) -> None:
+    more = write(app.directory / "more.ini", "[artefact]\nx = 1\n[deploy]\nkeep_release = 3\nmin_free = lots\n")
+    app.configure("[service:web]\nunit = a # b\n[service:db]\ncommand = true\nafter = nosuch\n[probe:one]\nurl = x\n[probe:two]\ntcp = a\n"
+                  "[template:t]\nsource = a\ntarget = log\n[deploy:x]\n")
+    app.config.write_text(app.config.read_text().replace("[deploy]\n", "[deploy]\nshared_dirs = log\n"))
+    for command in (["deploy", app.artifact("1.0")], ["config"]):
+        error = app.run(*command, "-c", more, "--set", "limits.max_file=x", "--set", "nonsense", check=2).data["error"]
+        for part in (f"{more}: unknown section [artefact] [did you mean 'artifact'?]", f"{more}: unknown key 'keep_release' in [deploy]",
+                     f"{more}: [deploy] min_free = 'lots': expected a size", f"{app.config}: [service:web] unit = 'a # b': a comment",
+                     f"{app.config}: unknown section [deploy:x]", "[limits] max_file = 'x': expected a size", "--set 'nonsense': expected",
+                     "[service:db] after = nosuch: there is no [service:nosuch]", "[probe:one] url", "[probe:two] tcp",
+                     "[template:t] target = log: it meets what is shared as log"):
+            assert part in error["message"], part
+        assert error["message"].startswith("11 mistakes in the configuration: (1) ")
+    assert app.releases() == []
+
+
+def test_a_value_that_is_wrong_makes_no_second_mistake(tmp_path: Path) -> None:
+    error = refusal("[probe:web]\ncommand = cd x\nstatus = 200\n", tmp_path)
+    assert "cd is no program" in error.message and "mistakes" not in error.message
+
+
 # -- the file itself ---------------------------------------------------------
 
 FILES = [
@@ -552,10 +608,10 @@ DURATIONS = [("500ms", True), ("3s", True), ("2m", True), ("1h", True), ("1.5s",
 @pytest.mark.parametrize("text,fine", DURATIONS, ids=[row[0] or "empty" for row in DURATIONS])
 def test_durations(text: str, fine: bool) -> None:
     if fine:
-        assert deploy.parse_duration(text) >= 0
+        assert deploy.read_value("duration", text) >= 0
     else:
         with pytest.raises(ValueError):
-            deploy.parse_duration(text)
+            deploy.read_value("duration", text)
 
 
 SIZES = [("0", True), ("123", True), ("64k", True), ("64K", True), ("10M", True), ("2G", True), ("1T", True),
@@ -565,10 +621,10 @@ SIZES = [("0", True), ("123", True), ("64k", True), ("64K", True), ("10M", True)
 @pytest.mark.parametrize("text,fine", SIZES, ids=[row[0] or "empty" for row in SIZES])
 def test_sizes(text: str, fine: bool) -> None:
     if fine:
-        assert deploy.parse_size(text) >= 0
+        assert deploy.read_value("size", text) >= 0
     else:
         with pytest.raises(ValueError):
-            deploy.parse_size(text)
+            deploy.read_value("size", text)
 
 
 @pytest.mark.parametrize("option,beyond,within", [
@@ -585,7 +641,7 @@ def test_sizes_and_numbers_mean_what_they_say(option: str, beyond: str, within: 
 
 
 def test_the_ratio_does_not_count_below_the_size_that_its_help_names(app: App) -> None:
-    floor = deploy.parse_size(re.search(r"(\w+) always may", deploy.find_option("limits", "max_ratio").help).group(1))  # type: ignore
+    floor = deploy.read_value("size", re.search(r"(\w+) always may", deploy.find_option("limits", "max_ratio").help).group(1))  # type: ignore
     for name, bytes_out, exit_code in (("below", floor // 2, 0), ("above", floor + 1, 4)):
         app.run("stage", app.artifact(name, {"big.txt": "0" * bytes_out}), "--set", "limits.max_ratio=1", check=exit_code)
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Set, Tuple
 import pytest
 
 from support import TESTS, TOP, compiled, load_deploy, run_deploy, shape
-from tables import README, with_topics
+from tables import README, with_tables
 
 EXAMPLE, MAKEFILE = TOP / "deploy.ini.example", TOP / "Makefile"
 
@@ -67,13 +67,12 @@ def test_the_readme_and_the_help_know_every_command(command: str) -> None:
 
 
 def test_the_readmes_reference_is_that_of_the_code() -> None:
-    assert readme() == with_topics(readme()), "make example writes it again"
+    assert readme() == with_tables(readme()), "make example writes it again"
 
 
-def test_the_readme_has_a_place_for_every_page_of_help_and_no_other() -> None:
-    names = sorted(topic.name for topic in deploy.TOPICS)
-    assert sorted(re.findall(r"<!-- topic ([\w-]+) -->", readme())) == names
-    assert sorted(re.findall(r"<!-- /topic ([\w-]+) -->", readme())) == names
+def test_the_readme_has_a_place_for_every_page_of_help_and_every_section() -> None:
+    assert sorted(re.findall(r"<!-- help (\S+) -->", readme())) == sorted(deploy.HELP)
+    assert sorted(re.findall(r"<!-- table \[(\S+)\] -->", readme())) == sorted(name for name, _, _ in deploy.SECTIONS)
 
 
 def test_every_link_within_the_readme_leads_to_a_heading() -> None:
@@ -169,7 +168,7 @@ def test_the_example_shows_every_option_with_its_default(tmp_path: Path) -> None
     path = tmp_path / "deploy.ini"
     path.write_text(uncommented(), encoding="utf-8")
     shown = {(section.replace("NAME", "*"), key.replace("NAME", "*")): given.text
-             for (section, key), given in deploy.read_ini(str(path)).items()}
+             for (section, key), given in deploy.read_ini(str(path), []).items()}
     assert shown == {(option.section, option.key): option.default for option in deploy.OPTIONS}
 
 

@@ -1,43 +1,36 @@
-"""`deploy.py help`: the reference is in the file, whatever else is broken."""
+"""`deploy.py help` and `--help`: what the program says about itself, whatever else is broken."""
 
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support import DEPLOY, load_deploy, run_deploy
+from tables import README, result_keys, section
 
 deploy = load_deploy()
 
 
-def lines(topic: Any) -> "list":
-    """A page's lines as a terminal gets them."""
-    return deploy.help_page(topic.name).splitlines()
+@pytest.mark.parametrize("topic", deploy.HELP)
+def test_a_page_fits_a_terminal_in_any_locale(topic: str) -> None:
+    lines = deploy.help_page(topic).splitlines()
+    assert len(lines) <= 30
+    assert [line for line in lines if len(line) > 79 and not line.startswith("    ")] == []
+    assert [line for line in lines if not re.match(r"[ -~]*\Z", line)] == []
 
 
-@pytest.mark.parametrize("topic", deploy.TOPICS, ids=lambda topic: topic.name)
-def test_a_page_fits_a_terminal_in_any_locale(topic: Any) -> None:
-    assert [line for line in lines(topic) if len(line) > 79 and not line.startswith("    ")] == []
-    assert [line for line in lines(topic) if not re.match(r"[ -~]*\Z", line)] == []
-    assert not re.search(r"(?m)^#|^\{\{|```", deploy.help_page(topic.name))
+@pytest.mark.parametrize("topic", deploy.HELP)
+def test_a_page_is_shown_without_and_with_json_and_stands_in_the_readme(topic: str) -> None:
+    text = run_deploy("help", topic, json=False, check=0).stdout
+    assert run_deploy("help", topic, check=0).data["help"] == {"topic": topic, "text": text}
+    assert f"\n{text}" in README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("topic", deploy.TOPICS, ids=lambda topic: topic.name)
-def test_a_page_is_shown_without_and_with_json(topic: Any) -> None:
-    text = deploy.help_page(topic.name)
-    assert text.startswith(f"{topic.name}: {topic.about}\n\n")
-    assert run_deploy("help", topic.name, check=0).data["help"] == {"topic": topic.name, "text": text}
-    if topic is deploy.TOPICS[0]:
-        assert run_deploy("help", topic.name, json=False, check=0).stdout == text
-
-
-def test_without_a_topic_every_page_is_listed_with_what_to_type_next() -> None:
+def test_without_a_topic_it_says_what_the_program_is_and_which_pages_there_are() -> None:
     text = run_deploy("help", json=False, check=0).stdout
-    for topic in deploy.TOPICS:
-        assert re.search(rf"(?m)^  {topic.name} +{topic.about[:20]}", text)
-    assert "deploy.py help TOPIC" in text and "deploy.py help COMMAND" in text
+    assert text.startswith(deploy.__doc__.strip())
+    assert all(topic in text.splitlines()[-1] for topic in deploy.HELP)
     assert run_deploy("help", check=0).data["help"] == {"topic": None, "text": text}
 
 
@@ -48,7 +41,7 @@ def test_help_on_a_command_is_the_commands_own() -> None:
     assert run_deploy("help", "pin", check=0).data["help"]["text"] == own
 
 
-@pytest.mark.parametrize("name, meant", [("probs", "probes"), ("exitcodes", "exit-codes"), ("rolback", "rollback")])
+@pytest.mark.parametrize("name, meant", [("hoks", "hooks"), ("sistemd", "systemd"), ("rolback", "rollback")])
 def test_an_unknown_topic_is_an_error_that_suggests_the_nearest(name: str, meant: str) -> None:
     result = run_deploy("help", name, check=2)
     assert name in result.data["error"]["message"]
@@ -57,7 +50,7 @@ def test_an_unknown_topic_is_an_error_that_suggests_the_nearest(name: str, meant
 
 def test_an_unknown_topic_that_resembles_none_lists_them_all() -> None:
     hint = run_deploy("help", "xyzzy", check=2).data["error"]["hint"]
-    assert all(topic.name in hint for topic in deploy.TOPICS)
+    assert all(topic in hint for topic in deploy.HELP)
 
 
 @pytest.mark.parametrize("way", ["beside", "named", "environment", "value"])
@@ -66,70 +59,57 @@ def test_help_reads_no_configuration(way: str, tmp_path: Path) -> None:
     environment = {"environment": {"DEPLOY_CONFIG": "deploy.ini"}, "value": {"DEPLOY_DEPLOY_KEEP_RELEASES": "many"}}.get(way, {})
     flags = ["-c", "deploy.ini"] if way == "named" else []
     assert run_deploy("status", *flags, cwd=tmp_path, env=environment, check=2).data["error"]
-    result = run_deploy("help", "probes", *flags, cwd=tmp_path, env=environment, json=False, check=0)
-    assert result.stdout == deploy.help_page("probes") and result.stderr == ""
+    result = run_deploy("help", "hooks", *flags, cwd=tmp_path, env=environment, json=False, check=0)
+    assert result.stdout == deploy.help_page("hooks") and result.stderr == ""
     run_deploy("help", "pin", *flags, cwd=tmp_path, env=environment, check=0)
 
 
-def test_every_table_stands_on_a_page() -> None:
-    used = [name for topic in deploy.TOPICS for name in re.findall(r"(?m)^\{\{([\w-]+).*\}\}$", topic.text)]
-    assert sorted(set(used)) == sorted(["options", *deploy.TABLES])
-
-
-def test_every_section_stands_on_one_page_with_all_of_its_keys() -> None:
-    assert sorted(section for topic in deploy.TOPICS for section in deploy.sections_of(topic)) \
-        == sorted({option.section for option in deploy.OPTIONS}) == sorted(section for section, _ in deploy.SECTION_HELP)
-    for option in deploy.OPTIONS:
-        name = next(topic.name for topic in deploy.TOPICS if option.section in deploy.sections_of(topic))
-        section, key = (text.replace("*", "NAME") for text in (option.section, option.key))
-        assert re.search(rf"(?ms)^{re.escape(f'[{section}]')}\n\n.*^  {re.escape(key)} ", deploy.help_page(name)), (section, key)
-        assert re.search(rf"(?m)^  {re.escape(f'[{section}]')} .* {name}$", deploy.help_page("configuration"))
-
-
-def test_a_table_for_a_terminal_wraps_within_its_columns() -> None:
-    text = deploy.aligned_table(("key", "means"), [("`a`", "word " * 30), ("long-key", "`b`")])
-    rows = text.splitlines()
-    assert rows[0] == "  KEY       MEANS"
-    assert rows[1].startswith("  a         word word") and rows[2].startswith("            word")
-    assert rows[-1] == "  long-key  b"
-    assert max(map(len, rows)) <= 79
-
-
-def test_every_result_has_the_keys_that_the_reference_names(tmp_path: Path) -> None:
+def test_every_result_has_the_keys_that_the_readme_names(tmp_path: Path) -> None:
     kinds = {"bool": bool, "str": str, "int": int, "float": float, "list": list, "dict": dict}
+    assert len(result_keys()) > 15
     for result in (run_deploy("help"), run_deploy("status", root=tmp_path), run_deploy("nonsense"), run_deploy("--help")):
-        for key, kind, _ in deploy.RESULT_KEYS:
+        for key, kind in result_keys():
             assert result.data[key] is None or isinstance(result.data[key], kinds[kind]), key
-        assert set(result.data) - {"help", "status"} == {key for key, _, _ in deploy.RESULT_KEYS}
+        assert set(result.data) - {"help", "status"} == {key for key, _ in result_keys()}
 
 
 # -- --help ------------------------------------------------------------------
 
+def help_of(*words: str) -> str:
+    """What --help shows."""
+    with pytest.raises(deploy.HelpAsked) as asked:
+        deploy.parse_command_line([*words, "--help"])
+    return str(asked.value)
+
+
 @pytest.mark.parametrize("command", ["", *deploy.COMMANDS])
-def test_help_fits_a_terminal_and_says_where_to_read_more(command: str) -> None:
-    text = deploy.usage_page(command)
+def test_help_fits_a_terminal_and_begins_with_an_example(command: str) -> None:
+    text = help_of(command) if command else help_of()
     assert [line for line in text.splitlines() if len(line) > 79 and not line.startswith("  deploy.py ")] == []
-    assert text.startswith("usage: deploy.py ") and "\nexit codes:\n  0 " in text
-    pages = re.findall(r"deploy\.py help ([\w-]+)", text.split("\nmore: ")[1])
-    assert {*pages} <= {topic.name for topic in deploy.TOPICS} and (pages or not command)
+    assert text.startswith("usage: deploy.py [global options] ") and text.index("\nexample:\n") < text.index("--version")
 
 
 @pytest.mark.parametrize("command", deploy.COMMANDS)
 def test_the_example_of_a_command_is_a_command_line_of_it(command: str) -> None:
-    example, codes = deploy.COMMAND_EXAMPLES[command]
+    example = deploy.COMMAND_HELP[command][1]
     assert deploy.parse_command_line(shlex.split(example)).command == command
-    assert f"\n  deploy.py {example}\n" in deploy.usage_page(command)
-    assert codes and set(codes) <= set(dict(deploy.EXIT_CODES)) and list(codes) == sorted(codes)
+    assert f"\n  deploy.py {example}\n" in help_of(command)
 
 
-def test_the_help_of_a_command_tells_its_own_arguments_and_flags_apart() -> None:
-    text = deploy.usage_page("pack")
-    assert re.search(r"(?m)^  DIRECTORY +directory to pack$", text)
-    assert re.search(r"(?m)^  -o FILE, --output FILE +file to write", text)
-    assert not re.search(r"(?m)^  --json ", text) and " --json " in text
+def test_the_help_of_a_command_tells_its_own_arguments_and_flags_from_the_global_ones() -> None:
+    own, everywhere = help_of("pack").split("\nglobal options, before or after the command:\n")
+    assert re.search(r"(?m)^  DIRECTORY +directory to pack$", own)
+    assert re.search(r"(?m)^  -o(?: FILE)?, --output FILE +file to write", own)
+    assert "--json" in everywhere and "--json" not in own and "--output" not in everywhere
+
+
+@pytest.mark.parametrize("words", [["--root", "status", "--help"], ["-nh"], ["-h", "pin"]], ids=" ".join)
+def test_the_help_of_all_lists_every_command(words) -> None:
+    text = run_deploy(*words, json=False, check=0).stdout
+    assert all(re.search(rf"(?m)^    {name} ", text) for name in deploy.COMMANDS)
 
 
 def test_every_key_that_a_command_adds_to_the_object_is_named() -> None:
-    added = set(re.findall(r"outcome\.extra\[\"(\w+)\"\]", DEPLOY.read_text(encoding="utf-8")))
+    added = set(re.findall(r"\.extra\[\"(\w+)\"\]", DEPLOY.read_text(encoding="utf-8")))
     assert len(added) > 8
-    assert {name for name in added if f"`{name}`" not in deploy.help_page("exit-codes")} == set()
+    assert {name for name in added if f"`{name}`" not in section("Exit codes, errors, JSON")} == set()

@@ -4,6 +4,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -147,9 +148,31 @@ def test_a_hook_has_no_stdin_no_descriptors_and_a_session_of_its_own(app: App, s
 
 
 def test_a_hook_is_an_argv_and_never_a_shell_line(app: App, spy: Spy) -> None:
-    app.configure(f"[hooks]\npre_stage =\n  {spy.path} 'a b' $HOME *; touch owned\n  {spy.path} second \"q'q\"\n")
+    app.configure(f"[hooks]\npre_stage =\n  {spy.path} 'a b' '$HOME' '*; touch owned' \\* foo$ x=~/y\n  {spy.path} second \"q'q & (z)\"\n")
     app.deploy("1.0")
-    assert [call["argv"] for call in spy.calls()] == [["a b", "$HOME", "*;", "touch", "owned"], ["second", "q'q"]]
+    assert [call["argv"] for call in spy.calls()] == [["a b", "$HOME", "*; touch owned", "*", "foo$", "x=~/y"], ["second", "q'q & (z)"]]
+
+
+SHELL = [
+    "bin/migrate && bin/seed", "a || b", "a | b", "a; b", "a &", "echo x > f", "a < f", "a 2>&1", "rm *.log", "ls file?", "echo $HOME/x",
+    'echo "$HOME"', "echo $(id)", 'echo "`id`"', "echo ${HOME}", "ls ~/x", "cd web", "export A", "source env", ". env", "set -e", "if true",
+]
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_what_only_a_shell_could_do_is_refused_with_the_line_to_write(line: str, app: App) -> None:
+    app.configure(f"[hooks]\npost_stage =\n  true\n  {line}\n")
+    error = app.run("deploy", app.artifact("1.0"), check=2).data["error"]
+    right = f"sh -c {shlex.quote(line)}"
+    assert f"{app.config}: [hooks] post_stage" in error["message"] and f"write {right}" in error["message"]
+    assert app.releases() == []
+    app.configure(f"[hooks]\npost_stage =\n  true\n  {right}\n")
+    app.run("config", check=0)
+
+
+def test_a_variable_before_a_command_belongs_into_env(app: App) -> None:
+    app.configure("[service:web]\ncommand = RAILS_ENV=production bin/restart\n")
+    assert "write RAILS_ENV = production into [env], or sh -c " in app.run("config", check=2).data["error"]["message"]
 
 
 def test_a_relative_program_is_the_releases_own(app: App) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from scenes import Gate
 from support import DEPLOY, App, clean_environment, described, load_deploy, needs, once_in_ci, snapshot, start_deploy
+from tables import section
 
 deploy = load_deploy()
 Labels = Tuple[Tuple[str, str], ...]
@@ -368,7 +369,7 @@ def test_promtool_has_nothing_to_say(app):
 
 @once_in_ci
 def test_promtool_takes_the_rules_of_the_page():
-    page = next(topic.text for topic in deploy.TOPICS if topic.name == "monitoring")
+    page = section("Monitoring")
     rules = re.search(r"(?m)^    groups:\n(?:    .*\n)+", page).group()
     assert "SUCCESS: 3 rules found" in promtool("rules", re.sub("(?m)^    ", "", rules).encode("ascii"))
     used = set(re.findall(r"deploy_\w+", rules))

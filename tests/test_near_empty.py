@@ -14,8 +14,9 @@ from typing import Any, Dict, Iterator, List, Sequence
 import pytest
 
 from images import UNKNOWN_UID, WHOLE, Image, Python, library_without, python_without
-from support import (App, DEPLOY, Result, Server, clean_environment, compiled, load_deploy, make_artifact, missing, needs, once_in_ci,
+from support import (App, DEPLOY, Result, Server, clean_environment, compiled, make_artifact, missing, needs, once_in_ci,
                      wait_until)
+from tables import section
 
 OWN, DEBIAN = sys.executable, "/usr/bin/python3"
 NOT_UTF8 = b"caf\xe9.txt"
@@ -189,7 +190,7 @@ def test_without_proc_nobody_elses_pidfile_chooses_what_root_signals(tmp_path: P
 
 def instructions() -> Dict[str, List[str]]:
     """The command lines on the page, by the instruction that they are given to."""
-    text = next(topic.text for topic in load_deploy().TOPICS if topic.name == "containers")
+    text = section("Containers")
     return {name: json.loads(words) for name, words in re.findall(r"(?m)^    (RUN|HEALTHCHECK)(?: CMD)? (\[.*\])$", text)}
 
 

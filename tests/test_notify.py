@@ -23,6 +23,7 @@ import pytest
 
 from scenes import Gate
 from support import App, described, fake_command, file, free_port, load_deploy, missing, snapshot, start_deploy, wait_until
+from tables import section
 from test_metrics import run_defect
 
 deploy = load_deploy()
@@ -453,14 +454,14 @@ def test_what_is_wrong_is_told_before_anything_happens(app, section, message):
 
 
 def test_the_configuration_of_the_page_is_a_proper_one(app):
-    page = next(topic.text for topic in deploy.TOPICS if topic.name == "monitoring")
+    page = section("Monitoring")
     blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    \[))+", page)
     app.configure("".join(re.sub("(?m)^    ", "", block) for block in blocks if block.strip().startswith("[")))
     settings = deploy.load_settings([str(app.config)], {}, [])
     assert sorted(notifier.type for notifier in settings.notify.values()) == sorted(deploy.NOTIFIERS)
     assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [None] * 4
     assert settings.metrics.textfile_dir == "/var/lib/prometheus/node-exporter"
-    words = set(re.findall(r"\$\{(\w+)\}", page.split("In `text` stand")[1]))
+    words = set(re.findall(r"\$\{(\w+)\}", page.split("In `text` stand")[1].split("\n\n")[0]))
     known = deploy.Note("", "", deploy.result_of(None), deploy.Context(*[""] * 7), "").values(str)
     assert words == {name for name in known if not name.startswith("DEPLOY_")}
 

@@ -730,7 +730,7 @@ def test_an_optional_probe_before_only_warns(app: App) -> None:
     app.deploy("1.0")
 
 
-@pytest.mark.parametrize("command", ["preflight", "deploy", "unit status"])
+@pytest.mark.parametrize("command", ["preflight", "deploy", "prune"])
 @pytest.mark.parametrize("after, why", [("nosuch", "there is no [service:nosuch]"), ("web", "web -> web")])
 def test_an_after_that_cannot_be_names_file_section_and_key(command: str, after: str, why: str, app: App) -> None:
     config = app.configure(f"[service:web]\ncommand = true\nafter = {after}\n")

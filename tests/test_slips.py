@@ -247,6 +247,11 @@ def test_root_may_look_at_the_state_of_a_service_user_but_not_act_on_it(app: App
     assert "sudo -u" in app.run("rollback", check=3).data["error"]["hint"]
 
 
+@pytest.mark.parametrize("words", [["doctor"], ["frobnicate"], ["status", "doctor"], ["status", "directory"]], ids=" ".join)
+def test_a_hint_offers_no_word_that_cannot_stand_there(words: List[str]) -> None:
+    assert "did you mean" not in run_deploy(*words, json=False, check=2).stderr
+
+
 @pytest.mark.parametrize("words, meant", [(["deplyo"], "deploy"), (["status", "--jsno"], "--json"), (["STATUS"], "status"), (["help", "HOOKS"], "hooks")])
 def test_a_typing_error_is_answered_with_the_nearest_name(words: List[str], meant: str) -> None:
     assert repr(meant) in run_deploy(*words, json=False, check=2).stderr

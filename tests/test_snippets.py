@@ -1,4 +1,4 @@
-"""Every snippet of the README (and so of `deploy.py help TOPIC`) is one that its reader understands: deploy.py, systemd, cron.
+"""Every snippet of the README is one that its reader understands: deploy.py, systemd, cron.
 
 Each block has one kind, told by how it begins; a block of a kind that is not
 listed here fails, so that no snippet goes untested by accident.
@@ -9,10 +9,11 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 import pytest
 
+import tables
 from support import DEPLOY, load_deploy, needs, once_in_ci
 from tables import README
 
@@ -111,20 +112,18 @@ def test_a_configuration_is_understood(snippet: Snippet, tmp_path: Path) -> None
     assert settings.given
 
 
-def unit_files(text: str) -> Dict[str, str]:
-    """The files of a block of units: each begins by a comment with its path, or it is the one service."""
-    parts = re.split(r"(?m)^# /[\w/]+/([\w.-]+)$", text)
-    return dict(zip(parts[1::2], parts[2::2])) if len(parts) > 1 else {"deploy-shop.service": text}
-
-
 @once_in_ci
-@all_of("unit")
-def test_systemd_understands_a_unit(snippet: Snippet, tmp_path: Path) -> None:
-    """With the real program in its place, as verify looks for it."""
-    for name, text in unit_files(snippet.text).items():
-        (tmp_path / name).write_text(text.replace("/usr/local/sbin/deploy.py", str(DEPLOY)))
+def test_systemd_understands_the_units(tmp_path: Path) -> None:
+    """All of them at once, with the real program in its place, as verify looks for it."""
+    blocks = [snippet.text for snippet in SNIPPETS if kind_of(snippet) == "unit"]
+    assert sorted(tables.units()) == sorted(line[2:] for text in blocks for line in text.splitlines() if line.startswith("# "))
+    for path, text in tables.units().items():
+        unit = tmp_path / Path(path).relative_to("/etc/systemd/system")
+        unit.parent.mkdir(exist_ok=True)
+        unit.write_text(text.replace("/usr/local/sbin/deploy.py", str(DEPLOY)))
     run = subprocess.run(
-        [needs("systemd-analyze"), "verify", "--man=no", *map(str, tmp_path.iterdir())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [needs("systemd-analyze"), "verify", "--man=no", *[str(path) for path in tmp_path.iterdir() if path.is_file()]],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={"PATH": os.environ["PATH"], "SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"})
     assert run.returncode == 0 and str(tmp_path).encode() not in run.stdout, run.stdout.decode()
 
