@@ -10408,15 +10408,17 @@ def command_config(run: Run) -> None:
     run.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
 
 
-def wait_splay(run: Run) -> None:
-    """Wait this host's own share of --splay, so that a fleet does not begin at once.
+def share_of(host: str, application: str) -> float:
+    """Return a host's share of --splay, 0 to 1: evenly spread over hosts, the same every time."""
+    digest = hashlib.sha256(f"{host} {application}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2 ** 64
 
-    The share is a hash of host and application: evenly spread, the same every time.
-    """
-    text, name = run.flags.splay, run.application if run.settings.deploy.root else ""
-    digest = hashlib.sha256(f"{os.uname().nodename} {name}".encode("utf-8", "surrogateescape"))
-    share = int.from_bytes(digest.digest()[:8], "big") / 2 ** 64
-    seconds = flag_value("--splay", text) * share
+
+def wait_splay(run: Run) -> None:
+    """Wait this host's own share of --splay, so that a fleet does not begin at once."""
+    text = run.flags.splay
+    name = run.application if run.root else ""  # without a root it fails here, and not after the wait
+    seconds = flag_value("--splay", text) * share_of(os.uname().nodename, name)
     would = "would wait" if run.flags.dry_run else "waiting"
     run.console.say(f"{would} {format_seconds(seconds)} of --splay {text}")
     run.console.working(f"waiting {format_seconds(seconds)} of --splay {text}", seconds)
