@@ -1271,27 +1271,27 @@ def child_traceparent() -> str:
     return "-".join([*words[:2], os.urandom(8).hex(), words[3]]) if len(words) == 4 else ""
 
 
-def person() -> int:
-    """Return the uid of who is behind this run: by sudo, by the login, or our own."""
+def who() -> Dict[str, Any]:
+    """Say who runs this and as whom, where, what started it, and the trace it is part of.
+
+    The person is sudo's (which anybody but root may have invented), else the login's, else ours.
+    """
     import pwd
-    if os.geteuid() == 0:  # anybody else may have written the variable himself
-        try:
-            return pwd.getpwnam(environment("SUDO_USER")).pw_uid
-        except KeyError:
-            pass
+    uid = os.geteuid()
     try:
         with open("/proc/self/loginuid") as stream:
-            uid = int(stream.read(64))
+            login = int(stream.read(64))
+        if login != (1 << 32) - 1:  # a service's
+            uid = login
     except (OSError, ValueError):
-        return os.geteuid()
-    return uid if 0 <= uid < (1 << 32) - 1 else os.geteuid()
-
-
-def who(trigger: str) -> Dict[str, Any]:
-    """Say who runs this and as whom, where, what started it, and the trace it is part of."""
-    uid = person()
+        pass
+    try:
+        if os.geteuid() == 0:
+            uid = pwd.getpwnam(environment("SUDO_USER")).pw_uid
+    except KeyError:
+        pass
     by = {"user": user_name(uid), "uid": uid, "as": user_name(), "host": os.uname().nodename,
-          "pid": os.getpid(), "trigger": trigger}
+          "pid": os.getpid(), "trigger": started_by()}
     if traceparent():
         by["traceparent"] = traceparent()
     return by
@@ -1467,7 +1467,6 @@ class RunningCommand:
         self.tail: Any = deque(maxlen=OUTPUT_TAIL_LINES)
         self._mask = mask
         self._rest = b""
-        self._is_cut = False  # the rest of a line that is too long is thrown away
         self._started_seconds = time.monotonic()
         # The program is looked up in the child's PATH, the one the operator is shown.
         self._process: Any = subprocess.Popen(
@@ -1498,7 +1497,7 @@ class RunningCommand:
             for _ in range(self.DRAIN_READS):
                 if not self._read(on_line):
                     break
-            if self._rest and not self._is_cut:
+            if self._rest:
                 self._emit([self._rest], on_line)
             self._process.stdout.close()
         exit_code = self._process.returncode
@@ -1517,15 +1516,8 @@ class RunningCommand:
         if not data:
             self._output = -1
             return False
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if lines and self._is_cut:
-            del lines[0]
-            self._is_cut = False
-        if len(self._rest) > MASKED_BYTES:
-            if not self._is_cut:
-                lines.append(self._rest)
-            self._rest = b""
-            self._is_cut = True
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[:MASKED_BYTES]
         if lines:
             self._emit(lines, on_line)
         return True
@@ -3706,7 +3698,7 @@ class Run:
         self.flags = flags
         self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
         self.traceparent = child_traceparent()
-        self.by = who(started_by())
+        self.by = who()
         self.outcome = Outcome(flags.command)
         # The open root, what was observed there, and the open artifact, while there are such.
         self.store: Any = None

@@ -422,7 +422,7 @@ sys.path.insert(0, sys.argv[1])
 import support
 deploy = support.load_deploy()
 os.setuid(int(sys.argv[2]))
-print(json.dumps(deploy.who(deploy.started_by())))
+print(json.dumps(deploy.who()))
 """
 
 
