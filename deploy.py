@@ -2051,7 +2051,7 @@ def _syslog(text: str) -> Optional[Tuple[str, int]]:
         return (native(text), 0) if text else None
     host, _, port = text[6:].rpartition(":")
     if not 0 < int(port) < 65536:
-        raise ValueError(f"there is no port {port}")
+        raise ValueError(f"expected udp://HOST:PORT, and there is no port {port}")
     return host.strip("[]"), int(port)
 
 

@@ -402,7 +402,7 @@ def test_a_syslog_that_is_none_is_refused(text: str, app: App) -> None:
 
 
 def test_syslog_addresses_are_read_as_they_are_written() -> None:
-    assert [deploy.parse_option(deploy.find_option("log", "syslog"), text) for text in
+    assert [deploy.read_value("syslog", text) for text in
             ("", "/dev/log", "udp://loghost:514", "udp://[::1]:5514")] == \
         [None, ("/dev/log", 0), ("loghost", 514), ("::1", 5514)]
 
@@ -417,7 +417,7 @@ def test_a_log_line_is_whole_whatever_the_applications_name_and_the_bytes_of_a_f
     subprocess.run([sys.executable, compiled(), "-c", str(app.config), "deploy", name], env=clean_environment(), stderr=subprocess.DEVNULL)
     text = (app.directory / "log").read_bytes().decode("ascii")
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["application"] for line in lines] == ["my\\x0a{\\x85app"] * len(lines)
+    assert [line["application"] for line in lines] == ["my {app"] * len(lines)
     # What json forgives, other readers do not: a lone surrogate is no character.
     assert any("none-" in line["message"] for line in lines) and not re.search("[\ud800-\udfff]", "".join(map(str, lines)))
 
