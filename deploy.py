@@ -541,7 +541,7 @@ class LogFile(logging.Handler):
     def __init__(self, path: str, report: Callable[[str], Any], *, as_json: bool) -> None:
         super().__init__()
         self.setFormatter(LogFormatter(as_json=as_json))
-        self._report = report  # told once that it cannot be written
+        self._report: Optional[Callable[[str], Any]] = report  # told once that it is not written
         self._is_stamped = not as_json
         self._path = path
         try:
@@ -573,8 +573,9 @@ class LogFile(logging.Handler):
             is_written = os.write(self._descriptor, data) == len(data)
         except OSError:
             is_written = False
-        if not is_written:
-            report, self._report = self._report, str
+        report = self._report
+        if not is_written and report:
+            self._report = None
             report("the log file cannot be written: not all that is said is in it")
 
 
@@ -593,7 +594,7 @@ class Syslog(logging.Handler):
                  report: Callable[[str], Any], *, as_json: bool) -> None:
         super().__init__()
         self.setFormatter(LogFormatter(as_json=as_json))
-        self._report = report  # told once that nobody is there
+        self._report: Optional[Callable[[str], Any]] = report  # told once that nobody is there
         self._addresses = list(addresses)  # family, and what connect(2) takes
         self._facility = FACILITIES[facility]
         self._patience_seconds = self.PATIENCE_SECONDS
@@ -620,8 +621,9 @@ class Syslog(logging.Handler):
         except OSError as error:
             why = str(error)
         self._patience_seconds -= time.monotonic() - started_seconds
-        if why:
-            report, self._report = self._report, str
+        report = self._report
+        if why and report:
+            self._report = None
             report(f"syslog cannot be reached: {why}")
 
     def _send(self, data: bytes) -> None:
@@ -716,7 +718,7 @@ class Progress:
             return
         bar = ""
         if self._total:
-            full, empty = ("█", "░") if self._console.unicode else ("#", ".")
+            full, empty = ("█", "░") if self._console.utf8 else ("#", ".")
             width = round(share * 24)
             bar = f"{full * width}{empty * (24 - width)} {share:4.0%}  "
         self._next_seconds = now_seconds + 0.1
@@ -744,7 +746,6 @@ class Console:
         self.verbose = False
         self.colour = False
         self.utf8 = False
-        self.unicode = False
         self.shows_progress = False
         self.warnings: List[str] = []
         self.log_context: Dict[str, str] = {}  # what every line of the log is about
@@ -757,7 +758,7 @@ class Console:
         self._bound_seconds = UNLIMITED_SECONDS
         self._journal_streams = [stream for stream in (sys.stdout, sys.stderr)
                                  if leads_to(stream, journal_stream)]
-        self.in_journal = sys.stderr in self._journal_streams
+        self._in_journal = sys.stderr in self._journal_streams
 
     def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool,
                   utf8: bool) -> None:
@@ -767,7 +768,6 @@ class Console:
         self.quiet = quiet
         self.verbose = verbose
         self.utf8 = utf8
-        self.unicode = terminal and utf8
         self.colour = terminal and color
         self.shows_progress = terminal and not quiet
 
@@ -914,7 +914,7 @@ class Console:
 
     def _show(self, level: int, text: str, about: Dict[str, str]) -> None:
         """Write to stderr, or an event to the journal where stderr leads: nothing stands twice."""
-        if not (about and self.in_journal and send_to_journal(level, text, about)):
+        if not (about and self._in_journal and send_to_journal(level, text, about)):
             self._write(sys.stderr, text + "\n", level)
 
     def _write(self, stream: Any, text: str, level: int = logging.INFO) -> None:
@@ -939,7 +939,8 @@ class Console:
             number = getattr(error, "errno", None)
             if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
                 self.is_result_lost = True
-                self.error(f"stdout: {os.strerror(number)}: what was printed there is not all of it",
+                why = os.strerror(number)
+                self.error(f"stdout: {why}: what was printed there is not all of it",
                            "write it to another place")
 
 
@@ -1363,7 +1364,7 @@ def trust_problems(path: str) -> Dict[str, Problem]:
 
 
 def private_file(name: str, path: str) -> str:
-    """Return the credential of this name that systemd handed over (LoadCredential=), else `path`."""
+    """Return the credential that systemd handed over (LoadCredential=), else `path`."""
     directory = environment("CREDENTIALS_DIRECTORY")
     credential = os.path.join(directory, name)
     return credential if directory and os.path.exists(credential) else path
@@ -1388,7 +1389,8 @@ class CommandResult(NamedTuple):
     def verdict(self) -> str:
         """Say in words how it ended."""
         if self.timed_out:
-            return f"timed out after {format_seconds(self.seconds)} and was killed with its children"
+            took = format_seconds(self.seconds)
+            return f"timed out after {took} and was killed with its children"
         if self.exit_code < 0:
             names = {int(number): number.name for number in signal.Signals}
             return f"was killed by {names.get(-self.exit_code, f'signal {-self.exit_code}')}"
@@ -1709,7 +1711,7 @@ class Forked:
         os.close(writing)
 
     def result(self, interrupts: "Interrupts") -> Any:
-        """Wait for the end and return what the work returned; None where it failed or ran out of time."""
+        """Wait and return what the work returned; None where it failed or ran out of time."""
         if self._pid < 0:
             return None
         pieces: List[bytes] = []
