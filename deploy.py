@@ -641,7 +641,9 @@ class Syslog(logging.Handler):
                 return
             except ConnectionError:
                 # It was started anew, or does not listen at this one of its addresses.
-                self._socket = None
+                if self._socket is not None:
+                    self._socket.close()
+                    self._socket = None
                 self._addresses.append(self._addresses.pop(0))
                 if is_last:
                     raise
