@@ -30,7 +30,7 @@ Words
 On disk
     ROOT/current -> releases/ID     relative symlink, replaced by rename
     ROOT/releases/ID/               exactly the artifact, plus shared links and
-                                    rendered templates
+                                    rendered templates; unpacked as .new-*
     ROOT/shared/                    linked into every release
     ROOT/.deploy/lock               flock; never unlinked
     ROOT/.deploy/journal.json       only while something is under way
@@ -38,7 +38,7 @@ On disk
     ROOT/.deploy/releases/ID.json   the record
     ROOT/.deploy/manifests/ID       `sha256sum -c` reads it inside the release
     ROOT/.deploy/trees/ID           what it cannot tell: directories, links, modes
-    ROOT/.deploy/staging, cache, trash   swept by recovery
+    ROOT/.deploy/cache, trash       swept by recovery
 
 A release's states
     staged --activate--> active --another goes live--> retired --prune--> gone
@@ -106,7 +106,7 @@ try:
     import time
     import zlib
     from collections import deque
-    from contextlib import ExitStack, closing, contextmanager
+    from contextlib import ExitStack, closing, contextmanager, suppress
     from operator import attrgetter
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
@@ -2738,45 +2738,9 @@ def read_environment(sections: Set[str]) -> Dict[Tuple[str, str], Given]:
 
 # ============================================================================
 # 6  Model
-#    Plain values: what is written to disk, what a plan is, what a run reports.
-#    NamedTuples with explicit JSON codecs; nothing here touches the disk.
+#    What is written to disk under a root, as plain values, and the one codec
+#    that makes sealed JSON of them and reads it again.
 # ============================================================================
-
-def _fields(data: Any, what: str, types: Dict[str, Any]) -> Dict[str, Any]:
-    """Take the named fields out of decoded JSON; ValueError for a missing one or a wrong type."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{what} is not a JSON object")
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{what} has schema {data.get('schema')!r}, this program knows {SCHEMA}")
-    for name, kind in types.items():
-        if name not in data or not isinstance(data[name], kind):
-            raise ValueError(f"{what} has no proper {name!r}")
-    return {name: data[name] for name in types}
-
-
-_RELEASE_ID = re.compile(r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*\Z")
-
-
-def _check_ids(what: str, release: str, other: Optional[str]) -> None:
-    """Raise ValueError for what is no release id: it becomes a file name.
-
-    `other` may be what another tool made under releases/: any name, but one name.
-    """
-    if not _RELEASE_ID.match(release):
-        raise ValueError(f"{what} names {release!r}, which is no release id")
-    if other is not None and (other in ("", ".", "..") or "/" in other or "\0" in other):
-        raise ValueError(f"{what} names {other!r}, which is no release")
-
-
-_TEXT_OR_NULL = (str, type(None))
-_OBJECT_OR_NULL = (dict, type(None))
-
-
-_RECORD_TYPES = {"id": str, "sequence": int, "version": str, "state": str, "pinned": bool, "artifact": dict,
-    "tree": dict, "created_at": str, "activated_at": _TEXT_OR_NULL, "deactivated_at": _TEXT_OR_NULL,
-    "previous": _TEXT_OR_NULL, "by": dict, "rollback": dict, "failure": _OBJECT_OR_NULL,
-    "rolled_back_at": _TEXT_OR_NULL, "pruned_at": _TEXT_OR_NULL}  # type: Dict[str, Any]
-
 
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
@@ -2784,9 +2748,8 @@ class Record(NamedTuple):
     artifact: name, source, format, size, sha256, signature, strip_components.
     tree: files, directories, symlinks, bytes; manifest and tree, each _sha256 and _bytes.
     rollback: release, command.  failure: step, reason, evidence; or None.
-    previous: the release that was live when this one last went forward.
-    rolled_back_at: when a rollback left it; no rollback returns to it.
-    Times are RFC 3339 UTC; sizes are bytes.
+    previous: what was live when this went forward last.  rolled_back_at: when a rollback left it;
+    none returns to it.  note: what -m said.  Times are RFC 3339 UTC; sizes are bytes.
     """
 
     id: str
@@ -2805,38 +2768,23 @@ class Record(NamedTuple):
     failure: Optional[Dict[str, Any]]
     rolled_back_at: Optional[str]
     pruned_at: Optional[str]
+    note: Optional[str] = None
+    application: Optional[str] = None
+    built_at: Optional[str] = None
+    slot: Optional[str] = None
+    migrated: bool = False
 
     @property
     def sha256(self) -> str:
         """The digest of the artifact this release was made from."""
         return str(self.artifact.get("sha256", ""))
 
-    def to_json(self) -> Dict[str, Any]:
-        """Return what is written to disk and shown by --json."""
-        return dict(self._asdict(), schema=SCHEMA)
-
-    @classmethod
-    def from_json(cls, data: Any) -> "Record":
-        """Read a record; ValueError when it is not one."""
-        record = cls(**_fields(data, "the record", _RECORD_TYPES))
-        _check_ids("the record", record.id, record.previous)
-        if record.state not in STATES:
-            raise ValueError(f"the record has the unknown state {record.state!r}")
-        if not all(isinstance(record.tree.get(key, 0), int) for key in ("files", "bytes", "manifest_bytes", "tree_bytes")):
-            raise ValueError("the record has no proper 'tree'")
-        return record
-
-
-_JOURNAL_TYPES = {"deploy_id": str, "operation": str, "from": _TEXT_OR_NULL, "to": str, "phase": str,
-    "artifact_sha256": str, "boot_id": str, "started_at": str, "deadline": _TEXT_OR_NULL,
-    "recoveries": int, "plan": list, "done": list, "failure": _OBJECT_OR_NULL, "by": dict}  # type: Dict[str, Any]
-
 
 class Journal(NamedTuple):
     """What is under way, `.deploy/journal.json`; it exists only while something is.
 
-    `recoveries` counts the automatic recoveries that were begun; `deadline` is
-    when the run meant to have a verdict; `done` names the steps that were taken up.
+    `recoveries` counts the automatic recoveries that were begun, `done` names
+    the steps that were taken up, `chain` is where the history ended before.
     """
 
     deploy_id: str
@@ -2847,37 +2795,12 @@ class Journal(NamedTuple):
     artifact_sha256: str
     boot_id: str
     started_at: str
-    deadline: Optional[str]
     recoveries: int
-    plan: List[Dict[str, str]]
-    done: List[str]
+    plan: List[Any]
+    done: List[Any]
     failure: Optional[Dict[str, Any]]
     by: Dict[str, Any]
-
-    def to_json(self) -> Dict[str, Any]:
-        """Return what is written to disk."""
-        data = dict(self._asdict(), schema=SCHEMA)
-        data["from"], data["to"] = data.pop("from_release"), data.pop("to_release")
-        return data
-
-    @classmethod
-    def from_json(cls, data: Any) -> "Journal":
-        """Read a journal; ValueError when it is not one."""
-        fields = _fields(data, "the journal", _JOURNAL_TYPES)
-        fields["from_release"], fields["to_release"] = fields.pop("from"), fields.pop("to")
-        journal = cls(**fields)
-        _check_ids("the journal", journal.to_release, journal.from_release)
-        if journal.phase not in PHASES:
-            raise ValueError(f"the journal has the unknown phase {journal.phase!r}")
-        if not all(isinstance(step, dict) and {"name", "description"} <= set(step) for step in journal.plan):
-            raise ValueError("the journal has no proper 'plan'")
-        return journal
-
-
-_HISTORY_TYPES = {"sequence": int, "at": str, "deploy_id": str, "operation": str, "result": str,
-    "release": _TEXT_OR_NULL, "version": _TEXT_OR_NULL, "previous": _TEXT_OR_NULL, "exit_code": int,
-    "seconds": (int, float), "message": str, "by": dict, "steps": list, "failure": _OBJECT_OR_NULL,
-    "previous_sha256": str}  # type: Dict[str, Any]
+    chain: str = ""
 
 
 class HistoryEntry(NamedTuple):
@@ -2903,18 +2826,77 @@ class HistoryEntry(NamedTuple):
     seconds: float
     message: str
     by: Dict[str, Any]
-    steps: List[Dict[str, Any]]
+    steps: List[Any]
     failure: Optional[Dict[str, Any]]
     previous_sha256: str
+    artifact_sha256: Optional[str] = None
+    built_at: Optional[str] = None
+    note: Optional[str] = None
+    automatic: Optional[bool] = None
 
-    def to_json(self) -> Dict[str, Any]:
-        """Return what is written to disk and shown by --json."""
-        return dict(self._asdict(), schema=SCHEMA)
 
-    @classmethod
-    def from_json(cls, data: Any) -> "HistoryEntry":
-        """Read an entry; ValueError when it is not one."""
-        return cls(**_fields(data, "the history line", _HISTORY_TYPES))
+_NULL = type(None)
+# What JSON a field may hold, by its annotation.
+JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
+    str: (str,), int: (int,), bool: (bool,), float: (float, int), List[Any]: (list,),
+    Dict[str, Any]: (dict,), Optional[str]: (str, _NULL), Optional[bool]: (bool, _NULL),
+    Optional[Dict[str, Any]]: (dict, _NULL)}
+# `from` cannot be the name of a field.
+JSON_NAMES = {"from_release": "from", "to_release": "to"}
+# What a text must be: ids become file names.  What another tool made in releases/ may have any.
+RELEASE_ID = r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*"
+ANY_NAME = r"(?!\.\.?\Z)[^/\0]+"
+TEXT_FORMS = {"id": RELEASE_ID, "to": RELEASE_ID, "previous": ANY_NAME, "from": ANY_NAME,
+              "state": "|".join(STATES), "phase": "|".join(PHASES)}
+TREE_NUMBERS = ("files", "bytes", "manifest_bytes", "tree_bytes")
+
+
+def encode(value: Any) -> Dict[str, Any]:
+    """Make of a record, journal or history entry what is written to disk and shown by --json."""
+    data = {JSON_NAMES.get(field, field): part for field, part in value._asdict().items()}
+    return dict(data, schema=SCHEMA)
+
+
+def decode(kind: Any, data: bytes, what: str) -> Any:
+    """Read a sealed Record, Journal or HistoryEntry; ValueError where it is damaged, or none.
+
+    A field that has a default may be missing: an earlier version did not write it.
+    """
+    found, values = unseal(data, what), {}
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{what} has schema {found.get('schema')!r}, this program knows {SCHEMA}")
+    for field, annotation in kind.__annotations__.items():
+        name = JSON_NAMES.get(field, field)
+        values[field] = value = found.get(name, kind._field_defaults.get(field, ...))
+        proper = type(value) in JSON_TYPES[annotation]
+        if proper and name in TEXT_FORMS and value is not None:
+            proper = re.fullmatch(TEXT_FORMS[name], value) is not None
+        elif proper and name == "tree":
+            proper = all(type(value.get(key, 0)) is int for key in TREE_NUMBERS)
+        elif proper and name == "plan":
+            proper = all(isinstance(step, dict) and {"name", "description"} <= set(step)
+                         for step in value)
+        if not proper:
+            raise ValueError(f"{what} has no proper {name!r}")
+    return kind(**values)
+
+
+def seal(data: Dict[str, Any]) -> Dict[str, Any]:
+    """Add the checksum by which a changed or cut-off file is told from a whole one."""
+    plain = {key: value for key, value in data.items() if key != "checksum"}
+    text = json.dumps(plain, sort_keys=True)
+    return dict(plain, checksum=hashlib.sha256(text.encode("ascii")).hexdigest())
+
+
+def unseal(data: bytes, what: str) -> Dict[str, Any]:
+    """Read sealed JSON; ValueError when it is damaged."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is damaged: {error}")
+    if not isinstance(value, dict) or value.get("checksum") != seal(value)["checksum"]:
+        raise ValueError(f"{what} is damaged: its checksum does not match")
+    return value
 
 
 # ============================================================================
@@ -2924,36 +2906,27 @@ class HistoryEntry(NamedTuple):
 #    returns, and every name is unique or replaced by rename.
 # ============================================================================
 
-PRIVATE_DIRECTORIES = ("releases", "manifests", "trees", "staging", "cache", "trash")
-# For how many lines history.head may stay as it was: a disk can be so full that a line finds room and a file does not.
-HEAD_LAG_LINES = 32
+PRIVATE_DIRECTORIES = ("releases", "manifests", "trees", "cache", "trash")
+# What is being unpacked lies beside where it will stand: the group, setgid bit, default ACL and
+# label of releases/ reach it as they reach whatever is made there.
+STAGING_PREFIX = ".new-"
+_TEMPORARY = r"\.\d+\.[0-9a-f]{8}\.tmp\Z"
+# The names that a crash leaves, by directory; `staging` and history.head are version 1.0.0's.
+LEFTOVERS = (
+    ("releases", re.escape(STAGING_PREFIX)), (".deploy/trash", ""),
+    (".deploy", r"\..*" + _TEMPORARY + r"|staging\Z|history\.head\Z"),
+    (".deploy/releases", r"\..*" + _TEMPORARY), (".deploy/manifests", r"\..*" + _TEMPORARY),
+    (".deploy/trees", r"\..*" + _TEMPORARY), (".deploy/cache", r"\..*" + _TEMPORARY),
+    ("", r"\.current" + _TEMPORARY))
+# Set aside for the day when the disk is full, as long as so many times as much is free.
+RESERVE_BYTES = 1 << 20
+RESERVE_SHARE = 16
 # Stands where a line would name the one before it, and nobody knows that one any more.
 UNKNOWN_DIGEST = "unknown"
 
 
-def seal(data: Dict[str, Any]) -> Dict[str, Any]:
-    """Add the checksum by which a changed or cut-off file is told from a whole one."""
-    return dict(data, checksum=_checksum(data))
-
-
-def _checksum(data: Dict[str, Any]) -> str:
-    plain = {key: value for key, value in data.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode("ascii")).hexdigest()
-
-
-def unseal(data: bytes, what: str) -> Dict[str, Any]:
-    """Read sealed JSON; ValueError when it is damaged."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is damaged: {error}")
-    if not isinstance(value, dict) or value.get("checksum") != _checksum(value):
-        raise ValueError(f"{what} is damaged: its checksum does not match")
-    return value
-
-
 class Current(NamedTuple):
-    """Where `current` points: a release, nothing yet, or a problem with the command that mends it.
+    """Where `current` points: a release, nothing yet, or a problem with the command that fixes it.
 
     `missing` is the release of which only the link is left: it can be replaced without harm.
     """
@@ -2967,15 +2940,20 @@ class Current(NamedTuple):
 class Store:
     """One root, opened.
 
-    Locking rule: whoever changes anything holds `Lock`, from before the first
-    look to after pruning; whoever only looks takes no lock and may see a run
-    half way.
+    Locking rule: whoever changes anything holds the lock, from before the first
+    look to after pruning; whoever only looks takes none, and may see a run half
+    way.  Everything is entered by descriptor from the root on: where that is the
+    application's own, its user could swap `.deploy` or `releases` for a link.
     """
 
     def __init__(self, root: Directory, command_line: Callable[[str], str]) -> None:
-        self.root, self.path, self.command_line = root, root.path, command_line
-        self._open = {}  # type: Dict[str, Directory]
-        self._links = {}  # type: Dict[str, str]
+        self.root = root
+        self.path = root.path
+        self.command_line = command_line
+        self._open: Dict[str, Directory] = {}
+        # Temporary links that `current` can become, by release.
+        self._links: Dict[str, str] = {}
+        self._published_mode = 0o755
 
     @classmethod
     def open(cls, settings: Settings) -> Optional["Store"]:
@@ -2986,18 +2964,20 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise PreflightFailed(f"cannot open the root {error.filename or path}: {reason(error)}",
-                                  "name a directory that this user can read: --root DIR")
+            raise PreflightFailed(
+                f"cannot open the root {error.filename or path}: {reason(error)}",
+                "name a directory that this user can read: --root DIR")
 
     @classmethod
     def create(cls, settings: Settings) -> "Store":
-        """Open a root for writing, making it and what belongs into it; PreflightFailed where that cannot be."""
+        """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
         path = os.path.realpath(settings.deploy.root)
+        parent = os.path.dirname(path)
         try:
             try:
                 os.mkdir(path, 0o755)
-                with Directory.open(os.path.dirname(path)) as parent:
-                    parent.sync()
+                with Directory.open(parent) as directory:
+                    directory.sync()
             except FileExistsError:
                 pass
             store = cls(Directory.open(path), settings.command_line)
@@ -3009,31 +2989,40 @@ class Store:
                 for name in PRIVATE_DIRECTORIES:
                     private.make(name, 0o700).close()
                 store.root.sync()
+            return store
         except OSError as error:
-            raise cannot_prepare(path, error)
-        return store
+            hint = f"the root and what is in it must be directories that {user_name()} can write"
+            if not os.path.isdir(parent):
+                hint = f"mkdir -p {parent}"
+            raise PreflightFailed(
+                f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, looking: bool = False) -> None:
         """Refuse a .deploy that somebody else made or could write: what stands in it is acted on.
 
-        Raises StateError with the command that mends it; `looking` at one that is wholly another's is no fault.
+        Raises StateError with the command that fixes it.  One that is wholly another's may be
+        looked at.
         """
         for name in ("",) + PRIVATE_DIRECTORIES:
-            path = f".deploy/{name}".rstrip("/")
             try:
-                directory = self.optional(path)
+                directory = self.optional(f".deploy/{name}")
             except StateError:
                 continue  # for the filesystem check to tell
-            found = os.fstat(directory.descriptor) if directory else None
-            if found and looking and not name and found.st_uid != os.geteuid():
+            if directory is None:
+                continue
+            path, found = directory.path, os.fstat(directory.descriptor)
+            if looking and not name and found.st_uid != os.geteuid():
                 return
-            if found and found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
-                raise StateError(f"{self.path}/{path} belongs to uid {found.st_uid}, and its contents would be believed",
-                                 f"if nobody has changed anything in it: chown -R root {self.path}/{path}" if name else
-                                 f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...")
-            if found and found.st_mode & 0o022:
-                raise StateError(f"{self.path}/{path} is writable by group or others "
-                                 f"(mode {stat.S_IMODE(found.st_mode):04o})", f"chmod -R go-w {self.path}/.deploy")
+            if found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
+                hint = f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ..."
+                if name:
+                    hint = f"if nobody has changed anything in it: chown -R root {path}"
+                raise StateError(f"{path} belongs to uid {found.st_uid}, "
+                                 "and its contents would be believed", hint)
+            if found.st_mode & 0o022:
+                mode = stat.S_IMODE(found.st_mode)
+                raise StateError(f"{path} is writable by group or others (mode {mode:04o})",
+                                 f"chmod -R go-w {self.path}/.deploy")
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -3043,18 +3032,19 @@ class Store:
         self.root.close()
 
     def directory(self, path: str) -> Directory:
-        """Return a directory below the root, opened once; FileNotFoundError where there is none, StateError for what is none."""
+        """Open a directory below the root, once; StateError for what is no directory."""
         if path not in self._open:
             try:
                 self._open[path] = self.root.walk_to(path)
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
-                raise StateError(f"{self.path}/{path} is not a directory", "move it out of the way, or back where it was")
+                raise StateError(f"{self.path}/{path} is not a directory",
+                                 "move it out of the way, or back where it was")
         return self._open[path]
 
     def optional(self, path: str) -> Optional[Directory]:
-        """Return a directory below the root, or None where there is none yet; StateError for one that may not be read."""
+        """Open a directory below the root; None where none is, StateError for a forbidden one."""
         try:
             return self.directory(path)
         except FileNotFoundError:
@@ -3072,62 +3062,65 @@ class Store:
     def releases_on_disk(self) -> Set[str]:
         """Name the directories under releases/, known or not."""
         releases = self.optional("releases")
-        return {name for name in releases.names() if releases.is_directory(name)} if releases else set()
+        names = releases.names() if releases else []
+        return {name for name in names if not name.startswith(STAGING_PREFIX)
+                and releases.is_directory(name)}  # type: ignore
 
     def current(self) -> Current:
         """Look where `current` points."""
-        found = self.root.status("current")
+        link, found = f"{self.path}/current", self.root.status("current")
         if found is None:
             return Current(None)
-        link = f"{self.path}/current"
         if not stat.S_ISLNK(found.st_mode):
-            return Current(None, f"{link} is not a symlink", f"move it out of the way: mv {link} {link}.old")
+            return Current(None, f"{link} is not a symlink",
+                           f"move it out of the way: mv {link} {link}.old")
         target = self.root.link_target("current") or ""
-        inside = os.path.normpath(os.path.join(self.path, target))
-        release = os.path.basename(inside)
-        if os.path.dirname(inside) != f"{self.path}/releases":
-            return Current(None, f"{link} points outside releases/: {target}", f"remove the link: rm {link}")
+        directory, release = os.path.split(os.path.normpath(os.path.join(self.path, target)))
+        if directory != f"{self.path}/releases":
+            return Current(None, f"{link} points outside releases/: {target}",
+                           f"remove the link: rm {link}")
         releases = self.optional("releases")
         if not releases or not releases.is_directory(release):
+            settle = self.command_line("recover --to RELEASE")
             return Current(None, f"{link} points to {target}, which does not exist",
-                           f"make a release live that is there: {self.command_line('recover --to RELEASE')}; "
+                           f"make a release live that is there: {settle}; "
                            f"where none is: rm {link}, then deploy", release)
         return Current(release)
 
     def switch(self, expected: Optional[str], target: Optional[str], *, keep: bool = False) -> None:
         """Point `current` at a release, or take it away; one rename, durable when this returns.
 
-        Compare and swap: StepFailed when `current` is not what the plan saw.  `keep` makes the link that leads
-        back first: after the switch, a full disk may have no room for one.
+        Compare and swap: StepFailed when `current` is not what the plan saw.  `keep` makes the
+        link that leads back first: after the switch, a full disk may have no room for one.
         """
         found = self.current()
         live = found.release or found.missing
         if found.problem and not found.missing or live not in (expected, target):
-            raise StepFailed(f"current changed under the run: expected {expected or 'nothing'}, found "
-                             f"{found.problem or live or 'nothing'}", "look at what else switches it, then run again")
+            raise StepFailed(f"current changed under the run: expected {expected or 'nothing'}, "
+                             f"found {found.problem or live or 'nothing'}",
+                             "look at what else switches it, then run again")
         if target is None:
             self.root.discard("current")
-        else:
-            if not self.directory("releases").is_directory(target):
-                raise StepFailed(f"releases/{target} does not exist", f"see what is there: {self.command_line('releases')}")
-            try:
-                self._make_links({target, live} if keep and live else {target})
-                self.root.rename(self._links[target], self.root, "current")
-            except OSError:
-                self.drop_links()
-                raise
-            del self._links[target]
-        self.root.sync()
-
-    def _make_links(self, releases: Set[str]) -> None:
-        """Make the links that `current` can become, those that are not there yet: on disk before they take its place."""
-        missing = sorted(releases - set(self._links))
-        for release in missing:
-            temporary = temporary_name("current")
-            os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
-            self._links[release] = temporary
-        if missing:
             self.root.sync()
+            return
+        if not self.directory("releases").is_directory(target):
+            raise StepFailed(f"releases/{target} does not exist",
+                             f"see what is there: {self.command_line('releases')}")
+        wanted = {target, live} if keep and live else {target}
+        missing = sorted(wanted - set(self._links))
+        try:
+            for release in missing:
+                temporary = temporary_name("current")
+                os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
+                self._links[release] = temporary
+            if missing:
+                self.root.sync()  # on disk before one of them takes the place of `current`
+            self.root.rename(self._links[target], self.root, "current")
+        except OSError:
+            self.drop_links()
+            raise
+        del self._links[target]
+        self.root.sync()
 
     def drop_links(self) -> None:
         """Remove the links that were made and not used."""
@@ -3135,33 +3128,43 @@ class Store:
             self.root.discard(self._links.popitem()[1])
 
     def new_staging(self) -> str:
-        """Make an empty private directory to unpack into, and return its name."""
-        name = temporary_name("staging")
-        os.mkdir(name, 0o700, dir_fd=self.directory(".deploy/staging").descriptor)
+        """Make an empty private directory in releases/ to unpack into, and return its name."""
+        name, releases = temporary_name(STAGING_PREFIX[1:] + "release"), self.directory("releases")
+        os.mkdir(name, 0o777, dir_fd=releases.descriptor)
+        with releases.child(name) as tree:
+            # What umask, setgid bit and default ACL made of it is what it is to have at the end.
+            self._published_mode = stat.S_IMODE(os.fstat(tree.descriptor).st_mode)
+            os.fchmod(tree.descriptor, 0o700)
         return name
 
     def discard_staging(self, name: str) -> None:
         """Remove what was unpacked and never published."""
-        self.directory(".deploy/staging").remove_tree(name)
+        self.directory("releases").remove_tree(name)
 
     def publish(self, staging: str, release: str) -> None:
         """Give an unpacked and synced tree its name under releases/."""
-        source, releases = self.directory(".deploy/staging"), self.directory("releases")
-        os.chmod(staging, 0o755, dir_fd=source.descriptor)
-        with source.child(staging) as tree:
+        releases = self.directory("releases")
+        with releases.child(staging) as tree:
+            os.fchmod(tree.descriptor, self._published_mode)
             tree.sync()
         if releases.status(release) is not None:
-            raise StepFailed(f"releases/{release} exists already", "look at what made it, then run again")
-        source.rename(staging, releases, release)
+            raise StepFailed(f"releases/{release} exists already",
+                             "look at what made it, then run again")
+        releases.rename(staging, releases, release)
         releases.sync()
-        source.sync()
 
     def remove_release(self, release: str) -> None:
         """Take a release away: renamed out of sight at once, then deleted, then its manifest."""
         releases, trash = self.directory("releases"), self.directory(".deploy/trash")
         if releases.status(release) is not None:
             name = temporary_name(release)
-            releases.rename(release, trash, name)
+            try:
+                releases.rename(release, trash, name)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # overlayfs renames no directory of a lower layer, such as an image's.
+                releases.remove_tree(release)
             releases.sync()
             trash.remove_tree(name)
         for path in (".deploy/manifests", ".deploy/trees"):
@@ -3169,15 +3172,12 @@ class Store:
             self.directory(path).sync()
 
     def leftovers(self) -> List[Tuple[str, str]]:
-        """List what a crash left, as (directory, name): staging, trash, temporary files and links."""
+        """List what a crash or an earlier version left, as (directory, name)."""
         found = []
-        for path in (".deploy/staging", ".deploy/trash", ".deploy", ".deploy/releases", ".deploy/manifests",
-                     ".deploy/trees", ".deploy/cache", ""):
+        for path, pattern in LEFTOVERS:
             directory = self.optional(path) if path else self.root
-            for name in directory.names() if directory else []:
-                temporary = re.match(r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z", name) and (path or name.startswith(".current."))
-                if temporary or path in (".deploy/staging", ".deploy/trash"):
-                    found.append((path, name))
+            names = directory.names() if directory else []
+            found += [(path, name) for name in names if re.match(pattern, name)]
         return found
 
     def sweep(self, warn: Callable[[str], None]) -> List[str]:
@@ -3194,13 +3194,32 @@ class Store:
         return removed
 
     def sweep_manifests(self, releases: Set[str]) -> List[str]:
-        """Remove the manifests of releases that are not among those given.  Returns what was removed."""
+        """Remove the manifests of other releases than those; returns what was removed."""
         removed = []
         for path in (".deploy/manifests", ".deploy/trees"):
             for name in set(self.directory(path).names()) - releases:
                 self.directory(path).discard(name)
                 removed.append(f"{path}/{name}")
         return removed
+
+    def keep_reserve(self) -> None:
+        """Set a mebibyte aside, where none is and the disk has ample room."""
+        directory, disk = self.directory(".deploy"), os.fstatvfs(self.root.descriptor)
+        has_room = disk.f_bavail * disk.f_frsize >= RESERVE_SHARE * RESERVE_BYTES
+        try:
+            if has_room and directory.status("reserve") is None:
+                # Of zeros, a filesystem that compresses would keep next to nothing.
+                directory.write("reserve", os.urandom(RESERVE_BYTES))
+        except OSError:
+            pass  # the next run tries again
+
+    def give_up_reserve(self) -> None:
+        """Where the disk is full, let what frees space or goes back have what was set aside."""
+        directory, disk = self.directory(".deploy"), os.fstatvfs(self.root.descriptor)
+        is_full = disk.f_bavail * disk.f_frsize < RESERVE_BYTES
+        if is_full or disk.f_files and not disk.f_favail:
+            directory.discard("reserve")
+            directory.sync()
 
     # -- records and manifests -----------------------------------------------
 
@@ -3212,18 +3231,23 @@ class Store:
                 continue
             path = f"{self.path}/.deploy/releases/{name}"
             try:
-                record = Record.from_json(unseal(directory.read(name) or b"", path))  # type: ignore
+                record = decode(Record, directory.read(name) or b"", path)  # type: ignore
                 if record.id + ".json" != name:
                     raise ValueError(f"{path} is the record of {record.id}")
                 records[record.id] = record
-            except (OSError, ValueError) as error:
-                problems.append(f"{path} cannot be read: {reason(error)}" if isinstance(error, OSError) else str(error))
+            except ValueError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{path} cannot be read: {reason(error)}")
         return records, problems
 
     def write_record(self, record: Record) -> None:
         """Write a record durably."""
-        data = json.dumps(seal(record.to_json()), indent=2).encode("ascii") + b"\n"
-        self.directory(".deploy/releases").write(record.id + ".json", data)
+        self._write_sealed(".deploy/releases", record.id + ".json", record)
+
+    def _write_sealed(self, path: str, name: str, value: Any) -> None:
+        data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
+        self.directory(path).write(name, data)
 
     def has_record(self, release: str) -> bool:
         """Tell whether a release has a record, be it damaged."""
@@ -3244,28 +3268,38 @@ class Store:
                 try:
                     found.append(stack.enter_context(self.directory(path).stream(release)))
                 except FileNotFoundError:
-                    raise StateError(f"{release} cannot be verified: {self.path}/{path}/{release} is missing",
+                    raise StateError(f"{release} cannot be verified: "
+                                     f"{self.path}/{path}/{release} is missing",
                                      "stage the artifact again: deploy.py deploy --force ARTIFACT")
             yield found[0], found[1]
 
     def manifest_problem(self, record: Record) -> str:
-        """Say what is wrong with a release's manifest, as far as that shows without reading it; empty when nothing is."""
+        """Say what is wrong with a release's manifest, as far as its size shows; or nothing."""
         for kind in ("manifest", "tree"):
             directory = self.optional(f".deploy/{kind}s")
+            path = f"{self.path}/.deploy/{kind}s/{record.id}"
             found = directory.status(record.id) if directory else None
             if found is None:
-                return f"its manifest is missing ({self.path}/.deploy/{kind}s/{record.id})"
-            if found.st_size != record.tree.get(f"{kind}_bytes", found.st_size):
-                return f"its manifest is damaged: {self.path}/.deploy/{kind}s/{record.id} has {found.st_size:,} bytes, " \
-                       f"not {record.tree[f'{kind}_bytes']:,}"
+                return f"its manifest is missing ({path})"
+            size_bytes = record.tree.get(f"{kind}_bytes", found.st_size)
+            if found.st_size != size_bytes:
+                return f"its manifest is damaged: {path} has {found.st_size:,} bytes, " \
+                       f"not {size_bytes:,}"
         return ""
 
-    def write_manifest(self, release: str, manifest: Iterator[bytes], tree: Iterator[bytes]) -> Dict[str, Any]:
-        """Write the lines of a release's manifest and tree durably; returns digests and sizes as the record holds them."""
-        written = {}  # type: Dict[str, Any]
+    def write_manifest(self, release: str, manifest: Iterator[bytes],
+                       tree: Iterator[bytes]) -> Dict[str, Any]:
+        """Write the lines of a release's two manifests durably; returns what its record says of them."""
+        written: Dict[str, Any] = {}
         for name, lines in (("tree", tree), ("manifest", manifest)):
             hasher, directory = hashlib.sha256(), self.directory(f".deploy/{name}s")
-            directory.write(release, _hashed_blocks(lines, hasher))
+
+            def blocks() -> Iterator[bytes]:
+                # 200,000 lines are never in memory as a whole.
+                for block in iter(lambda: b"".join(itertools.islice(lines, 1000)), b""):
+                    hasher.update(block)
+                    yield block
+            directory.write(release, blocks())
             written[name + "_sha256"] = hasher.hexdigest()
             written[name + "_bytes"] = directory.status(release).st_size  # type: ignore
         return written
@@ -3273,16 +3307,18 @@ class Store:
     # -- the digest cache ----------------------------------------------------
 
     def remembered_digest(self, path: str, identity: Dict[str, int]) -> str:
-        """Return the digest of an artifact that has not changed since it was verified, or an empty string."""
+        """Return the digest of an artifact that is as it was when it was verified last, or nothing."""
         directory = self.optional(".deploy/cache")
         try:
-            known = unseal((directory.read("digests.json") if directory else b"") or b"", "cache").get(portable(path))
+            data = directory.read("digests.json") if directory else None
+            known = unseal(data or b"", "cache").get(portable(path))
         except (OSError, ValueError):
             return ""
-        return str(known["sha256"]) if isinstance(known, dict) and known.get("identity") == identity else ""
+        is_same = isinstance(known, dict) and known.get("identity") == identity
+        return str(known["sha256"]) if is_same else ""
 
     def remember_digest(self, path: str, identity: Dict[str, int], sha256: str) -> None:
-        """Keep the digest of the artifact that was verified last, so that a no-op need not read it again."""
+        """Keep the digest of what was verified last: a no-op need not read it again."""
         data = seal({portable(path): {"identity": identity, "sha256": sha256}})
         self.directory(".deploy/cache").write("digests.json", json.dumps(data).encode("ascii"))
 
@@ -3290,20 +3326,18 @@ class Store:
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
-        directory = self.optional(".deploy")
-        path = f"{self.path}/.deploy/journal.json"
+        directory, path = self.optional(".deploy"), f"{self.path}/.deploy/journal.json"
         try:
             data = directory.read("journal.json") if directory else None
-            return Journal.from_json(unseal(data, path)) if data is not None else None
+            return decode(Journal, data, path) if data is not None else None  # type: ignore
         except (OSError, ValueError) as error:
             raise StateError(f"the journal cannot be read: {reason(error)}",
-                             f"check that the release you want is live, then: "
+                             "check that the release you want is live, then: "
                              f"{self.command_line('recover --to RELEASE')}")
 
     def write_journal(self, journal: Journal) -> None:
         """Write the journal durably."""
-        data = json.dumps(seal(journal.to_json()), indent=2).encode("ascii") + b"\n"
-        self.directory(".deploy").write("journal.json", data)
+        self._write_sealed(".deploy", "journal.json", journal)
 
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
@@ -3314,11 +3348,11 @@ class Store:
 
     # -- the history ---------------------------------------------------------
 
-    def history_lines(self, newest: int = 0) -> List[bytes]:
-        """Return the complete lines of the history, oldest first; with `newest` only the last so many.
+    def read_history(self, newest: int = 0) -> Tuple[List[bytes], bytes]:
+        """Return its lines, oldest first, and what a crash left of one more behind them.
 
-        Reads backwards, so that a look at the end costs the same however long
-        the history is.
+        With `newest` only the last so many: read backwards, they cost the same however long the
+        history is.  PreflightFailed where it is no file.
         """
         directory = self.optional(".deploy")
         try:
@@ -3330,276 +3364,183 @@ class Store:
                 raise
             # No StateError: unlike a damaged line, this stops a recovery.
             raise PreflightFailed(f"{self.path}/.deploy/history.jsonl is not a regular file",
-                                  "move it back; or move it and history.head away, which the next entry will note")
+                                  "move it back; or move it away, which the next entry will note")
         if source is None:
-            return []
+            return [], b""
         with source as stream:
             position, data = stream.seek(0, os.SEEK_END), b""
             while position > 0 and (not newest or data.count(b"\n") <= newest):
-                start = max(0, position - (1 << 16) if newest else 0)
+                start = max(0, position - (1 << 16)) if newest else 0
                 stream.seek(start)
                 data = stream.read(position - start) + data
                 position = start
-        lines = data.split(b"\n")[:-1]
-        return lines[-newest:] if newest else lines
+        *lines, torn = data.split(b"\n")
+        return lines[-newest:], torn
 
     def history(self, newest: int = 0) -> List[HistoryEntry]:
         """Read the history, oldest first; StateError for a damaged line."""
-        entries = []
-        for line in self.history_lines(newest):
-            try:
-                entries.append(HistoryEntry.from_json(unseal(line, "a line of the history")))
-            except ValueError as error:
-                raise StateError(f"{self.path}/.deploy/history.jsonl: {error}",
-                                 f"see which: {self.command_line('history --verify')}")
-        return entries
-
-    def begin_history(self) -> None:
-        """Note that it ends with nothing, while that is certain: a missing head is a loss from then on.
-
-        The lock's holder alone can be certain.  PreflightFailed where it cannot be written.
-        """
-        directory = self.directory(".deploy")
-        # Its lines in any case: where it is no file, nothing may change.
-        if self.history_lines(1) or directory.status("history.head") or self.directory(".deploy/releases").names():
-            return
+        lines = self.read_history(newest)[0]
         try:
-            directory.write("history.head", json.dumps(seal(HistoryEnd(0, "")._asdict())).encode("ascii"))
-        except OSError as error:
-            raise cannot_prepare(self.path, error)
+            return [decode(HistoryEntry, line, "a line of the history") for line in lines]
+        except ValueError as error:
+            raise StateError(f"{self.path}/.deploy/history.jsonl: {error}",
+                             f"see which: {self.command_line('history --verify')}")
+
+    def chain(self) -> str:
+        """Return the SHA-256 of the history's last line, empty before the first.
+
+        Kept elsewhere, it tells later whether the lines up to there are still what they were:
+        whoever can write the file can write another chain, but none that holds this digest.
+        """
+        lines = self.read_history(1)[0]
+        return hashlib.sha256(lines[0]).hexdigest() if lines else ""
 
     def append_history(self, entry: HistoryEntry) -> HistoryEntry:
-        """Append a line, chained to where the history ended, durably; returns it with its number.
-
-        Where that was changed or taken away, the line goes on from what history.head says was there: the gap
-        stays, and --verify tells it for ever.
-        """
+        """Append a line, chained to the one before it, durably; returns it with its number."""
         directory = self.directory(".deploy")
-        if directory.status("history.jsonl") is None:
-            directory.write("history.jsonl", b"")  # its name is durable before its first line counts
-        self._cut_torn_line(directory)
-        lines = self.history_lines(HEAD_LAG_LINES)
-        end = self._read_head()
-        if end is None:
-            last = HistoryEnd(0, "").after(lines[-1:], chained=False)
-            end = HistoryEnd(last.sequence, UNKNOWN_DIGEST)
-            self._write_head(end)  # a crash behind the line must not look like a second loss
-        end = end.after(lines)
-        entry = entry._replace(sequence=end.sequence + 1, previous_sha256=end.sha256)
-        line = json.dumps(seal(entry.to_json())).encode("ascii")
-        descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
-                             dir_fd=directory.descriptor)
+        self.cut_torn_line()
+        chain, sequence = self.chain(), 0
+        if chain:
+            try:
+                sequence = self.history(1)[0].sequence
+            except StateError:
+                sequence = len(self.read_history()[0])
+        else:
+            # Before the first line, only the release that this very entry made has a record.
+            known = {name for name in self.directory(".deploy/releases").names() if name[0] != "."}
+            made = {f"{entry.release}.json"} if entry.operation in ("deploy", "stage") else set()
+            chain = UNKNOWN_DIGEST if known - made else ""
+        entry = entry._replace(sequence=sequence + 1, previous_sha256=chain)
+        is_new = directory.status("history.jsonl") is None
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open("history.jsonl", flags, 0o600, dir_fd=directory.descriptor)
         try:
-            write_all(descriptor, line + b"\n")
+            write_all(descriptor, json.dumps(seal(encode(entry))).encode("ascii") + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        # The line is durable, so the verdict is; a head that lags behind is allowed for.
-        self._write_head(end.after([line]))
+        if is_new:
+            directory.sync()
         return entry
 
-    def _write_head(self, end: "HistoryEnd") -> bool:
-        """Note where the history ends; False where the disk refuses."""
-        try:
-            self.directory(".deploy").write("history.head", json.dumps(seal(end._asdict())).encode("ascii"))
-        except OSError:
-            return False
-        return True
-
-    def _read_head(self) -> Optional["HistoryEnd"]:
-        """Return where the history ended when its last line was written; None where nobody knows."""
-        directory = self.optional(".deploy")
-        try:
-            head = unseal(directory.read("history.head") or b"" if directory else b"", "history.head")
-            return HistoryEnd(int(head["sequence"]), str(head["sha256"]))
-        except (ValueError, KeyError, TypeError):
-            return None
-        except OSError as error:
-            if error.errno not in NOT_A_FILE:
-                raise  # it may well be whole, and would be told as lost for ever
-            return None
-
-    def _cut_torn_line(self, directory: Directory) -> bool:
-        """Take away a line that a crash cut off before its newline."""
-        found = directory.status("history.jsonl")
-        if not found or not found.st_size or not stat.S_ISREG(found.st_mode):
-            return False
-        descriptor = os.open("history.jsonl", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor)
-        try:
-            if os.pread(descriptor, 1, found.st_size - 1) == b"\n":
-                return False
-            os.ftruncate(descriptor, sum(len(line) + 1 for line in self.history_lines()))
-            os.fsync(descriptor)
-            return True
-        finally:
-            os.close(descriptor)
-
-    def mend_history(self) -> List[str]:
-        """Cut off a torn line and bring a head that a crash left behind up to date; returns what was done."""
-        done = ["cut off a torn line of the history"] if self._cut_torn_line(self.directory(".deploy")) else []
-        head = self._read_head()
-        end = head.after(self.history_lines(HEAD_LAG_LINES)) if head else None
-        if end and end != head and self._write_head(end):
-            done.append("brought history.head up to date")
-        return done  # what else is wrong is left for history --verify to tell
-
-    def verify_history(self) -> Tuple[List[str], List[str]]:
-        """Find lines that were changed or are missing; returns what is wrong, and what is only worth knowing."""
-        head = self._read_head()  # before the lines: a run that adds some meanwhile makes it lag behind, which is allowed for
-        problems, notes, end, lines = [], [], HistoryEnd(0, ""), self.history_lines()
-        for number, line in enumerate(lines, 1):
+    def cut_torn_line(self) -> bool:
+        """Take away a line that a crash cut off before its newline; tell whether there was one."""
+        torn = self.read_history(1)[1]
+        if torn:
+            descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                                 dir_fd=self.directory(".deploy").descriptor)
             try:
-                entry = HistoryEntry.from_json(unseal(line, f"line {number}"))
-                if number == entry.sequence == 1 and entry.previous_sha256 == UNKNOWN_DIGEST:
-                    notes.append(f"it begins anew at {entry.at}: what was before was moved away or lost")
-                elif entry.previous_sha256 == UNKNOWN_DIGEST:
-                    problems.append(f"line {number}: what came before it is not known: history.head was missing or damaged")
-                elif entry.sequence != end.sequence + 1:
-                    problems.append(f"line {number}: entry {end.sequence + 1} is missing, {entry.sequence} follows")
-                elif entry.previous_sha256 != end.sha256:
-                    problems.append(f"line {number}: the line before it was changed")
-            except ValueError as error:
-                problems.append(str(error))
-            end = end.after([line], chained=False)
-        return problems + self._verify_head(head, lines[-HEAD_LAG_LINES:], end), notes
-
-    def _verify_head(self, head: Optional["HistoryEnd"], lines: List[bytes], end: "HistoryEnd") -> List[str]:
-        records = sum(map(len, self.records()))
-        if head is None and not lines:
-            return [f"the history is missing, and {count(records, 'release')} had one"] if records else []
-        if head is None:
-            return ["history.head is missing or damaged, so that lines may be missing at the end"]
-        # The head is written after the line: a crash in between leaves it behind.
-        return [] if head.after(lines) == end else [
-            f"the end was changed or cut off: entry {head.sequence} was the last, {end.sequence} is"]
-
-
-class HistoryEnd(NamedTuple):
-    """Where the history ends, as history.head has it: the number of its last line, and that line's SHA-256."""
-
-    sequence: int
-    sha256: str
-
-    def after(self, lines: Iterable[bytes], *, chained: bool = True) -> "HistoryEnd":
-        """Return where it ends with those of the lines that go on from here; any that can be read, unless `chained`."""
-        end = self
-        for line in lines:
-            digest = hashlib.sha256(line).hexdigest()
-            try:
-                entry = HistoryEntry.from_json(unseal(line, "a line"))
-            except ValueError:
-                end = end if chained else HistoryEnd(end.sequence + 1, digest)
-                continue
-            if not chained or (entry.sequence, entry.previous_sha256) == (end.sequence + 1, end.sha256):
-                end = HistoryEnd(entry.sequence, digest)
-        return end
-
-
-def _hashed_blocks(lines: Iterator[bytes], hasher: Any) -> Iterator[bytes]:
-    """Join lines to blocks: a manifest of 200,000 lines is never in memory as a whole."""
-    while True:
-        block = b"".join(itertools.islice(lines, 1000))
-        if not block:
-            return
-        hasher.update(block)
-        yield block
-
-
-def cannot_prepare(path: str, error: OSError) -> PreflightFailed:
-    """Make the error for a root that cannot be made ready for a first deployment."""
-    parent = os.path.dirname(path)
-    hint = f"mkdir -p {parent}" if not os.path.isdir(parent) else \
-        f"the root and what is in it must be directories that {user_name()} can write"
-    return PreflightFailed(f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
-
-
-class Lock:
-    """The kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
-
-    What stands inside the file is information for people only.  It is never
-    unlinked, or two runs could each hold a lock on a file of that name.
-    """
-
-    # One that only tests the lock holds it for microseconds, unless the machine is so busy that it stands still just then.
-    READERS_SECONDS = 5.0
-
-    def __init__(self, store: Store) -> None:
-        self._directory = store.directory(".deploy")
-        self._descriptor, self._is_owner = -1, False
-
-    def acquire(self, wait_seconds: float, holder: Dict[str, Any], interrupts: Interrupts) -> None:
-        """Take the lock, or raise Busy naming the holder once the time is up."""
-        self._descriptor = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
-                                   dir_fd=self._directory.descriptor)
-        deadline_seconds = time.monotonic() + max(0.05, wait_seconds)
-        with interrupts.allowed():
-            while not self._try(fcntl.LOCK_EX):
-                if time.monotonic() >= deadline_seconds + self.READERS_SECONDS * self._is_only_looked_at():
-                    found = read_holder(self._descriptor)
-                    self.release()
-                    raise busy(found)
-                time.sleep(0.02)
-        self._is_owner = True
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(holder).encode("ascii"), 0)
-        except OSError:
-            pass  # a full disk must not stop the prune that would mend it
-
-    def _is_only_looked_at(self) -> bool:
-        if not self._try(fcntl.LOCK_SH):
-            return False
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        return True
-
-    def _try(self, operation: int) -> bool:
-        try:
-            fcntl.flock(self._descriptor, operation | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Give the lock back, and take the holder's name out of it: the next one has not written his at once."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            try:
-                if self._is_owner:
-                    os.ftruncate(descriptor, 0)
-            except OSError:
-                pass  # what stands there is information only
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))
+                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-                self._is_owner = False
+        return bool(torn)
+
+    def verify_history(self) -> Tuple[List[str], List[str]]:
+        """Find lines that were changed or are missing; lines cut off at the end only `chain` tells.
+
+        Returns what is wrong, and what is only worth knowing.
+        """
+        problems, notes, sequence, chain = [], [], 0, ""
+        lines, torn = self.read_history()
+        for number, line in enumerate(lines, 1):
+            sequence += 1
+            try:
+                entry = decode(HistoryEntry, line, f"line {number}")
+                if number == entry.sequence == 1 and entry.previous_sha256 == UNKNOWN_DIGEST:
+                    notes.append(f"it begins anew at {entry.at}: "
+                                 "what was before was moved away or lost")
+                elif entry.sequence != sequence:
+                    problems.append(f"line {number}: entry {sequence} is missing, "
+                                    f"{entry.sequence} follows")
+                elif entry.previous_sha256 != chain:
+                    problems.append(f"line {number}: the line before it was changed")
+                sequence = entry.sequence
+            except ValueError as error:
+                problems.append(str(error))
+            chain = hashlib.sha256(line).hexdigest()
+        if lock_holder(self) is None:  # a run may have half a line there, or none yet
+            if torn:
+                problems.append(f"line {len(lines) + 1} is cut off")
+            records = sum(map(len, self.records()))
+            if not lines and records and self.read_journal() is None:
+                problems.append(f"the history is missing, and {count(records, 'release')} had one")
+        return problems, notes
+
+
+# -- the lock ------------------------------------------------------------------
+
+# Whoever only tests the lock holds it for microseconds, unless the machine stands still just then.
+LOOK_SECONDS = 5.0
+
+
+@contextmanager
+def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
+         interrupts: Interrupts) -> Iterator[None]:
+    """Hold the kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
+
+    Raises Busy, which names who holds it, once the time is up.  What stands inside the file is
+    information for people only.  It is never unlinked, or two runs could each hold a lock on a
+    file of that name.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open("lock", flags, 0o600, dir_fd=store.directory(".deploy").descriptor)
+    ends_seconds = time.monotonic() + max(0.05, wait_seconds)
+    try:
+        while not try_lock(descriptor, fcntl.LOCK_EX):
+            left_seconds = ends_seconds - time.monotonic()
+            if left_seconds <= 0 and try_lock(descriptor, fcntl.LOCK_SH):
+                # Nobody holds it: somebody only looks at it.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                left_seconds += LOOK_SECONDS
+            if left_seconds <= 0:
+                raise busy(read_holder(descriptor))
+            interrupts.wait(0.02)
+        with suppress(OSError):  # a full disk must not stop the prune that would help it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode("ascii"), 0)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the next one writes its own a moment after it has the lock
+                os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, operation: int) -> bool:
+    """Take a flock where that can be done at once; tell whether it was."""
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
-    """Say who holds the lock now, without taking it for longer than the question; None when it is free."""
+    """Say who holds the lock now, without taking it for longer than the question; None if nobody."""
     directory = store.optional(".deploy")
     try:
         descriptor = os.open("lock", _READ_FLAGS, dir_fd=directory.descriptor) if directory else -1
     except OSError:
-        return None
+        descriptor = -1
     if descriptor < 0:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return read_holder(descriptor)
+        return None if try_lock(descriptor, fcntl.LOCK_SH) else read_holder(descriptor)
     finally:
         os.close(descriptor)
 
 
 def lock_used(store: Store) -> int:
-    """Say when the lock was taken or given back last, in ns: while that stays, nobody changes anything."""
+    """Say when the lock was taken or given back last, in ns: meanwhile nobody changes anything."""
     directory = store.optional(".deploy")
     found = directory.status("lock") if directory else None
     return found.st_mtime_ns if found else 0
 
 
 def read_holder(descriptor: int) -> Dict[str, Any]:
-    """Read what the lock's holder wrote about itself; empty when it had no time to, or where something else stands there."""
+    """Read what the lock's holder wrote about itself; empty where nothing (proper) stands there."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
     except (ValueError, OSError, RecursionError):
@@ -3609,7 +3550,8 @@ def read_holder(descriptor: int) -> Dict[str, Any]:
 
 def busy(holder: Dict[str, Any]) -> Busy:
     """Make the error that names who holds the lock."""
-    return Busy(f"another run holds the lock: {describe_holder(holder)}", "wait for it with --wait-lock 5m, or look at what it does")
+    return Busy(f"another run holds the lock: {describe_holder(holder)}",
+                "wait for it with --wait-lock 5m, or look at what it does")
 
 
 def describe_holder(holder: Dict[str, Any]) -> str:
@@ -3737,7 +3679,7 @@ class Run:
 
     def staged_tree(self) -> Directory:
         """Open the tree that is being staged."""
-        return self.store.directory(".deploy/staging").child(self.staging)
+        return self.store.directory("releases").child(self.staging)
 
     @property
     def application(self) -> str:
@@ -8716,13 +8658,13 @@ def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> Lis
             close_directories(tree, run.manifest)
         # Before the rename: a name must never lead to data that a power cut can take.
         if settings.deploy.durable:
-            sync_filesystem(run.store.directory(".deploy/staging").descriptor)
+            sync_filesystem(run.store.directory("releases").descriptor)
         run.store.publish(run.staging, release)
         return release
 
     def remove(run: Run) -> None:
-        # Where the tree still lies in staging, the name belongs to somebody else.
-        if not run.staging or not run.store.directory(".deploy/staging").is_directory(run.staging):
+        # Where the tree still has its first name, this one belongs to somebody else.
+        if not run.staging or not run.store.directory("releases").is_directory(run.staging):
             run.store.remove_release(release)
 
     sync = "sync to disk and " if settings.deploy.durable else ""
@@ -8759,7 +8701,7 @@ def rescan_release(run: Run, release: str) -> None:
             f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
             "correct [hooks] post_stage, then run again")
     if run.settings.deploy.durable:
-        sync_filesystem(run.store.directory(".deploy/staging").descriptor)
+        sync_filesystem(run.store.directory("releases").descriptor)
 
 
 def write_release(run: Run, release: str) -> str:
@@ -9023,7 +8965,7 @@ class Executor:
                 artifact_sha256=found.sha256 if found else "", boot_id=boot_id(),
                 started_at=format_time(run.facts.now_seconds), recoveries=0,
                 plan=run.console.secrets.mask_json(plan.to_json()), done=[], failure=None,
-                by=run.by, deadline=None)
+                by=run.by, chain=run.store.chain())
         known = self.journal.done
         done = known + [step.name for step in self.done if step.name not in known]
         self.journal = self.journal._replace(
@@ -9304,7 +9246,9 @@ def recover(run: Run) -> List[str]:
         done.append(settle_journal(run, journal, current.release))
         run.facts = observe_root(run, locked=True)
     done += [f"removed {name}" for name in store.sweep(run.console.warn)]
-    return done + store.mend_history() + agree_with_disk(run)
+    if store.cut_torn_line():
+        done.append("cut off a torn line of the history")
+    return done + agree_with_disk(run)
 
 
 def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
@@ -9738,7 +9682,6 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then finish what an earlier run left."""
     command, wait_seconds = run.flags.command, run.settings.deploy.lock_wait
     run.store = Store.create(run.settings)
-    lock = Lock(run.store)
     try:
         found = lock_holder(run.store) if environment("DEPLOY_ID") else None
         if found and found.get("deploy_id") == environment("DEPLOY_ID"):
@@ -9746,14 +9689,18 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                        f"call `deploy.py {command}` once that run has ended; "
                        "waiting for it would never end")
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
-        lock.acquire(wait_seconds, dict(run.by, command=command, since=format_time(time.time()),
-                                        deploy_id=run.deploy_id), run.interrupts)
-        run.store.begin_history()
-        if recover_first:
-            run.outcome.extra["recovered"] = recover_under_lock(run)
-        yield run.store
+        holder = dict(run.by, command=command, since=format_time(time.time()),
+                      deploy_id=run.deploy_id)
+        with lock(run.store, wait_seconds, holder, run.interrupts):
+            run.store.chain()  # what cannot take a line must be known before anything changes
+            if command in ("rollback", "recover", "prune"):
+                run.store.give_up_reserve()
+            if recover_first:
+                run.outcome.extra["recovered"] = recover_under_lock(run)
+            yield run.store
+            if run.outcome.changed:
+                run.store.keep_reserve()
     finally:
-        lock.release()
         close_root(run)
 
 
@@ -10170,10 +10117,10 @@ def command_status(run: Run) -> None:
     known = facts.on_disk & set(facts.records)
     outcome.release, outcome.previous = facts.current.release, previous.id if previous else None
     outcome.extra["status"] = {
-        "current": current.to_json() if current else None, "lock": facts.holder,
-        "previous": previous.to_json() if previous else None, "releases": len(known),
-        "journal": facts.journal.to_json() if facts.journal else None,
-        "last": last.to_json() if last else None, "problems": [problem for problem, _ in problems]}
+        "current": encode(current) if current else None, "lock": facts.holder,
+        "previous": encode(previous) if previous else None, "releases": len(known),
+        "journal": encode(facts.journal) if facts.journal else None,
+        "last": encode(last) if last else None, "problems": [problem for problem, _ in problems]}
     state = "; ".join(problem for problem, _ in problems) or "ok"
     live = facts.current.release or "nothing is live"
     if current:
@@ -10242,7 +10189,7 @@ def command_releases(run: Run) -> None:
     live = run.outcome.release = facts.current.release
     newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
                     key=attrgetter("sequence"), reverse=True)
-    run.outcome.extra["releases"] = [dict(record.to_json(), current=record.id == live)
+    run.outcome.extra["releases"] = [dict(encode(record), current=record.id == live)
                                      for record in newest]
     rows = [("*" if record.id == live else "", record.id, record.version,
              record.state + (", pinned" if record.pinned else ""), record.activated_at or "-",
@@ -10265,7 +10212,7 @@ def command_history(run: Run) -> None:
     limit = flag_value("--limit", run.flags.limit)
     run.outcome.extra["total"] = len(entries)
     shown = entries[-limit:] if limit else entries
-    run.outcome.extra["history"] = [entry.to_json() for entry in shown]
+    run.outcome.extra["history"] = [encode(entry) for entry in shown]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in shown]
     run.outcome.message = count(len(rows), "entry", "entries")
@@ -10278,7 +10225,7 @@ def verify_history(run: Run) -> None:
     store, outcome = run.store, run.outcome
     problems, notes = store.verify_history()
     outcome.extra["history"] = []
-    lines = count(len(store.history_lines()), "entry", "entries")
+    lines = count(len(store.read_history()[0]), "entry", "entries")
     outcome.message = "; ".join(problems or [f"{lines}, the chain is whole"] + notes)
     run.console.result(outcome.message)
     run.console.warnings.extend(notes)
@@ -10308,7 +10255,7 @@ def command_show(run: Run) -> None:
                          f"give one of: {', '.join(ids)}" if ids else "nothing was deployed here so far")
     # The run itself, and what a recovery made of it.
     found = [entry for entry in entries if entry.deploy_id == ids[0]]
-    run.outcome.extra["history"] = [entry.to_json() for entry in found]
+    run.outcome.extra["history"] = [encode(entry) for entry in found]
     last = found[-1]
     run.outcome.release, run.outcome.previous = last.release, last.previous
     run.outcome.message = last.result

@@ -647,10 +647,8 @@ def multiply_history(module: Any, store: Any, lines: int) -> None:
         for sequence in range(1, lines):
             chained = hashlib.sha256(before).hexdigest() if before else ""
             line = entry._replace(sequence=sequence, previous_sha256=chained)
-            before = json.dumps(module.seal(line.to_json())).encode("ascii")
+            before = json.dumps(module.seal(module.encode(line))).encode("ascii")
             stream.write(before + b"\n")
-    head = {"sequence": lines - 1, "sha256": hashlib.sha256(before).hexdigest()}
-    store.directory(".deploy").write("history.head", json.dumps(module.seal(head)).encode("ascii"))
     # The last one by deploy.py itself, which goes on from there.
     store.append_history(entry)
 

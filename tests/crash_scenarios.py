@@ -133,7 +133,7 @@ def recover_undo(app: App) -> List[Any]:
     artifact, saved = app.artifact("1.2"), Saved(app)
     calls = record_calls(app, "deploy", artifact, check=0)
     saved.restore()
-    kill_at(app, find_call(calls, "symlinkat", r"staging.*\"data\""), "deploy", artifact)
+    kill_at(app, find_call(calls, "symlinkat", r"\.new-.*\"data\""), "deploy", artifact)
     with (app.root / ".deploy" / "history.jsonl").open("ab") as stream:
         stream.write(b'{"sequence": 2, "at": "20')
     return ["recover"]
@@ -205,7 +205,7 @@ BY_PHASE = {"": (1, 3), "staging": (1,), "intent": (1,), "switched": (5,), "roll
 ANY = (0, 1, 3, 5, 6)
 BY_COMMAND = {"prune": (0, 1, 3), "pin": (1, 3), "recover": (0, 1, 3, 6)}
 # What only makes the next run faster, or is made anew by it: nobody need be told that it could not be written.
-SILENT = re.compile(r"\.deploy/cache|digests\.json|history\.head|(ftruncate|pwrite64)\(.*\.deploy/lock>")
+SILENT = re.compile(r"\.deploy/cache|digests\.json|\.reserve\.|(ftruncate|pwrite64)\(.*\.deploy/lock>")
 
 
 class Point(NamedTuple):
@@ -221,9 +221,8 @@ class Point(NamedTuple):
 
     @property
     def silent(self) -> bool:
-        """Whether nobody need be told.  That a history begins is no such thing: without it a loss could not be told."""
-        begins = "history.head" in self.call.text and not self.call.phase
-        return bool(SILENT.search(self.call.text)) and not begins
+        """Whether nobody need be told."""
+        return bool(SILENT.search(self.call.text))
 
     def describe(self) -> str:
         """What was done where."""

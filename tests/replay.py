@@ -43,6 +43,8 @@ from crashes import known_calls, recover_and_judge, strace, trace_of  # noqa: E4
 from support import App, Result, load_deploy  # noqa: E402  (no bytecode beside the sources)
 
 LOCK = "root/.deploy/lock"
+# Files whose content means nothing.
+MEANINGLESS = (LOCK, "root/.deploy/reserve")
 # How many of one instant's possible states are drawn at most; few possible ones are drawn four times as often, to get all.
 DRAWN = 2048
 
@@ -443,10 +445,10 @@ def state_of(disk: Disk, applied: Any, contents: Dict[int, bytes], modes: Dict[i
 
 
 def identity(state: State) -> bytes:
-    """A digest of everything but the lock's text."""
+    """A digest of everything but content that means nothing."""
     digest = hashlib.sha256()
     for path, kind, mode, data in sorted(state):
-        digest.update(repr((path, kind, mode, b"" if path == LOCK else data)).encode("utf-8", "surrogateescape"))
+        digest.update(repr((path, kind, mode, b"" if path in MEANINGLESS else data)).encode("utf-8", "surrogateescape"))
     return digest.digest()
 
 

@@ -674,9 +674,9 @@ class App:
         return [json_module.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def leftovers(self) -> List[str]:
-        """What a finished run must not leave: staging, trash, a journal, temporary names."""
+        """What a finished run must not leave: trash, a journal, what was being unpacked, temporary names."""
         state = self.root / ".deploy"
-        found = [str(path.relative_to(self.root)) for name in ("staging", "trash") for path in (state / name).glob("*")]
+        found = [str(path.relative_to(self.root)) for path in (state / "trash").glob("*")]
         found += [str(path.relative_to(self.root)) for path in self.root.rglob("*.tmp")]
         return sorted(found + (["journal.json"] if (state / "journal.json").exists() else []))
 

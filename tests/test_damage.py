@@ -3,9 +3,9 @@
 
 Usage: python3 tests/test_damage.py [--stride N] [--jobs N] [--command NAME]
 
-The journal, a record, the last line of the history and its head are damaged
-one bit and one length at a time; each command then runs on that root.  The
-suite tries a sample, this program all of it.
+The journal, a record and the last line of the history are damaged one bit and
+one length at a time; each command then runs on that root.  The suite tries a
+sample, this program all of it.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def set_scenes(directory: Any) -> None:
         state, live, before = app.root / ".deploy", app.releases()[-1], app.releases()[-2]
         found = {"at rest": [("record of current", f"releases/{live}.json"),
                              ("record of previous", f"releases/{before}.json"),
-                             ("history", "history.jsonl"), ("history.head", "history.head")],
+                             ("history", "history.jsonl")],
                  "under way": [("journal", "journal.json")],
                  "decided": [("history with a journal", "history.jsonl"), ("journal with a verdict", "journal.json")]}
         for title, path in found[name]:
@@ -122,8 +122,10 @@ def damages(stride: int, commands: Any = COMMANDS) -> List[Damage]:
             if command == "verify-history" and not target.path.startswith("history"):
                 continue
             found += [Damage(target.name, command, bit, None) for bit in range(len(found) % stride, 8 * size, stride)]
-            # A length is a state that a crash leaves, so these are tried more often.
-            found += [Damage(target.name, command, None, length) for length in range(0, size, max(1, stride // 8))]
+            # A length is a state that a crash leaves, so these are tried more often.  That a whole line is gone from
+            # the end shows only where the digest of the last one was kept elsewhere.
+            shortest = 1 if command == "verify-history" else 0
+            found += [Damage(target.name, command, None, length) for length in range(shortest, size, max(1, stride // 8))]
     return found
 
 
@@ -251,7 +253,7 @@ def scenes(tmp_path_factory: Any) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_flipped_bit_and_no_cut_leads_to_a_wrong_switch(command: str) -> None:
     items = damages(STRIDE, [command])
-    assert {item.target for item in items} >= {"history", "history.head"}
+    assert {item.target for item in items} >= {"history", "history with a journal"}
     problems = replay.in_children(try_damage, items, JOBS, chunk=1 + len(items) // JOBS)
     assert not problems, f"{len(problems)} problems\n" + "\n\n".join(problems[:5])
 

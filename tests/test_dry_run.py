@@ -202,7 +202,7 @@ def test_the_plan_of_recovery_names_what_recovery_does(app: App) -> None:
 
 def test_recovery_of_leftovers_is_announced_too(app: App) -> None:
     app.run("deploy", artifact(app, "1.0"), check=0)
-    leftover = app.root / ".deploy" / "staging" / "leftover"
+    leftover = app.root / "releases" / ".new-leftover"
     leftover.mkdir()
     (leftover / "file").write_text("x")
     before = snapshot(app.directory)

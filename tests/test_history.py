@@ -1,5 +1,6 @@
-"""The history as a ledger: what was changed, cut off or taken away is told for ever, and a crash is no false alarm."""
+"""The history as a ledger: what was changed or taken away is told for ever, and a crash is no false alarm."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -32,46 +33,42 @@ def three(template: App, app: App) -> App:
     return app
 
 
-def cut(path: Path, lines: int) -> None:
-    """Leave so many lines."""
-    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:lines]))
+def history_of(app: App) -> Path:
+    """The file."""
+    return app.root / ".deploy" / "history.jsonl"
 
 
-def without_first(path: Path) -> None:
-    """Take the first line away."""
-    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[1:]))
+def without(path: Path, number: int) -> None:
+    """Take one line away."""
+    lines = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join(lines[:number - 1] + lines[number:]))
 
 
 LOSSES = [
-    ("last line", lambda lines, head: cut(lines, 2), "entry 3 is missing, 4 follows"),
-    ("all lines", lambda lines, head: cut(lines, 0), "entry 1 is missing, 4 follows"),
-    ("first line", lambda lines, head: without_first(lines), "entry 1 is missing, 2 follows"),
-    ("history.jsonl", lambda lines, head: lines.unlink(), "entry 1 is missing, 4 follows"),
-    ("history.head", lambda lines, head: head.unlink(), "what came before it is not known"),
-    ("last line and history.head", lambda lines, head: (cut(lines, 2), head.unlink()), "what came before it is not known"),
-    ("all but one, and history.head", lambda lines, head: (cut(lines, 1), head.unlink()), "what came before it is not known"),
-    ("history.head damaged", lambda lines, head: head.write_text("{}"), "what came before it is not known"),
-    ("history.head a directory", lambda lines, head: (head.unlink(), head.mkdir()), "history.head"),
-    ("last line changed", lambda lines, head: lines.write_text(lines.read_text().replace('"1.2"', '"9.9"')), "line 3 is damaged"),
-]  # type: List[Tuple[str, Callable[[Path, Path], Any], str]]
+    ("first line", lambda path: without(path, 1), "entry 1 is missing, 2 follows"),
+    ("second line", lambda path: without(path, 2), "entry 2 is missing, 3 follows"),
+    ("last line changed", lambda path: path.write_text(path.read_text().replace('"1.2"', '"9.9"')), "line 3 is damaged"),
+    ("last line rubbish", lambda path: path.write_text(path.read_text() + "rubbish\n"), "line 4 is damaged"),
+]  # type: List[Tuple[str, Callable[[Path], Any], str]]
 
 
 @pytest.mark.parametrize("name,lose,said", LOSSES, ids=[row[0] for row in LOSSES])
 def test_what_was_lost_is_told_before_and_after_everything_that_follows(
-        name: str, lose: Callable[[Path, Path], Any], said: str, three: App) -> None:
-    state = three.root / ".deploy"
-    lose(state / "history.jsonl", state / "history.head")
+        name: str, lose: Callable[[Path], Any], said: str, three: App) -> None:
+    lose(history_of(three))
     three.run("history", "--verify", check=7)
     for words in (["recover"], ["pin", "1.0"], ["unpin", "1.0"]):
         three.run(*words, check=0)
     error = three.run("history", "--verify", check=7).data["error"]
-    assert said in error["message"] + error["hint"], described(error)
+    assert said in error["message"] and "; " not in error["message"], described(error)
 
 
-def test_a_history_that_was_taken_away_is_missed_and_the_next_entry_notes_it(three: App) -> None:
-    state = three.root / ".deploy"
-    for name in ("history.jsonl", "history.head"):
-        (state / name).unlink()
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_a_history_that_was_taken_away_is_missed_and_the_next_entry_notes_it(how: str, three: App) -> None:
+    if how == "gone":
+        history_of(three).unlink()
+    else:
+        history_of(three).write_bytes(b"")
     error = three.run("history", "--verify", check=7).data["error"]
     assert "missing" in error["message"] and "3 releases" in error["message"]
     three.run("pin", "1.0", check=0)
@@ -81,39 +78,34 @@ def test_a_history_that_was_taken_away_is_missed_and_the_next_entry_notes_it(thr
     assert "begins anew" in found.data["msg"] and "begins anew" in found.data["warnings"][0]
 
 
-def test_moving_both_files_away_is_how_a_person_starts_over(three: App) -> None:
-    state = three.root / ".deploy"
-    cut(state / "history.jsonl", 1)
+def test_moving_the_file_away_is_how_a_person_starts_over(three: App) -> None:
+    without(history_of(three), 2)
     three.run("pin", "1.0", check=0)
     assert "move" in three.run("history", "--verify", check=7).data["error"]["hint"]
-    for name in ("history.jsonl", "history.head"):
-        (state / name).rename(three.directory / name)
+    history_of(three).rename(three.directory / "history.jsonl")
     three.run("unpin", "1.0", check=0)
     assert three.run("history", "--verify", check=0).data["warnings"]
 
 
-def test_the_only_release_is_enough_to_miss_its_history(app: App) -> None:
+@pytest.mark.parametrize("command", ["deploy", "stage"])
+def test_the_only_release_is_enough_to_miss_its_history(command: str, app: App) -> None:
     configure(app)
-    app.deploy("1.0")
+    app.run(command, app.artifact("1.0"), check=0)
     assert not app.run("history", "--verify", check=0).data["warnings"], "a first history begins, and not anew"
-    for name in ("history.jsonl", "history.head"):
-        (app.root / ".deploy" / name).unlink()
+    history_of(app).unlink()
     app.run("history", "--verify", check=7)
     app.run("pin", "1.0", check=0)
     assert app.run("history", "--verify", check=0).data["warnings"]
 
 
 @pytest.mark.parametrize("words", [["deploy", "1.3"], ["pin", "1.0"], ["rollback"], ["recover", "--to", "1.0"]], ids=lambda words: words[0])
-@pytest.mark.parametrize("lost", ["", "history.head"], ids=["with its head", "without"])
-def test_a_history_that_is_no_file_stops_whatever_writes_before_anything_changes(three: App, words: List[str], lost: str) -> None:
-    state, before = three.root / ".deploy", three.current
-    (state / "history.jsonl").rename(three.directory / "history.jsonl")
-    (state / "history.jsonl").mkdir()
-    if lost:
-        (state / lost).unlink()
+def test_a_history_that_is_no_file_stops_whatever_writes_before_anything_changes(three: App, words: List[str]) -> None:
+    before = three.current
+    history_of(three).rename(three.directory / "history.jsonl")
+    history_of(three).mkdir()
     words = [three.artifact("1.3") if word == "1.3" else word for word in words]
     assert "not a regular file" in three.run(*words, check=3).data["error"]["message"]
-    assert three.current == before and not (state / "journal.json").exists()
+    assert three.current == before and not (three.root / ".deploy" / "journal.json").exists()
     assert not any(record["pinned"] for record in three.run("releases", check=0).data["releases"])
 
 
@@ -125,41 +117,45 @@ def test_a_history_that_a_hook_takes_away_does_not_make_a_way_back_something_els
     result = three.run("deploy", three.artifact("1.3"), check=5)
     assert three.current == before and told.exists()
     assert any("the next run recovers it" in warning for warning in result.data["warnings"]), result.describe()
-    (three.root / ".deploy" / "history.jsonl").rmdir()
+    history_of(three).rmdir()
     configure(three)
     three.run("recover", check=0)
     assert three.current == before and not (three.root / ".deploy" / "journal.json").exists()
 
 
-@pytest.mark.parametrize("lost", ["", "history.jsonl", "history.head", "both"])
-def test_a_kill_between_a_line_and_its_head_is_no_alarm_nor_a_second_one(three: App, lost: str) -> None:
-    for name in ("history.jsonl", "history.head"):
-        if lost in (name, "both"):
-            (three.root / ".deploy" / name).unlink()
+def test_a_line_that_was_cut_off_is_told_until_the_next_run_takes_it_away(three: App) -> None:
+    """A crash leaves it; whatever writes next cuts it off, and the chain goes on from the line before."""
+    with history_of(three).open("ab") as stream:
+        stream.write(b'{"sequence": 4, "at": "20')
+    assert "line 4 is cut off" in three.run("history", "--verify", check=7).data["error"]["message"]
+    assert len(three.run("history", check=0).data["history"]) == 3
+    assert three.run("recover", check=0).data["recovered"] == ["cut off a torn line of the history"]
+    three.run("history", "--verify", check=0)
+    with history_of(three).open("ab") as stream:
+        stream.write(b'{"sequence"')
+    three.run("pin", "1.0", check=0)
+    three.run("history", "--verify", check=0)
+    assert [line["sequence"] for line in three.history()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_kill_at_a_line_is_no_alarm_once_it_is_recovered(three: App, call: str) -> None:
     saved = Saved(three)
     calls = record_calls(three, "pin", "1.0", check=0)
     saved.restore()
-    kill_at(three, find_call(calls, "renameat", r'"history\.head"', after=r"^write\(.*history\.jsonl>"), "pin", "1.0")
-    breaks = {"": 0, "history.jsonl": 1, "history.head": 1, "both": 0}[lost]
-    for words in ([], ["recover"], ["unpin", "1.0"], ["pin", "1.1"]):
-        if words:
-            three.run(*words, check=0)
-        result = three.run("history", "--verify", check=7 if breaks else 0)
-        assert not breaks or "; " not in result.data["error"]["message"], result.describe()
-
-
-def test_a_head_that_could_not_be_written_for_a_while_is_no_alarm(three: App) -> None:
-    """A disk can be so full that a line finds room and a new file does not."""
-    head = three.root / ".deploy" / "history.head"
-    before = head.read_bytes()
-    for words in (["pin", "1.0"], ["pin", "1.1"], ["unpin", "1.0"]):
+    kill_at(three, find_call(calls, call, r"history\.jsonl>"), "pin", "1.0")
+    for words in (["recover"], ["unpin", "1.0"], ["pin", "1.1"]):
         three.run(*words, check=0)
-    head.write_bytes(before)
-    three.run("history", "--verify", check=0)
-    assert three.run("recover", check=0).data["recovered"] == ["brought history.head up to date"]
-    assert json.loads(head.read_text())["sequence"] == 6
-    three.run("unpin", "1.1", check=0)
-    three.run("history", "--verify", check=0)
+        three.run("history", "--verify", check=0)
+
+
+def test_the_journal_holds_where_the_history_ended_before(three: App) -> None:
+    """Kept elsewhere, the digest of the last line tells later whether all up to there is what it was."""
+    kept = three.directory / "kept"
+    configure(three, f"[hooks]\npre_activate = cp {three.root}/.deploy/journal.json {kept}\n")
+    last = history_of(three).read_bytes().splitlines()[-1]
+    three.deploy("1.3")
+    assert json.loads(kept.read_text())["chain"] == hashlib.sha256(last).hexdigest() == three.history()[-1]["previous_sha256"]
 
 
 def test_a_run_that_adds_a_line_during_the_look_is_no_alarm(three: App, monkeypatch: Any) -> None:
@@ -168,16 +164,40 @@ def test_a_run_that_adds_a_line_during_the_look_is_no_alarm(three: App, monkeypa
         return deploy.Store(deploy.Directory.open(str(three.root)), str)
 
     writer, looking = opened(), opened()
-    entry = writer.history(1)[0]
-    added = []  # type: List[Any]
+    entry, look = writer.history(1)[0], looking.read_history
 
-    def then_add_a_line(look: Callable[..., Any]) -> Callable[..., Any]:
-        def looked(*args: Any) -> Any:
-            found = look(*args)
-            added.append(writer.append_history(entry))
-            return found
-        return looked
-    for name in ("_read_head", "history_lines"):
-        monkeypatch.setattr(looking, name, then_add_a_line(getattr(looking, name)))
-    problems, _ = looking.verify_history()
-    assert len(added) == 2 and not problems
+    def then_add_a_line() -> Any:
+        found = look()
+        writer.append_history(entry)
+        return found
+    monkeypatch.setattr(looking, "read_history", then_add_a_line)
+    assert looking.verify_history() == ([], []) and len(three.history()) == 4
+
+
+def test_the_state_of_an_earlier_version_is_read_and_what_it_needs_no_more_is_swept(three: App) -> None:
+    """Version 1.0.0 had a deadline in its journal, the end of the history in a file, and a place to unpack of its own."""
+    state = three.root / ".deploy"
+    configure(three, "[hooks]\npost_activate = /bin/sh -c 'kill -9 $PPID'\n")
+    three.run("deploy", three.artifact("1.3"), json=False)
+    for path, drop, more in [(state / "journal.json", ["chain"], {"deadline": "2026-01-01T00:00:00Z"})] + [
+            (path, ["note", "application", "built_at", "slot", "migrated"], {}) for path in (state / "releases").glob("*.json")]:
+        data = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+        path.write_text(json.dumps(deploy.seal(dict(data, **more))))
+    lines, before = [], b""
+    for entry in three.history():
+        for key in ("artifact_sha256", "built_at", "note", "automatic"):
+            del entry[key]
+        entry["previous_sha256"] = hashlib.sha256(before).hexdigest() if before else ""
+        before = json.dumps(deploy.seal(entry)).encode("ascii")
+        lines.append(before + b"\n")
+    history_of(three).write_bytes(b"".join(lines))
+    (state / "history.head").write_text("{}")
+    (state / "staging" / ".staging.1.aaaaaaaa.tmp" / "below").mkdir(parents=True)
+    configure(three)
+    done = three.run("recover", check=0).data["recovered"]
+    assert any("was finished: it is live" in text for text in done), done
+    assert {"removed .deploy/history.head", "removed .deploy/staging"} <= set(done)
+    assert three.version == "1.3" and not three.run("recover", check=0).data["changed"]
+    three.run("history", "--verify", check=0)
+    three.run("rollback", check=0)
+    assert three.version == "1.2" and three.run("status", check=0)

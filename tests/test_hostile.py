@@ -802,17 +802,17 @@ class Site:
         run_deploy("deploy", make_artifact(self.incoming, "0.9.0"), root=self.root, check=0)
 
     def state(self) -> Dict[str, Any]:
-        """Everything there is, but for what every run writes: the history, the lock, the staging's own time."""
+        """Everything there is, but for what every run writes: the history, the lock, the staging's own place."""
         found = snapshot(self.directory / "site")  # type: Dict[str, Any]
         for name in [name for name in found if name.startswith(("root/.deploy/history.", "root/.deploy/lock"))]:
             del found[name]
-        for name in ("root/.deploy", "root/.deploy/staging"):
+        for name in ("root/.deploy", "root/releases"):
             found[name] = found[name][:2]
         return found
 
     def staging(self) -> List[str]:
         """What a run has left unfinished."""
-        return os.listdir(str(self.root / ".deploy" / "staging"))
+        return [path.name for path in (self.root / "releases").glob(".new-*")]
 
     def stage(self, data: bytes, *options: str) -> Tuple[Result, Cost]:
         """Stage an archive with its own SHA-256, and measure."""

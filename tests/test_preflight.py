@@ -422,7 +422,7 @@ def test_a_check_finds_its_cause_and_stops_a_deployment(
             broken.keep.close()
     if deploy_exit:
         after = snapshot(deployed.directory)
-        for path in ("root/current", "root/releases"):
+        for path in ("root/current", "root/releases/"):  # unpacking touches releases/ itself
             assert {name: what for name, what in after.items() if name.startswith(path)} == {
                 name: what for name, what in before.items() if name.startswith(path)}
         assert done.data["error"]["hint"] and "Traceback" not in done.stderr
@@ -630,9 +630,9 @@ def in_a_mount_namespace(app: App, mount: str, *args: Any) -> Result:
 
 
 @as_root
-@pytest.mark.parametrize("place", ["releases", ".deploy/staging", ".deploy"])
+@pytest.mark.parametrize("place", ["releases", ".deploy/trash", ".deploy"])
 def test_another_filesystem_below_the_root_is_refused(place: str, app: App) -> None:
-    for path in ("releases", ".deploy/staging"):
+    for path in ("releases", ".deploy/trash"):
         (app.root / path).mkdir(mode=0o700, parents=True)
     (app.root / ".deploy").chmod(0o700)
     artifact, current = app.artifact("1.0"), app.current

@@ -790,7 +790,7 @@ def live_release(app: App) -> Optional[str]:
 
 @as_root
 @pytest.mark.parametrize("target", ["outside/directory", "outside/file"])
-@pytest.mark.parametrize("name", ["releases", ".deploy", ".deploy/staging", ".deploy/trash", ".deploy/releases",
+@pytest.mark.parametrize("name", ["releases", ".deploy", ".deploy/manifests", ".deploy/trash", ".deploy/releases",
                                   ".deploy/lock",
                                   ".deploy/history.jsonl", "shared", "shared/uploads"])
 def test_a_symlink_in_the_place_of_its_own_directories_and_files_is_never_followed(name: str, target: str, app: App) -> None:

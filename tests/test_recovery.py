@@ -38,12 +38,12 @@ def live(app: App) -> App:
 
 # -- the crash table -----------------------------------------------------------
 
-def test_killed_while_unpacking_leaves_the_old_release_and_an_empty_staging(live: App) -> None:
+def test_killed_while_unpacking_leaves_the_old_release_alone(live: App) -> None:
     artifact, saved = live.artifact("1.1"), Saved(live)
     calls = record_calls(live, "deploy", artifact, check=0)
     saved.restore()
-    kill_at(live, find_call(calls, "symlinkat", r"staging.*\"data\""), "deploy", artifact)
-    assert os.listdir(str(live.root / ".deploy" / "staging")), "nothing was left in staging: the kill came elsewhere"
+    kill_at(live, find_call(calls, "symlinkat", r"\.new-.*\"data\""), "deploy", artifact)
+    assert len(os.listdir(str(live.root / "releases"))) == 2, "nothing was left: the kill came elsewhere"
     assert recover_and_judge(live, ["1.0"]) == []
     assert state_of(live, "1.1") is None and len(live.releases()) == 1
 

@@ -130,7 +130,7 @@ def test_no_root_lies_inside_another(app: App) -> None:
     app.deploy("1.0")
     (app.root / "linked").symlink_to(".")
     before = snapshot(app.root)
-    for place in ("current", "releases", ".deploy", ".deploy/staging", "current/lib", "linked/current", "releases/new"):
+    for place in ("current", "releases", ".deploy", ".deploy/trash", "current/lib", "linked/current", "releases/new"):
         for words in (["status"], ["deploy", app.artifact("1.1")]) if place == "current" else (["status"],):
             error = run_deploy(*words, root=app.root / place, check=2).data["error"]
             assert "inside another" in error["message"] and error["hint"].split("--root ")[1].split()[0] == str(app.root)
@@ -260,7 +260,7 @@ def test_a_typing_error_is_answered_with_the_nearest_name(words: List[str], mean
 def test_a_release_is_no_artifact(app: App) -> None:
     release = app.deploy("1.0").data["release"]
     (app.root / "linked").symlink_to(".")
-    for place in (f"releases/{release}", "releases", "current", ".deploy", ".deploy/staging", "current/lib", "linked/current"):
+    for place in (f"releases/{release}", "releases", "current", ".deploy", ".deploy/trash", "current/lib", "linked/current"):
         error = app.run("stage", "--set", "artifact.checksum=off", app.root / place, check=4).data["error"]
         assert "deploy.py's own" in error["message"] and "activate" in error["hint"] and app.releases() == [release]
 

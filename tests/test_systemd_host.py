@@ -108,7 +108,8 @@ class Shop:
     def leftovers(self) -> List[str]:
         """What no run may leave."""
         state = self.root / ".deploy"
-        return [*os.listdir(str(state / "staging")), *os.listdir(str(state / "trash"))] + ["journal"] * (state / "journal.json").exists()
+        found = [path.name for path in [*(self.root / "releases").glob(".new-*"), *(state / "trash").glob("*")]]
+        return found + ["journal"] * (state / "journal.json").exists()
 
 
 @pytest.fixture
