@@ -3343,8 +3343,9 @@ class Store:
         """Say durably that nothing is under way any more."""
         self.drop_links()
         directory = self.directory(".deploy")
-        directory.discard("journal.json")
-        directory.sync()
+        if directory.status("journal.json") is not None:
+            directory.discard("journal.json")
+            directory.sync()
 
     # -- the history ---------------------------------------------------------
 
