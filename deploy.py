@@ -2179,6 +2179,9 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
         ("lock_wait", "duration", "0s", "how long to wait for another run to finish", "--wait-lock"),
         ("min_free", "size", "256M", "free space that must be left after staging"),
         ("durable", "bool", "yes", "sync every release to disk before it is published"),
+        ("mutable", "list", "",
+         "globs of what the running service may write in a release, which then never counts as "
+         "changed; * stays within a directory, ** does not, a directory covers what is below it"),
         ("share_unchanged", "no|reflink|hardlink", "reflink",
          "how a file that is the same in the live release takes no space again: reflink where the "
          "filesystem can (btrfs, xfs), hardlink anywhere (not with a post_stage hook); hard links "
@@ -3638,7 +3641,7 @@ class Run:
     """One run of this program: what was asked, with which settings, and what came of it."""
 
     def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
-                 flags: Any) -> None:
+                 flags: Any = SimpleNamespace(command="")) -> None:
         self.settings = settings
         self.console = console
         self.interrupts = interrupts
@@ -3655,6 +3658,7 @@ class Run:
         self.staging = ""
         self.manifest: Any = None
         self.output: List[str] = []
+        self.left_is_healthy = False  # what a rollback leaves: only then is there a way back
         self.session = self
         # For those who are notified: where it was to lead, and whether the settings count.
         self.target = ""
@@ -7572,9 +7576,23 @@ def check_release(run: Run, record: Record) -> Differences:
                     raise StateError(f"{release} cannot be verified: "
                                      f"{store.path}/.deploy/{name}s/{release} was changed", again)
             with store.directory("releases").child(release) as directory:
-                return compare_tree(directory, Manifest.from_lines(*streams), progress.update)
+                found = compare_tree(directory, Manifest.from_lines(*streams), progress.update)
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", again)
+    # What the interpreter and the service write there says nothing against the release.
+    written = mutable_pattern(run.settings.deploy.mutable)
+    return found._replace(**{
+        word: [name for name in names if not written.match(name)] for word, names in found.lists()})
+
+
+def mutable_pattern(globs: Sequence[str]) -> Any:
+    """Compile the names in a release that may change: bytecode, and what [deploy] mutable names."""
+    parts = [r"(?:.*/)?__pycache__(?:/|\Z)", r".*\.py[co]\Z"]
+    for glob in globs:
+        words = re.split(r"(\*\*/?|\*|\?)", native(glob).strip("/"))
+        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        parts.append("".join(known.get(word) or re.escape(word) for word in words) + r"(?:/|\Z)")
+    return re.compile("|".join(parts), re.DOTALL)
 
 
 def problems_of(differences: Differences) -> str:
@@ -7920,27 +7938,35 @@ def check_artifact(run: "Run") -> Iterator[Finding]:
 
 
 def check_bad(run: "Run") -> Iterator[Finding]:
-    """The artifact is not one that failed before."""
+    """The artifact is not one that failed before, nor one that a person went back from."""
     if run.facts.artifact is None:
         yield "skip", "no artifact given", ""
         return
-    bad = bad_record(run.facts, run.facts.artifact.sha256)
+    bad = refused_record(run.facts, run.facts.artifact.sha256)
     if bad and run.flags.force:
-        yield "warn", f"failed before as {bad.id}, and is tried again", ""
-    elif bad:
+        yield "warn", f"refused before as {bad.id}, and is tried again", ""
+    elif bad and (bad.state == STATE_BAD or run.flags.command != "stage"):
         yield ("fail", *bad_refusal(bad))
     yield "ok", "not known to be bad", ""
 
 
-def bad_record(facts: "Facts", sha256: str) -> Optional[Record]:
-    """Return the record that says this digest failed, unless a newer try of it did not."""
+def is_refused(record: Record) -> bool:
+    """Say whether a release failed, or a person rolled back from it: no timer may try it again."""
+    return record.state == STATE_BAD or record.rolled_back_at is not None
+
+
+def refused_record(facts: "Facts", sha256: str) -> Optional[Record]:
+    """Return the record for which this digest is refused, unless a newer try of it went well."""
     found = [record for record in facts.records.values() if record.sha256 == sha256]
     newest = max(found, key=lambda record: record.sequence, default=None)
-    return newest if newest and newest.state == STATE_BAD else None
+    return newest if newest and is_refused(newest) else None
 
 
 def bad_refusal(bad: Record) -> Problem:
     """Say why a bad artifact or release is refused, and how to insist."""
+    if bad.state != STATE_BAD and bad.rolled_back_at:
+        return (f"{bad.version} was rolled back from at {bad.rolled_back_at}: {bad.id}",
+                f"deploy another version, or insist: activate {bad.id}, or --force")
     why = (bad.failure or {}).get("reason", "it failed after activation")
     return (f"{bad.version} is marked bad: {bad.id}: {why}",
             "deploy a corrected version, or insist with --force")
@@ -8389,10 +8415,18 @@ def choose_rollback(facts: Facts) -> Record:
                 f"the previous release {name} cannot be judged: {'; '.join(facts.state_problems)}",
                 f"name the release to go back to: {facts.command_line('rollback RELEASE')}")
     target = rollback_target(facts, live)
+    if is_under_way(facts.journal, live):
+        target = facts.release(facts.journal.from_release or "") or target
     if target is None:
         raise PreflightFailed("there is no previous good release to roll back to",
                               f"see what there is: {facts.command_line('releases')}")
     return target
+
+
+def is_under_way(journal: Optional[Journal], live: Optional[str]) -> bool:
+    """Say whether a deployment had switched and came to no verdict: `rollback` is one."""
+    return journal is not None and live == journal.to_release and \
+        journal.operation in ("deploy", "activate") and journal.phase != PHASE_ROLLING_BACK
 
 
 # -- the planner -------------------------------------------------------------
@@ -8735,7 +8769,7 @@ def write_release(run: Run, release: str) -> str:
 
 def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Hash a release against its manifest before it goes live."""
-    release = move.to_release
+    release, forced = move.to_release, facts.request.force and move.operation != "recover"
 
     def verify(run: Run) -> str:
         differences = check_release(run, run.facts.records[release])
@@ -8743,11 +8777,15 @@ def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List
         inside = [(program.where, program.name) for program in programs(settings)
                   if program.in_release]
         refuse_foreign_programs(settings, inside, run.store.release_path(release))
+        if problem and forced:
+            run.console.warn(f"{release} is not what was staged: {problem}")
+            return f"not what was staged, and taken all the same: {problem}"
         if problem:
             raise StepFailed(
                 f"{release} is not what was staged: {problem}",
-                f"see all of it: {settings.command_line(f'verify {release}')}; "
-                f"then deploy the artifact again", {"differences": differences._asdict()})
+                f"see all of it: {settings.command_line(f'verify {release}')}; then deploy the "
+                "artifact again, or go there all the same: --force; what the service may write "
+                "belongs into [deploy] mutable", {"differences": differences._asdict()})
         if differences.added:
             run.console.warn(f"{release} holds {count(len(differences.added), 'file')} that the "
                              f"artifact did not bring: {', '.join(differences.added[:3])}")
@@ -8812,7 +8850,24 @@ def make_probes(word: str, settings: Settings, facts: Facts, move: Move) -> List
 
 def make_health(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
-    return []
+    left = move.from_release
+    services = [name for name, service in settings.service.items()
+                if (service.unit or service.pidfile) and service.action != "none"]
+    probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")]
+    if not left or not services and not probes:
+        return []
+
+    def ask(run: Run) -> str:
+        answers = [make_service(run, name).down() for name in services]
+        for probe in probes:
+            found = run_probe(run, probe, context_for(run.facts, left), expect_release=True, once=True)
+            answers.append("" if found.ok else found.detail)
+        failed = [answer for answer in answers if answer]
+        run.left_is_healthy = not failed
+        return f"not healthy, no way back to it: {'; '.join(failed)}" if failed else "healthy"
+
+    return [Step(word, f"ask once how {left} is doing: only a healthy one is a way back", ask,
+                 optional=True)]
 
 
 def make_prune(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
@@ -8831,7 +8886,7 @@ def delete_release(run: Run, record: Record) -> str:
     on_disk = record.id in run.facts.on_disk
     if on_disk:
         run.store.remove_release(record.id)
-    if on_disk and bad_record(run.facts, record.sha256) == record:
+    if on_disk and refused_record(run.facts, record.sha256) == record:
         run.store.write_record(record._replace(pruned_at=format_time(time.time())))
     else:
         run.store.remove_record(record.id)
@@ -9054,6 +9109,10 @@ class Executor:
         self.run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
         if self.phase not in (PHASE_SWITCHED, PHASE_ROLLING_BACK):
             self.undo(error)
+        if self.phase == PHASE_SWITCHED and self.plan.operation == "rollback" \
+                and not self.run.left_is_healthy:
+            self.leave_live(error, f"nothing shows that {self.plan.from_release} was healthy",
+                            "activate RELEASE")
         if self.phase == PHASE_SWITCHED and not self.run.settings.deploy.auto_rollback:
             self.leave_live(error, "auto_rollback is off", "rollback")
         self.go_back(error)
@@ -9084,7 +9143,7 @@ class Executor:
         self.run_on_failure()
         raise RollbackFailed(
             f"{error.message}; {self.plan.to_release} is live all the same: {why}",
-            f"go back with: {self.run.settings.command_line(command)}")
+            f"correct the cause, or leave it: {self.run.settings.command_line(command)}")
 
     def go_back(self, error: DeployError) -> None:
         """After the switch: make the old release live again; raises RolledBack or RollbackFailed."""
@@ -9266,6 +9325,12 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         return f"{what} was finished ({verdict})"
     if is_stray(store, journal, live):
         raise stray_error(store, journal, live)
+    if run.flags.command == "rollback" and is_under_way(journal, live):
+        # No restart and probe of what is being left.  Its journal stays until the rollback's own.
+        plan = Plan(journal.operation, journal.from_release, journal.to_release, [], [], [])
+        Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
+                                         exit_code=EXIT_FAILED, keep_journal=True)
+        return f"{what} ends here: the rollback is its verdict"
     before = ", before the last boot" if journal.boot_id != boot_id() else ""
     run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
     move = Move(journal.operation, journal.from_release, journal.to_release)
@@ -9373,7 +9438,7 @@ def agree_with_disk(run: Run) -> List[str]:
         if state != record.state:
             done.append(f"{record.id} is {state}, not {record.state}")
         gone = not (there or record.pruned_at or record.id == live or facts.state_problems)
-        if gone and state != STATE_BAD:
+        if gone and not is_refused(record):
             store.remove_record(record.id)
         elif gone:
             store.write_record(record._replace(pruned_at=format_time(time.time())))

@@ -196,14 +196,79 @@ def test_files_that_the_application_added_do_not_stop_a_rollback(app: App) -> No
     assert any("today.log" in warning for warning in done["warnings"])
 
 
-def test_a_rollback_that_fails_returns_to_where_it_began(app: App) -> None:
+def test_a_rollback_that_fails_returns_to_a_release_that_was_seen_to_be_healthy(app: App) -> None:
     first, second = deploy_all(app, "1.0", "2.0")
-    configure(app, f"[service:web]\ncommand = {fails_for(app.directory / 'bin', '1.0').path}\n")
+    configure(app, f"[probe:web]\ncommand = {fails_for(app.directory / 'bin', '1.0').path}\nsuccesses = 1\ndeadline = 500ms\n")
     done = app.run("rollback", check=5).data
     assert (app.current, done["release"], done["rolled_back"]) == (second, second, True)
     # It was good once: that it does not start now may have another cause, and no version is condemned for it.
     assert (app.record(first)["state"], app.record(second)["state"]) == ("retired", "active")
-    assert app.record(first)["failure"]["step"] == app.history()[-1]["failure"]["step"] == "service:web"
+    assert app.record(first)["failure"]["step"] == app.history()[-1]["failure"]["step"] == "probe:web"
+
+
+@pytest.mark.parametrize("asked", ["[probe:web]\ncommand = /bin/false\nsuccesses = 1\ndeadline = 500ms\n", ""],
+                         ids=["what is left is broken as well", "nothing can be asked"])
+def test_a_rollback_that_fails_puts_nobody_back_on_what_was_not_seen_to_be_healthy(asked: str, app: App) -> None:
+    first, second = deploy_all(app, "1.0", "2.0")
+    configure(app, f"[service:web]\ncommand = {fails_for(app.directory / 'bin', '1.0').path}\n" + asked)
+    done = app.run("rollback", check=6).data
+    assert (app.current, done["release"], done["rolled_back"]) == (first, first, False)
+    assert app.history()[-1]["result"] == "left_live" and not (app.root / ".deploy" / "journal.json").exists()
+    configure(app)
+    app.run("deploy", app.artifact("3.0"), check=0)
+    assert app.version == "3.0", "the run was closed, and the next one is not held up by it"
+
+
+def test_a_rollback_met_by_a_killed_deployment_goes_one_release_back_and_asks_nothing(app: App) -> None:
+    first, second = deploy_all(app, "1.0", "2.0")
+    probe = fake_command(app.directory / "bin", "probe", "import signal\nif os.environ['DEPLOY_VERSION'] == '3.0':\n"
+                         "    os.kill(os.getppid(), signal.SIGKILL)")
+    configure(app, f"[probe:web]\ncommand = {probe.path}\nsuccesses = 1\n")
+    app.run("deploy", app.artifact("3.0"), json=False)
+    assert app.version == "3.0" and (app.root / ".deploy" / "journal.json").exists()
+    asked = len(probe.calls())
+    configure(app)
+    planned = app.run("-n", "rollback", check=0).data["release"]
+    done = app.run("rollback", check=0).data
+    assert app.current == done["release"] == planned == second
+    assert len(probe.calls()) == asked and [entry["result"] for entry in app.history()[-2:]] == ["aborted", "rolled_back"]
+
+
+def test_a_timer_does_not_undo_a_rollback(app: App) -> None:
+    first = deploy_all(app, "1.0", "1.1")[0]
+    app.run("rollback", check=0)
+    refused = app.run("deploy", app.artifact("1.1"), check=4).data["error"]
+    assert "1.1 was rolled back from" in refused["message"] and "activate" in refused["hint"]
+    assert app.current == first
+    app.run("activate", "1.1", check=0)
+    assert app.version == "1.1"
+    app.run("rollback", check=0)
+    app.run("deploy", app.artifact("1.1"), "--force", check=0)
+    assert app.version == "1.1"
+
+
+def test_a_changed_release_is_gone_back_to_by_force_alone_and_the_differences_are_written_down(app: App) -> None:
+    first = deploy_all(app, "1.0", "1.1")[0]
+    with open(str(app.root / "releases" / first / "VERSION"), "a") as version:
+        version.write("and more\n")
+    refused = app.run("rollback", check=1).data["error"]
+    assert "VERSION" in refused["message"] and "--force" in refused["hint"] and app.version == "1.1"
+    done = app.run("rollback", "--force", check=0).data
+    assert app.current == first and any("VERSION" in warning for warning in done["warnings"])
+    assert any("VERSION" in step["detail"] for step in app.history()[-1]["steps"])
+
+
+@pytest.mark.parametrize("path, mutable, exit_code", [
+    ("lib/__pycache__/m.cpython-36.pyc", "", 0), ("lib/old.pyc", "", 0), ("log/app.log", "log", 0), ("log/app.log", "*.log", 1),
+    ("log/app.log", "**/*.log", 0), ("log/app.log", "log/*.log", 0), ("log/app.log", "lo", 1)])
+def test_bytecode_and_what_is_mutable_never_count(path: str, mutable: str, exit_code: int, app: App) -> None:
+    app.deploy("1.0", {path: "as it came"})
+    first = app.current
+    app.deploy("1.1")
+    (app.root / "releases" / first / path).write_text("rewritten")
+    configure(app, f"mutable = {mutable}\n")
+    app.run("rollback", check=exit_code)
+    assert app.run("verify", first).exit_code == (7 if exit_code else 0)
 
 
 def test_a_rollback_runs_its_hooks_services_and_probes(app: App) -> None:
@@ -213,8 +278,8 @@ def test_a_rollback_runs_its_hooks_services_and_probes(app: App) -> None:
                                          ("pre_activate", "post_activate", "post_deploy", "pre_rollback", "post_rollback"))
               + f"[service:web]\ncommand = {hook.path} service\n[probe:web]\ncommand = {hook.path} probe\nsuccesses = 1\n")
     app.run("rollback", check=0)
-    assert hook.calls() == [["pre_rollback"], ["service"], ["probe"], ["post_rollback"]]
-    call = hook.details()[0]
+    assert hook.calls() == [["probe"], ["pre_rollback"], ["service"], ["probe"], ["post_rollback"]]
+    call = hook.details()[1]
     assert (call["env"]["DEPLOY_RELEASE"], call["env"]["DEPLOY_PREVIOUS_RELEASE"]) == (first, second)
     assert call["cwd"] == str(app.root / "releases" / first)
 
