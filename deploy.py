@@ -9229,6 +9229,8 @@ def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], 
     """Return the records that change as a run ends; nothing is read or written here."""
     plan, records = executor.plan, executor.run.facts.records
     now, new = format_time(time.time()), records.get(plan.to_release)
+    # Neither a full disk nor an interruption says anything against the release.
+    proven = failure and not executor.blameless and not failure.get("interrupted")
     changed = []
     if result == "left_live" or failure is None and result not in ("staged", "pruned"):
         if plan.operation in ("pin", "unpin"):
@@ -9247,18 +9249,18 @@ def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], 
             command = executor.run.settings.command_line("rollback") if previous else None
             changed.append(new._replace(
                 state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous,
-                failure=failure, rolled_back_at=None,
+                failure=failure if proven else None, rolled_back_at=None,
                 rollback={"release": previous, "command": command}))
     elif automatic or result == "rollback_failed":
         old = records.get(plan.from_release or "")
         if automatic and old and old.state != STATE_ACTIVE:
             changed.append(old._replace(state=STATE_ACTIVE, deactivated_at=None))
         if new and new.id != plan.from_release:
-            # Bad, unless it was good before or was only interrupted: neither proves it bad.
+            # Bad, unless it was good before: that it fails now may have another cause.
             state = STATE_BAD
             if new.activated_at and new.state != STATE_BAD:
                 state = STATE_RETIRED
-            elif new.state != STATE_BAD and (executor.blameless or failure.get("interrupted")):
+            elif new.state != STATE_BAD and not proven:
                 state = STATE_STAGED
             changed.append(new._replace(state=state, failure=failure, deactivated_at=now))
     return changed

@@ -325,6 +325,8 @@ class Stage:
         if point.silent:
             return (self.scenario.exit_code,)
         by_phase = dict(BY_PHASE, closed=(self.scenario.exit_code,))
+        if self.arguments[0] == "rollback":
+            by_phase["switched"] = (6,)  # what it leaves was not seen to be healthy: it stays where it was to go
         return BY_COMMAND.get(self.arguments[0]) or by_phase[point.call.phase]
 
     def _judge_words(self, point: Point, result: Result) -> List[str]:
@@ -337,7 +339,7 @@ class Stage:
         may_be_silent = point.reads and result.exit_code == self.scenario.exit_code or point.silent
         if point.error not in text and not may_be_silent:
             problems.append(f"{point.error} is not told")
-        if result.exit_code == 6 and "recover" not in text.rpartition("hint: ")[2]:
+        if result.exit_code == 6 and not re.search("recover|activate", text.rpartition("hint: ")[2]):
             problems.append("exit code 6 without what to do")
         return problems
 

@@ -360,14 +360,14 @@ def test_a_signal_after_activation_brings_the_old_release_back(live: App, where:
     live.deploy("1.1")
 
 
-def test_a_signal_after_the_switch_of_a_rollback_by_hand_stays_on_the_newer(live: App) -> None:
+def test_a_signal_after_the_switch_of_a_rollback_by_hand_stays_where_it_was_to_go(live: App) -> None:
     live.deploy("1.1")
     live.configure(f"[service:x]\ncommand = {block(live, unless='test $DEPLOY_VERSION = 1.1')}\n")
     running = Running(live, "rollback")
     wait_blocked(live)
     running.process.send_signal(signal.SIGTERM)
-    assert running.end()["exit_code"] == 5
-    assert inconsistencies(live, ["1.1"]) == []
+    assert running.end()["exit_code"] == 6
+    assert inconsistencies(live, ["1.0"]) == []
 
 
 def test_more_signals_during_the_way_back_change_nothing(live: App) -> None:
