@@ -1706,14 +1706,22 @@ class Forked:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
                 signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
-                write_all(writing, json.dumps(work()).encode("ascii"))
+                self._writing = writing
+                self.tell(work())
                 exit_code = EXIT_OK
             finally:
                 os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
         os.close(writing)
 
+    def tell(self, value: Any) -> None:
+        """Say, in the process, what is known so far."""
+        write_all(self._writing, json.dumps(value).encode("ascii") + b"\n")
+
     def result(self, interrupts: "Interrupts") -> Any:
-        """Wait and return what the work returned; None where it failed or ran out of time."""
+        """Wait for the end and return what the work returned.
+
+        Where it failed or ran out of time, what it told last, or None.
+        """
         if self._pid < 0:
             return None
         pieces: List[bytes] = []
@@ -1723,7 +1731,8 @@ class Forked:
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
         self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        return json.loads(b"".join(pieces).decode("ascii")) if status == 0 else None
+        told = b"".join(pieces).split(b"\n")[:-1]
+        return json.loads(told[-1].decode("ascii")) if told else None
 
     def __enter__(self) -> "Forked":
         return self
@@ -6054,46 +6063,19 @@ def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, check: 
 
 # ============================================================================
 # 9  Hooks, services, probes, templates
-#    What runs the operator's commands and asks whether the program is well.
+#    What runs the operator's commands and asks whether the program is healthy.
 #    Every wait ends, whatever a command, a service or a server does.
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
-SMALLEST_ARG_MAX = 128 << 10
-ROOM_FOR_OUR_OWN_BYTES = 32 << 10  # DEPLOY_* and the like
 LONGEST_SOCKET_PATH = 107  # unix(7), without the NUL
 MOST_REDIRECTS = 20
 
 
-def pause(session: Session, seconds: float) -> None:
-    """Sleep in short pieces: a signal that arrives just before a sleep does not end it."""
-    ends_seconds = time.monotonic() + seconds
-    while time.monotonic() < ends_seconds:
-        session.interrupts.check()
-        time.sleep(max(0.0, min(WATCH_SECONDS, ends_seconds - time.monotonic())))
-
-
-# -- hooks -------------------------------------------------------------------
-
-def child_environment(session: Session, context: Context, extra: Dict[str, str]) -> Dict[str, str]:
-    """Return the whole environment of a hook or a command: a small base, [env], DEPLOY_*, `extra`."""
-    environ = base_environment()
-    if session.settings.hooks.run_as:
-        environ["HOME"] = _home_of(session.settings.hooks.run_as)
-    if session.traceparent:
-        environ["TRACEPARENT"] = session.traceparent
-    environ.update(session.settings.env)
-    environ.update(context.variables())
-    environ.update(extra)
-    return {name: native(value) for name, value in environ.items()}
-
-
-def _home_of(user: str) -> str:
-    import pwd
-    try:
-        return pwd.getpwnam(user).pw_dir
-    except KeyError:
-        return "/"  # become_user() is about to say that there is no such user
+def read_text(path: str) -> str:
+    """Read a regular file of at most 64 KiB; never waits for a FIFO."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
 
 
 def spell(argv: Sequence[str]) -> str:
@@ -6102,69 +6084,55 @@ def spell(argv: Sequence[str]) -> str:
     return " ".join(shlex.quote(word) for word in argv)
 
 
-def working_directory(context: Context) -> str:
-    """Return where commands run: the release, or the nearest thing to it that exists."""
-    return next((path for path in (context.release_path, context.root) if os.path.isdir(path)), "/")
+# -- commands under the rules for hooks --------------------------------------
 
+class OperatorCommand(NamedTuple):
+    """A configured command; its program is looked for in the root, in a release, or both."""
 
-def run_hook(session: Session, name: str, context: Context) -> List[CommandResult]:
-    """Run every command of a hook in order, in the release; StepFailed at the first that fails.
-
-    A program with a "/" in its name is relative to the release.
-    """
-    results, directory = [], working_directory(context)
-    for argv in getattr(session.settings.hooks, name):
-        command = OperatorCommand(session, context, f"hook {name}", directory, session.settings.hooks.timeout)
-        with session.interrupts.allowed():
-            results.append(command.run(argv, {"DEPLOY_HOOK": name}))
-    return results
-
-
-def commands(settings: Settings) -> List[Tuple[str, str, List[str]]]:
-    """List what is run under the rules for hooks as (section, key, argv)."""
-    found = [("hooks", hook, argv) for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
-    for kind, sections in (("service", settings.service), ("probe", settings.probe), ("notify", settings.notify)):
-        found += [(f"{kind}:{name}", "command", section.command) for name, section in sorted(sections.items()) if section.command]
-    return found
-
-
-class Program(NamedTuple):
-    """A program that is run under the rules for hooks, and whether that is in the root, in a release or, as it comes, in either."""
-
-    where: str
-    name: str
+    section: str
+    key: str
+    argv: List[str]
     in_root: bool
     in_release: bool
 
+    @property
+    def where(self) -> str:
+        """Name the option, as errors do."""
+        return f"[{self.section}] {self.key}"
 
-def programs(settings: Settings) -> List[Program]:
-    """List the programs of all commands."""
-    found = []
-    for section, key, argv in commands(settings):
-        kind, _, name = section.partition(":")
-        early = key == "pre_stage" or kind == "notify" or kind == "probe" and settings.probe[name].when != "after"
-        found.append(Program(f"[{section}] {key}", argv[0], early, key != "pre_stage"))
+
+def commands(settings: Settings) -> List[OperatorCommand]:
+    """List what is run under the rules for hooks."""
+    found = [OperatorCommand("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
+             for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
+    for kind in ("service", "probe", "notify"):
+        for name, section in sorted(getattr(settings, kind).items()):
+            early = kind == "notify" or getattr(section, "when", "after") != "after"
+            if section.command:
+                found.append(OperatorCommand(f"{kind}:{name}", "command", section.command,
+                                             early, True))
     return found
 
 
 def check_size_of_commands(settings: Settings) -> None:
-    """Raise UsageError for variables and arguments that the kernel lets no program have (execve(2))."""
-    longest = 32 * os.sysconf("SC_PAGE_SIZE") - 1
-    for name, value in settings.env.items():
-        where = f"{settings.origin('env', name)}: [env] {name}"
-        if not name or "=" in name:
-            raise UsageError(f"{where}: {name!r} cannot be the name of a variable", "write NAME = value")
-        if len(os.fsencode(native(f"{name}={value}"))) > longest:
-            raise UsageError(f"{where} has more than the {longest} bytes that a variable may have", "put it into a file")
-    given_bytes = sum(len(os.fsencode(native(name + value))) + 10 for name, value in settings.env.items())
-    most_bytes = max(SMALLEST_ARG_MAX, os.sysconf("SC_ARG_MAX")) - ROOM_FOR_OUR_OWN_BYTES
-    for section, key, argv in commands(settings):
-        sizes = [len(os.fsencode(native(word))) for word in argv]
-        where = f"{settings.origin(section, key)}: [{section}] {key}"
+    """Raise UsageError for variables and arguments that the kernel lets no program have."""
+    longest = 32 * os.sysconf("SC_PAGE_SIZE") - 1  # execve(2)
+    most_bytes = max(128 << 10, os.sysconf("SC_ARG_MAX")) - (32 << 10)  # DEPLOY_* and the like
+    variables = [("env", name, [f"{name}={value}"]) for name, value in settings.env.items()]
+    total_bytes = 0  # of the variables, and then of each command with them
+    for section, key, words in variables + [command[:3] for command in commands(settings)]:
+        sizes = [len(os.fsencode(native(word))) for word in words]
+        size_bytes = sum(sizes) + 9 * len(sizes)
+        why = "" if key else "cannot be the name of a variable"
         if max(sizes) > longest:
-            raise UsageError(f"{where} has a word of more than the {longest} bytes that an argument may have", "put it into a file")
-        if given_bytes + sum(sizes) + 9 * len(sizes) > most_bytes:
-            raise UsageError(f"{where} and [env] have more than the {most_bytes} bytes that a program may be given", "put it into a file")
+            why = f"has a word of more than the {longest} bytes that a program may be given"
+        elif section == "env":
+            total_bytes += size_bytes
+        elif total_bytes + size_bytes > most_bytes:
+            why = f"and [env] have more than the {most_bytes} bytes that a program may be given"
+        if why:
+            raise UsageError(f"{settings.origin(section, key)}: [{section}] {key} {why}",
+                             "put it into a file" if key else "write NAME = value")
 
 
 def hook_path(settings: Settings) -> str:
@@ -6172,118 +6140,144 @@ def hook_path(settings: Settings) -> str:
     return native(settings.env.get("PATH", command_path()))
 
 
-def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Dict[str, Problem]:
+def how_to_run(settings: Settings, program: str) -> str:
+    """Say what helps where a program may not be run; nothing where it may.
+
+    What comes with the release, or is found in a PATH of [env], is not looked for.
+    """
+    in_release = "/" in program and not program.startswith("/")
+    if in_release or "/" not in program and "PATH" in settings.env or find_command(program):
+        return ""
+    if os.path.isfile(program):
+        return f"correct the path, or make it executable: chmod +x {spell([program])}"
+    if "/" in program:
+        return "correct the path, or install it"
+    return f"install {program}, or write ./{program} where it comes with the release"
+
+
+def foreign_program(settings: Settings, where: str, program: str,
+                    directory: str) -> Dict[str, Problem]:
     """Find what others could change on the way to a program that root is to run, by path.
 
     Under run_as a program gets no more rights than its user has.
     """
-    if settings.hooks.run_as:
-        return {}
-    found = {}  # type: Dict[str, Problem]
-    for place in program_places(native(program), directory, hook_path(settings)):
-        found.update(trust_problems(place))
+    places = program_places(native(program), directory, hook_path(settings))
     return {path: (f"{problem}, on the way to {program} of {where}",
-                   f"{hint}; or [hooks] run_as = USER, so that root does not run it") for path, (problem, hint) in found.items()}
+                   f"{hint}; or [hooks] run_as = USER, so that root does not run it")
+            for place in places if not settings.hooks.run_as
+            for path, (problem, hint) in trust_problems(place).items()}
 
 
 def accepting(settings: Settings, paths: Iterable[str]) -> str:
-    """Write the words of a shell that accept the risk of these paths, and of those accepted so far."""
+    """Write a shell's words that accept the risk of these paths, and of those accepted so far."""
     words = list(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
     if len(words) == 1:
         return spell(["--set", f"preflight.accept_risk={words[0]}"])
     return f"--set preflight.accept_risk=\"$(printf '%s\\n' {spell(words)})\""
 
 
-def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]], directory: str) -> None:
-    """Raise StepFailed where root would run a program in `directory` that others could have written.
+def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
+                            directory: str) -> None:
+    """Raise StepFailed where root would run a program of `what` that others could have written.
 
-    Also looked at just before: a release may hold links that only a hook has made.
+    `what` are (where it is configured, program).  Looked at just before as well: a release may
+    hold links that only a hook has made.
     """
-    if os.geteuid() != 0:
-        return
-    found = {}  # type: Dict[str, Problem]
-    for where, program in what:
+    found: Dict[str, Problem] = {}
+    for where, program in what if os.geteuid() == 0 else ():
         found.update(foreign_program(settings, where, program, directory))
     refused = {path: found[path] for path in found if path not in settings.preflight.accept_risk}
     for problem, hint in refused.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
-                         f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
+                         f"{hint}; or accept the risk, for every such path: "
+                         f"{accepting(settings, refused)}")
 
 
-class ShownOutput:
-    """Shows the lines of one command up to a limit, then only the last ones: a flood must fill neither log nor memory."""
-
-    LIMIT_BYTES = 8 << 20
-    LINE_BYTES = 100  # what a line costs beside its text
-
-    def __init__(self, show_line: Callable[[str], None]) -> None:
-        self._show_line, self._left_bytes, self._skipped = show_line, self.LIMIT_BYTES, 0
-
-    def line(self, text: str) -> None:
-        """Show a line, or count it."""
-        self._left_bytes -= len(text) + self.LINE_BYTES
-        if self._left_bytes >= 0:
-            self._show_line(text)
-        else:
-            self._skipped += 1
-
-    def end(self, tail: Sequence[str]) -> None:
-        """Say what was left out, and show the last of it."""
-        if self._skipped:
-            last = list(tail)[-self._skipped:]
-            for text in [f"... {count(self._skipped - len(last), 'line')} left out: too much output ...", *last]:
-                self._show_line(text)
+def child_environment(run: "Run", context: Context, extra: Dict[str, str]) -> Dict[str, str]:
+    """Return the whole environment of a command: a small base, [env], DEPLOY_*, `extra`."""
+    environ = base_environment()
+    if run.settings.hooks.run_as:
+        environ["HOME"] = os.path.expanduser(f"~{run.settings.hooks.run_as}")
+    if run.traceparent:
+        environ["TRACEPARENT"] = run.traceparent
+    environ = {**environ, **run.settings.env, **context.variables(), **extra}
+    return {name: native(value) for name, value in environ.items()}
 
 
-class OperatorCommand(NamedTuple):
-    """One operator's command under the rules for hooks: user, environment, directory, time limit."""
+def working_directory(context: Context) -> str:
+    """Return where commands run: the release, or the nearest thing to it that exists."""
+    places = (context.release_path, context.root, "/")
+    return next(path for path in places if os.path.isdir(path))
 
-    session: Session
-    context: Context
-    what: str
-    directory: str
-    timeout_seconds: float
 
-    def start(self, argv: Sequence[str], extra: Dict[str, str], on_line: Callable[[str], None]) -> CommandResult:
-        """Run it to its end, however it ends; StepFailed where root must not run it."""
-        refuse_foreign_programs(self.session.settings, [(self.what, argv[0])], self.directory)
-        return run_command([native(word) for word in argv], on_line=on_line, directory=self.directory,
-                           environ=child_environment(self.session, self.context, extra),
-                           timeout_seconds=self.timeout_seconds, run_as=self.session.settings.hooks.run_as,
-                           interrupts=self.session.interrupts, mask=self.session.console.secrets.mask)
+def start_command(run: "Run", context: Context, what: str, argv: Sequence[str],
+                  **options: Any) -> CommandResult:
+    """Run an operator's command under the rules for hooks to its end, however it ends.
 
-    def run(self, argv: Sequence[str], extra: Dict[str, str]) -> CommandResult:
-        """Run it and show its output; StepFailed with the last lines when it fails."""
-        self.session.console.debug(f"{self.what}: {spell(argv)} (in {self.directory})")
-        shown = ShownOutput(self.session.console.output)
-        result = self.start(argv, extra, shown.line)
-        shown.end(result.tail)
-        if result.ok:
-            return result
-        evidence = {"argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
-                    "output": result.tail}
-        last = f": {result.tail[-1]}" if result.tail else ""
-        raise StepFailed(f"{self.what} failed: {spell(argv)} {result.verdict()} in {self.directory}{last}",
-                         self._hint(result), evidence)
+    `what` is KIND NAME, such as `hook pre_stage`; `options` are those of run_command().
+    StepFailed where root must not run it.
+    """
+    directory = working_directory(context)
+    refuse_foreign_programs(run.settings, [(what, argv[0])], directory)
+    kind, _, name = what.partition(" ")
+    environ = child_environment(
+        run, context, {"DEPLOY_HOOK": name if kind == "hook" else f"{kind}:{name}"})
+    return run_command([native(word) for word in argv], environ=environ, directory=directory,
+                       run_as=run.settings.hooks.run_as, interrupts=run.interrupts,
+                       mask=run.console.secrets.mask, **options)
 
-    def _hint(self, result: CommandResult) -> str:
-        if result.timed_out:
-            return "find out what it waits for, or give it more time with `timeout`"
-        if result.exit_code in (126, 127):
-            return "check that the program exists, is executable, and that its #! line names an existing interpreter"
-        return "its output says why; correct the command or the release, then run this again"
+
+SHOWN_BYTES = 8 << 20  # of one command: a flood must fill neither the log nor memory
+SHOWN_LINE_BYTES = 100  # what a line costs beside its text
+
+
+def perform_command(run: "Run", context: Context, what: str, argv: Sequence[str],
+                    timeout_seconds: float) -> CommandResult:
+    """Run an operator's command and show its output; StepFailed with its end when it fails."""
+    left_bytes = SHOWN_BYTES
+
+    def show(line: str) -> None:
+        nonlocal left_bytes
+        left_bytes -= len(line) + SHOWN_LINE_BYTES
+        if left_bytes >= 0:
+            run.console.output(line)
+
+    directory = working_directory(context)
+    run.console.debug(f"{what}: {spell(argv)} (in {directory})")
+    result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show)
+    if left_bytes < 0:
+        for line in ["... too much output: here is its end ...", *result.tail]:
+            run.console.output(line)
+    if result.ok:
+        return result
+    hint = "its output says why; correct the command or the release, then run this again"
+    if result.timed_out:
+        hint = "find out what it waits for, or give it more time with `timeout`"
+    elif result.exit_code in (126, 127):
+        hint = ("check that the program exists, is executable, and that its #! line names an "
+                "existing interpreter")
+    why = f"{spell(argv)} {result.verdict()} in {directory}"
+    raise StepFailed(f"{what} failed: {': '.join([why, *result.tail[-1:]])}", hint, {
+        "argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
+        "output": result.tail})
+
+
+def run_hook(run: "Run", name: str, context: Context) -> List[CommandResult]:
+    """Run every command of a hook in order, in the release; StepFailed at the first that fails."""
+    hooks = run.settings.hooks
+    return [perform_command(run, context, f"hook {name}", argv, hooks.timeout)
+            for argv in getattr(hooks, name)]
 
 
 # -- templates ---------------------------------------------------------------
 
-_PLACEHOLDER = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}")
+PLACEHOLDER = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}")
 
 
 def template_values(settings: Settings, context: Context) -> Dict[str, str]:
-    """Return what `${name}` may stand for: the environment, then DEPLOY_*, then [vars], which win."""
-    values = {name: environment(name) for name in environment_names()}
-    values.update(context.variables())
-    values = {name: portable(value) for name, value in values.items()}
+    """Return what `${name}` may stand for: the environment, then DEPLOY_*, then [vars]."""
+    values = {name: portable(environment(name)) for name in environment_names()}
+    values.update({name: portable(value) for name, value in context.variables().items()})
     values.update(settings.vars)
     return values
 
@@ -6293,19 +6287,21 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
 
     Raises StepFailed that names every name without a value and its lines.
     """
-    missing = {}  # type: Dict[str, List[str]]
+    missing: Dict[str, List[str]] = {}
 
     def replace(found: Any) -> str:
         escaped, name = found.groups()
-        if not escaped and name not in values:
+        if escaped:
+            return str(found.group()[1:])
+        if name not in values:
             missing.setdefault(name, []).append(str(text.count("\n", 0, found.start()) + 1))
-        return found.group()[1:] if escaped else values.get(name, "")
+        return values.get(name, "")
 
-    rendered = _PLACEHOLDER.sub(replace, text)
+    rendered = PLACEHOLDER.sub(replace, text)
     if missing:
-        names = ", ".join(f"${{{name}}} (line {', '.join(lines)})" for name, lines in missing.items())
-        raise StepFailed(f"{where}: no value for {names}",
-                         "set them in [vars] or in the environment; write $${name} for a literal ${name}",
+        names = [f"${{{name}}} (line {', '.join(lines)})" for name, lines in missing.items()]
+        raise StepFailed(f"{where}: no value for {', '.join(names)}", "set them in [vars] or in "
+                         "the environment; write $${name} for a literal ${name}",
                          {"missing": sorted(missing)})
     return rendered
 
@@ -6313,330 +6309,284 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
 # -- services ----------------------------------------------------------------
 
 class Service:
-    """Something that has to notice that `current` has changed; the words below are made from its settings."""
+    """Something that has to notice that `current` has changed; here, by a command of its own."""
 
-    TARGET = DEED = HINT = ""
-
-    def __init__(self, session: Session, settings: Any) -> None:
-        self.session, self.settings = session, settings
+    def __init__(self, run: "Run", settings: Any) -> None:
+        self.run = run
+        self.settings = settings
         self.limit_seconds = settings.timeout
 
-    def words(self, text: str) -> str:
-        """Put the settings' values into one of the class's texts."""
-        return text.format(**dict(vars(self.settings), command=spell(self.settings.command)))
+    def check(self) -> Iterator[Tuple[str, str, str]]:
+        """Find what is against acting on it on this host: (fail or warn, what, hint)."""
+        program = self.settings.command[0]
+        hint = how_to_run(self.run.settings, program)
+        if hint:
+            yield ("fail", f"[service:{self.settings.name}] command: {program} is not found or not "
+                   "executable", hint)
 
-    def describe(self) -> str:
-        """Say in one line what act() will do."""
-        return self.words(f"leave {self.TARGET} alone" if self.settings.action == "none" else self.DEED)
-
-    def problem(self) -> Optional[Problem]:
-        """Say why act() cannot work on this host; None when nothing is known against it."""
-        raise NotImplementedError
+    def down(self) -> str:
+        """Say why the service is not up now; nothing when it is, or when nobody can know."""
+        return ""
 
     def act(self, context: Context) -> str:
-        """Do it and confirm that the service is well; StepFailed with evidence when it is not."""
-        if self.settings.action == "none":
-            return "nothing to do (action = none)"
-        with self.session.interrupts.allowed():
-            return self._perform(context)
+        """Do it and confirm that the service is healthy; StepFailed with evidence if not."""
+        perform_command(self.run, context, f"service {self.settings.name}", self.settings.command,
+                        self.settings.timeout)
+        return "its command exited with code 0"
 
-    def _perform(self, context: Context) -> str:
-        raise NotImplementedError
-
-    def down(self) -> Optional[str]:
-        """Say why the service is not up now; None when it is, or when that cannot be known."""
-        return None
-
-    def ailing(self) -> Optional[str]:
-        """Say that it has failed already, before anything is done to it; None when it has not, or when that cannot be known."""
-        return None
-
-    def _settle(self, trouble: Callable[[], Optional[str]]) -> None:
-        """Watch for the settle time; StepFailed as soon as there is trouble."""
+    def settling(self) -> Iterator[None]:
+        """Yield at the beginning, again and again, and at the end of the settle time."""
         ends_seconds = time.monotonic() + self.settings.settle
-        while True:
-            why = trouble()
-            if why:
-                raise self._failure(why)
+        left_seconds = 1.0
+        while left_seconds > 0:
             left_seconds = ends_seconds - time.monotonic()
-            if left_seconds <= 0:
-                return
-            pause(self.session, min(WATCH_SECONDS, left_seconds))
+            yield
+            self.run.interrupts.wait(max(0.0, min(WATCH_SECONDS, left_seconds)))
 
-    def _failure(self, why: str, **evidence: Any) -> StepFailed:
-        return StepFailed(f"service {self.settings.name}: {why}", self.words(self.HINT), evidence)
+
+LOAD_HINTS = {
+    "not-found": "install the unit file and run systemctl daemon-reload, or correct `unit`",
+    "masked": "systemctl unmask {}, or correct `unit`"}
+# What systemd itself exits with where it cannot start the program (systemd.exec(5)).
+UNIT_STATUSES = {"200": "/CHDIR", "203": "/EXEC", "217": "/USER", "226": "/NAMESPACE",
+                 "243": "/CREDENTIALS"}
 
 
 class UnitService(Service):
-    """A systemd unit; systemctl's exit code alone proves nothing (Type=simple), so its state is watched."""
+    """A systemd unit; systemctl's exit code proves nothing (Type=simple): its state is watched."""
 
-    TARGET, DEED = "unit {unit}", "{action} unit {unit}"
-    HINT = "systemctl status {unit}; journalctl -u {unit}"
-    LOAD_HINTS = {"not-found": "install the unit file and run systemctl daemon-reload, or correct `unit`",
-                  "masked": "systemctl unmask {unit}, or correct `unit`"}
     PROPERTIES = ("LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
                   "NeedDaemonReload", "Type", "Result", "ExecMainStatus")
 
-    def describe(self) -> str:
-        """Name the action and the unit, and what a reload leaves behind."""
-        stays = " (a reload keeps the old release's code and working directory)"
-        return super().describe() + (stays if self.settings.action == "reload" else "")
-
-    def problem(self) -> Optional[Problem]:
-        """Look for systemctl and the unit, and refuse to restart the unit that this program runs in."""
-        unit = self.settings.unit
+    def check(self) -> Iterator[Tuple[str, str, str]]:
+        """Look for the unit, and refuse to restart the one that this program runs in."""
+        unit, action = self.settings.unit, self.settings.action
         if not re.match(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]*\Z", unit):
-            return f"{unit!r} is not the name of a systemd unit", f"correct unit in [service:{self.settings.name}]"
-        if not find_command("systemctl"):
-            return "systemctl is not on this host", "use pidfile or command instead of unit, or `action = none`"
-        if self.settings.action != "none" and (unit if "." in unit else unit + ".service") in own_units():
-            return (f"deploy.py runs in {unit} and would be killed by its own {self.settings.action}",
-                    "run deploy.py from a unit of its own")
+            yield ("fail", f"{unit!r} is not the name of a systemd unit",
+                   f"correct unit in [service:{self.settings.name}]")
+            return
         try:
-            return self._not_loaded(self._show())
+            groups = read_text("/proc/self/cgroup")  # cgroups(7)
+        except OSError:
+            groups = ""
+        full_name = unit if "." in unit else unit + ".service"
+        if action != "none" and full_name in re.split("[/\n]", groups):
+            yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
+                   "run deploy.py from a unit of its own")
+        try:
+            state = self.state()
         except StepFailed as failed:
-            return failed.message, "systemctl must work here; without systemd use pidfile or command"
+            yield ("fail", failed.message,
+                   "systemctl must work here; without systemd use pidfile or command")
+            return
+        load = state.get("LoadState")
+        if load != "loaded":
+            yield ("fail", f"unit {unit} is not loaded (LoadState={load})",
+                   LOAD_HINTS.get(str(load), "systemd-analyze verify {}").format(unit))
+        elif action != "none" and state.get("ActiveState") == "failed":
+            yield ("warn", f"unit {unit} is failed now (result {state.get('Result')})",
+                   "see why before it is restarted: systemctl status, journalctl -u")
 
-    def down(self) -> Optional[str]:
+    def down(self) -> str:
         """Say why the unit is not active."""
         try:
-            why = _why_down(self._show())
+            why = why_down(self.state())
         except StepFailed as failed:
             return failed.message
-        return f"unit {self.settings.unit} {why}" if why else None
+        return why and f"unit {self.settings.unit} {why}"
 
-    def ailing(self) -> Optional[str]:
-        """Say that the unit is failed now; a restart will hide why."""
-        state = self._show() if self.settings.action != "none" else {}
-        return f"unit {self.settings.unit} is failed now (result {state.get('Result')})" if state.get("ActiveState") == "failed" else None
-
-    def _perform(self, context: Context) -> str:
-        before = self._show()
-        unloaded = self._not_loaded(before)
-        if unloaded:
-            raise StepFailed(*unloaded)
+    def act(self, context: Context) -> str:
+        """Restart, reload or start it, wait until it is there, and see that it stays so."""
+        unit, action = self.settings.unit, self.settings.action
+        before = self.state()
         if before.get("NeedDaemonReload") == "yes":
-            self._systemctl("daemon-reload")
+            self.systemctl("daemon-reload")
         # Without it a deployment, its rollback and a second try meet the start limit.
-        self._systemctl("reset-failed", self.settings.unit, must=False)
-        self._systemctl(self.settings.action, self.settings.unit)
-        first = self._started()
-        if self.settings.action == "restart" and first.get("InvocationID") \
-                and first["InvocationID"] == before.get("InvocationID"):
-            raise self._failure("was not restarted: its InvocationID is the one from before", state=first)
-        self._settle(lambda: self._trouble(first))
-        process = f", process {first['MainPID']}" if first.get("MainPID", "0") != "0" else ""
-        return f"{self.settings.unit} is {first.get('ActiveState')} ({first.get('SubState')}{process})"
-
-    def _show(self) -> Dict[str, str]:
-        """Read the unit's state in one call, so that the properties belong together."""
-        result = self._systemctl("show", "-p", ",".join(self.PROPERTIES), self.settings.unit)
-        pairs = [line.partition("=") for line in result.tail]
-        return {name: value for name, equals, value in pairs if name in self.PROPERTIES}
-
-    def _failure(self, why: str, **evidence: Any) -> StepFailed:
-        if find_command("journalctl"):
-            self._journalctl("--sync")  # or what it has just said might not be there yet
-            evidence["journal"] = self._journalctl("-u", self.settings.unit, "-n", "10", "--no-pager")
-            for line in evidence["journal"]:
-                self.session.console.output(line)
-        return super()._failure(f"unit {self.settings.unit} {why}", **evidence)
-
-    def _journalctl(self, *arguments: str) -> List[str]:
-        return run_command(["journalctl", *arguments], timeout_seconds=5.0, interrupts=self.session.interrupts,
-                           mask=self.session.console.secrets.mask).tail
-
-    def _systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
-        result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,
-                             interrupts=self.session.interrupts)
-        if result.ok or not must:
-            return result
-        why = f"systemctl {arguments[0]} {result.verdict()}: {' '.join(result.tail[-3:])}"
-        if arguments[0] == self.settings.action:
-            raise self._failure(f"did not come up: {why}", output=result.tail)
-        raise super()._failure(why, output=result.tail)
-
-    def _not_loaded(self, state: Dict[str, str]) -> Optional[Problem]:
-        load = state.get("LoadState", "unknown")
-        hint = self.words(self.LOAD_HINTS.get(load, "systemd-analyze verify {unit}"))
-        return None if load == "loaded" else (f"unit {self.settings.unit} is not loaded (LoadState={load})", hint)
-
-    def _started(self) -> Dict[str, str]:
-        """Wait while the unit is on its way; waiting for an automatic restart is not on its way."""
+        self.systemctl("reset-failed", unit, must=False)
+        done = self.systemctl(action, unit, must=False)
+        if not done.ok:
+            last = " ".join(done.tail[-3:])
+            raise self.failure(f"did not come up: systemctl {action} {done.verdict()}: {last}",
+                               output=done.tail)
         ends_seconds = time.monotonic() + self.limit_seconds
-        state = self._show()
-        while state.get("ActiveState") in ("activating", "reloading", "refreshing") \
-                and not state.get("SubState", "").startswith("auto-restart") and time.monotonic() < ends_seconds:
-            pause(self.session, WATCH_SECONDS)
-            state = self._show()
-        return state
+        first = self.state()
+        # Waiting for an automatic restart is not being on its way.
+        while first.get("ActiveState") in ("activating", "reloading", "refreshing") \
+                and not first.get("SubState", "").startswith("auto-restart") \
+                and time.monotonic() < ends_seconds:
+            self.run.interrupts.wait(WATCH_SECONDS)
+            first = self.state()
+        invocation = first.get("InvocationID")
+        if action == "restart" and invocation and invocation == before.get("InvocationID"):
+            raise self.failure("was not restarted: its InvocationID is the one from before",
+                               state=first)
 
-    def _trouble(self, first: Dict[str, str]) -> Optional[str]:
-        state = self._show()
-        changed = [f"{name} went from {first.get(name)} to {state.get(name)}"
-                   for name in ("MainPID", "InvocationID", "NRestarts") if state.get(name) != first.get(name)]
-        return _why_down(state) or (f"did not stay up: {', '.join(changed)}" if changed else None)
+        for _ in self.settling():
+            state = self.state()
+            changed = [f"{name} went from {first.get(name)} to {state.get(name)}"
+                       for name in ("MainPID", "InvocationID", "NRestarts")
+                       if state.get(name) != first.get(name)]
+            if why_down(state):
+                raise self.failure(why_down(state))
+            if changed:
+                raise self.failure(f"did not stay up: {', '.join(changed)}")
+        pid = first.get("MainPID", "0")
+        process = f", process {pid}" if pid != "0" else ""
+        return f"{unit} is {first.get('ActiveState')} ({first.get('SubState')}{process})"
+
+    def state(self) -> Dict[str, str]:
+        """Read the unit's state in one call, so that the properties belong together."""
+        shown = self.systemctl("show", "-p", ",".join(self.PROPERTIES), self.settings.unit)
+        pairs = [line.partition("=") for line in shown.tail]
+        return {name: value for name, _, value in pairs if name in self.PROPERTIES}
+
+    def systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
+        """Run systemctl; StepFailed where it `must` succeed and does not."""
+        result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,
+                             interrupts=self.run.interrupts)
+        if must and not result.ok:
+            last = " ".join(result.tail[-3:])
+            raise StepFailed(f"service {self.settings.name}: systemctl {arguments[0]} "
+                             f"{result.verdict()}: {last}",
+                             f"systemctl status {self.settings.unit}", {"output": result.tail})
+        return result
+
+    def failure(self, why: str, **evidence: Any) -> StepFailed:
+        """Make the error of a unit that is not healthy, with the end of its journal."""
+        unit = self.settings.unit
+        lines = journal_of(self.run, unit)
+        return StepFailed(f"service {self.settings.name}: unit {unit} {why}",
+                          f"systemctl status {unit}; journalctl -u {unit}",
+                          dict(evidence, journal=lines) if lines else evidence)
 
 
-# What systemd itself exits with where it cannot start the program (systemd.exec(5)).
-UNIT_STATUSES = {"200": "/CHDIR", "203": "/EXEC", "217": "/USER", "226": "/NAMESPACE", "243": "/CREDENTIALS"}
+def journal_of(run: "Run", unit: str) -> List[str]:
+    """Show the last lines of a unit's journal, and return them."""
+    lines: List[str] = []
+    # Without the first, what it has just said might not be there yet.
+    for arguments in (["--sync"], ["-u", unit, "-n", "10", "--no-pager"]):
+        if find_command("journalctl"):
+            lines = run_command(["journalctl", *arguments], timeout_seconds=5.0,
+                                interrupts=run.interrupts, mask=run.console.secrets.mask).tail
+    for line in lines:
+        run.console.output(line)
+    return lines
 
 
-def _why_down(state: Dict[str, str]) -> Optional[str]:
+def why_down(state: Dict[str, str]) -> str:
+    """Say why a unit in this state is not up, or nothing."""
     active, sub = state.get("ActiveState", "unknown"), state.get("SubState", "unknown")
     kind, result = state.get("Type", ""), state.get("Result", "")
-    # A oneshot is well when it has ended well; a timer or socket has no Type and never is "running".
-    if kind == "oneshot" and result == "success" and (active, sub) in (("active", "exited"), ("inactive", "dead")):
-        return None
-    if active == "active" and (sub == "running" or not kind):
-        return None
-    if result == "exit-code" and state.get("ExecMainStatus"):
-        status = state["ExecMainStatus"]
+    ended = (active, sub) in (("active", "exited"), ("inactive", "dead"))
+    # A timer or socket has no Type and never is "running".
+    if kind == "oneshot" and result == "success" and ended \
+            or active == "active" and (sub == "running" or not kind):
+        return ""
+    status = state.get("ExecMainStatus")
+    if result == "exit-code" and status:
         result += f" {status}{UNIT_STATUSES.get(status, '')}"
     return f"is {active} ({sub}{', result ' + result if result not in ('', 'success') else ''})"
-
-
-def own_units() -> Set[str]:
-    """Return the systemd units that this process is part of (cgroups(7))."""
-    try:
-        lines = _read_text("/proc/self/cgroup").splitlines()
-    except OSError:
-        return set()
-    return {part for line in lines for part in line.split("/")[1:]}
-
-
-def _read_text(path: str) -> str:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    return read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
 
 
 class PidfileService(Service):
     """A process that writes its id to a file and takes a signal as the wish to reload."""
 
-    TARGET, DEED = "the process in {pidfile}", "send {signal} to the process in {pidfile}"
-    HINT = "look into the program's own log; {pidfile} must name a living process"
+    def check(self) -> Iterator[Tuple[str, str, str]]:
+        """Look for the process."""
+        why = self.down() if self.settings.action != "none" else ""
+        if why:
+            yield ("fail", f"service {self.settings.name}: {why}",
+                   "start the service first, or correct pidfile")
 
-    def problem(self) -> Optional[Problem]:
-        """Check the process."""
-        why = self.down() if self.settings.action != "none" else None
-        return (f"service {self.settings.name}: {why}", "start the service first, or correct pidfile") if why else None
-
-    def down(self) -> Optional[str]:
+    def down(self) -> str:
         """Say why there is no living process."""
         try:
-            self._pid()
+            self.process()
         except ValueError as error:
             return str(error)
-        except OSError as error:
-            return f"{self.settings.pidfile}: {reason(error)}"
-        return None
+        return ""
 
-    def _perform(self, context: Context) -> str:
+    def act(self, context: Context) -> str:
+        """Send the signal, and see that the process stays up, under this id or another."""
+        name = self.settings.signal
         try:
-            pid = self._pid()
-            os.kill(pid, signal.Signals["SIG" + self.settings.signal])
+            pid = self.process()
+            os.kill(pid, signal.Signals["SIG" + name])
+            for _ in self.settling():
+                if self.down():  # a re-exec leaves a moment between old process and new pidfile
+                    self.run.interrupts.wait(WATCH_SECONDS)
+                    self.process()
         except (OSError, ValueError) as error:
-            raise self._failure(f"cannot send {self.settings.signal}: {error}")
-        self._settle(self._down_twice)
-        return f"{self.settings.signal} sent to process {pid}, which is up"
+            why = f"cannot send {name}: {reason(error)}" if isinstance(error, OSError) else error
+            raise StepFailed(f"service {self.settings.name}: {why}", "look into the program's own "
+                             f"log; {self.settings.pidfile} must name a living process")
+        return f"{name} sent to process {pid}, which is up"
 
-    def _down_twice(self) -> Optional[str]:
-        """A re-exec leaves a moment between the old process and the new pidfile; longer is down."""
-        if self.down():
-            pause(self.session, WATCH_SECONDS)
-        return self.down()
+    def process(self) -> int:
+        """Return the id of the living process; ValueError says why there is none.
 
-    def _pid(self) -> int:
-        """Return the id of the living process; ValueError or OSError says why there is none."""
+        Whoever may write the pidfile must not choose which process of ours or of others is
+        signalled.
+        """
         path = self.settings.pidfile
-        descriptor = os.open(path, _READ_FLAGS)
-        found = os.fstat(descriptor)
-        text = (read_descriptor(descriptor, path, 65536).decode("utf-8", "replace").splitlines() or [""])[0].strip()
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            found = os.fstat(descriptor)
+            text = read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
+        except OSError as error:
+            raise ValueError(f"{path}: {reason(error)}")
+        text = text.partition("\n")[0].strip()
         if not re.match(r"[0-9]{1,9}\Z", text) or int(text) <= 1:
             raise ValueError(f"{path} holds {text[:40]!r} and not a process id")
-        if not process_is_alive(int(text)) or _is_zombie(int(text)):
+        try:
+            owner = str(os.stat(f"/proc/{text}").st_uid)
+            # The name in parentheses may hold anything, so fields count from its end (proc(5)).
+            status = read_text(f"/proc/{text}/stat").rpartition(")")[2].split()[:1]
+        except OSError:
+            owner, status = "unknown (no /proc)", []
+        if not process_is_alive(int(text)) or status in (["Z"], ["X"]):
             raise ValueError(f"process {text} of {path} is not running")
-        _refuse_foreign(path, found, int(text))
+        ours = found.st_uid in (0, os.geteuid())
+        by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
+        if ours and (by_group or found.st_mode & stat.S_IWOTH):
+            raise ValueError(f"{path} is writable by group or others (mode "
+                             f"{stat.S_IMODE(found.st_mode):04o}), who could name any process")
+        if not ours and str(found.st_uid) != owner:
+            raise ValueError(f"{path} belongs to uid {found.st_uid}, "
+                             f"process {text} to uid {owner}")
         return int(text)
 
 
-def _refuse_foreign(path: str, found: os.stat_result, pid: int) -> None:
-    """Whoever may write the pidfile must not choose which process of ours or of others is signalled."""
-    owner, is_open = found.st_uid, found.st_mode & stat.S_IWOTH or found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
-    if owner in (0, os.geteuid()) and is_open:
-        raise ValueError(f"{path} is writable by group or others (mode {stat.S_IMODE(found.st_mode):04o}), who could name any process")
-    try:
-        process_owner = str(os.stat(f"/proc/{pid}").st_uid)
-    except OSError:
-        process_owner = "unknown (no /proc)"
-    if owner not in (0, os.geteuid()) and str(owner) != process_owner:
-        raise ValueError(f"{path} belongs to uid {owner}, process {pid} to uid {process_owner}")
+SERVICE_KINDS: Dict[str, Type[Service]] = {
+    "unit": UnitService, "pidfile": PidfileService, "command": Service}
 
 
-def _is_zombie(pid: int) -> bool:
-    try:
-        # The name in parentheses may hold anything, so fields count from its end (proc(5)).
-        return _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] in ("Z", "X")
-    except (OSError, IndexError):
-        return False
+def make_service(run: "Run", name: str) -> Service:
+    """Make the service that [service:NAME] describes."""
+    settings = run.settings.service[name]
+    kind = next(key for key in SERVICE_KINDS if getattr(settings, key))
+    return SERVICE_KINDS[kind](run, settings)
 
 
-def how_to_run(program: str) -> str:
-    """Say what mends a program that may not be run."""
-    import shlex
-    if os.path.isfile(program):
-        return f"correct the path, or make it executable: chmod +x {shlex.quote(program)}"
-    return "correct the path, or install it" if "/" in program else \
-        f"install {program}, or write ./{program} where it comes with the release"
+def describe_service(service: Any) -> str:
+    """Say in one line what acting on a [service:NAME] section does."""
+    if service.action == "none":
+        return f"leave {service_target(service)} alone"
+    if service.command:
+        return f"run {spell(service.command)}"
+    if service.pidfile:
+        return f"send {service.signal} to {service_target(service)}"
+    stays = ""
+    if service.action == "reload":
+        stays = " (a reload keeps the old release's code and working directory)"
+    return f"{service.action} {service_target(service)}{stays}"
 
 
-def may_be_run(settings: Settings, program: str) -> bool:
-    """Look for a program, unless it comes with the release or [env] has a PATH of its own."""
-    in_release = "/" in program and not program.startswith("/")
-    return in_release or "/" not in program and "PATH" in settings.env or bool(find_command(program))
-
-
-class CommandService(Service):
-    """A service that an operator's command restarts, under the rules for hooks."""
-
-    TARGET, DEED = "service {name}", "run {command}"
-
-    def problem(self) -> Optional[Problem]:
-        """Look for the program, unless it comes with the release or [env] has a PATH of its own."""
-        program = self.settings.command[0]
-        if may_be_run(self.session.settings, program):
-            return None
-        return (f"the program {program} of [service:{self.settings.name}] is not found or not executable",
-                how_to_run(program))
-
-    def _perform(self, context: Context) -> str:
-        command = OperatorCommand(self.session, context, f"service {self.settings.name}", working_directory(context),
-                                  self.settings.timeout)
-        command.run(self.settings.command, {"DEPLOY_HOOK": f"service:{self.settings.name}"})
-        return "its command exited with code 0"
-
-
-SERVICE_KINDS = {"unit": UnitService, "pidfile": PidfileService,
-                 "command": CommandService}  # type: Dict[str, Type[Service]]
-
-
-def make_service(session: Session, name: str) -> Service:
-    """Make the service that [service:NAME] describes; UsageError where there is none."""
-    settings = session.settings.service.get(name)
-    if settings is None:
-        raise UsageError(f"there is no [service:{name}]", nearest(name, session.settings.service))
-    return service_kind(settings)(session, settings)
-
-
-def service_kind(service: Any) -> Type[Service]:
-    """Choose the class for a [service:NAME] section by the one key that it has."""
-    return SERVICE_KINDS[next(key for key in SERVICE_KINDS if getattr(service, key))]
-
-
-def describe_service(settings: Settings, name: str) -> str:
-    """Say in one line what a restart of this service does; needs the settings alone."""
-    service = settings.service[name]
-    return service_kind(service)(None, service).describe()  # type: ignore
+def service_target(service: Any) -> str:
+    """Name what a [service:NAME] section acts on."""
+    if service.unit:
+        return f"unit {service.unit}"
+    return f"the process in {service.pidfile}" if service.pidfile else f"service {service.name}"
 
 
 def service_seconds(service: Any) -> float:
@@ -6646,19 +6596,18 @@ def service_seconds(service: Any) -> float:
 
 def services_in_order(settings: Settings) -> List[str]:
     """List the services so that each comes after those in its `after`; UsageError for a cycle."""
-    order = []  # type: List[str]
-
-    def where(name: str) -> str:
-        return f"{settings.origin(f'service:{name}', 'after')}: [service:{name}] after"
+    order: List[str] = []
 
     def visit(name: str, path: List[str]) -> None:
+        where = f"{settings.origin(f'service:{name}', 'after')}: [service:{name}] after"
         if name in path:
-            raise UsageError(f"{where(name)}: services wait for each other: {' -> '.join(path[path.index(name):] + [name])}",
+            circle = " -> ".join(path[path.index(name):] + [name])
+            raise UsageError(f"{where}: services wait for each other: {circle}",
                              "remove one `after`")
-        if name not in settings.service:
-            raise UsageError(f"{where(path[-1])} = {name}: there is no [service:{name}]",
-                             nearest(name, settings.service) or "declare it, or correct `after`")
-        for earlier in settings.service[name].after if name not in order else []:
+        for earlier in settings.service[name].after if name not in order else ():
+            if earlier not in settings.service:
+                raise UsageError(f"{where} = {earlier}: there is no [service:{earlier}]", nearest(
+                    earlier, settings.service) or "declare it, or correct `after`")
             visit(earlier, path + [name])
         if name not in order:
             order.append(name)
@@ -6668,335 +6617,46 @@ def services_in_order(settings: Settings) -> List[str]:
     return order
 
 
-# -- probes: what is expected ------------------------------------------------
-
-class Answer(NamedTuple):
-    """What one try brought: whether all expectations hold, in words, and the evidence."""
-
-    ok: bool
-    detail: str
-    evidence: Dict[str, Any]
-
-
-class Received(NamedTuple):
-    """What came over the network and is still to be judged; `well` says it in words for when all is as expected."""
-
-    text: str
-    header: Callable[[str], Optional[str]]
-    well: str
-
-
-class Question(NamedTuple):
-    """All that one try needs to know."""
-
-    session: Session
-    probe: Any
-    context: Context
-    expect_release: bool
-    timeout_seconds: float
-
-
-def unmet(question: Question, text: str, header: Callable[[str], Optional[str]]) -> Optional[str]:
-    """Say which expectation an answer's text and headers fail first; ValueError for a JSON path that leads nowhere."""
-    probe = question.probe
-    for name, pattern in probe.expect_header.items():
-        value = header(name)
-        if not matches(pattern, value):
-            return f"header {name} is {'missing' if value is None else repr(value)}, expected {pattern!r}"
-    if probe.body and not matches(probe.body, text):
-        return f"the answer does not match body = {probe.body}"
-    for path, expected in probe.json.items():
-        actual = json_value(text, path)
-        if actual != expected:
-            return f"json {path} is {actual!r}, expected {expected!r}"
-    return wrong_release(question, text, header) if probe.release and question.expect_release else None
-
-
-def matches(pattern: str, text: Optional[str]) -> bool:
-    """Search for a pattern; a leading ! wants it absent, and nothing is absent from no text at all."""
-    if pattern.startswith("!"):
-        return text is None or not re.search(pattern[1:], text)
-    return text is not None and bool(re.search(pattern, text))
-
-
-def json_value(text: str, path: str) -> str:
-    """Return the value at a dotted path of a JSON text, as text; ValueError says where the path ends."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the answer is not JSON: {error}")
-    for key in path.split("."):
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and re.match(r"[0-9]{1,9}\Z", key) and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            raise ValueError(f"the answer's JSON has no {path!r}: nothing at {key!r}")
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def wrong_release(question: Question, text: str, header: Callable[[str], Optional[str]]) -> Optional[str]:
-    """Say that the answer does not come from the release in question: the old process answers, too."""
-    where, _, name = question.probe.release.partition(":")
-    wanted = [word for word in (question.context.version, question.context.release) if word]
-    doubt = f"expected {wanted[0] if wanted else 'one'}: the old process may still be running"
-    if where == "body":
-        named = any(re.search(_VERSION_ALONE.format(re.escape(word)), text) for word in wanted)
-        return None if named else f"the answer does not name the version, {doubt}"
-    actual = json_value(text, name) if where == "json" else header(name)
-    if actual is None:
-        return f"the answer has no header {name} that names its version, {doubt}"
-    return None if actual in wanted else f"answered with version {actual}, {doubt}"
-
-
-# A version as a word of its own: 1.2 is not in 11.2, 1.2.3, 1.2-rc1, 1.2+build or 3-1.2, but is in v1.2 and "1.2.".
-_VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?{}(?![^\W_]|~|[.+_-]\w)"
-
-
-# -- probes: the kinds -------------------------------------------------------
-
-class Try:
-    """One try of one kind of probe."""
-
-    # An answer that came in time is looked at, however late it was.
-    SHORTEST_JUDGING_SECONDS = 0.05
-
-    def __init__(self, question: Question) -> None:
-        self.question, self.probe = question, question.probe
-        self.evidence = {}  # type: Dict[str, Any]
-        self._ends_seconds = time.monotonic() + question.timeout_seconds
-
-    @staticmethod
-    def check(settings: Settings, probe: Any) -> Optional[str]:
-        """Say what is wrong with the probe's settings."""
-        raise NotImplementedError
-
-    def run(self) -> Answer:
-        """Ask once, within the question's time limit; never raises for what the other side does."""
-        raise NotImplementedError
-
-    def _excerpt(self, text: str) -> str:
-        """Return the start of a text as evidence, masked before it is cut: half a secret is not recognized."""
-        return self.question.session.console.secrets.mask(text)[:EVIDENCE_CHARACTERS]
-
-    def _judge(self, text: str, header: Callable[[str], Optional[str]], well: str) -> Answer:
-        """Hold an answer against the expectations, in a process of its own.
-
-        Some regular expressions take years for some texts, and meanwhile
-        neither a signal nor another thread gets a turn.
-        """
-        def compare(end_with_parent: Callable[[], None]) -> List[Optional[str]]:
-            try:
-                return [unmet(self.question, text, header)]
-            except ValueError as error:
-                return [str(error)]
-
-        if not (self.probe.body or self.probe.json or self.probe.expect_header or self.probe.release):
-            return Answer(True, well, self.evidence)
-        interrupts, left_seconds = self.question.session.interrupts, self._ends_seconds - time.monotonic()
-        # An exception while it is made would leave behind a process that nobody knows of.
-        with interrupts.held(), Helper(compare, max(self.SHORTEST_JUDGING_SECONDS, left_seconds)) as helper:
-            found = helper.result(interrupts.check) if helper.started else compare(lambda: None)
-        why = found[0] if found else "comparing the answer with what is expected failed"
-        if helper.timed_out:
-            why = f"comparing the answer with what is expected did not end within {format_seconds(self.question.timeout_seconds)}" \
-                  ": a regular expression that repeats what repeats, as (a+)+ does, may take for ever"
-        return Answer(not why, why or well, self.evidence)
-
-
-class Conversation:
-    """Something asked of a peer over a socket, within a time limit.
-
-    It runs in a thread that is left behind when time is up, with its socket
-    shut down: neither DNS nor a server that drips one byte a second can hold
-    the run (a socket timeout begins anew with every byte).
-    """
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self.timeout_seconds, self.stage = timeout_seconds, "starting"
-        self.socket = None  # type: Any
-        self._ends_seconds = time.monotonic() + timeout_seconds
-        self._worker = None  # type: Any
-        self._results = []  # type: List[Any]
-
-    def start(self) -> None:
-        """Begin, and do not wait; where there can be no thread, that is the result."""
-        import socket  # noqa: F401  where it is missing, the caller shall learn it, and not the thread
-        try:
-            self._worker = Worker(self._talk_safely)
-        except OSError as error:
-            self._results.append(self._failure(reason(error)))
-
-    def wait(self, check: Callable[[], None] = lambda: None) -> Any:
-        """Return the result, or what `_failure` makes of there being none in time; `check` may raise."""
-        try:
-            # In short pieces: a signal that arrives just before a wait does not end it.
-            is_done = bool(self._results)
-            while not is_done and time.monotonic() < self._ends_seconds:
-                is_done = self._worker.wait(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
-                check()
-        finally:
-            # First the verdict, then the hanging up, which would turn "late" into "damaged".
-            result = self._results[0] if self._results else self._late()
-            self._hang_up()
-        return result
-
-    def _talk(self) -> Any:
-        """Do the asking, with self.stage saying what is going on."""
-        raise NotImplementedError
-
-    def _failure(self, why: str) -> Any:
-        """Make a result of what went wrong."""
-        raise NotImplementedError
-
-    def _talk_safely(self) -> None:
-        import socket
-        try:
-            result = self._talk()
-        except socket.timeout:
-            result = self._late()
-        except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
-            # smtplib makes a time-out an error of its own.
-            late = time.monotonic() >= self._ends_seconds
-            result = self._late() if late else self._failure(f"{self.stage}: {_network_reason(error)}")
-        finally:
-            if self.socket is not None:
-                self.socket.close()
-        self._results.append(result)
-
-    def _late(self) -> Any:
-        return self._failure(f"no answer within {format_seconds(self.timeout_seconds)}, it was still {self.stage}")
-
-    def _hang_up(self) -> None:
-        import socket
-        try:
-            if self.socket is not None:
-                # Not SSLSocket.shutdown(): that takes the TLS state away from under the thread.
-                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-    def _left_seconds(self) -> float:
-        """Return the time that is left; socket.timeout when there is none, even if nothing has waited."""
-        import socket
-        left_seconds = self._ends_seconds - time.monotonic()
-        if left_seconds <= 0:
-            raise socket.timeout("timed out")
-        return left_seconds
-
-    def _connect(self, address: Tuple[str, int]) -> None:
-        """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
-        import socket
-        host, port = address
-        self.stage = f"connecting to {host}{':' + str(port) if port else ''}"
-        if port:
-            self.socket = socket.create_connection(address, self._left_seconds())
-        else:
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.socket.settimeout(self._left_seconds())
-            self.socket.connect(native(host))
-        if port and self.socket.getsockname()[1] == port and self.socket.getsockname() == self.socket.getpeername():
-            # A free local port may be given to the asker itself, who then meets himself (RFC 9293, 3.5).
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
-        self.socket.settimeout(self._left_seconds())
-
-    def _start_tls(self, host: str, context: Any) -> None:
-        self.stage = "in the TLS handshake"
-        self.socket = context.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
-        self.socket.do_handshake()
-
-    def _ask_http(self, method: str, url: "Url", headers: Dict[str, str], body: bytes = b"") -> Any:
-        """Send a request over self.socket by HTTP/1.1 (RFC 9112); returns the response, its body unread.
-
-        By http.client on a socket of our own: no proxy, no cookie, no redirect, no other host can come into play.
-        """
-        import http.client
-        connection = http.client.HTTPConnection(url.host, url.port)
-        connection.sock = self.socket
-        self.stage = "sending the request"
-        wrong = wrong_header(headers)
-        if wrong:  # http.client would say so with the value, which may be a secret, and in another spelling
-            raise ValueError(wrong)
-        connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
-        for name, value in headers.items():
-            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
-        connection.endheaders(body or None)
-        self.stage = "waiting for the head of the answer"
-        self.socket.settimeout(self._left_seconds())
-        return connection.getresponse()
-
-
-class NetworkTry(Conversation, Try):
-    """A try over a socket."""
-
-    def __init__(self, question: Question) -> None:
-        Try.__init__(self, question)
-        Conversation.__init__(self, question.timeout_seconds)
-
-    def run(self) -> Answer:
-        """Ask, wait for the answer as long as there is time, and judge it: not in the thread, which nobody can stop."""
-        self.start()
-        found = self.wait(self.question.session.interrupts.check)
-        return self._judge(*found) if isinstance(found, Received) else found
-
-    def _failure(self, why: str) -> Answer:
-        return Answer(False, self._excerpt(why), dict(self.evidence))
-
-
-def _network_reason(error: Exception) -> str:
-    import socket
-    if isinstance(error, ImportError):
-        return f"{INCOMPLETE}: {error}; {INSTALL}"
-    if isinstance(error, socket.gaierror):
-        return f"the host name cannot be resolved: {error.strerror}"
-    if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
-        return "TLS: " + re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(error))
-    if isinstance(error, OSError) and error.errno:
-        return reason(error)
-    return f"{type(error).__name__}: {error}"
-
+# -- asking over the network -------------------------------------------------
 
 def split_address(text: str) -> Tuple[str, int]:
     """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
     if text.startswith("unix:/"):
-        if len(os.fsencode(native(text))) > len("unix:") + LONGEST_SOCKET_PATH:
-            raise ValueError(f"expected a unix socket's path of at most {LONGEST_SOCKET_PATH} bytes")
+        if len(os.fsencode(native(text[5:]))) > LONGEST_SOCKET_PATH:
+            raise ValueError(f"expected a unix socket's path of at most {LONGEST_SOCKET_PATH} "
+                             "bytes")
         return text[5:], 0
     host, _, port = text.rpartition(":")
-    if not re.match(r"[0-9]{1,5}\Z", port) or not 0 < int(port) < 65536 or not host or re.search(r"[\s/@]", host):
+    number = int(port) if re.match(r"[0-9]{1,5}\Z", port) else 0
+    if not 0 < number < 65536 or not re.match(r"[^\s/@]+\Z", host):
         raise ValueError(f"expected host:port or unix:/path, not {text!r}")
     if ":" in host and not re.match(r"\[[0-9A-Fa-f:.]+(%\w+)?\]\Z", host):
-        raise ValueError(f"expected brackets around the IPv6 address, such as [::1]:80, not {text!r}")
-    return host.strip("[]"), int(port)
+        raise ValueError("expected brackets around the IPv6 address, such as [::1]:80, "
+                         f"not {text!r}")
+    return host.strip("[]"), number
 
 
 class Url(NamedTuple):
-    """The parts of a URL that a request is made from."""
+    """The parts of a URL that a request is made from; the first three are its origin (RFC 6454)."""
 
     scheme: str
     host: str
     port: int
     authority: str
     target: str
-    userinfo: Optional[str]
-
-    @property
-    def origin(self) -> Tuple[str, str, int]:
-        """Return what a redirect must not leave (RFC 6454)."""
-        return self.scheme, self.host, self.port
+    userinfo: str
 
 
 def parse_url(text: str) -> Url:
-    """Take an http or https URL apart; ValueError for any other scheme and for what cannot be asked."""
+    """Take an http or https URL apart; ValueError for any other and for what cannot be asked."""
     from urllib.parse import quote, unquote, urlsplit
-    if any(ord(character) <= 32 or ord(character) == 127 for character in text):
+    if re.search("[\x00-\x20\x7f]", text):
         raise ValueError("the URL holds spaces or control characters")
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"the URL must begin with http:// or https://, not {text[:40]!r}")
     userinfo, _, authority = parts.netloc.rpartition("@")
-    host = parts.hostname or ""
-    if not host or any(ord(character) > 126 for character in host):
+    if not re.match("[\x21-\x7e]+\\Z", parts.hostname or ""):
         raise ValueError("the URL has no host, or not in ASCII (write xn--...)")
     try:
         port = parts.port
@@ -7004,220 +6664,221 @@ def parse_url(text: str) -> Url:
         port = 0
     if port == 0:
         raise ValueError("the URL's port must be a number from 1 to 65535")
-    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    return Url(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), authority,
-               quote(target, safe="%/:=&?~#+!$,;'@()*[]", errors="replace"), unquote(userinfo) if userinfo else None)
+    port = port or (443 if parts.scheme == "https" else 80)
+    target = quote((parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                   safe="%/:=&?~#+!$,;'@()*[]", errors="replace")
+    return Url(parts.scheme, str(parts.hostname), port, authority, target, unquote(userinfo))
 
 
 def request_headers(url: Url, own: Dict[str, str], chosen: Dict[str, str]) -> Dict[str, str]:
-    """Put together a request's headers; what the operator chose goes before our own of the same name."""
+    """Put together a request's headers; what the operator chose replaces our own."""
     always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Connection": "close"}
     names = {name.lower() for name in chosen}
-    return dict({name: value for name, value in dict(always, **own).items() if name.lower() not in names}, **chosen)
+    ours = {name: value for name, value in dict(always, **own).items() if name.lower() not in names}
+    return dict(ours, **chosen)
 
 
 def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional[str]:
-    """Say which request header cannot be sent, or which expected one no answer can have (RFC 9110, 5)."""
-    for key, names in (("header", sent), ("expect_header", expected)):
-        for name in names:
-            if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
-                return f"{key}.{name}: {name!r} is not the name of a header"
-    # The value may be private.
-    wrong = [name for name, value in sent.items() if re.search("[\x00-\x08\x0a-\x1f\x7f]", value)]
-    return f"the value of header.{wrong[0]} holds a line break or a control character" if wrong else None
+    """Say which header cannot be sent, or which expected one no answer can have (RFC 9110, 5)."""
+    for key, name in [("header", name) for name in sent] + [("expect_header", n) for n in expected]:
+        if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+            return f"{key}.{name}: {name!r} is not the name of a header"
+    for name, value in sent.items():
+        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # which may be private
+            return f"the value of header.{name} holds a line break or a control character"
+    return None
 
 
-def wrong_tls(probe: Any) -> Optional[str]:
-    """Say which tls_* keys mean nothing here."""
-    if parse_url(probe.url).scheme == "http":
-        return meaningless("probe:*", probe, ("tls_verify", "tls_ca", "tls_cert", "tls_key"), "an http:// URL")
-    return "tls_key needs tls_cert, the certificate that it belongs to" if probe.tls_key and not probe.tls_cert else None
+def tls_context(tls: Any) -> Any:
+    """Make an ssl.SSLContext of tls_ca and, where a section has them, the other tls_* keys.
 
-
-def tls_context(probe: Any) -> Any:
-    """Make the ssl.SSLContext that a probe asks for; OSError for what its files do not hold."""
+    OSError or ValueError for what the files do not hold.
+    """
     import ssl
-    context = ssl.create_default_context(cafile=probe.tls_ca or None)
-    if not probe.tls_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if probe.tls_cert:
+    context = ssl.create_default_context(cafile=tls.tls_ca or None)
+    if not getattr(tls, "tls_verify", True):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if getattr(tls, "tls_cert", ""):
         # An empty password: OpenSSL would ask the terminal for one otherwise.
-        context.load_cert_chain(probe.tls_cert, probe.tls_key or None, password="")
+        context.load_cert_chain(tls.tls_cert, tls.tls_key or None, password="")
     return context
 
 
-class UrlTry(NetworkTry):
-    """Ask over HTTP or HTTPS."""
+def network_error(error: Exception) -> str:
+    """Say why asking a peer failed."""
+    import socket
+    if isinstance(error, ImportError):
+        return f"{INCOMPLETE}: {error}; {INSTALL}"
+    if isinstance(error, socket.gaierror):
+        return f"the host name cannot be resolved: {error.strerror}"
+    if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
+        return "TLS: " + re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(error))
+    return reason(error) if getattr(error, "errno", None) else f"{type(error).__name__}: {error}"
 
-    @staticmethod
-    def check(settings: Settings, probe: Any) -> Optional[str]:
-        """Check the URL, `connect` and the method."""
-        key = "url"
+
+COMPARING = "comparing the answer with what is expected"
+
+
+class Conversation(Forked):
+    """Something asked of a peer by a forked process, which is killed when its time is up.
+
+    So neither a name look-up, nor TLS, nor a peer that drips a byte a second, nor a regular
+    expression without end can hold the run.  `talk` runs there and returns what it found (JSON).
+    """
+
+    def __init__(self, talk: Callable[["Conversation"], Dict[str, Any]], limit: float) -> None:
+        import socket  # noqa: F401  where it is missing, the caller shall learn it
+        self.limit_seconds = limit
+        self.known: Dict[str, Any] = {"stage": "starting"}
+        self.socket: Any = None
+        super().__init__(lambda: self._talk(talk), limit)
+
+    def _talk(self, talk: Callable[["Conversation"], Dict[str, Any]]) -> Dict[str, Any]:
         try:
-            parse_url(probe.url)
-            key = "connect"
-            if probe.connect:
-                split_address(probe.connect)
-        except ValueError as error:
-            return f"{key}: {error}"
-        if not re.match(r"[A-Z]{1,20}\Z", probe.method):
-            return f"method = {probe.method}: expected GET, HEAD, ..."
-        if probe.redirects > MOST_REDIRECTS:
-            return f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"
-        return wrong_header(probe.header, probe.expect_header) or wrong_tls(probe)
+            return dict(self.known, **dict({"error": ""}, **talk(self)))
+        except Exception as error:  # whatever a peer makes the libraries raise is an answer
+            return dict(self.known, error=f"{self.known['stage']}: {network_error(error)}")
 
-    def _talk(self) -> Union[Answer, Received]:
-        from urllib.parse import urljoin
-        text, url = self.probe.url, parse_url(self.probe.url)
-        headers = self._headers(url)
-        for redirects_left in range(self.probe.redirects, -1, -1):
-            # A socket stays open, whoever closes it, as long as what reads from it does.
-            with closing(self._request(parse_url(text), headers)) as response:
-                location = response.getheader("Location")
-                if response.status not in (301, 302, 303, 307, 308) or not location or not self.probe.redirects:
-                    return self._receive(response)
-            self.socket.close()
-            text = urljoin(text, location)
-            if parse_url(text).origin != url.origin:
-                return Answer(False, f"redirected to another origin, {text}", self.evidence)
-        return Answer(False, f"more than {count(self.probe.redirects, 'redirect')}, the last to {text}", self.evidence)
+    def at(self, stage: str, **found: Any) -> None:
+        """Tell what is going on, and what has been found: that is known if time runs out."""
+        self.known.update(found, stage=stage)
+        self.tell(self.known)
 
-    def _request(self, url: Url, headers: Dict[str, str]) -> Any:
-        self._connect(split_address(self.probe.connect) if self.probe.connect else (url.host, url.port))
-        if url.scheme == "https":
-            self.stage = "reading tls_ca, tls_cert and tls_key"
-            self._start_tls(url.host, tls_context(self.probe))
-        response = self._ask_http(self.probe.method, url, headers)
-        self.evidence["status"] = response.status
+    def connect(self, address: Tuple[str, int]) -> None:
+        """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
+        import socket
+        host, port = address
+        self.at(f"connecting to {host}{f':{port}' if port else ''}")
+        if not port:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.connect(native(host))
+            return
+        self.socket = socket.create_connection(address)
+        if self.socket.getsockname()[1] == port \
+                and self.socket.getsockname() == self.socket.getpeername():
+            # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
+
+    def start_tls(self, host: str, tls: Any) -> None:
+        """Speak TLS over self.socket, as the tls_* keys of a section want it."""
+        self.at("reading tls_ca, tls_cert and tls_key")
+        context = tls_context(tls)
+        self.at("in the TLS handshake")
+        self.socket = context.wrap_socket(self.socket, server_hostname=host)
+
+    def request(self, method: str, url: Url, headers: Dict[str, str], body: bytes = b"") -> Any:
+        """Send a request over self.socket by HTTP/1.1 (RFC 9112) and return the response.
+
+        By http.client on a socket of our own: no proxy, cookie or redirect comes into play.
+        """
+        import http.client
+        self.at("sending the request")
+        wrong = wrong_header(headers)
+        if wrong:  # http.client would say so with the value, which may be a secret
+            raise ValueError(wrong)
+        connection = http.client.HTTPConnection(url.host, url.port)
+        connection.sock = self.socket
+        connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
+        connection.endheaders(body or None)
+        self.at("waiting for the head of the answer")
+        response = connection.getresponse()
+        self.at("reading the answer", status=response.status)
         return response
 
-    def _headers(self, url: Url) -> Dict[str, str]:
-        own = {"Accept": "*/*", "Accept-Encoding": "identity"}
-        if self.probe.method in ("POST", "PUT", "PATCH"):
-            own["Content-Length"] = "0"
-        authorization = self._authorization(url)
-        if authorization:
-            own["Authorization"] = authorization
-        if self.question.session.traceparent:
-            own["traceparent"] = self.question.session.traceparent
-        for name, value in self.probe.header.items():
-            if looks_secret(name):
-                self.question.session.console.secrets.add(value)
-        return request_headers(url, own, self.probe.header)
-
-    def _authorization(self, url: Url) -> str:
-        """Return the Authorization header's value; Basic is RFC 7617."""
-        import base64
-        self.stage = "reading auth_file"
-        text = _read_text(self.probe.auth_file).strip() if self.probe.auth_file else url.userinfo or ""
-        secrets = self.question.session.console.secrets
-        secrets.add(text)
-        if not text or (self.probe.auth_file and " " in text):
-            secrets.add(text.partition(" ")[2])
-            return text
-        secrets.add(text.partition(":")[2])
-        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
-        secrets.add(encoded)
-        return "Basic " + encoded
-
-    def _receive(self, response: Any) -> Union[Answer, Received]:
-        self.stage = "reading the answer"
-        text = self._read_body(response)
-        if not any(low <= response.status <= high for low, high in self.probe.status):
-            expected = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in self.probe.status)
-            return Answer(False, f"status {response.status}, expected {expected}", self.evidence)
-        return Received(text, response.getheader, f"status {response.status}")
-
-    def _read_body(self, response: Any) -> str:
-        body = b""
-        while len(body) < self.probe.max_body:
-            piece = response.read(min(self.probe.max_body - len(body), 65536))
-            if not piece:
-                break
-            body += piece
-            self.evidence["body"] = self._excerpt(body[:8 * EVIDENCE_CHARACTERS].decode("utf-8", "replace"))
-        if len(body) < self.probe.max_body and response.length:
-            raise ConnectionError(f"it ended {count(response.length, 'byte')} before its Content-Length")
-        return body.decode("utf-8-sig", "replace")
+    def answer(self, interrupts: Interrupts) -> Dict[str, Any]:
+        """Wait, and return what was found; its "error" says why that is not all."""
+        found = dict(self.result(interrupts) or self.known)
+        limit = format_seconds(self.limit_seconds)
+        if "error" in found:
+            return found
+        found["error"] = f"no answer within {limit}, it was still {found['stage']}"
+        if not self.timed_out:
+            found["error"] = f"{found['stage']}: the process that asks was not to be had (EAGAIN)"
+        elif found["stage"] == COMPARING:
+            found["error"] = (f"{COMPARING} did not end within {limit}: a regular expression that "
+                              "repeats what repeats, as (a+)+ does, may take for ever")
+        return found
 
 
-class TcpTry(NetworkTry):
-    """See whether somebody accepts a connection."""
+# -- probes: what is expected ------------------------------------------------
 
-    @staticmethod
-    def check(settings: Settings, probe: Any) -> Optional[str]:
-        """Check the address."""
-        try:
-            split_address(probe.tcp)
-        except ValueError as error:
-            return f"tcp: {error}"
-        return None
-
-    def _talk(self) -> Answer:
-        self._connect(split_address(self.probe.tcp))
-        return Answer(True, f"{self.probe.tcp} accepts connections", self.evidence)
+# A version as a word of its own: 1.2 is not in 11.2, 1.2.3, 1.2-rc1, 1.2+build or 3-1.2, but is in
+# v1.2 and "1.2.".
+VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?(?:{})(?![^\W_]|~|[.+_-]\w)"
 
 
-class CommandTry(Try):
-    """Run an operator's command; exit code 0 is well."""
+def judge(probe: Any, wanted: List[str], text: str,
+          header: Callable[[str], Optional[str]]) -> Dict[str, Any]:
+    """Hold an answer's text and headers against what is expected.
 
-    @staticmethod
-    def check(settings: Settings, probe: Any) -> Optional[str]:
-        """Check that the release is not looked for in headers, which a command has none of."""
-        return "a command's output has no headers" if probe.release.startswith("header:") else None
-
-    def run(self) -> Answer:
-        """Run it under the try's time limit and hold its output against the expectations."""
-        lines, question = [], self.question  # type: List[str], Question
-        command = OperatorCommand(question.session, question.context, f"probe {self.probe.name}",
-                                  working_directory(question.context), question.timeout_seconds)
-
-        def keep(line: str) -> None:
-            if sum(map(len, lines)) < self.probe.max_body:
-                lines.append(line)
-
-        try:
-            result = command.start(self.probe.command, {"DEPLOY_HOOK": f"probe:{self.probe.name}"}, keep)
-        except (UsageError, StepFailed) as error:
-            return Answer(False, error.message, {})
-        # Nothing was read of a command that could not be started; its tail says why.
-        text = "\n".join(lines or result.tail)
-        self.evidence.update(status=result.exit_code, body=self._excerpt(text))
-        if not result.ok:
-            return Answer(False, result.verdict() + (f": {result.tail[-1]}" if result.tail else ""), self.evidence)
-        return self._judge(text, lambda name: None, "exited with code 0")
-
-
-class ServiceTry(Try):
-    """See whether a [service:NAME] is up."""
-
-    @staticmethod
-    def check(settings: Settings, probe: Any) -> Optional[str]:
-        """Check that the service is declared."""
-        if probe.service not in settings.service:
-            return f"there is no [service:{probe.service}] {nearest(probe.service, settings.service)}".rstrip()
-        if settings.service[probe.service].command:
-            return f"whether [service:{probe.service}] is up cannot be known: it has only a command"
-        return None
-
-    def run(self) -> Answer:
-        """Ask the service itself."""
-        service = make_service(self.question.session, self.probe.service)
-        service.limit_seconds = min(service.limit_seconds, self.question.timeout_seconds)
-        why = service.down()
-        return Answer(not why, why or service.words(service.TARGET) + " is up", self.evidence)
+    "error" says what fails first; "named" whether the answer names one of the versions that are
+    `wanted` (the old process answers, too), None where that is not asked.
+    """
+    errors = []
+    for name, pattern in probe.expect_header.items():
+        value = header(name)
+        if not matches(pattern, value):
+            shown = "missing" if value is None else repr(value)
+            errors.append(f"header {name} is {shown}, expected {pattern!r}")
+    if probe.body and not matches(probe.body, text):
+        errors.append(f"the answer does not match body = {probe.body}")
+    for path, expected in probe.json.items():
+        value, why = json_value(text, path)
+        if value != expected:
+            errors.append(why or f"json {path} is {value!r}, expected {expected!r}")
+    named = None
+    if probe.release and wanted:
+        where, _, name = probe.release.partition(":")
+        if where == "body":
+            named = bool(re.search(VERSION_ALONE.format("|".join(map(re.escape, wanted))), text))
+            why = "the answer does not name the version"
+        else:
+            value, why = json_value(text, name) if where == "json" else (header(name), "")
+            named = value in wanted
+            if value is not None:
+                why = f"answered with version {value}"
+            why = why or f"the answer has no header {name} that names its version"
+        if not named:
+            errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
+    return {"error": errors[0] if errors else "", "named": named}
 
 
-PROBE_KINDS = {"url": UrlTry, "tcp": TcpTry, "command": CommandTry,
-               "service": ServiceTry}  # type: Dict[str, Type[Try]]
+def matches(pattern: str, text: Optional[str]) -> bool:
+    """Search for a pattern; a leading ! wants it absent, as it is from no text at all."""
+    if pattern.startswith("!"):
+        return text is None or not re.search(pattern[1:], text)
+    return text is not None and bool(re.search(pattern, text))
 
 
-_HTTP_KEYS = ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects", "tls_verify", "tls_ca",
-              "tls_cert", "tls_key")
+def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
+    """Return the value at a dotted path of a JSON text, as text; or None and why there is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return None, f"the answer is not JSON: {error}"
+    for key in path.split("."):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and re.match(r"[0-9]{1,9}\Z", key) and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None, f"the answer's JSON has no {path!r}: nothing at {key!r}"
+    return value if isinstance(value, str) else json.dumps(value), ""
+
+
+# -- probes: settings --------------------------------------------------------
+
+_HTTP_KEYS = ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects",
+              "tls_verify", "tls_ca", "tls_cert", "tls_key")
 _ANSWER_KEYS = ("body", "json", "release", "max_body")
-# What means nothing to a kind of probe: an expectation that nobody checks would be a false comfort.
-UNUSED_KEYS = {"url": (), "command": _HTTP_KEYS, "tcp": _HTTP_KEYS + _ANSWER_KEYS,
-               "service": _HTTP_KEYS + _ANSWER_KEYS}  # type: Dict[str, Tuple[str, ...]]
+# The kinds of probes, and the keys that mean nothing to each: an expectation that nobody checks
+# would be a false comfort.
+PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
+    "url": (), "tcp": _HTTP_KEYS + _ANSWER_KEYS, "command": _HTTP_KEYS,
+    "service": _HTTP_KEYS + _ANSWER_KEYS}
 
 
 def probe_kind(probe: Any) -> str:
@@ -7226,18 +6887,49 @@ def probe_kind(probe: Any) -> str:
 
 
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
-    """Say what is wrong with a probe's settings, without asking anything; None when nothing is."""
+    """Say what is wrong with a probe's settings, without asking anything."""
+    kind, key = probe_kind(probe), "tcp"
+    unused = meaningless("probe:*", probe, PROBE_KINDS[kind], f"a {kind} probe")
+    if unused:
+        return unused
     if probe.release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", probe.release):
         return f"release = {probe.release}: expected json:PATH, header:NAME or body"
-    if probe.successes > tries_within_deadline(probe):
-        return (f"successes = {probe.successes} cannot be reached within deadline = {format_seconds(probe.deadline)}: "
-                f"at most {count(tries_within_deadline(probe), 'try', 'tries')}, period apart")
-    text_keys = [key for key in ("body", "json", "release") if getattr(probe, key)
-                 and not (key == "release" and probe.release.startswith("header:"))]
-    if text_keys and (not probe.max_body or probe.url and probe.method == "HEAD"):
-        return f"{' and '.join(text_keys)} cannot be answered with {'max_body = 0' if not probe.max_body else 'method = HEAD'}"
-    kind = probe_kind(probe)
-    return meaningless("probe:*", probe, UNUSED_KEYS[kind], f"a {kind} probe") or PROBE_KINDS[kind].check(settings, probe)
+    shortest_seconds = max(ProbeRun.SHORTEST_WAIT_SECONDS, probe.period * (1 - probe.jitter))
+    if probe.successes > probe.deadline / shortest_seconds + 30:  # those of the halved waits
+        return (f"successes = {probe.successes} cannot be reached within deadline = "
+                f"{format_seconds(probe.deadline)}")
+    in_header = probe.release.startswith("header:")
+    needed = [key for key in ("body", "json", "release") if getattr(probe, key)
+              and not (key == "release" and in_header)]
+    if needed and not probe.max_body:
+        return f"{' and '.join(needed)} cannot be answered with max_body = 0"
+    if needed and kind == "url" and probe.method == "HEAD":
+        return f"{' and '.join(needed)} cannot be answered with method = HEAD"
+    if kind == "command" and in_header:
+        return "a command's output has no headers"
+    if kind == "service" and probe.service not in settings.service:
+        known = nearest(probe.service, settings.service)
+        return f"there is no [service:{probe.service}] {known}".rstrip()
+    if kind == "service" and settings.service[probe.service].command:
+        return f"whether [service:{probe.service}] is up cannot be known: it has only a command"
+    try:
+        for key in ("tcp", "connect"):
+            if getattr(probe, key):
+                split_address(getattr(probe, key))
+        key = "url"
+        scheme = parse_url(probe.url).scheme if probe.url else ""
+    except ValueError as error:
+        return f"{key}: {error}"
+    if not re.match(r"[A-Z]{1,20}\Z", probe.method):
+        return f"method = {probe.method}: expected GET, HEAD, ..."
+    if probe.redirects > MOST_REDIRECTS:
+        return f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"
+    if scheme == "http":
+        tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key")
+        unused = meaningless("probe:*", probe, tls_keys, "an http:// URL")
+    elif probe.tls_key and not probe.tls_cert:
+        unused = "tls_key needs tls_cert, the certificate that it belongs to"
+    return unused or wrong_header(probe.header, probe.expect_header)
 
 
 def probe_seconds(probe: Any) -> float:
@@ -7245,32 +6937,19 @@ def probe_seconds(probe: Any) -> float:
     return float(probe.initial_delay + probe.deadline + probe.soak)
 
 
-def tries_within_deadline(probe: Any) -> int:
-    """Count the tries there is time for when each is well and takes none: ProbeRun's waits, as short as jitter makes them."""
-    shortest = ProbeRun.SHORTEST_WAIT_SECONDS
-    wait, left, tries = max(shortest, probe.period * (1 - min(1.0, probe.jitter))), probe.deadline, 1
-    full = min(wait + probe.timeout, 2 * wait)  # with as much left, a wait is not cut short
-    if left >= full:
-        tries += int((left - full) / wait + 1e-9) + 1
-        left -= (tries - 1) * wait
-    while left > shortest:
-        left -= max(left - probe.timeout, left / 2, shortest)
-        tries += 1
-    return tries
-
-
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
     for text in assignments:
         key, equals, _ = text.partition("=")
         if not equals:
-            raise UsageError(f"--expect {text!r}: expected KEY=VALUE", "for example --expect json.status=ok")
+            raise UsageError(f"--expect {text!r}: expected KEY=VALUE",
+                             "for example --expect json.status=ok")
         check_known("probe:ad-hoc", key.strip(), "--expect")
     given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
     return load_settings([], {}, given).probe["ad-hoc"]
 
 
-# -- probes: timing ----------------------------------------------------------
+# -- probes: asking ----------------------------------------------------------
 
 class ProbeResult(NamedTuple):
     """The verdict on a probe; evidence: status, start of the body, error, tries."""
@@ -7289,109 +6968,236 @@ class ProbeResult(NamedTuple):
 
     def complaint(self) -> str:
         """Say that it failed: after how many tries, why, and how the answer began."""
-        body = f"; the answer began: {self.evidence['body'][:120]!r}" if self.evidence["body"] else ""
-        return f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}{body}"
+        body = self.evidence["body"][:120]
+        return (f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}"
+                + (f"; the answer began: {body!r}" if body else ""))
 
 
 class ProbeRun:
-    """A probe's tries from the first to the verdict."""
+    """A probe's tries from the first to the verdict.
+
+    ask_KIND asks once, within so many seconds, and returns "error" (nothing where all is as
+    expected), "said" (what it was, in words), "status" and the start of the "body".
+    """
 
     SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
 
-    def __init__(self, question: Question, progress: Any = None) -> None:
-        self.question, self.probe, self.progress = question, question.probe, progress
-        self.tries = self.well_in_a_row = self.failed_in_a_row = 0
-        self.answer = self.last_failure = Answer(False, "was not tried", {})
+    def __init__(self, run: "Run", probe: Any, context: Context, wanted: List[str]) -> None:
+        self.run = run
+        self.probe = probe
+        self.context = context
+        self.wanted = wanted
+        self.tries = 0
+        self.healthy_in_a_row = 0
+        self.failed_in_a_row = 0
+        self.answer: Dict[str, Any] = {}
+        self.last_failure: Dict[str, Any] = {}
 
-    def once(self) -> str:
-        """Try once; returns what is wrong, or nothing."""
-        return "" if self._try(self.probe.timeout) else self.last_failure.detail
-
-    def full(self) -> str:
-        """Wait for the service to be well, then that it stays so; returns what is wrong, or nothing."""
-        pause(self.question.session, self.probe.initial_delay)
-        if not self._becomes_well():
-            why = self.last_failure.detail
-            if self.answer.ok:
-                before = f", before that: {why}" if self.well_in_a_row < self.tries else ""
-                why = f"only {self.well_in_a_row} of {self.probe.successes} tries in a row were well{before}"
-            return f"not well within {format_seconds(self.probe.deadline)}: {why}"
-        if not self._stays_well():
-            return f"failed {count(self.failed_in_a_row, 'time')} in a row after it was well: {self.answer.detail}"
-        return ""
-
-    def _becomes_well(self) -> bool:
-        ends_seconds = time.monotonic() + self.probe.deadline
-        while self._try(ends_seconds - time.monotonic()) < max(1, self.probe.successes):
+    def full(self, progress: Any) -> str:
+        """Ask until it is healthy, then whether it stays so; returns what is wrong, or nothing."""
+        probe, wait = self.probe, self.run.interrupts.wait
+        wait(probe.initial_delay)
+        ends_seconds = time.monotonic() + probe.deadline
+        while self.attempt(ends_seconds - time.monotonic(), progress) < probe.successes:
             left_seconds = ends_seconds - time.monotonic()
-            wait_seconds = self._wait_seconds(max(0, self.failed_in_a_row - 1))
             # Towards the deadline a further try is worth more than the whole of its wait.
-            wait_seconds = min(wait_seconds, max(left_seconds - self.probe.timeout, left_seconds / 2,
-                                                 self.SHORTEST_WAIT_SECONDS))
+            wait_seconds = min(self.wait_seconds(max(0, self.failed_in_a_row - 1)),
+                               max(left_seconds / 2, self.SHORTEST_WAIT_SECONDS))
             if wait_seconds >= left_seconds:
-                return False
-            pause(self.question.session, wait_seconds)
-        return True
-
-    def _stays_well(self) -> bool:
-        ends_seconds = time.monotonic() + self.probe.soak
+                why = self.last_failure.get("error", "")
+                if not self.answer["error"]:
+                    before = f", before that: {why}" if why else ""
+                    why = (f"only {self.healthy_in_a_row} of {probe.successes} tries in a row were "
+                           f"healthy{before}")
+                return f"not healthy within {format_seconds(probe.deadline)}: {why}"
+            wait(wait_seconds)
+        ends_seconds = time.monotonic() + probe.soak
         # A soak does not end on a failed try: one more second must not make it a success.
         while time.monotonic() < ends_seconds or self.failed_in_a_row:
-            wait_seconds = self._wait_seconds(0)
-            if not self.failed_in_a_row:
-                wait_seconds = min(wait_seconds, max(0.0, ends_seconds - time.monotonic()))
-            pause(self.question.session, wait_seconds)
-            self._try(self.probe.timeout)
-            if self.failed_in_a_row >= max(1, self.probe.failures):
-                return False
-        return True
+            left_seconds = ends_seconds - time.monotonic()
+            wait_seconds = self.wait_seconds(0)
+            wait(wait_seconds if self.failed_in_a_row else min(wait_seconds, left_seconds))
+            self.attempt(probe.timeout, progress)
+            if self.failed_in_a_row >= probe.failures:
+                times = count(self.failed_in_a_row, "time")
+                return f"failed {times} in a row after it was healthy: {self.answer['error']}"
+        return ""
 
-    def _wait_seconds(self, steps: int) -> float:
+    def wait_seconds(self, steps: int) -> float:
+        """Return how long to wait before the next try, so many steps up the backoff."""
         import random
-        longest_seconds = max(self.probe.period, self.probe.period_max)
-        wait_seconds = min(self.probe.period * min(100.0, max(1.0, self.probe.backoff)) ** min(steps, 100), longest_seconds)
-        share = min(1.0, self.probe.jitter)
-        return max(self.SHORTEST_WAIT_SECONDS, wait_seconds * (1 + random.uniform(-share, share)))
+        probe = self.probe
+        wait_seconds = probe.period * min(100.0, probe.backoff) ** min(steps, 100)
+        wait_seconds = min(wait_seconds, max(probe.period, probe.period_max))
+        spread = 1 + random.uniform(-probe.jitter, probe.jitter)
+        return max(self.SHORTEST_WAIT_SECONDS, wait_seconds * spread)
 
-    def _try(self, left_seconds: float) -> int:
-        """Try within what is left; returns how many tries in a row were well."""
+    def attempt(self, left_seconds: float, progress: Any = None) -> int:
+        """Try once within what is left; returns how many tries in a row were healthy."""
         timeout_seconds = max(0.001, min(self.probe.timeout, left_seconds))
-        self.tries += 1
         started_seconds = time.monotonic()
-        answer = PROBE_KINDS[probe_kind(self.probe)](self.question._replace(timeout_seconds=timeout_seconds)).run()
-        cut_short = timeout_seconds < self.probe.timeout and time.monotonic() - started_seconds >= timeout_seconds
-        if cut_short and not answer.ok and self.tries > 1:
+        answer = getattr(self, f"ask_{probe_kind(self.probe)}")(timeout_seconds)
+        late = time.monotonic() - started_seconds >= timeout_seconds
+        self.tries += 1
+        if answer["error"] and late and timeout_seconds < self.probe.timeout and self.tries > 1:
             # A try that the deadline cut short tells less than the answer before it.
             return 0
-        self.answer, self.last_failure = answer, self.last_failure if answer.ok else answer
-        self.well_in_a_row = self.well_in_a_row + 1 if answer.ok else 0
-        self.failed_in_a_row = 0 if answer.ok else self.failed_in_a_row + 1
-        told = f"try {self.tries}: {answer.detail}"
-        self.question.session.console.debug(f"probe {self.probe.name}: {told}")
-        if self.progress:
-            self.progress.update(self.tries, told)
-        return self.well_in_a_row
+        for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
+            text = self.run.console.secrets.mask(answer.get(key, ""))
+            answer[key] = text[:EVIDENCE_CHARACTERS]
+        self.answer = answer
+        if answer["error"]:
+            self.last_failure = answer
+            self.healthy_in_a_row = 0
+            self.failed_in_a_row += 1
+        else:
+            self.healthy_in_a_row += 1
+            self.failed_in_a_row = 0
+        reported = f"try {self.tries}: {answer['error'] or answer['said']}"
+        self.run.console.debug(f"probe {self.probe.name}: {reported}")
+        if progress:
+            progress.update(self.tries, reported)
+        return self.healthy_in_a_row
+
+    def converse(self, talk: Callable[[Conversation], Dict[str, Any]],
+                 limit_seconds: float) -> Dict[str, Any]:
+        """Have a forked process ask."""
+        with Conversation(talk, limit_seconds) as asking:
+            return asking.answer(self.run.interrupts)
+
+    def ask_url(self, limit_seconds: float) -> Dict[str, Any]:
+        """Ask over HTTP or HTTPS."""
+        try:  # once, and not anew in each process that asks; what is missing, that one tells
+            import http.client  # noqa: F401
+            import ssl  # noqa: F401
+        except ImportError:
+            pass
+        probe, url = self.probe, parse_url(self.probe.url)
+        try:
+            headers = self.headers(url)
+        except OSError as error:
+            return {"error": f"reading auth_file: {reason(error)}"}
+
+        def talk(asking: Conversation) -> Dict[str, Any]:
+            from urllib.parse import urljoin
+            text = probe.url
+            for _ in range(probe.redirects + 1):
+                here = parse_url(text)
+                if here[:3] != url[:3]:
+                    return {"error": f"redirected to another origin, {text}"}
+                address = split_address(probe.connect) if probe.connect else (here.host, here.port)
+                asking.connect(address)
+                if here.scheme == "https":
+                    asking.start_tls(here.host, probe)
+                response = asking.request(probe.method, here, headers)
+                location = response.getheader("Location")
+                is_redirect = response.status in (301, 302, 303, 307, 308) and location
+                if not is_redirect or not probe.redirects:
+                    return self.judge_response(asking, response)
+                response.close()
+                asking.socket.close()
+                text = urljoin(text, location)
+            return {"error": f"more than {count(probe.redirects, 'redirect')}, the last to {text}"}
+
+        return self.converse(talk, limit_seconds)
+
+    def headers(self, url: Url) -> Dict[str, str]:
+        """Make the headers of a request; OSError where auth_file cannot be read."""
+        import base64
+        probe = self.probe
+        own = {"Accept": "*/*", "Accept-Encoding": "identity"}
+        if probe.method in ("POST", "PUT", "PATCH"):
+            own["Content-Length"] = "0"
+        if self.run.traceparent:
+            own["traceparent"] = self.run.traceparent
+        text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
+        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        if text:
+            as_it_is = probe.auth_file and " " in text  # Bearer ...
+            own["Authorization"] = text if as_it_is else f"Basic {encoded}"  # RFC 7617
+        for secret in (text, text.partition(" ")[2], text.partition(":")[2], encoded):
+            self.run.console.secrets.add(secret)
+        return request_headers(url, own, probe.header)
+
+    def judge_response(self, asking: Conversation, response: Any) -> Dict[str, Any]:
+        """Read a response and hold it against what is expected."""
+        probe, status = self.probe, response.status
+        data = response.read(probe.max_body)
+        if len(data) < probe.max_body and response.length:
+            missing = count(response.length, "byte")
+            raise ConnectionError(f"it ended {missing} before its Content-Length")
+        text = data.decode("utf-8-sig", "replace")
+        asking.at(COMPARING, body=text[:8 * EVIDENCE_CHARACTERS], said=f"status {status}")
+        found = judge(probe, self.wanted, text, response.getheader)
+        if not any(low <= status <= high for low, high in probe.status):
+            ranges = [str(low) if low == high else f"{low}-{high}" for low, high in probe.status]
+            found["error"] = f"status {status}, expected {', '.join(ranges)}"
+        return found
+
+    def ask_tcp(self, limit_seconds: float) -> Dict[str, Any]:
+        """See whether somebody accepts a connection."""
+        def talk(asking: Conversation) -> Dict[str, Any]:
+            asking.connect(split_address(self.probe.tcp))
+            return {"said": f"{self.probe.tcp} accepts connections"}
+
+        return self.converse(talk, limit_seconds)
+
+    def ask_command(self, limit_seconds: float) -> Dict[str, Any]:
+        """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
+        ends_seconds = time.monotonic() + limit_seconds
+        lines: List[str] = []
+        left_characters = self.probe.max_body
+
+        def keep(line: str) -> None:
+            nonlocal left_characters
+            if left_characters > 0:
+                lines.append(line)
+            left_characters -= len(line) + 1
+
+        try:
+            result = start_command(self.run, self.context, f"probe {self.probe.name}",
+                                   self.probe.command, timeout_seconds=limit_seconds, on_line=keep)
+        except (UsageError, StepFailed) as error:
+            return {"error": error.message}
+        # Nothing was read of a command that could not be started; its tail says why.
+        text = "\n".join(lines or result.tail)
+
+        def compare(asking: Conversation) -> Dict[str, Any]:
+            asking.at(COMPARING, status=result.exit_code, body=text[:8 * EVIDENCE_CHARACTERS])
+            found = judge(self.probe, self.wanted, text, lambda name: None)
+            if not result.ok:
+                found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
+            return dict(found, said="exited with code 0")
+
+        # An output that came in time is looked at, however late it was.
+        return self.converse(compare, max(0.05, ends_seconds - time.monotonic()))
+
+    def ask_service(self, limit_seconds: float) -> Dict[str, Any]:
+        """See whether a [service:NAME] is up."""
+        service = make_service(self.run, self.probe.service)
+        service.limit_seconds = min(service.limit_seconds, limit_seconds)
+        return {"error": service.down(), "said": f"{service_target(service.settings)} is up"}
 
 
-def run_probe(session: Session, probe: Any, context: Context, *, expect_release: bool, once: bool = False,
-              progress: Any = None) -> ProbeResult:
-    """Ask until the verdict is in; a probe that fails gives ok=False, and only an interruption raises.
+def run_probe(run: "Run", probe: Any, context: Context, *, expect_release: bool,
+              once: bool = False, progress: Any = None) -> ProbeResult:
+    """Ask until the verdict is in; a probe that fails gives ok=False, only a signal raises.
 
     `expect_release`: the answer must name the context's version or release.
     `once`: a single try without delay, deadline or soak.
     """
     started_seconds = time.monotonic()
-    run = ProbeRun(Question(session, probe, context, expect_release, probe.timeout), progress)
-    wrong = check_probe(session.settings, probe)
-    if not wrong:
-        with session.interrupts.allowed():
-            wrong = run.once() if once else run.full()
-    told = run.last_failure if wrong else run.answer
-    evidence = {"status": told.evidence.get("status"), "body": told.evidence.get("body", ""),
-                "error": wrong or "", "tries": run.tries}
-    detail = wrong or f"{run.answer.detail} ({count(run.tries, 'try', 'tries')})"
-    return ProbeResult(probe.name, not wrong, probe.required, run.tries, time.monotonic() - started_seconds,
-                       detail, evidence)
+    wanted = [word for word in (context.version, context.release) if word and expect_release]
+    asked = ProbeRun(run, probe, context, wanted)
+    if once:
+        asked.attempt(probe.timeout)
+    wrong = asked.answer["error"] if once else asked.full(progress)
+    shown = asked.last_failure if wrong and asked.last_failure else asked.answer
+    detail = wrong or f"{asked.answer['said']} ({count(asked.tries, 'try', 'tries')})"
+    evidence = {"status": shown.get("status"), "body": shown["body"], "error": wrong,
+                "tries": asked.tries}
+    return ProbeResult(probe.name, not wrong, probe.required, asked.tries,
+                       time.monotonic() - started_seconds, detail, evidence)
 
 
 # ============================================================================
@@ -7656,7 +7462,7 @@ def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
 
 def process_status(process: str, key: str) -> List[str]:
     """Return the words of one line of a process's status (proc(5)), none where it lacks the line."""
-    for line in _read_text(f"/proc/{process}/status").splitlines():
+    for line in read_text(f"/proc/{process}/status").splitlines():
         if line.startswith(key + ":"):
             return line.split()[1:]
     return []
@@ -7669,8 +7475,8 @@ def is_of_service(settings: Settings, process: str) -> bool:
         if service.unit:
             units.add(service.unit if "." in service.unit else f"{service.unit}.service")
         elif service.pidfile and os.path.isfile(service.pidfile):
-            pids.add(_read_text(service.pidfile).strip())
-    group = _read_text(f"/proc/{process}/cgroup")
+            pids.add(read_text(service.pidfile).strip())
+    group = read_text(f"/proc/{process}/cgroup")
     if units.intersection(re.split("[/\n]", group)):
         return True
     while process not in pids and process not in ("", "0", "1"):
@@ -7740,11 +7546,11 @@ def unusable_keys(name: str, probe: Any) -> Iterator[Finding]:
             tls_context(probe)
         except (OSError, ValueError) as error:
             paths = ", ".join(filter(None, (probe.tls_ca, probe.tls_cert, probe.tls_key)))
-            yield ("fail", f"[probe:{name}] {paths}: {_network_reason(error)}",
+            yield ("fail", f"[probe:{name}] {paths}: {network_error(error)}",
                    "tls_ca needs a certificate, tls_cert one with tls_key as its own key, "
                    "all in PEM and not encrypted")
     # What authorization() makes of it; in base64 anything may stand.
-    text = _read_text(probe.auth_file).strip() if probe.auth_file else ""
+    text = read_text(probe.auth_file).strip() if probe.auth_file else ""
     if " " in text and wrong_header({"Authorization": text}):
         yield ("fail", f"[probe:{name}] auth_file: {probe.auth_file} holds a line break "
                "or a control character",
@@ -7753,10 +7559,11 @@ def unusable_keys(name: str, probe: Any) -> Iterator[Finding]:
 
 def missing_programs(settings: Settings, kind: str) -> Iterator[Finding]:
     """Find the programs of hooks or of probes that are not there."""
-    for section, key, argv in commands(settings):
-        if section.partition(":")[0] == kind and not may_be_run(settings, argv[0]):
-            yield ("fail", f"[{section}] {key}: {argv[0]} is not found or not executable",
-                   how_to_run(argv[0]))
+    for command in commands(settings):
+        program = command.argv[0]
+        hint = how_to_run(settings, program)
+        if hint and command.section.partition(":")[0] == kind:
+            yield "fail", f"{command.where}: {program} is not found or not executable", hint
 
 
 def check_trust(run: "Run") -> Iterator[Finding]:
@@ -7819,21 +7626,22 @@ def believed_programs(settings: Settings) -> List[Tuple[str, str, str]]:
     a run may go back, and on the way to the one that is not there yet.
     """
     if not settings.deploy.root:
-        return [(program.where, program.name, "/") for program in programs(settings)]
+        return [(command.where, command.argv[0], "/") for command in commands(settings)]
     root = os.path.realpath(settings.deploy.root)
     coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
     releases = [coming, live] if os.path.isdir(live) else [coming]
     shared = settings.deploy.shared_dirs + settings.deploy.shared_files
     found = []
-    for program in programs(settings):
-        directories = [root] if program.in_root else []
-        if program.in_release:
+    for command in commands(settings):
+        program = command.argv[0]
+        directories = [root] if command.in_root else []
+        if command.in_release:
             directories += releases
-        found += [(program.where, program.name, directory) for directory in directories]
-        for place in program_places(native(program.name), coming, hook_path(settings)):
+        found += [(command.where, program, directory) for directory in directories]
+        for place in program_places(native(program), coming, hook_path(settings)):
             inside = os.path.relpath(place, coming)
             if any((inside + "/").startswith(path + "/") for path in shared):
-                found.append((program.where, f"{root}/shared/{inside}", "/"))
+                found.append((command.where, f"{root}/shared/{inside}", "/"))
     return found
 
 
@@ -8138,15 +7946,7 @@ def check_services(run: "Run") -> Iterator[Finding]:
         yield "skip", "not asked: somebody else could have written what is believed", ""
         return
     for name in services_in_order(run.settings):
-        service = make_service(run, name)
-        problem, ailing = service.problem(), ""
-        if problem:
-            yield ("fail", *problem)
-        else:
-            ailing = service.ailing()
-        if ailing:
-            yield ("warn", ailing,
-                   "see why before it is restarted: systemctl status, journalctl -u")
+        yield from make_service(run, name).check()
     yield "ok", count(len(run.settings.service), "service"), ""
 
 
@@ -8774,8 +8574,8 @@ def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List
     def verify(run: Run) -> str:
         differences = check_release(run, run.facts.records[release])
         problem = problems_of(differences)
-        inside = [(program.where, program.name) for program in programs(settings)
-                  if program.in_release]
+        inside = [(command.where, command.argv[0]) for command in commands(settings)
+                  if command.in_release]
         refuse_foreign_programs(settings, inside, run.store.release_path(release))
         if problem and forced:
             run.console.warn(f"{release} is not what was staged: {problem}")
@@ -8824,7 +8624,7 @@ def make_services(word: str, settings: Settings, facts: Facts, move: Move) -> Li
         service = settings.service[name]
         if service.action != "none":
             steps.append(Step(
-                f"service:{name}", describe_service(settings, name),
+                f"service:{name}", describe_service(service),
                 lambda run, name=name: make_service(run, name).act(move_context(run, move)),
                 seconds=float(service.timeout + service.settle)))
     return steps
@@ -10697,7 +10497,129 @@ class Note(NamedTuple):
                 for name, value in dict(words, **context.variables()).items()}
 
 
-class Notifier(Conversation):
+class ThreadedConversation:
+    """Something asked of a peer over a socket, within a time limit.
+
+    It runs in a thread that is left behind when time is up, with its socket
+    shut down: neither DNS nor a server that drips one byte a second can hold
+    the run (a socket timeout begins anew with every byte).
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds, self.stage = timeout_seconds, "starting"
+        self.socket = None  # type: Any
+        self._ends_seconds = time.monotonic() + timeout_seconds
+        self._worker = None  # type: Any
+        self._results = []  # type: List[Any]
+
+    def start(self) -> None:
+        """Begin, and do not wait; where there can be no thread, that is the result."""
+        import socket  # noqa: F401  where it is missing, the caller shall learn it, and not the thread
+        try:
+            self._worker = Worker(self._talk_safely)
+        except OSError as error:
+            self._results.append(self._failure(reason(error)))
+
+    def wait(self, check: Callable[[], None] = lambda: None) -> Any:
+        """Return the result, or what `_failure` makes of there being none in time; `check` may raise."""
+        try:
+            # In short pieces: a signal that arrives just before a wait does not end it.
+            is_done = bool(self._results)
+            while not is_done and time.monotonic() < self._ends_seconds:
+                is_done = self._worker.wait(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
+                check()
+        finally:
+            # First the verdict, then the hanging up, which would turn "late" into "damaged".
+            result = self._results[0] if self._results else self._late()
+            self._hang_up()
+        return result
+
+    def _talk(self) -> Any:
+        """Do the asking, with self.stage saying what is going on."""
+        raise NotImplementedError
+
+    def _failure(self, why: str) -> Any:
+        """Make a result of what went wrong."""
+        raise NotImplementedError
+
+    def _talk_safely(self) -> None:
+        import socket
+        try:
+            result = self._talk()
+        except socket.timeout:
+            result = self._late()
+        except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
+            # smtplib makes a time-out an error of its own.
+            late = time.monotonic() >= self._ends_seconds
+            result = self._late() if late else self._failure(f"{self.stage}: {network_error(error)}")
+        finally:
+            if self.socket is not None:
+                self.socket.close()
+        self._results.append(result)
+
+    def _late(self) -> Any:
+        return self._failure(f"no answer within {format_seconds(self.timeout_seconds)}, it was still {self.stage}")
+
+    def _hang_up(self) -> None:
+        import socket
+        try:
+            if self.socket is not None:
+                # Not SSLSocket.shutdown(): that takes the TLS state away from under the thread.
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def _left_seconds(self) -> float:
+        """Return the time that is left; socket.timeout when there is none, even if nothing has waited."""
+        import socket
+        left_seconds = self._ends_seconds - time.monotonic()
+        if left_seconds <= 0:
+            raise socket.timeout("timed out")
+        return left_seconds
+
+    def _connect(self, address: Tuple[str, int]) -> None:
+        """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
+        import socket
+        host, port = address
+        self.stage = f"connecting to {host}{':' + str(port) if port else ''}"
+        if port:
+            self.socket = socket.create_connection(address, self._left_seconds())
+        else:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.settimeout(self._left_seconds())
+            self.socket.connect(native(host))
+        if port and self.socket.getsockname()[1] == port and self.socket.getsockname() == self.socket.getpeername():
+            # A free local port may be given to the asker itself, who then meets himself (RFC 9293, 3.5).
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
+        self.socket.settimeout(self._left_seconds())
+
+    def _start_tls(self, host: str, context: Any) -> None:
+        self.stage = "in the TLS handshake"
+        self.socket = context.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
+        self.socket.do_handshake()
+
+    def _ask_http(self, method: str, url: "Url", headers: Dict[str, str], body: bytes = b"") -> Any:
+        """Send a request over self.socket by HTTP/1.1 (RFC 9112); returns the response, its body unread.
+
+        By http.client on a socket of our own: no proxy, no cookie, no redirect, no other host can come into play.
+        """
+        import http.client
+        connection = http.client.HTTPConnection(url.host, url.port)
+        connection.sock = self.socket
+        self.stage = "sending the request"
+        wrong = wrong_header(headers)
+        if wrong:  # http.client would say so with the value, which may be a secret, and in another spelling
+            raise ValueError(wrong)
+        connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
+        connection.endheaders(body or None)
+        self.stage = "waiting for the head of the answer"
+        self.socket.settimeout(self._left_seconds())
+        return connection.getresponse()
+
+
+class Notifier(ThreadedConversation):
     """Tells one note to one receiver; its result is what went wrong, or nothing.
 
     NEEDS names the keys of which exactly one must be given, TAKES the others
@@ -10740,7 +10662,7 @@ class Webhook(Notifier):
             userinfo = parse_url(settings.url).userinfo if settings.url else None
         except ValueError:
             return "url: expected http://HOST/... or https://HOST/..."
-        if userinfo is not None:
+        if userinfo:
             return "url: expected no user and password in it; a token goes into token_file"
         return wrong_header(getattr(settings, "header", {}))
 
@@ -10748,7 +10670,7 @@ class Webhook(Notifier):
         own = {}
         if self.settings.token_file:
             self.stage = "reading token_file"
-            token = _read_text(self.settings.token_file).strip()
+            token = read_text(self.settings.token_file).strip()
             if not token:
                 return "token_file is empty"
             self.session.console.secrets.add(token)
@@ -10783,7 +10705,7 @@ class Slack(Webhook):
 
     def _talk(self) -> str:
         self.stage = "reading url_file"
-        url = self.settings.url or _read_text(self.settings.url_file).strip()
+        url = self.settings.url or read_text(self.settings.url_file).strip()
         learn_hook_url(url, self.session.console.secrets)
         if self.check(SimpleNamespace(url=url)):
             return f"{self.settings.url_file or 'url'} holds no https:// URL"
@@ -10869,7 +10791,7 @@ class Command(Notifier):
                 [native(word) for word in settings.command], child_environment(session, note.context, extra),
                 directory, session.settings.hooks.run_as, session.console.secrets.mask)
         except Exception as error:  # whatever keeps a program from starting
-            self._problem = f"cannot start {settings.command[0]}: {_network_reason(error)}"
+            self._problem = f"cannot start {settings.command[0]}: {network_error(error)}"
 
     def _talk(self) -> str:
         if self._running is None:
@@ -10893,7 +10815,7 @@ def check_notifier(settings: Any) -> Optional[str]:
     if sum(bool(getattr(settings, key)) for key in kind.NEEDS) != 1:
         return f"type = {settings.type} needs {' or '.join(kind.NEEDS)}"
     names = Note("", "", result_of(None), Context("", "", "", "", "", "", ""), "").values(str)
-    unknown = [name for escaped, name in _PLACEHOLDER.findall(settings.text) if not escaped and name not in names]
+    unknown = [name for escaped, name in PLACEHOLDER.findall(settings.text) if not escaped and name not in names]
     if unknown:
         return f"text: nothing stands behind ${{{unknown[0]}}}; {nearest(unknown[0], names) or 'there are ' + ', '.join(names)}"
     return kind.check(settings)
@@ -11414,7 +11336,7 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
 def read_if_there(path: str) -> str:
     """Read a key file, stripped; nothing where there is none that can be read: preflight tells."""
     try:
-        return _read_text(path).strip() if path else ""
+        return read_text(path).strip() if path else ""
     except OSError:
         return ""
 

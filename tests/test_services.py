@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,7 +88,13 @@ def systemd(tmp_path, monkeypatch):
 
 def session_with(*assignments):
     settings = deploy.load_settings([], {}, list(assignments))
-    return deploy.Session(settings, deploy.Console(), deploy.Interrupts())
+    return deploy.Run(settings, deploy.Console(), deploy.Interrupts(), SimpleNamespace(command="probe"))
+
+
+def against(service):
+    """What is against acting on a service, and what to do about it; None for nothing."""
+    found = list(service.check())
+    return found[0][1:] if found else None
 
 
 def unit(systemd, *assignments, name="app.service"):
@@ -126,9 +133,8 @@ def test_other_actions_may_leave_the_process_as_it_is(systemd, action):
 
 def test_action_none_does_nothing(systemd):
     service = unit(systemd, "action=none")
-    assert "nothing to do" in service.act(CONTEXT)
-    assert service.describe() == "leave unit app.service alone"
-    assert systemd.calls() == []
+    assert deploy.describe_service(service.settings) == "leave unit app.service alone"
+    assert deploy.make_services("services", service.run.settings, None, None) == []
 
 
 def test_a_restart_that_did_not_restart_is_a_failure(systemd):
@@ -140,10 +146,7 @@ def test_a_restart_that_did_not_restart_is_a_failure(systemd):
 @pytest.mark.parametrize("load", ["not-found", "masked", "error"])
 def test_a_unit_that_is_not_loaded_is_refused(systemd, load):
     systemd.now["LoadState"] = load
-    with pytest.raises(deploy.StepFailed, match=f"LoadState={load}"):
-        unit(systemd).act(CONTEXT)
-    assert systemd.verbs() == []
-    what, hint = unit(systemd).problem()
+    what, hint = against(unit(systemd))
     assert load in what and hint
 
 
@@ -172,7 +175,7 @@ def test_which_states_are_up(systemd, change, message):
         assert message in service.down()
     else:
         service.act(CONTEXT)
-        assert service.down() is None
+        assert service.down() == ""
 
 
 @pytest.mark.parametrize("later", [
@@ -224,7 +227,7 @@ def test_a_signal_while_the_journal_is_asked_leaves_no_process(systemd, monkeypa
 
     monkeypatch.setattr(deploy, "RunningCommand", Signalled)
     before = {number: signal.getsignal(number) for number in deploy.Interrupts.SIGNALS}
-    service.session.interrupts.install()
+    service.run.interrupts.install()
     try:
         with pytest.raises(deploy.Interrupted):
             service.act(CONTEXT)
@@ -241,7 +244,7 @@ def test_half_a_secret_of_the_journal_is_no_evidence(systemd):
     program(systemd.directory, "journalctl", f"print('x' * {deploy.OUTPUT_LINE_CHARACTERS - 8} + 'a-secret-of-the-service')")
     systemd.on["restart"] = {"code": 1}
     service = unit(systemd)
-    service.session.console.secrets.add("a-secret-of-the-service")
+    service.run.console.secrets.add("a-secret-of-the-service")
     with pytest.raises(deploy.StepFailed) as caught:
         service.act(CONTEXT)
     assert caught.value.evidence["journal"][0].endswith("x" + deploy.MASK)
@@ -250,7 +253,7 @@ def test_half_a_secret_of_the_journal_is_no_evidence(systemd):
 def test_a_secret_that_is_a_word_of_systemds_by_chance_hides_no_state(systemd):
     service = unit(systemd)
     for word in ("active", "running", "loaded"):
-        service.session.console.secrets.add(word)
+        service.run.console.secrets.add(word)
     assert "app.service is active" in service.act(CONTEXT)
 
 
@@ -263,42 +266,36 @@ def test_an_action_that_hangs_is_ended_by_its_timeout(systemd):
 
 
 def test_preflight_accepts_a_unit_that_is_there(systemd):
-    assert unit(systemd).problem() is None
+    assert against(unit(systemd)) is None
 
 
 def test_preflight_refuses_the_unit_that_deploy_runs_in(systemd, monkeypatch):
-    monkeypatch.setattr(deploy, "own_units", lambda: {"system.slice", "app.service"})
+    monkeypatch.setattr(deploy, "read_text", {"/proc/self/cgroup": "1:name=systemd:/system.slice/app.service\n0::/user.slice\n"}.__getitem__)
     for name in ("app.service", "app"):
-        what, hint = unit(systemd, name=name).problem()
+        what, hint = against(unit(systemd, name=name))
         assert "deploy.py runs in" in what and hint
-    assert unit(systemd, "action=none").problem() is None
-
-
-def test_own_units_are_read_from_proc(monkeypatch):
-    assert deploy._read_text("/proc/self/cgroup").count(":") >= 2
-    monkeypatch.setattr(deploy, "_read_text", {
-        "/proc/self/cgroup": "1:name=systemd:/system.slice/app.service\n0::/user.slice/user@0.service/a:b.scope\n"}.__getitem__)
-    assert deploy.own_units() == {"system.slice", "app.service", "user.slice", "user@0.service", "a:b.scope"}
+    assert against(unit(systemd, "action=none")) is None
 
 
 @pytest.mark.parametrize("name", ["-H root@other", "a b.service", "../x", "--help", ""])
 def test_preflight_refuses_what_is_no_unit_name(systemd, name):
     service = unit(systemd)
     service.settings.unit = name
-    assert "not the name of a systemd unit" in service.problem()[0]
+    assert "not the name of a systemd unit" in against(service)[0]
     assert systemd.calls() == []
 
 
 def test_without_systemctl_preflight_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(deploy, "find_command", lambda name, directory="": None)
-    service = deploy.make_service(session_with("service:app.unit=app.service"), "app")
-    assert "systemctl is not on this host" in service.problem()[0]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(deploy, "EXTRA_PATH", str(tmp_path))
+    what, hint = against(deploy.make_service(session_with("service:app.unit=app.service"), "app"))
+    assert "cannot start systemctl: No such file or directory" in what and "without systemd" in hint
 
 
 def test_a_systemctl_that_cannot_work_is_a_problem_and_not_a_crash(systemd):
     program(systemd.directory, "systemctl", "import sys; sys.exit('System has not been booted with systemd')")
     service = unit(systemd)
-    assert "has not been booted" in service.problem()[0]
+    assert "has not been booted" in against(service)[0]
     assert "has not been booted" in service.down()
     with pytest.raises(deploy.StepFailed, match="has not been booted"):
         service.act(CONTEXT)
@@ -345,10 +342,10 @@ def pidfile_service(path, *assignments):
 def test_the_signal_reaches_the_process(daemon, name):
     pidfile = daemon()
     service = pidfile_service(pidfile, f"signal={name}")
-    assert service.problem() is None
+    assert against(service) is None
     assert f"sent to process {pidfile.read_text().strip()}" in service.act(CONTEXT)
     wait_until(pidfile.with_suffix(".pid.hup").exists)
-    assert service.down() is None
+    assert service.down() == ""
 
 
 def test_a_process_that_dies_of_the_signal_is_a_failure(daemon):
@@ -382,7 +379,7 @@ def test_what_is_no_process_id_is_refused(tmp_path, content):
     pidfile = tmp_path / "pid"
     pidfile.write_bytes(content.encode())
     service = pidfile_service(pidfile)
-    assert service.down() and service.problem()
+    assert service.down() and against(service)
     with pytest.raises(deploy.StepFailed):
         service.act(CONTEXT)
 
@@ -413,7 +410,7 @@ def test_a_pidfile_that_others_may_write_does_not_choose_roots_victim(daemon, mo
     os.chown(str(pidfile), 0, group)
     pidfile.chmod(mode)
     found = pidfile_service(pidfile).down()
-    assert (why in found) if why else found is None, found
+    assert (why in found) if why else found == "", found
 
 
 # -- commands ----------------------------------------------------------------
@@ -428,7 +425,7 @@ def test_a_command_runs_in_the_release_or_else_in_the_root(tmp_path):
     (tmp_path / "release").mkdir()
     context = CONTEXT._replace(root=str(tmp_path), release_path=str(tmp_path / "release"))
     service = command_service(path)
-    assert service.problem() is None and service.down() is None
+    assert against(service) is None and service.down() == ""
     assert service.act(context).endswith("exited with code 0")
     assert (tmp_path / "release" / "ran").read_text() == "service:app"
     service.act(context._replace(release_path=str(tmp_path / "missing")))
@@ -446,11 +443,11 @@ def test_a_command_that_fails_or_hangs_is_a_failure_with_its_output(tmp_path):
 
 
 def test_preflight_looks_for_the_program(tmp_path):
-    assert "not found" in command_service("no-such-program-here x").problem()[0]
-    assert "not found" in command_service(f"{tmp_path}/none").problem()[0]
-    assert command_service("bin/restart").problem() is None, "it comes with the release"
-    assert command_service("no-such-program-here", "env.PATH=/opt/app/bin").problem() is None
-    assert command_service("true").problem() is None
+    assert "not found" in against(command_service("no-such-program-here x"))[0]
+    assert "not found" in against(command_service(f"{tmp_path}/none"))[0]
+    assert against(command_service("bin/restart")) is None, "it comes with the release"
+    assert against(command_service("no-such-program-here", "env.PATH=/opt/app/bin")) is None
+    assert against(command_service("true")) is None
 
 
 # -- all of them -------------------------------------------------------------
@@ -464,7 +461,7 @@ def test_preflight_looks_for_the_program(tmp_path):
 ])
 def test_describe(assignments, text):
     session = session_with(*[f"service:app.{each}" for each in assignments])
-    assert deploy.make_service(session, "app").describe() == text
+    assert deploy.describe_service(session.settings.service["app"]) == text
 
 
 def order(**after):
@@ -485,8 +482,3 @@ def test_services_go_after_those_they_name():
 def test_cycles_and_unknown_names_are_named(after, message):
     with pytest.raises(deploy.UsageError, match=message):
         order(**after)
-
-
-def test_an_unknown_service_is_a_usage_error():
-    with pytest.raises(deploy.UsageError, match="nosuch"):
-        deploy.make_service(session_with("service:app.command=true"), "nosuch")

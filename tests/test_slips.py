@@ -171,7 +171,7 @@ def test_expectations_for_configured_probes_are_refused(app: App) -> None:
 
 def test_too_many_successes_are_told_as_such(tmp_path: Path) -> None:
     result = run_deploy("probe", "--command", "true", "--wait", "1s", "--expect", "successes=50", "--expect", "period=10ms", check=7)
-    assert "tries in a row were well" in result.data["error"]["message"]
+    assert "tries in a row were healthy" in result.data["error"]["message"]
 
 
 def test_names_of_a_zip_made_on_unix_are_utf8_without_the_flag(tmp_path: Path) -> None:
