@@ -10475,369 +10475,107 @@ def render_samples(samples: Dict[str, float]) -> bytes:
 # -- notifications -------------------------------------------------------------
 
 NOTIFY_SECONDS = 3.0
+NOTIFY_GRACE_SECONDS = 0.3  # what a command that was told to end has left before it is killed
+
+# type: the keys of which exactly one must be given, and the others that mean something to it.
+NOTIFIERS = {
+    "webhook": (("url",), ("token_file", "header", "tls_ca")),
+    "slack": (("url", "url_file"), ("tls_ca",)),
+    "email": (("to",), ("from", "smtp")),
+    "command": (("command",), ()),
+}
+
+# What `${name}` may stand for in a text, beside DEPLOY_*.
+NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "version",
+              "previous", "previous_version", "deploy_id", "exit_code", "seconds")
 
 
 class Note(NamedTuple):
-    """One event to tell: in words, with the result as --json shows it, masked, and the release it is about."""
+    """An event to be reported: the release it is about, words for texts, the masked result."""
 
     event: str
-    message: str
-    result: Dict[str, Any]
     context: Context
-    previous_version: str
+    words: Dict[str, str]
+    result: Dict[str, Any]
 
-    def values(self, clean: Callable[[str], str]) -> Dict[str, str]:
-        """Return what `${name}` may stand for in a text: words of our own, and DEPLOY_*."""
-        context, result = self.context, self.result
-        words = {"event": self.event, "message": self.message, "host": os.uname().nodename, "command": result["command"],
-                 "application": context.application, "release": context.release, "version": context.version,
-                 "previous": context.previous, "previous_version": self.previous_version, "deploy_id": context.deploy_id,
-                 "exit_code": result["exit_code"], "seconds": f"{result['seconds']:.1f}"}
-        return {name: clean(str(value)).encode("utf-8", "backslashreplace").decode("utf-8")
-                for name, value in dict(words, **context.variables()).items()}
+    def text(self, settings: Any, quote: Callable[[str], str] = str) -> str:
+        """Write a notifier's text; `quote` takes from a value what a receiver would act on."""
+        words = {name: quote(value) for name, value in self.words.items()}
+        return render_template(settings.text, words, f"[notify:{settings.name}] text")
 
 
-class ThreadedConversation:
-    """Something asked of a peer over a socket, within a time limit.
-
-    It runs in a thread that is left behind when time is up, with its socket
-    shut down: neither DNS nor a server that drips one byte a second can hold
-    the run (a socket timeout begins anew with every byte).
-    """
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self.timeout_seconds, self.stage = timeout_seconds, "starting"
-        self.socket = None  # type: Any
-        self._ends_seconds = time.monotonic() + timeout_seconds
-        self._worker = None  # type: Any
-        self._results = []  # type: List[Any]
-
-    def start(self) -> None:
-        """Begin, and do not wait; where there can be no thread, that is the result."""
-        import socket  # noqa: F401  where it is missing, the caller shall learn it, and not the thread
-        try:
-            self._worker = Worker(self._talk_safely)
-        except OSError as error:
-            self._results.append(self._failure(reason(error)))
-
-    def wait(self, check: Callable[[], None] = lambda: None) -> Any:
-        """Return the result, or what `_failure` makes of there being none in time; `check` may raise."""
-        try:
-            # In short pieces: a signal that arrives just before a wait does not end it.
-            is_done = bool(self._results)
-            while not is_done and time.monotonic() < self._ends_seconds:
-                is_done = self._worker.wait(max(0.0, min(WATCH_SECONDS, self._ends_seconds - time.monotonic())))
-                check()
-        finally:
-            # First the verdict, then the hanging up, which would turn "late" into "damaged".
-            result = self._results[0] if self._results else self._late()
-            self._hang_up()
-        return result
-
-    def _talk(self) -> Any:
-        """Do the asking, with self.stage saying what is going on."""
-        raise NotImplementedError
-
-    def _failure(self, why: str) -> Any:
-        """Make a result of what went wrong."""
-        raise NotImplementedError
-
-    def _talk_safely(self) -> None:
-        import socket
-        try:
-            result = self._talk()
-        except socket.timeout:
-            result = self._late()
-        except Exception as error:  # whatever a peer makes the libraries raise is an answer that is not well
-            # smtplib makes a time-out an error of its own.
-            late = time.monotonic() >= self._ends_seconds
-            result = self._late() if late else self._failure(f"{self.stage}: {network_error(error)}")
-        finally:
-            if self.socket is not None:
-                self.socket.close()
-        self._results.append(result)
-
-    def _late(self) -> Any:
-        return self._failure(f"no answer within {format_seconds(self.timeout_seconds)}, it was still {self.stage}")
-
-    def _hang_up(self) -> None:
-        import socket
-        try:
-            if self.socket is not None:
-                # Not SSLSocket.shutdown(): that takes the TLS state away from under the thread.
-                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-    def _left_seconds(self) -> float:
-        """Return the time that is left; socket.timeout when there is none, even if nothing has waited."""
-        import socket
-        left_seconds = self._ends_seconds - time.monotonic()
-        if left_seconds <= 0:
-            raise socket.timeout("timed out")
-        return left_seconds
-
-    def _connect(self, address: Tuple[str, int]) -> None:
-        """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
-        import socket
-        host, port = address
-        self.stage = f"connecting to {host}{':' + str(port) if port else ''}"
-        if port:
-            self.socket = socket.create_connection(address, self._left_seconds())
-        else:
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.socket.settimeout(self._left_seconds())
-            self.socket.connect(native(host))
-        if port and self.socket.getsockname()[1] == port and self.socket.getsockname() == self.socket.getpeername():
-            # A free local port may be given to the asker itself, who then meets himself (RFC 9293, 3.5).
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
-        self.socket.settimeout(self._left_seconds())
-
-    def _start_tls(self, host: str, context: Any) -> None:
-        self.stage = "in the TLS handshake"
-        self.socket = context.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
-        self.socket.do_handshake()
-
-    def _ask_http(self, method: str, url: "Url", headers: Dict[str, str], body: bytes = b"") -> Any:
-        """Send a request over self.socket by HTTP/1.1 (RFC 9112); returns the response, its body unread.
-
-        By http.client on a socket of our own: no proxy, no cookie, no redirect, no other host can come into play.
-        """
-        import http.client
-        connection = http.client.HTTPConnection(url.host, url.port)
-        connection.sock = self.socket
-        self.stage = "sending the request"
-        wrong = wrong_header(headers)
-        if wrong:  # http.client would say so with the value, which may be a secret, and in another spelling
-            raise ValueError(wrong)
-        connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
-        for name, value in headers.items():
-            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
-        connection.endheaders(body or None)
-        self.stage = "waiting for the head of the answer"
-        self.socket.settimeout(self._left_seconds())
-        return connection.getresponse()
+def check_notifier(settings: Any) -> Optional[str]:
+    """Say what is wrong with a [notify:NAME], without a word to anybody; None when nothing is."""
+    needs, takes = NOTIFIERS[settings.type]
+    known = dict.fromkeys(key for keys in NOTIFIERS.values() for part in keys for key in part)
+    others = [key for key in known if key not in needs + takes]
+    unused = meaningless("notify:*", settings, others, f"type = {settings.type}")
+    if unused:
+        return unused
+    if sum(bool(getattr(settings, key)) for key in needs) != 1:
+        return f"type = {settings.type} needs {' or '.join(needs)}"
+    names = [*NOTE_WORDS, *Context("", "", "", "", "", "", "").variables()]
+    for escaped, name in PLACEHOLDER.findall(settings.text):
+        if not escaped and name not in names:
+            return (f"text: nothing stands behind ${{{name}}}; "
+                    + (nearest(name, names) or "there are " + ", ".join(names)))
+    if settings.url and wrong_target(settings.url):
+        return f"url: {wrong_target(settings.url)}"
+    for key, text in [("to", text) for text in settings.to] + [("from", getattr(settings, "from"))]:
+        if not re.match(r"[^\s<>,;:()\x7f-\uffff]*\Z", text):
+            return f"{key}: expected an address such as ops@example.org, not {text!r}"
+    try:
+        split_address(settings.smtp)
+    except ValueError as error:
+        return f"smtp: {error}"
+    return wrong_header(settings.header)
 
 
-class Notifier(ThreadedConversation):
-    """Tells one note to one receiver; its result is what went wrong, or nothing.
-
-    NEEDS names the keys of which exactly one must be given, TAKES the others
-    that mean something to this kind.
-    """
-
-    NEEDS = ()  # type: Tuple[str, ...]
-    TAKES = ()  # type: Tuple[str, ...]
-
-    def __init__(self, session: Session, settings: Any, note: Note) -> None:
-        super().__init__(NOTIFY_SECONDS)
-        self.session, self.settings, self.note = session, settings, note
-        self.values = note.values(session.console.clean)
-        values = {name: self.quote(value) for name, value in self.values.items()}
-        self.text = render_template(settings.text, values, f"[notify:{settings.name}] text")
-
-    @staticmethod
-    def check(settings: Any) -> Optional[str]:
-        """Say what is wrong with the notifier's settings; None when nothing is."""
-        return None
-
-    def quote(self, value: str) -> str:
-        """Take from a value what the receiver would act on."""
-        return value
-
-    def _failure(self, why: str) -> str:
-        return why
-
-
-class Webhook(Notifier):
-    """POST the event, the text and the whole result as JSON."""
-
-    NEEDS = ("url",)
-    TAKES = ("token_file", "header", "tls_ca")
-
-    @staticmethod
-    def check(settings: Any) -> Optional[str]:
-        """Check the URL, without repeating it: it may hold a secret."""
-        try:
-            userinfo = parse_url(settings.url).userinfo if settings.url else None
-        except ValueError:
-            return "url: expected http://HOST/... or https://HOST/..."
-        if userinfo:
-            return "url: expected no user and password in it; a token goes into token_file"
-        return wrong_header(getattr(settings, "header", {}))
-
-    def _talk(self) -> str:
-        own = {}
-        if self.settings.token_file:
-            self.stage = "reading token_file"
-            token = read_text(self.settings.token_file).strip()
-            if not token:
-                return "token_file is empty"
-            self.session.console.secrets.add(token)
-            own["Authorization"] = f"Bearer {token}"
-        return self._post(self.settings.url, own, {"event": self.note.event, "text": self.text, "result": self.note.result})
-
-    def _post(self, text: str, own: Dict[str, str], value: Dict[str, Any]) -> str:
-        url, body = parse_url(text), json.dumps(value).encode("ascii")
-        own = dict(own, **{"Content-Type": "application/json", "Content-Length": str(len(body))})
-        self._connect((url.host, url.port))
-        if url.scheme == "https":
-            import ssl
-            self.stage = "reading tls_ca"
-            self._start_tls(url.host, ssl.create_default_context(cafile=self.settings.tls_ca or None))
-        response = self._ask_http("POST", url, request_headers(url, own, self.settings.header), body)
-        if 200 <= response.status < 300:
-            return ""
-        self.stage = f"reading the answer with status {response.status}"
-        answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
-        return f"status {response.status}: {self.session.console.secrets.mask(answer)[:EVIDENCE_CHARACTERS]}".rstrip(" :")
-
-
-class Slack(Webhook):
-    """POST the text to an incoming webhook of Slack, or of what takes the same (Mattermost, Rocket.Chat)."""
-
-    NEEDS = ("url", "url_file")
-    TAKES = ("tls_ca",)
-
-    def quote(self, value: str) -> str:
-        """Take from a value what would call everybody in the channel (<!channel>) or pass for a link."""
-        return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-    def _talk(self) -> str:
-        self.stage = "reading url_file"
-        url = self.settings.url or read_text(self.settings.url_file).strip()
-        learn_hook_url(url, self.session.console.secrets)
-        if self.check(SimpleNamespace(url=url)):
-            return f"{self.settings.url_file or 'url'} holds no https:// URL"
-        return self._post(url, {}, {"text": self.text})
+def wrong_target(url: str) -> str:
+    """Say what is wrong with a URL to post to, without repeating it: it may hold a secret."""
+    try:
+        if parse_url(url).userinfo:
+            return "expected no user and password in it; a token goes into token_file"
+    except ValueError:
+        return "expected http://HOST/... or https://HOST/..."
+    return ""
 
 
 def learn_hook_url(url: str, secrets: Secrets) -> None:
-    """Keep secret what lets anybody post there: the long words that such a URL has in its path."""
+    """Keep secret what lets anybody post there: the long words in such a URL's path."""
     for word in re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2]):
         secrets.add(word)
 
 
-class Email(Notifier):
-    """Hand the text to a mail server (RFC 5321)."""
-
-    NEEDS = ("to",)
-    TAKES = ("from", "smtp")
-
-    @staticmethod
-    def check(settings: Any) -> Optional[str]:
-        """Check the addresses."""
-        sender = getattr(settings, "from")
-        given = [("to", text) for text in settings.to] + [("from", sender)][:bool(sender)]
-        wrong = [(key, text) for key, text in given if not re.match(r"[^\s<>,;:()\x7f-\uffff]+\Z", text)]
-        try:
-            split_address(settings.smtp)
-        except ValueError as error:
-            return f"smtp: {error}"
-        return "{}: expected an address such as ops@example.org, not {!r}".format(*wrong[0]) if wrong else None
-
-    def _talk(self) -> str:
-        import smtplib
-        host, sender = os.uname().nodename, getattr(self.settings, "from")
-        sender = sender or f"deploy@{host}"
-        self._connect(split_address(self.settings.smtp))
-        self.stage = "talking to the mail server"
-        server = smtplib.SMTP(local_hostname=host)
-        server.sock = self.socket
-        code, answer = server.getreply()
-        if code != 220:
-            return f"the mail server said {code} {answer.decode('utf-8', 'replace')}"
-        refused = server.sendmail(sender, self.settings.to, self._message(sender, host))
-        try:  # it is delivered: a farewell that fails or takes its time changes nothing
-            self.socket.settimeout(min(0.5, self._left_seconds()))
-            server.quit()
-        except OSError:
-            pass
-        return f"the mail server refused {', '.join(refused)}" if refused else ""
-
-    def _message(self, sender: str, host: str) -> bytes:
-        from email.message import EmailMessage
-        from email.policy import SMTP
-        from email.utils import formatdate, make_msgid
-        message = EmailMessage(SMTP.clone(cte_type="7bit"))
-        message["From"], message["To"] = sender, ", ".join(self.settings.to)
-        message["Subject"] = "{application} on {host}: {event}".format(**self.values)
-        message["Date"], message["Message-ID"] = formatdate(), make_msgid(domain=host)
-        message["Auto-Submitted"] = "auto-generated"
-        message.set_content(self.text + "\n")
-        return message.as_bytes()
-
-
-class NotifyCommand(RunningCommand):
-    """A command that has to be gone when the time for telling is up."""
-
-    KILL_AFTER_SECONDS = 0.3
-
-
-class Command(Notifier):
-    """Run an operator's command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT in its environment."""
-
-    NEEDS = ("command",)
-
-    def __init__(self, session: Session, settings: Any, note: Note) -> None:
-        super().__init__(session, settings, note)
-        extra = {"DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": note.event, "DEPLOY_TEXT": self.text}
-        self._running, self._problem = None, ""  # type: Optional[NotifyCommand], str
-        try:
-            directory = working_directory(note.context)
-            refuse_foreign_programs(session.settings, [(f"[notify:{settings.name}]", settings.command[0])], directory)
-            # Here and not in the thread: a process that has other threads should not be forked.
-            self._running = NotifyCommand(
-                [native(word) for word in settings.command], child_environment(session, note.context, extra),
-                directory, session.settings.hooks.run_as, session.console.secrets.mask)
-        except Exception as error:  # whatever keeps a program from starting
-            self._problem = f"cannot start {settings.command[0]}: {network_error(error)}"
-
-    def _talk(self) -> str:
-        if self._running is None:
-            return self._problem
-        result = self._running.wait(NOTIFY_SECONDS - 2 * NotifyCommand.KILL_AFTER_SECONDS, str, Interrupts())
-        last = f": {result.tail[-1]}" if result.tail else ""
-        return "" if result.ok else f"{spell(result.argv)} {result.verdict()}{last}"
-
-
-NOTIFIERS = {"webhook": Webhook, "slack": Slack, "email": Email, "command": Command}  # type: Dict[str, Type[Notifier]]
-
-
-def check_notifier(settings: Any) -> Optional[str]:
-    """Say what is wrong with a [notify:NAME], without telling anybody anything; None when nothing is."""
-    kind = NOTIFIERS[settings.type]
-    others = [key for key in dict.fromkeys(key for other in NOTIFIERS.values() for key in other.NEEDS + other.TAKES)
-              if key not in kind.NEEDS + kind.TAKES]
-    unused = meaningless("notify:*", settings, others, f"type = {settings.type}")
-    if unused:
-        return unused
-    if sum(bool(getattr(settings, key)) for key in kind.NEEDS) != 1:
-        return f"type = {settings.type} needs {' or '.join(kind.NEEDS)}"
-    names = Note("", "", result_of(None), Context("", "", "", "", "", "", ""), "").values(str)
-    unknown = [name for escaped, name in PLACEHOLDER.findall(settings.text) if not escaped and name not in names]
-    if unknown:
-        return f"text: nothing stands behind ${{{unknown[0]}}}; {nearest(unknown[0], names) or 'there are ' + ', '.join(names)}"
-    return kind.check(settings)
-
-
-def notify(call: Run, exit_code: int, seconds: float) -> None:
-    """Tell every notifier what it wants to know, all of them side by side; what fails there is a warning."""
-    wanted = [(event, settings) for event in events_of(call, exit_code)
-              for settings in call.settings.notify.values() if event in settings.events]
+def notify(run: "Run", exit_code: int, seconds: float) -> None:
+    """Report to every notifier what it wants to know, side by side; what fails is a warning."""
+    wanted = [(event, settings) for event in events_of(run, exit_code)
+              for settings in run.settings.notify.values() if event in settings.events]
     if not wanted:
         return
-    result = call.console.secrets.mask_json(result_object(call, exit_code, seconds))
-    talks = [NOTIFIERS[settings.type](call, settings, note_of(call, event, result)) for event, settings in wanted]
-    for talk in talks:
-        talk.start()
-    for talk in talks:
-        why = talk.wait()
-        if why:
-            why = call.console.secrets.mask(why)[:2 * EVIDENCE_CHARACTERS]  # a receiver may answer anything at any length
-            call.console.warn(f"notify {talk.settings.name}: not told of {talk.note.event}: {why}")
-        else:
-            call.console.debug(f"notify {talk.settings.name}: told of {talk.note.event}")
+    run.interrupts.close()
+    secrets = run.console.secrets
+    result = secrets.mask_json(result_object(run, exit_code, seconds))
+    asked, problems = [], []
+    with ExitStack() as stack:
+        for event, settings in wanted:
+            try:
+                talk = prepare(run, settings, note_of(run, event, result))
+                asked.append(stack.enter_context(Conversation(talk, NOTIFY_SECONDS)))
+                problems.append("")
+            except (OSError, ValueError, ImportError, DeployError) as error:
+                asked.append(None)
+                problems.append(getattr(error, "message", "") or network_error(error))
+        for (event, settings), conversation, why in zip(wanted, asked, problems):
+            if conversation is not None:
+                answer = conversation.answer(run.interrupts)
+                why = answer["error"] or answer.get("problem", "")
+            if not why:
+                run.console.debug(f"notify {settings.name}: told of {event}")
+                continue
+            # A receiver may answer anything, at any length.
+            why = secrets.mask(why)[:2 * EVIDENCE_CHARACTERS]
+            run.console.warn(f"notify {settings.name}: not told of {event}: {why}")
 
 
 def events_of(run: "Run", exit_code: int) -> List[str]:
@@ -10851,17 +10589,122 @@ def events_of(run: "Run", exit_code: int) -> List[str]:
     return events
 
 
-def note_of(call: Run, event: str, result: Dict[str, Any]) -> Note:
-    """Put together one event: the release is the one that was to go live, `previous` what was live before."""
-    recovered = call.outcome.extra.get("recovered") if event == "recovered" else None
-    message = "; ".join(recovered or [result["msg"]])
-    facts, root = call.facts, os.path.realpath(call.settings.deploy.root)
+def note_of(run: "Run", event: str, result: Dict[str, Any]) -> Note:
+    """Describe an event; its release is the one that was to go live, `previous` what was before."""
+    facts, previous_version = run.facts, ""
     if facts is None:
-        context = Context(call.application, root, "", "", root, "", call.deploy_id)
-        return Note(event, message, result, context, "")
-    live = call.outcome.release if call.flags.command == "recover" else None
-    before = facts.records.get(facts.current.release or "")
-    return Note(event, message, result, context_for(facts, call.target or live), before.version if before else "")
+        root = os.path.realpath(run.settings.deploy.root)
+        context = Context(run.application, root, "", "", root, "", run.deploy_id)
+    else:
+        recovered = run.outcome.release if run.flags.command == "recover" else None
+        before = facts.records.get(facts.current.release or "")
+        previous_version = before.version if before else ""
+        context = context_for(facts, run.target or recovered)
+    recovered = run.outcome.extra.get("recovered") if event == "recovered" else None
+    values = (event, "; ".join(recovered or [result["msg"]]), os.uname().nodename,
+              result["command"], context.application, context.release, context.version,
+              context.previous, previous_version, context.deploy_id, result["exit_code"],
+              f"{result['seconds']:.1f}")
+    words = dict(zip(NOTE_WORDS, values), **context.variables())
+    for name, value in words.items():
+        text = run.console.clean(str(value)).encode("utf-8", "backslashreplace")
+        words[name] = text.decode("utf-8")
+    return Note(event, context, words, result)
+
+
+def prepare(run: "Run", settings: Any, note: Note) -> Callable[[Conversation], Dict[str, Any]]:
+    """Make what will report an event, in a process of its own, and returns {"problem": why}.
+
+    Secrets are read here; ValueError where there are none.
+    """
+    if settings.type == "email":
+        return lambda asked: send_mail(asked, settings, note)
+    if settings.type == "command":
+        where = f"[notify:{settings.name}]"
+        refuse_foreign_programs(run.settings, [(where, settings.command[0])],
+                                working_directory(note.context))
+        return lambda asked: run_notifier(run, settings, note)
+    secrets = {}
+    for key in ("token_file", "url_file"):
+        path = getattr(settings, key)
+        try:
+            secrets[key] = read_text(path).strip() if path else ""
+        except OSError as error:
+            raise ValueError(f"reading {key}: {reason(error)}")
+        if path and not secrets[key]:
+            raise ValueError(f"{key} is empty")
+        run.console.secrets.add(secrets[key])
+    headers, url = {}, settings.url or secrets["url_file"]
+    if secrets["token_file"]:
+        headers["Authorization"] = f"Bearer {secrets['token_file']}"
+    content = {"event": note.event, "text": note.text(settings), "result": note.result}
+    if settings.type == "slack":
+        import html
+        learn_hook_url(url, run.console.secrets)
+        # Or a value would call everybody in the channel (<!channel>), or pass for a link.
+        content = {"text": note.text(settings, lambda value: html.escape(value, quote=False))}
+    if wrong_target(url):
+        raise ValueError(f"{settings.url_file or 'url'} holds no https:// URL")
+    body = json.dumps(content).encode("ascii")
+    return lambda asked: post(asked, settings, parse_url(url), headers, body)
+
+
+def post(asked: Conversation, settings: Any, url: Url, headers: Dict[str, str], body: bytes
+         ) -> Dict[str, Any]:
+    """POST JSON; anything but a status of 200 to 299 is a problem."""
+    headers = dict(headers, **{"Content-Type": "application/json",
+                               "Content-Length": str(len(body))})
+    asked.connect((url.host, url.port))
+    if url.scheme == "https":
+        asked.start_tls(url.host, settings)
+    headers = request_headers(url, headers, settings.header)
+    response = asked.request("POST", url, headers, body)
+    if 200 <= response.status < 300:
+        return {}
+    answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
+    return {"problem": f"status {response.status}: {answer}".rstrip(" :")}
+
+
+def send_mail(asked: Conversation, settings: Any, note: Note) -> Dict[str, Any]:
+    """Hand the text to a mail server (RFC 5321)."""
+    import smtplib
+    from email.message import EmailMessage
+    from email.policy import SMTP
+    from email.utils import formatdate, make_msgid
+    host = os.uname().nodename
+    message = EmailMessage(SMTP.clone(cte_type="7bit"))
+    message["From"] = getattr(settings, "from") or f"deploy@{host}"
+    message["To"] = ", ".join(settings.to)
+    message["Subject"] = "{application} on {host}: {event}".format(**note.words)
+    message["Date"] = formatdate()
+    message["Message-ID"] = make_msgid(domain=host)
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(note.text(settings) + "\n")
+    asked.connect(split_address(settings.smtp))
+    asked.at("talking to the mail server")
+    server = smtplib.SMTP(local_hostname=host)
+    server.sock = asked.socket
+    code, answer = server.getreply()
+    if code != 220:
+        return {"problem": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
+    refused = server.sendmail(str(message["From"]), settings.to, message.as_bytes())
+    server.putcmd("quit")  # it is delivered, whatever the server says to that
+    return {"problem": f"the mail server refused {', '.join(refused)}"} if refused else {}
+
+
+def run_notifier(run: "Run", settings: Any, note: Note) -> Dict[str, Any]:
+    """Run a command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT."""
+    RunningCommand.KILL_AFTER_SECONDS = NOTIFY_GRACE_SECONDS  # in this forked process alone
+    environ = child_environment(run, note.context, {
+        "DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": note.event,
+        "DEPLOY_TEXT": note.text(settings)})
+    result = run_command(
+        [native(word) for word in settings.command], environ=environ,
+        directory=working_directory(note.context), run_as=run.settings.hooks.run_as,
+        timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS, interrupts=Interrupts(),
+        mask=run.console.secrets.mask)
+    last = f": {result.tail[-1]}" if result.tail else ""
+    return {} if result.ok else {"problem": f"{spell(result.argv)} {result.verdict()}{last}"}
 
 
 # -- all of it -------------------------------------------------------------------
