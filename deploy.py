@@ -1952,6 +1952,11 @@ class Interrupts:
 #    variables, help, the example file and the README are all made from them.
 # ============================================================================
 
+_PORT = (r"(?!0)(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]"
+         r"|6553[0-5])")
+_ADDRESS = rf"(?:([^\s,]*):)?({_PORT})(?![^\s,])"
+
+
 def _size(text: str) -> int:
     digits = text.rstrip("kKMGT")
     return int(digits) << 10 * "_KMGT".index(text[len(digits):].upper() or "_")
@@ -1966,10 +1971,11 @@ def _duration(text: str) -> float:
 
 
 def _plain(text: str) -> str:
-    """Refuse what other formats allow around a path, a unit or a name, and what would be taken as part of it."""
+    """Refuse what other formats allow around a path, a unit or a name: it would be part of it."""
     comment = re.search(r"\s[#;]", text)
     if comment:
-        raise ValueError(f"a comment needs a line of its own; write {text[:comment.start()].rstrip()}")
+        right = text[:comment.start()].rstrip()
+        raise ValueError(f"a comment needs a line of its own; write {right}")
     if text[:1] in ("'", '"', "[", "(", "{"):
         raise ValueError(f"quotes and brackets would be part of it; write {text.strip(QUOTES)}")
     if "\n" in text:
@@ -1994,19 +2000,20 @@ def _relative(text: str) -> str:
 
 
 def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]:
-    """Make what reads a list of one item a line; `apart` is the pattern that shows a line to hold more than one."""
+    """Make what reads one item a line; `apart` is the pattern that shows a line to hold several."""
     def read_lines(text: str) -> List[Any]:
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         for line in lines:
             if not re.search(r"\s[#;]", line) and re.search(apart, line):
-                items = [item.strip(QUOTES) for item in re.split(apart, line) if item.strip(QUOTES)]
-                raise ValueError(f"expected one a line; write {' and '.join(items)} on a line of its own each")
+                items = [item.strip(QUOTES) for item in re.split(apart, line)]
+                right = " and ".join(item for item in items if item)
+                raise ValueError(f"expected one a line; write {right} on a line of its own each")
         return [read(line) for line in lines]
     return read_lines
 
 
 def _argv(text: str) -> List[str]:
-    """Split a command as a shell would; what only a shell could do is refused with the line to write."""
+    """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
     words = shlex.split(text)
     if words[:1] == [""]:
@@ -2048,32 +2055,20 @@ def _statuses(text: str) -> List[Tuple[int, int]]:
     return ranges
 
 
-def _addresses(text: str) -> List[Tuple[str, int]]:
-    addresses = []
-    for item in re.findall(r"[^\s,]+", text):
-        host, _, port = item.rpartition(":")
-        if not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError(f"expected PORT or HOST:PORT, not {item!r}")
-        addresses.append((host.strip("[]"), int(port)))
-    return addresses
-
-
 def _syslog(text: str) -> Optional[Tuple[str, int]]:
-    """Read a socket's path as (path, 0), udp://host:port as (host, port), nothing as None."""
-    if not text.startswith("udp://"):
-        return (native(text), 0) if text else None
-    host, _, port = text[6:].rpartition(":")
-    if not 0 < int(port) < 65536:
-        raise ValueError(f"expected udp://HOST:PORT, and there is no port {port}")
-    return host.strip("[]"), int(port)
+    """Read a socket's path as (path, 0), udp://HOST:PORT as (host, port), nothing as None."""
+    found = re.match(rf"udp://(.*):({_PORT})\Z", text)
+    if found:
+        return found.group(1).strip("[]"), int(found.group(2))
+    return (native(text), 0) if text else None
 
 
 def _events(text: str) -> List[str]:
     known = [name for name, _ in NOTIFY_EVENTS]
     words = re.findall(r"[^\s,]+", text)
-    unknown = [word for word in words if word not in known]
-    if unknown or not words:
-        raise ValueError(f"expected some of {', '.join(known)}" + (f", not {unknown[0]!r}" if unknown else ""))
+    for word in words or [""]:
+        if word not in known:
+            raise ValueError(f"expected some of {', '.join(known)}, not {word!r}")
     return words
 
 
@@ -2083,9 +2078,9 @@ _QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
 _SHELL_SYNTAX = re.compile(
     r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
 SHELL_WORDS = frozenset(
-    ". : alias bg bind builtin case cd declare eval exec exit export fg for function hash history if "
-    "jobs let local popd pushd read readonly return set shift shopt source times trap type typeset "
-    "ulimit umask unalias unset until wait while { ( !".split())
+    ". : alias bg bind builtin case cd declare eval exec exit export fg for function hash history "
+    "if jobs let local popd pushd read readonly return set shift shopt source times trap type "
+    "typeset ulimit umask unalias unset until wait while { ( !".split())
 BOOLEANS = {"yes": True, "true": True, "on": True, "1": True,
             "no": False, "false": False, "off": False, "0": False}
 
@@ -2123,9 +2118,11 @@ KINDS: Dict[str, Tuple[str, str, str, Callable[[str], Any]]] = {
     "regex": ("regular expression", r"(?s).*", "", _regex),
     "statuses": ("status codes", rf"\s*{_STATUS}(\s*,\s*{_STATUS})*\s*",
                  "HTTP status codes such as 200-299, 301", _statuses),
-    "addresses": ("[host:]port, one a line", r"(?s).*", "", _addresses),
+    "addresses": ("[host:]port, one a line", rf"[\s,]*({_ADDRESS}[\s,]*)*", "PORT or HOST:PORT",
+                  lambda text: [(host.strip("[]"), int(port))
+                                for host, port in re.findall(_ADDRESS, text)]),
     "syslog": ("/dev/log or udp://HOST:PORT",
-               r"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):[0-9]{1,5}",
+               rf"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):{_PORT}",
                "/dev/log, another socket's path, or udp://HOST:PORT", _syslog),
     "events": ("events", r"(?s).*", "", _events),
     "pattern": ("text", r".*@v.*", "@v where the version stands", _plain),
@@ -2165,8 +2162,14 @@ class Option(NamedTuple):
     help: str
     flag: str = ""
 
+    def covers(self, key: str) -> bool:
+        """Tell whether a key as the operator wrote it is this row's."""
+        prefix = self.key[:-1]
+        chosen = prefix.endswith(".") and key.startswith(prefix) and key != prefix
+        return chosen or self.key in (key, "*")
+
     def read(self, text: str) -> Any:
-        """Read a value's text; ValueError says what was expected.  An empty one is as good as none."""
+        """Read a value's text; ValueError says what was expected.  Empty is as good as none."""
         if not text and not self.default:
             return KINDS[self.kind][3]("")
         return read_value(self.kind, text)
@@ -2176,7 +2179,8 @@ class Option(NamedTuple):
 SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
     ("deploy", "what is deployed, and where", (
         ("application", "name", "", "name of what is deployed; default: the root's last component"),
-        ("root", "path", "", "directory that holds current, releases, shared and .deploy", "--root"),
+        ("root", "path", "",
+         "directory that holds current, releases, shared and .deploy", "--root"),
         ("keep_releases", "int", "5",
          "good releases kept by prune; current, previous and pinned ones always stay"),
         ("shared_dirs", "relatives", "",
@@ -2185,7 +2189,8 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
          "files linked from shared/ into every release; they must exist"),
         ("auto_rollback", "bool", "yes",
          "go back to the previous release when anything fails after activation"),
-        ("lock_wait", "duration", "0s", "how long to wait for another run to finish", "--wait-lock"),
+        ("lock_wait", "duration", "0s",
+         "how long to wait for another run to finish", "--wait-lock"),
         ("min_free", "size", "256M", "free space that must be left after staging"),
         ("durable", "bool", "yes", "sync every release to disk before it is published"),
         ("mutable", "list", "",
@@ -2201,7 +2206,8 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
          "whether an artifact needs a SHA-256 to be compared with"),
         ("match", "pattern", "",
          "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
-        ("strip_components", "int", "0", "leading directories to drop from every name, as tar does"),
+        ("strip_components", "int", "0",
+         "leading directories to drop from every name, as tar does"),
         ("symlinks", "inside|refuse", "inside",
          "whether an artifact may hold symlinks that stay inside it"),
     )),
@@ -2230,7 +2236,8 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
         ("pre_stage", "commands", "", "before the artifact is unpacked"),
         ("post_stage", "commands", "",
          "in the unpacked release, before it is sealed; may add to it"),
-        ("pre_activate", "commands", "", "before the switch; a failure leaves everything as it was"),
+        ("pre_activate", "commands", "",
+         "before the switch; a failure leaves everything as it was"),
         ("post_activate", "commands", "", "right after the switch, before services restart"),
         ("post_deploy", "commands", "", "after the probes passed"),
         ("on_failure", "commands", "", "after a failure, when undoing or rolling back is done"),
@@ -2249,7 +2256,7 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
     ("vars", "values for templates", (
         ("*", "text", "", "value for ${name} in templates"),
     )),
-    ("service:*", "a service restarted after each switch: unit, or pidfile and signal, or command", (
+    ("service:*", "a service restarted after each switch: unit, pidfile and signal, or command", (
         ("unit", "unit", "", "systemd unit to act on"),
         ("pidfile", "path", "", "file that holds the process id to signal"),
         ("signal", "signal", "HUP", "signal for the process in pidfile"),
@@ -2423,13 +2430,15 @@ FLAGS = (
     Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
     Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", "?"),
     Flag(("release",), RELEASE_HELP, ("activate", "pin", "unpin"), "RELEASE"),
-    Flag(("release",), RELEASE_HELP + "; default: the previous good one", ("rollback",), "RELEASE", "?"),
+    Flag(("release",), RELEASE_HELP + "; default: the previous good one", ("rollback",), "RELEASE",
+         "?"),
     Flag(("release",), RELEASE_HELP + "; default: current", ("verify",), "RELEASE", "?"),
     Flag(("--sha256",), "digest the artifact must have", STAGING, "HEX"),
-    Flag(("--release-version",), "version, instead of the one in the name", STAGING + ("pack",), "V"),
+    Flag(("--release-version",), "version, instead of the one in the name", STAGING + ("pack",),
+         "V"),
     Flag(("--allow-downgrade",), "accept a version older than the one that is live", STAGING),
-    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged already",
-         STAGING + ("activate", "rollback")),
+    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged "
+         "already", STAGING + ("activate", "rollback")),
     Flag(("--splay",), "wait first, this host's own share of DURATION: always the same, evenly "
          "spread over hosts", ("deploy", "stage", "activate", "rollback", "prune", "recover"),
          "DURATION", kind="duration"),
@@ -2458,7 +2467,7 @@ FLAGS = (
 
 
 def spoken_duration(text: str) -> str:
-    """Write a flag's duration as the configuration has it: behind a flag a bare number is seconds."""
+    """Write a flag's duration as the configuration has it: a bare number is seconds there."""
     return text + "s" if re.match(r"[0-9]+\Z", text) else text
 
 
@@ -2488,12 +2497,8 @@ def wildcard(section: str) -> str:
 def find_option(section: str, key: str) -> Optional[Option]:
     """Return the row for a section and key as the operator wrote them, or None."""
     table = wildcard(section)
-    for option in OPTIONS:
-        if option.section == table:
-            chosen = option.key.endswith(".*") and key.startswith(option.key[:-1]) and key != option.key[:-1]
-            if option.key in (key, "*") or chosen:
-                return option
-    return None
+    return next((option for option in OPTIONS
+                 if option.section == table and option.covers(key)), None)
 
 
 def check_known(section: str, key: Optional[str], origin: str) -> None:
@@ -2509,14 +2514,17 @@ def check_known(section: str, key: Optional[str], origin: str) -> None:
 
 
 def meaningless(section: str, values: Any, keys: Iterable[str], what: str) -> Optional[str]:
-    """Say which keys of a section are given although they mean nothing to what it describes; None for none."""
-    defaults = {}
+    """Say which keys of a section are given although they mean nothing to what it describes."""
+    given = []
     for option in OPTIONS:
-        if option.section == section:
-            chosen = option.key.endswith(".*")
-            defaults[option.key[:-2] if chosen else option.key] = {} if chosen else option.read(option.default)
-    given = [key for key in keys if getattr(values, key) != defaults[key]]
-    return f"{' and '.join(given)} mean{'s' if len(given) == 1 else ''} nothing to {what}" if given else None
+        name = option.key.replace(".*", "")
+        if option.section == section and name in keys:
+            default = option.read(option.default) if name == option.key else {}
+            if getattr(values, name) != default:
+                given.append(name)
+    if not given:
+        return None
+    return f"{' and '.join(given)} mean{'s' if len(given) == 1 else ''} nothing to {what}"
 
 
 @contextmanager
@@ -2529,11 +2537,12 @@ def noted(mistakes: List[UsageError]) -> Iterator[None]:
 
 
 def raise_mistakes(mistakes: Sequence[UsageError]) -> None:
-    """Raise one UsageError that tells all of them, each with what is right; nothing where there are none."""
+    """Raise one UsageError that tells all of them, each with what is right; nothing for none."""
     if len(mistakes) == 1:
         raise mistakes[0]
     if mistakes:
-        told = [f"({number}) {mistake.message} [{mistake.hint}]" for number, mistake in enumerate(mistakes, 1)]
+        told = [f"({number}) {mistake.message} [{mistake.hint}]"
+                for number, mistake in enumerate(mistakes, 1)]
         raise UsageError(f"{len(mistakes)} mistakes in the configuration: {'; '.join(told)}",
                          "correct them all; deploy.py config --example shows every option")
 
@@ -2562,17 +2571,22 @@ class Settings:
         self.given = given
         self.files = files
         self.mistakes: List[UsageError] = []
-        for section, _, rows in SECTIONS:
-            if section.endswith(":*"):
-                names = sorted({name for name, _ in given if wildcard(name) == section})
-                setattr(self, section[:-2], {name.partition(":")[2]: self._section(name) for name in names})
+        sections: Dict[str, Dict[str, Given]] = {}
+        for (section, key), value in given.items():
+            sections.setdefault(section, {})[key] = value
+        for table, _, rows in SECTIONS:
+            if table.endswith(":*"):
+                setattr(self, table[:-2], {
+                    name.partition(":")[2]: self._section(name, sections[name])
+                    for name in sorted(sections) if wildcard(name) == table})
             elif rows[0][0] == "*":
-                setattr(self, section, {key: value.text for (name, key), value in given.items() if name == section})
+                chosen = sections.get(table, {})
+                setattr(self, table, {key: value.text for key, value in chosen.items()})
             else:
-                setattr(self, section, self._section(section))
-        for section, keys in ONE_OF:
-            for name in sorted({name for name, _ in given if wildcard(name) == section}):
-                present = [key for key in keys if given.get((name, key), NOT_GIVEN).text]
+                setattr(self, table, self._section(table, sections.get(table, {})))
+        for table, keys in ONE_OF:
+            for name in [name for name in sorted(sections) if wildcard(name) == table]:
+                present = [key for key in keys if sections[name].get(key, NOT_GIVEN).text]
                 if len(present) != 1:
                     wanted = keys[0] if len(keys) == 1 else "exactly one of " + ", ".join(keys)
                     got = f", not {' and '.join(present)}" if present else ", and has none"
@@ -2581,35 +2595,35 @@ class Settings:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
 
-    def _section(self, section: str) -> SimpleNamespace:
+    def _section(self, section: str, given: Dict[str, Given]) -> SimpleNamespace:
         values = SimpleNamespace(name=section.partition(":")[2])
         for option in OPTIONS:
-            if option.section != wildcard(section):
-                continue
-            if option.key.endswith(".*"):
-                prefix = option.key[:-1]
-                setattr(values, option.key[:-2], {
-                    key[len(prefix):]: self._value(option, section, key)
-                    for name, key in self.given if name == section and key.startswith(prefix)})
-            else:
-                setattr(values, option.key, self._value(option, section, option.key))
+            if option.section == wildcard(section):
+                if option.key.endswith(".*"):
+                    setattr(values, option.key[:-2], {
+                        key[len(option.key) - 1:]: self._value(option, section, key, value)
+                        for key, value in given.items() if option.covers(key)})
+                else:
+                    setattr(values, option.key,
+                            self._value(option, section, option.key, given.get(option.key)))
         return values
 
-    def _value(self, option: Option, section: str, key: str) -> Any:
-        given = self.given.get((section, key))
+    def _value(self, option: Option, section: str, key: str, given: Optional[Given]) -> Any:
         if given is None:
             return option.read(option.default)
         try:
             value = option.read(given.text)
         except ValueError as error:
-            self.mistakes.append(UsageError(f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
-                                            f"{option.key}: {option.help}"))
+            self.mistakes.append(UsageError(
+                f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
+                f"{option.key}: {option.help}"))
             return option.read(option.default)
-        if option.kind in ("path", "private") and value:
-            path = absolute(os.path.join(given.directory, value))
-            return private_file(section.partition(":")[2], path) if option.kind == "private" else path
         if option.kind == "paths":
             return [absolute(os.path.join(given.directory, path)) for path in value]
+        if option.kind in ("path", "private") and value:
+            value = absolute(os.path.join(given.directory, value))
+        if option.kind == "private" and value:
+            value = private_file(section.partition(":")[2], value)
         return value
 
     def wrong(self, section: str, problem: str) -> UsageError:
@@ -2623,7 +2637,7 @@ class Settings:
         return found.origin if found else "default"
 
     def command_line(self, text: str) -> str:
-        """Write the command line that does something with this root under this very configuration."""
+        """Write the command line that does something with this root under this configuration."""
         import shlex
         words = ["deploy.py"] + [f"-c {shlex.quote(absolute(path))}" for path in self.files]
         if self.deploy.root and self.origin("deploy", "root") not in self.files:
@@ -2634,14 +2648,16 @@ class Settings:
         """List every option in force as (section, key, text, origin), in the table's order."""
         rows = []
         for option in OPTIONS:
-            sections = {name for name, _ in self.given if wildcard(name) == option.section}
-            for section in sorted(sections) if option.section.endswith("*") else [option.section]:
-                keys = [option.key]
-                if option.key.endswith("*"):
-                    keys = [key for name, key in self.given if name == section and find_option(name, key) is option]
-                for key in keys:
-                    given = self.given.get((section, key)) or Given(option.default, "default", "")
-                    rows.append((section, key, given.text, given.origin))
+            places = [(option.section, option.key)]
+            if "*" in option.section + option.key:
+                places = [(section, key) for section, key in self.given
+                          if wildcard(section) == option.section and option.covers(key)]
+            if option.section.endswith("*") and not option.key.endswith("*"):
+                places = sorted({(section, option.key) for section, _ in self.given
+                                 if wildcard(section) == option.section})
+            for section, key in places:
+                given = self.given.get((section, key)) or Given(option.default, "default", "")
+                rows.append((section, key, given.text, given.origin))
         return rows
 
 
@@ -2684,14 +2700,17 @@ def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
 
 
 def discover_files() -> List[str]:
-    """Find the configuration where -c names none: $DEPLOY_CONFIG, ./deploy.ini, /etc/deploy/deploy.ini."""
+    """Find the configuration where -c names none."""
     if environment("DEPLOY_CONFIG"):
         return [environment("DEPLOY_CONFIG")]
     return [path for path in ("deploy.ini", "/etc/deploy/deploy.ini") if os.path.exists(path)][:1]
 
 
 def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Given]:
-    """Read one configuration file; UsageError where it is no INI file, names that do not exist among the mistakes."""
+    """Read one configuration file; UsageError where it is no INI file.
+
+    Names that do not exist are added to the mistakes.
+    """
     import configparser
     parser = configparser.RawConfigParser(
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
@@ -2706,13 +2725,15 @@ def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Giv
         raise UsageError(f"cannot read the configuration {path}: {reason(error)}",
                          "name a configuration that this user can read: -c FILE")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8")
+        raise UsageError(f"{path} is not UTF-8: {error.reason} at byte {error.start}",
+                         "save it as UTF-8")
     except configparser.ParsingError as error:
         # Not its own words: they quote the line, which may hold a password.
-        numbers = [number for number, _ in getattr(error, "errors", [])] or [getattr(error, "lineno", 0)]
-        raise UsageError(f"cannot understand {path}: line {', '.join(map(str, numbers))} is none that "
-                         "can stand there", "lines are [section], then key = value, or a continuation "
-                         "that is indented") from None
+        numbers = [str(number) for number, _ in getattr(error, "errors", [])]
+        lines = ", ".join(numbers) or getattr(error, "lineno", 0)
+        raise UsageError(f"cannot understand {path}: line {lines} is none that can stand there",
+                         "lines are [section], then key = value, or a continuation that is "
+                         "indented") from None
     except configparser.Error as error:
         raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
                          "every section and every key may stand there once")
@@ -2733,18 +2754,21 @@ def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Giv
 
 
 def read_environment(sections: Set[str]) -> Dict[Tuple[str, str], Given]:
-    """Take options from DEPLOY_<SECTION>_<KEY>; `sections` are those with names that the files declare."""
+    """Take options from DEPLOY_<SECTION>_<KEY>; `sections` are those that the files declare."""
     given = {}
     names = [name for name in environment_names() if name.startswith("DEPLOY_")]
     directory = current_directory()
     for option in OPTIONS if names else ():
-        for section in [name for name in sections if wildcard(name) == option.section] or [option.section]:
+        declared = [name for name in sections if wildcard(name) == option.section]
+        for section in declared or [option.section]:
             prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
             for name in names:
-                if option.key == "*" and name.startswith(prefix):
-                    given[section, name[len(prefix):]] = Given(environment(name), f"environment {name}", directory)
-                elif name == prefix + option.key.upper():
-                    given[section, option.key] = Given(environment(name), f"environment {name}", directory)
+                key = option.key
+                if key == "*" and name.startswith(prefix):
+                    key = name[len(prefix):]
+                if name in (prefix + key, prefix + option.key.upper()):
+                    value = Given(environment(name), f"environment {name}", directory)
+                    given[section, key] = value
     return given
 
 
@@ -9297,7 +9321,8 @@ HELP = {
 A line for /etc/cron.d; cron mails whatever is printed:
 
     MAILTO=ops@example.com
-    */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q deploy --splay 10m /var/lib/artifacts/shop.tar.gz
+    */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q \
+deploy --splay 10m /var/lib/artifacts/shop.tar.gz
 
 `-q` prints nothing when nothing changed and nothing is wrong, and one block on
 stderr otherwise, with every step, its time and the way back.
@@ -9387,9 +9412,9 @@ def usage(command: str) -> str:
 
 
 def render_example() -> str:
-    """Write the configuration file that shows every option, commented, with its default and help."""
+    """Write the configuration file that shows every option, commented, with its default."""
     lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
-             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line, indented.",
+             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
              "# Relative paths are relative to this file. Comments stand on lines of their own."]
     for section, text, _ in SECTIONS:
         heading = f"#[{section[:-1]}NAME]" if section.endswith("*") else f"[{section}]"
@@ -9404,7 +9429,8 @@ def render_example() -> str:
 def help_page(topic: str) -> str:
     """Return what this program is, or a page on one of its uses; UsageError for an unknown one."""
     if not topic:
-        return f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {', '.join(HELP)}, or a command\n"
+        pages = ", ".join(HELP)
+        return f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {pages}, or a command\n"
     if topic not in HELP:
         raise UsageError(f"there is no help on {topic!r}", nearest(topic, [*HELP, *COMMAND_HELP])
                          or f"there is help on {', '.join(HELP)}, and on every command")
@@ -9439,24 +9465,24 @@ complete -o default -F _deploy_py deploy.py
 
 
 def completion(shell: str) -> str:
-    """Write the script that makes a shell complete this program's words; UsageError for an unknown shell."""
+    """Write the script that makes a shell complete this program's words."""
     if shell not in ("bash", "zsh"):
         raise UsageError(f"there is no completion for {shell!r}", "one of bash, zsh")
-    everywhere = ["-h", "--help", "--version"] + [option.flag for option in OPTIONS if option.flag]
-    everywhere += [name for flag in FLAGS if not flag.commands for name in flag.names]
-    taking = [option.flag for option in OPTIONS if option.flag]
-    taking += [name for flag in FLAGS if flag.metavar and not flag.is_argument for name in flag.names]
+    options = [option.flag for option in OPTIONS if option.flag]
+    flags = [flag for flag in FLAGS if not flag.is_argument]
+    everywhere = ["-h", "--help", "--version", *options]
+    everywhere += [name for flag in flags if not flag.commands for name in flag.names]
+    taking = options + [name for flag in flags if flag.metavar for name in flag.names]
     cases = []
     for command in COMMAND_HELP:
-        own = [name for flag in FLAGS if command in flag.commands and not flag.is_argument for name in flag.names]
+        own = [name for flag in flags if command in flag.commands for name in flag.names]
         if own:
-            cases.append(f"        {command}:-*) offer=\"{' '.join(own + everywhere)}\" ;;")
-    script = COMPLETION
-    for place, text in (("TAKING", "|".join(taking)), ("COMMANDS", "|".join(COMMAND_HELP)),
-                        ("NAMES", " ".join(COMMAND_HELP)), ("EVERYWHERE", " ".join(everywhere)),
-                        ("CASES", "\n".join(cases))):
-        script = script.replace(f"@{place}@", text)
-    return script
+            offer = " ".join(own + everywhere)
+            cases.append(f'        {command}:-*) offer="{offer}" ;;')
+    texts = {"TAKING": "|".join(taking), "COMMANDS": "|".join(COMMAND_HELP),
+             "NAMES": " ".join(COMMAND_HELP), "EVERYWHERE": " ".join(everywhere),
+             "CASES": "\n".join(cases)}
+    return re.sub(r"@([A-Z]+)@", lambda found: texts[found.group(1)], COMPLETION)
 
 
 # What ansible-doc reads, as texts: it does not run this file.
@@ -9464,14 +9490,14 @@ DOCUMENTATION = """\
 module: deploy
 short_description: Take an artifact live on this host, and back
 description:
-  - This file is deploy.py itself; every argument and flag of a command is a parameter, with _ for -.
+  - This file is deploy.py itself; arguments and flags of a command are parameters, with _ for -.
   - Check mode is a dry run. Another run that holds the lock is a failure with rc 75.
   - Quote what YAML would change, such as a version (1.10) or a file mode (0640).
 options:
   command: {type: str, default: deploy, description: "what to do: any command of deploy.py"}
   artifact: {type: path, description: "archive or directory, for deploy, stage and preflight"}
-  release: {type: str, description: "id, version or digest prefix, for activate, rollback, verify, pin, unpin"}
-  config: {type: list, elements: path, description: "configuration file; may repeat, a later one wins"}
+  release: {type: str, description: "release to activate, to go back to, to verify, to pin"}
+  config: {type: list, elements: path, description: "configuration files, a later one wins"}
   root: {type: path, description: "directory that holds current, releases, shared and .deploy"}
   set: {type: dict, description: 'options: "section.key": value, or section: {key: value}'}
   sha256: {type: str, description: "digest the artifact must have"}
@@ -10765,7 +10791,7 @@ COMMANDS: Dict[str, Callable[[Run], None]] = {
     "config": command_config, "help": command_help, "completion": command_completion,
 }
 
-# Commands that tell about the program itself: they read no configuration, so a broken one cannot stop them.
+# Commands that tell about the program itself: they read no configuration, a broken one stops none.
 TELLING = ("help", "completion")
 # Commands that run nothing and follow no setting but the root.
 LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify")
@@ -10779,37 +10805,40 @@ class Parser(argparse.ArgumentParser):
     """argparse, with everything it has to say handed to the one boundary."""
 
     def __init__(self, **settings: Any) -> None:
-        # A formatter that asks for the terminal's width would import shutil, bz2 and lzma at every start.
-        super().__init__(add_help=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=30, width=79), **settings)
+        # A formatter that asks for the terminal's width makes every start import shutil, bz2, lzma.
+        super().__init__(add_help=False, formatter_class=lambda prog: (
+            argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=79)), **settings)
         self.color = False  # Python 3.14 would colour the help
 
     def error(self, message: str) -> Any:
-        """Raise UsageError with the nearest word that may stand there."""
+        """Raise UsageError, with the nearest word that may stand there."""
         found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
         word = found.group(1) if found else ""
-        flags = {name: flag.commands for flag in FLAGS for name in flag.names if not flag.is_argument}
-        flags.update((option.flag, ()) for option in OPTIONS if option.flag)
-        hint = nearest(word, COMMANDS)
+        taken_by = {option.flag: list(COMMANDS) for option in OPTIONS if option.flag}
+        for flag in FLAGS:
+            if not flag.is_argument:
+                taken_by.update((name, list(flag.commands)) for name in flag.names)
         if word in COMMANDS:
             hint = "one command at a time"
-        elif word in flags:
-            hint = f"{word} belongs behind a command that takes it: {', '.join(flags[word])}"
-        elif word.startswith("-") or "unrecognized" in message:
-            hint = nearest(word, flags) if word.startswith("-") else ""
-        message = re.sub(r"(?s)\(choose from .*", f"(choose from {', '.join(COMMANDS)})", message)
-        raise UsageError(message, hint or f"see {self.prog} --help")
+        elif word in taken_by:
+            hint = f"{word} belongs behind a command that takes it: {', '.join(taken_by[word])}"
+        else:
+            names = taken_by if word.startswith("-") else COMMANDS
+            hint = nearest(word, names) if "invalid choice" in message or names is taken_by else ""
+        message = re.sub(r"\(choose from .*", f"(choose from {', '.join(COMMANDS)})", message)
+        raise UsageError(message.replace("argument -", "-", 1), hint or f"see {self.prog} --help")
 
     def _get_option_tuples(self, option_string: str) -> Any:
-        # Nothing can be abbreviated, and allow_abbrev=False forbids joined short options (-qn) before 3.8.
-        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)  # type: ignore
+        # Nothing can be abbreviated; allow_abbrev=False forbids joined short options before 3.8.
+        short = not option_string.startswith("--")
+        return super()._get_option_tuples(option_string) if short else []  # type: ignore
 
     def _print_message(self, message: str, file: Any = None) -> None:
         raise HelpAsked(message)
 
 
 def collector() -> Callable[[str], List[str]]:
-    """Make a type that keeps all values in one list: argparse's `append` begins anew behind the command."""
+    """Make a type that keeps all values in one list: `append` begins anew behind the command."""
     values: List[str] = []
 
     def collect(text: str) -> List[str]:
@@ -10818,52 +10847,55 @@ def collector() -> Callable[[str], List[str]]:
     return collect
 
 
+def misplaced(text: str) -> Any:
+    """Be the type of a command's own flag where it stands before the command."""
+    raise argparse.ArgumentTypeError("stands before the command; write it behind")
+
+
 def add_flag(group: Any, flag: Flag) -> None:
     """Add one row of the table to a parser or a group of one."""
-    default = flag.default if flag.commands else argparse.SUPPRESS  # so that no place undoes the other
-    if not flag.metavar:
-        group.add_argument(*flag.names, dest=flag.dest, action="store_true", default=default, help=flag.help)
-    elif flag.is_argument:
-        group.add_argument(flag.dest, metavar=flag.metavar, nargs=flag.nargs or None, help=flag.help)
-    else:
-        group.add_argument(*flag.names, dest=flag.dest, metavar=flag.metavar, default=default, help=flag.help,
-                           type=collector() if flag.nargs else str)
+    if flag.is_argument:
+        group.add_argument(flag.dest, metavar=flag.metavar, nargs=flag.nargs or None,
+                           help=flag.help)
+        return
+    kind: Dict[str, Any] = {"action": "store_true"}
+    if flag.metavar:
+        kind = {"metavar": flag.metavar, "type": collector() if flag.nargs else str}
+    # A common flag has no default: what stands before the command must not undo what stands behind.
+    default = flag.default if flag.commands else argparse.SUPPRESS
+    group.add_argument(*flag.names, dest=flag.dest, default=default, help=flag.help, **kind)
 
 
 def build_parser(names: Iterable[str]) -> Parser:
-    """Make the parser of these commands from the tables; it raises UsageError and HelpAsked, and never prints or exits."""
+    """Make the parser of these commands from the tables; it raises UsageError and HelpAsked."""
     common = Parser()
     group = common.add_argument_group("global options, before or after the command")
     group.add_argument("-h", "--help", action="help", help="show how it is used")
-    group.add_argument("--version", action="version", version=f"deploy.py {VERSION}", help="show the version")
+    group.add_argument("--version", action="version", version=f"deploy.py {VERSION}",
+                       help="show the version")
     for flag in FLAGS:
         if not flag.commands:
             add_flag(group, flag)
     for option in OPTIONS:
         if option.flag:
-            shown = {"root": "DIR", "file": "FILE", "lock_wait": "DURATION"}.get(option.key, option.kind)
-            group.add_argument(option.flag, dest=f"{option.section}.{option.key}", metavar=shown,
-                               default=argparse.SUPPRESS, help=option.help)
-
-    def misplaced(name: str) -> Callable[[str], Any]:
-        def refuse_flag(text: str) -> Any:
-            raise UsageError(f"{name} stands before the command", f"write it behind: deploy.py COMMAND {name} ...")
-        return refuse_flag
-    parser = Parser(prog="deploy.py", usage="deploy.py [global options] COMMAND [options]", parents=[common],
+            shown = {"root": "DIR", "file": "FILE", "lock_wait": "DURATION"}
+            group.add_argument(
+                option.flag, dest=f"{option.section}.{option.key}", default=argparse.SUPPRESS,
+                metavar=shown.get(option.key, option.kind), help=option.help)
+    parser = Parser(prog="deploy.py", usage="deploy.py [global options] COMMAND [options]",
                     description="Take an artifact live on this host, and back.\n\n"
                                 "example:\n  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz",
-                    epilog="more: deploy.py COMMAND --help, deploy.py help")
+                    epilog="more: deploy.py COMMAND --help, deploy.py help", parents=[common])
     for flag in FLAGS:
-        for name in flag.names if flag.commands and not flag.is_argument else ():
-            parser.add_argument(name, dest=f"misplaced {name}", nargs="?", const="", type=misplaced(name),
+        if flag.commands and not flag.is_argument:
+            parser.add_argument(*flag.names, nargs="?", const="", type=misplaced,
                                 default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="deploy.py",
-                                     parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
+                                     prog="deploy.py", parser_class=Parser)
     for name in names:
         text, example = [words.replace("`", "") for words in COMMAND_HELP[name]]
-        has_flags = any(name in flag.commands and not flag.is_argument for flag in FLAGS)
         command = commands.add_parser(
-            name, parents=[common], help=text, usage=f"deploy.py [global options] {usage(name)}{' [options]' * has_flags}",
+            name, parents=[common], help=text, usage=f"deploy.py [global options] {usage(name)}",
             description=f"{text[0].upper()}{text[1:]}\n\nexample:\n  deploy.py {example}")
         for flag in FLAGS:
             if name in flag.commands:
@@ -10873,19 +10905,20 @@ def build_parser(names: Iterable[str]) -> Parser:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
-    # Making all parsers would take a third of a short run: only --help needs more than those that are named.
+    # Making all parsers takes a third of a short run; --help alone needs those that are not named.
     asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
     flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
     names = {f"{option.section}.{option.key}": option.flag for option in OPTIONS if option.flag}
-    names.update((flag.dest, flag.names[-1]) for flag in FLAGS)
     for flag in FLAGS:
+        names[flag.dest] = flag.names[-1]
         vars(flags).setdefault(flag.dest, None)
     for name, value in vars(flags).items():
         # A variable that was never set must not pass for an option that was never given.
         if value == "" or isinstance(value, list) and "" in value:
             raise UsageError(f"{names[name]} is given, but empty", "give a value, or leave it out")
     if not flags.command:
-        raise UsageError("no command is given", f"one of {', '.join(COMMANDS)}; see deploy.py --help")
+        raise UsageError("no command is given",
+                         f"one of {', '.join(COMMANDS)}; see deploy.py --help")
     for flag in FLAGS:
         if flag.kind and getattr(flags, flag.dest) is not None:
             flag_value(flag.names[-1], getattr(flags, flag.dest))
@@ -10900,34 +10933,35 @@ def parse_command_line(argv: List[str]) -> Any:
 
 # -- the same file as an Ansible module ------------------------------------------
 
-# Ansible starts a module that says WANT_JSON with one argument: a file of JSON with the task's parameters.
+# Ansible starts a module that says WANT_JSON with one argument: a JSON file of the parameters.
 
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
 NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_exitcode", "debug")
 # What state and history are made of: no_log cannot hide it.
-NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root", "config")
+NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root",
+              "config")
 
 
 def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
-    """Read what Ansible hands over; None where this is a command line, an empty dictionary for JSON that is damaged."""
-    # Only a path: a file in the working directory that is named as a command must not become the command.
+    """Read what Ansible hands over; None for a command line, nothing for JSON that is damaged."""
+    # Only a path: a file that is named as a command must not become the command.
     if len(argv) != 1 or "/" not in argv[0] or argv[0].startswith("-"):
         return None
     try:
-        data = read_descriptor(os.open(argv[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), argv[0], MAX_CONFIG_BYTES)
+        descriptor = os.open(argv[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        data = read_descriptor(descriptor, argv[0], MAX_CONFIG_BYTES)
+        if not data.lstrip().startswith(b"{"):
+            return None
+        parameters = json.loads(data.decode("utf-8"))
     except OSError:
         return None
-    if not data.lstrip().startswith(b"{"):
-        return None
-    try:
-        parameters = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         return {}
     return parameters if "_ansible_module_name" in parameters else None
 
 
 class ModuleConsole(Console):
-    """What Ansible hears: one object on the stdout that nobody else has any more, and nothing beside it.
+    """What Ansible hears: one object on a stdout that nobody else has any more, and nothing beside.
 
     Not on stderr either: with a terminal between them, Ansible gets both in one.
     """
@@ -10950,7 +10984,7 @@ class ModuleConsole(Console):
         self._traceback = traceback.format_exc()
 
     def json_result(self, value: Dict[str, Any]) -> None:
-        """Answer with the object of --json and what Ansible looks for; `msg`, which it shows first, has the hint as well."""
+        """Answer with the object of --json and what Ansible looks for; its `msg` has the hint."""
         answer = dict(value, rc=value["exit_code"])
         if self._parameters.get("_ansible_diff") and self.diff and not value["failed"]:
             answer["diff"] = self.diff
@@ -10958,12 +10992,13 @@ class ModuleConsole(Console):
             answer["msg"] += f" (hint: {value['error']['hint']})"
         if self._traceback and is_verbose(self._parameters):
             answer["exception"] = self._traceback
+        text = json.dumps(self.secrets.mask_json(answer)) + "\n"
         try:
-            write_all(self._answer, json.dumps(self.secrets.mask_json(answer)).encode("ascii") + b"\n")
+            write_all(self._answer, text.encode("ascii"))
         except OSError:
             pass
 
-    def _write(self, stream: Any, text: str, level: str = "info") -> None:
+    def _write(self, stream: Any, text: str, level: int = 0) -> None:
         pass
 
 
@@ -10974,13 +11009,17 @@ def is_verbose(parameters: Dict[str, Any]) -> bool:
 
 
 def parameters_of(command: str) -> Dict[str, Tuple[str, str]]:
-    """List the module's parameters for a command, from the tables: {name: (flag, or nothing for an argument, kind)}."""
+    """List the module's parameters for a command: {name: (flag or nothing, kind)}."""
     found = {}
     for flag in FLAGS:
         if command in (flag.commands or (command,)):
+            kind = "number" if flag.kind else "text"
+            if flag.nargs in ("+", "*"):
+                kind = "list"
+            if not flag.metavar:
+                kind = "switch"
             name = "set" if flag.dest == "assignments" else flag.dest
-            kind = "list" if flag.nargs in ("+", "*") else "number" if flag.kind else "text"
-            found[name] = ("" if flag.is_argument else flag.names[-1], kind if flag.metavar else "switch")
+            found[name] = ("" if flag.is_argument else flag.names[-1], kind)
     for option in OPTIONS:
         if option.flag:
             kind = "number" if option.kind == "duration" else "text"
@@ -10989,51 +11028,56 @@ def parameters_of(command: str) -> Dict[str, Tuple[str, str]]:
 
 
 def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
-    """Translate a task's parameters into the command line that does the same; UsageError names the one that is wrong."""
+    """Translate a task's parameters into the command line that does the same."""
     if not parameters:
         raise UsageError("the file with the parameters is no JSON object", "run the task again")
-    given = {name: value for name, value in parameters.items() if not name.startswith("_ansible_") and value is not None}
+    given = {name: value for name, value in parameters.items()
+             if not name.startswith("_ansible_") and value is not None}
     command = parameter_text("command", given.pop("command", "deploy"))
-    names = [name for name in COMMANDS if name not in TELLING]
-    if command not in names:
-        raise UsageError(f"command: there is no {command!r}", nearest(command, names) or "one of " + ", ".join(names))
+    commands = [name for name in COMMANDS if name not in TELLING]
+    if command not in commands:
+        raise UsageError(f"command: there is no {command!r}",
+                         nearest(command, commands) or "one of " + ", ".join(commands))
     argv = ["--json", command]
-    arguments: List[str] = []
-    if parameter_switch("_ansible_check_mode", parameters.get("_ansible_check_mode") or False):
-        argv.append("-n")
+    arguments = ["--"]
+    check_mode = parameters.get("_ansible_check_mode") or False
+    argv += ["-n" for _ in parameter_texts("_ansible_check_mode", "switch", check_mode)]
     if is_verbose(parameters):
         argv.append("--debug")
     known = parameters_of(command)
     for name, value in given.items():
         if name not in known:
             takes = f"{command} takes " + ", ".join(["command", *known])
-            if any(name in parameters_of(other) for other in names):
+            if any(name in parameters_of(other) for other in commands):
                 raise UsageError(f"{name} is no parameter of the command {command}", takes)
             raise UsageError(f"unknown parameter {name!r}", nearest(name, known) or takes)
         flag, kind = known[name]
-        if kind == "switch":
-            if parameter_switch(name, value):
-                argv.append(flag)
-            continue
         texts = parameter_texts(name, kind, value)
-        for text in texts if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN else ():
-            option_value = text.partition("=")[2]
-            for part in (text, option_value, *re.findall(r"[^\s=\"']{9,}", option_value)):
-                secrets.add(part)
-        if flag:
-            argv += [f"{flag}={text}" for text in texts]
-        else:
+        if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN:
+            for text in texts:
+                hidden = text.partition("=")[2]
+                for part in (text, hidden, *re.findall(r"[^\s=\"']{9,}", hidden)):
+                    secrets.add(part)
+        if not flag:
             arguments += texts
-    return [native(word) for word in argv + ["--"] * bool(arguments) + arguments]
+        else:
+            argv += [flag if kind == "switch" else f"{flag}={text}" for text in texts]
+    return [native(word) for word in argv + (arguments if arguments[1:] else [])]
 
 
 def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
-    """Write a parameter's value as one text or more."""
+    """Write a parameter's value as texts, one for each word of the command line."""
+    if kind == "switch":
+        try:
+            return ["yes"] if read_value("bool", str(value)) else []
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
     if name == "set" and isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise UsageError(f"{name}: {{...}} is no JSON object", 'such as {"deploy.keep_releases": 3}')
+            raise UsageError(f"{name}: {{...}} is no JSON object",
+                             'such as {"deploy.keep_releases": 3}')
     if name == "set" and isinstance(value, dict):
         return list(parameter_assignments(value, ""))
     if kind == "list":
@@ -11042,46 +11086,43 @@ def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
     return [parameter_text(name, value, int if kind == "number" else str)]
 
 
-def parameter_switch(name: str, value: Any) -> bool:
-    """Read a boolean: one of YAML, or what an ad-hoc command has as text."""
-    try:
-        return bool(read_value("bool", str(value)))
-    except ValueError as error:
-        raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
-
-
 def parameter_text(name: str, value: Any, *fine: type) -> str:
-    """Write a value as text; a number or a yes, unless it is fine there, may not be what was written."""
+    """Write a value as text; a number or a yes, unless it is fine there, may be YAML's doing."""
     if isinstance(value, str):
         if "\0" in value or re.search("[\ud800-\udc7f\udd00-\udfff]", value):
-            raise UsageError(f"{name}: holds a character that no argument can have", "write it without")
+            raise UsageError(f"{name}: holds a character that no argument can have",
+                             "write it without")
         return value
     if type(value) in fine:
         return str(value).lower()
+    kind = type(value).__name__
     if isinstance(value, (bool, int, float)):
-        raise UsageError(f"{name}: expected text, and YAML made of it the {type(value).__name__} {json.dumps(value)}",
+        shown = json.dumps(value)
+        raise UsageError(f"{name}: expected text, and YAML made of it the {kind} {shown}",
                          "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
-    raise UsageError(f"{name}: expected text, not a {type(value).__name__}", "see ansible-doc -M library deploy")
+    raise UsageError(f"{name}: expected text, not a {kind}", "see ansible-doc -M library deploy")
 
 
 def parameter_assignments(value: Dict[str, Any], section: str) -> Iterator[str]:
     """Write a dictionary of options, nested or with dotted names, as SECTION.KEY=VALUE."""
+    fine: Dict[str, Tuple[type, ...]] = {
+        "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float)}
     for key, item in value.items():
         name = f"{section}.{key}" if section else key
         if isinstance(item, dict):
             yield from parameter_assignments(item, name)
             continue
-        option = find_option(*name.partition(".")[::2])
+        place = name.partition(".")[::2]
+        option = find_option(*place)
         if option is None or "=" in name:
-            check_known(*name.partition(".")[::2], "set")
+            check_known(*place, "set")
             raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
-        fine: Dict[str, Tuple[type, ...]] = {"mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float)}
         types = (bool, int) if option.key == "json.*" else fine.get(option.kind, (int,))
-        items = item if isinstance(item, list) else [item]
-        texts = [parameter_text(f"set: {name}", each, *types) for each in items]
+        texts = [parameter_text(f"set: {name}", each, *types)
+                 for each in (item if isinstance(item, list) else [item])]
         if isinstance(item, list) and option.kind == "argv":
             texts = [spell(texts)]
-        yield f"{name}={(',' if option.kind == 'statuses' else chr(10)).join(texts)}"
+        yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
 
 
 # -- what is true before a command runs ------------------------------------------
@@ -11090,10 +11131,12 @@ def load(flags: Any) -> Settings:
     """Load the settings that the flags ask for; UsageError tells all that is wrong with them."""
     if flags.command in TELLING:
         return Settings({}, [])
-    given = {tuple(name.split(".")): value for name, value in vars(flags).items() if "." in name}
-    if ("deploy", "lock_wait") in given:
-        given["deploy", "lock_wait"] = spoken_duration(given["deploy", "lock_wait"])
-    settings = read_settings(flags.config or discover_files(), given, flags.assignments or [])  # type: ignore
+    given = {}
+    for name, value in vars(flags).items():
+        section, dot, key = name.partition(".")
+        if dot:
+            given[section, key] = spoken_duration(value) if key == "lock_wait" else value
+    settings = read_settings(flags.config or discover_files(), given, flags.assignments or [])
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
     raise_mistakes(settings.mistakes)
@@ -11101,56 +11144,61 @@ def load(flags: Any) -> Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UsageError for all that is wrong, also what is proper value by value and does not go together."""
+    """Raise UsageError for all that is wrong, also what does not go together."""
     mistakes = settings.mistakes
     wrong = " ".join(mistake.message for mistake in mistakes)
     with noted(mistakes):
         check_size_of_commands(settings)
     with noted(mistakes):
         services_in_order(settings)
-    for kind, sections in (("probe", settings.probe), ("notify", settings.notify), ("template", settings.template)):
-        for name, values in sections.items():
-            if f"[{kind}:{name}]" in wrong:
-                continue  # what is made of a mistake is no second one
-            problem = check_probe(settings, values) if kind == "probe" else \
-                check_notifier(values) if kind == "notify" else place_problem(settings, values)
+    checks: Dict[str, Callable[[Any], Optional[str]]] = {
+        "probe": lambda probe: check_probe(settings, probe), "notify": check_notifier,
+        "template": lambda template: place_problem(settings, template)}
+    for kind, check in checks.items():
+        for name, values in getattr(settings, kind).items():
+            section = f"{kind}:{name}"  # what is made of a mistake is no second one
+            problem = "" if f"[{section}]" in wrong else check(values)
             if problem:
-                mistakes.append(settings.wrong(f"{kind}:{name}", problem))
+                mistakes.append(settings.wrong(section, problem))
     owners: Dict[str, str] = {}
     for (section, key), given in settings.given.items():
-        # Two files of one name: one of them would send to its peer what was meant for the other's.
+        # Two files of one name: one would send to its peer what was meant for the other's.
         if given.text and getattr(find_option(section, key), "kind", "") == "private":
             name = section.partition(":")[2]
             if owners.setdefault(name, section) != section:
-                mistakes.append(settings.wrong(section, f"{key} and another file would be the same credential, {name}: "
-                                                        "give one section another name"))
+                mistakes.append(settings.wrong(
+                    section, f"{key} and another file would be the same credential, {name}: give "
+                             "one section another name"))
     raise_mistakes(mistakes)
 
 
 def place_problem(settings: Settings, template: Any) -> str:
-    """Say where a template meets what else is to stand in that place of a release, or around it; nothing where it does not."""
-    shared = {path: f"what is shared as {path}" for path in settings.deploy.shared_dirs + settings.deploy.shared_files}
+    """Say where a template meets what else is to stand in its place of a release, or around it."""
+    paths = settings.deploy.shared_dirs + settings.deploy.shared_files
+    shared = {path: f"what is shared as {path}" for path in paths}
     rendered = {other.target: f"the target of [template:{other.name}]"
                 for other in settings.template.values() if other is not template}
     for key, places in (("source", shared), ("target", dict(rendered, **shared))):
         path = getattr(template, key)
         for place, what in places.items():
-            if (path + "/").startswith(place + "/") or key == "target" and place.startswith(path + "/"):
+            inside = (path + "/").startswith(place + "/")
+            if inside or key == "target" and place.startswith(path + "/"):
                 return f"{key} = {path}: it meets {what}"
     return ""
 
 
 def check_believed(flags: Any, settings: Settings) -> None:
-    """As root, act on nothing that somebody else could have written; looking at it is allowed."""
+    """As root, act on nothing that somebody else could have written; looking is allowed."""
     if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight",):
         refused = untrusted(settings)[0]
         for problem, hint in refused.values():
-            raise PreflightFailed(f"what root acts on could have been written by others: {problem}",
-                                  f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
+            raise PreflightFailed(
+                f"what root acts on could have been written by others: {problem}",
+                f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
 
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
-    """Tell the console every private value, before anything is written or a hook or a server can show it."""
+    """Tell the console every private value, before a hook or a server can show it."""
     receivers = [*settings.probe.values(), *settings.notify.values()]
     named = [(name, environment(name)) for name in environment_names()
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
@@ -11158,11 +11206,12 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         named += values.items()
     found = [value for name, value in named if looks_secret(name)]
     for receiver in receivers:
-        userinfo = re.match(r"[a-z]+://([^/?#@]*)@", receiver.url)
-        key_file = receiver.auth_file if hasattr(receiver, "auth_file") else receiver.token_file
-        for text in (userinfo.group(1) if userinfo else "", read_if_there(key_file)):
+        texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
+        for key in ("auth_file", "token_file", "url_file"):
+            texts.append(read_if_there(getattr(receiver, key, "")))
+        for text in texts:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
-        # A short word such as `full` or `true` is no secret, and masking it would blot out half of every sentence.
+        # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
         found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
                   if len(value) >= 8 or looks_secret(name)]
     for notifier in settings.notify.values():
@@ -11177,24 +11226,33 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
 
 
 def read_if_there(path: str) -> str:
-    """Read a key file, stripped; nothing where there is none that can be read: preflight tells."""
+    """Read a key file, stripped; nothing where none can be read: preflight tells."""
     try:
         return read_text(path).strip() if path else ""
     except OSError:
         return ""
 
 
-def open_log(settings: Settings, console: Console) -> None:
+def open_log(flags: Any, settings: Settings, console: Console) -> None:
     """Open everything that [log] names; UsageError when a file cannot be opened.
 
     As root not what a configuration names that others could have written:
     lines at the end of a file of their choice may be all they need.
     """
+    for own in (".deploy/", "releases/") if settings.deploy.root and settings.log.file else ():
+        own = f"{os.path.realpath(settings.deploy.root)}/{own}"
+        if os.path.realpath(settings.log.file).startswith(own):
+            raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is "
+                             "deploy.py's own", "write it to another place, such as /var/log")
+    if flags.dry_run:
+        return
     as_json = settings.log.format == "json"
-    for key in ("file", "syslog") if os.geteuid() == 0 and untrusted(settings, files_only=True)[0] else ():
-        if settings.origin("log", key) in settings.files:
-            console.warn(f"[log] {key} is not used: others could have written the configuration that names it")
-            setattr(settings.log, key, "")
+    if os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
+        for key in ("file", "syslog"):
+            if settings.origin("log", key) in settings.files:
+                console.warn(f"[log] {key} is not used: others could have written the "
+                             "configuration that names it")
+                setattr(settings.log, key, "")
     if settings.log.file:
         console.add_log(LogFile(settings.log.file, console.warn, as_json=as_json))
     if settings.log.syslog:
@@ -11203,25 +11261,14 @@ def open_log(settings: Settings, console: Console) -> None:
         console.debug(f"the log goes to syslog, facility {settings.log.facility}")
 
 
-def refuse_own_log(settings: Settings) -> None:
-    """Raise UsageError for a log file that would be written into a release or into this program's own state."""
-    if not settings.deploy.root or not settings.log.file:
-        return
-    root, place = os.path.realpath(settings.deploy.root), os.path.realpath(settings.log.file)
-    for own in (f"{root}/.deploy/", f"{root}/releases/"):
-        if place.startswith(own):
-            raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is deploy.py's own",
-                             "write it to another place, such as /var/log")
-
-
 # -- one run -----------------------------------------------------------------------
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     """Run one command to its exit code."""
     flags = parse_command_line(argv)
-    console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), verbose=bool(flags.verbose or flags.debug),
-                      color=not (flags.no_color or environment("NO_COLOR")) and environment("TERM") != "dumb",
-                      utf8=locale_is_utf8())
+    plain = flags.no_color or environment("NO_COLOR") or environment("TERM") == "dumb"
+    console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), color=not plain,
+                      verbose=bool(flags.verbose or flags.debug), utf8=locale_is_utf8())
     settings = load(flags)
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
@@ -11233,11 +11280,10 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     console.supervisor = environment("NOTIFY_SOCKET")
     if traceparent():
         console.log_context["trace_id"] = traceparent().split("-")[1]
-    refuse_own_log(settings)
-    if not flags.dry_run:
-        open_log(settings, console)
+    open_log(flags, settings, console)
     if environment("TRACEPARENT") and not traceparent():
-        console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not 00-TRACE-PARENT-FLAGS (W3C trace context)")
+        console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not "
+                      "00-TRACE-PARENT-FLAGS (W3C trace context)")
     return guarded(call), call
 
 
@@ -11258,7 +11304,7 @@ def guarded(call: Run) -> int:
         if call.flags.debug:
             call.console.traceback()
         outcome.error = step_error(error, call.flags.command)
-    except Exception as error:  # a defect of this program, which those who are told of failures shall hear of too
+    except Exception as error:  # a defect, of which those who are notified shall hear too
         call.console.traceback()
         outcome.error = internal_error(error)
     if outcome.error:
@@ -11268,7 +11314,8 @@ def guarded(call: Run) -> int:
 
 def internal_error(error: Exception) -> DeployError:
     """Make the error for a defect of this program."""
-    failure = DeployError(f"internal error: {type(error).__name__}: {error}", "this is a defect: please report it")
+    failure = DeployError(f"internal error: {type(error).__name__}: {error}",
+                          "this is a defect: please report it")
     failure.exit_code = EXIT_INTERNAL
     return failure
 
@@ -11278,7 +11325,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     started_seconds = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     parameters = read_parameters(argv)
-    console = Console(environment("JOURNAL_STREAM")) if parameters is None else ModuleConsole(parameters)
+    console = Console(environment("JOURNAL_STREAM"))
+    if parameters is not None:
+        console = ModuleConsole(parameters)
     console.json_mode = console.json_mode or "--json" in argv
     os.umask(0o022)
     try:
@@ -11286,9 +11335,11 @@ def main(argv: Optional[List[str]] = None) -> int:
             argv = module_argv(parameters, console.secrets)
         exit_code, call = run_command_line(argv, console)
         report(call, exit_code, time.monotonic() - started_seconds)
-        # What a command did is not undone by losing what it said; a command that only says something has then failed.
-        is_lost = console.is_result_lost and call.flags.command not in WRITING and not call.outcome.changed
-        return exit_code or (EXIT_FAILED if is_lost else EXIT_OK)
+        # What a command did is not undone by losing what it said; one that only says has failed.
+        says_only = call.flags.command not in WRITING and not call.outcome.changed
+        if console.is_result_lost and says_only and not exit_code:
+            exit_code = EXIT_FAILED
+        return exit_code
     except (DeployError, ImportError, MemoryError) as error:
         if "--debug" in argv:
             console.traceback()
@@ -11297,7 +11348,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except HelpAsked as asked:
         console.raw_result(str(asked))
         if console.json_mode:
-            console.json_result(dict(result_of(None), msg=str(asked), help={"topic": None, "text": str(asked)}))
+            shown = {"topic": None, "text": str(asked)}
+            console.json_result(dict(result_of(None), msg=str(asked), help=shown))
         return EXIT_FAILED if console.is_result_lost else EXIT_OK
     except KeyboardInterrupt:
         failure = Interrupted(signal.SIGINT)
@@ -11312,5 +11364,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == "__main__":
     _exit_code = main()
-    # At once: while Python tidies up, signals have their effect back, and one must not turn "done" into 143.
+    # At once: while Python tidies up, a signal has its effect back, and would turn "done" into 143.
     os._exit(_exit_code)

@@ -217,7 +217,7 @@ def test_a_flag_is_read_before_anything_is_looked_at(words: List[str], tmp_path:
                                          (["-f", "rollback"], "-f")], ids=["sha256", "limit", "force"])
 def test_a_flag_before_its_command_is_told_where_it_belongs(words: List[str], flag: str, tmp_path: Path) -> None:
     error = run_deploy(*words, root=tmp_path / "none", check=2).data["error"]
-    assert error["message"].startswith(f"{flag} stands before the command") and flag in error["hint"]
+    assert error["message"].startswith(flag) and "stands before the command; write it behind" in error["message"]
 
 
 def test_a_log_is_never_written_through_a_symlink_and_that_is_told(tmp_path: Path) -> None:
