@@ -9149,8 +9149,9 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     if verdict:
         store.clear_journal()
         return f"{what} was finished ({verdict})"
-    if is_stray(store, journal, live):
-        raise stray_error(store, journal, live)
+    stray = stray_error(store, journal, live)
+    if stray:
+        raise stray
     if run.flags.command == "rollback" and is_under_way(journal, live):
         # No restart and probe of what is being left.  Its journal stays until the rollback's own.
         plan = Plan(journal.operation, journal.from_release, journal.to_release, [], [], [])
@@ -9227,14 +9228,11 @@ def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
     return result if result in ends and ends[result] == live else ""
 
 
-def is_stray(store: Store, journal: Journal, live: Optional[str]) -> bool:
-    """Say whether somebody else has changed `current` since: only a person knows what to do."""
+def stray_error(store: Store, journal: Journal, live: Optional[str]) -> Optional[StateError]:
+    """Make the error where somebody else has changed `current` since: only a person knows."""
     ends = (journal.from_release, journal.to_release)
-    return live not in ends and not verdict_of(store, journal, live)
-
-
-def stray_error(store: Store, journal: Journal, live: Optional[str]) -> StateError:
-    """Make the error for it."""
+    if live in ends or verdict_of(store, journal, live):
+        return None
     return StateError(
         f"cannot recover the {journal.operation} of {journal.to_release}: current is "
         f"{live or 'missing'}, neither where it came from "
@@ -9590,7 +9588,20 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
             if command in ("rollback", "recover", "prune"):
                 run.store.give_up_reserve()
             if recover_first:
-                run.outcome.extra["recovered"] = recover_under_lock(run)
+                # What a recovery does is not what the command did: its steps are its own.
+                outcome = run.outcome
+                if command != "recover":
+                    run.outcome = Outcome("recover")
+                try:
+                    observe(run, locked=True)
+                    done = outcome.extra["recovered"] = recover(run)
+                finally:
+                    run.outcome = outcome
+                for line in done:
+                    run.console.say(f"recovered: {line}")
+                if done:
+                    outcome.changed, run.facts = True, None  # it is not what it was
+                run.interrupts.reopen()
             yield run.store
             if run.outcome.changed:
                 run.store.keep_reserve()
@@ -9604,25 +9615,6 @@ def close_root(run: Run) -> None:
         if opened is not None:
             opened.close()
     run.artifact = run.store = None
-
-
-def recover_under_lock(run: Run) -> List[str]:
-    """Recover, as every writing command does first; what it did is not what the command did."""
-    outcome = run.outcome
-    if run.flags.command != "recover":
-        run.outcome = Outcome("recover")
-    try:
-        observe(run, locked=True)
-        done = recover(run)
-    finally:
-        run.outcome = outcome
-    if done:
-        run.facts = None  # it is not what it was
-    for line in done:
-        run.console.say(f"recovered: {line}")
-    outcome.changed = outcome.changed or bool(done)
-    run.interrupts.reopen()
-    return done
 
 
 def is_untouched(run: Run) -> bool:
@@ -9834,8 +9826,9 @@ def preview_recovery(store: Store) -> List[str]:
         raise busy(holder)
     if current.problem:
         raise StateError(current.problem, current.hint)
-    if journal and is_stray(store, journal, current.release):
-        raise stray_error(store, journal, current.release)
+    stray = stray_error(store, journal, current.release) if journal else None
+    if stray:
+        raise stray
     plan = [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
     if journal:
         plan.insert(0, f"recover the {journal.operation} of {journal.to_release} ({journal.phase})")
@@ -10048,7 +10041,7 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
             hint = command_line("recover --to RELEASE")
         problems.append((problem, hint))
     if journal and facts.holder is None:
-        by_hand = is_stray(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
+        by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
         problems.append((f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
                          command_line("recover --to RELEASE" if by_hand else "recover")))
     settled = not facts.current.problem and facts.holder is None and not journal
