@@ -1559,10 +1559,8 @@ def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None
     """
     import subprocess
     try:
-        # An exception inside Popen would leave a child behind that nobody knows of.
-        with interrupts.held():
-            running = RunningCommand(argv, environ or base_environment(), directory, run_as, mask)
-            return running.wait(timeout_seconds, on_line, interrupts)
+        running = RunningCommand(argv, environ or base_environment(), directory, run_as, mask)
+        return running.wait(timeout_seconds, on_line, interrupts)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = f"cannot start {argv[0]}: {reason(error)}"
         return CommandResult(list(argv), 127, False, [why], 0.0)
@@ -1935,15 +1933,6 @@ class Interrupts:
         finally:
             self._allowed = before
         self.check()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep signals waiting during the block, within `allowed()` too."""
-        before, self._allowed = self._allowed, False
-        try:
-            yield
-        finally:
-            self._allowed = before
 
 
 # ============================================================================
