@@ -3159,7 +3159,7 @@ class Store:
         with releases.child(name) as tree:
             # What umask, setgid bit and default ACL made of it is what it is to have at the end.
             self._published_mode = stat.S_IMODE(os.fstat(tree.descriptor).st_mode)
-            os.fchmod(tree.descriptor, 0o700)
+            os.fchmod(tree.descriptor, self._published_mode & ~0o077)
         return name
 
     def discard_staging(self, name: str) -> None:

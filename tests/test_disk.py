@@ -215,6 +215,57 @@ def test_a_full_disk_can_be_pruned_and_rolled_back(disk: SmallDisk) -> None:
     assert inconsistencies(app, ["1.2"]) == []
 
 
+@pytest.fixture
+def roomy_disk(app: App) -> Iterator[SmallDisk]:
+    """A disk of 24 MB on which 1.0 is live: enough to set something aside."""
+    yield from with_release(app, "mount -t tmpfs -o size=24m,mode=755 tmpfs {root}")
+
+
+@pytest.mark.parametrize("command", ["rollback", "prune", "recover"])
+def test_what_was_set_aside_is_given_up_on_a_full_disk_and_set_aside_again(roomy_disk: SmallDisk, command: str) -> None:
+    disk, app = roomy_disk, roomy_disk.app
+    reserve, filler = app.root / ".deploy" / "reserve", app.root / "shared-filler"
+    disk.configure("keep_releases = 9\n")
+    for version in ("1.1", "1.2"):
+        disk.run("deploy", app.artifact(version), check=0)
+    assert reserve.stat().st_size == 1 << 20
+    if command == "recover":
+        disk.configure("keep_releases = 9\n[hooks]\npre_activate = /bin/sh -c 'kill -9 $PPID'\n")
+        disk.run("deploy", app.artifact("1.3"), json=False)
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], stderr=subprocess.DEVNULL)
+    disk.configure("keep_releases = 1\n")
+    result = disk.run(command, check=0)
+    assert not reserve.exists() and not result.data["warnings"], result.describe()
+    assert app.version == ("1.1" if command == "rollback" else "1.2")
+    filler.unlink()
+    disk.run("deploy", app.artifact("1.4"), check=0)
+    assert reserve.stat().st_size == 1 << 20
+    assert inconsistencies(app, ["1.4"]) == []
+
+
+def test_a_small_disk_has_nothing_set_aside(disk: SmallDisk) -> None:
+    assert not (disk.app.root / ".deploy" / "reserve").exists()
+
+
+def test_a_release_of_an_images_lower_layer_is_pruned(app: App) -> None:
+    """overlayfs renames no directory that lies in a lower layer (EXDEV)."""
+    app.configure("keep_releases = 9\n")
+    for version in ("1.0", "1.1", "1.2"):
+        app.deploy(version)
+    above = app.directory / "above"
+    for name in ("upper", "work"):
+        (above / name).mkdir(parents=True)
+    disk = SmallDisk(app, f"mount -t overlay -o lowerdir={{root}},upperdir={above}/upper,workdir={above}/work overlay {{root}}")
+    try:
+        disk.configure("keep_releases = 1\n")
+        result = disk.run("prune", check=0)
+        assert len(result.data["removed"]) == 1 and not result.data["warnings"], result.describe()
+        disk.run("deploy", app.artifact("1.3"), check=0)
+        assert inconsistencies(app, ["1.3"]) == [] and len(app.releases()) == 2
+    finally:
+        disk.close()
+
+
 def test_a_read_only_root_is_refused_with_a_reason(disk: SmallDisk) -> None:
     disk.do("mount", "-o", "remount,ro", disk.inside)
     for command in (["deploy", disk.app.artifact("1.1")], ["prune"], ["recover"]):
