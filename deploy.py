@@ -781,17 +781,11 @@ class Console:
 
     def say(self, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line for the person watching, on stderr and in the log; held back while quiet."""
-        self.note(text, event)
-        self._tell(logging.INFO, self.clean(text), event)
+        self._tell(logging.INFO, text, event)
 
-    def note(self, text: str, event: Optional[Dict[str, str]] = None,
-             level: int = logging.INFO) -> None:
+    def note(self, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line for the log alone: what the result says on stdout."""
-        if self._log.handlers:
-            message = self.clean(text).encode("utf-8", "backslashreplace").decode("utf-8")
-            self._log.handle(self._log.makeRecord(
-                "deploy.py", level, "", 0, message, (), None,
-                extra={"context": self.log_context, "event": event or {}}))
+        self._tell(logging.INFO, text, event, shown="")
 
     def painted(self, status: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
         """A line that opens with a coloured status word in a column of its own."""
@@ -800,8 +794,8 @@ class Console:
             level = logging.ERROR
         elif status == "warn":
             level = logging.WARNING
-        self.note(f"{status}: {text}", event, level)
-        self._tell(level, f"  {self.paint(status, f'{status:<7}')} {self.clean(text)}", event)
+        self._tell(level, text, event, logged=f"{status}: {{}}",
+                   shown=f"  {self.paint(status, f'{status:<7}')} {{}}")
 
     def warn(self, text: str) -> None:
         """A warning: shown, logged, and kept for the result."""
@@ -810,18 +804,15 @@ class Console:
 
     def debug(self, text: str) -> None:
         """A line that only -v and the log show."""
-        self.note(text, None, logging.DEBUG)
-        if self.verbose:
-            self._tell(logging.DEBUG, self.paint("dim", "  " + self.clean(text)))
+        self._tell(logging.DEBUG, text, shown=self.paint("dim", "  {}") if self.verbose else "")
 
     def output(self, text: str) -> None:
         """One line that a hook or a service command wrote."""
-        self.note(text)
-        self._tell(logging.INFO, self.paint("dim", "    | ") + self.clean(text))
+        self._tell(logging.INFO, text, shown=self.paint("dim", "    | ") + "{}")
 
     def error(self, message: str, hint: str = "", event: Optional[Dict[str, str]] = None) -> None:
         """The two lines of an error; never held back."""
-        self.note(message + (f" (hint: {hint})" if hint else ""), event, logging.ERROR)
+        self._tell(logging.ERROR, message + (f" (hint: {hint})" if hint else ""), event, shown="")
         self.release_held()
         text = f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}"
         if hint:
@@ -838,7 +829,7 @@ class Console:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
         lines = "\n".join(self.clean(line) for line in text.split("\n"))
         if self.quiet and not self.json_mode:
-            self._tell(logging.INFO, lines)
+            self._held.append((logging.INFO, lines, {}))
         elif not self.json_mode:
             self._write(sys.stdout, lines + "\n")
 
@@ -906,13 +897,21 @@ class Console:
         for level, text, about in held:
             self._show(level, text, about)
 
-    def _tell(self, level: int, text: str, event: Optional[Dict[str, str]] = None) -> None:
+    def _tell(self, level: int, text: str, event: Optional[Dict[str, str]] = None, *,
+              logged: str = "{}", shown: str = "{}") -> None:
+        """Log a text and show it, in these forms; held back while quiet, not shown without one."""
+        text = self.clean(text)
+        if self._log.handlers:
+            message = logged.replace("{}", text).encode("utf-8", "backslashreplace").decode("utf-8")
+            self._log.handle(self._log.makeRecord(
+                "deploy.py", level, "", 0, message, (), None,
+                extra={"context": self.log_context, "event": event or {}}))
         # What an event is about now may be something else by the time it is shown.
         about = {**self.log_context, **event} if event else {}
-        if self.quiet:
-            self._held.append((level, text, about))
-        else:
-            self._show(level, text, about)
+        if self.quiet and shown:
+            self._held.append((level, shown.replace("{}", text), about))
+        elif shown:
+            self._show(level, shown.replace("{}", text), about)
 
     def _show(self, level: int, text: str, about: Dict[str, str]) -> None:
         """Write to stderr, or an event to the journal where stderr leads: nothing stands twice."""
