@@ -3005,6 +3005,7 @@ class Store:
             except FileExistsError:
                 pass
             store = cls(Directory.open(path), settings.command_line)
+            store.optional(".deploy")  # says so where this user may not look at it
             store.check_owner()
             store.root.make("releases").close()
             if not store.root.status("shared"):
