@@ -2830,10 +2830,11 @@ class Journal(NamedTuple):
 class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
 
-    result: deployed, staged, activated, rolled_back (by hand), failed (undone
-    before activation), reverted (failed after activation, previous release
-    live again), left_live (auto_rollback = no), rollback_failed, pruned,
-    pinned, unpinned, aborted (found half done) or recovered (settled by hand).
+    result: deployed, staged, activated, rolled_back (`automatic`: it failed after
+    activation; earlier versions wrote reverted), failed (undone before
+    activation), left_live, rollback_failed, refused (preflight or the artifact),
+    pruned, pinned, unpinned, aborted (found half done) or recovered (settled by
+    hand).
     `previous_sha256` is the SHA-256 of the line before, without its newline;
     empty in the first, `unknown` where what came before was lost.
     """
@@ -3653,6 +3654,7 @@ class Outcome:
         self.previous: Optional[str] = None
         self.message = ""
         self.result = ""  # what the history calls it, where it has a line there
+        self.is_repeated = False  # a refusal that the history has already: nobody is notified again
         self.steps: List[StepResult] = []
         self.checks: List[CheckResult] = []
         self.error: Optional[DeployError] = None
@@ -7497,6 +7499,67 @@ def is_of_service(settings: Settings, process: str) -> bool:
     return process in pids
 
 
+# -- refusals ------------------------------------------------------------------
+
+REMEMBERED_ENTRIES = 100
+GOES_LIVE = ("deployed", "activated", "rolled_back", "left_live", "recovered")
+
+
+def note_ending(run: "Run", entry: HistoryEntry) -> None:
+    """Write an entry into the history, unless it is a refusal that stands there already.
+
+    A timer meets the same refusal at every tick; it is reported once, until
+    another release goes live, or for the day where no digest says what is refused.
+    """
+    run.outcome.result = entry.result
+    if entry.result == "refused" and is_known_refusal(run.store, entry):
+        run.outcome.is_repeated = True
+    else:
+        run.store.append_history(entry)
+
+
+def is_known_refusal(store: Store, entry: HistoryEntry) -> bool:
+    """Tell whether the history has this refusal since a release went live last."""
+    def reason_of(refusal: HistoryEntry) -> str:
+        # What is free on the disk is another number at every tick.
+        return re.sub(r"\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
+
+    try:
+        entries = store.history(REMEMBERED_ENTRIES)
+    except StateError:
+        return False  # a damaged line; `history --verify` finds it
+    for earlier in reversed(entries):
+        if earlier.result in GOES_LIVE and not earlier.automatic:
+            return False
+        if earlier.result == "refused" and reason_of(earlier) == reason_of(entry) and \
+                earlier.artifact_sha256 == entry.artifact_sha256 and \
+                (entry.artifact_sha256 or earlier.at[:10] == entry.at[:10]):
+            return True
+    return False
+
+
+def remember_refusal(run: "Run", error: DeployError) -> None:
+    """Note that preflight failed or the artifact was refused, where no step was taken; locked."""
+    failed = {check.name for check in run.outcome.checks if check.status == "fail"}
+    if run.outcome.result or isinstance(error, StateError) or \
+            failed & {"permissions", "filesystem", "state"}:
+        return  # it is written, or nothing may be written there
+    artifact, mask = run.facts and run.facts.artifact, run.console.secrets.mask
+    try:
+        note_ending(run, HistoryEntry(
+            sequence=0, at=format_time(time.time()), deploy_id=run.deploy_id,
+            operation=run.flags.command, result="refused", release=None,
+            version=artifact.version if artifact else None,
+            previous=run.facts.current.release if run.facts else None,
+            exit_code=error.exit_code, seconds=0.0, message=mask(error.message), by=run.by,
+            steps=[], previous_sha256="",
+            failure={"step": "preflight", "reason": mask(error.message), "evidence": {},
+                     "interrupted": False},
+            artifact_sha256=artifact.sha256 if artifact else None))
+    except (OSError, StateError) as problem:
+        run.console.warn(step_error(problem, "history").message)
+
+
 # -- checks ------------------------------------------------------------------
 
 # A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
@@ -8868,16 +8931,16 @@ class Executor:
             run.facts.records[record.id] = record
         record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact
         found = record or artifact
-        run.store.append_history(HistoryEntry(
+        note_ending(run, HistoryEntry(
             sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id,
-            operation=plan.operation, result="reverted" if automatic else result, release=plan.to_release or None,
+            operation=plan.operation, result=result, release=plan.to_release or None,
             version=found.version if found else None, previous=plan.from_release,
             exit_code=exit_code, seconds=round(time.monotonic() - self.started_seconds, 3),
             message=mask(error.message if error else ""), by=run.by,
             steps=mask([dict(step.to_json(), started_at=step.started_at)
                         for step in run.outcome.steps]), failure=failure,
-            previous_sha256=""))
-        run.outcome.result = result
+            previous_sha256="", artifact_sha256=found.sha256 if found else None,
+            automatic=automatic if result == "rolled_back" else None))
         if error is None and self.phase:
             run.outcome.changed = True
             run.outcome.release, run.outcome.previous = plan.to_release or None, plan.from_release
@@ -8945,7 +9008,8 @@ class Executor:
             self.run.console.warn("not everything could be undone: " + "; ".join(problems))
             self.remember(self.phase, error)
         else:
-            self.end_failed("failed", error, error.exit_code)
+            refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
+            self.end_failed("refused" if refused else "failed", error, error.exit_code)
         self.run_on_failure()
         raise error
 
@@ -9212,8 +9276,8 @@ def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
         return ""
     result, forward, back = last[0].result, journal.to_release, journal.from_release
     ends = {"deployed": forward, "activated": forward, "left_live": forward, "staged": live,
-            "rolled_back": forward, "recovered": live, "reverted": back, "failed": back,
-            "aborted": back}
+            "rolled_back": back if last[0].automatic else forward, "recovered": live,
+            "reverted": back, "failed": back, "refused": back, "aborted": back}
     return result if result in ends and ends[result] == live else ""
 
 
@@ -9591,7 +9655,11 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                 if done:
                     outcome.changed, run.facts = True, None  # it is not what it was
                 run.interrupts.reopen()
-            yield run.store
+            try:
+                yield run.store
+            except (PreflightFailed, ArtifactRefused) as error:
+                remember_refusal(run, error)
+                raise
             if run.outcome.changed:
                 run.store.keep_reserve()
     finally:
@@ -10592,7 +10660,7 @@ def events_of(run: "Run", exit_code: int) -> List[str]:
     if result in ("interrupted", "internal_error"):
         result = "failed"
     events = ["recovered"] if run.outcome.extra.get("recovered") else []
-    if result in dict(NOTIFY_EVENTS) and result not in events:
+    if result in dict(NOTIFY_EVENTS) and result not in events and not run.outcome.is_repeated:
         events.append(result)
     return events
 

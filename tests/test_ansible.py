@@ -149,7 +149,7 @@ def test_a_probe_that_fails_on_the_third_host_stops_the_roll_and_leads_back(flee
     assert "probe web failed" in said
     assert fleet.versions() == ["1.0"] * 6
     assert [fleet.results(name)[-2:] for name in ("h1", "h2", "h4")] == [["deployed", "rolled_back"]] * 3
-    assert fleet.results("h3")[-1] == "reverted"
+    assert fleet.results("h3")[-1] == "rolled_back"
     assert [snapshot(fleet.apps[name].root) for name in ("h5", "h6")] == untouched
     assert all(server.version == "1.0" for server in fleet.servers.values())
     assert fleet.apps["h3"].history()[-1]["by"]["trigger"] == "ansible"

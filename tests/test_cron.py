@@ -68,7 +68,7 @@ def test_cron_mails_nothing_for_a_no_op_and_one_block_for_a_change_or_a_failure(
     assert block[-1].startswith("checked ")
     assert failure.startswith("exit code 5\n--- mail\n") and failure.count("--- mail") == 1
     assert failure.rstrip().splitlines()[-1].startswith("hint: ") and "; rolled back: " in failure
-    assert [(entry["result"], entry["by"]["trigger"]) for entry in app.history()[1:]] == [("deployed", "cron"), ("reverted", "cron")]
+    assert [(entry["result"], entry["by"]["trigger"]) for entry in app.history()[1:]] == [("deployed", "cron"), ("rolled_back", "cron")]
 
 
 @pytest.mark.parametrize("environ", [{}, {"HOME": "/root", "LOGNAME": "root", "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh"}],

@@ -379,7 +379,7 @@ def test_a_failure_after_activation_brings_the_previous_release_back(app: App, s
     assert first in done.data["error"]["message"]
     record, last = app.record(failed), app.history()[-1]
     assert (record["state"], app.record(first)["state"]) == ("bad", "active")
-    assert (last["result"], last["exit_code"], last["release"]) == ("reverted", 5, failed)
+    assert (last["result"], last["exit_code"], last["release"]) == ("rolled_back", 5, failed)
     for failure in (record["failure"], last["failure"]):
         assert failure["step"] == step
         assert "no such table: users" in json.dumps(failure["evidence"])
@@ -392,7 +392,7 @@ def test_show_prints_the_evidence_of_a_failure(app: App) -> None:
     app.deploy("1.0")
     failed = app.run("deploy", app.artifact("2.0"), check=5).data
     shown = app.run("show", failed["deploy_id"], json=False, check=0).stdout
-    assert "no such table: users" in shown and "service:web" in shown and "reverted" in shown
+    assert "no such table: users" in shown and "service:web" in shown and "rolled_back" in shown
 
 
 def test_show_of_a_release_is_its_deployment_and_not_a_later_pin(app: App) -> None:

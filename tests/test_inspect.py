@@ -183,7 +183,7 @@ def test_releases_does_not_count_what_it_does_not_know(deployed: App) -> None:
 
 # -- history -----------------------------------------------------------------
 
-RESULTS = ["deployed", "deployed", "reverted", "staged"]
+RESULTS = ["deployed", "deployed", "rolled_back", "staged"]
 
 
 def test_history_lists_every_run_oldest_first(busy: App) -> None:
@@ -261,7 +261,7 @@ def test_show_has_a_timeline_with_every_step(busy: App) -> None:
 
 
 def test_show_of_a_failure_has_its_evidence(busy: App) -> None:
-    failed = next(entry for entry in busy.history() if entry["result"] == "reverted")
+    failed = next(entry for entry in busy.history() if entry["result"] == "rolled_back")
     data = busy.run("show", failed["deploy_id"], check=0).data
     assert data["history"][0]["failure"]["step"] == "probe:web"
     assert "the database is away" in json.dumps(data["history"][0]["failure"])

@@ -313,6 +313,56 @@ def test_every_end_is_its_event_and_what_changed_nothing_is_none(app, receive, t
         assert told("deploy", two, "--force", check=75) == []
 
 
+def test_a_refusal_is_told_and_written_once_until_another_release_goes_live(app, receive):
+    """A timer meets a known-bad artifact at every tick: 240 messages a day helped nobody."""
+    receiver, one, two = receive(), app.artifact("1.0"), app.artifact("2.0")
+    section = f"url = {receiver.url}"
+    configure(app, section)
+    app.run("deploy", one, check=0)
+    configure(app, section, before="[hooks]\npost_activate = false")
+    app.run("deploy", two, check=5)
+    configure(app, section)
+    for _ in range(3):
+        assert "marked bad" in app.run("deploy", two, check=4).data["error"]["message"]
+    app.run("pin", "1.0", check=0)
+    app.run("deploy", two, check=4)
+    assert receiver.events == ["deployed", "rolled_back", "refused"]
+    history = [(entry["result"], entry["automatic"], entry["exit_code"]) for entry in app.history()]
+    assert history == [("deployed", None, 0), ("rolled_back", True, 5), ("refused", None, 4), ("pinned", None, 0)]
+    refused = app.history()[2]
+    assert refused["artifact_sha256"] == app.history()[1]["artifact_sha256"] and "marked bad" in refused["message"]
+    configure(app, section, before="min_free = 999T")
+    for _ in range(2):  # what is free meanwhile is another number
+        app.run("deploy", app.artifact("3.0"), check=3)
+        (app.root / "filler").write_bytes(os.urandom(3 << 20))
+    for _ in range(2):
+        app.run("deploy", app.artifact("4.0"), check=3)
+    assert receiver.events[3:] == ["refused", "refused"], "once for each artifact"
+    configure(app, section)
+    app.deploy("5.0")
+    for _ in range(2):
+        app.run("deploy", two, check=4)
+    assert receiver.events[5:] == ["deployed", "refused"]
+
+
+def test_a_refusal_without_a_digest_is_told_once_a_day(app, receive):
+    receiver = receive()
+    configure(app, f"url = {receiver.url}")
+    app.deploy("1.0")
+    for name in ("a", "a", "b"):
+        app.run("deploy", f"/nonexistent/{name}.tar.gz", check=4)
+    assert receiver.events == ["deployed", "refused", "refused"]
+
+
+def test_an_archive_that_is_refused_while_it_is_unpacked_is_told_once(app, receive):
+    receiver = receive()
+    configure(app, f"url = {receiver.url}", before="[limits]\nmax_files = 1")
+    artifact = app.artifact("1.0", {"a": "1", "b": "2", "c": "3"})
+    for _ in range(2):
+        app.run("deploy", artifact, check=4)
+    assert receiver.events == ["refused"] and [entry["result"] for entry in app.history()] == ["refused"]
+
+
 def test_a_recovery_is_told_beside_what_the_run_itself_did(app, receive, tmp_path):
     receiver, gates = receive(), [Gate(tmp_path / version) for version in ("2.0", "2.5")]
     app.deploy("1.0")

@@ -819,7 +819,7 @@ def test_a_signal_ends_a_regular_expression_without_end(number, to_group, app, s
     (os.killpg if to_group else os.kill)(process.pid, number)
     assert process.wait(60) == 5 and app.version is None, "rolled back, once"
     assert not os.path.exists(f"/proc/{helper}")
-    assert [line["result"] for line in app.history()] == ["reverted"] and app.leftovers() == []
+    assert [line["result"] for line in app.history()] == ["rolled_back"] and app.leftovers() == []
 
 
 def test_who_compares_does_not_keep_the_lock_of_a_run_that_was_killed(app, serve):

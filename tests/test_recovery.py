@@ -129,7 +129,7 @@ def test_a_way_back_that_nobody_could_note_does_not_make_the_release_bad(again: 
         killed(live, "recover")
     live.configure()
     assert recover_and_judge(live, ["1.0"]) == []
-    assert (state_of(live, "1.0"), state_of(live, "1.1"), live.history()[-1]["result"]) == ("active", "staged", "reverted")
+    assert (state_of(live, "1.0"), state_of(live, "1.1"), live.history()[-1]["result"]) == ("active", "staged", "rolled_back")
     live.run("deploy", artifact, check=0)
 
 
@@ -297,7 +297,7 @@ def test_a_verdict_that_current_does_not_agree_with_is_not_believed(live: App) -
     (live.root / "current").symlink_to(before)
     result = live.run("recover", check=0)
     assert "was finished" not in result.data["recovered"][0], result.describe()
-    assert live.history()[-1]["result"] == "reverted" and inconsistencies(live, ["1.0"]) == []
+    assert live.history()[-1]["result"] == "rolled_back" and inconsistencies(live, ["1.0"]) == []
 
 
 def test_the_first_deployment_killed_after_the_switch_and_failing_leaves_nothing_live(app: App) -> None:

@@ -382,7 +382,7 @@ def test_more_signals_during_the_way_back_change_nothing(live: App) -> None:
         running.process.send_signal(number)
     go.touch()
     data = running.end()
-    assert data["exit_code"] == 5 and live.history()[-1]["result"] == "reverted"
+    assert data["exit_code"] == 5 and live.history()[-1]["result"] == "rolled_back"
     assert "hook:pre_rollback" in [step["name"] for step in data["steps"] if step["status"] == "done"]
     assert inconsistencies(live, ["1.0"]) == []
 
@@ -625,7 +625,7 @@ def test_a_reader_that_goes_away_never_changes_the_outcome(live: App, pipe: str,
         live.configure("durable = no\n" + TALKS.format(ends))
         assert piped(live, pipe, *options.split(), "deploy", str(live.artifact(version))) == exit_code
         assert inconsistencies(live, [alive]) == []
-    assert [entry["result"] for entry in live.history()] == ["deployed", "deployed", "reverted"]
+    assert [entry["result"] for entry in live.history()] == ["deployed", "deployed", "rolled_back"]
 
 
 def piped(app: App, pipe: str, *words: str) -> int:

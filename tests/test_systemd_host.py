@@ -162,7 +162,7 @@ def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop
 
     arrive("2.0", CRASHING)
     tick("5")
-    assert shop.version == "1.0" and shop.history() == ["deployed", "reverted"]
+    assert shop.version == "1.0" and shop.history() == ["deployed", "rolled_back"]
     assert host.properties(shop.unit, "SubState")["SubState"] == "running"
     assert "cannot find my database" in (shop.root / ".deploy" / "history.jsonl").read_text()
     tick("4")
