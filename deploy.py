@@ -2989,9 +2989,8 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise PreflightFailed(
-                f"cannot open the root {error.filename or path}: {reason(error)}",
-                "name a directory that this user can read: --root DIR")
+            raise PreflightFailed(f"cannot open the root {error.filename or path}: {reason(error)}",
+                                  "name a directory that this user can read: --root DIR")
 
     @classmethod
     def create(cls, settings: Settings) -> "Store":
@@ -3080,10 +3079,6 @@ class Store:
                              f"run it as the owner of {self.path}/.deploy, or as root")
 
     # -- releases and current ------------------------------------------------
-
-    def release_path(self, release: str) -> str:
-        """Return the absolute path of a release."""
-        return f"{self.path}/releases/{release}"
 
     def releases_on_disk(self) -> Set[str]:
         """Name the directories under releases/, known or not."""
@@ -3193,9 +3188,13 @@ class Store:
                 releases.remove_tree(release)
             releases.sync()
             trash.remove_tree(name)
-        for path in (".deploy/manifests", ".deploy/trees"):
-            self.directory(path).discard(release)
-            self.directory(path).sync()
+        self._forget(".deploy/manifests", release)
+        self._forget(".deploy/trees", release)
+
+    def _forget(self, path: str, name: str) -> None:
+        """Remove a file of .deploy durably, if it is there."""
+        self.directory(path).discard(name)
+        self.directory(path).sync()
 
     def leftovers(self) -> List[Tuple[str, str]]:
         """List what a crash or an earlier version left, as (directory, name)."""
@@ -3241,11 +3240,10 @@ class Store:
 
     def give_up_reserve(self) -> None:
         """Where the disk is full, let what frees space or goes back have what was set aside."""
-        directory, disk = self.directory(".deploy"), os.fstatvfs(self.root.descriptor)
+        disk = os.fstatvfs(self.root.descriptor)
         is_full = disk.f_bavail * disk.f_frsize < RESERVE_BYTES
         if is_full or disk.f_files and not disk.f_favail:
-            directory.discard("reserve")
-            directory.sync()
+            self._forget(".deploy", "reserve")
 
     # -- records and manifests -----------------------------------------------
 
@@ -3281,9 +3279,7 @@ class Store:
 
     def remove_record(self, release: str) -> None:
         """Remove a record."""
-        directory = self.directory(".deploy/releases")
-        directory.discard(release + ".json")
-        directory.sync()
+        self._forget(".deploy/releases", release + ".json")
 
     @contextmanager
     def open_manifest(self, release: str) -> Iterator[Tuple[Any, Any]]:
@@ -3315,7 +3311,7 @@ class Store:
 
     def write_manifest(self, release: str, manifest: Iterator[bytes],
                        tree: Iterator[bytes]) -> Dict[str, Any]:
-        """Write the lines of a release's two manifests durably; returns what its record says of them."""
+        """Write a release's two manifests durably; returns what its record says of them."""
         written: Dict[str, Any] = {}
         for name, lines in (("tree", tree), ("manifest", manifest)):
             hasher, directory = hashlib.sha256(), self.directory(f".deploy/{name}s")
@@ -3333,7 +3329,7 @@ class Store:
     # -- the digest cache ----------------------------------------------------
 
     def remembered_digest(self, path: str, identity: Dict[str, int]) -> str:
-        """Return the digest of an artifact that is as it was when it was verified last, or nothing."""
+        """Return the digest of an artifact that is still what was verified last, or nothing."""
         directory = self.optional(".deploy/cache")
         try:
             data = directory.read("digests.json") if directory else None
@@ -3368,10 +3364,8 @@ class Store:
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
         self.drop_links()
-        directory = self.directory(".deploy")
-        if directory.status("journal.json") is not None:
-            directory.discard("journal.json")
-            directory.sync()
+        if self.directory(".deploy").status("journal.json") is not None:
+            self._forget(".deploy", "journal.json")
 
     # -- the history ---------------------------------------------------------
 
@@ -3416,8 +3410,7 @@ class Store:
     def chain(self) -> str:
         """Return the SHA-256 of the history's last line, empty before the first.
 
-        Kept elsewhere, it tells later whether the lines up to there are still what they were:
-        whoever can write the file can write another chain, but none that holds this digest.
+        Kept elsewhere it proves all lines up to there: who can write the file can chain it anew.
         """
         lines = self.read_history(1)[0]
         return hashlib.sha256(lines[0]).hexdigest() if lines else ""
@@ -3545,7 +3538,7 @@ def try_lock(descriptor: int, operation: int) -> bool:
 
 
 def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
-    """Say who holds the lock now, without taking it for longer than the question; None if nobody."""
+    """Say who holds the lock, without having it for longer than the question; None if nobody."""
     directory = store.optional(".deploy")
     try:
         descriptor = os.open("lock", _READ_FLAGS, dir_fd=directory.descriptor) if directory else -1
@@ -8652,7 +8645,7 @@ def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List
         problem = problems_of(differences)
         inside = [(command.where, command.argv[0]) for command in commands(settings)
                   if command.in_release]
-        refuse_foreign_programs(settings, inside, run.store.release_path(release))
+        refuse_foreign_programs(settings, inside, f"{run.store.path}/releases/{release}")
         if problem and forced:
             run.console.warn(f"{release} is not what was staged: {problem}")
             return f"not what was staged, and taken all the same: {problem}"
