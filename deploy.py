@@ -3431,16 +3431,15 @@ class Store:
             made = {f"{entry.release}.json"} if entry.operation in ("deploy", "stage") else set()
             chain = UNKNOWN_DIGEST if known - made else ""
         entry = entry._replace(sequence=sequence + 1, previous_sha256=chain)
-        is_new = directory.status("history.jsonl") is None
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open("history.jsonl", flags, 0o600, dir_fd=directory.descriptor)
+        if directory.status("history.jsonl") is None:
+            directory.write("history.jsonl", b"")  # its name is sure before its first line counts
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open("history.jsonl", flags, dir_fd=directory.descriptor)
         try:
             write_all(descriptor, json.dumps(seal(encode(entry))).encode("ascii") + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if is_new:
-            directory.sync()
         return entry
 
     def cut_torn_line(self) -> bool:
