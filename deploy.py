@@ -11342,20 +11342,21 @@ def guarded(call: Run) -> int:
         COMMANDS[call.flags.command](call)
         if call.flags.command == "config" and not call.flags.example:
             check_settings(call.settings)  # after they were shown
-    except FAILURES as error:
-        if call.flags.debug:
-            call.console.traceback()
-        outcome.error = step_error(error, call.flags.command)
-    except Exception as error:  # a defect, of which those who are notified shall hear too
-        call.console.traceback()
-        outcome.error = internal_error(error)
+    except (Exception, KeyboardInterrupt) as error:
+        outcome.error = failure_of(error, call.flags.command, call.console, call.flags.debug)
     if outcome.error:
         return outcome.error.exit_code
     return EXIT_CHANGED if outcome.changed and call.flags.detailed_exitcode else EXIT_OK
 
 
-def internal_error(error: Exception) -> DeployError:
-    """Make the error for a defect of this program."""
+def failure_of(error: BaseException, step: str, console: Console, debug: Any) -> DeployError:
+    """Make what is reported of whatever was raised; a defect shows its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(signal.SIGINT)
+    if debug or not isinstance(error, FAILURES):
+        console.traceback()
+    if isinstance(error, FAILURES):
+        return step_error(error, step)
     failure = DeployError(f"internal error: {type(error).__name__}: {error}",
                           "this is a defect: please report it")
     failure.exit_code = EXIT_INTERNAL
@@ -11382,22 +11383,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         if console.is_result_lost and says_only and not exit_code:
             exit_code = EXIT_FAILED
         return exit_code
-    except (DeployError, ImportError, MemoryError) as error:
-        if "--debug" in argv:
-            console.traceback()
-        failure = step_error(error, "deploy.py")
-        console.error(failure.message, failure.hint)
     except HelpAsked as asked:
         console.raw_result(str(asked))
         if console.json_mode:
             shown = {"topic": None, "text": str(asked)}
             console.json_result(dict(result_of(None), msg=str(asked), help=shown))
         return EXIT_FAILED if console.is_result_lost else EXIT_OK
-    except KeyboardInterrupt:
-        failure = Interrupted(signal.SIGINT)
-    except Exception as error:  # the boundary: whatever is left is a defect of this program
-        console.traceback()
-        failure = internal_error(error)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = failure_of(error, "deploy.py", console, "--debug" in argv)
         console.error(failure.message, failure.hint)
     if console.json_mode:
         console.json_result(result_of(failure))
