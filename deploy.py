@@ -3030,7 +3030,7 @@ class Store:
         """
         for name in ("",) + PRIVATE_DIRECTORIES:
             try:
-                directory = self.optional(f".deploy/{name}")
+                directory = self.optional(f".deploy/{name}".rstrip("/"))
             except StateError:
                 continue  # for the filesystem check to tell
             if directory is None:
