@@ -19,6 +19,11 @@ def check_error(result: Result, word: str) -> None:
     assert re.search(r"^hint: \S", result.stderr, re.MULTILINE), result.describe()
 
 
+def but_what_is_told(app: App) -> Dict[str, Any]:
+    """Everything under the root but the lock and the history, in which a refusal is a line."""
+    return {name: found for name, found in snapshot(app.root).items() if name not in (".deploy/lock", ".deploy/history.jsonl")}
+
+
 # -- a disk that is really full ----------------------------------------------------
 
 class SmallDisk:
@@ -146,11 +151,11 @@ def test_a_full_inode_table_leaves_the_old_release_live(few_inodes: SmallDisk, h
 
 def test_too_few_inodes_are_refused_before_anything_changes(few_inodes: SmallDisk) -> None:
     app = few_inodes.app
-    before = {name: found for name, found in snapshot(app.root).items() if name != ".deploy/lock"}
+    before = but_what_is_told(app)
     many = {f"many/{number}": "x" for number in range(200)}
     result = few_inodes.run("deploy", app.artifact("1.1", many, suffix=".zip"), check=3)
     assert "inodes" in result.data["error"]["message"], result.describe()
-    assert {name: found for name, found in snapshot(app.root).items() if name != ".deploy/lock"} == before
+    assert but_what_is_told(app) == before
 
 
 @pytest.fixture
@@ -193,10 +198,10 @@ def test_a_disk_that_turns_read_only_during_the_run(
 
 
 def test_an_artifact_that_cannot_fit_is_refused_before_anything_changes(disk: SmallDisk) -> None:
-    before = {name: found for name, found in snapshot(disk.app.root).items() if name != ".deploy/lock"}
+    before = but_what_is_told(disk.app)
     result = disk.run("deploy", disk.app.artifact("1.1", {"big": os.urandom(3000000)}), check=3)
     assert "space" in result.data["error"]["message"] and "free" in result.data["error"]["hint"]
-    assert {name: found for name, found in snapshot(disk.app.root).items() if name != ".deploy/lock"} == before
+    assert but_what_is_told(disk.app) == before
 
 
 def test_a_full_disk_can_be_pruned_and_rolled_back(disk: SmallDisk) -> None:
