@@ -6200,7 +6200,7 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
                          f"{accepting(settings, refused)}")
 
 
-def child_environment(run: "Run", context: Context, extra: Dict[str, str]) -> Dict[str, str]:
+def child_environment(run: Run, context: Context, extra: Dict[str, str]) -> Dict[str, str]:
     """Return the whole environment of a command: a small base, [env], DEPLOY_*, `extra`."""
     environ = base_environment()
     if run.settings.hooks.run_as:
@@ -6217,7 +6217,7 @@ def working_directory(context: Context) -> str:
     return next(path for path in places if os.path.isdir(path))
 
 
-def start_command(run: "Run", context: Context, what: str, argv: Sequence[str],
+def start_command(run: Run, context: Context, what: str, argv: Sequence[str],
                   **options: Any) -> CommandResult:
     """Run an operator's command under the rules for hooks to its end, however it ends.
 
@@ -6238,7 +6238,7 @@ SHOWN_BYTES = 8 << 20  # of one command: a flood must fill neither the log nor m
 SHOWN_LINE_BYTES = 100  # what a line costs beside its text
 
 
-def perform_command(run: "Run", context: Context, what: str, argv: Sequence[str],
+def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
                     timeout_seconds: float) -> CommandResult:
     """Run an operator's command and show its output; StepFailed with its end when it fails."""
     left_bytes = SHOWN_BYTES
@@ -6269,7 +6269,7 @@ def perform_command(run: "Run", context: Context, what: str, argv: Sequence[str]
         "output": result.tail})
 
 
-def run_hook(run: "Run", name: str, context: Context) -> List[CommandResult]:
+def run_hook(run: Run, name: str, context: Context) -> List[CommandResult]:
     """Run every command of a hook in order, in the release; StepFailed at the first that fails."""
     hooks = run.settings.hooks
     return [perform_command(run, context, f"hook {name}", argv, hooks.timeout)
@@ -6318,7 +6318,7 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
 class Service:
     """Something that has to notice that `current` has changed; here, by a command of its own."""
 
-    def __init__(self, run: "Run", settings: Any) -> None:
+    def __init__(self, run: Run, settings: Any) -> None:
         self.run = run
         self.settings = settings
         self.limit_seconds = settings.timeout
@@ -6467,7 +6467,7 @@ class UnitService(Service):
                           dict(evidence, journal=lines) if lines else evidence)
 
 
-def journal_of(run: "Run", unit: str) -> List[str]:
+def journal_of(run: Run, unit: str) -> List[str]:
     """Show the last lines of a unit's journal, and return them."""
     lines: List[str] = []
     # Without the first, what it has just said might not be there yet.
@@ -6568,7 +6568,7 @@ SERVICE_KINDS: Dict[str, Type[Service]] = {
     "unit": UnitService, "pidfile": PidfileService, "command": Service}
 
 
-def make_service(run: "Run", name: str) -> Service:
+def make_service(run: Run, name: str) -> Service:
     """Make the service that [service:NAME] describes."""
     settings = run.settings.service[name]
     kind = next(key for key in SERVICE_KINDS if getattr(settings, key))
@@ -6989,7 +6989,7 @@ class ProbeRun:
 
     SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
 
-    def __init__(self, run: "Run", probe: Any, context: Context, wanted: List[str]) -> None:
+    def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str]) -> None:
         self.run = run
         self.probe = probe
         self.context = context
@@ -7186,7 +7186,7 @@ class ProbeRun:
         return {"error": service.down(), "said": f"{service_target(service.settings)} is up"}
 
 
-def run_probe(run: "Run", probe: Any, context: Context, *, expect_release: bool,
+def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
               once: bool = False, progress: Any = None) -> ProbeResult:
     """Ask until the verdict is in; a probe that fails gives ok=False, only a signal raises.
 
@@ -7438,56 +7438,45 @@ def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
     the release's owner or of a configured service count: otherwise any user
     could keep a release for ever by a `cd` into it.
     """
-    import pwd
     inside = os.path.realpath(f"{root}/releases") + "/"
     found: Dict[str, str] = {}
     try:
         processes = [name for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
         return None
-    for process in processes:
-        for link in ("cwd", "exe"):
-            try:
-                target = os.readlink(f"/proc/{process}/{link}")
-                release = target[len(inside):].split("/")[0]
-                if not target.startswith(inside) or release in found:
-                    continue
-                # The real user: who may run something setuid is not its owner for that.
-                user = int(process_status(process, "Uid")[0])
-                owner = os.lstat(inside + release).st_uid
-                if user not in (0, owner) and not is_of_service(settings, process):
-                    continue
-            except (OSError, ValueError, IndexError):
-                continue  # it has ended, or may not be looked at
-            try:
-                name = pwd.getpwuid(user).pw_name
-            except KeyError:
-                name = f"uid {user}"
-            found[release] = f"pid {process} of {name}"
+    for link in [f"{process}/{name}" for process in processes for name in ("cwd", "exe")]:
+        try:
+            target, process = os.readlink(f"/proc/{link}"), link.split("/")[0]
+            release = target[len(inside):].split("/")[0]
+            if not target.startswith(inside) or release in found:
+                continue
+            # The real user: who may run something setuid is not its owner for that.
+            user, owner = int(process_status(process, "Uid")), os.lstat(inside + release).st_uid
+            if user in (0, owner) or is_of_service(settings, process):
+                found[release] = f"pid {process} of {user_name(user)}"
+        except (OSError, ValueError):
+            pass  # it has ended, or may not be looked at
     return found if processes else None
 
 
-def process_status(process: str, key: str) -> List[str]:
-    """Return the words of one line of a process's status (proc(5)), none where it lacks the line."""
-    for line in read_text(f"/proc/{process}/status").splitlines():
-        if line.startswith(key + ":"):
-            return line.split()[1:]
-    return []
+def process_status(process: str, key: str) -> str:
+    """Return the first word of a line of a process's status (proc(5)); OSError where it is gone."""
+    found = re.search(rf"(?m)^{key}:\s*(\S+)", read_text(f"/proc/{process}/status"))
+    return found.group(1) if found else ""
 
 
 def is_of_service(settings: Settings, process: str) -> bool:
-    """Tell whether a process is in a configured unit, or comes from one that a pidfile names."""
-    units, pids = set(), set()
-    for service in settings.service.values():
-        if service.unit:
-            units.add(service.unit if "." in service.unit else f"{service.unit}.service")
-        elif service.pidfile and os.path.isfile(service.pidfile):
-            pids.add(read_text(service.pidfile).strip())
-    group = read_text(f"/proc/{process}/cgroup")
-    if units.intersection(re.split("[/\n]", group)):
+    """Say whether a process is in a configured unit, or comes from one that a pidfile names."""
+    groups = re.split("[/\n]", read_text(f"/proc/{process}/cgroup"))
+    services, pids = settings.service.values(), []
+    if any(service.unit and {service.unit, f"{service.unit}.service"} & set(groups)
+           for service in services):
         return True
+    for service in services:
+        if service.pidfile and os.path.isfile(service.pidfile):
+            pids.append(read_text(service.pidfile).strip())
     while process not in pids and process not in ("", "0", "1"):
-        process = " ".join(process_status(process, "PPid"))
+        process = process_status(process, "PPid")
     return process in pids
 
 
@@ -7497,7 +7486,7 @@ REMEMBERED_ENTRIES = 100
 GOES_LIVE = ("deployed", "activated", "rolled_back", "left_live", "recovered")
 
 
-def note_ending(run: "Run", entry: HistoryEntry) -> None:
+def note_ending(run: Run, entry: HistoryEntry) -> None:
     """Write an entry into the history, unless it is a refusal that stands there already.
 
     A timer meets the same refusal at every tick; it is reported once, until
@@ -7530,7 +7519,7 @@ def is_known_refusal(store: Store, entry: HistoryEntry) -> bool:
     return False
 
 
-def remember_refusal(run: "Run", error: DeployError) -> None:
+def remember_refusal(run: Run, error: DeployError) -> None:
     """Note that preflight failed or the artifact was refused, where no step was taken; locked."""
     failed = {check.name for check in run.outcome.checks if check.status == "fail"}
     if run.outcome.result or isinstance(error, StateError) or \
@@ -7562,14 +7551,14 @@ KEY_FILES = {"probe": ("auth_file", "tls_ca", "tls_cert", "tls_key"),
              "notify": ("url_file", "token_file", "tls_ca")}
 
 
-def check_runtime(run: "Run") -> Iterator[Finding]:
+def check_runtime(run: Run) -> Iterator[Finding]:
     """Which host, Python and user this is."""
     python = ".".join(str(part) for part in sys.version_info[:3])
     run.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
     yield "ok", f"{os.uname().nodename}, Python {python}, user {user_name()}", ""
 
 
-def check_user(run: "Run") -> Iterator[Finding]:
+def check_user(run: Run) -> Iterator[Finding]:
     """[preflight] user."""
     wanted = run.settings.preflight.user
     if not wanted:
@@ -7579,7 +7568,7 @@ def check_user(run: "Run") -> Iterator[Finding]:
     yield "ok", user_name(), ""
 
 
-def check_configuration(run: "Run") -> Iterator[Finding]:
+def check_configuration(run: Run) -> Iterator[Finding]:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
     settings = run.settings
     missing = [(section, key, path) for section, key, path in key_files(settings)
@@ -7634,7 +7623,7 @@ def missing_programs(settings: Settings, kind: str) -> Iterator[Finding]:
             yield "fail", f"{command.where}: {program} is not found or not executable", hint
 
 
-def check_trust(run: "Run") -> Iterator[Finding]:
+def check_trust(run: Run) -> Iterator[Finding]:
     """Could somebody else have written what is about to be believed?"""
     serious = "fail" if os.geteuid() == 0 else "warn"
     refused, accepted = untrusted(run.settings)
@@ -7664,56 +7653,50 @@ def untrusted(settings: Settings, *, files_only: bool = False
     Both by path.  A configuration that others may write cannot accept its own
     risk.  `files_only` looks at the configuration alone.
     """
-    own: Dict[str, Problem] = {}
-    others: Dict[str, Problem] = {}
-    for path in settings.files:
-        own.update(trust_problems(path))
-    if not files_only:
-        paths = [settings.deploy.root] if settings.deploy.root else []
-        paths += [path for _, _, path in key_files(settings)]
-        if any(service.unit for service in settings.service.values()):
-            paths += program_places("systemctl", "/", command_path())
-        for path in paths:
-            others.update(trust_problems(path))
-        for where, program, directory in believed_programs(settings):
-            others = dict(foreign_program(settings, where, program, directory), **others)
-    by_file = settings.origin("preflight", "accept_risk") in settings.files
     refused: Dict[str, Problem] = {}
-    accepted: Dict[str, Problem] = {}
-    for path, problem in dict(own, **others).items():
-        may_accept = not by_file or path not in own
-        is_accepted = may_accept and path in settings.preflight.accept_risk
-        (accepted if is_accepted else refused)[path] = problem
+    for path in settings.files:
+        refused.update(trust_problems(path))
+    own = set(refused)
+    for problems in [] if files_only else believed(settings):
+        refused = dict(problems, **refused)
+    by_file = settings.origin("preflight", "accept_risk") in settings.files
+    accepted = {path: refused.pop(path) for path in settings.preflight.accept_risk
+                if path in refused and not (by_file and path in own)}
     return refused, accepted
 
 
-def believed_programs(settings: Settings) -> List[Tuple[str, str, str]]:
-    """List (where it is configured, program, directory to look from) for what root will run.
+def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
+    """Judge whatever root will act on or run beside its configuration, in the order to be told.
 
     What comes with the release is looked for in the one that is live, to which
     a run may go back, and on the way to the one that is not there yet.
     """
-    if not settings.deploy.root:
-        return [(command.where, command.argv[0], "/") for command in commands(settings)]
-    root = os.path.realpath(settings.deploy.root)
+    root = os.path.realpath(settings.deploy.root) if settings.deploy.root else ""
+    if root:
+        yield trust_problems(settings.deploy.root)
+    for _, _, path in key_files(settings):
+        yield trust_problems(path)
+    if any(service.unit for service in settings.service.values()):
+        for path in program_places("systemctl", "/", command_path()):
+            yield trust_problems(path)
     coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
     releases = [coming, live] if os.path.isdir(live) else [coming]
-    shared = settings.deploy.shared_dirs + settings.deploy.shared_files
-    found = []
+    shared = tuple(f"{coming}/{path}/"
+                   for path in settings.deploy.shared_dirs + settings.deploy.shared_files)
     for command in commands(settings):
-        program = command.argv[0]
-        directories = [root] if command.in_root else []
+        program, directories = command.argv[0], [root] if command.in_root else []
         if command.in_release:
             directories += releases
-        found += [(command.where, program, directory) for directory in directories]
+        for directory in directories if root else ["/"]:
+            yield foreign_program(settings, command.where, program, directory)
         for place in program_places(native(program), coming, hook_path(settings)):
-            inside = os.path.relpath(place, coming)
-            if any((inside + "/").startswith(path + "/") for path in shared):
-                found.append((command.where, f"{root}/shared/{inside}", "/"))
-    return found
+            place = os.path.normpath(place)
+            if root and (place + "/").startswith(shared):
+                place = place.replace(coming, f"{root}/shared", 1)
+                yield foreign_program(settings, command.where, place, "/")
 
 
-def check_root(run: "Run") -> Iterator[Finding]:
+def check_root(run: Run) -> Iterator[Finding]:
     """The root exists, or can be made, and can be written."""
     root, parent = run.facts.root, os.path.dirname(run.facts.root)
     if run.store is not None and not os.access(root, os.W_OK | os.X_OK):
@@ -7724,7 +7707,7 @@ def check_root(run: "Run") -> Iterator[Finding]:
     yield "ok", root if run.store is not None else f"{root} will be made", ""
 
 
-def check_filesystem(run: "Run") -> Iterator[Finding]:
+def check_filesystem(run: Run) -> Iterator[Finding]:
     """One filesystem, or rename would fail half way (EXDEV)."""
     if run.store is None:
         yield "skip", "no root yet", ""
@@ -7744,7 +7727,7 @@ def check_filesystem(run: "Run") -> Iterator[Finding]:
     yield "ok", "one filesystem", ""
 
 
-def check_current(run: "Run") -> Iterator[Finding]:
+def check_current(run: Run) -> Iterator[Finding]:
     """`current` is a symlink to a release, or nothing yet."""
     current = run.facts.current
     if current.problem:
@@ -7755,7 +7738,7 @@ def check_current(run: "Run") -> Iterator[Finding]:
     yield "ok", current.release or "nothing is live yet", ""
 
 
-def check_state(run: "Run") -> Iterator[Finding]:
+def check_state(run: Run) -> Iterator[Finding]:
     """Records and journal can be read."""
     facts = run.facts
     fix = "restore the file from a backup, or move it away: its release is then unknown"
@@ -7769,7 +7752,7 @@ def check_state(run: "Run") -> Iterator[Finding]:
     yield "ok", count(len(facts.records), "record"), ""
 
 
-def check_recovery(run: "Run") -> Iterator[Finding]:
+def check_recovery(run: Run) -> Iterator[Finding]:
     """Nothing is left over from an earlier run."""
     journal = run.facts.journal
     if journal is None:
@@ -7783,7 +7766,7 @@ def check_recovery(run: "Run") -> Iterator[Finding]:
                "the next writing command recovers it first")
 
 
-def check_lock(run: "Run") -> Iterator[Finding]:
+def check_lock(run: Run) -> Iterator[Finding]:
     """No other run is at work."""
     if run.facts.holder is not None:
         yield ("fail", f"held by {describe_holder(run.facts.holder)}",
@@ -7791,7 +7774,7 @@ def check_lock(run: "Run") -> Iterator[Finding]:
     yield "ok", "free", ""
 
 
-def check_clock(run: "Run") -> Iterator[Finding]:
+def check_clock(run: Run) -> Iterator[Finding]:
     """The clock is not before the newest record."""
     newest = max((record.created_at for record in run.facts.records.values()), default="")
     now = format_time(run.facts.now_seconds)
@@ -7801,7 +7784,7 @@ def check_clock(run: "Run") -> Iterator[Finding]:
     yield "ok", now, ""
 
 
-def check_artifact(run: "Run") -> Iterator[Finding]:
+def check_artifact(run: Run) -> Iterator[Finding]:
     """The artifact is there, readable, of a known format, and its digest is known."""
     found, refusal = run.facts.artifact, run.facts.refusal
     if refusal:
@@ -7813,7 +7796,7 @@ def check_artifact(run: "Run") -> Iterator[Finding]:
                f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
 
 
-def check_bad(run: "Run") -> Iterator[Finding]:
+def check_bad(run: Run) -> Iterator[Finding]:
     """The artifact is not one that failed before, nor one that a person went back from."""
     if run.facts.artifact is None:
         yield "skip", "no artifact given", ""
@@ -7848,7 +7831,7 @@ def bad_refusal(bad: Record) -> Problem:
             "deploy a corrected version, or insist with --force")
 
 
-def check_downgrade(run: "Run") -> Iterator[Finding]:
+def check_downgrade(run: Run) -> Iterator[Finding]:
     """The artifact is not older than what is live, where the two can be compared."""
     artifact, live = run.facts.artifact, run.facts.records.get(run.facts.current.release or "")
     if artifact is None or live is None:
@@ -7884,7 +7867,7 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
     return tuple(numbers), 0, tuple(rank[part] if part.isalpha() else int(part) for part in parts)
 
 
-def cost_and_room(run: "Run") -> Tuple[Cost, os.statvfs_result]:
+def cost_and_room(run: Run) -> Tuple[Cost, os.statvfs_result]:
     """Return what is still to be unpacked, and what the root's filesystem has."""
     artifact, root = run.facts.artifact, run.facts.root
     is_unpacked = artifact is None or artifact.release
@@ -7892,7 +7875,7 @@ def cost_and_room(run: "Run") -> Tuple[Cost, os.statvfs_result]:
     return cost, os.statvfs(root if run.store is not None else os.path.dirname(root))
 
 
-def check_space(run: "Run") -> Iterator[Finding]:
+def check_space(run: Run) -> Iterator[Finding]:
     """Free bytes for what the archive will need, and min_free on top."""
     cost, found = cost_and_room(run)
     needed_bytes, keep_bytes = cost.expanded_bytes, run.settings.deploy.min_free
@@ -7908,7 +7891,7 @@ def check_space(run: "Run") -> Iterator[Finding]:
     yield "ok", detail, ""
 
 
-def check_inodes(run: "Run") -> Iterator[Finding]:
+def check_inodes(run: Run) -> Iterator[Finding]:
     """Free inodes for the files of the archive."""
     cost, found = cost_and_room(run)
     free = found.f_favail
@@ -7924,9 +7907,9 @@ def check_inodes(run: "Run") -> Iterator[Finding]:
 
 
 def required(key: str, is_there: Callable[[str], Any], noun: str, problem: str, fix: str
-             ) -> Callable[["Run"], Iterator[Finding]]:
+             ) -> Callable[[Run], Iterator[Finding]]:
     """Make the check of one of the lists in [preflight]; problem and fix have {} for the name."""
-    def check(run: "Run") -> Iterator[Finding]:
+    def check(run: Run) -> Iterator[Finding]:
         wanted = getattr(run.settings.preflight, key)
         for name in wanted:
             if not is_there(name):
@@ -7936,7 +7919,7 @@ def required(key: str, is_there: Callable[[str], Any], noun: str, problem: str, 
     return check
 
 
-def check_shared(run: "Run") -> Iterator[Finding]:
+def check_shared(run: Run) -> Iterator[Finding]:
     """Shared files exist: an empty file in their place would be a lie."""
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
     shared = f"{run.facts.root}/shared"
@@ -7965,7 +7948,7 @@ def check_shared(run: "Run") -> Iterator[Finding]:
            f"{count(len(files), 'file')}", "")
 
 
-def check_ports(run: "Run") -> Iterator[Finding]:
+def check_ports(run: Run) -> Iterator[Finding]:
     """[preflight] free_ports: bound for an instant, the only proof that a port is free."""
     wanted = run.settings.preflight.free_ports
     for host, port in wanted:
@@ -8008,7 +7991,7 @@ def bind_for_an_instant(host: str, port: int) -> None:
                     raise
 
 
-def check_services(run: "Run") -> Iterator[Finding]:
+def check_services(run: Run) -> Iterator[Finding]:
     """Every service is known to its manager; one that has failed already is named."""
     if os.geteuid() == 0 and untrusted(run.settings)[0]:
         yield "skip", "not asked: somebody else could have written what is believed", ""
@@ -8018,14 +8001,14 @@ def check_services(run: "Run") -> Iterator[Finding]:
     yield "ok", count(len(run.settings.service), "service"), ""
 
 
-def check_hooks(run: "Run") -> Iterator[Finding]:
+def check_hooks(run: Run) -> Iterator[Finding]:
     """Programs of hooks are found; those in the release can only be looked for once it is there."""
     yield from missing_programs(run.settings, "hooks")
     total = sum(len(getattr(run.settings.hooks, name)) for name in HOOK_NAMES)
     yield "ok", count(total, "command"), ""
 
 
-def check_templates(run: "Run") -> Iterator[Finding]:
+def check_templates(run: Run) -> Iterator[Finding]:
     """Templates are in the artifact and every placeholder has a value."""
     templates = run.settings.template
     if not templates or run.artifact is None or run.facts.artifact is None:
@@ -8049,7 +8032,7 @@ def check_templates(run: "Run") -> Iterator[Finding]:
     yield "ok", count(len(templates), "template"), ""
 
 
-def check_probes(run: "Run") -> Iterator[Finding]:
+def check_probes(run: Run) -> Iterator[Finding]:
     """Probes with when = before or both: the database is down now, not because of us."""
     if os.geteuid() == 0 and untrusted(run.settings)[0]:
         yield "skip", "not run: somebody else could have written what is believed", ""
@@ -8108,7 +8091,7 @@ STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
 
 
-def run_checks(run: "Run", *, going_back: bool = False) -> List[CheckResult]:
+def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
     """Run every check, whatever the others found; each becomes one result, its worst finding."""
     results = []
     for name, check, guards_way_back in CHECKS:
@@ -10332,7 +10315,7 @@ def command_completion(call: Run) -> None:
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
 
-def result_object(run: "Run", exit_code: int, seconds: float) -> Dict[str, Any]:
+def result_object(run: Run, exit_code: int, seconds: float) -> Dict[str, Any]:
     """Put together the one object of --json."""
     outcome, root = run.outcome, run.settings.deploy.root
     result = result_of(outcome.error, outcome)
@@ -10369,7 +10352,7 @@ def result_of(error: Optional[DeployError], outcome: Optional[Outcome] = None) -
         "error": {"message": error.message, "hint": error.hint} if error else None})
 
 
-def run_result(run: "Run", exit_code: int) -> str:
+def run_result(run: Run, exit_code: int) -> str:
     """Say in one word how a run ended: the word of history, events, metrics and log."""
     result = run.outcome.result
     if exit_code in (EXIT_OK, EXIT_CHANGED):
@@ -10392,7 +10375,7 @@ LASTING_METRICS = ("deploy_last_success_", "deploy_runs_total")
 DEPLOYMENT_METRICS = "deploy_last_deployment_"
 
 
-def write_metrics(run: "Run", exit_code: int, seconds: float) -> None:
+def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     """Bring the application's file in [metrics] textfile_dir up to date.
 
     Nothing in that directory is acted on, no link in it is followed, and what
@@ -10473,7 +10456,7 @@ def read_samples(application: str, data: bytes) -> Dict[str, float]:
     return samples
 
 
-def describe_run(samples: Dict[str, float], run: "Run", exit_code: int, seconds: float,
+def describe_run(samples: Dict[str, float], run: Run, exit_code: int, seconds: float,
                  ended_seconds: float) -> Dict[str, float]:
     """Return the samples with this run in place of the one before."""
     command, succeeded = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED)
@@ -10487,16 +10470,14 @@ def describe_run(samples: Dict[str, float], run: "Run", exit_code: int, seconds:
     def put(metric: str, value: float, **labels: str) -> None:
         described[sample_key(run.application, metric, **labels)] = value
 
-    put("deploy_last_run_timestamp_seconds", ended_seconds, command=command)
-    put("deploy_last_run_success", succeeded, command=command)
+    for family in ("deploy_last_run_", DEPLOYMENT_METRICS) if is_deployment else (
+            "deploy_last_run_",):
+        put(f"{family}timestamp_seconds", ended_seconds, command=command)
+        put(f"{family}success", succeeded, command=command)
+        put(f"{family}duration_seconds", seconds, command=command)
     put("deploy_last_run_exit_code", exit_code, command=command)
-    put("deploy_last_run_duration_seconds", seconds, command=command)
     if succeeded:
         put("deploy_last_success_timestamp_seconds", ended_seconds)
-    if is_deployment:
-        put("deploy_last_deployment_timestamp_seconds", ended_seconds, command=command)
-        put("deploy_last_deployment_success", succeeded, command=command)
-        put("deploy_last_deployment_duration_seconds", seconds, command=command)
     steps: Dict[str, float] = {}
     for step in run.outcome.steps:
         # A release in a label would make one more series of every deployment; a step of the way
@@ -10615,7 +10596,7 @@ def learn_hook_url(url: str, secrets: Secrets) -> None:
         secrets.add(word)
 
 
-def notify(run: "Run", exit_code: int, seconds: float) -> None:
+def notify(run: Run, exit_code: int, seconds: float) -> None:
     """Report to every notifier what it wants to know, side by side; what fails is a warning."""
     wanted = [(event, settings) for event in events_of(run, exit_code)
               for settings in run.settings.notify.values() if event in settings.events]
@@ -10646,7 +10627,7 @@ def notify(run: "Run", exit_code: int, seconds: float) -> None:
             run.console.warn(f"notify {settings.name}: not told of {event}: {why}")
 
 
-def events_of(run: "Run", exit_code: int) -> List[str]:
+def events_of(run: Run, exit_code: int) -> List[str]:
     """List the events of a run: what it recovered first, and how it ended where that is one."""
     result = run_result(run, exit_code)
     if result in ("interrupted", "internal_error"):
@@ -10657,7 +10638,7 @@ def events_of(run: "Run", exit_code: int) -> List[str]:
     return events
 
 
-def note_of(run: "Run", event: str, result: Dict[str, Any]) -> Note:
+def note_of(run: Run, event: str, result: Dict[str, Any]) -> Note:
     """Describe an event; its release is the one that was to go live, `previous` what was before."""
     facts, previous_version = run.facts, ""
     if facts is None:
@@ -10680,7 +10661,7 @@ def note_of(run: "Run", event: str, result: Dict[str, Any]) -> Note:
     return Note(event, context, words, result)
 
 
-def prepare(run: "Run", settings: Any, note: Note) -> Callable[[Conversation], Dict[str, Any]]:
+def prepare(run: Run, settings: Any, note: Note) -> Callable[[Conversation], Dict[str, Any]]:
     """Make what will report an event, in a process of its own, and returns {"problem": why}.
 
     Secrets are read here; ValueError where there are none.
@@ -10760,7 +10741,7 @@ def send_mail(asked: Conversation, settings: Any, note: Note) -> Dict[str, Any]:
     return {"problem": f"the mail server refused {', '.join(refused)}"} if refused else {}
 
 
-def run_notifier(run: "Run", settings: Any, note: Note) -> Dict[str, Any]:
+def run_notifier(run: Run, settings: Any, note: Note) -> Dict[str, Any]:
     """Run a command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT."""
     RunningCommand.KILL_AFTER_SECONDS = NOTIFY_GRACE_SECONDS  # in this forked process alone
     environ = child_environment(run, note.context, {
@@ -10780,7 +10761,7 @@ def run_notifier(run: "Run", settings: Any, note: Note) -> Dict[str, Any]:
 WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover")
 
 
-def tell_others(run: "Run", exit_code: int, seconds: float) -> None:
+def tell_others(run: Run, exit_code: int, seconds: float) -> None:
     """Write metrics and notify; the lock is free by now, and whatever goes wrong is a warning."""
     if run.flags.dry_run or not run.is_believed or run.flags.command not in WRITING:
         return
@@ -10791,7 +10772,7 @@ def tell_others(run: "Run", exit_code: int, seconds: float) -> None:
             run.console.warn(step_error(error, name).message)
 
 
-def report(run: "Run", exit_code: int, seconds: float) -> None:
+def report(run: Run, exit_code: int, seconds: float) -> None:
     """Show the end: the error with its hint, the summary line, or the JSON object."""
     outcome, console = run.outcome, run.console
     tell_others(run, exit_code, seconds)
