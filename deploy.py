@@ -8801,7 +8801,13 @@ class Executor:
                 run.interrupts.check()
                 self.take(step)
             run.interrupts.check()
-            self.confirm_live()
+            live = run.store.current()
+            if self.phase == PHASE_SWITCHED and live.release != plan.to_release:
+                # A hook may have moved `current`, or deleted the release.
+                raise StepFailed(
+                    f"{plan.to_release} is not live after all: "
+                    f"{live.problem or live.release or 'current is gone'}",
+                    "see which hook or other program changes `current`, then run again")
             self.blameless = True
             if self.phase:
                 self.end(RESULTS[plan.operation])
@@ -8812,11 +8818,10 @@ class Executor:
             # A disk that refuses our own notes, or a missing module, is not the release's doing.
             if isinstance(error, (OSError, ImportError, MemoryError)):
                 self.blameless = True
-            try:
-                self.fail(step_error(error, self.done[-1].name if self.done else plan.operation))
-            except FAILURES:
-                if isinstance(error, FAILURES):
-                    raise
+            step_name = self.done[-1].name if self.done else plan.operation
+            final = self.fail(step_error(error, step_name))
+            if isinstance(error, FAILURES):
+                raise final
             raise  # a defect of this program: what it had begun is undone by now
         # The verdict is in: signals from here on change nothing.
         run.interrupts.close()
@@ -8849,10 +8854,9 @@ class Executor:
                 raise
             console.warnings.append(f"{step.name}: {detail}")
         finally:
-            seconds, mask = time.monotonic() - started_seconds, console.secrets.mask
-            run.outcome.steps.append(StepResult(
-                step.name, status, round(seconds, 4), mask(detail), list(map(mask, run.output)),
-                format_time(started_at)))
+            seconds, mask = time.monotonic() - started_seconds, console.secrets.mask_json
+            run.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
+                                                mask(run.output), format_time(started_at)))
             console.painted("warn" if status == "failed" and step.optional else status,
                             f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
                             {"event": f"step_{status}", "result": status})
@@ -8860,12 +8864,11 @@ class Executor:
         if step.noted:
             self.enter(step.noted)
 
-    def enter(self, phase: str, failure: Optional[Dict[str, Any]] = None) -> None:
+    def enter(self, phase: str) -> None:
         """Write down durably what is about to be done, and what was."""
         plan, run = self.plan, self.run
         if self.journal is None:
-            record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact or None
-            found = artifact or record
+            found = run.facts.artifact or run.facts.records.get(plan.to_release)
             self.journal = Journal(
                 deploy_id=self.deploy_id, operation=plan.operation, phase=phase,
                 from_release=plan.from_release, to_release=plan.to_release,
@@ -8875,19 +8878,9 @@ class Executor:
                 by=run.by, chain=run.store.chain())
         known = self.journal.done
         done = known + [step.name for step in self.done if step.name not in known]
-        self.journal = self.journal._replace(
-            phase=phase, done=done, failure=failure or self.journal.failure)
+        self.journal = self.journal._replace(phase=phase, done=done)
         self.phase = phase
         run.store.write_journal(self.journal)
-
-    def confirm_live(self) -> None:
-        """What is to be live must be: a hook may have moved `current`, or deleted the release."""
-        found = self.run.store.current()
-        if self.phase == PHASE_SWITCHED and found.release != self.plan.to_release:
-            raise StepFailed(
-                f"{self.plan.to_release} is not live after all: "
-                f"{found.problem or found.release or 'current is gone'}",
-                "see which hook or other program changes `current`, then run again")
 
     # -- the end ---------------------------------------------------------------
 
@@ -8933,15 +8926,14 @@ class Executor:
     def end_failed(self, result: str, error: DeployError, exit_code: int, *,
                    automatic: bool = False, keep_journal: bool = False) -> None:
         """Close a run that failed; where the disk refuses the verdict, the next run writes it."""
-        if not self.phase:
-            return
         try:
-            self.end(result, error, exit_code=exit_code, automatic=automatic,
-                     keep_journal=keep_journal)
+            if self.phase:
+                self.end(result, error, exit_code=exit_code, automatic=automatic,
+                         keep_journal=keep_journal)
         except FAILURES as problem:
-            self.run.console.warn(f"the verdict could not be written: "
-                                  f"{step_error(problem, 'history').message}; "
-                                  "the next run recovers it")
+            self.run.console.warn(
+                f"the verdict could not be written: {step_error(problem, 'history').message}; "
+                "the next run recovers it")
 
     def failure(self, error: DeployError) -> Dict[str, Any]:
         """Describe a failure for record, history and journal; the first one stands."""
@@ -8955,125 +8947,120 @@ class Executor:
 
     # -- the bad ends ------------------------------------------------------------
 
-    def fail(self, error: DeployError) -> None:
-        """Undo, leave it live, or take the way back; raises what the run ends with."""
-        self.run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
+    def fail(self, error: DeployError) -> DeployError:
+        """Undo, leave it live, or take the way back; returns what the run ends with."""
+        run, plan = self.run, self.plan
+        run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
+        blind = plan.operation == "rollback" and not run.left_is_healthy
         if self.phase not in (PHASE_SWITCHED, PHASE_ROLLING_BACK):
-            self.undo(error)
-        if self.phase == PHASE_SWITCHED and self.plan.operation == "rollback" \
-                and not self.run.left_is_healthy:
-            self.leave_live(error, f"nothing shows that {self.plan.from_release} was healthy",
-                            "activate RELEASE")
-        if self.phase == PHASE_SWITCHED and not self.run.settings.deploy.auto_rollback:
-            self.leave_live(error, "auto_rollback is off", "rollback")
-        self.go_back(error)
+            final = self.undo(error)
+        elif self.phase == PHASE_SWITCHED and (blind or not run.settings.deploy.auto_rollback):
+            # The release that failed stays, and a person decides.
+            run.outcome.changed = True
+            self.end_failed("left_live", error, EXIT_ROLLBACK_FAILED)
+            why, command = "auto_rollback is off", run.settings.command_line("rollback")
+            if blind:
+                why = f"nothing shows that {plan.from_release} was healthy"
+                command = run.settings.command_line("activate RELEASE")
+            final = RollbackFailed(f"{error.message}; {plan.to_release} is live all the same: {why}",
+                                   f"correct the cause, or leave it: {command}")
+        else:
+            final = self.go_back(error)
+        if self.phase:
+            move = Move(plan.operation, plan.from_release, plan.to_release)
+            for step in expand("on_failure?", "", run.settings, run.facts, move):
+                self.take(step)
+        if isinstance(final, RolledBack):
+            # A timer that deploys one broken artifact after the other must not fill the disk.
+            move = Move("prune", plan.from_release, plan.from_release)
+            for step in expand("prune", "", run.settings, run.facts, move):
+                self.take(step)
+        return final
 
-    def undo(self, error: DeployError) -> None:
-        """Before the switch: take back every step, newest first, and let the error go on."""
-        problems = []
+    def undo(self, error: DeployError) -> DeployError:
+        """Before the switch: take back every step, newest first; returns the error."""
+        run, problems = self.run, []
         for step in reversed(self.done):
             try:
-                step.undo(self.run)
-            except Exception as problem:  # a defect included: the other steps are undone all the same
+                step.undo(run)
+            except Exception as problem:  # a defect as well: the others are undone all the same
                 problems.append(f"{step.name}: {step_error(problem, step.name).message}")
-        self.mark_undone(self.done, len(self.run.outcome.steps))
-        self.run.outcome.release, self.run.outcome.previous = self.plan.from_release, None
+        self.mark_undone(self.done)
+        run.outcome.release, run.outcome.previous = self.plan.from_release, None
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
-            self.run.console.warn("not everything could be undone: " + "; ".join(problems))
+            run.console.warn("not everything could be undone: " + "; ".join(problems))
             self.remember(self.phase, error)
         else:
-            refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
-            self.end_failed("refused" if refused else "failed", error, error.exit_code)
-        self.run_on_failure()
-        raise error
+            self.end_failed("failed", error, error.exit_code)
+        return error
 
-    def leave_live(self, error: DeployError, why: str, command: str) -> None:
-        """The release that failed stays, and a person decides."""
-        self.run.outcome.changed = True
-        self.end_failed("left_live", error, EXIT_ROLLBACK_FAILED)
-        self.run_on_failure()
-        raise RollbackFailed(
-            f"{error.message}; {self.plan.to_release} is live all the same: {why}",
-            f"correct the cause, or leave it: {self.run.settings.command_line(command)}")
-
-    def go_back(self, error: DeployError) -> None:
-        """After the switch: make the old release live again; raises RolledBack or RollbackFailed."""
+    def go_back(self, error: DeployError) -> DeployError:
+        """After the switch: make the old release live again; RolledBack or RollbackFailed."""
         run, plan, console = self.run, self.plan, self.run.console
         run.interrupts.close()
-        console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing live'}")
-        forward, problems, taken = list(self.done), [], len(run.outcome.steps)
+        console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing'}")
+        problems: List[str] = []
+        self.mark_undone([step for step in self.done
+                          if step.phase != PHASE_STAGING and step.name != "verify"])
         self.remember(PHASE_ROLLING_BACK, error)
         for step in plan.way_back:
             try:
                 self.take(step)
-            except Exception as problem:  # a defect included: what failed must not stay live for it
+            except Exception as problem:  # a defect as well: what failed must not stay for it
                 problems.append(step_error(problem, step.name).message)
                 if step.name in ("activate", "deactivate"):
                     break
-        started = [name.partition(":")[2] for name in self.journal.done if name.startswith("service:")] \
-            if self.journal else []
+        done = self.journal.done if self.journal else []
+        started = [name[len("service:"):] for name in done if name.startswith("service:")]
         if started and not plan.from_release:
-            console.warn(f"{', '.join(dict.fromkeys(started))} may still run what failed: "
-                         "nothing was live before to restart it on; stop it by hand")
-        self.mark_undone([step for step in forward if step.phase != PHASE_STAGING
-                          and step.name != "verify"], taken)
+            console.warn(f"{', '.join(started)} may still run what failed: nothing was live "
+                         "before to restart it on; stop it by hand")
         run.outcome.changed = True
         if problems:
-            self.give_up(error, problems)
+            return self.give_up(error, problems)
         self.end_failed("rolled_back", error, EXIT_ROLLED_BACK, automatic=True)
-        self.run_on_failure()
-        # A timer that deploys one broken artifact after the other must not fill the disk.
-        back = Move("prune", plan.from_release, plan.from_release)
-        for step in expand("prune", "", run.settings, run.facts, back):
-            self.take(step)
         run.outcome.rolled_back = True
         run.outcome.release, run.outcome.previous = plan.from_release, plan.to_release
         live = f"{plan.from_release} is live again" if plan.from_release else \
             "nothing is live, as before"
         show = run.settings.command_line(f"show {self.deploy_id}")
-        raise RolledBack(f"{error.message}; rolled back: {live}",
-                         error.hint or f"see what happened: {show}")
+        return RolledBack(f"{error.message}; rolled back: {live}",
+                          error.hint or f"see what happened: {show}")
 
-    def give_up(self, error: DeployError, problems: List[str]) -> None:
+    def give_up(self, error: DeployError, problems: List[str]) -> DeployError:
         """The way back failed too: keep the journal, say what a person must do."""
         plan, command, outcome = self.plan, self.run.settings.command_line, self.run.outcome
         self.end_failed("rollback_failed", error, EXIT_ROLLBACK_FAILED, keep_journal=True)
-        self.run_on_failure()
         found = self.run.store.current()
-        outcome.release = found.release
-        outcome.previous = plan.to_release if found.release == plan.from_release else plan.from_release
+        outcome.release, outcome.previous = found.release, plan.from_release
+        if found.release == plan.from_release:
+            outcome.previous = plan.to_release
         tried = self.journal.recoveries if self.journal else 0
-        moved = found.release not in (plan.from_release, plan.to_release)
-        again = "" if moved or tried >= MAX_RECOVERIES else \
-            f"mend the cause, then: {command('recover')}; or "
-        raise RollbackFailed(
+        again = f"correct the cause, then: {command('recover')}; or "
+        if found.release not in (plan.from_release, plan.to_release) or tried >= MAX_RECOVERIES:
+            again = ""
+        return RollbackFailed(
             f"{error.message}; the rollback failed too: {'; '.join(problems)}; "
             f"live now: {found.release or found.problem or 'nothing'}",
             f"{again}settle on a release by hand: {command('recover --to RELEASE')}")
 
-    def mark_undone(self, steps: Sequence[Step], before: int) -> None:
-        """Say of steps among the first `before` results that they were taken back."""
-        names = {step.name for step in steps}
-        results = self.run.outcome.steps
-        for number, result in enumerate(results[:before]):
+    def mark_undone(self, steps: Sequence[Step]) -> None:
+        """Say of steps that were done that they are taken back."""
+        names, results = {step.name for step in steps}, self.run.outcome.steps
+        for number, result in enumerate(results):
             if result.status == "done" and result.name in names:
                 results[number] = result._replace(status="undone")
 
     def remember(self, phase: str, error: DeployError) -> None:
         """Note why for a recovery; undoing and going back matter more than that it is noted."""
         try:
-            self.enter(phase, self.failure(error))
+            if self.journal:
+                self.journal = self.journal._replace(failure=self.failure(error))
+            self.enter(phase)
         except FAILURES as problem:
             self.run.console.warn("the journal could not be written: "
                                   + step_error(problem, "journal").message)
-
-    def run_on_failure(self) -> None:
-        """Run the on_failure hook; its own failure is a warning."""
-        move = Move(self.plan.operation, self.plan.from_release, self.plan.to_release)
-        if self.phase:
-            for step in expand("on_failure?", "", self.run.settings, self.run.facts, move):
-                self.take(step)
 
 
 def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], *,
@@ -9216,7 +9203,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     executor = Executor(run, plan._replace(steps=steps, last=[]), journal)
     try:
         if phase == PHASE_ROLLING_BACK:
-            executor.go_back(StepFailed(str(failure.get("reason"))))
+            raise executor.fail(StepFailed(str(failure.get("reason"))))
         executor.execute()
     except RolledBack as error:
         if isinstance(error.__context__, Interrupted):
