@@ -7538,7 +7538,7 @@ def remember_refusal(run: Run, error: DeployError) -> None:
                      "interrupted": False},
             artifact_sha256=artifact.sha256 if artifact else None))
     except (OSError, StateError) as problem:
-        run.console.warn(step_error(problem, "history").message)
+        run.console.warn(f"the refusal could not be written down: {reason(problem)}")
 
 
 # -- checks ------------------------------------------------------------------
