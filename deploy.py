@@ -99,6 +99,7 @@ try:
     import itertools
     import json
     import logging
+    import operator
     import os
     import re
     import signal
@@ -2196,8 +2197,11 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
          "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
         ("strip_components", "int", "0",
          "leading directories to drop from every name, as tar does"),
-        ("symlinks", "inside|refuse", "inside",
-         "whether an artifact may hold symlinks that stay inside it"),
+        ("symlinks", "inside|refuse|any", "inside",
+         "whether an artifact may hold symlinks, and whether they may lead outside"),
+        ("allow_links", "list", "",
+         "globs of targets outside that are meant, such as /usr/bin/python3*; * stays within a "
+         "directory, ** does not; the root's own current/ and shared/ are always allowed"),
     )),
     ("limits", "what an archive may cost", (
         ("max_artifact", "size", "4G", "largest artifact; 0 is no limit, here and below"),
@@ -2205,7 +2209,7 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
         ("max_file", "size", "4G", "largest single file"),
         ("max_expanded", "size", "16G", "most bytes that may come out of an archive"),
         ("max_ratio", "int", "200",
-         "most bytes that may come out for each byte of a compressed archive; 1M always may"),
+         "most bytes that may come out for each byte of a compressed archive, beyond 1G"),
     )),
     ("preflight", "what the host must offer", (
         ("require_commands", "names", "", "programs that must be found on PATH"),
@@ -2448,6 +2452,8 @@ FLAGS = (
     Flag(("directory",), "directory to pack", ("pack",), "DIRECTORY"),
     Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
     Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
+    Flag(("--keep-mtimes",), "keep the files' own times, instead of one for all", ("pack",), "",
+         {"action": "store_true"}),
     Flag(("--example",), "print a configuration file with every option", ("config",)),
     Flag(("topic",), "systemd, cron, hooks, config, or a command", ("help",), "TOPIC", "?"),
     Flag(("shell",), "bash or zsh", ("completion",), "SHELL"),
@@ -3759,28 +3765,31 @@ def application_name(settings: Settings) -> str:
 # 8  Artifact
 #    Digest, archive, manifest.  The artifact is opened once; the bytes that
 #    are hashed are the bytes that are unpacked, and nothing is written that
-#    the Judge has not admitted.
+#    the Judge has not admitted.  The rest of the file uses Artifact, unpack,
+#    read_members, Sharer, scan_tree, compare_tree, close_directories, pack,
+#    and the functions on a Manifest.
 # ============================================================================
 
 BLOCK_BYTES = 512 << 10
 SLICE_BYTES = 128 << 10
 QUEUE_BLOCKS = 4
+ENTRY_BYTES = 256
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_HEADERS_BYTES = 64 << 20
 MAX_CENTRAL_BYTES = 64 << 20
-MAX_ENTRY_BYTES = 46 + 3 * 65535  # of a zip's central directory
 MAX_DECODER_BYTES = 128 << 20
 MAX_EXTENSIONS = 16
 MAX_STREAMS = 100000
 MAX_LINK_HOPS = 40
 MAX_LINK_STEPS = 4000000
 MAX_NOTES = 5
+MAX_REFUSALS = 20
 MAX_SIZE_BYTES = 1 << 47
+SHOWN_CHARACTERS = 300
 FILTER_STALL_SECONDS = 60.0
-
-# What a small archive may hold whatever the ratio: tar pads to 10 KiB of zeros.
-RATIO_FLOOR_BYTES = 1 << 20
+# What any archive may hold, whatever its ratio: similar files compress very well.
+RATIO_FLOOR_BYTES = 1 << 30
 
 # By content, never by name; a plain tar has its magic (or a checksum) further in.
 MAGIC = (
@@ -3790,18 +3799,27 @@ MAGIC = (
     ("tar.zst", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")),
     ("zip", re.compile(rb"PK(?:\x03\x04|\x05\x06)")),
 )
-ARCHIVE_SUFFIX = re.compile(r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
+ARCHIVE_SUFFIX = re.compile(
+    r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
 
 FILE = "file"
 DIRECTORY = "directory"
 SYMLINK = "symlink"
 HARD_LINK = "hard link"
 REBUILD = "build the artifact again without it; nothing of it was kept"
+COPY_AGAIN = "copy it again from where it was built"
+
+# Called again and again with the bytes that are done so far; may raise (a signal).
+Watch = Callable[[int], None]
 
 
 def show(name: bytes) -> str:
-    """Write a member's name for a message."""
-    return repr(name.decode("utf-8", "surrogateescape"))
+    """Write a member's name for a message: bytes that are no UTF-8 as \\x8b, a long one cut."""
+    text = repr(name.decode("utf-8", "surrogateescape"))
+    text = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", text)
+    if len(text) > SHOWN_CHARACTERS + 50:
+        text = f"{text[:SHOWN_CHARACTERS]}...{text[-40:]}"
+    return text
 
 
 def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
@@ -3809,103 +3827,256 @@ def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
     return ArtifactRefused(f"artifact refused: member {show(name)}: {why}", hint)
 
 
-def damaged(why: str) -> ArtifactRefused:
+def damaged(why: str, hint: str = COPY_AGAIN) -> ArtifactRefused:
     """Make the error for an archive that cannot be what its maker wrote."""
-    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", "copy it again from where it was built")
+    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", hint)
+
+
+class Member(NamedTuple):
+    """What an archive says of one member, or a manifest of one path.
+
+    `content` is a link's target; in a manifest it is a file's SHA-256.
+    `mtime_ns` is None where no time is known.  Names are bytes, in a manifest
+    relative and without `./`.
+    """
+
+    name: bytes
+    kind: str
+    mode: int
+    size_bytes: int = 0
+    mtime_ns: Optional[int] = None
+    content: bytes = b""
+
+
+Manifest = Dict[bytes, Member]
+Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which may be left untaken
 
 
 # -- the artifact and its digest ---------------------------------------------
 
-class OpenArtifact(Descriptor):
-    """The artifact, opened once and never again by name."""
+class Artifact(Descriptor):
+    """An archive or a directory, opened once and never again by name.
 
-    def __init__(self, path: str, descriptor: int, status: os.stat_result, kind: str) -> None:
-        self.path, self.name, self.descriptor = path, os.path.basename(path), descriptor
-        self.size_bytes, self.format, self._status = status.st_size, kind, status
-        self.zip_index = None  # type: Optional[ZipIndex]
+    `sha256` is what its bytes must have once `identify` has found it, and
+    `read_sha256` what they had when they were last read to the end.  What it
+    takes on disk is `exact` where it says so itself, `counted` where its files
+    could be counted.  `notes` are for the operator.
+    """
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path = path
+        self.name = os.path.basename(path)
+        self.descriptor = descriptor
+        self.status = os.fstat(descriptor)
+        self.size_bytes = self.status.st_size
+        self.format = ""
+        self.sha256 = ""
+        self.sha256_source = ""
+        self.read_sha256 = ""
+        self.version = ""
+        self.expanded_bytes = 0
+        self.files = 0
+        self.exact = True
+        self.counted = True
+        self.notes: List[str] = []
+        # A zip's central directory and all behind it, read once, and where each entry stands in it.
+        self.tail = b""
+        self.entries: Sequence[int] = ()
 
     @classmethod
-    def open(cls, path: str) -> "OpenArtifact":
-        """Open an archive or a directory; ArtifactRefused when it is missing, unreadable or of no known format."""
+    def open(cls, path: str, limits: Any) -> "Artifact":
+        """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`."""
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-            raise ArtifactRefused(f"artifact {path} is a URL, and an artifact is a file or a directory of this host",
-                                  "download it first, with its .sha256 beside it")
+            raise ArtifactRefused(
+                f"artifact {path} is a URL, and an artifact is a file or a directory of this host",
+                "download it first, with its .sha256 beside it")
         path = absolute(path)
         # A link is followed now and once; O_NOFOLLOW then holds for the result.
-        path = os.path.realpath(path) if os.path.islink(path) else path
+        real = os.path.realpath(path) if os.path.islink(path) else path
         try:
-            descriptor = os.open(path, _READ_FLAGS)
+            artifact = cls(real, os.open(real, _READ_FLAGS))
         except FileNotFoundError:
-            raise ArtifactRefused(f"artifact {path} does not exist", "check the path and the build that should have made it")
+            if real.startswith("/proc/"):
+                raise ArtifactRefused(f"artifact {path} is a pipe", "save what comes through it first")
+            raise ArtifactRefused(f"artifact {path} does not exist",
+                                  "check the path and the build that should have made it")
         except (OSError, ValueError) as error:
-            raise ArtifactRefused(f"cannot open artifact {path}: {reason(error)}", "make it a file that this user can read")
+            raise ArtifactRefused(f"cannot open artifact {path}: {reason(error)}",
+                                  "make it a file that this user can read")
         try:
-            status = os.fstat(descriptor)
-            return cls(path, descriptor, status, detect_format(path, descriptor, status))
+            artifact.format = artifact._detect_format()
+            artifact._check(limits)
+        except ImportError as error:
+            artifact.close()
+            raise ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL)
         except BaseException:
-            os.close(descriptor)
+            artifact.close()
             raise
+        return artifact
+
+    def _detect_format(self) -> str:
+        if stat.S_ISDIR(self.status.st_mode):
+            return "directory"
+        if not stat.S_ISREG(self.status.st_mode):
+            raise ArtifactRefused(f"artifact {self.path} is neither a regular file nor a directory",
+                                  "name an archive or a directory")
+        if not self.size_bytes:
+            raise ArtifactRefused(f"artifact {self.path} is empty",
+                                  "check the build or the copy that made it")
+        head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
+        found = format_of(head)
+        if found:
+            return found
+        if not head.strip(b"\0") and self.size_bytes % TAR_BLOCK_BYTES == 0:
+            raise ArtifactRefused(
+                f"artifact {self.path} begins with zeros, as a tar does that has no members",
+                "check the build that should have put something into it")
+        raise ArtifactRefused(
+            f"artifact {self.path} has an unknown format; its first bytes are "
+            f"{head[:8].hex()} ({head[:8]!r})",
+            "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
+
+    def _check(self, limits: Any) -> None:
+        """Refuse at once what would be refused later anyway."""
+        if self.format != "directory" and 0 < limits.max_artifact < self.size_bytes:
+            raise ArtifactRefused(
+                f"{self.name} has {format_size(self.size_bytes)}, more than the "
+                f"{format_size(limits.max_artifact)} that [limits] max_artifact allows",
+                "raise [limits] max_artifact if that is right")
+        if self.format in DECODERS:
+            # For the modules and programs that it will need; nothing is decoded yet.
+            DECODERS[self.format](iter(()), bool)
+        if self.format == "zip":
+            read_central(self, limits)
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
-        status = self._status
-        return {"dev": status.st_dev, "ino": status.st_ino, "size": status.st_size,
-                "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+        return {"dev": self.status.st_dev, "ino": self.status.st_ino, "size": self.size_bytes,
+                "mtime_ns": self.status.st_mtime_ns, "ctime_ns": self.status.st_ctime_ns}
 
     def read_at(self, offset: int, size_bytes: int) -> bytes:
-        """Read a piece without moving the descriptor; ArtifactRefused when the disk fails or it ends early."""
+        """Read a piece; ArtifactRefused when the disk fails or the file ends early."""
         try:
             data = os.pread(self.descriptor, size_bytes, offset)
         except OSError as error:
-            raise ArtifactRefused(f"cannot read artifact {self.path}: {reason(error)}", "check the disk it lies on")
+            raise ArtifactRefused(f"cannot read artifact {self.path}: {reason(error)}",
+                                  "check the disk it lies on")
         if len(data) != size_bytes:
             raise ArtifactRefused(f"artifact {self.path} became shorter while it was read",
                                   "wait until it is fully copied, then try again")
         return data
 
     def blocks(self) -> Iterator[bytes]:
-        """Read the whole file from its start, block by block."""
-        for offset in range(0, self.size_bytes, BLOCK_BYTES):
-            yield self.read_at(offset, min(BLOCK_BYTES, self.size_bytes - offset))
+        """Read the whole file; of a zip's central directory these are the bytes that were judged."""
+        end = self.size_bytes - len(self.tail)
+        for offset in range(0, end, BLOCK_BYTES):
+            yield self.read_at(offset, min(BLOCK_BYTES, end - offset))
+        if self.tail:
+            yield self.tail
+
+    def hash(self, watch: Watch, settings: Any = None) -> str:
+        """Return the SHA-256 of an archive's bytes, or a directory's tree digest.
+
+        With settings a directory's members are judged before they are read: a
+        sparse file can have terabytes.
+        """
+        if self.format != "directory":
+            hasher, done_bytes = hashlib.sha256(), 0
+            for block in self.blocks():
+                hasher.update(block)
+                done_bytes += len(block)
+                watch(done_bytes)
+            return hasher.hexdigest()
+        judge = Judge(settings, self) if settings else None
+        manifest: Manifest = {}
+        for member, pieces in read_directory(self, watch):
+            if judge:
+                judge.admit(member)
+            if not judge or not judge.refused:
+                content = hash_pieces(pieces) if member.kind == FILE else b""
+                note_released(manifest, member, content)
+        if judge:
+            judge.check()
+        return tree_digest(manifest)
+
+    def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
+        """Find digest, version and cost; `sha256` and `version` are what the operator gave."""
+        if sha256:
+            self.sha256, self.sha256_source = check_given_digest(sha256), "--sha256"
+        elif settings.artifact.checksum != "off":
+            self._find_digest(required=settings.artifact.checksum == "required")
+        if not self.sha256:
+            self.sha256, self.sha256_source = self.hash(watch, settings), "computed"
+        self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
+        estimate_cost(self)
+        most_bytes = settings.limits.max_expanded
+        if self.exact and 0 < most_bytes < self.expanded_bytes:
+            raise ArtifactRefused(
+                f"{self.name} expands to {format_size(self.expanded_bytes)}, more than the "
+                f"{format_size(most_bytes)} that [limits] max_expanded allows",
+                "raise [limits] max_expanded if that is right")
+
+    def _find_digest(self, *, required: bool) -> None:
+        """Take it from ARTIFACT.sha256, else from SHA256SUMS beside it."""
+        import shlex
+        directory, name = os.path.split(self.path)
+        hint = (f"where the artifact was built: cd {shlex.quote(directory)} && "
+                f"sha256sum {shlex.quote(name)} > {shlex.quote(name + '.sha256')}")
+        for path in (self.path + ".sha256", os.path.join(directory, "SHA256SUMS")):
+            own, source = path != os.path.join(directory, "SHA256SUMS"), os.path.basename(path)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                entries = parse_digests(read_descriptor(descriptor, path, MAX_SIDECAR_BYTES))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError) as error:
+                raise ArtifactRefused(f"cannot use {path}: {reason(error)}",
+                                      "correct or remove it, or give --sha256")
+            digests = match_digests(entries, os.fsencode(name), bare=own)
+            if len(digests) > 1:
+                raise ArtifactRefused(
+                    f"{source} is ambiguous: it has {len(digests)} different digests for {name}",
+                    "leave the right one in it, or give --sha256")
+            if digests:
+                self.sha256, self.sha256_source = digests.pop(), source
+                return
+            if own:
+                names = ", ".join(show(entry) for entry, _ in entries[:3] if entry) or "no digest"
+                raise ArtifactRefused(f"{source} has no entry for {name}; it has {names}", hint)
+        # A directory was not transferred: there is no promise about its bytes to keep.
+        if required and self.format != "directory":
+            raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
+                                  f"or SHA256SUMS", hint)
+
+    def confirm(self, watch: Watch, known: str = "") -> None:
+        """Compare where no unpacking will tell; `known` is what these bytes had when last read."""
+        if self.sha256_source != "computed":
+            self.compare(known or self.hash(watch))
+
+    def compare(self, actual: str) -> None:
+        """Raise ArtifactRefused when the bytes are not the ones that were promised."""
+        if self.sha256 and actual != self.sha256:
+            raise ArtifactRefused(
+                f"checksum mismatch for {self.name}: its SHA-256 is {actual}, "
+                f"expected {self.sha256}",
+                "copy the artifact again, or correct the digest; do not deploy it as it is")
 
 
-def detect_format(path: str, descriptor: int, status: os.stat_result) -> str:
-    """Tell the format by the first bytes; ArtifactRefused for what cannot be deployed."""
-    if stat.S_ISDIR(status.st_mode):
-        return "directory"
-    if not stat.S_ISREG(status.st_mode):
-        raise ArtifactRefused(f"artifact {path} is neither a regular file nor a directory", "name an archive or a directory")
-    if not status.st_size:
-        raise ArtifactRefused(f"artifact {path} is empty", "check the build or the copy that made it")
-    try:
-        head = os.pread(descriptor, 512, 0)
-    except OSError as error:
-        raise ArtifactRefused(f"cannot read artifact {path}: {reason(error)}", "check the disk it lies on")
+def format_of(head: bytes) -> str:
+    """Tell an archive's format by its first bytes; empty for none that is known."""
     for name, pattern in MAGIC:
         if pattern.match(head):
             return name
-    if len(head) == 512 and head.strip(b"\0") and header_checksum_holds(head):
-        return "tar"
-    if len(head) == 512 and not head.strip(b"\0") and status.st_size % 512 == 0:
-        raise ArtifactRefused(f"artifact {path} begins with zeros, as a tar does that has no members",
-                              "check the build that should have put something into it")
-    raise ArtifactRefused(f"artifact {path} has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})",
-                          "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
-
-
-class Digest(NamedTuple):
-    """The SHA-256 an artifact must have, and who says so."""
-
-    sha256: str
-    source: str
+    is_tar = len(head) == TAR_BLOCK_BYTES and head.strip(b"\0") and checksum_holds(head)
+    return "tar" if is_tar else ""
 
 
 _GIVEN_DIGEST = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{64})\Z")
-_BARE_DIGEST = re.compile(rb"([0-9A-Fa-f]{64})\Z")
-_DIGEST_LINES = (
-    re.compile(rb"(?P<escaped>\\?)(?P<digest>[0-9A-Fa-f]{64}) [ *]?(?P<name>.+)\Z", re.DOTALL),
-    re.compile(rb"(?P<escaped>\\?)SHA(?:2-)?256 ?\((?P<name>.+)\) ?= ?(?P<digest>[0-9A-Fa-f]{64})\Z", re.DOTALL),
-)
+# A bare digest has an empty name; then what sha256sum, BSD sha256 and openssl write.
+_DIGEST_LINES = [re.compile(pattern, re.DOTALL) for pattern in (
+    rb"(?P<escaped>)\s*(?P<digest>[0-9A-Fa-f]{64})\s*(?P<name>)\Z",
+    rb"(?P<escaped>\\?)(?P<digest>[0-9A-Fa-f]{64}) [ *]?(?P<name>.+)\Z",
+    rb"(?P<escaped>\\?)SHA(?:2-)?256 ?\((?P<name>.+)\) ?= ?(?P<digest>[0-9A-Fa-f]{64})\Z")]
 _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
@@ -3919,150 +4090,74 @@ def escape_name(name: bytes) -> bytes:
 
 def unescape_name(name: bytes) -> bytes:
     """Read an escaped name; ValueError for an escape that coreutils never write."""
-    if re.sub(rb"\\[\\nr]", b"", name).find(b"\\") >= 0:
+    if b"\\" in re.sub(rb"\\[\\nr]", b"", name):
         raise ValueError(f"unknown escape in the name {show(name)}")
     return re.sub(rb"\\[\\nr]", lambda found: _UNESCAPES[found.group()], name)
 
 
+def digest_line(sha256: str, name: bytes) -> bytes:
+    """Write one line as sha256sum does."""
+    escaped = escape_name(name)
+    return b"%s%s  %s\n" % (b"\\" if escaped != name else b"", sha256.encode(), escaped)
+
+
 def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
-    """Read (name, SHA-256) from any form that sha256sum, BSD sha256 or openssl write; a bare digest has no name."""
+    """Read (name, SHA-256) from any form there is; a bare digest has no name."""
     entries = []
     for line in data.lstrip(b"\xef\xbb\xbf").split(b"\n"):
         line = line[:-1] if line.endswith(b"\r") else line
-        bare = _BARE_DIGEST.match(line.strip())
-        if bare:
-            entries.append((b"", bare.group(1).decode().lower()))
-            continue
         found = next(filter(None, (pattern.match(line) for pattern in _DIGEST_LINES)), None)
         if found:
-            name = unescape_name(found.group("name")) if found.group("escaped") else found.group("name")
+            name = found.group("name")
+            if found.group("escaped"):
+                name = unescape_name(name)
             entries.append((name, found.group("digest").decode().lower()))
     return entries
+
+
+def match_digests(entries: Sequence[Tuple[bytes, str]], name: bytes, *, bare: bool) -> Set[str]:
+    """Return the digests of a file: under its very name, else its base name, else without one."""
+    exact = {digest for entry, digest in entries if entry in (name, b"./" + name)}
+    same_base = {digest for entry, digest in entries if entry.rpartition(b"/")[2] == name}
+    unnamed = {digest for entry, digest in entries if bare and not entry}
+    return exact or same_base or unnamed
 
 
 def check_given_digest(text: str) -> str:
     """Return the digits of what --sha256 was given; UsageError where it is no digest."""
     found = _GIVEN_DIGEST.match(text.strip())
     if not found:
-        raise UsageError(f"--sha256 {text!r} is not a SHA-256", "give the 64 hexadecimal digits that sha256sum prints")
+        raise UsageError(f"--sha256 {text!r} is not a SHA-256",
+                         "give the 64 hexadecimal digits that sha256sum prints")
     return found.group(1).lower()
-
-
-def find_digest(artifact: OpenArtifact, given: str, policy: str) -> Optional[Digest]:
-    """Find the digest to compare with: --sha256, else ARTIFACT.sha256, else SHA256SUMS beside it.
-
-    `policy` is required, if-present or off.  None means there is nothing to
-    compare with, and that the policy allows it.
-    """
-    if given:
-        return Digest(check_given_digest(given), "--sha256")
-    if policy == "off":
-        return None
-    for sidecar in (artifact.path + ".sha256", os.path.join(os.path.dirname(artifact.path), "SHA256SUMS")):
-        digest = read_sidecar(artifact, sidecar)
-        if digest:
-            return digest
-    # A directory was not transferred: there is no promise about its bytes to keep.
-    if policy == "required" and artifact.format != "directory":
-        raise ArtifactRefused(f"no SHA-256 to compare {artifact.name} with: no --sha256, {artifact.name}.sha256 or SHA256SUMS",
-                              sidecar_hint(artifact))
-    return None
-
-
-def sidecar_hint(artifact: OpenArtifact) -> str:
-    """Write the one command that makes a digest, for where the artifact is built."""
-    import shlex
-    directory, name = shlex.quote(os.path.dirname(artifact.path)), shlex.quote(artifact.name)
-    return f"where the artifact was built: cd {directory} && sha256sum {name} > {shlex.quote(artifact.name + '.sha256')}"
-
-
-def read_sidecar(artifact: OpenArtifact, path: str) -> Optional[Digest]:
-    """Take the artifact's digest from one file; None where the file or, in SHA256SUMS, the entry is missing."""
-    source, own = os.path.basename(path), path == artifact.path + ".sha256"
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        entries = parse_digests(read_descriptor(descriptor, path, MAX_SIDECAR_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ArtifactRefused(f"cannot use {path}: {reason(error)}", "mend or remove it, or give --sha256")
-    digests = match_digests(entries, os.fsencode(artifact.name), bare=own)
-    if len(digests) > 1:
-        raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different digests for {artifact.name}",
-                              "leave the right one in it, or give --sha256")
-    if digests:
-        return Digest(digests.pop(), source)
-    if own:
-        names = ", ".join(show(name) for name, _ in entries[:3] if name) or "no digest"
-        raise ArtifactRefused(f"{source} has no entry for {artifact.name}; it has {names}", sidecar_hint(artifact))
-    return None
-
-
-def match_digests(entries: Sequence[Tuple[bytes, str]], name: bytes, *, bare: bool) -> Set[str]:
-    """Return the digests given for a file: under its very name, else its base name, else (`bare`) without a name."""
-    wanted = (lambda entry: entry in (name, b"./" + name),
-              lambda entry: entry.rpartition(b"/")[2] == name,
-              lambda entry: bare and not entry)  # type: Sequence[Callable[[bytes], bool]]
-    for fits in wanted:
-        digests = {digest for entry, digest in entries if fits(entry)}
-        if digests:
-            return digests
-    return set()
-
-
-def compare_digests(actual: str, expected: str, name: str) -> None:
-    """Raise ArtifactRefused when the bytes are not the ones that were promised."""
-    if actual != expected.lower():
-        raise ArtifactRefused(f"checksum mismatch for {name}: its SHA-256 is {actual}, expected {expected}",
-                              "copy the artifact again, or correct the digest; do not deploy it as it is")
-
-
-def hash_artifact(artifact: OpenArtifact, progress: Callable[[int], None], settings: Any = None) -> str:
-    """Return the SHA-256 of an archive's bytes, or a directory's tree digest; `progress` takes bytes done.
-
-    With settings a directory's members are judged before they are read: a sparse file can have terabytes.
-    """
-    if artifact.format == "directory":
-        source, judge = TreeSource(artifact, progress), Judge(settings) if settings else None
-        for member, pieces in source.members():
-            if judge:
-                judge.admit(member)
-            for _ in pieces:
-                pass
-        return source.sha256
-    hasher, done_bytes = hashlib.sha256(), 0
-    for block in artifact.blocks():
-        hasher.update(block)
-        done_bytes += len(block)
-        progress(done_bytes)
-    return hasher.hexdigest()
 
 
 # -- the version -------------------------------------------------------------
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z")
 # What builds append for the platform is not part of the version.
-_PLATFORM = re.compile(r"(?i)(?:[-_.](?:linux|darwin|windows|unknown|gnu|musl|amd64|arm64|x86_64|x64|x86|i[36]86|aarch64|armv[67]l?|"
-                       r"ppc64le|s390x|noarch|any|all|src|source|orig|bin|dist|release))+\Z")
-_IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"), re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
-
-
-ROLES = ("current", "previous", "latest")  # what a person may call a release instead of by its name
+_PLATFORM = re.compile(
+    r"(?i)(?:[-_.](?:linux|darwin|windows|unknown|gnu|musl|amd64|arm64|x86_64|x64|x86|i[36]86|"
+    r"aarch64|armv[67]l?|ppc64le|s390x|noarch|any|all|src|source|orig|bin|dist|release))+\Z")
+_IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"),
+            re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
+ROLES = ("current", "previous", "latest")  # what a release may be called instead of by its name
 
 
 def check_version(text: str) -> str:
-    """Return the text if it can be a version, which becomes part of a directory's name; else UsageError."""
+    """Return the text if it can be a version, which becomes part of a directory's name."""
     if not _VERSION.match(text):
-        raise UsageError(f"--release-version {text!r} cannot be a version",
-                         "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit")
+        raise UsageError(
+            f"--release-version {text!r} cannot be a version",
+            "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit")
     if text in ROLES:
-        raise UsageError(f"--release-version {text!r} cannot be a version: {', '.join(ROLES)} mean whichever release that is",
-                         "give it another name")
+        raise UsageError(f"--release-version {text!r} cannot be a version: {', '.join(ROLES)} "
+                         f"mean whichever release that is", "give it another name")
     return text
 
 
 def find_version(name: str, pattern: str, sha256: str) -> str:
-    """Take the version from the artifact's name, by [artifact] match or by custom; else from its digest.
+    """Take the version from the artifact's name, by [artifact] match or by custom, else its digest.
 
     Raises ArtifactRefused for a name that the pattern does not fit.
     """
@@ -4072,16 +4167,19 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
     before, _, after = pattern.partition("@v")
     found = re.match(re.escape(before) + "(.+)" + re.escape(after) + r"\Z", name)
     if not found or not _VERSION.match(found.group(1)):
-        raise ArtifactRefused(f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}",
-                              "name the artifact by the pattern, or correct the pattern")
+        raise ArtifactRefused(
+            f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}",
+            "name the artifact by the pattern, or correct the pattern")
     if found.group(1) in ROLES:
-        raise ArtifactRefused(f"{found.group(1)!r}, of the artifact's name {name!r}, cannot be a version: it means whichever release that is",
-                              "name the artifact by its version, or give one with --release-version")
+        raise ArtifactRefused(
+            f"{found.group(1)!r}, of the artifact's name {name!r}, cannot be a version: it means "
+            f"whichever release that is",
+            "name the artifact by its version, or give one with --release-version")
     return found.group(1)
 
 
 def guess_version(name: str) -> str:
-    """Take what follows the name proper: 1.0.0-rc.1 of foo-1.0.0-rc.1.tgz; empty where there is none."""
+    """Take what follows the name proper: 1.0.0-rc.1 of foo-1.0.0-rc.1.tgz; empty for none."""
     stem = ARCHIVE_SUFFIX.sub("", name)
     if name.lower().endswith(".whl") and stem.count("-") >= 4:
         return stem.split("-")[1]  # PEP 427: name-version[-build]-python-abi-platform
@@ -4094,482 +4192,503 @@ def guess_version(name: str) -> str:
 
 _MODE_FILE = 0o644
 _MODE_DIRECTORY = 0o755
-_PLAIN_FILE = _MODE_FILE.to_bytes(2, "big") + bytes(6)  # the end of what pack_file() makes, the size unknown
 
 
-_PACKED_BYTES = 40
-_NOTHING = {}, b""  # type: Any
+def released_mode(kind: str, mode: int) -> int:
+    """Return the mode that a member gets.
 
-
-def pack_file(digest: bytes, mode: int, size_bytes: int) -> bytes:
-    """Put what a manifest knows of a file into 40 bytes."""
-    return digest + mode.to_bytes(2, "big") + size_bytes.to_bytes(6, "big")
-
-
-def file_mode(mode: int) -> int:
-    """Return the mode a file gets: no setuid, setgid or sticky bit, writable by its owner alone, readable."""
-    return mode & 0o755 | 0o400
-
-
-def directory_mode(mode: int) -> int:
-    """Return the mode a directory gets: as for a file, and never closed to its owner."""
-    return mode & 0o755 | 0o500
-
-
-class FileTable:
-    """What is known of files by name, as 40 bytes each; a mapping that keeps 200,000 of them in 30 MB.
-
-    Directory by directory: whole names, and an object for each value, would
-    take nearly twice as much.
+    No setuid, setgid or sticky bit, writable by its owner alone, never closed
+    to him.
     """
-
-    def __init__(self) -> None:
-        self._directories = {}  # type: Dict[bytes, Tuple[Dict[bytes, int], bytearray]]
-        self._last = bytearray(), 0  # where the file stands that was set last
-
-    def __contains__(self, name: bytes) -> bool:
-        parent, _, base = name.rpartition(b"/")
-        found = self._directories.get(parent)
-        return found is not None and base in found[0]
-
-    def __getitem__(self, name: bytes) -> bytes:
-        found = self.get(name)
-        if found is None:
-            raise KeyError(name)
-        return found
-
-    def get(self, name: bytes) -> Optional[bytes]:
-        """Return what is known of a file, or None."""
-        parent, _, base = name.rpartition(b"/")
-        places, packed = self._directories.get(parent, _NOTHING)
-        place = places.get(base)
-        return None if place is None else bytes(packed[place * _PACKED_BYTES:(place + 1) * _PACKED_BYTES])
-
-    def __setitem__(self, name: bytes, value: bytes) -> None:
-        parent, _, base = name.rpartition(b"/")
-        found = self._directories.get(parent)
-        if found is None:
-            found = self._directories[parent] = ({}, bytearray())
-        places, packed = found
-        start = places.setdefault(base, len(packed) // _PACKED_BYTES) * _PACKED_BYTES
-        packed[start:start + _PACKED_BYTES] = value
-        self._last = packed, start
-
-    def set_digest(self, digest: bytes) -> None:
-        """Write the digest of the file that was set last, the first 32 of its bytes."""
-        packed, start = self._last
-        packed[start:start + len(digest)] = digest
-
-    def __delitem__(self, name: bytes) -> None:
-        parent, _, base = name.rpartition(b"/")
-        del self._directories[parent][0][base]
-
-    def items(self) -> Iterator[Tuple[bytes, bytes]]:
-        """Go through names and what is known of them, directory by directory, both sorted."""
-        for parent in sorted(self._directories):
-            prefix = parent + b"/" if parent else b""
-            places, packed = self._directories[parent]
-            for base in sorted(places):
-                start = places[base] * _PACKED_BYTES
-                yield prefix + base, bytes(packed[start:start + _PACKED_BYTES])
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Go through the names alone."""
-        return (name for name, _ in self.items())
-
-    def __len__(self) -> int:
-        return sum(len(places) for places, _ in self._directories.values())
+    return mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
 
 
-class Manifest:
-    """What a release holds: the SHA-256 of every file, and what sha256sum does not know.
-
-    `directories` maps names to modes, `symlinks` to targets, `files` to the 40
-    bytes of `pack_file`: digest, mode and size.  Names are bytes, relative,
-    without `./`.
-    """
-
-    def __init__(self) -> None:
-        self.files = FileTable()
-        self.directories = {}  # type: Dict[bytes, int]
-        self.symlinks = {}  # type: Dict[bytes, bytes]
-
-    def add_file(self, name: bytes, digest: bytes, mode: int, size_bytes: int = 0) -> None:
-        """Add a file by its 32-byte digest, and the directories above it."""
-        self._add_parents(name)
-        self.files[name] = pack_file(digest, mode, size_bytes)
-
-    def add_symlink(self, name: bytes, target: bytes) -> None:
-        """Add a symlink, and the directories above it."""
-        self._add_parents(name)
-        self.symlinks[name] = target
-
-    def add_directory(self, name: bytes, mode: int = _MODE_DIRECTORY) -> None:
-        """Add a directory, and the directories above it."""
-        self._add_parents(name)
-        self.directories[name] = mode
-
-    def _add_parents(self, name: bytes) -> None:
-        parent = name.rpartition(b"/")[0]
-        while parent and parent not in self.directories:
-            self.directories[parent] = _MODE_DIRECTORY
-            parent = parent.rpartition(b"/")[0]
-
-    def drop(self, name: bytes) -> None:
-        """Forget a path and everything below it."""
-        below = name + b"/"
-        for entries in (self.files, self.directories, self.symlinks):  # type: Any
-            for entry in [entry for entry in entries if entry == name or entry.startswith(below)]:
-                del entries[entry]
-
-    def names(self) -> Iterator[bytes]:
-        """Go through all names."""
-        return itertools.chain(self.directories, self.files, self.symlinks)
-
-    def __contains__(self, name: bytes) -> bool:
-        return name in self.files or name in self.directories or name in self.symlinks
-
-    def __len__(self) -> int:
-        return len(self.files) + len(self.directories) + len(self.symlinks)
-
-    def counts(self) -> Dict[str, int]:
-        """Count files, directories, symlinks and bytes; a manifest read back does not know its bytes (0)."""
-        size_bytes = sum(int.from_bytes(packed[34:], "big") for _, packed in self.files.items())
-        return {"files": len(self.files), "directories": len(self.directories),
-                "symlinks": len(self.symlinks), "bytes": size_bytes}
-
-    # -- on disk -------------------------------------------------------------
-
-    def digest_lines(self) -> Iterator[bytes]:
-        """Write the lines of `.deploy/manifests/<id>`: what `sha256sum -c` reads, and nothing it would stumble over."""
-        for name, packed in self.files.items():
-            escaped = escape_name(name)
-            yield b"%s%s  %s\n" % (b"\\" if escaped != name else b"", packed[:32].hex().encode(), escaped)
-
-    def tree_lines(self) -> Iterator[bytes]:
-        """Write the lines of `.deploy/trees/<id>`: directories, symlinks and unusual modes, a JSON array each."""
-        for name in sorted(self.directories):
-            yield _tree_line(DIRECTORY, name, f"{self.directories[name]:04o}")
-        for name in sorted(self.symlinks):
-            yield _tree_line(SYMLINK, name, self.symlinks[name].decode("utf-8", "surrogateescape"))
-        for name, packed in self.files.items():
-            mode = int.from_bytes(packed[32:34], "big")
-            if mode != _MODE_FILE:
-                yield _tree_line("mode", name, f"{mode:04o}")
-
-    @property
-    def sha256(self) -> str:
-        """The tree digest: the SHA-256 of both files; the same tree gives the same bytes."""
-        hasher = hashlib.sha256()
-        for line in itertools.chain(self.digest_lines(), self.tree_lines()):
-            hasher.update(line)
-        return hasher.hexdigest()
-
-    @classmethod
-    def from_lines(cls, digests: Iterable[bytes], tree: Iterable[bytes]) -> "Manifest":
-        """Read a manifest from the lines of its two files; ValueError says what is wrong with it."""
-        manifest = cls()
-        for what, lines, read in (("manifest", digests, manifest._read_digest), ("tree", tree, manifest._read_tree)):
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    raise ValueError(f"the {what} is cut off")
-                try:
-                    read(line[:-1])
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f"line {number} of the {what} is malformed") from None
-        return manifest
-
-    def _read_digest(self, line: bytes) -> None:
-        digest, gap, name = line.lstrip(b"\\").partition(b"  ")
-        if len(digest) != 64 or not gap or not name:
-            raise ValueError(line)
-        name = unescape_name(name) if line.startswith(b"\\") else name
-        self.files[name] = binascii.unhexlify(digest) + _PLAIN_FILE
-
-    def _read_tree(self, line: bytes) -> None:
-        kind, text, value = json.loads(line.decode("ascii"))
-        name = text.encode("utf-8", "surrogateescape")
-        if kind == DIRECTORY:
-            self.directories[name] = int(value, 8)
-        elif kind == SYMLINK:
-            self.symlinks[name] = value.encode("utf-8", "surrogateescape")
-        elif kind == "mode":
-            self.files[name] = self.files[name][:32] + int(value, 8).to_bytes(2, "big") + bytes(6)
-        else:
-            raise ValueError(kind)
+def note_released(manifest: Manifest, member: Member, content: bytes) -> None:
+    """Put an artifact's member into a manifest as a release would have it."""
+    name, kind, mode, size_bytes, _, target = member
+    manifest[name] = Member(name, kind, released_mode(kind, mode), size_bytes, None,
+                            content or target)
 
 
-def _tree_line(kind: str, name: bytes, value: str) -> bytes:
-    return f"{json.dumps([kind, name.decode('utf-8', 'surrogateescape'), value])}\n".encode("ascii")
+def add_member(manifest: Manifest, member: Member) -> None:
+    """Add what a release gets beside its artifact, and the directories above it."""
+    parent = member.name.rpartition(b"/")[0]
+    if parent and parent not in manifest:
+        add_member(manifest, Member(parent, DIRECTORY, _MODE_DIRECTORY))
+    manifest[member.name] = member
+
+
+def drop(manifest: Manifest, name: bytes) -> None:
+    """Forget a path and everything below it."""
+    for entry in [entry for entry in manifest if (entry + b"/").startswith(name + b"/")]:
+        del manifest[entry]
+
+
+def count_members(manifest: Manifest) -> Dict[str, int]:
+    """Count files, directories, symlinks and bytes; one that was read back has no bytes."""
+    kinds = [member.kind for member in manifest.values()]
+    return {"files": kinds.count(FILE), "directories": kinds.count(DIRECTORY),
+            "symlinks": kinds.count(SYMLINK),
+            "bytes": sum(member.size_bytes for member in manifest.values())}
+
+
+def names_of(manifest: Manifest, kind: str) -> List[bytes]:
+    """Return the names of one kind, sorted; files go directory by directory."""
+    names = [name for name, member in manifest.items() if member.kind == kind]
+    # No name has a NUL in it, which sorts before everything else.
+    return sorted(names, key=lambda name: b"\0".join(name.rpartition(b"/")[::2])
+                  if kind == FILE else name)
+
+
+def digest_lines(manifest: Manifest) -> Iterator[bytes]:
+    """Write the lines of `.deploy/manifests/<id>`: only what `sha256sum -c` reads."""
+    for name in names_of(manifest, FILE):
+        yield digest_line(manifest[name].content.hex(), name)
+
+
+def tree_lines(manifest: Manifest) -> Iterator[bytes]:
+    """Write the lines of `.deploy/trees/<id>`: directories, symlinks, modes, a JSON array each."""
+    rows = [(DIRECTORY, name, f"{manifest[name].mode:04o}")
+            for name in names_of(manifest, DIRECTORY)]
+    rows += [(SYMLINK, name, manifest[name].content.decode("utf-8", "surrogateescape"))
+             for name in names_of(manifest, SYMLINK)]
+    rows += [("mode", name, f"{manifest[name].mode:04o}")
+             for name in names_of(manifest, FILE) if manifest[name].mode != _MODE_FILE]
+    for kind, name, value in rows:
+        row = [kind, name.decode("utf-8", "surrogateescape"), value]
+        yield f"{json.dumps(row)}\n".encode("ascii")
+
+
+def tree_digest(manifest: Manifest) -> str:
+    """Return the SHA-256 of both files; the same tree gives the same bytes."""
+    hasher = hashlib.sha256()
+    for line in itertools.chain(digest_lines(manifest), tree_lines(manifest)):
+        hasher.update(line)
+    return hasher.hexdigest()
+
+
+def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
+    """Read a manifest from the lines of its two files; ValueError says what is wrong with it."""
+    manifest: Manifest = {}
+    for what, lines in (("manifest", digests), ("tree", tree)):
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                raise ValueError(f"the {what} is cut off")
+            try:
+                member = (_read_digest_line(line[:-1]) if what == "manifest"
+                          else _read_tree_line(line, manifest))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"line {number} of the {what} is malformed") from None
+            manifest[member.name] = member
+    return manifest
+
+
+def _read_digest_line(line: bytes) -> Member:
+    digest, gap, name = line.lstrip(b"\\").partition(b"  ")
+    if len(digest) != 64 or not gap or not name:
+        raise ValueError(line)
+    if line.startswith(b"\\"):
+        name = unescape_name(name)
+    return Member(name, FILE, _MODE_FILE, 0, None, binascii.unhexlify(digest))
+
+
+def _read_tree_line(line: bytes, manifest: Manifest) -> Member:
+    kind, text, value = json.loads(line.decode("ascii"))
+    name = text.encode("utf-8", "surrogateescape")
+    if kind == DIRECTORY:
+        return Member(name, DIRECTORY, int(value, 8))
+    if kind == SYMLINK:
+        return Member(name, SYMLINK, 0o777, 0, None, value.encode("utf-8", "surrogateescape"))
+    if kind == "mode":
+        return manifest[name]._replace(mode=int(value, 8))
+    raise ValueError(kind)
 
 
 # -- judging -----------------------------------------------------------------
 
-class Member(NamedTuple):
-    """One member as the archive describes it; `target` is where a symlink or hard link points."""
-
-    name: bytes
-    kind: str
-    mode: int
-    size_bytes: int
-    target: bytes = b""
+_CONTROL_BYTES = bytes(range(32)) + b"\x7f"
+_UNSAFE_BYTES = _CONTROL_BYTES + b"\\"
+WINDOWS_HINT = ("it was made on Windows by a program that writes \\ for /: make it with tar, 7-Zip "
+                "or PowerShell 7")
+LINK_HINT = ("name targets that are meant in [artifact] allow_links, or leave them out: python3 -m "
+             "venv --copies, or links that [hooks] post_stage makes")
 
 
-_UNSAFE_BYTES = bytes(range(32)) + b"\x7f\\"
-_LEADING_DOT = re.compile(rb"\A(?:\./+)+|\A\.\Z")
+def clean_name(name: bytes) -> bytes:
+    """Drop `.` and empty components, as tar and zip programs do."""
+    if name.startswith(b"./"):  # as all names of `tar .` do
+        name = name[2:]
+    if b"//" in name or b"./" in name or name.endswith((b"/", b"/.")) or name in (b".", b"/"):
+        top = b"/" if name.startswith(b"/") else b""
+        name = top + b"/".join([part for part in name.split(b"/") if part not in (b"", b".")])
+    return name
 
 
 def name_problem(name: bytes) -> str:
-    """Say why a relative name is unsafe; an empty text when it is not."""
+    """Say why a name without `.` and empty components is unsafe; an empty text when it is not."""
     # Not by patterns: they take ten times as long, and this is asked of every member.
     if len(name.translate(None, _UNSAFE_BYTES)) != len(name):
-        return "its name has a control character or a backslash"
+        if len(name.translate(None, _CONTROL_BYTES)) != len(name):
+            return "its name has a control character"
+        return "its name has a backslash"
     if name.startswith(b"/"):
         return "its name is absolute"
     if len(name) > MAX_PATH_BYTES:
         return f"its name has {len(name)} bytes, more than {MAX_PATH_BYTES}"
-    framed = b"/" + name + b"/"
-    if b"/../" in framed:
+    if b".." in name and b".." in name.split(b"/"):
         return "its name climbs with '..'"
-    if b"//" in framed or b"/./" in framed:
-        return "its name has an empty or '.' component"
     if len(name) > MAX_NAME_BYTES and max(map(len, name.split(b"/"))) > MAX_NAME_BYTES:
         return "its name has a component over 255 bytes"
     return f"it lies over {MAX_DEPTH} levels deep" if name.count(b"/") >= MAX_DEPTH else ""
+
+
+def expansion_limit(kind: str, size_bytes: int, limits: Any) -> Tuple[int, str]:
+    """Return how many bytes may come out of an archive, and the option that says so."""
+    bounds = [(MAX_SIZE_BYTES, "max_expanded")]
+    if limits.max_expanded:
+        bounds.append((limits.max_expanded, "max_expanded"))
+    if limits.max_ratio and kind != "directory":
+        bounds.append((RATIO_FLOOR_BYTES + size_bytes * limits.max_ratio, "max_ratio"))
+    return min(bounds)
 
 
 class Judge:
     """Admits members one by one, or refuses the archive; needs no disk.
 
     What it has admitted is its `manifest`, the map by which later members and
-    symlinks are judged; the writer fills in the digests.  Directories that
-    became necessary are appended to `fresh`, parents first.
+    symlinks are judged; whoever writes them puts the digests in.  Directories
+    that became necessary are appended to `fresh`, parents first.  Members that
+    are refused are collected, and `check` names them all; a limit that is
+    exceeded ends it at once.
     """
 
-    def __init__(self, settings: Settings, limit: Tuple[int, str] = (1 << 63, "max_expanded")) -> None:
-        self.manifest, self.fresh = Manifest(), []  # type: Manifest, List[bytes]
-        self._limits, self._policy, self._limit = settings.limits, settings.artifact.symlinks, limit
+    def __init__(self, settings: Settings, artifact: Artifact) -> None:
+        self.manifest: Manifest = {}
+        self.fresh: List[bytes] = []
+        self._limits = settings.limits
         self._strip = settings.artifact.strip_components
-        self._implied = set()  # type: Set[bytes]
-        self._resolved = {}  # type: Dict[bytes, bytes]
-        self._members = self._files = self._expanded_bytes = self._steps = 0
+        self._links = settings.artifact.symlinks
+        self._allowed = [os.fsencode(glob) for glob in settings.artifact.allow_links]
+        root = settings.deploy.root
+        self._roots = [os.fsencode(path) for path in (root, os.path.realpath(root)) if root]
+        self._most = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
+        self._parent = b""  # a directory that was there when it was last looked for
+        self._implied: Set[bytes] = set()
+        self._followed: Dict[bytes, bytes] = {}
+        self._refusals: List[ArtifactRefused] = []
+        self._refused = 0
+        self._members = 0
+        self._expanded_bytes = 0
+        self._steps = 0
 
-    def admit(self, member: Member) -> Optional[bytes]:
-        """Return the name under which a member may be written, None when stripping drops it.
+    def admit(self, member: Member) -> Optional[Member]:
+        """Return what is to be written now: a file, or a hard link, whose `content` is what to copy.
 
-        Raises ArtifactRefused that names the member and the reason.
+        ArtifactRefused at a limit.
         """
-        if member.kind not in self.KINDS:
-            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
         if not 0 <= member.size_bytes < MAX_SIZE_BYTES:
-            raise refuse(member.name, f"it claims an absurd size of {member.size_bytes} bytes")
-        if member.size_bytes and member.kind != FILE:
-            raise refuse(member.name, f"it is a {member.kind} and has data")
-        name = self._name(member)
+            raise self.first(refuse(member.name, "it claims an absurd size of "
+                                                 f"{member.size_bytes} bytes"))
+        entry = None
+        try:
+            entry = self._judge(member)
+        except ArtifactRefused as refusal:
+            self._note_refusal(refusal)
         self._members += 1
-        if name:
-            parent = name.rpartition(b"/")[0]
-            if parent and parent not in self.manifest.directories:
-                self._imply(parent, member)
-            self.KINDS[member.kind](self, name, member)
-        self._count(member)
-        return name or None
+        limits, names = self._limits, max(self._members, len(self.manifest))
+        # Directories that only a long name implies cost as much as members do.
+        if 0 < limits.max_files < names:
+            raise self.first(refuse(
+                member.name, f"it is beyond the {limits.max_files:,} members that [limits] "
+                f"max_files allows", "raise [limits] max_files if that is right"))
+        if entry:
+            self._count_bytes(member.name, entry.size_bytes)
+        return entry
 
-    def _name(self, member: Member) -> bytes:
-        """Judge the name as it stands, and strip leading components from it as tar does."""
-        name = _LEADING_DOT.sub(b"", member.name) if member.name.startswith(b".") else member.name
-        if member.kind == DIRECTORY:
-            name = name.rstrip(b"/") if not name.startswith(b"/") else name
-            if not name and member.name:
-                return b""  # the top itself
-        problem = name_problem(name)
+    def _count_bytes(self, name: bytes, size_bytes: int) -> None:
+        """Hold what was announced against the limits; copies of hard links are seen here alone."""
+        most_bytes, option = self._limits.max_file, "max_file"
+        if 0 < most_bytes < size_bytes:
+            raise self.first(refuse(
+                name, f"it has {format_size(size_bytes)}, more than the {format_size(most_bytes)} "
+                f"that [limits] max_file allows", "raise [limits] max_file if that is right"))
+        self._expanded_bytes += size_bytes
+        most_bytes, option = self._most
+        if most_bytes < self._expanded_bytes:
+            raise self.first(refuse(
+                name, f"with it the archive has over {format_size(most_bytes)}, more than [limits] "
+                f"{option} allows", f"raise [limits] {option} if that is right"))
+
+    def _judge(self, member: Member) -> Optional[Member]:
+        kind = member.kind
+        if kind not in (FILE, DIRECTORY, SYMLINK, HARD_LINK):
+            raise refuse(member.name, f"it is a {kind}, which a release cannot hold")
+        if member.size_bytes and kind != FILE:
+            raise refuse(member.name, f"it is a {kind} and has data")
+        name = self._name(member.name, member)
+        if not name:
+            return None
+        parent = name.rpartition(b"/")[0]
+        if parent != self._parent:
+            self._imply(parent, member)
+            self._parent = parent
+        known = self.manifest.get(name)
+        mode = released_mode(kind, member.mode)
+        if kind == DIRECTORY and (known is None or known.kind == DIRECTORY):
+            if known is None:
+                self.fresh.append(name)
+            elif name not in self._implied and known.mode != mode:
+                raise refuse(member.name, "the directory comes twice with different modes")
+            self._implied.discard(name)
+            self.manifest[name] = Member(name, DIRECTORY, mode)
+            return None
+        if known is not None:
+            raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
+        if kind == FILE:
+            entry = Member(name, FILE, mode, member.size_bytes, member.mtime_ns)
+            self.manifest[name] = entry
+            return entry
+        if kind == HARD_LINK:
+            source = self.manifest.get(self._name(member.content, member))
+            if source is None or source.kind == DIRECTORY:
+                raise refuse(member.name, f"it is a hard link to {show(member.content)}, which is "
+                                          f"no earlier file or symlink of the archive")
+            self.manifest[name] = source._replace(name=name)
+            # A symlink's copy is made with the symlinks.
+            return Member(name, HARD_LINK, *source[2:5], source.name) if source.kind == FILE else None
+        self._check_symlink(member)
+        self.manifest[name] = Member(name, SYMLINK, 0o777, 0, None, member.content)
+        return None
+
+    def _name(self, name: bytes, member: Member) -> bytes:
+        """Judge a name as it stands, and strip leading components from it as tar does."""
+        clean = clean_name(name)
+        problem = name_problem(clean)
         if problem:
-            raise refuse(member.name, problem)
-        parts = name.split(b"/", self._strip) if self._strip else [name]
-        if len(parts) > self._strip:
-            return parts[-1]
-        if member.kind == DIRECTORY:
-            return b""
-        raise refuse(member.name, f"strip_components = {self._strip} would leave no name",
-                     "lower [artifact] strip_components")
+            raise refuse(name, problem, WINDOWS_HINT if "backslash" in problem else REBUILD)
+        is_directory = member.kind == DIRECTORY
+        if not clean and not (name and is_directory):  # which would be the top itself
+            raise refuse(name, "its name is empty")
+        if not self._strip:
+            return clean
+        parts = clean.split(b"/", self._strip)
+        if len(parts) <= self._strip and not is_directory:
+            raise refuse(name, f"strip_components = {self._strip} would leave no name",
+                         "lower [artifact] strip_components")
+        return parts[-1] if len(parts) > self._strip else b""
 
     def _imply(self, path: bytes, member: Member) -> None:
         """Add the directories above a member that the archive did not mention."""
+        known = self.manifest.get(path)
+        if not path or known is not None and known.kind == DIRECTORY:
+            return
         end = 0
         while end != len(path):
             end = path.find(b"/", end + 1)
             end = len(path) if end < 0 else end
             above = path[:end]
-            if above in self.manifest.directories:
-                continue
-            kind = self._kind_of(above)
-            if kind:
-                raise refuse(member.name, f"it lies below {show(above)}, which is a {kind}")
-            self.manifest.directories[above] = _MODE_DIRECTORY
-            self._implied.add(above)
-            self.fresh.append(above)
+            known = self.manifest.get(above)
+            if known is None:
+                self.manifest[above] = Member(above, DIRECTORY, _MODE_DIRECTORY)
+                self._implied.add(above)
+                self.fresh.append(above)
+            elif known.kind != DIRECTORY:
+                raise refuse(member.name, f"it lies below {show(above)}, which is a {known.kind}")
 
-    def _kind_of(self, name: bytes) -> str:
-        manifest = self.manifest
-        return (FILE if name in manifest.files else SYMLINK if name in manifest.symlinks
-                else DIRECTORY if name in manifest.directories else "")
-
-    def _new(self, name: bytes, member: Member) -> None:
-        kind = self._kind_of(name)
-        if kind:
-            raise refuse(member.name, f"the name comes twice; it is a {kind} already")
-
-    def _admit_directory(self, name: bytes, member: Member) -> None:
-        mode, known = directory_mode(member.mode), self.manifest.directories.get(name)
-        if known is None:
-            self._new(name, member)
-            self.fresh.append(name)
-        elif name not in self._implied and known != mode:
-            raise refuse(member.name, "the directory comes twice with different modes")
-        self._implied.discard(name)
-        self.manifest.directories[name] = mode
-
-    def _admit_file(self, name: bytes, member: Member) -> None:
-        self._new(name, member)
-        if 0 < self._limits.max_file < member.size_bytes:
-            raise refuse(member.name, f"it has {format_size(member.size_bytes)}, more than the "
-                         f"{format_size(self._limits.max_file)} that [limits] max_file allows",
-                         "raise [limits] max_file if that is right")
-        self.manifest.files[name] = pack_file(bytes(32), file_mode(member.mode), member.size_bytes)  # the digest comes later
-        self._files, self._expanded_bytes = self._files + 1, self._expanded_bytes + member.size_bytes
-
-    def _admit_symlink(self, name: bytes, member: Member) -> None:
-        self._new(name, member)
-        target = member.target
-        if self._policy == "refuse":
+    def _check_symlink(self, member: Member) -> None:
+        target = member.content
+        if self._links == "refuse":
             raise refuse(member.name, "it is a symlink, and [artifact] symlinks = refuse")
-        if not target or len(target.translate(None, _UNSAFE_BYTES)) != len(target) or len(target) > MAX_PATH_BYTES:
-            raise refuse(member.name, "its symlink target is empty, too long, or has a control character or a backslash")
-        if target.startswith(b"/"):
-            raise refuse(member.name, f"it is a symlink to the absolute path {show(target)}")
-        self.manifest.symlinks[name] = target
-
-    def _admit_hard_link(self, name: bytes, member: Member) -> None:
-        source = self.link_source(member)
-        self._admit_file(name, member)
-        self._expanded_bytes += int.from_bytes(self.manifest.files[source][34:], "big")
-
-    def link_source(self, member: Member) -> bytes:
-        """Return the earlier file that a hard link names, stripped as its own name was."""
-        source = self._name(member._replace(name=member.target))
-        if source not in self.manifest.files:
-            raise refuse(member.name, f"it is a hard link to {show(member.target)}, which is no earlier file of the archive")
-        return source
-
-    KINDS = {FILE: _admit_file, DIRECTORY: _admit_directory, SYMLINK: _admit_symlink, HARD_LINK: _admit_hard_link}
-
-    def _count(self, member: Member) -> None:
-        manifest, limits = self.manifest, self._limits
-        # Directories that only a long name implies cost as much as members do.
-        entries = self._files + len(manifest.directories) + len(manifest.symlinks)
-        if 0 < limits.max_files and (limits.max_files < entries or limits.max_files < self._members):
-            raise refuse(member.name, f"it is beyond the {limits.max_files:,} members that [limits] max_files allows",
-                         "raise [limits] max_files if that is right")
-        # The decoder counts what comes out; copies that hard links become are seen here alone.
-        limit_bytes, option = self._limit
-        if limit_bytes < self._expanded_bytes:
-            raise refuse(member.name, f"with it the archive has over {format_size(limit_bytes)}, "
-                         f"more than [limits] {option} allows", f"raise [limits] {option} if that is right")
+        if not target or len(target) > MAX_PATH_BYTES \
+                or len(target.translate(None, _UNSAFE_BYTES)) != len(target):
+            raise refuse(member.name, "its symlink target is empty, too long, or has a control "
+                                      "character or a backslash")
 
     # -- the whole archive ---------------------------------------------------
 
+    def _note_refusal(self, refusal: ArtifactRefused) -> None:
+        self._refused += 1
+        if len(self._refusals) < MAX_REFUSALS:
+            self._refusals.append(refusal)
+
+    @property
+    def refused(self) -> int:
+        """How many members were refused so far; what is admitted then need not be written."""
+        return self._refused
+
+    def first(self, error: ArtifactRefused) -> ArtifactRefused:
+        """Return what is to be raised for an error: members that were refused before come first."""
+        if not self._refusals:
+            return error
+        if self._refused == 1:
+            return self._refusals[0]
+        members = [refusal.message.partition(": member ")[2] for refusal in self._refusals]
+        if self._refused > len(members):
+            members.append(f"and {self._refused - len(members):,} more")
+        hints = dict.fromkeys(refusal.hint for refusal in self._refusals)
+        return ArtifactRefused(f"artifact refused: {self._refused:,} members: " + "; ".join(members),
+                               "; ".join(hints))
+
+    def check(self) -> None:
+        """Raise ArtifactRefused where a member was refused."""
+        if self._refusals:
+            raise self.first(self._refusals[0])
+
     def finish(self) -> List[str]:
-        """Judge what only the whole archive tells: where symlinks lead; return notes for the operator."""
-        if not len(self.manifest):
-            raise ArtifactRefused("the artifact holds nothing" + (
-                f" that strip_components = {self._strip} leaves" if self._strip and self._members else ""),
-                                  "look at what the build put into it; nothing was kept")
-        for name in self.manifest.symlinks:
-            self._resolve_link(name, 0)
-        collisions = list(itertools.islice(self._note_collisions(), MAX_NOTES + 1))
-        more = ["and there are more such names"] if len(collisions) > MAX_NOTES else []
-        return list(self._note_top()) + collisions[:MAX_NOTES] + more
+        """Judge what only the whole archive tells: where symlinks lead; return notes."""
+        for name in names_of(self.manifest, SYMLINK):
+            try:
+                self._follow(name, 0)
+            except ArtifactRefused as refusal:
+                self._note_refusal(refusal)
+        self.check()
+        if not self.manifest:
+            left = f" that strip_components = {self._strip} leaves"
+            raise ArtifactRefused(
+                "the artifact holds nothing" + (left if self._strip and self._members else ""),
+                "look at what the build put into it; nothing was kept")
+        return note_oddities(self.manifest, self._strip) + note_collisions(self.manifest)
 
-    def _resolve_link(self, name: bytes, hops: int) -> bytes:
-        """Follow a symlink through the archive's own map to a path inside; the disk is never asked."""
-        if name in self._resolved:
-            return self._resolved[name]
+    def _follow(self, name: bytes, hops: int) -> bytes:
+        """Follow a symlink by the archive's own map, never by the disk; the path begins with / outside.
+
+        Circles and long chains stay: nobody gets anywhere by them, nor climbs.
+        """
+        if name in self._followed:
+            return self._followed[name]
         if hops > MAX_LINK_HOPS:
-            raise refuse(name, "its symlinks run in a circle or too far")
-        parts = name.split(b"/")[:-1]
-        for part in self.manifest.symlinks[name].split(b"/"):
-            self._steps += 1
-            if self._steps > MAX_LINK_STEPS:
-                raise refuse(name, "the archive's symlinks are too many and too long to follow")
-            parts = self._step(name, parts, part, hops)
-        self._resolved[name] = b"/".join(parts)
-        return self._resolved[name]
+            return name
+        self._followed[name] = name
+        target = self.manifest[name].content
+        path = b"/" if target.startswith(b"/") else name.rpartition(b"/")[0]
+        parts = target.split(b"/")
+        self._steps += len(parts)
+        if self._steps > MAX_LINK_STEPS:
+            raise refuse(name, "the archive's symlinks are too many and too long to follow")
+        for place, part in enumerate(parts):
+            if path.startswith(b"/") or part == b".." and not path:
+                path = self._outside(name, path, parts[place:])
+                break
+            known = self.manifest.get(path)
+            if part == b".." and path and (known is None or known.kind != DIRECTORY):
+                raise refuse(name, "its symlink target climbs out of what is no directory of the "
+                                   "archive")
+            if part == b"..":
+                path = path.rpartition(b"/")[0]
+            elif part not in (b"", b"."):
+                path = path + b"/" + part if path else part
+                known = self.manifest.get(path)
+                if known is not None and known.kind == SYMLINK:
+                    path = self._follow(path, hops + 1)
+        self._followed[name] = path
+        return path
 
-    def _step(self, name: bytes, parts: List[bytes], part: bytes, hops: int) -> List[bytes]:
-        if part in (b"", b"."):
-            return parts
-        if part == b"..":
-            if not parts:
-                raise refuse(name, f"it is a symlink to {show(self.manifest.symlinks[name])}, which leaves the release")
-            if b"/".join(parts) not in self.manifest.directories:
-                raise refuse(name, "its symlink target climbs out of what is no directory of the archive")
-            return parts[:-1]
-        path = b"/".join(parts + [part])
-        if path in self.manifest.symlinks:
-            return [part for part in self._resolve_link(path, hops + 1).split(b"/") if part]
-        return parts + [part]
+    def _outside(self, name: bytes, path: bytes, parts: List[bytes]) -> bytes:
+        """Return where a symlink leads outside; ArtifactRefused unless that is meant."""
+        # From where a release stands; whichever it is, what lies in another one is outside.
+        tops = [b""] if path else [root + b"/releases/-" for root in self._roots] or [b"/-/-/-"]
+        for top in tops:
+            place = os.path.normpath(b"/".join([top or path, *parts]))
+            place = b"/" + place.lstrip(b"/")
+            own = [root + word for root in self._roots for word in (b"/shared/", b"/current/")]
+            if self._links == "any" or (place + b"/").startswith(tuple(own)) \
+                    or any(fits(place, glob) for glob in self._allowed):
+                return place
+        target = self.manifest[name].content
+        if target.startswith(b"/"):
+            raise refuse(name, f"it is a symlink to the absolute path {show(target)}", LINK_HINT)
+        raise refuse(name, f"it is a symlink to {show(target)}, which leaves the release", LINK_HINT)
 
-    def _note_top(self) -> Iterator[str]:
-        manifest = self.manifest
-        tops = list(itertools.islice((name for name in manifest.names() if b"/" not in name), 2))
-        if not self._strip and len(tops) == 1 and tops[0] in manifest.directories and self._files:
-            yield f"everything lies under {show(tops[0] + b'/')}: strip_components = 1 would drop it"
 
-    def _note_collisions(self) -> Iterator[str]:
-        """Find names that are one name where case or Unicode form does not count."""
-        # A table of hashes tells the few that may be: 200,000 folded names would take more memory than all else.
-        seen, twice, folded = bytearray(1 << 22), set(), {}  # type: bytearray, Set[int], Dict[bytes, bytes]
-        for name in filter(_MAY_FOLD.search, self.manifest.names()):
-            key = fold_name(name)
-            place = hash(key) % len(seen)
-            if seen[place] or key in self.manifest:
-                twice.add(place)
-            seen[place] = 1
-        for name in self.manifest.names() if twice else ():
-            key = fold_name(name)
-            other = folded.setdefault(key, name) if hash(key) % len(seen) in twice else name
-            if other != name:
-                yield f"{show(other)} and {show(name)} are the same name on systems that ignore case or Unicode form"
+def fits(path: bytes, glob: bytes) -> bool:
+    """Tell whether a path matches; `*` stays within a directory, `**` does not."""
+    from fnmatch import fnmatchcase
+    return fnmatchcase(path, glob) and (b"**" in glob or path.count(b"/") == glob.count(b"/"))
+
+
+def some_of(names: Sequence[bytes]) -> str:
+    """Name the first few."""
+    return ", ".join(map(show, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+# What ends up in archives unnoticed: patterns of its names, what it is, and the way without it.
+_ODDITIES = (
+    ((b"._", b"__MACOSX", b".DS_Store"), rb"(?:\A|/)(?:\._|__MACOSX(?:/|\Z)|\.DS_Store\Z)",
+     "left there by macOS", "pack with COPYFILE_DISABLE=1 tar --exclude .DS_Store, or zip -X"),
+    ((b".git",), rb"(?:\A|/)\.git(?:/|\Z)", "part of a Git repository, with all of its history",
+     "pack with git archive, or without .git"),
+)
+
+
+def note_oddities(manifest: Manifest, strip: int) -> List[str]:
+    """Tell what may go live, and was hardly meant to."""
+    notes = []
+    tops = list(itertools.islice((name for name in manifest if b"/" not in name), 2))
+    files = [name for name, member in manifest.items() if member.kind == FILE]
+    if not strip and len(tops) == 1 and manifest[tops[0]].kind == DIRECTORY and files:
+        notes.append(f"everything lies under {show(tops[0] + b'/')}: "
+                     f"strip_components = 1 would drop it")
+    if len(files) == 1 and ARCHIVE_SUFFIX.search(os.fsdecode(files[0])):
+        notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
+                     f"deploy that archive itself")
+    text = b"\n".join(manifest)
+    for words, pattern, what, way in _ODDITIES:
+        found = []
+        if any(word in text for word in words):  # hundreds of times as fast
+            found = [name for name in manifest if re.search(pattern, name)]
+        if found:
+            notes.append(f"{some_of(found)}: {what}; {way}")
+    private = [name for name in files if not manifest[name].mode & 0o044]
+    if private:
+        notes.append(f"{count(len(private), 'file')} can be read by their owner alone "
+                     f"({some_of(private)}), as a build under umask 077 makes them")
+    return notes
 
 
 _MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
-_NOT_ASCII = re.compile(rb"[\x80-\xff]")
 
 
 def fold_name(name: bytes) -> bytes:
     """Return what a name becomes where neither case nor the Unicode form counts."""
-    if not _NOT_ASCII.search(name):
+    if not re.search(rb"[\x80-\xff]", name):
         return name.lower()
     import unicodedata
     text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape")).casefold()
     return unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
 
 
+def note_collisions(manifest: Manifest) -> List[str]:
+    """Find names that are one name where case or Unicode form does not count."""
+    # Hashes tell the few that may be: all folded names would take more memory than all else.
+    seen: Set[int] = set()
+    twice: Set[int] = set()
+    for name in filter(_MAY_FOLD.search, manifest):
+        key = fold_name(name)
+        if hash(key) in seen or key != name and key in manifest:
+            twice.add(hash(key))
+        seen.add(hash(key))
+    folded: Dict[bytes, bytes] = {}
+    notes = []
+    for name in manifest if twice else ():
+        key = fold_name(name)
+        other = folded.setdefault(key, name) if hash(key) in twice else name
+        if other != name:
+            if len(notes) == MAX_NOTES:
+                return notes + ["and there are more such names"]
+            notes.append(f"{show(other)} and {show(name)} are the same name on systems that ignore "
+                         f"case or Unicode form")
+    return notes
+
+
 # -- decoding: blocks of the file in, blocks of the archive out ----------------
 
-def slices(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Cut blocks smaller, which bounds what a decoder copies when a stream ends within one."""
-    for block in blocks:
-        for start in range(0, len(block), SLICE_BYTES):
-            yield block[start:start + SLICE_BYTES]
-
-
 class Inflater:
-    """zlib's gzip decoder with the interface that bz2 and lzma have (RFC 1952)."""
+    """zlib's decoder with the interface that bz2 and lzma have; gzip (RFC 1952) unless told."""
 
     def __init__(self, window_bits: int = 31) -> None:
         self._decoder = zlib.decompressobj(window_bits)
-        self.needs_input, self._rest = True, b""
+        self._rest = b""
+        self.needs_input = True
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         """Decode at most `max_length` bytes; what is left over is kept for the next call."""
@@ -4592,8 +4711,11 @@ class Inflater:
 def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any], errors: Any) -> Iterator[bytes]:
     """Decode streams that follow each other, zero padding between them; each must be complete."""
     decoder, streams = None, 0
+    # Cut smaller, which bounds what a decoder copies when a stream ends within one.
+    slices = (block[start:start + SLICE_BYTES] for block in blocks
+              for start in range(0, len(block), SLICE_BYTES))
     try:
-        for data in slices(blocks):
+        for data in slices:
             while data:
                 if decoder is None:
                     data = data.lstrip(b"\0") if streams else data
@@ -4601,100 +4723,139 @@ def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any], errors: Any
                         break
                     decoder, streams = make(), streams + 1
                     if streams > MAX_STREAMS:
-                        raise damaged("it is cut into too many compressed streams")
+                        raise ArtifactRefused(
+                            f"the archive is cut into more than {MAX_STREAMS:,} compressed "
+                            f"streams, one after the other", "pack it in one: gzip, not bgzip")
                 yield decoder.decompress(data, BLOCK_BYTES)
                 while not decoder.eof and not decoder.needs_input:
                     yield decoder.decompress(b"", BLOCK_BYTES)
                 data = decoder.unused_data if decoder.eof else b""
                 decoder = None if decoder.eof else decoder
     except errors as error:
-        raise damaged(str(error))
+        raise decoding_failed(str(error))
     if decoder is not None:
         raise damaged("the compressed data end too early")
 
 
-def decode_bzip2(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def decoding_failed(why: str) -> ArtifactRefused:
+    """Make the error for what a decoder says: it needs too much memory, or the data are damaged."""
+    if re.search(r"(?i)memory|window", why):
+        return ArtifactRefused(
+            f"the archive needs more memory to be decoded than the {format_size(MAX_DECODER_BYTES)} "
+            f"that a deployment may take ({why})",
+            "pack it with a smaller dictionary or window: xz -9, zstd -19 without --ultra or --long")
+    return damaged(why)
+
+
+def decode_bzip2(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
     """Decode bzip2 streams."""
     import bz2
     return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
 
 
-def decode_xz(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode xz streams whose dictionary fits into the memory a deployment may take.
-
-    With the xz program where there is one: it uses every core.  busybox has an
-    xz of its own, which knows neither -T nor a limit.
-    """
-    program = find_decoder("xz")
-    if program and os.path.basename(os.path.realpath(program)) == "xz":
-        return run_filter([program, "-dcq", "-T0", f"--memlimit-decompress={MAX_DECODER_BYTES >> 20}MiB"], blocks)
+def decode_xz(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """Decode xz streams whose dictionary fits into the memory a deployment may take."""
     import lzma
-    return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES), lzma.LZMAError)
+    return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES),
+                          lzma.LZMAError)
 
 
-def decode_zstd(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def decode_zstd(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
     """Decode zstd frames with Python 3.14's module, else with the zstd program."""
     try:
         from compression import zstd  # type: ignore
     except ImportError:
-        program = find_decoder("zstd")
+        import shutil
+        # PATH must not choose what decodes an artifact.
+        program = shutil.which("zstd", path=EXTRA_PATH)
         if not program:
-            raise ArtifactRefused("this Python and this host cannot read zstd", "install zstd, or deploy a .tar.gz")
-        return run_filter([program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"], blocks)
+            raise ArtifactRefused("this Python and this host cannot read zstd",
+                                  "install zstd, or deploy a .tar.gz")
+        argv = [program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"]
+        return run_filter(argv, gather(only_zstd(Stream(blocks))), stopped)
     options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
     return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
 
 
-def find_decoder(name: str) -> Optional[str]:
-    """Find a program in the system's own directories: PATH must not choose what decodes an artifact."""
-    import shutil
-    return shutil.which(name, path=EXTRA_PATH)
+def only_zstd(stream: "Stream") -> Iterator[bytes]:
+    """Pass a stream on frame by frame (RFC 8878): the program would decode gzip, xz and lz4 as well."""
+    while not stream.at_end():
+        magic = stream.take(4)
+        if b"\x50" <= magic[:1] <= b"\x5f" and magic[1:] == b"\x2a\x4d\x18":
+            size = stream.take(4)
+            yield magic + size
+            yield from map(bytes, stream.pieces(int.from_bytes(size, "little")))
+            continue
+        if magic != b"\x28\xb5\x2f\xfd":
+            raise damaged("something that is no zstd frame follows one")
+        flags = stream.take(1)
+        # Window, dictionary and content size, each as long as the flags say.
+        single = flags[0] >> 5 & 1
+        sizes = (1 - single, (0, 1, 2, 4)[flags[0] & 3], (single, 2, 4, 8)[flags[0] >> 6])
+        yield magic + flags + stream.take(sum(sizes))
+        is_last = False
+        while not is_last:
+            head = stream.take(3)
+            number = int.from_bytes(head, "little")
+            is_last, kind, size_bytes = bool(number & 1), number >> 1 & 3, number >> 3
+            yield head + stream.take(1 if kind == 1 else size_bytes)  # 1: one byte, repeated
+        yield stream.take(4 if flags[0] & 4 else 0)
 
 
-def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
+def run_filter(argv: Sequence[str], blocks: Iterator[bytes],
+               stopped: Callable[[], bool]) -> Iterator[bytes]:
     """Feed blocks to a program and read its output in turns, so that neither waits for the other."""
+    import select
     try:
-        process = start_filter(argv, BLOCK_BYTES)
+        process = start_filter(argv, BLOCK_BYTES, 2 * MAX_DECODER_BYTES)
     except OSError as error:
-        raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}", "mend it, or deploy a .tar.gz")
+        raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}",
+                              "repair it, or deploy a .tar.gz")
+    streams = process.stdin, process.stdout, process.stderr
+    feeding, output, errors = [stream.fileno() for stream in streams]
+    os.set_blocking(feeding, False)
+    reading, writing, data, complaint = [output, errors], [feeding], memoryview(b""), b""
+    progress_seconds = time.monotonic()
     try:
-        yield from exchange(process, blocks)
-        complaint = process.stderr.read(4096).decode("utf-8", "replace").strip()
-        if process.wait() != 0:
-            raise damaged(complaint or f"{argv[0]} exited with code {process.returncode}")
+        while reading and not stopped():
+            readable, writable, _ = select.select(reading, writing, [], WATCH_SECONDS)
+            if readable or writable:
+                progress_seconds = time.monotonic()
+            elif time.monotonic() - progress_seconds > FILTER_STALL_SECONDS:
+                raise damaged(f"{argv[0]} made no progress")
+            for descriptor in readable:
+                piece = os.read(descriptor, BLOCK_BYTES)
+                if not piece:
+                    reading.remove(descriptor)
+                elif descriptor == output:
+                    yield piece
+                else:
+                    complaint = (complaint + piece)[:4096]
+            if writable:
+                data = data or memoryview(next(blocks, b""))
+                is_over = not data
+                try:
+                    data = data[os.write(feeding, data):]
+                except BrokenPipeError:  # its exit code says whether it has seen enough
+                    is_over = True
+                if is_over:
+                    writing = []
+                    process.stdin.close()
+        if not reading and process.wait() != 0:
+            raise decoding_failed(complaint.decode("utf-8", "replace").strip()
+                                  or f"{argv[0]} exited with code {process.returncode}")
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            try:
-                stream.close()
-            except BrokenPipeError:
-                pass
+        for stream in streams:
+            stream.close()
 
 
-def exchange(process: Any, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Write where the program reads and read where it has written, until it closes its output."""
-    import select
-    feeding, output, data = process.stdin.fileno(), process.stdout.fileno(), memoryview(b"")
-    os.set_blocking(feeding, False)
-    while True:
-        wants = [] if process.stdin.closed else [feeding]
-        readable, writable, _ = select.select([output], wants, [], FILTER_STALL_SECONDS)
-        if readable:
-            piece = os.read(output, BLOCK_BYTES)
-            if not piece:
-                return
-            yield piece
-        if writable:
-            data = data or memoryview(next(blocks, b""))
-            try:
-                data = data[os.write(feeding, data):] if data else process.stdin.close()
-            except BrokenPipeError:
-                # It has seen enough; its exit code says whether that is well.
-                process.stdin.close()
-        if not readable and not writable:
-            raise damaged(f"{process.args[0]} made no progress")
+DECODERS: Dict[str, Callable[[Iterator[bytes], Callable[[], bool]], Iterator[bytes]]] = {
+    "tar": lambda blocks, stopped: blocks,
+    "tar.gz": lambda blocks, stopped: decode_streams(blocks, Inflater, zlib.error),
+    "tar.bz2": decode_bzip2, "tar.xz": decode_xz, "tar.zst": decode_zstd}
 
 
 # -- streams -----------------------------------------------------------------
@@ -4703,13 +4864,20 @@ class Stream:
     """Takes pieces of given sizes out of blocks of whatever size."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks, self._block, self._view = blocks, b"", memoryview(b"")
-        self._position, self._base = 0, 0
+        self._blocks = blocks
+        self._block = b""
+        self._view = memoryview(b"")
+        self._position = 0
+        self._base = 0
 
     @property
     def offset(self) -> int:
         """How many bytes were taken so far."""
         return self._base + self._position
+
+    def at_end(self) -> bool:
+        """Tell whether nothing is left."""
+        return self._position == len(self._block) and not self._next()
 
     def _next(self) -> bool:
         self._base += len(self._block)
@@ -4724,10 +4892,10 @@ class Stream:
             data = self._block[self._position:end]
             self._position = end
             return data
-        return b"".join(self.pieces(size_bytes))
+        return b"".join(self._pieces(size_bytes))
 
     def pieces(self, size_bytes: int) -> Iterable[memoryview]:
-        """Take so many bytes in pieces that are not copied; ArtifactRefused when the archive ends before."""
+        """Take so many bytes in pieces that are not copied; ArtifactRefused as in take()."""
         start, end = self._position, self._position + size_bytes
         if end > len(self._block):
             return self._pieces(size_bytes)
@@ -4736,7 +4904,7 @@ class Stream:
 
     def _pieces(self, size_bytes: int) -> Iterator[memoryview]:
         while size_bytes:
-            if self._position == len(self._block) and not self._next():
+            if self.at_end():
                 raise damaged("it ends in the middle of a member")
             piece = self._view[self._position:self._position + size_bytes]
             self._position += len(piece)
@@ -4749,53 +4917,67 @@ class Stream:
         if position <= len(self._block):
             self._position = position
             return
-        for _ in self.pieces(offset - self.offset):
+        for _ in self._pieces(offset - self.offset):
             pass
 
-    def drain(self) -> None:
-        """Pass over all that is left."""
-        while self._next():
-            pass
+    def rest(self) -> Iterator[memoryview]:
+        """Take all that is left."""
+        while not self.at_end():
+            yield self._view[self._position:]
+            self._position = len(self._block)
 
-    def at_end(self) -> bool:
-        """Tell whether nothing is left."""
-        return self._position == len(self._block) and not self._next()
+
+def gather(pieces: Iterator[Any], size_of: Callable[[Any], int] = len,
+           join: Callable[[List[Any]], Any] = b"".join) -> Iterator[Any]:
+    """Join small pieces: handing one to a thread or a program costs more than copying it."""
+    small: List[Any] = []
+    size_bytes = 0
+    for piece in pieces:
+        size_bytes += size_of(piece)
+        small.append(piece)
+        if size_bytes >= BLOCK_BYTES // 4:
+            yield join(small)
+            small, size_bytes = [], 0
+    if size_bytes:
+        yield join(small)
 
 
 class Pump:
-    """The second thread: reads and decodes the artifact while the main thread writes.
+    """The second thread: reads, hashes and decodes while the main thread judges and writes.
 
-    Iterating gives decoded blocks; what failed in the thread is raised from
-    there, whole.  `close` ends the thread wherever it is.  The artifact's own
-    bytes are hashed by whichever thread has to wait for the other.
+    What fails in the thread is raised from `blocks`, whole.  `close` ends the
+    thread wherever it is.
     """
 
-    def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
+    def __init__(self, artifact: Artifact, settings: Settings, watch: Watch) -> None:
         import queue
-        from threading import Lock
-        self._artifact, self._limits = artifact, settings.limits
-        self._hasher, self._hashing, self._unhashed = hashlib.sha256(), Lock(), deque()  # type: Any, Any, Any
-        self.read_bytes = 0
-        self._stopping, self._ended, self._empty = False, False, queue.Empty
-        self._queue = queue.Queue(QUEUE_BLOCKS)  # type: Any
+        artifact.read_sha256 = ""
+        self._artifact = artifact
+        self._most = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
+        self._watch = watch
+        self._hasher = hashlib.sha256()
+        self._read_bytes = 0
+        self._stopping = False
+        self._empty = queue.Empty
+        self._queue: Any = queue.Queue(QUEUE_BLOCKS)
         self._worker = Worker(self._run)
 
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of the artifact, once the iteration has ended."""
-        return self._hasher.hexdigest()
-
-    def __iter__(self) -> Iterator[bytes]:
-        while not self._ended:
-            if self._queue.empty():
-                self._hash()
-            item = self._queue.get()
-            self._ended = not item or isinstance(item, BaseException)
+    def blocks(self) -> Iterator[Any]:
+        """Give what was decoded; afterwards the artifact knows what its bytes have."""
+        while True:
+            item = None
+            try:
+                item = self._queue.get(timeout=WATCH_SECONDS)
+            except self._empty:  # the disk or a decoder takes its time: a signal must not
+                pass
+            self._watch(self._read_bytes)
             if isinstance(item, BaseException):
                 raise item
             if item:
                 yield item
-        self._hash()
+            elif item is not None:
+                self._artifact.read_sha256 = self._hasher.hexdigest()
+                return
 
     def close(self) -> None:
         """Let the thread end, and wait for it."""
@@ -4808,12 +4990,16 @@ class Pump:
 
     def _run(self) -> None:
         raw = self._raw()
-        decoded = self._decode(raw)
+        if self._artifact.format == "zip":
+            decoded: Any = decode_zip(self._artifact, Stream(raw))
+            # An entry without data costs as much as some data do.
+            batches = gather(self._counted(decoded), lambda item: ENTRY_BYTES + len(item[1]), list)
+        else:
+            decoded = DECODERS[self._artifact.format](raw, lambda: self._stopping)
+            batches = gather(self._counted(decoded))
         try:
-            for block in gather(decoded):
-                if self._queue.full():
-                    self._hash()
-                self._queue.put(block)
+            for batch in batches:
+                self._queue.put(batch)
                 if self._stopping:
                     return
             for _ in raw:  # what trails is hashed as well
@@ -4822,57 +5008,27 @@ class Pump:
         except BaseException as error:  # raised again in the main thread
             self._queue.put(error)
         finally:
-            decoded.close()  # type: ignore
-
-    def _hash(self) -> None:
-        """Hash what was read so far."""
-        with self._hashing:
-            while self._unhashed:
-                self._hasher.update(self._unhashed.popleft())
+            decoded.close()
 
     def _raw(self) -> Iterator[bytes]:
         for block in self._artifact.blocks():
             if self._stopping:
                 return
-            self._unhashed.append(block)
-            if len(self._unhashed) > QUEUE_BLOCKS:
-                self._hash()
-            self.read_bytes += len(block)
+            self._hasher.update(block)
+            self._read_bytes += len(block)
             yield block
 
-    def _decode(self, raw: Iterator[bytes]) -> Iterator[bytes]:
+    def _counted(self, decoded: Iterator[Any]) -> Iterator[Any]:
         """Count what really comes out, against what may."""
-        limit_bytes, option = expansion_limit(self._artifact.format, self._artifact.size_bytes, self._limits)
+        most_bytes, option = self._most
         total_bytes = 0
-        for block in DECODERS[self._artifact.format](self._artifact, raw):
-            total_bytes += len(block)
-            if total_bytes > limit_bytes:
-                raise ArtifactRefused(f"{self._artifact.name} expands to over {format_size(limit_bytes)}, more than "
-                                      f"[limits] {option} allows", f"raise [limits] {option} if that is right")
-            yield block
-
-
-def expansion_limit(kind: str, size_bytes: int, limits: Any) -> Tuple[int, str]:
-    """Return how many bytes may come out of an archive, and the option that says so."""
-    bounds = [(MAX_SIZE_BYTES, "max_expanded")]
-    if limits.max_expanded:
-        bounds.append((limits.max_expanded, "max_expanded"))
-    if limits.max_ratio and kind != "directory":
-        bounds.append((max(RATIO_FLOOR_BYTES, size_bytes * limits.max_ratio), "max_ratio"))
-    return min(bounds)
-
-
-def gather(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Join small pieces: handing a block to another thread costs more than copying it."""
-    small, size_bytes = [], 0  # type: List[bytes], int
-    for piece in pieces:
-        size_bytes += len(piece)
-        small.append(piece)
-        if size_bytes >= BLOCK_BYTES // 4:
-            yield small[0] if len(small) == 1 else b"".join(small)
-            small, size_bytes = [], 0
-    if size_bytes:
-        yield b"".join(small)
+        for item in decoded:
+            total_bytes += len(item) if isinstance(item, bytes) else len(item[1])
+            if total_bytes > most_bytes:
+                raise ArtifactRefused(
+                    f"{self._artifact.name} expands to over {format_size(most_bytes)}, more than "
+                    f"[limits] {option} allows", f"raise [limits] {option} if that is right")
+            yield item
 
 
 # -- tar ---------------------------------------------------------------------
@@ -4880,12 +5036,15 @@ def gather(pieces: Iterator[bytes]) -> Iterator[bytes]:
 TAR_BLOCK_BYTES = 512
 TAR_KINDS = {
     b"0": FILE, b"\0": FILE, b"7": FILE, b"1": HARD_LINK, b"2": SYMLINK, b"3": "character device",
-    b"4": "block device", b"5": DIRECTORY, b"6": "FIFO", b"S": "sparse file", b"D": "GNU dump directory",
-    b"M": "continuation from another volume", b"V": "volume label", b"X": "Solaris extended header",
+    b"4": "block device", b"5": DIRECTORY, b"6": "FIFO", b"S": "sparse file",
+    b"D": "GNU dump directory", b"M": "continuation from another volume", b"V": "volume label",
+    b"X": "Solaris extended header",
 }
 _NUMBER = re.compile(rb" *([0-7]*)(?:[ \0].*)?\Z", re.DOTALL)
 _PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
 _PAX_DECISIVE = (b"path", b"linkpath", b"size")
+_PAX_TIME = re.compile(rb"(-?)(\d{1,11})(?:\.(\d*))?\Z")
+_LONG_NAMES = {b"L": b"path", b"K": b"linkpath"}  # GNU tar's long name and long link target
 
 
 def octal(field: bytes) -> Optional[int]:
@@ -4901,19 +5060,37 @@ def octal(field: bytes) -> Optional[int]:
 
 
 def tar_number(field: bytes, name: bytes) -> int:
-    """Read an octal field, empty for 0, or GNU's base-256; ArtifactRefused for a negative or unreadable one."""
+    """Read an octal field, empty for 0, or GNU's base-256; ArtifactRefused for a negative one."""
     number = octal(field)
     if number is not None:
         return number
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     if not _NUMBER.match(field):
-        raise refuse(name, "its header has a negative or unreadable number", "build the archive again")
+        raise refuse(name, "its header has a negative or unreadable number",
+                     "build the archive again")
     return 0
 
 
-def header_checksum_holds(header: bytes) -> bool:
-    """Compare a tar header's checksum, the sum of its bytes with the field itself as blanks (POSIX ustar)."""
+def tar_time(field: bytes, special: Dict[bytes, bytes]) -> Optional[int]:
+    """Read when a file was changed, in nanoseconds; None where that is unreadable."""
+    if b"mtime" in special:
+        found = _PAX_TIME.match(special[b"mtime"])
+        if not found:
+            return None
+        fraction = (found.group(3) or b"").ljust(9, b"0")[:9]
+        time_ns = int(found.group(2)) * 10 ** 9 + int(fraction)
+        return -time_ns if found.group(1) else time_ns
+    seconds = octal(field)
+    if seconds is None and field[0] in (0x80, 0xff):  # GNU's base-256, before 1970 or far ahead
+        seconds = int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
+    if seconds is None or abs(seconds) > 1 << 36:
+        return None
+    return seconds * 10 ** 9
+
+
+def checksum_holds(header: bytes) -> bool:
+    """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
     field = header[148:156]
     claimed = octal(field)
     if claimed is None:
@@ -4922,17 +5099,20 @@ def header_checksum_holds(header: bytes) -> bool:
     if (zlib.adler32(header) & 0xffff) - (zlib.adler32(field) & 0xffff) + 256 == claimed:
         return True
     total = sum(header) - sum(field) + 256
-    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])  # old tars added signed bytes
+    # Old tars added signed bytes.
+    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
     return claimed in (total, signed)
 
 
-def read_tar(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, Iterable[memoryview]]]:
-    """Parse ustar, pax and GNU members: each with its data, which the caller may leave untaken.
+def read_tar(artifact: Artifact, stream: Stream) -> Members:
+    """Parse ustar, pax and GNU members.
 
     Raises ArtifactRefused for bad checksums, contradicting headers and an
     archive without its end (CVE-2025-8194: no size is negative here).
     """
-    special = {}  # type: Dict[bytes, bytes]
+    import struct
+    split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
+    special: Dict[bytes, bytes] = {}
     extensions = extension_bytes = 0
     while True:
         if stream.at_end():
@@ -4940,41 +5120,87 @@ def read_tar(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, I
         header = stream.take(TAR_BLOCK_BYTES)
         if not header[0] and not header.strip(b"\0"):
             break
-        name = header[:100].partition(b"\0")[0]
-        if not header_checksum_holds(header):
-            raise refuse(name, "its header has a wrong checksum", "copy the archive again from where it was built")
-        size_bytes = tar_number(header[124:136], name)
+        name, mode_field, size_field, time_field, flag, target, magic, prefix = split(header)
+        name = name.partition(b"\0")[0]
+        if not checksum_holds(header):
+            raise no_header(header, name, is_first=stream.offset == TAR_BLOCK_BYTES)
+        size_bytes = tar_number(size_field, name)
         start = stream.offset
-        if header[156:157] in _EXTENSIONS:
+        if flag in b"xgLK":
             extensions, extension_bytes = extensions + 1, extension_bytes + size_bytes
-            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES or extension_bytes > MAX_HEADERS_BYTES:
+            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES \
+                    or extension_bytes > MAX_HEADERS_BYTES:
                 raise refuse(name, "its extension headers are too many or too large")
-            _EXTENSIONS[header[156:157]](stream.take(size_bytes), name, special)
+            read_extension(flag, stream.take(size_bytes), name, special)
         else:
-            member = tar_member(header, name, size_bytes, special)
-            special, extensions, size_bytes = {}, 0, member.size_bytes
-            yield member, stream.pieces(size_bytes)
+            if magic == b"ustar\0" and prefix[0]:
+                name = prefix.partition(b"\0")[0] + b"/" + name
+            target = target.partition(b"\0")[0]
+            kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
+            mode, time_ns = tar_number(mode_field, name), tar_time(time_field, special)
+            if special:
+                name, target = special.get(b"path", name), special.get(b"linkpath", target)
+                size_bytes = pax_size(special, size_bytes, name)
+                if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
+                    raise refuse(name, "its extension header makes a link of it, its own header a "
+                                       f"{kind}")
+            if flag in b"0\0" and name.endswith(b"/"):
+                kind = DIRECTORY  # how tar wrote directories before POSIX
+            yield Member(name, kind, mode, size_bytes, time_ns, target), stream.pieces(size_bytes)
+            special, extensions = {}, 0
         stream.skip_to(start + size_bytes + -size_bytes % TAR_BLOCK_BYTES)
     if special or not stream.at_end() and stream.take(TAR_BLOCK_BYTES).strip(b"\0"):
         raise damaged("it has data after a single end-of-archive block")
-    stream.drain()  # what fills up a tape record means nothing
+    # What fills up a tape record means nothing.
+    if [piece for piece in stream.rest() if bytes(piece).strip(b"\0")]:
+        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no part "
+                              "of the release")
 
 
-def tar_member(header: bytes, name: bytes, size_bytes: int, special: Dict[bytes, bytes]) -> Member:
-    """Put a header and the extension headers before it together; ArtifactRefused where they disagree."""
-    if header[257:263] == b"ustar\0" and header[345:346] != b"\0":
-        name = header[345:500].partition(b"\0")[0] + b"/" + name
-    target = header[157:257].partition(b"\0")[0]
-    mode, flag = tar_number(header[100:108], name), header[156:157]
-    kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
-    if special:
-        name, target = special.get(b"path", name), special.get(b"linkpath", target)
-        size_bytes = pax_size(special, size_bytes, name)
-        if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
-            raise refuse(name, f"its extension header makes a link of it, its own header a {kind}")
-    if flag in b"0\0" and name.endswith(b"/"):
-        kind = DIRECTORY  # how tar wrote directories before POSIX
-    return Member(name, kind, mode, size_bytes, target)
+def no_header(header: bytes, name: bytes, *, is_first: bool) -> ArtifactRefused:
+    """Make the error for what should be a tar header, and is not; at the start it is no tar at all."""
+    inner = format_of(header)
+    if is_first and inner:
+        return ArtifactRefused(f"the archive holds another archive where a tar should be: a {inner}",
+                               "it is packed twice: decompress it once, and deploy the result")
+    if is_first and header[257:262] != b"ustar":
+        return ArtifactRefused(f"what is compressed here is no tar, or its first header has a wrong "
+                               f"checksum: it begins with {show(header[:60])}",
+                               "deploy a tar, compressed: tar -czf app.tar.gz .")
+    return refuse(name, "its header has a wrong checksum", COPY_AGAIN)
+
+
+def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
+    """Read what an extension header says of the next member (pax, GNU); the rest is passed over.
+
+    A global header, as `git archive` writes for its commit, may not name or
+    size members.
+    """
+    found: Dict[bytes, bytes] = {}
+    if flag in _LONG_NAMES:
+        found[_LONG_NAMES[flag]] = data.rstrip(b"\0")
+        data = b""
+    position = 0
+    while position < len(data):
+        record = _PAX_RECORD.match(data, position)
+        end = position + int(record.group(1)) if record else 0
+        if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
+            raise refuse(name, "its pax header is malformed", "build the archive again")
+        key, value = record.group(2), data[record.end():end - 1]
+        if key.startswith(b"GNU.sparse"):
+            raise refuse(name, "it is a sparse file, which a release cannot hold",
+                         "build the archive without --sparse")
+        if key in _PAX_DECISIVE and (key in found or flag == b"g"):
+            if flag == b"g":
+                raise refuse(name, "a global pax header gives every member one name or size")
+            raise refuse(name, f"its extension headers give {key.decode()} twice")
+        if key in _PAX_DECISIVE or key == b"mtime" and flag == b"x":
+            found[key] = value
+        position = end
+    for key in found:
+        if key in special and key in _PAX_DECISIVE:
+            raise refuse(name, f"its extension headers give {key.decode()} twice")
+    special.update(found)
 
 
 def pax_size(special: Dict[bytes, bytes], size_bytes: int, name: bytes) -> int:
@@ -4990,44 +5216,6 @@ def pax_size(special: Dict[bytes, bytes], size_bytes: int, name: bytes) -> int:
     return size
 
 
-def _add_special(special: Dict[bytes, bytes], key: bytes, value: bytes, name: bytes) -> None:
-    if key in special:
-        raise refuse(name, f"its extension headers give {key.decode()} twice")
-    special[key] = value
-
-
-def read_pax(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
-    """Read `length key=value` records (POSIX pax); those that say nothing about the tree are passed over."""
-    position = 0
-    while position < len(data):
-        found = _PAX_RECORD.match(data, position)
-        end = position + int(found.group(1)) if found else 0
-        if not found or not found.end() < end <= len(data) or data[end - 1:end] != b"\n":
-            raise refuse(name, "its pax header is malformed", "build the archive again")
-        key = found.group(2)
-        if key.startswith(b"GNU.sparse"):
-            raise refuse(name, "it is a sparse file, which a release cannot hold", "build the archive without --sparse")
-        if key in _PAX_DECISIVE:
-            _add_special(special, key, data[found.end():end - 1], name)
-        position = end
-
-
-def read_pax_global(data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
-    """Read a global header, as `git archive` writes for its commit; it may not name or size members."""
-    found = {}  # type: Dict[bytes, bytes]
-    read_pax(data, name, found)
-    if found:
-        raise refuse(name, "a global pax header gives every member one name or size")
-
-
-# By the type in the header before them: pax, and GNU tar's long name and long link target.
-_EXTENSIONS = {
-    b"x": read_pax, b"g": read_pax_global,
-    b"L": lambda data, name, special: _add_special(special, b"path", data.rstrip(b"\0"), name),
-    b"K": lambda data, name, special: _add_special(special, b"linkpath", data.rstrip(b"\0"), name),
-}  # type: Dict[bytes, Callable[[bytes, bytes, Dict[bytes, bytes]], None]]
-
-
 # -- zip ---------------------------------------------------------------------
 
 _LOCAL = b"PK\3\4"
@@ -5036,17 +5224,23 @@ _END = b"PK\5\6"
 _DESCRIPTOR = b"PK\7\x08"
 _END64 = b"PK\6\6"
 _LOCATOR64 = b"PK\6\7"
-ZIP_METHODS = {0: "stored", 8: "deflate", 1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd",
+ZIP_METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd",
                95: "xz", 98: "ppmd", 99: "AES"}
 _ENCRYPTED = 0x2041
 _DESCRIBED_LATER = 0x0008
 _UTF8 = 0x0800
+_EXTRA_ZIP64 = 0x0001
+_EXTRA_TIME = 0x5455
+_EXTRA_NAME = 0x7075
+_FULL = 0xffffffff
 
 
 class ZipEntry(NamedTuple):
-    """One entry of the central directory (APPNOTE 4.3.12); sizes are bytes."""
+    """One entry of the central directory (APPNOTE 4.3.12)."""
 
-    name: bytes
+    raw_name: bytes
+    name: bytes  # by the Unicode path field where there is one
+    is_known: bool  # in which encoding the name is
     system: int
     flags: int
     method: int
@@ -5055,103 +5249,85 @@ class ZipEntry(NamedTuple):
     size_bytes: int
     attributes: int
     offset: int
-
-    def _is_plain_utf8(self) -> bool:
-        """Info-ZIP on Unix writes UTF-8 names and leaves the flag out (APPNOTE 4.4.4, bit 11)."""
-        try:
-            self.name.decode("utf-8")
-        except UnicodeDecodeError:
-            return False
-        return self.system == 3
+    mtime_ns: Optional[int]
 
     def member(self) -> Member:
         """Describe the entry as a member; Unix modes come from the external attributes."""
-        name = self.name if self.flags & _UTF8 or self._is_plain_utf8() else self.name.decode("cp437").encode("utf-8")
         mode = self.attributes >> 16 if self.system == 3 else 0
-        kind = DIRECTORY if name.endswith(b"/") else FILE
-        kinds = {0: kind, stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
-        declared = kinds.get(stat.S_IFMT(mode), "special file")
-        if kind == DIRECTORY and declared != DIRECTORY or declared == DIRECTORY and kind != DIRECTORY:
-            raise refuse(name, "its name and its attributes disagree about what it is")
-        default = _MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE
-        return Member(name, declared, mode & 0o7777 or default, self.size_bytes)
+        is_directory = self.name.endswith(b"/")
+        kinds = {0: FILE, stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
+        kind = kinds.get(stat.S_IFMT(mode), "special file")
+        # Maven writes META-INF/maven/ with every bit of the type set.
+        if is_directory and (kind == FILE or stat.S_IFMT(mode) == 0o170000):
+            kind, mode = DIRECTORY, 0
+        if is_directory != (kind == DIRECTORY):
+            raise refuse(self.name, "its name and its attributes disagree about what it is")
+        default = _MODE_DIRECTORY if is_directory else _MODE_FILE
+        return Member(self.name, kind, mode & 0o7777 or default, self.size_bytes, self.mtime_ns)
 
 
-class ZipIndex:
-    """A zip's central directory, read in pieces: that of 200,000 files takes more memory than they do.
+def read_central(artifact: Artifact, limits: Any) -> None:
+    """Read a zip's central directory, once; ArtifactRefused for one that is damaged or ambiguous.
 
-    Entries come in the order of their data, which is the directory's own order
-    in what the usual programs write; only another one is kept in memory.
+    Entries go in the order of their data, which is the directory's own order
+    in what the usual programs write.
     """
-
-    def __init__(self, artifact: OpenArtifact, start: int, size_bytes: int, number: int) -> None:
-        self._artifact, self.start, self.size_bytes, self.number = artifact, start, size_bytes, number
-        self._sorted, self.expanded_bytes = None, 0  # type: Optional[List[ZipEntry]], int
-        self._digests = set()  # type: Set[bytes]
-        before, entries, ordered = -1, 0, True
-        for entry in self._in_directory_order():
-            ordered, before = ordered and before < entry.offset, entry.offset
-            entries, self.expanded_bytes = entries + 1, self.expanded_bytes + entry.size_bytes
-        if entries != number:
-            raise damaged(f"its central directory has {entries} entries where {number} are announced")
-        if not ordered:
-            self._sorted = sorted(self._in_directory_order(), key=lambda entry: entry.offset)
-
-    def entries(self) -> Iterator[ZipEntry]:
-        """Go through the entries in the order of their data."""
-        return self._in_directory_order() if self._sorted is None else iter(self._sorted)
-
-    def _in_directory_order(self) -> Iterator[ZipEntry]:
-        position = base = hashed_bytes = 0
-        window, hasher = b"", hashlib.sha256()
-        while position < self.size_bytes:
-            end = base + len(window)
-            if position + MAX_ENTRY_BYTES > end and end < self.size_bytes:
-                base = position
-                window = self._artifact.read_at(self.start + base, min(BLOCK_BYTES, self.size_bytes - base))
-                hasher.update(window[hashed_bytes - base:])
-                hashed_bytes = base + len(window)
-            entry, after = zip_entry(window, position - base)
-            position = base + after
-            yield entry
-        self._digests.add(hasher.digest())
-
-    def note_passed(self, pieces: Iterable[memoryview]) -> None:
-        """Take note of the directory as it is read in passing, and hashed with the artifact."""
-        hasher = hashlib.sha256()
-        for piece in pieces:
-            hasher.update(piece)
-        self._digests.add(hasher.digest())
-
-    def check_same(self) -> None:
-        """Raise ArtifactRefused unless that is what every parsing has seen, the one that names the files included."""
-        if len(self._digests) != 1:
-            raise damaged("its central directory is not what it was")
+    start, size_bytes, number = find_central(artifact)
+    if 0 < limits.max_files < number:
+        raise ArtifactRefused(f"the zip has {number:,} entries, more than the {limits.max_files:,} "
+                              "that [limits] max_files allows",
+                              "raise [limits] max_files if that is right")
+    artifact.tail = artifact.read_at(start, artifact.size_bytes - start)
+    central = artifact.tail[:size_bytes]
+    positions, offsets, position = [], [], 0
+    while position < size_bytes:
+        entry, after = zip_entry(central, position)
+        positions.append(position)
+        offsets.append(entry.offset)
+        artifact.expanded_bytes += entry.size_bytes
+        position = after
+    if len(positions) != number:
+        raise damaged(f"its central directory has {len(positions)} entries where {number} are "
+                      f"announced")
+    if any(first >= second for first, second in zip(offsets, offsets[1:])):
+        positions = [position for _, position in sorted(zip(offsets, positions))]
+    artifact.entries = positions
 
 
-def zip_index(artifact: OpenArtifact) -> ZipIndex:
-    """Read the central directory, once; ArtifactRefused for one that is damaged, split or ambiguous."""
-    if artifact.zip_index is None:
-        artifact.zip_index = ZipIndex(artifact, *find_central(artifact))
-    return artifact.zip_index
-
-
-def find_central(artifact: OpenArtifact) -> Tuple[int, int, int]:
-    """Return the central directory's offset, size and number of entries (APPNOTE 4.3.14 to 4.3.16)."""
+def find_central(artifact: Artifact) -> Tuple[int, int, int]:
+    """Return the central directory's offset, size and number of entries (APPNOTE 4.3.14 to 16)."""
     import struct
     base = max(0, artifact.size_bytes - 22 - 65535)
     tail = artifact.read_at(base, artifact.size_bytes - base)
-    ends = [found.start() for found in re.finditer(re.escape(_END), tail)
-            if found.start() + 22 <= len(tail)
-            and found.start() + 22 + int.from_bytes(tail[found.start() + 20:found.start() + 22], "little") == len(tail)]
+    ends = []
+    behind = b""
+    for found in re.finditer(re.escape(_END), tail):
+        end = found.start() + 22
+        end += int.from_bytes(tail[end - 2:end], "little")
+        if end <= len(tail) and not tail[end:].strip(b"\0"):  # what is padded to a tape's record
+            ends.append(found.start())
+        elif end <= len(tail):
+            behind = tail[end:]
+    if len(ends) != 1 and not ends and behind:
+        raise damaged(f"{len(behind)} bytes that belong to no entry lie behind its end-of-central-"
+                      f"directory record: {show(behind[:60])}", "build it again, or cut them off")
     if len(ends) != 1:
-        raise damaged("its end-of-central-directory record is " + ("ambiguous" if ends else "missing"))
-    disk, first_disk, here, number, size_bytes, start = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
+        raise damaged("its end-of-central-directory record is "
+                      + ("ambiguous" if ends else "missing"))
+    short = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
     end = base + ends[0]
+    disk, first_disk, here, number, size_bytes, start = short
     if ends[0] >= 20 and tail[ends[0] - 20:ends[0] - 16] == _LOCATOR64:
-        end, values = find_central64(artifact, end - 20)
-        short = (disk, first_disk, here, number, size_bytes, start)
-        if any(value not in (full, 0xffff, 0xffffffff) for value, full in zip(short, values)):
+        # The zip64 record that this locator points to.
+        locator = end - 20
+        _, disk, end, disks = struct.unpack("<4sIQI", artifact.read_at(locator, 20))
+        if disk or disks > 1 or not 0 <= end <= locator - 56:
+            raise damaged("its zip64 locator points nowhere")
+        signature, record_bytes, _, _, *values = struct.unpack("<4sQHHIIQQQQ",
+                                                               artifact.read_at(end, 56))
+        if signature != _END64 or end + 12 + record_bytes != locator:
+            raise damaged("its zip64 record is not where it should be")
+        if any(value not in (full, 0xffff, _FULL) for value, full in zip(short, values)):
             raise damaged("its zip64 and zip records disagree")
         disk, first_disk, here, number, size_bytes, start = values
     if disk or first_disk or here != number:
@@ -5161,87 +5337,138 @@ def find_central(artifact: OpenArtifact) -> Tuple[int, int, int]:
     return start, size_bytes, number
 
 
-def find_central64(artifact: OpenArtifact, locator: int) -> Tuple[int, Tuple[int, ...]]:
-    """Read the zip64 record that a locator points to: its offset and its disk, count, size and offset fields."""
-    import struct
-    _, disk, offset, disks = struct.unpack("<4sIQI", artifact.read_at(locator, 20))
-    if disk or disks > 1 or not 0 <= offset <= locator - 56:
-        raise damaged("its zip64 locator points nowhere")
-    signature, size_bytes, _, _, *values = struct.unpack("<4sQHHIIQQQQ", artifact.read_at(offset, 56))
-    if signature != _END64 or offset + 12 + size_bytes != locator:
-        raise damaged("its zip64 record is not where it should be")
-    return offset, tuple(values)
-
-
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
     import struct
     try:
-        (signature, _, system, _, flags, method, _, crc, packed, size, name_length, extra_length, comment_length,
-         disk, _, attributes, offset) = struct.unpack_from("<4sBBHHHIIIIHHHHHII", central, position)
+        (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
+         extra_length, comment_length, disk, attributes, offset) = struct.unpack_from(
+            "<4sxB2xHHHHIIIHHHH2xII", central, position)
     except struct.error:
         raise damaged("its central directory is cut short")
     begin = position + 46
-    name, extra = central[begin:begin + name_length], central[begin + name_length:begin + name_length + extra_length]
+    raw_name = central[begin:begin + name_length]
+    extra = central[begin + name_length:begin + name_length + extra_length]
     end = begin + name_length + extra_length + comment_length
     if signature != _CENTRAL or disk not in (0, 0xffff) or end > len(central):
         raise damaged("its central directory is malformed")
-    size, packed, offset = zip64_values(extra, (size, packed, offset), name)
+    fields = extra_fields(extra) if extra else {}
+    size_bytes, packed_bytes, offset = zip64_values(
+        fields, (size_bytes, packed_bytes, offset), raw_name)
     if flags & _ENCRYPTED:
-        raise refuse(name, "it is encrypted", "build the zip without a password")
+        raise refuse(raw_name, "it is encrypted", "build the zip without a password")
     if method not in (0, 8):
-        raise refuse(name, f"it is compressed by {ZIP_METHODS.get(method, f'method {method}')}", "build the zip with deflate")
-    return ZipEntry(name, system, flags, method, crc, packed, size, attributes, offset), end
+        raise refuse(raw_name, f"it is compressed by {ZIP_METHODS.get(method, f'method {method}')}",
+                     "build the zip with deflate")
+    name, is_known = zip_name(raw_name, flags, system, fields)
+    return ZipEntry(raw_name, name, is_known, system, flags, method, crc, packed_bytes, size_bytes,
+                    attributes, offset, zip_time(fields, date, clock)), end
 
 
-def zip64_values(extra: bytes, values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
-    """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
-    if 0xffffffff not in values:
-        return values
+def extra_fields(extra: bytes) -> Dict[int, bytes]:
+    """Split the extra field (APPNOTE 4.5); the first of a kind counts."""
+    fields: Dict[int, bytes] = {}
     position = 0
     while position + 4 <= len(extra):
         kind = int.from_bytes(extra[position:position + 2], "little")
         end = position + 4 + int.from_bytes(extra[position + 2:position + 4], "little")
-        field, position = extra[position + 4:end], end
-        if kind == 1 and end <= len(extra) and len(field) >= 8 * values.count(0xffffffff):
-            full = iter([int.from_bytes(field[at:at + 8], "little") for at in range(0, len(field) - 7, 8)])
-            return tuple(next(full) if value == 0xffffffff else value for value in values)
-    raise refuse(name, "its sizes are in a zip64 field that is missing")
+        if end <= len(extra):
+            fields.setdefault(kind, extra[position + 4:end])
+        position = end
+    return fields
 
 
-def decode_zip(artifact: OpenArtifact, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Unpack the entries' data one after the other, in one pass over the file.
+def zip64_values(fields: Dict[int, bytes], values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
+    """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
+    if _FULL not in values:
+        return values
+    field = fields.get(_EXTRA_ZIP64, b"")
+    if len(field) < 8 * values.count(_FULL):
+        raise refuse(name, "its sizes are in a zip64 field that is missing")
+    full = iter([int.from_bytes(field[at:at + 8], "little") for at in range(0, len(field) - 7, 8)])
+    return tuple(next(full) if value == _FULL else value for value in values)
+
+
+def zip_name(raw: bytes, flags: int, system: int, fields: Dict[int, bytes]) -> Tuple[bytes, bool]:
+    """Return a name in UTF-8, and whether its encoding is known.
+
+    The Unicode path field (APPNOTE 4.6.9) counts where its CRC says that it was
+    made for this name.  Info-ZIP on Unix writes UTF-8 and leaves the flag out.
+    """
+    field = fields.get(_EXTRA_NAME, b"")
+    try:
+        if field[:1] == b"\1" and int.from_bytes(field[1:5], "little") == zlib.crc32(raw):
+            field[5:].decode("utf-8")
+            if flags & _UTF8 and field[5:] != raw:
+                raise refuse(raw, f"its Unicode path field has another name: {show(field[5:])}")
+            return field[5:], True
+        if not flags & _UTF8:
+            raw.decode("utf-8" if system == 3 else "ascii")
+    except UnicodeDecodeError:
+        return raw.decode("cp437").encode("utf-8"), False
+    return raw, True
+
+
+def zip_time(fields: Dict[int, bytes], date: int, clock: int) -> Optional[int]:
+    """Read when a file was changed, in nanoseconds: the extended timestamp, else the DOS time.
+
+    That has no zone; as UTC it is the same on every host.
+    """
+    field = fields.get(_EXTRA_TIME, b"")
+    if len(field) >= 5 and field[0] & 1:
+        return int.from_bytes(field[1:5], "little", signed=True) * 10 ** 9
+    import calendar
+    try:
+        return calendar.timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
+                                clock >> 5 & 63, 2 * (clock & 31))) * 10 ** 9
+    except ValueError:
+        return None
+
+
+def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[Tuple[ZipEntry, bytes]]:
+    """Unpack the entries' data one after the other, in one pass over the file; each begins empty.
 
     What the pass meets must be what the central directory said beforehand:
     local headers, sizes, checksums, no overlap and nothing in between.
     """
-    index, stream, before = zip_index(artifact), Stream(blocks), None
-    for entry in index.entries():
+    before = None
+    for position in artifact.entries:
+        entry, _ = zip_entry(artifact.tail, position)
         check_gap(before, entry.offset, stream)
         check_local_header(entry, stream)
-        yield from unpack_entry(entry, stream)
+        yield entry, b""
+        for piece in unpack_entry(entry, stream):
+            yield entry, piece
         before = entry
-    check_gap(before, index.start, stream)
-    index.note_passed(stream.pieces(index.size_bytes))
+    check_gap(before, artifact.size_bytes - len(artifact.tail), stream)
 
 
 def check_local_header(entry: ZipEntry, stream: Stream) -> None:
-    """Hold an entry's local header (APPNOTE 4.3.7) against the central directory; they must agree."""
+    """Hold an entry's local header (APPNOTE 4.3.7) against the central directory."""
     import struct
-    (signature, _, flags, method, _, _, crc, packed, size,
-     name_length, extra_length) = struct.unpack("<4sHHHHHIIIHH", stream.take(30))
+    signature, flags, method, crc, packed_bytes, size_bytes, name_length, extra_length = \
+        struct.unpack("<4s2xHH4xIIIHH", stream.take(30))
     if signature != _LOCAL:
         raise refuse(entry.name, "its data do not begin with a local header")
     name, extra = stream.take(name_length), stream.take(extra_length)
     if entry.flags & _DESCRIBED_LATER:
-        # Any of the three may be left for the descriptor, which is held against the central directory as well.
-        packed, size = (0, 0) if (packed, size) == (0xffffffff, 0xffffffff) and not crc else (packed, size)
-        crc, packed, size = crc or entry.crc, packed or entry.packed_bytes, size or entry.size_bytes
-    else:
-        size, packed = zip64_values(extra, (size, packed), name)
-    if (name, flags, method, crc, packed, size) != (entry.name, entry.flags, entry.method, entry.crc,
-                                                    entry.packed_bytes, entry.size_bytes):
+        # Any of the three may be left for the descriptor, which is held against them as well.
+        if (packed_bytes, size_bytes) == (_FULL, _FULL) and not crc:
+            packed_bytes = size_bytes = 0
+        crc = crc or entry.crc
+        packed_bytes = packed_bytes or entry.packed_bytes
+        size_bytes = size_bytes or entry.size_bytes
+    elif _FULL in (size_bytes, packed_bytes):
+        size_bytes, packed_bytes = zip64_values(extra_fields(extra), (size_bytes, packed_bytes), name)
+    found = name, flags, method, crc, packed_bytes, size_bytes
+    if found != (entry.raw_name, entry.flags, entry.method, entry.crc, entry.packed_bytes,
+                 entry.size_bytes):
         raise refuse(entry.name, "its local header and the central directory disagree")
+    if b"up" in extra:
+        local_name, is_known = zip_name(name, flags, entry.system, extra_fields(extra))
+        if is_known and local_name != entry.name:
+            raise refuse(entry.name, f"its local header and the central directory disagree: the one "
+                                     f"names it {show(local_name)}")
 
 
 def unpack_entry(entry: ZipEntry, stream: Stream) -> Iterator[bytes]:
@@ -5255,7 +5482,7 @@ def unpack_entry(entry: ZipEntry, stream: Stream) -> Iterator[bytes]:
             break
         yield piece
     if total_bytes != entry.size_bytes or crc != entry.crc:
-        raise refuse(entry.name, "its data have not the announced size or checksum", "copy the archive again")
+        raise refuse(entry.name, "its data have not the announced size or checksum", COPY_AGAIN)
 
 
 def inflate(pieces: Iterable[memoryview], name: bytes) -> Iterator[bytes]:
@@ -5264,506 +5491,180 @@ def inflate(pieces: Iterable[memoryview], name: bytes) -> Iterator[bytes]:
     try:
         for data in pieces:
             if decoder.eof:  # zlib would collect all that follows
-                raise refuse(name, "its compressed data do not end where they should", "copy the archive again")
+                break
             yield decoder.decompress(bytes(data), BLOCK_BYTES)
             while not decoder.needs_input and not decoder.eof:
                 yield decoder.decompress(b"", BLOCK_BYTES)
+        else:
+            if decoder.eof and not decoder.unused_data:
+                return
     except zlib.error as error:
-        raise refuse(name, f"its data are damaged: {error}", "copy the archive again")
-    if not decoder.eof or decoder.unused_data:
-        raise refuse(name, "its compressed data do not end where they should", "copy the archive again")
+        raise refuse(name, f"its data are damaged: {error}", COPY_AGAIN)
+    raise refuse(name, "its compressed data do not end where they should", COPY_AGAIN)
 
 
 def check_gap(entry: Optional[ZipEntry], end: int, stream: Stream) -> None:
-    """Pass from an entry's data to what follows; only its data descriptor (APPNOTE 4.3.9) may lie between.
+    """Pass from an entry's data to what follows; only its data descriptor may lie between.
 
-    That comes with or without signature, with sizes of 32 or 64 bits, and must agree.
+    That (APPNOTE 4.3.9) comes with or without signature, with sizes of 32 or
+    64 bits, and must agree.
     """
-    import struct
     allowed = {b""}
     if entry and entry.flags & _DESCRIBED_LATER:
+        import struct
         values = entry.crc, entry.packed_bytes, entry.size_bytes
-        forms = ["<IQQ"] if max(values) > 0xffffffff else ["<IQQ", "<III"]
-        allowed = {mark + struct.pack(form, *values) for form in forms for mark in (b"", _DESCRIPTOR)}
+        forms = ["<IQQ"] if max(values) > _FULL else ["<IQQ", "<III"]
+        allowed = {mark + struct.pack(form, *values) for form in forms
+                   for mark in (b"", _DESCRIPTOR)}
     gap_bytes = end - stream.offset
     if not 0 <= gap_bytes <= 24 or stream.take(gap_bytes) not in allowed:
-        raise refuse(entry.name if entry else b"", "its data overlap another entry's, or something is hidden around them")
+        raise refuse(entry.name if entry else b"",
+                     "its data overlap another entry's, or something is hidden around them")
 
 
-def read_zip(artifact: OpenArtifact, stream: Stream) -> Iterator[Tuple[Member, Iterable[memoryview]]]:
-    """Go through the entries of a zip: each with its data, which the caller may leave untaken."""
-    index = zip_index(artifact)
-    for entry in index.entries():
-        member, end = entry.member(), stream.offset + entry.size_bytes
+def read_zip(artifact: Artifact, batches: Iterator[List[Tuple[ZipEntry, bytes]]]) -> Members:
+    """Go through the entries of a zip, as decode_zip has unpacked them."""
+    unknown = []
+    entries = itertools.groupby(itertools.chain.from_iterable(batches), operator.itemgetter(0))
+    for entry, group in entries:
+        member, pieces = entry.member(), (piece for _, piece in group)
+        if not entry.is_known:
+            unknown.append(entry.name)
         if member.kind == SYMLINK:
             if entry.size_bytes > MAX_PATH_BYTES:
                 raise refuse(member.name, "its symlink target is too long")
-            member = member._replace(size_bytes=0, target=stream.take(entry.size_bytes))
-        yield member, stream.pieces(member.size_bytes)
-        stream.skip_to(end)
-    stream.drain()
-    index.check_same()
-
-
-DECODERS = {
-    "tar": lambda artifact, blocks: blocks,
-    "tar.gz": lambda artifact, blocks: decode_streams(blocks, Inflater, zlib.error),
-    "tar.bz2": decode_bzip2, "tar.xz": decode_xz, "tar.zst": decode_zstd, "zip": decode_zip,
-}  # type: Dict[str, Callable[[OpenArtifact, Iterator[bytes]], Iterator[bytes]]]
-
-
-# -- sources: members with their data -----------------------------------------
-
-class ArchiveSource:
-    """An archive's members, decoded by a second thread; `sha256` holds once they are all taken."""
-
-    def __init__(self, artifact: OpenArtifact, settings: Settings, progress: Callable[[int], None]) -> None:
-        check_limits(artifact, settings.limits)
-        self._artifact, self._progress, self._pump = artifact, progress, Pump(artifact, settings)
-        self._read = read_zip if artifact.format == "zip" else read_tar
-
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of the archive's bytes."""
-        return self._pump.sha256
-
-    def members(self) -> Iterator[Tuple[Member, Iterable[memoryview]]]:
-        """Yield each member with its data."""
-        return self._read(self._artifact, Stream(self._blocks()))
-
-    def _blocks(self) -> Iterator[bytes]:
-        for block in self._pump:
-            self._progress(self._pump.read_bytes)
-            yield block
-
-    def close(self) -> None:
-        """End the second thread."""
-        self._pump.close()
-
-
-def check_limits(artifact: OpenArtifact, limits: Any) -> None:
-    """Refuse at once what would be refused later anyway."""
-    if artifact.format in DECODERS:
-        # For the modules and programs that it will need; nothing is decoded yet.
-        DECODERS[artifact.format](artifact, iter(()))
-    if 0 < limits.max_artifact < artifact.size_bytes:
-        raise ArtifactRefused(f"{artifact.name} has {format_size(artifact.size_bytes)}, more than the "
-                              f"{format_size(limits.max_artifact)} that [limits] max_artifact allows",
-                              "raise [limits] max_artifact if that is right")
-    if artifact.format == "zip" and 0 < limits.max_files < find_central(artifact)[2]:
-        raise ArtifactRefused(f"the zip has {find_central(artifact)[2]:,} entries, more than the {limits.max_files:,} that "
-                              "[limits] max_files allows", "raise [limits] max_files if that is right")
-
-
-class TreeSource:
-    """A directory's members, read by descriptors; no symlink is followed.
-
-    `sha256` is the tree digest: that of the manifest a copy has.  `forbidden`
-    is a (device, inode) that must not lie inside, `skipped` are files to leave out.
-    """
-
-    def __init__(self, artifact: OpenArtifact, progress: Callable[[int], None], forbidden: Tuple[int, int] = (0, 0),
-                 skipped: Iterable[Tuple[int, int]] = ()) -> None:
-        self._artifact, self._progress, self._forbidden, self._skipped = artifact, progress, forbidden, set(skipped)
-        self._whole, self._done_bytes = Manifest(), 0
-
-    @property
-    def sha256(self) -> str:
-        """The tree digest, once all members' data were taken."""
-        return self._whole.sha256
-
-    def members(self) -> Iterator[Tuple[Member, Iterator[bytes]]]:
-        """Yield each member with its data; ArtifactRefused for what cannot be read or changes meanwhile."""
-        with reading_tree(self._artifact):
-            for entry in walk_tree(self._artifact.descriptor):
-                identity = entry.status.st_dev, entry.status.st_ino
-                if identity == self._forbidden:
-                    raise refuse(entry.name, "the release would be made inside the artifact",
-                                 "deploy a directory that does not hold the root")
-                if identity not in self._skipped:
-                    yield self._note(entry), self._pieces(entry)
-
-    def _note(self, entry: "TreeEntry") -> Member:
-        member = entry.member()
-        if member.kind == SYMLINK:
-            self._whole.add_symlink(entry.name, entry.target)
-        elif member.kind == DIRECTORY:
-            self._whole.add_directory(entry.name, directory_mode(entry.status.st_mode))
-        elif member.kind != FILE:
-            raise refuse(entry.name, f"it is a {member.kind}, which a release cannot hold")
-        return member
-
-    def _pieces(self, entry: "TreeEntry") -> Iterator[bytes]:
-        if entry.member().kind != FILE:
-            return
-        hasher, left_bytes, piece = hashlib.sha256(), entry.status.st_size, b"-"
-        while left_bytes and piece:
-            with reading_tree(self._artifact):
-                piece = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
-            left_bytes -= len(piece)
-            hasher.update(piece)
-            yield piece
-        after = os.fstat(entry.descriptor)
-        if left_bytes or (after.st_size, after.st_mtime_ns) != (entry.status.st_size, entry.status.st_mtime_ns):
-            raise refuse(entry.name, "it changed while it was read", "wait until nothing writes to the directory")
-        self._done_bytes += after.st_size
-        self._progress(self._done_bytes)
-        self._whole.add_file(entry.name, hasher.digest(), file_mode(after.st_mode), after.st_size)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-@contextmanager
-def reading_tree(artifact: OpenArtifact) -> Iterator[None]:
-    """Make an artifact that is refused of what the system refuses in a directory."""
-    try:
-        yield
-    except OSError as error:
-        where = f"/{escape(portable(os.fsdecode(error.filename)))}" if isinstance(error.filename, (str, bytes)) and \
-            error.filename not in (artifact.path, os.fsencode(artifact.path)) else ""
-        raise ArtifactRefused(f"cannot read artifact {artifact.path}{where}: {reason(error)}", "make all of it readable for this user")
-
-
-class TreeEntry(NamedTuple):
-    """One entry of a directory tree; `descriptor` is -1 for a symlink or what cannot be opened."""
-
-    name: bytes
-    descriptor: int
-    status: os.stat_result
-    target: bytes
-
-    def member(self) -> Member:
-        """Describe the entry as an archive would."""
-        mode = self.status.st_mode
-        kind = _KINDS_ON_DISK.get(stat.S_IFMT(mode), "special file")
-        return Member(self.name, kind, stat.S_IMODE(mode), self.status.st_size if kind == FILE else 0, self.target)
-
-
-_KINDS_ON_DISK = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK, stat.S_IFIFO: "FIFO",
-                  stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
-
-
-def walk_tree(directory: int, prefix: bytes = b"", wanted: Callable[[bytes], bool] = bool) -> Iterator[TreeEntry]:
-    """Go through a tree by descriptors, names sorted; each entry is open while it is handed out.
-
-    What is not `wanted`, by its name, is passed over with all that lies below.
-    """
-    for base in sorted(map(os.fsencode, os.listdir(directory))):
-        if not wanted(prefix + base):
-            continue
-        try:
-            # One open tells a file, a directory or something else, without a stat before it.
-            descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO):
-                error.filename = prefix + base
-                raise
-            status = os.stat(base, dir_fd=directory, follow_symlinks=False)
-            target = os.readlink(base, dir_fd=directory) if stat.S_ISLNK(status.st_mode) else b""
-            yield TreeEntry(prefix + base, -1, status, target)
-            continue
-        try:
-            status = os.fstat(descriptor)
-            yield TreeEntry(prefix + base, descriptor, status, b"")
-            # No artifact goes deeper: what does was added, and is named by its topmost directory.
-            if stat.S_ISDIR(status.st_mode) and prefix.count(b"/") < MAX_DEPTH:
-                yield from walk_tree(descriptor, prefix + base + b"/", wanted)
-        finally:
-            os.close(descriptor)
-
-
-def open_source(artifact: OpenArtifact, settings: Settings, progress: Callable[[int], None],
-                forbidden: Tuple[int, int] = (0, 0)) -> Union[ArchiveSource, TreeSource]:
-    """Open what gives an artifact's members; `forbidden` is the (device, inode) a directory must not contain."""
-    if artifact.format == "directory":
-        return TreeSource(artifact, progress, forbidden)
-    return ArchiveSource(artifact, settings, progress)
-
-
-# -- unpacking ---------------------------------------------------------------
-
-class Unpacked(NamedTuple):
-    """What was unpacked: its manifest, the artifact's SHA-256, counts, and notes for the operator."""
-
-    manifest: Manifest
-    sha256: str
-    counts: Dict[str, int]
-    notes: List[str]
-
-
-def unpack(artifact: OpenArtifact, destination: Directory, settings: Settings, progress_update: Callable[[int], None],
-           *, expected: str = "", sharer: Optional["Sharer"] = None) -> Unpacked:
-    """Hash, judge and unpack an artifact in one pass into an empty directory nobody else can reach.
-
-    Raises ArtifactRefused, also when `expected` is not the SHA-256 of what was
-    read, and OSError from writing (a full disk) as the system gives it.
-    """
-    status = os.fstat(destination.descriptor)
-    judge = Judge(settings, expansion_limit(artifact.format, artifact.size_bytes, settings.limits))
-    source = open_source(artifact, settings, progress_update, (status.st_dev, status.st_ino))
-    umask = os.umask(0)
-    try:
-        notes = Writer(destination, judge, sharer).write(source)
-    except ArtifactRefused:
-        source.close()
-        if expected and artifact.format != "directory":  # wrong bytes explain best why they could not be read
-            compare_digests(hash_artifact(artifact, progress_update), expected, artifact.name)
-        raise
-    finally:
-        os.umask(umask)
-        source.close()
-    if expected:
-        compare_digests(source.sha256, expected, artifact.name)
-    return Unpacked(judge.manifest, source.sha256, judge.manifest.counts(), notes)
-
-
-class Writer:
-    """Writes admitted members below a directory that is empty and private.
-
-    Names need no check against the disk: every directory on the way was made
-    here, and symlinks are made when no file will follow.
-    """
-
-    def __init__(self, destination: Directory, judge: Judge, sharer: Optional["Sharer"] = None) -> None:
-        self._directory, self._judge, self._manifest = destination.descriptor, judge, judge.manifest
-        self._sharer = sharer
-
-    def write(self, source: Union[ArchiveSource, TreeSource]) -> List[str]:
-        """Write everything; return the judge's notes."""
-        for member, pieces in source.members():
-            name = self._judge.admit(member)
-            if self._judge.fresh:
-                self._make_directories()
-            if name and member.kind == FILE:
-                self._manifest.files.set_digest(self._file(name, file_mode(member.mode), member.size_bytes, pieces))
-            elif name and member.kind == HARD_LINK:
-                self._copy(self._judge.link_source(member), name)
-        notes = self._judge.finish()
-        for name, target in self._manifest.symlinks.items():
-            os.symlink(target, name, dir_fd=self._directory)
-        return notes
-
-    def _make_directories(self) -> None:
-        for name in self._judge.fresh:
-            os.mkdir(name, _MODE_DIRECTORY, dir_fd=self._directory)
-        del self._judge.fresh[:]
-
-    def _file(self, name: bytes, mode: int, size_bytes: int, pieces: Iterable[Union[bytes, memoryview]]) -> bytes:
-        hasher = hashlib.sha256()
-        twin = self._sharer.find(name, mode, size_bytes) if self._sharer else None
-        if twin:
-            with twin:
-                pieces = twin.differing(pieces, hasher)
-                if twin.is_same and self._sharer.share(twin, name, mode, self._directory):  # type: ignore
-                    return hasher.digest()
-                return self._write(name, mode, itertools.chain(twin.compared(hasher.digest()), pieces), hashlib.sha256())
-        return self._write(name, mode, pieces, hasher)
-
-    def _write(self, name: bytes, mode: int, pieces: Iterable[Union[bytes, memoryview]], hasher: Any) -> bytes:
-        descriptor = os.open(name, _CREATE_FLAGS, mode, dir_fd=self._directory)
-        try:
-            for piece in pieces:
-                hasher.update(piece)
-                write_all(descriptor, piece)
-        finally:
-            os.close(descriptor)
-        return bytes(hasher.digest())
-
-    def _copy(self, source: bytes, name: bytes) -> None:
-        """Make a hard link an independent copy: one file changed by hand must not change another."""
-        packed = self._manifest.files[source]
-        descriptor = os.open(source, _READ_FLAGS, dir_fd=self._directory)
-        try:
-            blocks = iter(lambda: os.read(descriptor, BLOCK_BYTES), b"")
-            self._write(name, int.from_bytes(packed[32:34], "big"), blocks, hashlib.sha256())
-        finally:
-            os.close(descriptor)
-        self._manifest.files[name] = packed
-
-
-_FICLONE = 0x40049409  # ioctl_ficlone(2)
-
-
-class Twin(Descriptor):
-    """The live release's file of the same name, size and mode as one that is being unpacked.
-
-    It is read along with the new bytes: whether it is the same is not a
-    question of digests written down earlier.
-    """
-
-    def __init__(self, directory: Directory, name: bytes, descriptor: int, status: os.stat_result) -> None:
-        self.directory, self.name, self.descriptor, self.status = directory, name, descriptor, status
-        self.is_same, self._same_bytes = True, 0
-
-    def differing(self, pieces: Iterable[Union[bytes, memoryview]], hasher: Any) -> Iterator[Union[bytes, memoryview]]:
-        """Hash new pieces as long as they are the same as here; returns those from the first that is not."""
-        rest = iter(pieces)
-        for piece in rest:
-            # Through bytes: a memoryview is compared item by item, a hundred times as slow.
-            if os.pread(self.descriptor, len(piece), self._same_bytes) != bytes(piece):
-                self.is_same = False
-                return itertools.chain([piece], rest)
-            hasher.update(piece)
-            self._same_bytes += len(piece)
-        return iter(())
-
-    def compared(self, digest: bytes) -> Iterator[bytes]:
-        """Give the bytes that were found to be the same once more; OSError where they no longer are (by their digest)."""
-        hasher = hashlib.sha256()
-        for offset in range(0, self._same_bytes, BLOCK_BYTES):
-            block = os.pread(self.descriptor, min(BLOCK_BYTES, self._same_bytes - offset), offset)
-            hasher.update(block)
-            yield block
-        if hasher.digest() != digest:
-            raise self.changed()
-
-    def changed(self) -> OSError:
-        """Make the error for a live release that somebody changes."""
-        return OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(self.name))
-
-
-class Sharer:
-    """Lets files that are the same in the live release take no space again: a reflink (FICLONE) or a hard link."""
-
-    def __init__(self, release: Directory, how: str) -> None:
-        self._release, self._how, self.shared_files = release, how, 0
-        self._parent, self._directory = None, None  # type: Optional[bytes], Optional[Directory]
-
-    def find(self, name: bytes, mode: int, size_bytes: int) -> Optional[Twin]:
-        """Open the file that may be the same; None where there is none.  No symlink is followed."""
-        if not size_bytes or self._how == "no":
-            return None
-        parent, _, base = name.rpartition(b"/")
-        try:
-            if parent != self._parent:  # members come directory by directory
-                self.close()
-                self._parent = parent
-                self._directory = self._release.walk_to(os.fsdecode(parent))
-            if self._directory is None:
-                return None
-            descriptor = os.open(base, _READ_FLAGS, dir_fd=self._directory.descriptor)
-        except OSError:
-            return None
-        status = os.fstat(descriptor)
-        if (stat.S_IFREG | mode, size_bytes, os.geteuid()) != (status.st_mode, status.st_size, status.st_uid) or \
-                self._how == "hardlink" and has_attributes(descriptor):
-            os.close(descriptor)
-            return None
-        return Twin(self._directory, base, descriptor, status)
-
-    def share(self, twin: Twin, name: bytes, mode: int, destination: int) -> bool:
-        """Make the new file from its twin; False where that cannot be, and the bytes must be written."""
-        error = link_to(twin, name, destination) if self._how == "hardlink" else \
-            clone(twin.descriptor, name, mode, destination)
-        if error is not None:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-                raise error
-            self._how = "no" if error.errno != errno.EMLINK else self._how
-            return False
-        after = os.stat(name, dir_fd=destination, follow_symlinks=False)
-        now, then = os.fstat(twin.descriptor), twin.status
-        if (after.st_size, now.st_size, now.st_mtime_ns) != (then.st_size, then.st_size, then.st_mtime_ns) or \
-                self._how == "hardlink" and (after.st_dev, after.st_ino) != (then.st_dev, then.st_ino):
-            raise twin.changed()
-        self.shared_files += 1
-        return True
-
-    def close(self) -> None:
-        """Close the directory that is open."""
-        if self._directory is not None:
-            self._directory.close()
-            self._directory = None
-
-
-def has_attributes(descriptor: int) -> bool:
-    """Tell whether a file has extended attributes of its own (capabilities, ACLs), which a hard link would carry over."""
-    try:
-        return bool(set(os.listxattr(descriptor)) - {"security.selinux"})
-    except (OSError, AttributeError):
-        return False
-
-
-def clone(source: int, name: bytes, mode: int, destination: int) -> Optional[OSError]:
-    """Make a file that shares another's blocks until one of them is changed; returns why the filesystem does not."""
-    descriptor = os.open(name, _CREATE_FLAGS, mode, dir_fd=destination)
-    try:
-        fcntl.ioctl(descriptor, _FICLONE, source)
-    except OSError as error:
-        os.unlink(name, dir_fd=destination)
-        return error
-    finally:
-        os.close(descriptor)
-    return None
-
-
-def link_to(twin: Twin, name: bytes, destination: int) -> Optional[OSError]:
-    """Make a hard link to a twin; returns why that cannot be."""
-    try:
-        os.link(twin.name, name, src_dir_fd=twin.directory.descriptor, dst_dir_fd=destination, follow_symlinks=False)
-    except OSError as error:
-        return error
-    return None
-
-
-def close_directories(tree: Directory, manifest: Manifest) -> None:
-    """Give directories the modes they are to keep, when nothing will be made in them any more."""
-    for name in sorted(manifest.directories, reverse=True):  # what lies below goes first
-        if manifest.directories[name] != _MODE_DIRECTORY:
-            os.chmod(name, manifest.directories[name], dir_fd=tree.descriptor)
-
-
-def read_members(artifact: OpenArtifact, names: Set[str], settings: Settings) -> Dict[str, bytes]:
-    """Return the contents of the named files, as far as there are such, at most 1 MiB each; nothing is written."""
-    judge, found = Judge(settings), {}  # type: Judge, Dict[str, bytes]
-    with closing(open_source(artifact, settings, lambda done_bytes: None)) as source:
-        for member, pieces in source.members():
-            name = os.fsdecode(judge.admit(member) or b"")
-            if member.kind == FILE and name in names:
-                if member.size_bytes > MAX_SIDECAR_BYTES:
-                    raise refuse(member.name, f"it is larger than {format_size(MAX_SIDECAR_BYTES)}", "make it smaller")
-                found[name] = b"".join(pieces)
-                if len(found) == len(names):
-                    break
-    return found
+            member = member._replace(size_bytes=0, content=b"".join(pieces))
+        yield member, pieces
+    if unknown:
+        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that it "
+                              f"does not tell; taken for cp437: {some_of(unknown)}")
 
 
 # -- trees on disk -----------------------------------------------------------
 
+_KINDS_ON_DISK = {
+    stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK, stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
+
+Entry = Tuple[Member, int, os.stat_result]
+
+
+def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Entry]:
+    """Go through a tree by descriptors, names sorted: members, open while they are handed out.
+
+    The descriptor is -1 for a symlink, which is not followed, and for what
+    cannot be opened.
+    """
+    for base in sorted(map(os.fsencode, os.listdir(directory))):
+        name, target, descriptor = prefix + base, b"", -1
+        try:
+            # One open tells a file, a directory or something else, without a stat before it.
+            descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
+            status = os.fstat(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                error.filename = name
+                raise
+            status = os.stat(base, dir_fd=directory, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                target = os.readlink(base, dir_fd=directory)
+        try:
+            kind = _KINDS_ON_DISK.get(stat.S_IFMT(status.st_mode), "special file")
+            size_bytes = status.st_size if kind == FILE else 0
+            yield Member(name, kind, stat.S_IMODE(status.st_mode), size_bytes, status.st_mtime_ns,
+                         target), descriptor, status
+            # No artifact goes deeper: what does was added, and its topmost directory names it.
+            if kind == DIRECTORY and name.count(b"/") < MAX_DEPTH:
+                yield from walk_tree(descriptor, name + b"/")
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+@contextmanager
+def reading_tree(artifact: Artifact) -> Iterator[None]:
+    """Make an artifact that is refused of what the system refuses in a directory."""
+    try:
+        yield
+    except OSError as error:
+        where = ""
+        if isinstance(error.filename, bytes):
+            where = f"/{escape(portable(os.fsdecode(error.filename)))}"
+        raise ArtifactRefused(f"cannot read artifact {artifact.path}{where}: {reason(error)}",
+                              "make all of it readable for this user")
+
+
+def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] = (0, 0),
+                   skipped: Iterable[Tuple[int, int]] = ()) -> Members:
+    """Go through a directory's members; ArtifactRefused for what cannot be read or changes meanwhile.
+
+    `forbidden` is a (device, inode) that must not lie inside, `skipped` are
+    files to leave out.
+    """
+    done_bytes = 0
+    with reading_tree(artifact):
+        for member, descriptor, status in walk_tree(artifact.descriptor):
+            identity = status.st_dev, status.st_ino
+            if identity == forbidden:
+                raise refuse(member.name, "the release would be made inside the artifact",
+                             "deploy a directory that does not hold the root")
+            if identity in skipped:
+                continue
+            watch(done_bytes)
+            yield member, read_file(artifact, member, descriptor) if member.kind == FILE else ()
+            done_bytes += member.size_bytes
+
+
+def read_file(artifact: Artifact, member: Member, descriptor: int) -> Iterator[bytes]:
+    """Read a file of a directory; ArtifactRefused where it changes meanwhile."""
+    left_bytes, piece = member.size_bytes, b"-"
+    with reading_tree(artifact):
+        while left_bytes and piece:
+            piece = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
+            left_bytes -= len(piece)
+            yield piece
+        after = os.fstat(descriptor)
+    if left_bytes or (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
+        raise refuse(member.name, "it changed while it was read",
+                     "wait until nothing writes to the directory")
+
+
+def hash_pieces(pieces: Iterable[Any]) -> bytes:
+    """Return the SHA-256 of pieces, as bytes."""
+    hasher = hashlib.sha256()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.digest()
+
+
 def hash_stream(stream: Any) -> str:
     """Return the SHA-256 of a binary stream, which is then at its beginning again."""
-    hasher = hashlib.sha256()
-    for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
-        hasher.update(block)
+    sha256 = hash_pieces(iter(lambda: stream.read(BLOCK_BYTES), b"")).hex()
     stream.seek(0)
-    return hasher.hexdigest()
+    return sha256
 
 
-def hash_open_file(entry: TreeEntry) -> bytes:
+def hash_open_file(member: Member, descriptor: int) -> bytes:
     """Hash an open file as far as its size went when it was opened."""
-    hasher, left_bytes, data = hashlib.sha256(), entry.status.st_size, b"-"
+    hasher, left_bytes, data = hashlib.sha256(), member.size_bytes, b"-"
     while left_bytes > 0 and data:
-        data = os.read(entry.descriptor, min(BLOCK_BYTES, left_bytes))
+        data = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
         hasher.update(data)
         left_bytes -= len(data)
     return hasher.digest()
 
 
-def scan_tree(directory: Directory, progress_update: Callable[[int], None]) -> Manifest:
-    """Make the manifest of a tree as it is on disk; ArtifactRefused for what a release cannot hold."""
-    manifest, done_bytes = Manifest(), 0
-    for entry in walk_tree(directory.descriptor):
-        _, kind, mode, size_bytes, _ = entry.member()
-        if kind == FILE:
-            manifest.add_file(entry.name, hash_open_file(entry), mode, size_bytes)
-            done_bytes += size_bytes
-            progress_update(done_bytes)
-        elif kind == DIRECTORY:
-            manifest.add_directory(entry.name, mode)
-        elif kind == SYMLINK:
-            manifest.add_symlink(entry.name, entry.target)
-        else:
-            raise refuse(entry.name, f"it is a {kind}, which a release cannot hold")
+def scan_tree(directory: Directory, watch: Watch) -> Manifest:
+    """Make the manifest of a tree on disk; ArtifactRefused for what a release cannot hold."""
+    manifest: Manifest = {}
+    done_bytes = 0
+    for member, descriptor, _ in walk_tree(directory.descriptor):
+        if member.kind not in (FILE, DIRECTORY, SYMLINK):
+            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
+        content = hash_open_file(member, descriptor) if member.kind == FILE else member.content
+        manifest[member.name] = Member(*member[:4], None, content)
+        done_bytes += member.size_bytes
+        watch(done_bytes)
     return manifest
 
 
@@ -5783,289 +5684,486 @@ class Differences(NamedTuple):
         return [("changed", self.changed), ("missing", self.missing), ("added", self.added)]
 
 
-PARALLEL_FILES = 2000
+def compare_tree(directory: Directory, manifest: Manifest, watch: Watch) -> Differences:
+    """Hash a tree and name every path that is not as the manifest has it."""
+    reasons: Dict[bytes, str] = {}
+    unseen, added, done_bytes = set(manifest), [], 0
+    for member, descriptor, _ in walk_tree(directory.descriptor):
+        known = manifest.get(member.name)
+        if known is None:
+            added.append(member.name)
+            continue
+        unseen.discard(member.name)
+        done_bytes += member.size_bytes
+        watch(done_bytes)
+        if member.kind != known.kind:
+            reasons[member.name] = f"is a {member.kind}, was a {known.kind}"
+        elif member.kind == SYMLINK:
+            if member.content != known.content:
+                reasons[member.name] = f"leads to {os.fsdecode(member.content)}, was " \
+                                       f"{os.fsdecode(known.content)}"
+        elif member.kind == FILE and hash_open_file(member, descriptor) != known.content:
+            reasons[member.name] = ""
+        elif member.mode != known.mode:
+            reasons[member.name] = f"has mode {member.mode:04o}, was {known.mode:04o}"
+    changed = [os.fsdecode(name) for name in sorted(reasons)]
+    return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)],
+                       [os.fsdecode(name) for name in sorted(added)],
+                       {os.fsdecode(name): why for name, why in reasons.items() if why})
 
 
-def compare_tree(directory: Directory, manifest: Manifest, progress_update: Callable[[int], None]) -> Differences:
-    """Hash a tree and name every file that is not as the manifest has it; of a large one two processes take half each."""
-    if len(manifest.files) < PARALLEL_FILES or cores() < 2:
-        first = Portion(manifest, 0, 1)
-        found = [first.compare(directory, progress_update)]
-    else:
-        first, second = Portion(manifest, 0, 2), Portion(manifest, 1, 2)
-        with Helper(lambda check: second.compare(directory, lambda done_bytes: check())) as helper:
-            found = [first.compare(directory, lambda done_bytes: progress_update(2 * done_bytes))]
-            others = helper.result()
-        found.append(others if others is not None else second.compare(directory, progress_update))
-    changed = {name: why for portion, _ in found for name, why in portion.items()}
-    missing = [] if first.known == len(manifest) else names_missing(directory, manifest)
-    return Differences(sorted(changed), missing, sorted(name for _, added in found for name in added),
-                       {name: why for name, why in changed.items() if why})
+def close_directories(tree: Directory, manifest: Manifest) -> None:
+    """Give directories the modes they are to keep, when nothing will be made in them any more."""
+    for name in reversed(names_of(manifest, DIRECTORY)):  # what lies below goes first
+        if manifest[name].mode != _MODE_DIRECTORY:
+            os.chmod(name, manifest[name].mode, dir_fd=tree.descriptor)
 
 
-class Portion:
-    """One portion (its number, of how many) of a tree to be compared with its manifest.
+# -- unpacking ---------------------------------------------------------------
 
-    A hash of the name tells which portion has a file; each goes through all
-    directories.  `known` counts the names of the manifest that were seen.
+def members_of(artifact: Artifact, settings: Settings, watch: Watch,
+               forbidden: Tuple[int, int] = (0, 0)) -> Members:
+    """Go through an artifact's members; an archive is read to its end and its digest compared."""
+    if artifact.format == "directory":
+        yield from read_directory(artifact, watch, forbidden)
+        return
+    with closing(Pump(artifact, settings, watch)) as pump:
+        if artifact.format == "zip":
+            yield from read_zip(artifact, pump.blocks())
+        else:
+            yield from read_tar(artifact, Stream(pump.blocks()))
+    artifact.compare(artifact.read_sha256)
+
+
+def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch: Watch,
+           sharer: Optional["Sharer"] = None) -> Tuple[Manifest, List[str]]:
+    """Hash, judge and unpack in one pass into an empty directory nobody else can reach.
+
+    Returns the manifest and notes for the operator.  Names need no check
+    against the disk: every directory on the way was made here, and symlinks are
+    made when no file will follow.  Raises ArtifactRefused, also where the bytes
+    have not the digest that was found for them, and OSError from writing (a
+    full disk) as the system gives it.
+    """
+    status = os.fstat(destination.descriptor)
+    place, judge = destination.descriptor, Judge(settings, artifact)
+    manifest, whole = judge.manifest, {}
+    # The tree digest of a directory is that of all of it, before anything is stripped.
+    strips_directory = artifact.format == "directory" and settings.artifact.strip_components > 0
+    umask = os.umask(0)
+    members = members_of(artifact, settings, watch, (status.st_dev, status.st_ino))
+    try:
+        for member, pieces in members:
+            entry, digest = judge.admit(member), b""
+            for name in judge.fresh:
+                os.mkdir(name, _MODE_DIRECTORY, dir_fd=place)
+            del judge.fresh[:]
+            if entry and not judge.refused:
+                digest = write_member(entry, pieces, place, sharer)
+                if entry.kind == FILE:
+                    manifest[entry.name] = Member(*entry[:4], None, digest)
+            if strips_directory:
+                note_released(whole, member, digest)
+        notes = judge.finish()
+        for name in names_of(manifest, SYMLINK):
+            os.symlink(manifest[name].content, name, dir_fd=place)
+    except ArtifactRefused as error:
+        members.close()  # type: ignore
+        if artifact.sha256 and artifact.format != "directory":
+            # Wrong bytes explain best why they could not be read.
+            artifact.compare(artifact.read_sha256 or artifact.hash(watch))
+        raise judge.first(error)
+    finally:
+        members.close()  # type: ignore
+        os.umask(umask)
+    if artifact.format == "directory":
+        artifact.read_sha256 = tree_digest(whole if strips_directory else manifest)
+        artifact.compare(artifact.read_sha256)
+    return manifest, artifact.notes + notes
+
+
+def write_member(entry: Member, pieces: Iterable[Any], place: int,
+                 sharer: Optional["Sharer"] = None) -> bytes:
+    """Write a file with its time, or the copy that a hard link becomes; return its SHA-256."""
+    if entry.kind == HARD_LINK:  # one file changed by hand must not change another
+        descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
+        try:
+            entry = entry._replace(kind=FILE, mtime_ns=os.fstat(descriptor).st_mtime_ns)
+            return write_member(entry, iter(lambda: os.read(descriptor, BLOCK_BYTES), b""), place)
+        finally:
+            os.close(descriptor)
+    if sharer:
+        digest, pieces = sharer.share(entry, pieces, place)
+        if digest:
+            return digest
+    hasher = hashlib.sha256()
+    descriptor = os.open(entry.name, _CREATE_FLAGS, entry.mode, dir_fd=place)
+    try:
+        for piece in pieces:
+            hasher.update(piece)
+            write_all(descriptor, piece)
+        if entry.mtime_ns is not None:
+            os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+    finally:
+        os.close(descriptor)
+    return hasher.digest()
+
+
+def read_members(artifact: Artifact, names: Set[str], settings: Settings,
+                 watch: Watch) -> Dict[str, bytes]:
+    """Return the contents of the named files, as far as there are such; nothing is written."""
+    judge, found = Judge(settings, artifact), {}
+    with closing(members_of(artifact, settings, watch)) as members:  # type: ignore
+        for member, pieces in members:
+            entry = judge.admit(member)
+            name = os.fsdecode(entry.name) if entry else ""
+            if entry and entry.kind == FILE and name in names:
+                if member.size_bytes > MAX_SIDECAR_BYTES:
+                    raise refuse(member.name, f"it is larger than {format_size(MAX_SIDECAR_BYTES)}",
+                                 "make it smaller")
+                found[name] = b"".join(pieces)
+                if len(found) == len(names):
+                    break
+    judge.check()
+    return found
+
+
+_FICLONE = 0x40049409  # ioctl_ficlone(2)
+
+
+class Sharer(Descriptor):
+    """Lets files that are the same in the live release take no space again, by reflink or hard link.
+
+    The live release's file of the same name, size and mode is read along with
+    the new bytes: whether it is the same is not a question of digests written
+    down earlier.
     """
 
-    def __init__(self, manifest: Manifest, number: int, portions: int) -> None:
-        self._manifest, self._number, self._portions = manifest, number, portions
-        self._added, self.known = [], 0  # type: List[str], int
-        self._compares = False  # what walk_tree has asked for last, and hands out next
+    def __init__(self, release: Directory, how: str) -> None:
+        self._release = release
+        self._how = how
+        self._parent: Optional[bytes] = None
+        self.shared_files = 0
 
-    def compare(self, directory: Directory, progress_update: Callable[[int], None]) -> Tuple[Dict[str, str], List[str]]:
-        """Hash; returns each entry's difference from the manifest, empty for its bytes, and the names that were added."""
-        changed, done_bytes = {}, 0
-        # Opened anew: a forked process shares its parent's descriptor and with it the place in the
-        # listing, so that of two who read it one may see an empty directory, and no difference.
-        with directory.child(".") as own:
-            for entry in walk_tree(own.descriptor, wanted=self._wants):
-                if self._compares:
-                    difference = compare_entry(entry, self._manifest)
-                    if difference is not None:
-                        changed[os.fsdecode(entry.name)] = difference
-                    done_bytes += entry.status.st_size
-                    progress_update(done_bytes)
-        return changed, self._added
+    def share(self, entry: Member, pieces: Iterable[Any],
+              place: int) -> Tuple[bytes, Iterable[Any]]:
+        """Make a file of its twin, and return its digest; else nothing, and all of its bytes."""
+        twin = self._find(entry) if entry.size_bytes and self._how != "no" else -1
+        if twin < 0:
+            return b"", pieces
+        then, hasher, same_bytes, rest = os.fstat(twin), hashlib.sha256(), 0, iter(pieces)
+        try:
+            for piece in rest:
+                # Through bytes: a memoryview is compared item by item, a hundred times as slow.
+                if os.pread(twin, len(piece), same_bytes) != bytes(piece):
+                    rest = itertools.chain([piece], rest)
+                    break
+                hasher.update(piece)
+                same_bytes += len(piece)
+            else:
+                if self._make(entry, twin, then, place):
+                    return hasher.digest(), ()
+        except BaseException:
+            os.close(twin)
+            raise
+        return b"", itertools.chain(self._again(entry, twin, same_bytes, hasher.digest()), rest)
 
-    def _wants(self, name: bytes) -> bool:
-        """Tell whether an entry is to be opened: one of this portion, a directory, or what the manifest does not know."""
-        is_known = name in self._manifest
-        self._compares = is_known and zlib.crc32(name) % self._portions == self._number
-        if is_known:
-            self.known += 1
-            return self._compares or name in self._manifest.directories
-        # Below what has become a directory, and is opened by one portion alone, that one names what was added; else the first.
-        parent = name.rpartition(b"/")[0]
-        if self._number and (not parent or parent in self._manifest.directories):
+    def _find(self, entry: Member) -> int:
+        """Open the file that may be the same, no symlink followed; -1 where there is none."""
+        parent, _, base = entry.name.rpartition(b"/")
+        try:
+            if parent != self._parent:  # members come directory by directory
+                self.close()
+                self._parent = parent
+                found = self._release.walk_to(os.fsdecode(parent))
+                self.descriptor, found.descriptor = found.descriptor, -1
+            if self.descriptor < 0:
+                return -1
+            twin = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
+        except OSError:
+            return -1
+        status = os.fstat(twin)
+        is_link = self._how == "hardlink"
+        if (status.st_mode, status.st_size, status.st_uid) == (
+                stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid()) and not (
+                is_link and (entry.mtime_ns not in (None, status.st_mtime_ns)
+                             or has_attributes(twin))):
+            return twin
+        os.close(twin)
+        return -1
+
+    def _make(self, entry: Member, twin: int, then: os.stat_result, place: int) -> bool:
+        """Make the new file; False where that cannot be, and its bytes must be written."""
+        try:
+            if self._how == "hardlink":
+                os.link(entry.name.rpartition(b"/")[2], entry.name, src_dir_fd=self.descriptor,
+                        dst_dir_fd=place, follow_symlinks=False)
+            else:
+                clone(entry, twin, place)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+                raise
+            if error.errno != errno.EMLINK:
+                self._how = "no"
             return False
-        self._added.append(os.fsdecode(name))
+        now = os.fstat(twin)
+        after = os.stat(entry.name, dir_fd=place, follow_symlinks=False)
+        if (after.st_size, now.st_size, now.st_mtime_ns) != (
+                then.st_size, then.st_size, then.st_mtime_ns) or self._how == "hardlink" and (
+                after.st_dev, after.st_ino) != (then.st_dev, then.st_ino):
+            raise changed_meanwhile(entry)
+        os.close(twin)
+        self.shared_files += 1
         return True
 
+    @staticmethod
+    def _again(entry: Member, twin: int, size_bytes: int, digest: bytes) -> Iterator[bytes]:
+        """Give bytes that were found to be the same once more; OSError where they no longer are."""
+        hasher = hashlib.sha256()
+        try:
+            for offset in range(0, size_bytes, BLOCK_BYTES):
+                block = os.pread(twin, min(BLOCK_BYTES, size_bytes - offset), offset)
+                hasher.update(block)
+                yield block
+        finally:
+            os.close(twin)
+        if hasher.digest() != digest:
+            raise changed_meanwhile(entry)
 
-def names_missing(directory: Directory, manifest: Manifest) -> List[str]:
-    """Name what is in a manifest and not in its tree."""
-    unseen = set(manifest.names())
-    for entry in walk_tree(directory.descriptor):
-        unseen.discard(entry.name)
-    return [os.fsdecode(name) for name in sorted(unseen)]
+
+def changed_meanwhile(entry: Member) -> OSError:
+    """Make the error for a live release that somebody changes."""
+    return OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(entry.name))
 
 
-def compare_entry(entry: TreeEntry, manifest: Manifest) -> Optional[str]:
-    """Say how one entry differs: a reason in words, empty for its bytes, None for not at all."""
-    name, mode, packed = entry.name, stat.S_IMODE(entry.status.st_mode), manifest.files.get(entry.name)
-    kind = _KINDS_ON_DISK.get(stat.S_IFMT(entry.status.st_mode), "special file")
-    was = FILE if packed else DIRECTORY if name in manifest.directories else SYMLINK
-    if kind != was:
-        return f"is a {kind}, was a {was}"
-    if kind == SYMLINK:
-        expected_target = manifest.symlinks[name]
-        return None if entry.target == expected_target else f"leads to {os.fsdecode(entry.target)}, was {os.fsdecode(expected_target)}"
-    expected_mode = manifest.directories.get(name)
-    if packed:
-        expected_mode = packed[32] << 8 | packed[33]
-        if hash_open_file(entry) != packed[:32]:
-            return ""
-    return None if mode == expected_mode else f"has mode {mode:04o}, was {expected_mode:04o}"
+def has_attributes(descriptor: int) -> bool:
+    """Tell whether a file has attributes of its own (capabilities, ACLs), which a link would have."""
+    try:
+        return bool(set(os.listxattr(descriptor)) - {"security.selinux"})
+    except (OSError, AttributeError):
+        return False
+
+
+def clone(entry: Member, twin: int, place: int) -> None:
+    """Make a file that shares another's blocks until one is changed; OSError where that cannot be."""
+    descriptor = os.open(entry.name, _CREATE_FLAGS, entry.mode, dir_fd=place)
+    try:
+        fcntl.ioctl(descriptor, _FICLONE, twin)
+        if entry.mtime_ns is not None:
+            os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+    except OSError:
+        os.unlink(entry.name, dir_fd=place)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 # -- what it will cost -------------------------------------------------------
-
-class Cost(NamedTuple):
-    """What an artifact takes on disk; `exact` where it says so itself, `counted` where its files could be counted."""
-
-    expanded_bytes: int
-    files: int
-    exact: bool
-    counted: bool
-
 
 GUESSED_RATIO = {"tar.gz": 4, "tar.bz2": 5, "tar.xz": 6, "tar.zst": 5, "tar": 1}
 GUESSED_FILE_BYTES = 16 << 10
 
 
-def expected_cost(artifact: OpenArtifact) -> Cost:
-    """Estimate what an artifact will take on disk without reading it through; raises ArtifactRefused only."""
-    if artifact.format == "directory":
-        return tree_cost(artifact)
+def estimate_cost(artifact: Artifact) -> None:
+    """Estimate what an artifact will take on disk without reading it through."""
     if artifact.format == "zip":
-        index = zip_index(artifact)
-        return Cost(index.expanded_bytes, index.number, True, True)
-    size_bytes = artifact.size_bytes
-    known_bytes = {"tar.gz": gzip_size, "tar.xz": xz_size}.get(artifact.format, lambda artifact: 0)(artifact)
-    expanded_bytes = known_bytes or size_bytes * GUESSED_RATIO[artifact.format]
-    # Above 4 GiB and in several members gzip's own number is a guess; it is believed where it must be near.
-    exact = bool(known_bytes) and (artifact.format == "tar.xz" or size_bytes < 1 << 29)
-    return Cost(expanded_bytes, expanded_bytes // GUESSED_FILE_BYTES + 1, exact, False)
+        artifact.files = len(artifact.entries)  # and read_central has added up the bytes
+    elif artifact.format == "directory":
+        artifact.expanded_bytes = artifact.files = 0
+        with reading_tree(artifact):
+            for member, _, _ in walk_tree(artifact.descriptor):
+                artifact.files += 1
+                artifact.expanded_bytes += member.size_bytes
+    else:
+        known_bytes = 0
+        if artifact.format == "tar.gz":
+            known_bytes = gzip_size(artifact)
+        elif artifact.format == "tar.xz":
+            known_bytes = xz_size(artifact)
+        artifact.expanded_bytes = known_bytes or artifact.size_bytes * GUESSED_RATIO[artifact.format]
+        artifact.files = artifact.expanded_bytes // GUESSED_FILE_BYTES + 1
+        artifact.counted = False
+        # Above 4 GiB gzip's own number is a guess; it is believed where it must be near.
+        believed = artifact.format == "tar.xz" or artifact.size_bytes < 1 << 29
+        artifact.exact = bool(known_bytes) and believed
 
 
-def tree_cost(artifact: OpenArtifact) -> Cost:
-    """Add up a directory."""
-    size_bytes = files = 0
-    with reading_tree(artifact):
-        for entry in walk_tree(artifact.descriptor):
-            files += 1
-            size_bytes += entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
-    return Cost(size_bytes, files, True, True)
-
-
-def gzip_size(artifact: OpenArtifact) -> int:
-    """Return what the gzip trailer says (RFC 1952: the last member's size modulo 4 GiB), 0 when that cannot be."""
-    if artifact.size_bytes < 18:
+def gzip_size(artifact: Artifact) -> int:
+    """Return what the gzip trailer says (RFC 1952: modulo 4 GiB), 0 when that cannot be."""
+    packed_bytes = artifact.size_bytes
+    if packed_bytes < 18:
         return 0
-    size_bytes = int.from_bytes(artifact.read_at(artifact.size_bytes - 4, 4), "little")
-    while size_bytes < artifact.size_bytes and artifact.size_bytes > 1 << 29:
+    size_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
+    while size_bytes < packed_bytes and packed_bytes > 1 << 29:
         size_bytes += 1 << 32
-    return size_bytes if artifact.size_bytes <= size_bytes <= 1032 * artifact.size_bytes else 0
+    return size_bytes if packed_bytes <= size_bytes <= 1032 * packed_bytes else 0
 
 
-def xz_size(artifact: OpenArtifact) -> int:
+def xz_size(artifact: Artifact) -> int:
     """Return what the index of a single xz stream adds up to, 0 where it is not that simple."""
     footer = artifact.read_at(max(0, artifact.size_bytes - 12), min(12, artifact.size_bytes))
     index_bytes = (int.from_bytes(footer[4:8], "little") + 1) * 4
     start = artifact.size_bytes - 12 - index_bytes
-    if footer[10:] != b"YZ" or not 12 <= start or index_bytes > MAX_SIDECAR_BYTES:
+    if footer[10:] != b"YZ" or start < 12 or index_bytes > MAX_SIDECAR_BYTES:
         return 0
-    numbers = list(xz_numbers(artifact.read_at(start, index_bytes - 4)[1:]))
+    numbers, value, shift = [], 0, 0
+    for byte in artifact.read_at(start, index_bytes - 4)[1:]:  # seven bits each, the lowest first
+        value |= (byte & 0x7f) << shift
+        shift += 7
+        if shift > 63:  # the format's own limit; else one number costs the square of its length
+            break
+        if byte < 0x80:
+            numbers.append(value)
+            value = shift = 0
     records = numbers[0] if numbers else 0
     packed, sizes = numbers[1:2 * records + 1:2], numbers[2:2 * records + 1:2]
     return sum(sizes) if 12 + sum(size + -size % 4 for size in packed) == start else 0
 
 
-def xz_numbers(data: bytes) -> Iterator[int]:
-    """Read the xz format's integers: seven bits a byte, the lowest first."""
-    value = shift = 0
-    for byte in data:
-        value |= (byte & 0x7f) << shift
-        shift += 7
-        if shift > 63:  # the format's own limit; without it one number costs the square of its length
-            return
-        if byte < 0x80:
-            yield value
-            value = shift = 0
-
-
 # -- packing -----------------------------------------------------------------
 
-class GzipWriter:
-    """A gzip stream on a descriptor (RFC 1952), without a name or a time in its header; hashed as it is written."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._encoder = descriptor, zlib.compressobj(6, zlib.DEFLATED, 31)
-        self._hasher, self.size_bytes, self.taken_bytes = hashlib.sha256(), 0, 0
-
-    def write(self, data: Union[bytes, memoryview]) -> None:
-        """Compress and write."""
-        self.taken_bytes += len(data)
-        self._emit(self._encoder.compress(data))
-
-    def finish(self) -> str:
-        """End the stream, make it durable and return its SHA-256."""
-        self._emit(self._encoder.flush())
-        os.fsync(self._descriptor)
-        return self._hasher.hexdigest()
-
-    def _emit(self, data: bytes) -> None:
-        self._hasher.update(data)
-        self.size_bytes += len(data)
-        write_all(self._descriptor, data)
+PACKED_SECONDS = 315532800  # 1980-01-01, the first that a zip could hold as well
 
 
 def tar_header(member: Member) -> bytes:
     """Write a ustar header, with a pax header before it where ustar cannot say it."""
     name = member.name + (b"/" if member.kind == DIRECTORY else b"")
-    records = b"".join(pax_record(key, value) for key, value, fits in (
-        (b"path", name, len(name) <= 100), (b"linkpath", member.target, len(member.target) <= 100),
-        (b"size", str(member.size_bytes).encode(), member.size_bytes < 8 << 30)) if not fits)
+    seconds, fraction = divmod(member.mtime_ns or 0, 10 ** 9)
+    size_bytes, records = member.size_bytes, b""
+    for key, value, fits_in in (
+            (b"path", name, len(name) <= 100),
+            (b"linkpath", member.content, len(member.content) <= 100),
+            (b"size", b"%d" % size_bytes, size_bytes < 8 << 30),
+            (b"mtime", b"%d.%09d" % (seconds, fraction), not fraction and 0 <= seconds < 8 << 30)):
+        if not fits_in:
+            # `length key=value`, the length including its own digits (POSIX pax).
+            length = len(key) + len(value) + 3
+            length += len(str(length + len(str(length))))
+            records += b"%d %s=%s\n" % (length, key, value)
     extended = b""
     if records:
-        extended = ustar_block(b"pax_header", 0o644, len(records), b"x")
+        extended = ustar_block(Member(b"pax_header", "", 0o644, len(records)), b"x")
         extended += records + bytes(-len(records) % TAR_BLOCK_BYTES)
-    flag = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind] + member.target[:100]
-    size_bytes = member.size_bytes if member.size_bytes < 8 << 30 else 0
-    return extended + ustar_block(name[:100], member.mode, size_bytes, flag)
+    flag = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind]
+    return extended + ustar_block(member._replace(name=name), flag)
 
 
-def pax_record(key: bytes, value: bytes) -> bytes:
-    """Write `length key=value`, the length including its own digits (POSIX pax)."""
-    length = len(key) + len(value) + 3
-    length += len(str(length + len(str(length))))
-    return b"%d %s=%s\n" % (length, key, value)
-
-
-def ustar_block(name: bytes, mode: int, size_bytes: int, flag: bytes) -> bytes:
-    """Write one header block, with the time 0; `flag` is the type and, for a symlink, its target."""
+def ustar_block(member: Member, flag: bytes) -> bytes:
+    """Write one header block of type `flag`; what does not fit is cut, as pax headers have it."""
     import struct
-    block = struct.pack("100s8s8s8s12s12s8s101s8s32s32s8s8s155s12x", name, b"%07o" % mode, b"0000000", b"0000000",
-                        b"%011o" % size_bytes, b"0" * 11, b" " * 8, flag, b"ustar\x0000", b"root", b"root",
-                        b"0000000", b"0000000", b"")
+    size_bytes = member.size_bytes if member.size_bytes < 8 << 30 else 0
+    seconds = min(max(0, (member.mtime_ns or 0) // 10 ** 9), (8 << 30) - 1)
+    block = struct.pack(
+        "100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x", member.name[:100], b"%07o" % member.mode,
+        b"0000000", b"0000000", b"%011o" % size_bytes, b"%011o" % seconds, b" " * 8, flag,
+        member.content[:100], b"ustar\x0000", b"root", b"root", b"0000000", b"0000000", b"")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
-class Packed(NamedTuple):
-    """What was packed: the archive's SHA-256 and size, how many files and bytes it holds, and which only their owner could read."""
-
-    sha256: str
-    size_bytes: int
-    files: int
-    expanded_bytes: int
-    private: Tuple[bytes, ...]
+def is_stale(name: bytes, data: bytes, seconds: int) -> bool:
+    """Tell whether bytecode is of another time than its source will have (PEP 552)."""
+    return name.endswith(b".pyc") and b"__pycache__/" in name and data[4:8] == bytes(4) \
+        and data[8:12] != (seconds & 0xffffffff).to_bytes(4, "little")
 
 
-def pack(source: str, target: str, prefix: str = "", check: Callable[[], None] = lambda: None) -> Packed:
-    """Write a directory as a reproducible .tar.gz and its .sha256.
+def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],
+               found: Dict[str, List[bytes]]) -> Iterator[Any]:
+    """Write members as tar, judged as an artifact would be; `found` takes names by what they are."""
+    for member, pieces in members:
+        mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
+        if member.kind == SYMLINK:
+            mode = 0o777
+        mtime_ns = member.mtime_ns if seconds is None else seconds * 10 ** 9
+        packed = member._replace(name=prefix + member.name, mode=mode, mtime_ns=mtime_ns)
+        judge.admit(packed)
+        if judge.refused:
+            continue
+        yield tar_header(packed)
+        if member.kind == FILE:
+            found["files"].append(member.name)
+            if not member.mode & 0o044:
+                found["private"].append(member.name)
+            for piece in pieces:
+                if seconds is not None and is_stale(member.name, piece, seconds):
+                    found["stale"].append(member.name)
+                yield piece
+            yield bytes(-member.size_bytes % TAR_BLOCK_BYTES)
+    judge.finish()
+    yield bytes(2 * TAR_BLOCK_BYTES)
+
+
+def packed_seconds() -> int:
+    """Return the one time that packed files get: $SOURCE_DATE_EPOCH, else 1980-01-01."""
+    text = environment("SOURCE_DATE_EPOCH")
+    if text and not re.match(r"\d{1,11}\Z", text):
+        raise UsageError(f"SOURCE_DATE_EPOCH={text} is no number of seconds",
+                         "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
+    return int(text or PACKED_SECONDS)
+
+
+def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch, *,
+         keep_mtimes: bool = False) -> Tuple[Dict[str, Any], List[str]]:
+    """Write a directory as a reproducible .tar.gz and its .sha256; return what it is, and warnings.
 
     The same tree gives the same bytes: names sorted, owners root, modes 0644
-    and 0755, times 0.  What could not be deployed is refused (ArtifactRefused);
-    nothing is left at `target` then, nor where `check`, asked again and again, raises.
+    and 0755, one time.  What could not be deployed is refused (ArtifactRefused);
+    nothing is left at `target` then, nor where `watch` raises.
     """
     directory, base = os.path.split(absolute(target))
-    temporary = temporary_name(base)
-    with OpenArtifact.open(source) as artifact, Directory.open(os.path.realpath(directory)) as place:
+    temporary, seconds = temporary_name(base), None if keep_mtimes else packed_seconds()
+    top = clean_name(os.fsencode(prefix) + b"/") + b"/" if prefix.strip("/.") else b""
+    encoder, hasher = zlib.compressobj(6, zlib.DEFLATED, 31), hashlib.sha256()
+    found: Dict[str, List[bytes]] = {"files": [], "private": [], "stale": []}
+    size_bytes = expanded_bytes = 0
+    with Artifact.open(source, settings.limits) as artifact, \
+            Directory.open(os.path.realpath(directory)) as place:
+        if artifact.format != "directory":
+            raise ArtifactRefused(f"{artifact.path} is not a directory", "pack takes a directory")
         descriptor = os.open(temporary, _CREATE_FLAGS, 0o644, dir_fd=place.descriptor)
         try:
             # Neither this file nor what an earlier run left may become part of it.
             own = [place.status(name) for name in (temporary, base, base + ".sha256")]
-            stream = GzipWriter(descriptor)
-            files, private = pack_tree(artifact, stream, os.fsencode(prefix), check,
-                                       {(status.st_dev, status.st_ino) for status in own if status})
-            sha256 = stream.finish()
+            members = read_directory(artifact, watch, skipped={
+                (status.st_dev, status.st_ino) for status in own if status})
+            pieces = tar_pieces(members, Judge(settings, artifact), top, seconds, found)
+            for piece in itertools.chain(pieces, [None]):
+                data = encoder.flush() if piece is None else encoder.compress(piece)
+                expanded_bytes += len(piece or b"")
+                size_bytes += len(data)
+                hasher.update(data)
+                write_all(descriptor, data)
+                watch(expanded_bytes)
+            os.fsync(descriptor)
             place.rename(temporary, place, base)
         except BaseException:
             place.discard(temporary)
             raise
         finally:
             os.close(descriptor)
-        line = escape_name(os.fsencode(base))
-        mark = b"\\" if line != os.fsencode(base) else b""
-        place.write(base + ".sha256", mark + sha256.encode() + b"  " + line + b"\n", 0o644)
-    return Packed(sha256, stream.size_bytes, files, stream.taken_bytes, tuple(private))
+        place.write(base + ".sha256", digest_line(hasher.hexdigest(), os.fsencode(base)), 0o644)
+    warnings = pack_warnings(found)
+    most_bytes, option = expansion_limit("tar.gz", size_bytes, settings.limits)
+    if expanded_bytes > most_bytes:
+        warnings.append(f"it expands to {format_size(expanded_bytes)}, more than [limits] {option} "
+                        f"allows: it will be refused where {option} is not raised")
+    return {"sha256": hasher.hexdigest(), "size": size_bytes, "files": len(found["files"])}, warnings
 
 
-def pack_tree(artifact: OpenArtifact, stream: GzipWriter, prefix: bytes, check: Callable[[], None],
-              own: Set[Tuple[int, int]]) -> Tuple[int, List[bytes]]:
-    """Write a directory's members as tar, judged as an artifact would be; return how many files, and which were private."""
-    if artifact.format != "directory":
-        raise ArtifactRefused(f"{artifact.path} is not a directory", "pack takes a directory")
-    judge, source = Judge(Settings({}, [])), TreeSource(artifact, lambda done_bytes: None, skipped=own)
-    private = []  # type: List[bytes]
-    prefix = prefix.strip(b"/") + b"/" if prefix.strip(b"/") else b""
-    for member, pieces in source.members():
-        mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
-        if member.kind == FILE and not member.mode & 0o044:
-            private.append(member.name)
-        mode = 0o777 if member.kind == SYMLINK else mode
-        member = member._replace(name=prefix + member.name, mode=mode)
-        judge.admit(member)
-        padding = bytes(-member.size_bytes % TAR_BLOCK_BYTES)
-        for piece in itertools.chain([tar_header(member)], pieces if member.kind == FILE else (), [padding]):
-            check()
-            stream.write(piece)
-    judge.finish()
-    stream.write(bytes(2 * TAR_BLOCK_BYTES))
-    return len(judge.manifest.files), private
+def pack_warnings(found: Dict[str, List[bytes]]) -> List[str]:
+    """Say what of a packed directory will not be in a release as it was there."""
+    warnings = []
+    private, stale = found["private"], found["stale"]
+    if private:
+        warnings.append(
+            f"{count(len(private), 'file')} that only the owner could read will be readable for "
+            f"all in a release: {some_of(private)}; what is secret belongs into shared/, not into "
+            f"an artifact")
+    if stale:
+        warnings.append(
+            f"{count(len(stale), 'file')} of bytecode will be stale, and written anew in the "
+            f"release: {some_of(stale)}; pack with --keep-mtimes or without __pycache__, or compile "
+            f"with python3 -m compileall --invalidation-mode unchecked-hash")
+    return warnings
 
 
 # ============================================================================
@@ -7237,6 +7335,15 @@ class Facts(NamedTuple):
         return self.records.get(name) if name in self.on_disk else None
 
 
+class Cost(NamedTuple):
+    """What an artifact takes on disk; `exact` where it says so, `counted` where files could be."""
+
+    expanded_bytes: int
+    files: int
+    exact: bool
+    counted: bool
+
+
 class ArtifactFacts(NamedTuple):
     """What is known of the artifact before it is unpacked; sizes in bytes.
 
@@ -7309,8 +7416,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> ArtifactFacts:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
-    run.artifact = artifact = OpenArtifact.open(path)
-    check_limits(artifact, settings.limits)
+    run.artifact = artifact = Artifact.open(path, settings.limits)
     for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.
         if (os.path.realpath(artifact.path) + "/").startswith(own + "/"):
@@ -7318,21 +7424,16 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> ArtifactFacts:
                 f"artifact {os.path.realpath(artifact.path)} lies inside {own}, which is deploy.py's own",
                 "name what the build made; a release goes live again by "
                 + facts.command_line("activate RELEASE"))
-    with closing(console.progress("hash", artifact.size_bytes)) as progress, run.interrupts.allowed():
-        digest = find_digest(artifact, flags.sha256 or "", settings.artifact.checksum) or \
-            Digest(hash_artifact(artifact, progress.update, settings), "computed")
-        version = flags.release_version or find_version(artifact.name, settings.artifact.match, digest.sha256)
-        cost = expected_cost(artifact)
-        if cost.exact and 0 < settings.limits.max_expanded < cost.expanded_bytes:
-            raise ArtifactRefused(f"{artifact.name} expands to {format_size(cost.expanded_bytes)}, more than the "
-                                  f"{format_size(settings.limits.max_expanded)} that [limits] max_expanded allows",
-                                  "raise [limits] max_expanded if that is right")
+    with closing(console.progress("hash", artifact.size_bytes)) as progress:
+        watch = watching(run, progress)
+        artifact.identify(settings, watch, flags.sha256 or "", flags.release_version or "")
+        cost = Cost(artifact.expanded_bytes, artifact.files, artifact.exact, artifact.counted)
         found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes,
-                              digest.sha256, digest.source, version, None, cost)
+                              artifact.sha256, artifact.sha256_source, artifact.version, None, cost)
         before = made_before(run, found)
-        if (before or confirm) and digest.source != "computed":
+        if before or confirm:
             known = run.store.remembered_digest(artifact.path, artifact.identity()) if run.store else ""
-            compare_digests(known or hash_artifact(artifact, progress.update, settings), digest.sha256, artifact.name)
+            artifact.confirm(watch, known)
     if before is None:
         return found
     if before.id != facts.current.release:
@@ -7383,13 +7484,13 @@ def check_release(run: Run, record: Record) -> Differences:
     try:
         total = int(record.tree.get("bytes") or 0)
         with closing(run.console.progress("verify", total)) as progress, \
-                run.interrupts.allowed(), store.open_manifest(release) as streams:
+                store.open_manifest(release) as streams:
             for name, stream in zip(("manifest", "tree"), streams):
                 if hash_stream(stream) != record.tree.get(f"{name}_sha256"):
                     raise StateError(f"{release} cannot be verified: "
                                      f"{store.path}/.deploy/{name}s/{release} was changed", again)
             with store.directory("releases").child(release) as directory:
-                found = compare_tree(directory, Manifest.from_lines(*streams), progress.update)
+                found = compare_tree(directory, read_manifest(*streams), watching(run, progress))
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", again)
     # What the interpreter and the service write there says nothing against the release.
@@ -8015,7 +8116,7 @@ def check_templates(run: Run) -> Iterator[Finding]:
         yield "skip", "no templates" if not templates else "no artifact given", ""
         return
     sources = {template.source for template in templates.values()}
-    found = read_members(run.artifact, sources, run.settings)
+    found = read_members(run.artifact, sources, run.settings, lambda done: run.interrupts.check())
     values = template_values(run.settings, context_for(run.facts, None))
     for name, template in sorted(templates.items()):
         source = template.source
@@ -8424,16 +8525,14 @@ def do_unpack(run: Run) -> str:
         # A post_stage hook may write to the files: hard links would reach into the live release.
         if live and how != "no" and not (how == "hardlink" and run.settings.hooks.post_stage):
             release = stack.enter_context(run.store.directory("releases").child(live))
-            sharer = stack.enter_context(closing(Sharer(release, how)))
+            sharer = stack.enter_context(Sharer(release, how))
         if run.settings.deploy.durable:
             stack.enter_context(EarlySync(tree))
-        stack.enter_context(run.interrupts.allowed())
-        found = unpack(run.artifact, tree, run.settings, progress.update,
-                       expected=run.facts.artifact.sha256, sharer=sharer)
-    run.manifest = found.manifest
-    for note in found.notes:
+        run.manifest, notes = unpack(
+            run.artifact, tree, run.settings, watching(run, progress), sharer)
+    for note in notes:
         run.console.warn(note)
-    counts, shared = found.counts, ""
+    counts, shared = count_members(run.manifest), ""
     if sharer and sharer.shared_files:
         shared = f", {sharer.shared_files:,} shared with {live}"
     return f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}{shared}"
@@ -8468,9 +8567,10 @@ def do_shared(run: Run) -> str:
                 if directory.status(name) is not None:
                     replaced.append(path)
                     directory.remove_tree(name)
-                    run.manifest.drop(os.fsencode(path))
+                    drop(run.manifest, os.fsencode(path))
                 os.symlink(target, name, dir_fd=directory.descriptor)
-            run.manifest.add_symlink(os.fsencode(path), os.fsencode(target))
+            add_member(run.manifest, Member(os.fsencode(path), SYMLINK, 0o777,
+                                            content=os.fsencode(target)))
     detail = count(len(directories + files), "link")
     return detail + (f", in place of the artifact's own {', '.join(replaced)}" if replaced else "")
 
@@ -8489,7 +8589,7 @@ def open_made(run: Run, tree: Directory, path: str) -> Directory:
                 raise StepFailed(f"{made} is not a directory in the artifact",
                                  f"choose another place than {path}/")
             if found is None:
-                run.manifest.add_directory(os.fsencode(made), 0o755)
+                add_member(run.manifest, Member(os.fsencode(made), DIRECTORY, 0o755))
             here = here.make(name)
     return here
 
@@ -8530,9 +8630,10 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
             raise StepFailed(f"{template.target} is a directory in the artifact",
                              f"correct [template:{template.name}] target")
         directory.remove_tree(name)
-        run.manifest.drop(path)
+        drop(run.manifest, path)
         directory.write(name, rendered, template.mode)
-    run.manifest.add_file(path, hashlib.sha256(rendered).digest(), template.mode, len(rendered))
+    digest = hashlib.sha256(rendered).digest()
+    add_member(run.manifest, Member(path, FILE, template.mode, len(rendered), None, digest))
 
 
 def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
@@ -8578,10 +8679,10 @@ def make_seal(word: str, settings: Settings, facts: Facts, move: Move) -> List[S
 def rescan_release(run: Run, release: str) -> None:
     """Hash again what a hook may have changed."""
     try:
-        with closing(run.console.progress("hash")) as progress, run.interrupts.allowed(), \
+        total = count_members(run.manifest)["bytes"]
+        with closing(run.console.progress("hash", total)) as progress, \
                 run.store.directory("releases").child(release) as directory:
-            run.manifest = scan_tree(
-                directory, lambda done: progress.update(done, format_size(done)))
+            run.manifest = scan_tree(directory, watching(run, progress))
     except ArtifactRefused as error:
         raise StepFailed(
             f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
@@ -8594,7 +8695,7 @@ def write_release(run: Run, release: str) -> str:
     """Write manifest and record of a release that is whole, and remember its artifact's digest."""
     found, mask = run.facts.artifact, run.console.secrets.mask_json
     digests = run.store.write_manifest(
-        release, run.manifest.digest_lines(), run.manifest.tree_lines())
+        release, digest_lines(run.manifest), tree_lines(run.manifest))
     # What is not words is not masked: a secret such as 1234 may well stand in a digest.
     words = mask({"name": portable(found.name), "source": portable(found.source),
                   "sha256_source": found.sha256_source})
@@ -8603,7 +8704,7 @@ def write_release(run: Run, release: str) -> str:
     record = Record(
         id=release, version=found.version, state=STATE_STAGED, pinned=False, artifact=artifact,
         sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
-        tree=dict(run.manifest.counts(), **digests), created_at=format_time(time.time()),
+        tree=dict(count_members(run.manifest), **digests), created_at=format_time(time.time()),
         activated_at=None, deactivated_at=None, previous=None, by=run.by,
         rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
         pruned_at=None)
@@ -10209,7 +10310,7 @@ def command_pack(run: Run) -> None:
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise UsageError(f"{portable(path)} is no regular file, and would be replaced by one",
                              "name another file: pack -o FILE")
-    problem = name_problem(os.fsencode(prefix)) if prefix else ""
+    problem = name_problem(clean_name(os.fsencode(prefix)))
     if problem:
         raise UsageError(f"--prefix {prefix!r}: {problem}",
                          "name a relative directory, such as shop-1.4.2")
@@ -10220,22 +10321,12 @@ def command_pack(run: Run) -> None:
         outcome.message = f"would pack {directory} into {target}"
         run.console.result(outcome.message)
         return
-    packed = pack(directory, target, prefix, run.interrupts.check)
-    made = {"sha256": packed.sha256, "size": packed.size_bytes, "files": packed.files, "bytes": packed.expanded_bytes}
-    warnings = []
-    if packed.private:
-        some = ", ".join(map(show, packed.private[:3])) + (", ..." if len(packed.private) > 3 else "")
-        warnings.append(f"{count(len(packed.private), 'file')} that only the owner could read will be readable for all in a release: "
-                        f"{some}; what is secret belongs into shared/, not into an artifact")
+    made, warnings = pack(directory, target, prefix, run.settings, lambda done: run.interrupts.check(),
+                          keep_mtimes=flags.keep_mtimes)
     outcome.changed = True
-    outcome.extra["artifact"] = {"path": portable(target), "sha256": made["sha256"],
-                                 "size": made["size"], "files": made["files"]}
+    outcome.extra["artifact"] = dict(made, path=portable(target))
     outcome.message = f"{portable(shown)}: {count(made['files'], 'file')}, {format_size(made['size'])}"
     run.console.result(f"{outcome.message}\n  sha256     {made['sha256']}")
-    limit_bytes, option = expansion_limit("tar.gz", made["size"], run.settings.limits)
-    if made["bytes"] > limit_bytes:
-        warnings.append(f"it expands to {format_size(made['bytes'])}, more than [limits] {option} "
-                        f"allows: it will be refused where {option} is not raised")
     for warning in warnings:
         run.console.warn(warning)
 

@@ -393,7 +393,12 @@ def reason_class(message: str) -> str:
     text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "NAME", message)
     text = re.sub(r"artifact /\S+|\binput\b", "ARTIFACT", text)
     text = re.sub(r"[0-9a-f]{4,}(?= \()", "HEX", text)
+    text = re.sub(r"\d+ members: (NAME: [^;]*)(;.*)?", r"member \1", text)  # the first of them
     return re.sub(r"\(?b?NAME\)?|\d[\d.,]*( [kMGTP]?B)?", "..", text)[:110]
+
+
+def nothing(done_bytes: int) -> None:
+    """Watch, and do nothing."""
 
 
 class Ground:
@@ -443,18 +448,19 @@ class Ground:
 
     def _unpack(self, settings: Any) -> str:
         try:
-            with deploy.OpenArtifact.open(self.path) as artifact, deploy.Directory.open(self.release) as destination:
-                deploy.expected_cost(artifact)
-                deploy.read_members(artifact, {"VERSION"}, settings)
-                unpacked = deploy.unpack(artifact, destination, settings, lambda done_bytes: None)
-                self._check(unpacked, destination)
+            with deploy.Artifact.open(self.path, settings.limits) as artifact, \
+                    deploy.Directory.open(self.release) as destination:
+                deploy.estimate_cost(artifact)
+                deploy.read_members(artifact, {"VERSION"}, settings, nothing)
+                manifest, _ = deploy.unpack(artifact, destination, settings, nothing)
+                self._check(manifest, destination)
         except deploy.ArtifactRefused as refusal:
             if not refusal.message or refusal.exit_code != 4 or not refusal.hint:
                 raise Wrong(f"a refusal without its words: {refusal.message!r}")
             return "refused: " + reason_class(refusal.message)
         return "accepted"
 
-    def _check(self, unpacked: Any, destination: Any) -> None:
+    def _check(self, manifest: Any, destination: Any) -> None:
         """Hold an accepted release against its manifest and against what no release may have."""
         for directory, names, files in os.walk(self.release):
             for name in names + files:
@@ -467,7 +473,7 @@ class Ground:
                     raise Wrong("a special file or a hard link")
                 elif stat.S_IMODE(status.st_mode) & 0o7022:
                     raise Wrong(f"mode {stat.S_IMODE(status.st_mode):04o}")
-        found = deploy.compare_tree(destination, unpacked.manifest, lambda done_bytes: None)
+        found = deploy.compare_tree(destination, manifest, nothing)
         wrong = {name for name in found.changed if not found.reasons.get(name, "").startswith("has mode")}
         if wrong or found.missing or found.added:
             raise Wrong(f"the release is not what its manifest says: {found}")

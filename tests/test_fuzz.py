@@ -48,22 +48,22 @@ def unchecked_names(monkeypatch: Any) -> None:
 
 def files_above(monkeypatch: Any) -> None:
     """Files are written beside the release."""
-    write = fuzz.deploy.Writer._write
+    write = fuzz.deploy.write_member
 
-    def write_above(self: Any, name: bytes, *arguments: Any) -> bytes:
-        return bytes(write(self, b"../" + name, *arguments))
+    def write_above(entry: Any, *arguments: Any) -> bytes:
+        return bytes(write(entry._replace(name=b"../" + entry.name), *arguments))
 
-    monkeypatch.setattr(fuzz.deploy.Writer, "_write", write_above)
+    monkeypatch.setattr(fuzz.deploy, "write_member", write_above)
 
 
 def unchecked_links(monkeypatch: Any) -> None:
     """Symlinks are no longer followed."""
-    monkeypatch.setattr(fuzz.deploy.Judge, "_resolve_link", lambda self, name, hops: b"")
+    monkeypatch.setattr(fuzz.deploy.Judge, "_follow", lambda self, name, hops: b"")
 
 
 def wide_modes(monkeypatch: Any) -> None:
     """Modes are kept as they are."""
-    monkeypatch.setattr(fuzz.deploy, "file_mode", lambda mode: mode & 0o7777 | 0o400)
+    monkeypatch.setattr(fuzz.deploy, "released_mode", lambda kind, mode: mode & 0o7777 | 0o500)
 
 
 def wrong_numbers(monkeypatch: Any) -> None:

@@ -94,8 +94,6 @@ TAR_NAMES = {
     "name-is-dot-dot": Case(after_innocent(entry(b"..", b"x")), "climbs", ".."),
     "directory-is-dot-dot": Case(after_innocent(folder(b"../", 0o777)), "climbs", "../"),
     "directory-climbs-to-the-sentinel": Case(after_innocent(folder(CLIMB + b"/sentinel/", 0o777)), "climbs", "sentinel/"),
-    "name-with-a-dot-inside": Case(after_innocent(entry(b"a/./b", b"x")), r"empty or '\.'", "a/./b"),
-    "name-with-an-empty-component": Case(after_innocent(entry(b"a//b", b"x")), r"empty or '\.'", "a//b"),
     "name-empty": Case(after_innocent(entry(b"", b"x")), "empty", "''"),
     "name-empty-in-a-pax-header": Case(after_innocent(pax([(b"path", b"")]), entry(b"a", b"x")), "empty", "''"),
     "directory-name-empty": Case(after_innocent(folder(b"")), "empty", "''"),
@@ -178,10 +176,6 @@ TAR_LINKS = {
         after_innocent(link(b"x", b"d/e/up/../../y"), folder(b"d/e/"), link(b"d/e/up", b"..")), "leaves", "'x'"),
     "symlink-climbs-out-of-a-file": Case(after_innocent(entry(b"f", b"x"), link(b"a", b"f/../b")), "climbs", "'a'"),
     "symlink-climbs-out-of-nothing": Case(after_innocent(link(b"a", b"nothing/../b")), "climbs", "'a'"),
-    "symlink-to-itself": Case(after_innocent(link(b"a", b"a")), "circle", "'a'"),
-    "symlink-circle": Case(after_innocent(link(b"a", b"b"), link(b"b", b"a")), "circle", "'a'|'b'"),
-    "symlink-chain-of-100": Case(
-        after_innocent(*[link(b"l%d" % number, b"l%d" % (number + 1)) for number in range(100)]), "too far", "'l"),
     "symlink-without-a-target": Case(after_innocent(link(b"a", b"")), "empty", "'a'"),
     "symlink-target-with-a-control-character": Case(after_innocent(link(b"a", b"b\x07")), "control", "'a'"),
     "symlink-target-with-a-backslash": Case(after_innocent(link(b"a", b"..\\b")), "backslash", "'a'"),
@@ -201,12 +195,13 @@ TAR_LINKS = {
         doubling_links(link(b"escape", b"s/l30/" + b"../" * 8 + b"sentinel/file")), "leaves|climbs", "'escape'"),
     "symlink-doubling-thirty-times-is-hard-linked": Case(
         doubling_links(link(b"escape", b"s/l30/../../../../sentinel/file"), hard_link(b"copy", b"escape")),
-        "no earlier file", "'copy'"),
+        "leaves|climbs", "'copy'"),
+    "hard-link-to-a-symlink-that-leaves": Case(
+        after_innocent(link(b"a", b"../a/x"), hard_link(b"d/b", b"a")), "leaves", "'a'"),
     "hard-link-absolute": Case(absolute_hard_link, "absolute", "'a'|sentinel/file"),
     "hard-link-climbs": Case(after_innocent(hard_link(b"a", CLIMB + b"/sentinel/file")), "climbs", "sentinel/file"),
     "hard-link-to-a-later-file": Case(after_innocent(hard_link(b"a", b"b"), entry(b"b", b"x")), "no earlier file", "'a'"),
     "hard-link-to-nothing": Case(after_innocent(hard_link(b"a", b"b")), "no earlier file", "'a'"),
-    "hard-link-to-a-symlink": Case(after_innocent(link(b"b", b"c"), hard_link(b"a", b"b")), "no earlier file", "'a'"),
     "hard-link-to-a-directory": Case(after_innocent(folder(b"b/"), hard_link(b"a", b"b")), "no earlier file", "'a'"),
     "hard-link-to-itself": Case(after_innocent(hard_link(b"a", b"a")), "no earlier file", "'a'"),
     "hard-link-without-a-target": Case(after_innocent(hard_link(b"a", b"")), "empty", "''|'a'"),
@@ -373,8 +368,8 @@ TAR_DAMAGE = {
     "gz-with-garbage-behind": Case(gzip.compress(WHOLE) + b"garbage", "damaged"),
     "gz-of-an-unknown-method": Case(patched(gzip.compress(WHOLE), 2, b"\7"), "unknown format"),
     "gz-of-nothing": Case(gzip.compress(b""), "end-of-archive|empty"),
-    "gz-of-text": Case(gzip.compress(b"hello\n" * 200), "checksum", "hello"),
-    "gz-of-gz": Case(gzip.compress(gzip.compress(os.urandom(9999))), "checksum|middle"),
+    "gz-of-text": Case(gzip.compress(b"hello\n" * 200), "no tar", "hello"),
+    "gz-of-gz": Case(gzip.compress(gzip.compress(os.urandom(9999))), "another archive .* a tar.gz"),
     "gz-header-flags-without-an-end": Case(b"\x1f\x8b\x08\x18" + bytes(6) + b"n" * 5000, "too early"),
     "bz2-cut": Case(cut(bz2.compress(WHOLE), 0.6), "too early"),
     "bz2-damaged": Case(flipped(bz2.compress(WHOLE), 60), "damaged"),
@@ -388,8 +383,8 @@ TAR_DAMAGE = {
     "zst-cut": Case(lambda sentinel: cut(zstd(WHOLE), 0.6), "damaged"),
     "zst-damaged": Case(lambda sentinel: flipped(zstd(WHOLE, "--check"), -3), "damaged"),
     "zst-window-of-2-gib": Case(
-        lambda sentinel: patched(zstd(WHOLE, "--no-check", "--no-content-size"), 4, b"\x04\xa8"), "damaged"),
-    "zst-bomb": Case(lambda sentinel: zstd(tar(INNOCENT, entry(b"a", bytes(200 << 20))), "-19"), "max_ratio"),
+        lambda sentinel: patched(zstd(WHOLE, "--no-check", "--no-content-size"), 4, b"\x04\xa8"), "memory|damaged"),
+    "zst-bomb": Case(lambda sentinel: zstd(tar(INNOCENT)) + zstd(bytes(1 << 26)) * 17, "max_ratio"),
     "two-archives-of-one-name": Case(
         gzip.compress(tar(INNOCENT, end=512)) + gzip.compress(tar(INNOCENT)), "single end-of-archive"),
 }
@@ -397,14 +392,14 @@ TAR_DAMAGE = {
 
 # -- tar: what costs too much --------------------------------------------------------
 
-def bomb(compression: str, size: int = 300 << 20) -> Callable[[bytes], bytes]:
-    """One file of zeros."""
+def bomb(compression: str, size: int = 2 << 30) -> Callable[[bytes], bytes]:
+    """One file of zeros, as much of it as is looked at."""
     def make(sentinel: bytes) -> bytes:
         encoder = {"gz": lambda: zlib.compressobj(9, zlib.DEFLATED, 31), "bz2": bz2.BZ2Compressor,
                    "xz": lambda: lzma.LZMACompressor(preset=1)}
         stream = encoder[compression]()  # type: Any
         pieces = [stream.compress(INNOCENT + header(b"a", size))]
-        pieces += [stream.compress(bytes(1 << 20)) for _ in range(size >> 20)]
+        pieces += [stream.compress(bytes(1 << 20)) for _ in range(min(64, size >> 20))]
         return b"".join(pieces) + stream.compress(bytes(1024)) + stream.flush()
     return make
 
@@ -440,16 +435,20 @@ TAR_COSTS = {
     "gz-bomb-against-max-expanded": Case(bomb("gz", 64 << 20), "max_expanded", "", ("--set", "limits.max_expanded=32M")),
     "gz-bomb-against-max-file": Case(bomb("gz", 64 << 20), "max_file", "'a'", ("--set", "limits.max_file=32M")),
     "gz-bomb-behind-the-end": Case(
-        lambda sentinel: gzip.compress(tar(INNOCENT)) + gzip.compress(bytes(16 << 20)) * 20, "max_ratio"),
+        lambda sentinel: gzip.compress(tar(INNOCENT)) + gzip.compress(bytes(16 << 20)) * 80, "max_ratio"),
     "gz-300000-empty-streams": Case(lambda sentinel: quine_of_streams(300000), "streams"),
     "hard-link-bomb-against-max-expanded": Case(
         links_to(1 << 20, 100), "max_expanded", "'l", ("--set", "limits.max_expanded=8M")),
-    "hard-link-bomb-in-a-plain-tar": Case(lambda sentinel: links_to(1 << 19, 800), "max_ratio", "'l"),
-    "hard-link-bomb-against-max-ratio": Case(lambda sentinel: gzip.compress(links_to(1 << 19, 800)), "max_ratio", "'l"),
+    "hard-link-bomb-in-a-plain-tar": Case(
+        lambda sentinel: links_to(1 << 19, 800), "max_expanded", "'l", ("--set", "limits.max_expanded=8M")),
+    "hard-link-bomb-against-max-ratio": Case(
+        lambda sentinel: gzip.compress(links_to(1 << 28, 9), 1), "max_ratio", "'l"),
     "hard-link-bomb-of-links-to-links": Case(
         lambda sentinel: gzip.compress(tar(INNOCENT, entry(b"l0", bytes(1 << 19)), *[
-            hard_link(b"l%d" % (index + 1), b"l%d" % index) for index in range(800)])), "max_ratio", "'l"),
-    "hard-link-bomb-in-xz": Case(lambda sentinel: lzma.compress(links_to(1 << 19, 800)), "max_ratio", "'l"),
+            hard_link(b"l%d" % (index + 1), b"l%d" % index) for index in range(800)])), "max_expanded", "'l",
+        ("--set", "limits.max_expanded=8M")),
+    "hard-link-bomb-in-xz": Case(
+        lambda sentinel: lzma.compress(links_to(1 << 19, 800)), "max_expanded", "'l", ("--set", "limits.max_expanded=8M")),
     "pax-headers-of-1-mib-by-the-thousand": Case(
         lambda sentinel: many_extensions(large_comment((1 << 20) - 600), 70), "too large", "'pax'",
         ("--set", "limits.max_ratio=0")),
@@ -562,7 +561,6 @@ ZIP_NAMES = {
     "zip-name-climbs": Case(named(CLIMB + b"/sentinel/evil"), "climbs", "sentinel/evil"),
     "zip-name-climbs-from-below": Case(named(b"a/../../evil"), "climbs", "a/../../evil"),
     "zip-name-empty": Case(named(b""), "empty", "''"),
-    "zip-name-with-an-empty-component": Case(named(b"a//b"), r"empty or '\.'", "a//b"),
     "zip-name-with-a-nul": Case(named(b"a\0b"), "control", r"a\x00b"),
     "zip-name-with-a-control-character": Case(named(b"a\x1bb"), "control", r"a\x1bb"),
     "zip-name-with-a-backslash": Case(named(b"a\\b"), "backslash", r"a\\b"),
@@ -584,13 +582,10 @@ ZIP_NAMES = {
     "zip-symlink-leaves": Case(zipped(RawEntry(b"l", b"../../x", mode=0o120777)), "leaves", "'l'"),
     "zip-symlink-without-a-target": Case(zipped(RawEntry(b"l", b"", mode=0o120777)), "empty", "'l'"),
     "zip-symlink-of-2000-bytes": Case(zipped(RawEntry(b"l", b"./" * 1000, mode=0o120777)), "too long", "'l'"),
-    "zip-symlink-circle": Case(
-        zipped(RawEntry(b"a", b"b", mode=0o120777), RawEntry(b"b", b"a", mode=0o120777)), "circle", "'a'|'b'"),
     "zip-device": Case(zipped(RawEntry(b"d", mode=0o020644)), "special file", "'d'"),
     "zip-fifo": Case(zipped(RawEntry(b"d", mode=0o010644)), "special file", "'d'"),
     "zip-socket": Case(zipped(RawEntry(b"d", mode=0o140644)), "special file", "'d'"),
     "zip-directory-with-data": Case(zipped(RawEntry(b"d/", b"data", mode=0o040755)), "has data", "'d/'"),
-    "zip-directory-name-of-a-file": Case(zipped(RawEntry(b"d/", mode=0o100644)), "disagree", "'d/'"),
     "zip-directory-name-of-a-symlink": Case(zipped(RawEntry(b"d/", b"x", mode=0o120777)), "disagree", "'d/'"),
     "zip-file-name-of-a-directory": Case(zipped(RawEntry(b"d", mode=0o040755)), "disagree", "'d'"),
 }
@@ -651,7 +646,7 @@ ZIP_STRUCTURE = {
     "zip-cut-in-the-central-directory": Case(ONE_ZIP[:-40], "missing"),
     "zip-cut-in-the-data": Case(ONE_ZIP[:40], "missing"),
     "zip-of-one-local-header": Case(RawEntry(b"a", PLAIN).local_bytes(), "missing"),
-    "zip-with-garbage-behind": Case(ONE_ZIP + b"garbage", "missing"),
+    "zip-with-garbage-behind": Case(ONE_ZIP + b"garbage", "7 bytes .* lie behind .*'garbage'"),
     "zip-with-garbage-before": Case(b"PK\3\4" + ONE_ZIP, "where it should be"),
     "zip-two-end-records": Case(zipped(end={"comment": zip_end(0, 0, 0)}), "ambiguous"),
     "zip-two-archives": Case(ONE_ZIP + zipped(NEXT), "where it should be"),
@@ -699,7 +694,7 @@ ZIP_STRUCTURE = {
 }
 
 ZIP_COSTS = {
-    "zip-bomb": Case(lambda sentinel: zipped(RawEntry(b"a", bytes(300 << 20), 8)), "max_ratio"),
+    "zip-bomb": Case(lambda sentinel: zipped(RawEntry(b"a", bytes(1 << 20), 8, size=2 << 30)), "max_ratio"),
     "zip-bomb-that-understates-its-size": Case(
         lambda sentinel: zipped(RawEntry(b"a", bytes(64 << 20), 8, size=1000)), "size or checksum", "'a'"),
     "zip-bomb-against-max-file": Case(
@@ -859,7 +854,7 @@ def assert_refused(site: Site, data: bytes, case: Case) -> None:
 
 def test_the_table_has_enough_rows_and_no_two_are_the_same() -> None:
     written = [case.archive for case in HOSTILE.values() if isinstance(case.archive, bytes)]
-    assert len(HOSTILE) == sum(map(len, TABLES)) == 308 and len(set(written)) == len(written)
+    assert len(HOSTILE) == sum(map(len, TABLES)) == 300 and len(set(written)) == len(written)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -899,7 +894,7 @@ def test_dangerous_mode_bits_are_dropped(site: Site, kind: str) -> None:
     assert modes_below(release) == {"d": 0o755, "d/s": 0o755, "t": 0o644}
 
 
-def test_owners_times_and_extended_attributes_are_dropped(site: Site) -> None:
+def test_owners_extended_attributes_and_times_that_are_none_are_dropped(site: Site) -> None:
     strange = [(b"uid", b"12345"), (b"gid", b"12345"), (b"uname", b"daemon"), (b"mtime", b"-1e99"), (b"atime", b"nan"),
                (b"SCHILY.xattr.security.capability", b"\1\0\0\2\0\0\0\0"), (b"SCHILY.acl.access", b"user::rwx,other::rwx"),
                (b"LIBARCHIVE.xattr.user.x", b"eA==")]

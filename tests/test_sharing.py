@@ -188,16 +188,9 @@ def unpack_while(app: App, pieces: List[bytes], between: Any, how: str) -> Any:
                 between(live / "f")
             yield piece
 
-    class Source:
-        def members(self) -> Iterator[Any]:
-            yield program.Member(b"f", program.FILE, 0o644, sum(map(len, pieces))), data()
-
-    with program.Directory.open(str(live)) as release, program.Directory.open(str(new)) as place:
-        sharer = program.Sharer(release, how)
-        try:
-            program.Writer(place, program.Judge(program.Settings({}, [])), sharer).write(Source())
-        finally:
-            sharer.close()
+    with program.Directory.open(str(live)) as release, program.Directory.open(str(new)) as place, \
+            program.Sharer(release, how) as sharer:
+        program.write_member(program.Member(b"f", program.FILE, 0o644, sum(map(len, pieces))), data(), place.descriptor, sharer)
     return new / "f"
 
 
