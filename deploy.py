@@ -4064,11 +4064,9 @@ class Artifact(Descriptor):
 
 def format_of(head: bytes) -> str:
     """Tell an archive's format by its first bytes; empty for none that is known."""
-    for name, pattern in MAGIC:
-        if pattern.match(head):
-            return name
-    is_tar = len(head) == TAR_BLOCK_BYTES and head.strip(b"\0") and checksum_holds(head)
-    return "tar" if is_tar else ""
+    if len(head) == TAR_BLOCK_BYTES and any(head) and checksum_holds(head):
+        return "tar"
+    return next((name for name, pattern in MAGIC if pattern.match(head)), "")
 
 
 _GIVEN_DIGEST = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{64})\Z")
@@ -4885,6 +4883,10 @@ class Stream:
         self._view = memoryview(self._block)
         return bool(self._block)
 
+    def peek(self, size_bytes: int) -> bytes:
+        """Look at the next bytes, as many as there are at hand."""
+        return self._block[self._position:self._position + size_bytes]
+
     def take(self, size_bytes: int) -> bytes:
         """Take exactly so many bytes; ArtifactRefused when the archive ends before."""
         end = self._position + size_bytes
@@ -5114,6 +5116,8 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
     special: Dict[bytes, bytes] = {}
     extensions = extension_bytes = 0
+    if not stream.at_end():
+        check_is_tar(stream.peek(TAR_BLOCK_BYTES))
     while True:
         if stream.at_end():
             raise damaged("its end-of-archive block is missing")
@@ -5123,7 +5127,7 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
         name, mode_field, size_field, time_field, flag, target, magic, prefix = split(header)
         name = name.partition(b"\0")[0]
         if not checksum_holds(header):
-            raise no_header(header, name, is_first=stream.offset == TAR_BLOCK_BYTES)
+            raise refuse(name, "its header has a wrong checksum", COPY_AGAIN)
         size_bytes = tar_number(size_field, name)
         start = stream.offset
         if flag in b"xgLK":
@@ -5157,17 +5161,16 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
                               "of the release")
 
 
-def no_header(header: bytes, name: bytes, *, is_first: bool) -> ArtifactRefused:
-    """Make the error for what should be a tar header, and is not; at the start it is no tar at all."""
-    inner = format_of(header)
-    if is_first and inner:
-        return ArtifactRefused(f"the archive holds another archive where a tar should be: a {inner}",
-                               "it is packed twice: decompress it once, and deploy the result")
-    if is_first and header[257:262] != b"ustar":
-        return ArtifactRefused(f"what is compressed here is no tar, or its first header has a wrong "
-                               f"checksum: it begins with {show(header[:60])}",
-                               "deploy a tar, compressed: tar -czf app.tar.gz .")
-    return refuse(name, "its header has a wrong checksum", COPY_AGAIN)
+def check_is_tar(head: bytes) -> None:
+    """Say what a compressed stream holds that is no tar, by the bytes it begins with."""
+    inner = format_of(head)
+    if inner not in ("", "tar"):
+        raise ArtifactRefused(f"the archive holds another archive where a tar should be: a {inner}",
+                              "it is packed twice: decompress it once, and deploy the result")
+    if not inner and len(head) == TAR_BLOCK_BYTES and head[257:262] != b"ustar" and any(head):
+        raise ArtifactRefused(f"what is compressed here is no tar, or its first header has a wrong "
+                              f"checksum: it begins with {show(head[:60])}",
+                              "deploy a tar, compressed: tar -czf app.tar.gz .")
 
 
 def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
@@ -5611,22 +5614,35 @@ def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] 
             if identity in skipped:
                 continue
             watch(done_bytes)
-            yield member, read_file(artifact, member, descriptor) if member.kind == FILE else ()
+            blocks = open_blocks(member, descriptor, watch, done_bytes)
+            yield member, read_file(artifact, member, blocks, descriptor)
             done_bytes += member.size_bytes
 
 
-def read_file(artifact: Artifact, member: Member, descriptor: int) -> Iterator[bytes]:
+def read_file(artifact: Artifact, member: Member, blocks: Iterator[bytes],
+              descriptor: int) -> Iterator[bytes]:
     """Read a file of a directory; ArtifactRefused where it changes meanwhile."""
-    left_bytes, piece = member.size_bytes, b"-"
+    left_bytes = member.size_bytes
     with reading_tree(artifact):
-        while left_bytes and piece:
-            piece = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
-            left_bytes -= len(piece)
-            yield piece
+        for block in blocks:
+            left_bytes -= len(block)
+            yield block
         after = os.fstat(descriptor)
     if left_bytes or (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
         raise refuse(member.name, "it changed while it was read",
                      "wait until nothing writes to the directory")
+
+
+def open_blocks(member: Member, descriptor: int, watch: Watch, done_bytes: int) -> Iterator[bytes]:
+    """Read an open file as far as its size went when it was opened."""
+    left_bytes = member.size_bytes
+    while left_bytes > 0:
+        watch(done_bytes + member.size_bytes - left_bytes)
+        block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
+        if not block:
+            break
+        left_bytes -= len(block)
+        yield block
 
 
 def hash_pieces(pieces: Iterable[Any]) -> bytes:
@@ -5644,16 +5660,6 @@ def hash_stream(stream: Any) -> str:
     return sha256
 
 
-def hash_open_file(member: Member, descriptor: int) -> bytes:
-    """Hash an open file as far as its size went when it was opened."""
-    hasher, left_bytes, data = hashlib.sha256(), member.size_bytes, b"-"
-    while left_bytes > 0 and data:
-        data = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
-        hasher.update(data)
-        left_bytes -= len(data)
-    return hasher.digest()
-
-
 def scan_tree(directory: Directory, watch: Watch) -> Manifest:
     """Make the manifest of a tree on disk; ArtifactRefused for what a release cannot hold."""
     manifest: Manifest = {}
@@ -5661,10 +5667,12 @@ def scan_tree(directory: Directory, watch: Watch) -> Manifest:
     for member, descriptor, _ in walk_tree(directory.descriptor):
         if member.kind not in (FILE, DIRECTORY, SYMLINK):
             raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
-        content = hash_open_file(member, descriptor) if member.kind == FILE else member.content
+        watch(done_bytes)
+        content = member.content
+        if member.kind == FILE:
+            content = hash_pieces(open_blocks(member, descriptor, watch, done_bytes))
         manifest[member.name] = Member(*member[:4], None, content)
         done_bytes += member.size_bytes
-        watch(done_bytes)
     return manifest
 
 
@@ -5694,7 +5702,6 @@ def compare_tree(directory: Directory, manifest: Manifest, watch: Watch) -> Diff
             added.append(member.name)
             continue
         unseen.discard(member.name)
-        done_bytes += member.size_bytes
         watch(done_bytes)
         if member.kind != known.kind:
             reasons[member.name] = f"is a {member.kind}, was a {known.kind}"
@@ -5702,10 +5709,12 @@ def compare_tree(directory: Directory, manifest: Manifest, watch: Watch) -> Diff
             if member.content != known.content:
                 reasons[member.name] = f"leads to {os.fsdecode(member.content)}, was " \
                                        f"{os.fsdecode(known.content)}"
-        elif member.kind == FILE and hash_open_file(member, descriptor) != known.content:
+        elif member.kind == FILE and known.content != hash_pieces(
+                open_blocks(member, descriptor, watch, done_bytes)):
             reasons[member.name] = ""
         elif member.mode != known.mode:
             reasons[member.name] = f"has mode {member.mode:04o}, was {known.mode:04o}"
+        done_bytes += member.size_bytes
     changed = [os.fsdecode(name) for name in sorted(reasons)]
     return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)],
                        [os.fsdecode(name) for name in sorted(added)],

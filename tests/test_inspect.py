@@ -497,7 +497,7 @@ def test_what_is_packed_is_what_tar_unpacks_and_what_can_be_deployed(tmp_path: P
     assert {name: (kind, content) for name, (kind, _, _, _, content) in snapshot(live).items()} == expected
     with tarfile.open(str(tmp_path / "app-1.0.tar.gz")) as archive:
         members = archive.getmembers()
-    assert {(one.uid, one.gid, one.mtime) for one in members} == {(0, 0, 0)}
+    assert {(one.uid, one.gid, one.mtime) for one in members} == {(0, 0, 315532800)}
     assert {one.mode for one in members if one.isreg()} == {0o644, 0o755}
     assert sorted(one.name for one in members) == sorted(set(expected) - {"."}), "each once"
 
