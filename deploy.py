@@ -6071,8 +6071,12 @@ def ustar_block(member: Member, flag: bytes) -> bytes:
 
 def is_stale(name: bytes, data: bytes, seconds: int) -> bool:
     """Tell whether bytecode is of another time than its source will have (PEP 552)."""
-    return name.endswith(b".pyc") and b"__pycache__/" in name and data[4:8] == bytes(4) \
-        and data[8:12] != (seconds & 0xffffffff).to_bytes(4, "little")
+    if not name.endswith(b".pyc") or b"__pycache__/" not in name:
+        return False
+    has_hash = int.from_bytes(data[4:8], "little") in (1, 3)
+    # Up to Python 3.6 the time stood where flags stand now.
+    return not has_hash and (seconds & 0xffffffff).to_bytes(4, "little") not in (
+        data[4:8], data[8:12])
 
 
 def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],
