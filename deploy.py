@@ -1235,13 +1235,6 @@ def sync_filesystem(descriptor: int) -> None:
 
 # -- who and where -----------------------------------------------------------
 
-def cores() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux's alone
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def boot_id() -> str:
     """Return the kernel's id of this boot, or an empty string where there is none."""
     try:
@@ -1759,86 +1752,6 @@ def syslog_addresses(host: str, port: int) -> List[Tuple[int, Any]]:
         return [(family, tuple(address)) for family, address in forked.result(Interrupts()) or []]
 
 
-class Helper:
-    """A forked copy of this process that computes something beside it, for work that threads cannot share.
-
-    `result` waits for what the work returned (JSON); None where it failed, and
-    the caller does it himself.  Leaving the block ends the process, and so does
-    the end of this one, where the work asks for it: a copy that lived on would
-    hold the lock.  With a `limit_seconds`, for work that needs no open file,
-    the kernel ends it (`timed_out`), whatever it is doing.  `started` is no
-    where there was no process to be had.
-    """
-
-    def __init__(self, work: Callable[[Callable[[], None]], Any], limit_seconds: float = 0.0) -> None:
-        import warnings
-        self.timed_out = False
-        self._reading, writing = os.pipe()
-        parent = os.getpid()
-        # A signal to the whole group must not make the copy do what this process does about it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, Interrupts.SIGNALS)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # 3.12 and later: a probe's late thread may be there; the copy needs no lock of it
-                self._pid = os.fork()
-        except OSError:  # too many processes
-            self._pid = -1
-        self.started = self._pid >= 0
-        if self._pid == 0:
-            exit_code = EXIT_INTERNAL
-            try:
-                if limit_seconds:
-                    self._limit(limit_seconds, writing)
-                write_all(writing, json.dumps(work(lambda: self._end_with(parent))).encode("ascii"))
-                exit_code = EXIT_OK
-            finally:
-                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
-        os.close(writing)
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    @staticmethod
-    def _limit(seconds: float, writing: int) -> None:
-        os.closerange(3, writing)
-        os.closerange(writing + 1, writing + 1024)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    @staticmethod
-    def _end_with(parent: int) -> None:
-        if os.getppid() != parent:
-            os._exit(EXIT_INTERNAL)
-
-    def result(self, check: Callable[[], None] = lambda: None) -> Any:
-        """Wait for the end of the work and return its result; `check`, asked again and again, may raise."""
-        if self._pid < 0:
-            return None
-        data = b"".join(iter(lambda: self._next(check), b""))
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = -1
-        self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        return json.loads(data.decode("ascii")) if status == 0 else None
-
-    def _next(self, check: Callable[[], None]) -> bytes:
-        import select
-        while not select.select([self._reading], [], [], WATCH_SECONDS)[0]:
-            check()
-        return os.read(self._reading, 1 << 16)
-
-    def __enter__(self) -> "Helper":
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        os.close(self._reading)
-        if self._pid > 0:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-
-
 # -- signals -----------------------------------------------------------------
 
 class Interrupts:
@@ -1855,7 +1768,6 @@ class Interrupts:
         self._pending = 0
         self._closed = False
         self._waking = -1  # can be read once a signal has come
-        self._allowed = False
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
@@ -1872,12 +1784,6 @@ class Interrupts:
 
     def _handle(self, number: int, frame: Any) -> None:
         self._pending = self._pending or number
-        if self._allowed and not self._closed:
-            # Once: a second signal must not cut short the killing of a child.  The
-            # first stays pending, or it would be lost where Python swallows what a
-            # handler raises (in a finalizer).
-            self._allowed = False
-            raise Interrupted(self._pending)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
@@ -1914,25 +1820,6 @@ class Interrupts:
     def reopen(self) -> None:
         """Listen again: a recovery is over, and the run itself begins, or a signal has come."""
         self._closed = False
-
-    @contextmanager
-    def allowed(self) -> Iterator[None]:
-        """Let signals interrupt the block at once."""
-        before = self._allowed
-        self.check()
-        self._allowed = True
-        try:
-            yield
-        except Interrupted:
-            self._pending = 0
-            raise
-        except (OSError, RuntimeError):
-            # What the signal itself broke: a call (EINTR), or a lock of the library's, left half way and then complained of.
-            self.check()
-            raise
-        finally:
-            self._allowed = before
-        self.check()
 
 
 # ============================================================================

@@ -19,8 +19,7 @@ from typing import Any, Dict, List, NamedTuple
 import pytest
 
 from archives import FORMATS, entry, folder, link, make_zip, pax, tar, zip_info, zstd
-from crashes import is_running
-from support import load_deploy, needs, once_in_ci, wait_until
+from support import load_deploy, needs, once_in_ci
 
 deploy = load_deploy()
 
@@ -842,15 +841,3 @@ def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path,
     with deploy.Directory.open(str(tmp_path)) as directory, deploy.EarlySync(directory) as early:
         work[0]()  # here, where an exception would be seen
         assert failed == [early.descriptor]
-
-
-def test_the_helper_ends_with_its_parent(tmp_path):
-    mark = tmp_path / "pid"
-    program = (f"import sys; sys.path.insert(0, {os.path.dirname(deploy.__file__)!r}); import deploy, os, signal, time\n"
-               "def work(check):\n"
-               f"    open({str(mark)!r}, 'w').write(str(os.getpid()))\n"
-               "    while True:\n        check(); time.sleep(0.01)\n"
-               f"with deploy.Helper(work) as helper:\n    while not os.path.exists({str(mark)!r}) or not open({str(mark)!r}).read(): time.sleep(0.01)\n"
-               "    os.kill(os.getpid(), signal.SIGKILL)\n")
-    assert subprocess.run([sys.executable, "-B", "-c", program]).returncode == -9
-    wait_until(lambda: not is_running(int(mark.read_text())), what="the helper is gone")

@@ -1,6 +1,5 @@
 """Signals: before activation everything is undone, after it the old release comes back, and no child stays behind."""
 
-import errno
 import fcntl
 import json
 import os
@@ -8,10 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 
@@ -151,23 +149,6 @@ def test_a_signal_while_something_is_closed_is_no_failure_of_the_unpacking(live:
     assert problems == [] and seen >= 5 // STRIDE, "\n".join(problems)
 
 
-def test_what_a_signal_breaks_in_the_library_is_an_interruption() -> None:
-    """A signal between two steps of a lock leaves it released, and the library complains of that instead."""
-    deploy = load_deploy()
-    for complaint in (RuntimeError("release unlocked lock"), InterruptedError(errno.EINTR, "Interrupted system call")):
-        interrupts = deploy.Interrupts()
-        with pytest.raises(deploy.Interrupted) as raised:
-            with interrupts.allowed():
-                try:
-                    interrupts._handle(signal.SIGTERM, None)
-                finally:
-                    raise complaint
-        assert raised.value.exit_code == 143
-        with pytest.raises(type(complaint)):
-            with interrupts.allowed():
-                raise complaint
-
-
 WAITING = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
@@ -228,37 +209,6 @@ def test_a_forked_process_answers_fails_or_is_killed_at_its_limit(tmp_path: Path
     with deploy.Forked(lambda: time.sleep(600), 600) as forked:
         pid = forked._pid
     assert not is_running(pid)
-
-
-def test_a_signal_just_before_a_wait_for_another_process_ends_that_wait() -> None:
-    """It comes by another thread, so that it ends no call: one that comes between a line of Python and its call does not, either."""
-    deploy = load_deploy()
-    in_wait, handled = threading.Event(), []  # type: Any, List[int]
-
-    def interrupt() -> None:
-        in_wait.wait()
-        while not handled:
-            time.sleep(0.1)
-            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-
-    def handle(number: int, frame: Any) -> None:
-        handled.append(number)
-        if len(handled) == 1:
-            raise deploy.Interrupted(number)
-
-    before, started = signal.signal(signal.SIGUSR1, handle), time.monotonic()
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with deploy.Helper(lambda check: time.sleep(600), limit_seconds=60) as helper:
-            with pytest.raises(deploy.Interrupted):
-                in_wait.set()
-                helper.result()
-    finally:
-        in_wait.set()
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
-    assert time.monotonic() - started < 30, "not at the end of the other process"
 
 
 @pytest.mark.parametrize("hook, number, exit_code", [
