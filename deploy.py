@@ -8993,7 +8993,8 @@ class Executor:
             run.console.warn("not everything could be undone: " + "; ".join(problems))
             self.remember(self.phase, error)
         else:
-            self.end_failed("failed", error, error.exit_code)
+            refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
+            self.end_failed("refused" if refused else "failed", error, error.exit_code)
         return error
 
     def go_back(self, error: DeployError) -> DeployError:
@@ -10568,12 +10569,6 @@ def wrong_target(url: str) -> str:
     return ""
 
 
-def learn_hook_url(url: str, secrets: Secrets) -> None:
-    """Keep secret what lets anybody post there: the long words in such a URL's path."""
-    for word in re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2]):
-        secrets.add(word)
-
-
 def notify(run: Run, exit_code: int, seconds: float) -> None:
     """Report to every notifier what it wants to know, side by side; what fails is a warning."""
     wanted = [(event, settings) for event in events_of(run, exit_code)
@@ -10667,7 +10662,6 @@ def prepare(run: Run, settings: Any, note: Note) -> Callable[[Conversation], Dic
     content = {"event": note.event, "text": note.text(settings), "result": note.result}
     if settings.type == "slack":
         import html
-        learn_hook_url(url, run.console.secrets)
         # Or a value would call everybody in the channel (<!channel>), or pass for a link.
         content = {"text": note.text(settings, lambda value: html.escape(value, quote=False))}
     if wrong_target(url):

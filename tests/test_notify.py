@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gzip
 import http.server
 import json
 import os
@@ -21,8 +22,9 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
+from archives import entry, tar
 from scenes import Gate
-from support import App, described, fake_command, file, free_port, load_deploy, missing, snapshot, start_deploy, wait_until
+from support import App, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy, wait_until
 from tables import section
 from test_metrics import run_defect
 
@@ -356,10 +358,13 @@ def test_a_refusal_without_a_digest_is_told_once_a_day(app, receive):
 
 def test_an_archive_that_is_refused_while_it_is_unpacked_is_told_once(app, receive):
     receiver = receive()
-    configure(app, f"url = {receiver.url}", before="[limits]\nmax_files = 1")
-    artifact = app.artifact("1.0", {"a": "1", "b": "2", "c": "3"})
-    for _ in range(2):
-        app.run("deploy", artifact, check=4)
+    configure(app, f"url = {receiver.url}")
+    artifact = app.directory / "artifacts" / "myapp-1.0.tar.gz"
+    artifact.parent.mkdir(exist_ok=True)
+    artifact.write_bytes(gzip.compress(tar(entry(b"a", b"1"), entry(b"../evil", b"2"))))
+    for _ in range(3):
+        refused = app.run("deploy", artifact, "--sha256", sha256_of(artifact), check=4)
+    assert [step["name"] for step in refused.data["steps"]] == ["unpack"]
     assert receiver.events == ["refused"] and [entry["result"] for entry in app.history()] == ["refused"]
 
 
