@@ -244,13 +244,14 @@ def test_hooks_of_the_way_back_cannot_stop_it(app: App, spy: Spy) -> None:
     assert app.version == "1.0" and len([text for text in result.data["warnings"] if "rollback" in text]) == 2
 
 
-@pytest.mark.parametrize("hook, exit_code", [("pre_rollback", 1), ("post_rollback", 5)])
-def test_a_hook_that_fails_a_rollback_by_hand_leaves_live_what_was_live(app: App, spy: Spy, hook: str, exit_code: int) -> None:
+@pytest.mark.parametrize("hook, exit_code, live", [("pre_rollback", 1, "1.1"), ("post_rollback", 6, "1.0")])
+def test_a_hook_that_fails_a_rollback_by_hand_puts_nobody_back_on_what_was_not_seen_healthy(
+        app: App, spy: Spy, hook: str, exit_code: int, live: str) -> None:
     app.deploy("1.0")
     app.deploy("1.1")
     app.configure(spy.hooks(**{hook: "false"}))
     app.run("rollback", check=exit_code)
-    assert app.version == "1.1" and app.leftovers() == []
+    assert app.version == live and app.leftovers() == []
 
 
 def test_hooks_of_the_way_back_are_told_what_becomes_live_and_what_was(app: App, spy: Spy) -> None:
