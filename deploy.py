@@ -5460,8 +5460,10 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Entry]:
                 target = os.readlink(base, dir_fd=directory)
         try:
             kind = _KINDS_ON_DISK.get(stat.S_IFMT(status.st_mode), "special file")
-            size_bytes = status.st_size if kind == FILE else 0
-            yield Member(name, kind, stat.S_IMODE(status.st_mode), size_bytes, status.st_mtime_ns,
+            mode, size_bytes = stat.S_IMODE(status.st_mode), status.st_size
+            if kind == DIRECTORY:
+                mode &= ~stat.S_ISGID  # handed on by releases/, and nothing of the artifact's
+            yield Member(name, kind, mode, size_bytes if kind == FILE else 0, status.st_mtime_ns,
                          target), descriptor, status
             # No artifact goes deeper: what does was added, and its topmost directory names it.
             if kind == DIRECTORY and name.count(b"/") < MAX_DEPTH:

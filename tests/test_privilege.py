@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -648,6 +649,33 @@ def test_a_directory_of_path_that_a_user_may_not_enter_is_no_matter(tmp_path: Pa
         tmp_path.chmod(0o700)
         result = run_as_another(app, "deploy", app.artifact("1.0"))
         assert result["exit_code"] == 0, result["error"]
+
+
+@as_root
+def test_what_releases_hands_on_reaches_every_release(app: App) -> None:
+    """Its group, its setgid bit and its default ACL, as they reach whatever is made there."""
+    configure(app, "shared_dirs = var/uploads\n[template:t]\nsource = t.in\ntarget = etc/t\n")
+    releases = app.root / "releases"
+    releases.mkdir(parents=True)
+    os.chown(str(releases), -1, NOBODY)
+    releases.chmod(0o2755)
+    entries = [(1, 7, -1), (2, 5, NOBODY), (4, 5, -1), (16, 5, -1), (32, 5, -1)]  # acl(5): user::, user:NOBODY:, group::, mask::, other::
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(str(releases), "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("this filesystem has no ACLs")
+    files = {"t.in": "text\n", "open/deep/x": "x", "tool": file("#!/bin/sh\n", mode=0o755)}
+    app.deploy("1.0", files)
+    release = releases / str(app.current)
+    for path in [release, *release.rglob("*")]:
+        assert path.lstat().st_gid == NOBODY, path
+        if path.is_dir() and not path.is_symlink():
+            assert path.stat().st_mode & 0o7777 == 0o2755, f"{path} has mode {path.stat().st_mode:04o}"
+            assert os.getxattr(str(path), "system.posix_acl_default") == acl
+    app.run("verify", check=0)
+    app.deploy("1.1", files)
+    app.run("rollback", check=0)
 
 
 # -- the attack --------------------------------------------------------------------
