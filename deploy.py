@@ -1970,7 +1970,8 @@ KINDS: Dict[str, Tuple[str, str, str, Callable[[str], Any]]] = {
     "name": ("text", r"(?s).*", "", _plain),
     "names": ("one a line", r"(?s).*", "", _lines(_plain, r"[\s,]")),
     "list": ("one a line", r"(?s).*", "", _lines(_plain, ",")),
-    "unit": ("systemd unit", r"[^,]*", "one unit; another one is another [service:NAME]", _plain),
+    "unit": ("systemd unit", r"(?!-)[^,/*?\[]*",
+             "the name of one unit; another one is another [service:NAME]", _plain),
     "path": ("path", r"(?s).*", "", _path),
     "private": ("path", r"(?s).*", "", _path),
     "paths": ("paths, one a line", r"(?s).*", "", _lines(_path, ",")),
@@ -2144,6 +2145,7 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
          "what to do once current has changed"),
         ("after", "names", "", "services that go first"),
         ("timeout", "limit", "60s", "longest time the action may take"),
+        ("systemctl", "argv", "systemctl", "how to call it: sudo systemctl, systemctl --user"),
         ("settle", "duration", "3s",
          "time the service must stay up unchanged afterwards (systemd units, pidfiles)"),
     )),
@@ -2178,7 +2180,8 @@ SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
         ("deadline", "limit", "60s", "longest time until it must be healthy"),
         ("successes", "times", "2", "tries in a row that must be healthy"),
         ("soak", "duration", "0s", "how long it must stay healthy afterwards"),
-        ("failures", "times", "3", "tries in a row during the soak that mean failure"),
+        ("failures", "times", "3",
+         "failed tries in a row that end it: in the soak, or where the new release itself answers"),
         ("backoff", "factor", "1.5", "factor by which the wait grows after a failed try"),
         ("period_max", "duration", "10s", "longest wait between tries"),
         ("jitter", "share", "0.1", "random share added to or taken from each wait"),
@@ -3567,6 +3570,7 @@ class Run:
         self.staging = ""
         self.manifest: Any = None
         self.output: List[str] = []
+        self.signalled: Set[str] = set()  # services whose process was there to be signalled
         self.left_is_healthy = False  # what a rollback leaves: only then is there a way back
         self.session = self
         # For those who are notified: where it was to lead, and whether the settings count.
@@ -6147,19 +6151,35 @@ def hook_path(settings: Settings) -> str:
     return native(settings.env.get("PATH", command_path()))
 
 
-def how_to_run(settings: Settings, program: str) -> str:
-    """Say what helps where a program may not be run; nothing where it may.
+def how_to_run(program: str, directory: str = "/") -> str:
+    """Say what helps where a program cannot be run."""
+    path = os.path.join(directory, program)
+    if "/" not in program:
+        return f"install {program}, or write ./{program} where it comes with the release"
+    if not os.path.isfile(path):
+        return "correct the path, or install it"
+    if os.statvfs(path).f_flag & os.ST_NOEXEC:
+        return ("its filesystem is mounted noexec: put it elsewhere, or write its interpreter "
+                "before it, such as sh")
+    if not os.access(path, os.X_OK):
+        return f"correct the path, or make it executable: chmod +x {spell([path])}"
+    return "see that its #! line names an interpreter that exists here"
+
+
+def missing_programs(settings: Settings, section: str) -> Iterator[Tuple[str, str, str]]:
+    """Find the programs of such sections that are not there, as checks do.
 
     What comes with the release, or is found in a PATH of [env], is not looked for.
     """
-    in_release = "/" in program and not program.startswith("/")
-    if in_release or "/" not in program and "PATH" in settings.env or find_command(program):
-        return ""
-    if os.path.isfile(program):
-        return f"correct the path, or make it executable: chmod +x {spell([program])}"
-    if "/" in program:
-        return "correct the path, or install it"
-    return f"install {program}, or write ./{program} where it comes with the release"
+    for command in commands(settings):
+        program = command.argv[0]
+        in_release = "/" in program and not program.startswith("/")
+        in_own_path = "/" not in program and "PATH" in settings.env
+        if not f"{command.section}:".startswith(f"{section}:") or in_release or in_own_path:
+            continue
+        if not find_command(program):
+            yield ("fail", f"{command.where}: {program} is not found or not executable",
+                   how_to_run(program))
 
 
 def foreign_program(settings: Settings, where: str, program: str,
@@ -6261,8 +6281,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     if result.timed_out:
         hint = "find out what it waits for, or give it more time with `timeout`"
     elif result.exit_code in (126, 127):
-        hint = ("check that the program exists, is executable, and that its #! line names an "
-                "existing interpreter")
+        hint = how_to_run(argv[0], directory)
     why = f"{spell(argv)} {result.verdict()} in {directory}"
     raise StepFailed(f"{what} failed: {': '.join([why, *result.tail[-1:]])}", hint, {
         "argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
@@ -6322,14 +6341,11 @@ class Service:
         self.run = run
         self.settings = settings
         self.limit_seconds = settings.timeout
+        self.shown: Dict[str, str] = {}  # the state of a unit that was read last
 
     def check(self) -> Iterator[Tuple[str, str, str]]:
         """Find what is against acting on it on this host: (fail or warn, what, hint)."""
-        program = self.settings.command[0]
-        hint = how_to_run(self.run.settings, program)
-        if hint:
-            yield ("fail", f"[service:{self.settings.name}] command: {program} is not found or not "
-                   "executable", hint)
+        yield from missing_programs(self.run.settings, f"service:{self.settings.name}")
 
     def down(self) -> str:
         """Say why the service is not up now; nothing when it is, or when nobody can know."""
@@ -6340,6 +6356,23 @@ class Service:
         perform_command(self.run, context, f"service {self.settings.name}", self.settings.command,
                         self.settings.timeout)
         return "its command exited with code 0"
+
+    def left_behind(self, pid: str, context: Context) -> str:
+        """Say that a process still runs from another release; where a probe asks for the release
+        itself, its word counts."""
+        probes = self.run.settings.probe.values()
+        if any(probe.release and probe.when != "before" for probe in probes):
+            return ""
+        releases = os.path.realpath(f"{context.root}/releases") + "/"
+        for link in ("cwd", "exe"):
+            try:
+                target = os.readlink(f"/proc/{pid}/{link}") + "/"
+            except OSError:
+                continue
+            inside = target[len(releases):] if target.startswith(releases) else ""
+            if inside and not inside.startswith(f"{context.release}/"):
+                return f"process {pid} still runs from another release: its {link} is {target[:-1]}"
+        return ""
 
     def settling(self) -> Iterator[None]:
         """Yield at the beginning, again and again, and at the end of the settle time."""
@@ -6363,15 +6396,11 @@ class UnitService(Service):
     """A systemd unit; systemctl's exit code proves nothing (Type=simple): its state is watched."""
 
     PROPERTIES = ("LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
-                  "NeedDaemonReload", "Type", "Result", "ExecMainStatus")
+                  "NeedDaemonReload", "Type", "Result", "ExecMainStatus", "CanReload")
 
     def check(self) -> Iterator[Tuple[str, str, str]]:
         """Look for the unit, and refuse to restart the one that this program runs in."""
         unit, action = self.settings.unit, self.settings.action
-        if not re.match(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]*\Z", unit):
-            yield ("fail", f"{unit!r} is not the name of a systemd unit",
-                   f"correct unit in [service:{self.settings.name}]")
-            return
         try:
             groups = read_text("/proc/self/cgroup")  # cgroups(7)
         except OSError:
@@ -6390,6 +6419,9 @@ class UnitService(Service):
         if load != "loaded":
             yield ("fail", f"unit {unit} is not loaded (LoadState={load})",
                    LOAD_HINTS.get(str(load), "systemd-analyze verify {}").format(unit))
+        elif action == "reload" and state.get("CanReload") == "no":
+            yield ("fail", f"unit {unit} cannot be reloaded: it has no ExecReload=",
+                   "use action = restart or reload-or-restart")
         elif action != "none" and state.get("ActiveState") == "failed":
             yield ("warn", f"unit {unit} is failed now (result {state.get('Result')})",
                    "see why before it is restarted: systemctl status, journalctl -u")
@@ -6406,15 +6438,13 @@ class UnitService(Service):
         """Restart, reload or start it, wait until it is there, and see that it stays so."""
         unit, action = self.settings.unit, self.settings.action
         before = self.state()
+        if action == "reload" and before.get("ActiveState") in ("inactive", "failed"):
+            action = "start"  # it was down before: that is not the release's fault
         if before.get("NeedDaemonReload") == "yes":
             self.systemctl("daemon-reload")
         # Without it a deployment, its rollback and a second try meet the start limit.
         self.systemctl("reset-failed", unit, must=False)
-        done = self.systemctl(action, unit, must=False)
-        if not done.ok:
-            last = " ".join(done.tail[-3:])
-            raise self.failure(f"did not come up: systemctl {action} {done.verdict()}: {last}",
-                               output=done.tail)
+        self.systemctl(action, unit)
         ends_seconds = time.monotonic() + self.limit_seconds
         first = self.state()
         # Waiting for an automatic restart is not being on its way.
@@ -6438,6 +6468,9 @@ class UnitService(Service):
             if changed:
                 raise self.failure(f"did not stay up: {', '.join(changed)}")
         pid = first.get("MainPID", "0")
+        left_behind = self.left_behind(pid, context)
+        if left_behind:
+            raise self.failure(f"is up, but {left_behind}")
         process = f", process {pid}" if pid != "0" else ""
         return f"{unit} is {first.get('ActiveState')} ({first.get('SubState')}{process})"
 
@@ -6445,36 +6478,51 @@ class UnitService(Service):
         """Read the unit's state in one call, so that the properties belong together."""
         shown = self.systemctl("show", "-p", ",".join(self.PROPERTIES), self.settings.unit)
         pairs = [line.partition("=") for line in shown.tail]
-        return {name: value for name, _, value in pairs if name in self.PROPERTIES}
+        self.shown = {name: value for name, _, value in pairs if name in self.PROPERTIES}
+        return self.shown
 
     def systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
         """Run systemctl; StepFailed where it `must` succeed and does not."""
-        result = run_command(["systemctl", *arguments], timeout_seconds=self.limit_seconds,
-                             interrupts=self.run.interrupts)
-        if must and not result.ok:
-            last = " ".join(result.tail[-3:])
-            raise StepFailed(f"service {self.settings.name}: systemctl {arguments[0]} "
-                             f"{result.verdict()}: {last}",
-                             f"systemctl status {self.settings.unit}", {"output": result.tail})
-        return result
+        # What `systemctl --user` needs beside the small environment of every child.
+        runtime = environment("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+        done = run_command([*self.settings.systemctl, *arguments], interrupts=self.run.interrupts,
+                           environ=dict(base_environment(), XDG_RUNTIME_DIR=runtime),
+                           timeout_seconds=self.limit_seconds)
+        if done.ok or not must:
+            return done
+        why = f"systemctl {arguments[0]} {done.verdict()}: {' '.join(done.tail[-3:])}"
+        if arguments[0] in ("start", self.settings.action):
+            failed = self.failure(f"did not come up: {why}", output=done.tail)
+        else:
+            failed = StepFailed(f"service {self.settings.name}: {why}",
+                                f"systemctl status {self.settings.unit}", {"output": done.tail})
+        if done.timed_out:
+            failed.hint = f"{failed.hint}; or give it more time with `timeout`"
+        raise failed
 
     def failure(self, why: str, **evidence: Any) -> StepFailed:
         """Make the error of a unit that is not healthy, with the end of its journal."""
         unit = self.settings.unit
-        lines = journal_of(self.run, unit)
+        lines = journal_of(self.run, [self.settings])
         return StepFailed(f"service {self.settings.name}: unit {unit} {why}",
                           f"systemctl status {unit}; journalctl -u {unit}",
                           dict(evidence, journal=lines) if lines else evidence)
 
 
-def journal_of(run: Run, unit: str) -> List[str]:
-    """Show the last lines of a unit's journal, and return them."""
+def journal_of(run: Run, services: Iterable[Any]) -> List[str]:
+    """Show the last lines of the journals of those services that are units, and return them."""
     lines: List[str] = []
-    # Without the first, what it has just said might not be there yet.
-    for arguments in (["--sync"], ["-u", unit, "-n", "10", "--no-pager"]):
-        if find_command("journalctl"):
-            lines = run_command(["journalctl", *arguments], timeout_seconds=5.0,
-                                interrupts=run.interrupts, mask=run.console.secrets.mask).tail
+    for service in services:
+        if not service.unit or not find_command("journalctl"):
+            continue
+        shown = ["-u", service.unit, "-n", "10", "--no-pager"]
+        if "--user" in service.systemctl:
+            shown.insert(0, "--user")
+        # Without the first, what it has just said might not be there yet.
+        for arguments in (["--sync"], shown):
+            done = run_command(["journalctl", *arguments], timeout_seconds=5.0,
+                               interrupts=run.interrupts, mask=run.console.secrets.mask)
+        lines += done.tail
     for line in lines:
         run.console.output(line)
     return lines
@@ -6499,39 +6547,55 @@ class PidfileService(Service):
     """A process that writes its id to a file and takes a signal as the wish to reload."""
 
     def check(self) -> Iterator[Tuple[str, str, str]]:
-        """Look for the process."""
-        why = self.down() if self.settings.action != "none" else ""
-        if why:
-            yield ("fail", f"service {self.settings.name}: {why}",
-                   "start the service first, or correct pidfile")
+        """Look for the process; that it is down stops nothing."""
+        try:
+            if self.settings.action != "none":
+                self.process()
+        except LookupError as error:
+            yield "warn", f"service {self.settings.name}: {error}", "start it, or correct pidfile"
+        except ValueError as error:
+            yield "fail", f"service {self.settings.name}: {error}", "correct pidfile"
 
     def down(self) -> str:
         """Say why there is no living process."""
         try:
             self.process()
-        except ValueError as error:
+        except (LookupError, ValueError) as error:
             return str(error)
         return ""
 
     def act(self, context: Context) -> str:
         """Send the signal, and see that the process stays up, under this id or another."""
-        name = self.settings.signal
+        name, signalled = self.settings.signal, self.run.signalled
+        if not context.previous:
+            return "nothing to signal: nothing was live before"
         try:
             pid = self.process()
             os.kill(pid, signal.Signals["SIG" + name])
+            signalled.add(self.settings.name)
             for _ in self.settling():
                 if self.down():  # a re-exec leaves a moment between old process and new pidfile
                     self.run.interrupts.wait(WATCH_SECONDS)
-                    self.process()
-        except (OSError, ValueError) as error:
-            why = f"cannot send {name}: {reason(error)}" if isinstance(error, OSError) else error
+                    pid = self.process()
+            why = self.left_behind(str(self.process()), context)
+        except (LookupError, ValueError) as error:
+            why = str(error)
+            if isinstance(error, LookupError) and self.settings.name not in signalled:
+                # It was down before the switch: no reason to go back.
+                self.run.console.warn(f"service {self.settings.name}: {why}: start it")
+                return "not signalled: it does not run"
+        except OSError as error:
+            why = f"cannot send {name}: {reason(error)}"
+        if why:
             raise StepFailed(f"service {self.settings.name}: {why}", "look into the program's own "
-                             f"log; {self.settings.pidfile} must name a living process")
+                             f"log; {self.settings.pidfile} must name a living process that "
+                             "follows `current`")
         return f"{name} sent to process {pid}, which is up"
 
     def process(self) -> int:
-        """Return the id of the living process; ValueError says why there is none.
+        """Return the id of the living process; LookupError where it does not run.
 
+        ValueError says what is wrong with the pidfile.
         Whoever may write the pidfile must not choose which process of ours or of others is
         signalled.
         """
@@ -6540,6 +6604,8 @@ class PidfileService(Service):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             found = os.fstat(descriptor)
             text = read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
+        except FileNotFoundError as error:
+            raise LookupError(f"{path}: {reason(error)}")
         except OSError as error:
             raise ValueError(f"{path}: {reason(error)}")
         text = text.partition("\n")[0].strip()
@@ -6552,7 +6618,7 @@ class PidfileService(Service):
         except OSError:
             owner, status = "unknown (no /proc)", []
         if not process_is_alive(int(text)) or status in (["Z"], ["X"]):
-            raise ValueError(f"process {text} of {path} is not running")
+            raise LookupError(f"process {text} of {path} is not running")
         ours = found.st_uid in (0, os.geteuid())
         by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
         if ours and (by_group or found.st_mode & stat.S_IWOTH):
@@ -6822,7 +6888,7 @@ def judge(probe: Any, wanted: List[str], text: str,
     """Hold an answer's text and headers against what is expected.
 
     "error" says what fails first; "named" whether the answer names one of the versions that are
-    `wanted` (the old process answers, too), None where that is not asked.
+    `wanted`, which have no leading v (the old process answers, too), None where that is not asked.
     """
     errors = []
     for name, pattern in probe.expect_header.items():
@@ -6840,11 +6906,12 @@ def judge(probe: Any, wanted: List[str], text: str,
     if probe.release and wanted:
         where, _, name = probe.release.partition(":")
         if where == "body":
-            named = bool(re.search(VERSION_ALONE.format("|".join(map(re.escape, wanted))), text))
+            words = "|".join(re.escape(word) for word in wanted)
+            named = bool(re.search(VERSION_ALONE.format(words), text))
             why = "the answer does not name the version"
         else:
             value, why = json_value(text, name) if where == "json" else (header(name), "")
-            named = value in wanted
+            named = re.sub(r"\A[vV](?=\d)", "", value or "") in wanted
             if value is not None:
                 why = f"answered with version {value}"
             why = why or f"the answer has no header {name} that names its version"
@@ -6958,6 +7025,17 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
 
 # -- probes: asking ----------------------------------------------------------
 
+PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
+    ("status 30[12378],", "give the address that it leads to, or allow redirects = 1"),
+    ("status (401|407),", "give the probe a login: auth_file, or a [probe:NAME] header.NAME"),
+    ("status 403,", "let the probe in, or ask an address that is open to it"),
+    ("status 404,", "correct the path in url, or see whether the release serves it"),
+    ("TLS: |TLS handshake", "name the authority with tls_ca, or correct the host and port in url"),
+    ("cannot be resolved", "correct the host in url, or name the address with connect"),
+    ("old process may still", "see that the service is restarted, and runs from current"),
+    ("take for ever", "write the regular expression without a repetition inside another"),
+    ("cannot start ", "check that the program exists, is executable, and is on this filesystem"))
+
 class ProbeResult(NamedTuple):
     """The verdict on a probe; evidence: status, start of the body, error, tries."""
 
@@ -6979,24 +7057,41 @@ class ProbeResult(NamedTuple):
         return (f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}"
                 + (f"; the answer began: {body!r}" if body else ""))
 
+    def hint(self) -> str:
+        """Say where to look, or what to correct."""
+        for pattern, hint in PROBE_HINTS:
+            if re.search(pattern, self.detail):
+                return hint
+        return "look at the service's own log"
+
 
 class ProbeRun:
     """A probe's tries from the first to the verdict.
 
     ask_KIND asks once, within so many seconds, and returns "error" (nothing where all is as
-    expected), "said" (what it was, in words), "status" and the start of the "body".
+    expected), "said" (what it was, in words), "status" and the start of the "body"; "by_new"
+    where an error is the new release's own answer, of which `failures` in a row end it early,
+    and "final" where nothing better can come.
     """
 
     SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
 
-    def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str]) -> None:
+    def __init__(self, run: Run, probe: Any, context: Context, *, expect_release: bool,
+                 restarted: bool) -> None:
         self.run = run
         self.probe = probe
         self.context = context
-        self.wanted = wanted
+        self.wanted = [re.sub(r"\A[vV](?=\d)", "", word)
+                       for word in (context.version, context.release) if word and expect_release]
+        services = run.settings.service.values()
+        # Whether whatever could answer was restarted by this run: then it is the new release.
+        self.restarted = restarted and bool(services) and all(
+            service.unit and service.action == "restart" for service in services)
         self.tries = 0
         self.healthy_in_a_row = 0
         self.failed_in_a_row = 0
+        self.refused_in_a_row = 0
+        self.restarts = -1
         self.answer: Dict[str, Any] = {}
         self.last_failure: Dict[str, Any] = {}
 
@@ -7006,6 +7101,8 @@ class ProbeRun:
         wait(probe.initial_delay)
         ends_seconds = time.monotonic() + probe.deadline
         while self.attempt(ends_seconds - time.monotonic(), progress) < probe.successes:
+            if self.refused_in_a_row >= probe.failures or self.answer.get("final"):
+                return f"the new release itself failed: {self.answer['error']}"
             left_seconds = ends_seconds - time.monotonic()
             # Towards the deadline a further try is worth more than the whole of its wait.
             wait_seconds = min(self.wait_seconds(max(0, self.failed_in_a_row - 1)),
@@ -7053,6 +7150,8 @@ class ProbeRun:
             text = self.run.console.secrets.mask(answer.get(key, ""))
             answer[key] = text[:EVIDENCE_CHARACTERS]
         self.answer = answer
+        by_new = answer["error"] and answer.get("by_new")
+        self.refused_in_a_row = self.refused_in_a_row + 1 if by_new else 0
         if answer["error"]:
             self.last_failure = answer
             self.healthy_in_a_row = 0
@@ -7139,6 +7238,9 @@ class ProbeRun:
         if not any(low <= status <= high for low, high in probe.status):
             ranges = [str(low) if low == high else f"{low}-{high}" for low, high in probe.status]
             found["error"] = f"status {status}, expected {', '.join(ranges)}"
+        found["by_new"] = found["named"] and status != 503
+        if found["named"] is None:  # a proxy says the others for a service that is on its way
+            found["by_new"] = self.restarted and status not in (502, 503, 504)
         return found
 
     def ask_tcp(self, limit_seconds: float) -> Dict[str, Any]:
@@ -7174,7 +7276,10 @@ class ProbeRun:
             found = judge(self.probe, self.wanted, text, lambda name: None)
             if not result.ok:
                 found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
-            return dict(found, said="exited with code 0")
+            by_new = found["named"]
+            if by_new is None:
+                by_new = self.restarted and result.ok
+            return dict(found, said="exited with code 0", by_new=by_new)
 
         # An output that came in time is looked at, however late it was.
         return self.converse(compare, max(0.05, ends_seconds - time.monotonic()))
@@ -7183,26 +7288,37 @@ class ProbeRun:
         """See whether a [service:NAME] is up."""
         service = make_service(self.run, self.probe.service)
         service.limit_seconds = min(service.limit_seconds, limit_seconds)
-        return {"error": service.down(), "said": f"{service_target(service.settings)} is up"}
+        error = service.down()
+        restarts = int(service.shown.get("NRestarts") or 0)
+        if self.restarts < 0:
+            self.restarts = restarts
+        final = service.shown.get("ActiveState") == "failed" \
+            or restarts - self.restarts >= self.probe.failures
+        return {"error": error, "said": f"{service_target(service.settings)} is up",
+                "final": bool(error) and final}
 
 
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
-              once: bool = False, progress: Any = None) -> ProbeResult:
+              once: bool = False, progress: Any = None, restarted: bool = False) -> ProbeResult:
     """Ask until the verdict is in; a probe that fails gives ok=False, only a signal raises.
 
     `expect_release`: the answer must name the context's version or release.
     `once`: a single try without delay, deadline or soak.
+    `restarted`: this run has just acted on the services.
     """
     started_seconds = time.monotonic()
-    wanted = [word for word in (context.version, context.release) if word and expect_release]
-    asked = ProbeRun(run, probe, context, wanted)
+    asked = ProbeRun(run, probe, context, expect_release=expect_release, restarted=restarted)
     if once:
         asked.attempt(probe.timeout)
     wrong = asked.answer["error"] if once else asked.full(progress)
     shown = asked.last_failure if wrong and asked.last_failure else asked.answer
-    detail = wrong or f"{asked.answer['said']} ({count(asked.tries, 'try', 'tries')})"
     evidence = {"status": shown.get("status"), "body": shown["body"], "error": wrong,
                 "tries": asked.tries}
+    if wrong and not once:
+        lines = journal_of(run, [service for name, service in run.settings.service.items()
+                                 if probe.service in ("", name)])
+        evidence.update({"journal": lines} if lines else {})
+    detail = wrong or f"{asked.answer['said']} ({count(asked.tries, 'try', 'tries')})"
     return ProbeResult(probe.name, not wrong, probe.required, asked.tries,
                        time.monotonic() - started_seconds, detail, evidence)
 
@@ -7617,15 +7733,6 @@ def unusable_keys(name: str, probe: Any) -> Iterator[Finding]:
                "it must hold one line: the Authorization header's value, or user:password")
 
 
-def missing_programs(settings: Settings, kind: str) -> Iterator[Finding]:
-    """Find the programs of hooks or of probes that are not there."""
-    for command in commands(settings):
-        program = command.argv[0]
-        hint = how_to_run(settings, program)
-        if hint and command.section.partition(":")[0] == kind:
-            yield "fail", f"{command.where}: {program} is not found or not executable", hint
-
-
 def check_trust(run: Run) -> Iterator[Finding]:
     """Could somebody else have written what is about to be believed?"""
     serious = "fail" if os.geteuid() == 0 else "warn"
@@ -7679,9 +7786,10 @@ def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
         yield trust_problems(settings.deploy.root)
     for _, _, path in key_files(settings):
         yield trust_problems(path)
-    if any(service.unit for service in settings.service.values()):
-        for path in program_places("systemctl", "/", command_path()):
-            yield trust_problems(path)
+    for service in settings.service.values():
+        if service.unit:
+            for path in program_places(service.systemctl[0], "/", command_path()):
+                yield trust_problems(path)
     coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
     releases = [coming, live] if os.path.isdir(live) else [coming]
     shared = tuple(f"{coming}/{path}/"
@@ -8041,7 +8149,12 @@ def check_probes(run: Run) -> Iterator[Finding]:
         yield "skip", "not run: somebody else could have written what is believed", ""
         return
     context, asked = context_for(run.facts, None), 0
+    new = run.facts.artifact
     for name, probe in sorted(run.settings.probe.items()):
+        if new and new.version == new.sha256[:12] and probe.release and probe.when != "before":
+            yield ("fail", f"[probe:{name}] release: no answer can name {new.version}, the "
+                   f"digest of {new.name}", "give the artifact a name with its version (see "
+                   "[artifact] match), or --release-version VERSION")
         if probe.when == "after" or check_probe(run.settings, probe):
             continue
         asked += 1
@@ -8690,9 +8803,9 @@ def make_probes(word: str, settings: Settings, facts: Facts, move: Move) -> List
     def ask(run: Run, probe: Any) -> str:
         with closing(run.console.progress(f"probe:{probe.name}")) as progress:
             found = run_probe(run, probe, move_context(run, move), expect_release=True,
-                              progress=progress)
+                              progress=progress, restarted=True)
         if not found.ok:
-            raise StepFailed(found.complaint(), "look at the service's own log", found.evidence)
+            raise StepFailed(found.complaint(), found.hint(), found.evidence)
         return found.detail
 
     return [Step(f"probe:{name}",
@@ -9973,7 +10086,7 @@ def command_probe(run: Run) -> None:
     failed = [found for found in results if not found.ok and found.required]
     run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
-        error = ProblemFound(failed[0].complaint(), "look at the service's own log")
+        error = ProblemFound(failed[0].complaint(), failed[0].hint())
         if flags.unhealthy_exit_code:
             error.exit_code = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code)
         raise error
@@ -10187,7 +10300,8 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
         lines.append(f"  {name:<32} {format_seconds(float(step.get('seconds', 0))):>7}")
     if entry.failure:
         lines.append(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
-        for name, value in (entry.failure.get("evidence") or {}).items():
+        evidence = entry.failure.get("evidence") or {}
+        for name, value in [item for item in evidence.items() if item[1] not in (None, "")]:
             for line in value if isinstance(value, list) else [value]:
                 lines.append(f"    {name:<12} {line}")
                 name = ""

@@ -241,6 +241,7 @@ BAD_VALUES = [
     ("nul", "env", "A", "x\0y"), ("nul-name", "env", "A\0B", "x"), ("nul-command", "hooks", "pre_stage", "echo a\0b"),
     ("match-without-@v", "artifact", "match", "myapp.tar.gz"),
     *[("signal " + name, "service:web", "signal", name) for name in ("NOSUCH", "SIG", "9", "_DFL", "SIG_IGN", "HUP;", "")],
+    *[("unit " + name, "service:web", "unit", name) for name in ("-H root@other", "../x", "--help", "*.service")],
     ("action", "service:web", "action", "bounce"), ("service-command", "service:web", "command", "sh -c 'x"),
 ]
 UNFIT = {"url": "url = x\n", "connect": "url = http://a/\nconnect = x\n", "tcp": "tcp = a\n", "release": "command = true\nrelease = foo\n"}

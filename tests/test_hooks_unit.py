@@ -100,11 +100,16 @@ def test_a_hook_that_hangs_is_killed(place):
     assert "timeout" in caught.value.hint
 
 
-@pytest.mark.parametrize("command", ["./none", "no-such-program-here", "/etc/passwd"])
-def test_a_program_that_cannot_start_says_why(place, command):
+@pytest.mark.parametrize("command, hint", [
+    ("./none", "correct the path, or install it"), ("no-such-program-here", "install no-such-program-here"),
+    ("/etc/passwd", "chmod +x /etc/passwd"), ("./unknown", "#! line names an interpreter")])
+def test_a_program_that_cannot_start_says_why(place, command, hint):
+    script(place, "unknown", "")
+    with open(place.release_path + "/unknown", "w") as stream:
+        stream.write("#!/no/such/interpreter\n")
     with pytest.raises(deploy.StepFailed, match="cannot start") as caught:
         run(place, command)
-    assert caught.value.evidence["exit_code"] == 127 and "#!" in caught.value.hint
+    assert caught.value.evidence["exit_code"] == 127 and hint in caught.value.hint
 
 
 def test_a_signal_interrupts_a_hook(place):

@@ -372,7 +372,7 @@ CAUSES = [
     (shared_twice, "shared", "fail", "shared var is named twice", "name it once", 3),
     (port_of_nobody, "ports", "fail", "Name or service not known", "correct [preflight] free_ports", 3),
     (port_of_no_name, "ports", "fail", "port ä..b:80: encoding of hostname failed", "correct [preflight] free_ports", 3),
-    (service_without_pidfile, "services", "fail", "service app: /no/such.pid: No such file or directory (ENOENT)", "start the service", 3),
+    (service_without_pidfile, "services", "warn", "service app: /no/such.pid: No such file or directory (ENOENT)", "start it", 0),
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
     (sick_before, "probes", "fail", "database", "before deploying", 3),

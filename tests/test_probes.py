@@ -1031,3 +1031,108 @@ def test_the_command_tells_the_tries_and_how_the_answer_began(server: Server) ->
     data = run_deploy("probe", "--url", server.url, check=7).data
     assert data["error"]["message"] == \
         "probe ad-hoc failed after 1 try: status 500, expected 200-299; the answer began: 'cannot import name config'"
+
+
+# -- failing early ------------------------------------------------------------------
+
+QUICK = "period = 10ms\nbackoff = 1\njitter = 0\nfailures = 3\nsuccesses = 1\n"
+
+
+def verdict(app, text, deadline, check=5, version="1.0"):
+    """The failed probe of a deployment: what was said, and after how many tries."""
+    app.configure(f"durable = no\n[probe:x]\n{QUICK}deadline = {deadline}\n{text}")
+    app.run("deploy", app.artifact(version), check=check)
+    evidence = app.history()[-1]["failure"]["evidence"]
+    return evidence["error"], evidence["tries"]
+
+
+@pytest.mark.parametrize("status, more, early", [
+    (500, "expect", True), (404, "expect", True), (502, "expect", True), (503, "expect", False), (500, "other", False)])
+def test_the_releases_own_answers_end_a_probe_before_its_deadline(app, serve, status, more, early):
+    server = serve(http(status, b"", f"X-Version: {'1.0' if more == 'expect' else '0.9'}"))
+    why, tries = verdict(app, f"url = {url_of(server)}\nrelease = header:X-Version\n", "600s" if early else "500ms")
+    assert (tries == 3) is early and ("the new release itself failed" in why) is early, why
+    assert f"status {status}" in why
+
+
+def test_an_answer_of_nobody_known_leaves_the_deadline_its_time(app, serve):
+    """Nothing was restarted, and the answer does not say whose it is."""
+    why, tries = verdict(app, f"url = {url_of(serve(http(500)))}\n", "500ms")
+    assert tries > 3 and "not healthy within 0.50s" in why
+
+
+def test_answers_in_a_row_are_counted(app, serve):
+    def answer(connection, number):
+        connection.sendall(http(200 if number > 5 else 500 if number % 3 else 503, b"", "X-Version: 1.0"))
+    app.configure(f"durable = no\n[probe:x]\n{QUICK}url = {url_of(serve(answer))}\nrelease = header:X-Version\n")
+    app.run("deploy", app.artifact("1.0"), check=0)
+
+
+@pytest.mark.parametrize("names, early", [("$DEPLOY_VERSION", True), ("0.9", False)])
+def test_a_command_fails_early_where_its_output_names_the_release(app, names, early):
+    command = f"command = sh -c 'echo {names}; exit 1'\nrelease = body\n"
+    why, tries = verdict(app, command, "600s" if early else "500ms")
+    assert (tries == 3) is early and "exited with code 1" in why
+
+
+def test_a_closed_port_is_silence(app):
+    why, tries = verdict(app, "tcp = 127.0.0.1:1\n", "300ms")
+    assert tries > 3 and "not healthy within" in why
+
+
+# -- which release ------------------------------------------------------------------
+
+@pytest.mark.parametrize("version, answer", [("v1.0", "1.0"), ("1.0", "v1.0"), ("v1.0", "v1.0"), ("V1.0", "v1.0")])
+@pytest.mark.parametrize("where", ["json:version", "header:X-V", "body"])
+def test_one_leading_v_makes_no_other_version(app, serve, version, answer, where):
+    server = serve(http(200, json.dumps({"version": answer}).encode(), f"X-V: {answer}"))
+    app.configure(f"durable = no\n[probe:x]\n{QUICK}url = {url_of(server)}\nrelease = {where}\n")
+    app.run("deploy", app.artifact("1"), "--release-version", version, check=0)
+
+
+def test_a_version_is_not_another_for_its_v(app, serve):
+    why, _ = verdict(app, f"url = {url_of(serve(http(200, b'', 'X-V: vv1.0')))}\nrelease = header:X-V\n", "200ms")
+    assert "answered with version vv1.0, expected 1.0" in why
+
+
+def test_a_version_that_no_answer_can_name_is_found_before_anything(app, serve):
+    """Where neither name nor flag gives a version, it is the start of the digest."""
+    app.configure(f"[probe:x]\nurl = {url_of(serve(http()))}\nrelease = body\n")
+    artifact = app.artifact("1.0")
+    unnamed = artifact.with_name("latest.tar.gz")
+    artifact.rename(unnamed)
+    artifact.with_name(artifact.name + ".sha256").rename(unnamed.with_name("latest.tar.gz.sha256"))
+    text = unnamed.with_name("latest.tar.gz.sha256").read_text()
+    unnamed.with_name("latest.tar.gz.sha256").write_text(text.replace(artifact.name, unnamed.name))
+    error = app.run("deploy", unnamed, check=3).data["error"]
+    assert "[probe:x] release: no answer can name" in error["message"] and "--release-version" in error["hint"]
+    assert app.releases() == []
+
+
+# -- what a failure says ----------------------------------------------------------------
+
+@pytest.mark.parametrize("status, headers, hint", [
+    (301, ["Location: /x"], "redirects = 1"), (401, [], "auth_file"), (403, [], "let the probe in"), (404, [], "correct the path"),
+    (500, [], "the service's own log")])
+def test_the_hint_goes_with_the_answer(serve, status, headers, hint):
+    done = run_deploy("probe", "--url", url_of(serve(http(status, b"", *headers))), check=7)
+    assert hint in done.data["error"]["hint"]
+
+
+def test_the_hint_names_what_tls_needs(serve, certificates):
+    done = run_deploy("probe", "--url", url_of(serve(http(), tls=tls_context(certificates)), scheme="https"), check=7)
+    assert "TLS: " in done.data["error"]["message"] and "tls_ca" in done.data["error"]["hint"]
+
+
+def test_show_prints_of_a_failed_probe_what_is_known(app):
+    verdict(app, "tcp = 127.0.0.1:1\n", "300ms")
+    shown = app.run("show", app.history()[-1]["deploy_id"], json=False, check=0).stdout
+    assert "Connection refused" in shown and "tries" in shown and "None" not in shown
+
+
+@pytest.mark.parametrize("flood", ["seq 1 300000", "yes ''"])
+def test_a_command_with_much_output_costs_no_more_than_reading_it(tmp_path, flood):
+    started = time.monotonic()
+    result = ask("command", f"sh -c '{flood} | head -n 300000'", "body=!nothing of that", "timeout=60s")
+    assert result.ok, described(result)
+    assert time.monotonic() - started < 30, "it was 6 s for a tenth of it, and more than that for ten times as much"

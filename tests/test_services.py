@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from support import load_deploy, wait_until
+from support import file, load_deploy, wait_until
 
 deploy = load_deploy()
 
-CONTEXT = deploy.Context("myapp", "/", "20260101T000000Z-1.1", "1.1", "/nonexistent/release", "", "id")
+CONTEXT = deploy.Context("myapp", "/", "20260101T000000Z-1.1", "1.1", "/nonexistent/release", "20260101T000000Z-1.0", "id")
 
 UP = {"LoadState": "loaded", "ActiveState": "active", "SubState": "running", "MainPID": "100", "InvocationID": "aa",
       "NRestarts": "0", "NeedDaemonReload": "no", "Type": "simple", "Result": "success"}
@@ -111,7 +112,7 @@ def test_restart_reads_the_state_in_one_call_and_confirms_it(systemd):
     assert systemd.verbs() == ["reset-failed", "restart"]
     shows = [call for call in systemd.calls() if call[0] == "show"]
     assert shows[0] == ["show", "-p", "LoadState,ActiveState,SubState,MainPID,InvocationID,NRestarts,"
-                        "NeedDaemonReload,Type,Result,ExecMainStatus", "app.service"]
+                        "NeedDaemonReload,Type,Result,ExecMainStatus,CanReload", "app.service"]
 
 
 def test_daemon_reload_only_where_it_is_needed_and_before_the_action(systemd):
@@ -277,14 +278,6 @@ def test_preflight_refuses_the_unit_that_deploy_runs_in(systemd, monkeypatch):
     assert against(unit(systemd, "action=none")) is None
 
 
-@pytest.mark.parametrize("name", ["-H root@other", "a b.service", "../x", "--help", ""])
-def test_preflight_refuses_what_is_no_unit_name(systemd, name):
-    service = unit(systemd)
-    service.settings.unit = name
-    assert "not the name of a systemd unit" in against(service)[0]
-    assert systemd.calls() == []
-
-
 def test_without_systemctl_preflight_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(deploy, "EXTRA_PATH", str(tmp_path))
@@ -379,7 +372,7 @@ def test_what_is_no_process_id_is_refused(tmp_path, content):
     pidfile = tmp_path / "pid"
     pidfile.write_bytes(content.encode())
     service = pidfile_service(pidfile)
-    assert service.down() and against(service)
+    assert service.down() and list(service.check())[0][0] == "fail"
     with pytest.raises(deploy.StepFailed):
         service.act(CONTEXT)
 
@@ -482,3 +475,165 @@ def test_services_go_after_those_they_name():
 def test_cycles_and_unknown_names_are_named(after, message):
     with pytest.raises(deploy.UsageError, match=message):
         order(**after)
+
+
+# -- what is down before the switch, and what stays behind after it -----------------
+
+def sleeper(app, *, directory="/", on_hup="signal.SIG_IGN"):
+    """A process with a pidfile, in a directory of its own choice."""
+    pidfile = app.directory / "app.pid"
+    code = (f"import os, signal, time\nos.chdir({str(directory)!r})\nsignal.signal(signal.SIGHUP, {on_hup})\n"
+            f"with open({str(pidfile)!r} + '.new', 'w') as out: out.write(str(os.getpid()))\n"
+            f"os.rename({str(pidfile)!r} + '.new', {str(pidfile)!r})\nwhile True: time.sleep(1)")
+    process = subprocess.Popen([sys.executable, "-IS", "-c", code])
+    wait_until(pidfile.exists)
+    return process, pidfile
+
+
+def with_pidfile(app, path, more=""):
+    app.configure(f"durable = no\n[service:app]\npidfile = {path}\nsettle = 300ms\n{more}")
+
+
+def test_a_first_deployment_needs_no_process_to_signal(app):
+    with_pidfile(app, app.directory / "none.pid")
+    for command in ("stage", "deploy"):
+        app.run(command, app.artifact("1.0"), check=0)
+    assert app.version == "1.0"
+    process, pidfile = sleeper(app, on_hup="signal.SIG_DFL")
+    try:
+        (app.root / "current").unlink()
+        with_pidfile(app, pidfile)
+        steps = {step["name"]: step["detail"] for step in app.deploy("1.1").data["steps"]}
+        assert "nothing was live before" in steps["service:app"] and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("command", ["rollback", "deploy"])
+def test_a_process_that_was_gone_before_is_no_reason_to_go_back(app, command):
+    app.configure("durable = no\n")
+    app.deploy("1.0")
+    app.deploy("1.1")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (app.directory / "app.pid").write_text(str(gone.pid))
+    with_pidfile(app, app.directory / "app.pid")
+    done = app.run(command, *([app.artifact("1.2")] if command == "deploy" else []), check=0)
+    assert app.version == ("1.2" if command == "deploy" else "1.0")
+    assert any("is not running: start it" in line for line in done.data["warnings"])
+
+
+def test_a_process_that_the_new_release_killed_needs_a_person(app):
+    app.configure("durable = no\n")
+    app.deploy("1.0")
+    process, pidfile = sleeper(app, on_hup="signal.SIG_DFL")
+    with_pidfile(app, pidfile)
+    done = app.run("deploy", app.artifact("1.1"), check=6)
+    process.wait()
+    assert "is not running" in done.data["error"]["message"] and app.version == "1.0"
+    again = app.run("deploy", app.artifact("1.2"), check=0)
+    assert app.version == "1.2" and any("start it" in line for line in again.data["warnings"])
+
+
+@pytest.mark.parametrize("link", ["cwd", "exe"])
+def test_a_process_that_stays_in_the_old_release_is_a_failure(app, link):
+    app.configure("durable = no\n")
+    app.deploy("1.0", {"bin/python": file(Path("/usr/bin/python3").resolve().read_bytes(), 0o755)})
+    current = (app.root / "current").resolve()
+    if link == "cwd":
+        process, pidfile = sleeper(app, directory=current)
+    else:
+        pidfile = app.directory / "app.pid"
+        process = subprocess.Popen([str(current / "bin/python"), "-IS", "-c", "import time; time.sleep(600)"],
+                                   env={"PYTHONHOME": "/usr"}, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        pidfile.write_text(str(process.pid))
+    try:
+        with_pidfile(app, pidfile)
+        error = app.run("deploy", app.artifact("1.1"), check=5).data["error"]
+        assert f"still runs from another release: its {link} is {current}" in error["message"] and app.version == "1.0"
+        # The word of a probe that asks for the release itself counts.
+        with_pidfile(app, pidfile, "[probe:web]\ncommand = cat VERSION\nrelease = body\nsuccesses = 1\n")
+        app.run("deploy", app.artifact("1.1"), "--force", check=0)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_reload_of_a_unit_that_does_not_run_is_a_start(app, systemd):
+    systemd.now.update(ActiveState="inactive", SubState="dead", MainPID="0", InvocationID="")
+    systemd.on = {"start": {"state": {"ActiveState": "active", "SubState": "running", "MainPID": "7"}},
+                  "reload": {"code": 1, "say": "Job type reload is not applicable for unit app.service."}}
+    systemd.write()
+    app.configure("durable = no\n[service:app]\nunit = app.service\naction = reload\nsettle = 0s\n")
+    app.run("deploy", app.artifact("1.0"), check=0, env={"PATH": os.environ["PATH"]})
+    assert systemd.verbs() == ["reset-failed", "start"]
+    app.run("deploy", app.artifact("1.1"), check=6, env={"PATH": os.environ["PATH"]})
+    assert "reload" in systemd.verbs(), "it runs now"
+
+
+def test_a_unit_that_cannot_be_reloaded_is_found_by_preflight(app, systemd):
+    systemd.now["CanReload"] = "no"
+    systemd.write()
+    app.configure("[service:app]\nunit = app.service\naction = reload\n")
+    error = app.run("deploy", app.artifact("1.0"), check=3, env={"PATH": os.environ["PATH"]}).data["error"]
+    assert "cannot be reloaded" in error["message"] and "action = restart" in error["hint"] and app.releases() == []
+
+
+def test_a_systemctl_that_takes_too_long_names_the_option(app, systemd):
+    systemd.on["restart"]["sleep"] = 60
+    systemd.write()
+    app.configure("durable = no\n[service:app]\nunit = app.service\nsettle = 0s\ntimeout = 1s\n")
+    done = app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
+    assert "timed out" in done.data["error"]["message"]
+    assert "with `timeout`" in done.data["error"]["hint"]
+
+
+def test_systemctl_may_be_called_otherwise(app, systemd):
+    wrapper = program(systemd.directory, "wrap", "import os, sys; open(sys.argv[1], 'a').write(sys.argv[3] + ' ')\n"
+                      "assert os.environ['XDG_RUNTIME_DIR']\nos.execvp(sys.argv[2], sys.argv[2:])")
+    systemd.write()
+    app.configure(f"durable = no\n[service:app]\nunit = app.service\nsettle = 0s\nsystemctl = {wrapper} {app.directory}/asked systemctl\n")
+    app.run("deploy", app.artifact("1.0"), check=0, env={"PATH": os.environ["PATH"]})
+    assert (app.directory / "asked").read_text().split().count("restart") == 1
+    assert systemd.verbs() == ["reset-failed", "restart"]
+
+
+# -- probes of what was restarted ----------------------------------------------------
+
+PROBE = "[probe:web]\nperiod = 10ms\nbackoff = 1\nsuccesses = 1\nfailures = 3\n"
+
+
+@pytest.mark.parametrize("status, action, early", [
+    (500, "restart", True), (404, "restart", True), (502, "restart", False), (503, "restart", False), (504, "restart", False),
+    (500, "reload", False)])
+def test_what_a_restarted_unit_answers_is_the_new_release(app, systemd, server, status, action, early):
+    systemd.write()
+    server.status = status
+    app.configure(f"durable = no\n[service:app]\nunit = app.service\naction = {action}\nsettle = 0s\n{PROBE}url = {server.url}\n"
+                  f"deadline = {'600s' if early else '500ms'}\n")
+    app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
+    evidence = app.history()[-1]["failure"]["evidence"]
+    assert (evidence["tries"] == 3) is early and f"status {status}" in evidence["error"]
+    assert evidence["journal"] == ["journal of -u app.service -n 10 --no-pager"]
+
+
+def test_a_service_probe_ends_when_its_unit_has_failed(app, systemd):
+    systemd.on["restart"]["then"] = [{}, {}, {}, {"ActiveState": "failed", "SubState": "failed", "Result": "exit-code"}]
+    systemd.write()
+    app.configure(f"durable = no\n[service:app]\nunit = app.service\nsettle = 0s\n{PROBE.replace('successes = 1', 'successes = 100')}"
+                  "service = app\ndeadline = 600s\n")
+    app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
+    failure = app.history()[-1]["failure"]
+    assert failure["step"] == "probe:web" and "is failed" in failure["reason"] and failure["evidence"]["tries"] < 10
+
+
+def test_a_service_probe_ends_when_its_unit_has_restarted_too_often(app, systemd):
+    loop = {"ActiveState": "activating", "SubState": "auto-restart"}
+    systemd.on["restart"]["then"] = [{}, {}, {}] + [dict(loop, NRestarts=str(number // 4)) for number in range(40)]
+    systemd.write()
+    app.configure(f"durable = no\n[service:app]\nunit = app.service\nsettle = 0s\n{PROBE.replace('successes = 1', 'successes = 100')}"
+                  "service = app\ndeadline = 600s\n")
+    app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
+    failure = app.history()[-1]["failure"]
+    assert "auto-restart" in failure["reason"] and 3 < failure["evidence"]["tries"] < 40
