@@ -3773,6 +3773,8 @@ class Artifact(Descriptor):
         # A zip's central directory and all behind it, read once, and where each entry stands in it.
         self.tail = b""
         self.entries: Sequence[int] = ()
+        # The release that was made from the same bytes in the same way and is whole, if any.
+        self.release: Optional[str] = None
 
     @classmethod
     def open(cls, path: str, limits: Any) -> "Artifact":
@@ -7345,44 +7347,12 @@ class Facts(NamedTuple):
     in_use: Dict[str, str]  # by release, who runs from it: only what prunes looks
     journal: Optional[Journal]
     holder: Optional[Dict[str, Any]]
-    artifact: Optional["ArtifactFacts"]
+    artifact: Optional[Artifact]
     refusal: Optional[DeployError]
 
     def release(self, name: str) -> Optional[Record]:
         """Return the record of a release that is really there."""
         return self.records.get(name) if name in self.on_disk else None
-
-
-class Cost(NamedTuple):
-    """What an artifact takes on disk; `exact` where it says so, `counted` where files could be."""
-
-    expanded_bytes: int
-    files: int
-    exact: bool
-    counted: bool
-
-
-class ArtifactFacts(NamedTuple):
-    """What is known of the artifact before it is unpacked; sizes in bytes.
-
-    `sha256` is what its bytes must have; `release` is the one that was made from the same
-    artifact in the same way and is whole, if there is one.
-    """
-
-    name: str
-    source: str
-    format: str
-    size_bytes: int
-    sha256: str
-    sha256_source: str
-    version: str
-    release: Optional[str]
-    cost: Any
-
-    def to_json(self) -> Dict[str, Any]:
-        """Return what --json shows of it."""
-        return {"name": portable(self.name), "source": portable(self.source), "version": self.version,
-                "format": self.format, "size": self.size_bytes, "sha256": self.sha256}
 
 
 def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False) -> Facts:
@@ -7399,8 +7369,8 @@ def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False
             run.facts = observe_root(run, locked=locked)
     if artifact:
         try:
-            found = observe_artifact(run, artifact, confirm=confirm)
-            run.facts = run.facts._replace(artifact=found)
+            run.facts = run.facts._replace(
+                artifact=observe_artifact(run, artifact, confirm=confirm))
         except (ArtifactRefused, UsageError) as error:
             run.facts = run.facts._replace(refusal=error)
         except ImportError as error:
@@ -7431,60 +7401,55 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         artifact=None, refusal=None)
 
 
-def observe_artifact(run: Run, path: str, *, confirm: bool) -> ArtifactFacts:
+def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
     run.artifact = artifact = Artifact.open(path, settings.limits)
+    real = os.path.realpath(artifact.path)
     for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.
-        if (os.path.realpath(artifact.path) + "/").startswith(own + "/"):
-            raise ArtifactRefused(
-                f"artifact {os.path.realpath(artifact.path)} lies inside {own}, which is deploy.py's own",
-                "name what the build made; a release goes live again by "
-                + facts.command_line("activate RELEASE"))
+        if (real + "/").startswith(own + "/"):
+            raise ArtifactRefused(f"artifact {real} lies inside {own}, which is deploy.py's own",
+                                  "name what the build made; a release goes live again by "
+                                  + facts.command_line("activate RELEASE"))
     with closing(console.progress("hash", artifact.size_bytes)) as progress:
         watch = watching(run, progress)
         artifact.identify(settings, watch, flags.sha256 or "", flags.release_version or "")
-        cost = Cost(artifact.expanded_bytes, artifact.files, artifact.exact, artifact.counted)
-        found = ArtifactFacts(artifact.name, artifact.path, artifact.format, artifact.size_bytes,
-                              artifact.sha256, artifact.sha256_source, artifact.version, None, cost)
-        before = made_before(run, found)
-        if before or confirm:
-            known = run.store.remembered_digest(artifact.path, artifact.identity()) if run.store else ""
-            artifact.confirm(watch, known)
-    if before is None:
-        return found
-    if before.id != facts.current.release:
-        try:
-            whole = not problems_of(check_release(run, before))
-        except StateError:
-            whole = False  # nobody can say without a manifest
-        if not whole:
-            console.warn(f"{before.id} was changed since it was staged; staging the artifact again")
-            return found
-    if before.version != found.version:
-        console.say(f"{found.name} holds the same bytes as {before.id}, which is live; "
-                    f"--release-version {found.version} would make another release of them")
-    return found._replace(release=before.id, version=before.version)
-
-
-def made_before(run: Run, found: ArtifactFacts) -> Optional[Record]:
-    """Return the newest release that was made from the same bytes, version and options.
-
-    To `deploy` what is live is to do nothing, whatever its file is called now, unless another
-    version is asked for.
-    """
-    facts, flags, live = run.facts, run.flags, None
-    if flags.force:
-        return None
-    if flags.command in ("deploy", "preflight") and not flags.release_version:
+        # To `deploy` what is live is nothing to do, whatever its file is called now, unless
+        # another version is asked for.
         live = facts.current.release
-    strip = run.settings.artifact.strip_components
-    same = [record for record in facts.records.values()
-            if record.sha256 == found.sha256 and record.id in facts.on_disk
-            and (record.version == found.version or record.id == live)
-            and record.artifact.get("strip_components") == strip and record.state != STATE_BAD]
-    return max(same, key=lambda record: (record.id == live, record.sequence), default=None)
+        any_name = flags.command in ("deploy", "preflight") and not flags.release_version
+        before = max((
+            record for record in facts.records.values()
+            if record.sha256 == artifact.sha256 and record.id in facts.on_disk and not flags.force
+            and record.state != STATE_BAD
+            and (record.version == artifact.version or any_name and record.id == live)
+            and record.artifact.get("strip_components") == settings.artifact.strip_components),
+            key=lambda record: (record.id == live, record.sequence), default=None)
+        if before or confirm:
+            known = run.store and run.store.remembered_digest(artifact.path, artifact.identity())
+            artifact.confirm(watch, known or "")
+    if before and before.id != live:
+        try:
+            changed = problems_of(check_release(run, before))
+        except StateError as error:
+            changed = error.message  # nobody can say without a manifest
+        if changed:
+            console.warn(f"{before.id} was changed since it was staged; staging the artifact again")
+            return artifact
+    if before and before.version != artifact.version:
+        console.say(f"{artifact.name} holds the same bytes as {before.id}, which is live; "
+                    f"--release-version {artifact.version} would make another release of them")
+    if before:
+        artifact.release, artifact.version = before.id, before.version
+    return artifact
+
+
+def artifact_json(artifact: Artifact) -> Dict[str, Any]:
+    """Return what --json shows of an artifact."""
+    return {"name": portable(artifact.name), "source": portable(artifact.path),
+            "version": artifact.version, "format": artifact.format, "size": artifact.size_bytes,
+            "sha256": artifact.sha256}
 
 
 def watching(run: Run, progress: Any) -> Callable[[int], None]:
@@ -7978,11 +7943,11 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
     return tuple(numbers), 0, tuple(rank[part] if part.isalpha() else int(part) for part in parts)
 
 
-def cost_and_room(run: Run) -> Tuple[Cost, os.statvfs_result]:
+def cost_and_room(run: Run) -> Tuple[Any, os.statvfs_result]:
     """Return what is still to be unpacked, and what the root's filesystem has."""
-    artifact, root = run.facts.artifact, run.facts.root
-    is_unpacked = artifact is None or artifact.release
-    cost = Cost(0, 0, True, True) if is_unpacked else artifact.cost
+    cost, root = run.facts.artifact, run.facts.root
+    if cost is None or cost.release:
+        cost = SimpleNamespace(expanded_bytes=0, files=0, exact=True, counted=True)
     return cost, os.statvfs(root if run.store is not None else os.path.dirname(root))
 
 
@@ -8712,7 +8677,7 @@ def write_release(run: Run, release: str) -> str:
     digests = run.store.write_manifest(
         release, digest_lines(run.manifest), tree_lines(run.manifest))
     # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-    words = mask({"name": portable(found.name), "source": portable(found.source),
+    words = mask({"name": portable(found.name), "source": portable(found.path),
                   "sha256_source": found.sha256_source})
     artifact = dict(words, format=found.format, size=found.size_bytes, sha256=found.sha256,
                     signature=None, strip_components=run.settings.artifact.strip_components)
@@ -9815,7 +9780,7 @@ def describe_ends(run: Run, plan: Plan) -> None:
         text = f"release: {release}\nversion: {version}\nsha256: {sha256}\n" if release else ""
         run.console.diff.update({f"{when}_header": f"{facts.root}/current", when: text})
     if facts.artifact:
-        outcome.extra["artifact"] = facts.artifact.to_json()
+        outcome.extra["artifact"] = artifact_json(facts.artifact)
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
@@ -10021,7 +9986,7 @@ def command_preflight(run: Run) -> None:
                    if result.name in STATE_CHECKS else result for result in results]
     outcome.release, outcome.checks = facts.current.release, results
     if facts.artifact:
-        outcome.extra["artifact"] = facts.artifact.to_json()
+        outcome.extra["artifact"] = artifact_json(facts.artifact)
     rows = [(result.status, result.name, result.detail) for result in results]
     lines = [render_table(("STATUS", "CHECK", "FOUND"), rows)]
     lines += [f"hint ({result.name}): {result.hint}" for result in results if result.hint]
