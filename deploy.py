@@ -6351,6 +6351,13 @@ class Service:
 
     def down(self) -> str:
         """Say why the service is not up now; nothing when it is, or when nobody can know."""
+        try:
+            return self.look()
+        except (StepFailed, LookupError, ValueError) as error:
+            return str(error)
+
+    def look(self) -> str:
+        """Say or raise why the service is not up now."""
         return ""
 
     def act(self, context: Context) -> str:
@@ -6428,12 +6435,9 @@ class UnitService(Service):
             yield ("warn", f"unit {unit} is failed now (result {state.get('Result')})",
                    "see why before it is restarted: systemctl status, journalctl -u")
 
-    def down(self) -> str:
+    def look(self) -> str:
         """Say why the unit is not active."""
-        try:
-            why = why_down(self.state())
-        except StepFailed as failed:
-            return failed.message
+        why = why_down(self.state())
         return why and f"unit {self.settings.unit} {why}"
 
     def act(self, context: Context) -> str:
@@ -6558,12 +6562,9 @@ class PidfileService(Service):
         except ValueError as error:
             yield "fail", f"service {self.settings.name}: {error}", "correct pidfile"
 
-    def down(self) -> str:
-        """Say why there is no living process."""
-        try:
-            self.process()
-        except (LookupError, ValueError) as error:
-            return str(error)
+    def look(self) -> str:
+        """Raise why there is no living process."""
+        self.process()
         return ""
 
     def act(self, context: Context) -> str:
@@ -7071,9 +7072,9 @@ class ProbeRun:
     """A probe's tries from the first to the verdict.
 
     ask_KIND asks once, within so many seconds, and returns "error" (nothing where all is as
-    expected), "said" (what it was, in words), "status" and the start of the "body"; "by_new"
-    where an error is the new release's own answer, of which `failures` in a row end it early,
-    and "final" where nothing better can come.
+    expected), "said" (what it was, in words), "status", the start of the "body" and "named" (see
+    judge()); "heard" where it is an answer: of the new release's own, `failures` in a row that
+    are not healthy end it early; "final" where nothing better can come.
     """
 
     SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
@@ -7152,8 +7153,11 @@ class ProbeRun:
             text = self.run.console.secrets.mask(answer.get(key, ""))
             answer[key] = text[:EVIDENCE_CHARACTERS]
         self.answer = answer
-        by_new = answer["error"] and answer.get("by_new")
-        self.refused_in_a_row = self.refused_in_a_row + 1 if by_new else 0
+        by_new = answer.get("named")
+        if by_new is None:
+            by_new = self.restarted
+        refused = answer["error"] and by_new and answer.get("heard")
+        self.refused_in_a_row = self.refused_in_a_row + 1 if refused else 0
         if answer["error"]:
             self.last_failure = answer
             self.healthy_in_a_row = 0
@@ -7240,9 +7244,8 @@ class ProbeRun:
         if not any(low <= status <= high for low, high in probe.status):
             ranges = [str(low) if low == high else f"{low}-{high}" for low, high in probe.status]
             found["error"] = f"status {status}, expected {', '.join(ranges)}"
-        found["by_new"] = found["named"] and status != 503
-        if found["named"] is None:  # a proxy says the others for a service that is on its way
-            found["by_new"] = self.restarted and status not in (502, 503, 504)
+        # 503 means not yet; a proxy says the others for a service that is on its way.
+        found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
         return found
 
     def ask_tcp(self, limit_seconds: float) -> Dict[str, Any]:
@@ -7278,10 +7281,7 @@ class ProbeRun:
             found = judge(self.probe, self.wanted, text, lambda name: None)
             if not result.ok:
                 found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
-            by_new = found["named"]
-            if by_new is None:
-                by_new = self.restarted and result.ok
-            return dict(found, said="exited with code 0", by_new=by_new)
+            return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
 
         # An output that came in time is looked at, however late it was.
         return self.converse(compare, max(0.05, ends_seconds - time.monotonic()))
@@ -7316,7 +7316,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     shown = asked.last_failure if wrong and asked.last_failure else asked.answer
     evidence = {"status": shown.get("status"), "body": shown["body"], "error": wrong,
                 "tries": asked.tries}
-    if wrong and not once:
+    if wrong and not once and (expect_release or probe.service):
         lines = journal_of(run, [service for name, service in run.settings.service.items()
                                  if probe.service in ("", name)])
         evidence.update({"journal": lines} if lines else {})

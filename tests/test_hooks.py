@@ -501,3 +501,15 @@ def test_the_exit_code_of_a_child_counts_where_the_starter_ignores_sigchld(app: 
     data = json.loads(ended.stdout.decode())
     assert data["exit_code"] == ended.returncode == exit_code, described(data)
     assert ended.returncode == 7 or "pre_activate failed" in data["msg"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_a_filesystem_that_runs_nothing_is_named(app: App) -> None:
+    place = app.directory / "noexec"
+    place.mkdir()
+    app.configure(f"[hooks]\npre_stage = {place}/hook\n")
+    script = f"mount -t tmpfs -o noexec none {place} && printf '#!/bin/sh\\n' > {place}/hook && chmod 755 {place}/hook && exec \"$@\""
+    argv = [needs("unshare"), "-m", "sh", "-c", script, "sh", *deploy_argv("deploy", app.artifact("1.0"), config=app.config)]
+    done = subprocess.run(argv, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 3, done.stderr
+    assert "mounted noexec" in json.loads(done.stdout.decode())["error"]["hint"]

@@ -125,7 +125,7 @@ def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop
     (shop.directory / "token").write_text("Bearer told-by-systemd\n")
     (shop.directory / "token").chmod(0o600)
     (shop.directory / "log").mkdir()
-    shop.configure(f"[probe:web]\nurl = http://127.0.0.1:{shop.port}/\nrelease = body\nperiod = 200ms\nauth_file = token\n"
+    shop.configure(f"[probe:web]\nurl = http://127.0.0.1:{shop.port}/\nbody = ^2\nperiod = 200ms\nauth_file = token\n"
                    f"[log]\nfile = log/deploy.log\n"
                    f"[hooks]\nrun_as = nobody\npost_activate = id -un\n"
                    f"pre_activate = sh -c 'touch {shop.directory}/outside; env'\n")
