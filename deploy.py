@@ -104,6 +104,7 @@ try:
     import re
     import signal
     import stat
+    import struct
     import time
     import zlib
     from collections import deque
@@ -3699,28 +3700,11 @@ SYMLINK = "symlink"
 HARD_LINK = "hard link"
 REBUILD = "build the artifact again without it; nothing of it was kept"
 COPY_AGAIN = "copy it again from where it was built"
+_MODE_FILE = 0o644
+_MODE_DIRECTORY = 0o755
 
 # Called again and again with the bytes that are done so far; may raise (a signal).
 Watch = Callable[[int], None]
-
-
-def show(name: bytes) -> str:
-    """Write a member's name for a message: bytes that are no UTF-8 as \\x8b, a long one cut."""
-    text = repr(name.decode("utf-8", "surrogateescape"))
-    text = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", text)
-    if len(text) > SHOWN_CHARACTERS + 50:
-        text = f"{text[:SHOWN_CHARACTERS]}...{text[-40:]}"
-    return text
-
-
-def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
-    """Make the error that names the member and the reason."""
-    return ArtifactRefused(f"artifact refused: member {show(name)}: {why}", hint)
-
-
-def damaged(why: str, hint: str = COPY_AGAIN) -> ArtifactRefused:
-    """Make the error for an archive that cannot be what its maker wrote."""
-    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", hint)
 
 
 class Member(NamedTuple):
@@ -3743,6 +3727,36 @@ Manifest = Dict[bytes, Member]
 Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which may be left untaken
 
 
+def show(name: bytes) -> str:
+    """Write a member's name for a message: bytes that are no UTF-8 as \\x8b, a long one cut."""
+    text = repr(name.decode("utf-8", "surrogateescape"))
+    text = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", text)
+    if len(text) > SHOWN_CHARACTERS + 50:
+        text = f"{text[:SHOWN_CHARACTERS]}...{text[-40:]}"
+    return text
+
+
+def some_of(names: Sequence[bytes]) -> str:
+    """Name the first few."""
+    return ", ".join(map(show, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
+    """Make the error that names the member and the reason."""
+    return ArtifactRefused(f"artifact refused: member {show(name)}: {why}", hint)
+
+
+def damaged(why: str, hint: str = COPY_AGAIN) -> ArtifactRefused:
+    """Make the error for an archive that cannot be what its maker wrote."""
+    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", hint)
+
+
+def exceeds(what: str, most: str, option: str) -> ArtifactRefused:
+    """Make the error for what is over a limit."""
+    return ArtifactRefused(f"{what} more than the {most} that [limits] {option} allows",
+                           f"raise [limits] {option} if that is right")
+
+
 # -- the artifact and its digest ---------------------------------------------
 
 class Artifact(Descriptor):
@@ -3754,13 +3768,15 @@ class Artifact(Descriptor):
     could be counted.  `notes` are for the operator.
     """
 
-    def __init__(self, path: str, descriptor: int) -> None:
-        self.path = path
-        self.name = os.path.basename(path)
-        self.descriptor = descriptor
-        self.status = os.fstat(descriptor)
-        self.size_bytes = self.status.st_size
-        self.format = ""
+    def __init__(self, path: str, limits: Any) -> None:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+            raise ArtifactRefused(
+                f"artifact {path} is a URL, and an artifact is a file or a directory of this host",
+                "download it first, with its .sha256 beside it")
+        path = absolute(path)
+        # A link is followed now and once; O_NOFOLLOW then holds for the result.
+        self.path = os.path.realpath(path) if os.path.islink(path) else path
+        self.name = os.path.basename(self.path)
         self.sha256 = ""
         self.sha256_source = ""
         self.read_sha256 = ""
@@ -3775,37 +3791,26 @@ class Artifact(Descriptor):
         self.entries: Sequence[int] = ()
         # The release that was made from the same bytes in the same way and is whole, if any.
         self.release: Optional[str] = None
-
-    @classmethod
-    def open(cls, path: str, limits: Any) -> "Artifact":
-        """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-            raise ArtifactRefused(
-                f"artifact {path} is a URL, and an artifact is a file or a directory of this host",
-                "download it first, with its .sha256 beside it")
-        path = absolute(path)
-        # A link is followed now and once; O_NOFOLLOW then holds for the result.
-        real = os.path.realpath(path) if os.path.islink(path) else path
         try:
-            artifact = cls(real, os.open(real, _READ_FLAGS))
+            self.descriptor = os.open(self.path, _READ_FLAGS)
+            self.status = os.fstat(self.descriptor)
         except FileNotFoundError:
-            if real.startswith("/proc/"):
-                raise ArtifactRefused(f"artifact {path} is a pipe", "save what comes through it first")
             raise ArtifactRefused(f"artifact {path} does not exist",
-                                  "check the path and the build that should have made it")
+                                  "check the path and the build that should have made it; what "
+                                  "comes through a pipe must be saved first")
         except (OSError, ValueError) as error:
             raise ArtifactRefused(f"cannot open artifact {path}: {reason(error)}",
                                   "make it a file that this user can read")
+        self.size_bytes = self.status.st_size
         try:
-            artifact.format = artifact._detect_format()
-            artifact._check(limits)
-        except ImportError as error:
-            artifact.close()
-            raise ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL)
-        except BaseException:
-            artifact.close()
+            self.format = self._detect_format()
+            self._check(limits)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ImportError):
+                raise ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}",
+                                      INSTALL)
             raise
-        return artifact
 
     def _detect_format(self) -> str:
         if stat.S_ISDIR(self.status.st_mode):
@@ -3817,25 +3822,22 @@ class Artifact(Descriptor):
             raise ArtifactRefused(f"artifact {self.path} is empty",
                                   "check the build or the copy that made it")
         head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
-        found = format_of(head)
-        if found:
-            return found
-        if not head.strip(b"\0") and self.size_bytes % TAR_BLOCK_BYTES == 0:
+        if not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
             raise ArtifactRefused(
                 f"artifact {self.path} begins with zeros, as a tar does that has no members",
                 "check the build that should have put something into it")
-        raise ArtifactRefused(
-            f"artifact {self.path} has an unknown format; its first bytes are "
-            f"{head[:8].hex()} ({head[:8]!r})",
-            "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
+        if not format_of(head):
+            raise ArtifactRefused(
+                f"artifact {self.path} has an unknown format; its first bytes are "
+                f"{head[:8].hex()} ({head[:8]!r})",
+                "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
+        return format_of(head)
 
     def _check(self, limits: Any) -> None:
         """Refuse at once what would be refused later anyway."""
         if self.format != "directory" and 0 < limits.max_artifact < self.size_bytes:
-            raise ArtifactRefused(
-                f"{self.name} has {format_size(self.size_bytes)}, more than the "
-                f"{format_size(limits.max_artifact)} that [limits] max_artifact allows",
-                "raise [limits] max_artifact if that is right")
+            raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
+                          format_size(limits.max_artifact), "max_artifact")
         if self.format in DECODERS:
             # For the modules and programs that it will need; nothing is decoded yet.
             DECODERS[self.format](iter(()), bool)
@@ -3860,7 +3862,7 @@ class Artifact(Descriptor):
         return data
 
     def blocks(self) -> Iterator[bytes]:
-        """Read the whole file; of a zip's central directory these are the bytes that were judged."""
+        """Read the whole file; a zip's central directory is not read again after it was judged."""
         end = self.size_bytes - len(self.tail)
         for offset in range(0, end, BLOCK_BYTES):
             yield self.read_at(offset, min(BLOCK_BYTES, end - offset))
@@ -3874,21 +3876,20 @@ class Artifact(Descriptor):
         sparse file can have terabytes.
         """
         if self.format != "directory":
-            hasher, done_bytes = hashlib.sha256(), 0
+            done_bytes, hasher = 0, hashlib.sha256()
             for block in self.blocks():
                 hasher.update(block)
                 done_bytes += len(block)
                 watch(done_bytes)
             return hasher.hexdigest()
-        judge = Judge(settings, self) if settings else None
+        judge = Judge(settings or Settings({}, []), self)
         manifest: Manifest = {}
         for member, pieces in read_directory(self, watch):
-            if judge:
-                judge.admit(member)
-            if not judge or not judge.refused:
-                content = hash_pieces(pieces) if member.kind == FILE else b""
-                note_released(manifest, member, content)
-        if judge:
+            judge.admit(member)
+            if not settings or not judge.refused:
+                digest = hash_pieces(pieces) if member.kind == FILE else b""
+                note_released(manifest, member, digest)
+        if settings:
             judge.check()
         return tree_digest(manifest)
 
@@ -3904,10 +3905,8 @@ class Artifact(Descriptor):
         estimate_cost(self)
         most_bytes = settings.limits.max_expanded
         if self.exact and 0 < most_bytes < self.expanded_bytes:
-            raise ArtifactRefused(
-                f"{self.name} expands to {format_size(self.expanded_bytes)}, more than the "
-                f"{format_size(most_bytes)} that [limits] max_expanded allows",
-                "raise [limits] max_expanded if that is right")
+            raise exceeds(f"{self.name} expands to {format_size(self.expanded_bytes)},",
+                          format_size(most_bytes), "max_expanded")
 
     def _find_digest(self, *, required: bool) -> None:
         """Take it from ARTIFACT.sha256, else from SHA256SUMS beside it."""
@@ -3915,8 +3914,8 @@ class Artifact(Descriptor):
         directory, name = os.path.split(self.path)
         hint = (f"where the artifact was built: cd {shlex.quote(directory)} && "
                 f"sha256sum {shlex.quote(name)} > {shlex.quote(name + '.sha256')}")
-        for path in (self.path + ".sha256", os.path.join(directory, "SHA256SUMS")):
-            own, source = path != os.path.join(directory, "SHA256SUMS"), os.path.basename(path)
+        for source, own in ((name + ".sha256", True), ("SHA256SUMS", False)):
+            path = os.path.join(directory, source)
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 entries = parse_digests(read_descriptor(descriptor, path, MAX_SIDECAR_BYTES))
@@ -3934,8 +3933,8 @@ class Artifact(Descriptor):
                 self.sha256, self.sha256_source = digests.pop(), source
                 return
             if own:
-                names = ", ".join(show(entry) for entry, _ in entries[:3] if entry) or "no digest"
-                raise ArtifactRefused(f"{source} has no entry for {name}; it has {names}", hint)
+                found = some_of([entry for entry, _ in entries if entry]) or "no digest"
+                raise ArtifactRefused(f"{source} has no entry for {name}; it has {found}", hint)
         # A directory was not transferred: there is no promise about its bytes to keep.
         if required and self.format != "directory":
             raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
@@ -3962,7 +3961,6 @@ def format_of(head: bytes) -> str:
     return next((name for name, pattern in MAGIC if pattern.match(head)), "")
 
 
-_GIVEN_DIGEST = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{64})\Z")
 # A bare digest has an empty name; then what sha256sum, BSD sha256 and openssl write.
 _DIGEST_LINES = [re.compile(pattern, re.DOTALL) for pattern in (
     rb"(?P<escaped>)\s*(?P<digest>[0-9A-Fa-f]{64})\s*(?P<name>)\Z",
@@ -3972,23 +3970,16 @@ _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
 
-def escape_name(name: bytes) -> bytes:
-    """Escape a name as coreutils do; a line with such a name starts with a backslash."""
-    if len(name.translate(None, b"\\\n\r")) == len(name):
-        return name
-    return re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
-
-
 def unescape_name(name: bytes) -> bytes:
-    """Read an escaped name; ValueError for an escape that coreutils never write."""
+    """Read a name as coreutils escape it; ValueError for an escape that they never write."""
     if b"\\" in re.sub(rb"\\[\\nr]", b"", name):
         raise ValueError(f"unknown escape in the name {show(name)}")
     return re.sub(rb"\\[\\nr]", lambda found: _UNESCAPES[found.group()], name)
 
 
 def digest_line(sha256: str, name: bytes) -> bytes:
-    """Write one line as sha256sum does."""
-    escaped = escape_name(name)
+    """Write one line as sha256sum does; with an escaped name it starts with a backslash."""
+    escaped = re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
     return b"%s%s  %s\n" % (b"\\" if escaped != name else b"", sha256.encode(), escaped)
 
 
@@ -4000,8 +3991,7 @@ def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
         found = next(filter(None, (pattern.match(line) for pattern in _DIGEST_LINES)), None)
         if found:
             name = found.group("name")
-            if found.group("escaped"):
-                name = unescape_name(name)
+            name = unescape_name(name) if found.group("escaped") else name
             entries.append((name, found.group("digest").decode().lower()))
     return entries
 
@@ -4010,13 +4000,12 @@ def match_digests(entries: Sequence[Tuple[bytes, str]], name: bytes, *, bare: bo
     """Return the digests of a file: under its very name, else its base name, else without one."""
     exact = {digest for entry, digest in entries if entry in (name, b"./" + name)}
     same_base = {digest for entry, digest in entries if entry.rpartition(b"/")[2] == name}
-    unnamed = {digest for entry, digest in entries if bare and not entry}
-    return exact or same_base or unnamed
+    return exact or same_base or {digest for entry, digest in entries if bare and not entry}
 
 
 def check_given_digest(text: str) -> str:
     """Return the digits of what --sha256 was given; UsageError where it is no digest."""
-    found = _GIVEN_DIGEST.match(text.strip())
+    found = re.match(r"(?:sha256:)?([0-9A-Fa-f]{64})\Z", text.strip())
     if not found:
         raise UsageError(f"--sha256 {text!r} is not a SHA-256",
                          "give the 64 hexadecimal digits that sha256sum prints")
@@ -4057,16 +4046,13 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
         return version if _VERSION.match(version) else sha256[:12]
     before, _, after = pattern.partition("@v")
     found = re.match(re.escape(before) + "(.+)" + re.escape(after) + r"\Z", name)
-    if not found or not _VERSION.match(found.group(1)):
+    version = found.group(1) if found else ""
+    if not _VERSION.match(version) or version in ROLES:
+        why = f"; {version!r} means whichever release that is" if version in ROLES else ""
         raise ArtifactRefused(
-            f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}",
-            "name the artifact by the pattern, or correct the pattern")
-    if found.group(1) in ROLES:
-        raise ArtifactRefused(
-            f"{found.group(1)!r}, of the artifact's name {name!r}, cannot be a version: it means "
-            f"whichever release that is",
-            "name the artifact by its version, or give one with --release-version")
-    return found.group(1)
+            f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}{why}",
+            "name the artifact by the pattern and its version, or correct the pattern")
+    return version
 
 
 def guess_version(name: str) -> str:
@@ -4081,24 +4067,15 @@ def guess_version(name: str) -> str:
 
 # -- the manifest ------------------------------------------------------------
 
-_MODE_FILE = 0o644
-_MODE_DIRECTORY = 0o755
-
-
 def released_mode(kind: str, mode: int) -> int:
-    """Return the mode that a member gets.
-
-    No setuid, setgid or sticky bit, writable by its owner alone, never closed
-    to him.
-    """
+    """Return the mode that a member gets: no special bits, writable by its owner, never closed."""
     return mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
 
 
-def note_released(manifest: Manifest, member: Member, content: bytes) -> None:
+def note_released(manifest: Manifest, member: Member, digest: bytes) -> None:
     """Put an artifact's member into a manifest as a release would have it."""
-    name, kind, mode, size_bytes, _, target = member
-    manifest[name] = Member(name, kind, released_mode(kind, mode), size_bytes, None,
-                            content or target)
+    manifest[member.name] = Member(member.name, member.kind, released_mode(*member[1:3]),
+                                   member.size_bytes, None, digest or member.content)
 
 
 def add_member(manifest: Manifest, member: Member) -> None:
@@ -4126,9 +4103,9 @@ def count_members(manifest: Manifest) -> Dict[str, int]:
 def names_of(manifest: Manifest, kind: str) -> List[bytes]:
     """Return the names of one kind, sorted; files go directory by directory."""
     names = [name for name, member in manifest.items() if member.kind == kind]
-    # No name has a NUL in it, which sorts before everything else.
-    return sorted(names, key=lambda name: b"\0".join(name.rpartition(b"/")[::2])
-                  if kind == FILE else name)
+    if kind == FILE:  # no name has a NUL in it, which sorts before everything else
+        return sorted(names, key=lambda name: b"\0".join(name.rpartition(b"/")[::2]))
+    return sorted(names)
 
 
 def digest_lines(manifest: Manifest) -> Iterator[bytes]:
@@ -4139,60 +4116,56 @@ def digest_lines(manifest: Manifest) -> Iterator[bytes]:
 
 def tree_lines(manifest: Manifest) -> Iterator[bytes]:
     """Write the lines of `.deploy/trees/<id>`: directories, symlinks, modes, a JSON array each."""
-    rows = [(DIRECTORY, name, f"{manifest[name].mode:04o}")
-            for name in names_of(manifest, DIRECTORY)]
-    rows += [(SYMLINK, name, manifest[name].content.decode("utf-8", "surrogateescape"))
-             for name in names_of(manifest, SYMLINK)]
-    rows += [("mode", name, f"{manifest[name].mode:04o}")
-             for name in names_of(manifest, FILE) if manifest[name].mode != _MODE_FILE]
-    for kind, name, value in rows:
-        row = [kind, name.decode("utf-8", "surrogateescape"), value]
-        yield f"{json.dumps(row)}\n".encode("ascii")
+    for kind, word in ((DIRECTORY, DIRECTORY), (SYMLINK, SYMLINK), (FILE, "mode")):
+        for name in names_of(manifest, kind):
+            value = f"{manifest[name].mode:04o}"
+            if kind == SYMLINK:
+                value = manifest[name].content.decode("utf-8", "surrogateescape")
+            if kind != FILE or manifest[name].mode != _MODE_FILE:
+                row = [word, name.decode("utf-8", "surrogateescape"), value]
+                yield f"{json.dumps(row)}\n".encode("ascii")
 
 
 def tree_digest(manifest: Manifest) -> str:
     """Return the SHA-256 of both files; the same tree gives the same bytes."""
-    hasher = hashlib.sha256()
-    for line in itertools.chain(digest_lines(manifest), tree_lines(manifest)):
-        hasher.update(line)
-    return hasher.hexdigest()
+    lines = itertools.chain(digest_lines(manifest), tree_lines(manifest))
+    return hash_pieces(lines).hex()
 
 
 def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
     """Read a manifest from the lines of its two files; ValueError says what is wrong with it."""
     manifest: Manifest = {}
-    for what, lines in (("manifest", digests), ("tree", tree)):
+    for what, lines, read in (("manifest", digests, _read_digest_line),
+                              ("tree", tree, _read_tree_line)):
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 raise ValueError(f"the {what} is cut off")
             try:
-                member = (_read_digest_line(line[:-1]) if what == "manifest"
-                          else _read_tree_line(line, manifest))
+                member = read(line[:-1], manifest)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"line {number} of the {what} is malformed") from None
             manifest[member.name] = member
     return manifest
 
 
-def _read_digest_line(line: bytes) -> Member:
+def _read_digest_line(line: bytes, manifest: Manifest) -> Member:
     digest, gap, name = line.lstrip(b"\\").partition(b"  ")
     if len(digest) != 64 or not gap or not name:
         raise ValueError(line)
-    if line.startswith(b"\\"):
-        name = unescape_name(name)
+    name = unescape_name(name) if line.startswith(b"\\") else name
     return Member(name, FILE, _MODE_FILE, 0, None, binascii.unhexlify(digest))
 
 
 def _read_tree_line(line: bytes, manifest: Manifest) -> Member:
-    kind, text, value = json.loads(line.decode("ascii"))
-    name = text.encode("utf-8", "surrogateescape")
+    kind, *texts = json.loads(line.decode("ascii"))
+    name, value = [text.encode("utf-8", "surrogateescape") for text in texts]
+    if kind == SYMLINK:
+        return Member(name, SYMLINK, 0o777, 0, None, value)
     if kind == DIRECTORY:
         return Member(name, DIRECTORY, int(value, 8))
-    if kind == SYMLINK:
-        return Member(name, SYMLINK, 0o777, 0, None, value.encode("utf-8", "surrogateescape"))
-    if kind == "mode":
-        return manifest[name]._replace(mode=int(value, 8))
-    raise ValueError(kind)
+    if kind != "mode":
+        raise ValueError(kind)
+    return manifest[name]._replace(mode=int(value, 8))
 
 
 # -- judging -----------------------------------------------------------------
@@ -4209,7 +4182,7 @@ def clean_name(name: bytes) -> bytes:
     """Drop `.` and empty components, as tar and zip programs do."""
     if name.startswith(b"./"):  # as all names of `tar .` do
         name = name[2:]
-    if b"//" in name or b"./" in name or name.endswith((b"/", b"/.")) or name in (b".", b"/"):
+    if b"//" in name or b"./" in name or name.endswith((b"/", b"/.")) or name == b".":
         top = b"/" if name.startswith(b"/") else b""
         name = top + b"/".join([part for part in name.split(b"/") if part not in (b"", b".")])
     return name
@@ -4219,9 +4192,8 @@ def name_problem(name: bytes) -> str:
     """Say why a name without `.` and empty components is unsafe; an empty text when it is not."""
     # Not by patterns: they take ten times as long, and this is asked of every member.
     if len(name.translate(None, _UNSAFE_BYTES)) != len(name):
-        if len(name.translate(None, _CONTROL_BYTES)) != len(name):
-            return "its name has a control character"
-        return "its name has a backslash"
+        has_control = len(name.translate(None, _CONTROL_BYTES)) != len(name)
+        return "its name has a " + ("control character" if has_control else "backslash")
     if name.startswith(b"/"):
         return "its name is absolute"
     if len(name) > MAX_PATH_BYTES:
@@ -4235,9 +4207,7 @@ def name_problem(name: bytes) -> str:
 
 def expansion_limit(kind: str, size_bytes: int, limits: Any) -> Tuple[int, str]:
     """Return how many bytes may come out of an archive, and the option that says so."""
-    bounds = [(MAX_SIZE_BYTES, "max_expanded")]
-    if limits.max_expanded:
-        bounds.append((limits.max_expanded, "max_expanded"))
+    bounds = [(limits.max_expanded or MAX_SIZE_BYTES, "max_expanded")]
     if limits.max_ratio and kind != "directory":
         bounds.append((RATIO_FLOOR_BYTES + size_bytes * limits.max_ratio, "max_ratio"))
     return min(bounds)
@@ -4249,66 +4219,58 @@ class Judge:
     What it has admitted is its `manifest`, the map by which later members and
     symlinks are judged; whoever writes them puts the digests in.  Directories
     that became necessary are appended to `fresh`, parents first.  Members that
-    are refused are collected, and `check` names them all; a limit that is
+    are refused are counted, and `check` names them all; a limit that is
     exceeded ends it at once.
     """
 
     def __init__(self, settings: Settings, artifact: Artifact) -> None:
         self.manifest: Manifest = {}
         self.fresh: List[bytes] = []
+        self.refused = 0
+        self._refusals: List[ArtifactRefused] = []
         self._limits = settings.limits
+        self._most = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
         self._strip = settings.artifact.strip_components
         self._links = settings.artifact.symlinks
-        self._allowed = [os.fsencode(glob) for glob in settings.artifact.allow_links]
-        root = settings.deploy.root
-        self._roots = [os.fsencode(path) for path in (root, os.path.realpath(root)) if root]
-        self._most = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
+        root = os.path.realpath(settings.deploy.root) if settings.deploy.root else "/-"
+        self._root = os.fsencode(root)
+        own = [f"{path}/{name}" for path in (root, settings.deploy.root)
+               for name in ("shared", "shared/**", "current", "current/**")]
+        self._allowed = [os.fsencode(glob) for glob in own + settings.artifact.allow_links]
         self._parent = b""  # a directory that was there when it was last looked for
         self._implied: Set[bytes] = set()
         self._followed: Dict[bytes, bytes] = {}
-        self._refusals: List[ArtifactRefused] = []
-        self._refused = 0
         self._members = 0
         self._expanded_bytes = 0
         self._steps = 0
 
     def admit(self, member: Member) -> Optional[Member]:
-        """Return what is to be written now: a file, or a hard link, whose `content` is what to copy.
+        """Return what is to be written now: a file, or a hard link, whose `content` is its source.
 
         ArtifactRefused at a limit.
         """
-        if not 0 <= member.size_bytes < MAX_SIZE_BYTES:
-            raise self.first(refuse(member.name, "it claims an absurd size of "
-                                                 f"{member.size_bytes} bytes"))
         entry = None
         try:
             entry = self._judge(member)
         except ArtifactRefused as refusal:
             self._note_refusal(refusal)
         self._members += 1
-        limits, names = self._limits, max(self._members, len(self.manifest))
         # Directories that only a long name implies cost as much as members do.
-        if 0 < limits.max_files < names:
-            raise self.first(refuse(
-                member.name, f"it is beyond the {limits.max_files:,} members that [limits] "
-                f"max_files allows", "raise [limits] max_files if that is right"))
-        if entry:
-            self._count_bytes(member.name, entry.size_bytes)
-        return entry
-
-    def _count_bytes(self, name: bytes, size_bytes: int) -> None:
-        """Hold what was announced against the limits; copies of hard links are seen here alone."""
-        most_bytes, option = self._limits.max_file, "max_file"
-        if 0 < most_bytes < size_bytes:
-            raise self.first(refuse(
-                name, f"it has {format_size(size_bytes)}, more than the {format_size(most_bytes)} "
-                f"that [limits] max_file allows", "raise [limits] max_file if that is right"))
-        self._expanded_bytes += size_bytes
+        if 0 < self._limits.max_files < max(self._members, len(self.manifest)):
+            most = f"{self._limits.max_files:,} members"
+            self._exceeds(member, "it is one of", most, "max_files")
+        if 0 < self._limits.max_file < member.size_bytes:
+            self._exceeds(member, f"it has {format_size(member.size_bytes)},",
+                          format_size(self._limits.max_file), "max_file")
+        # What comes out is counted as well; copies of hard links are seen here alone.
+        self._expanded_bytes += entry.size_bytes if entry else 0
         most_bytes, option = self._most
         if most_bytes < self._expanded_bytes:
-            raise self.first(refuse(
-                name, f"with it the archive has over {format_size(most_bytes)}, more than [limits] "
-                f"{option} allows", f"raise [limits] {option} if that is right"))
+            self._exceeds(member, "with it the archive has", format_size(most_bytes), option)
+        return entry
+
+    def _exceeds(self, member: Member, what: str, most: str, option: str) -> None:
+        self.check(exceeds(f"artifact refused: member {show(member.name)}: {what}", most, option))
 
     def _judge(self, member: Member) -> Optional[Member]:
         kind = member.kind
@@ -4316,15 +4278,14 @@ class Judge:
             raise refuse(member.name, f"it is a {kind}, which a release cannot hold")
         if member.size_bytes and kind != FILE:
             raise refuse(member.name, f"it is a {kind} and has data")
-        name = self._name(member.name, member)
+        name = self._name(member.name, kind)
         if not name:
             return None
         parent = name.rpartition(b"/")[0]
         if parent != self._parent:
             self._imply(parent, member)
             self._parent = parent
-        known = self.manifest.get(name)
-        mode = released_mode(kind, member.mode)
+        mode, known = released_mode(kind, member.mode), self.manifest.get(name)
         if kind == DIRECTORY and (known is None or known.kind == DIRECTORY):
             if known is None:
                 self.fresh.append(name)
@@ -4335,95 +4296,77 @@ class Judge:
             return None
         if known is not None:
             raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
-        if kind == FILE:
-            entry = Member(name, FILE, mode, member.size_bytes, member.mtime_ns)
-            self.manifest[name] = entry
-            return entry
         if kind == HARD_LINK:
-            source = self.manifest.get(self._name(member.content, member))
+            source = self.manifest.get(self._name(member.content, kind))
             if source is None or source.kind == DIRECTORY:
                 raise refuse(member.name, f"it is a hard link to {show(member.content)}, which is "
                                           f"no earlier file or symlink of the archive")
             self.manifest[name] = source._replace(name=name)
             # A symlink's copy is made with the symlinks.
-            return Member(name, HARD_LINK, *source[2:5], source.name) if source.kind == FILE else None
-        self._check_symlink(member)
-        self.manifest[name] = Member(name, SYMLINK, 0o777, 0, None, member.content)
-        return None
+            is_file = source.kind == FILE
+            return source._replace(name=name, kind=kind, content=source.name) if is_file else None
+        if kind == SYMLINK:
+            if self._links == "refuse":
+                raise refuse(member.name, "it is a symlink, and [artifact] symlinks = refuse")
+            target = member.content.translate(None, _UNSAFE_BYTES)
+            if not target or len(target) > MAX_PATH_BYTES or target != member.content:
+                raise refuse(member.name, "its symlink target is empty, too long, or has a control "
+                                          "character or a backslash")
+            self.manifest[name] = Member(name, SYMLINK, 0o777, 0, None, target)
+            return None
+        self.manifest[name] = Member(name, FILE, mode, member.size_bytes, member.mtime_ns)
+        return self.manifest[name]
 
-    def _name(self, name: bytes, member: Member) -> bytes:
+    def _name(self, name: bytes, kind: str) -> bytes:
         """Judge a name as it stands, and strip leading components from it as tar does."""
         clean = clean_name(name)
         problem = name_problem(clean)
+        if not clean and not (name and kind == DIRECTORY):  # which would be the top itself
+            problem = "its name is empty"
         if problem:
             raise refuse(name, problem, WINDOWS_HINT if "backslash" in problem else REBUILD)
-        is_directory = member.kind == DIRECTORY
-        if not clean and not (name and is_directory):  # which would be the top itself
-            raise refuse(name, "its name is empty")
         if not self._strip:
             return clean
         parts = clean.split(b"/", self._strip)
-        if len(parts) <= self._strip and not is_directory:
+        if len(parts) > self._strip:
+            return parts[-1]
+        if kind != DIRECTORY:
             raise refuse(name, f"strip_components = {self._strip} would leave no name",
                          "lower [artifact] strip_components")
-        return parts[-1] if len(parts) > self._strip else b""
+        return b""
 
     def _imply(self, path: bytes, member: Member) -> None:
         """Add the directories above a member that the archive did not mention."""
         known = self.manifest.get(path)
         if not path or known is not None and known.kind == DIRECTORY:
             return
-        end = 0
-        while end != len(path):
-            end = path.find(b"/", end + 1)
-            end = len(path) if end < 0 else end
-            above = path[:end]
-            known = self.manifest.get(above)
-            if known is None:
-                self.manifest[above] = Member(above, DIRECTORY, _MODE_DIRECTORY)
-                self._implied.add(above)
-                self.fresh.append(above)
-            elif known.kind != DIRECTORY:
-                raise refuse(member.name, f"it lies below {show(above)}, which is a {known.kind}")
-
-    def _check_symlink(self, member: Member) -> None:
-        target = member.content
-        if self._links == "refuse":
-            raise refuse(member.name, "it is a symlink, and [artifact] symlinks = refuse")
-        if not target or len(target) > MAX_PATH_BYTES \
-                or len(target.translate(None, _UNSAFE_BYTES)) != len(target):
-            raise refuse(member.name, "its symlink target is empty, too long, or has a control "
-                                      "character or a backslash")
-
-    # -- the whole archive ---------------------------------------------------
+        if known is not None:
+            raise refuse(member.name, f"it lies below {show(path)}, which is a {known.kind}")
+        self._imply(path.rpartition(b"/")[0], member)
+        self.manifest[path] = Member(path, DIRECTORY, _MODE_DIRECTORY)
+        self._implied.add(path)
+        self.fresh.append(path)
 
     def _note_refusal(self, refusal: ArtifactRefused) -> None:
-        self._refused += 1
+        self.refused += 1
         if len(self._refusals) < MAX_REFUSALS:
             self._refusals.append(refusal)
 
-    @property
-    def refused(self) -> int:
-        """How many members were refused so far; what is admitted then need not be written."""
-        return self._refused
+    def check(self, error: Optional[ArtifactRefused] = None) -> None:
+        """Raise what was refused so far, all of it at once; else the error, if there is one."""
+        if self.refused < 2:
+            error = self._refusals[0] if self.refused else error
+        else:
+            members = [refusal.message.partition(": member ")[2] for refusal in self._refusals]
+            if self.refused > len(members):
+                members.append(f"and {self.refused - len(members):,} more")
+            hints = dict.fromkeys(refusal.hint for refusal in self._refusals)
+            error = ArtifactRefused(f"artifact refused: {self.refused:,} members: "
+                                    + "; ".join(members), "; ".join(hints))
+        if error:
+            raise error
 
-    def first(self, error: ArtifactRefused) -> ArtifactRefused:
-        """Return what is to be raised for an error: members that were refused before come first."""
-        if not self._refusals:
-            return error
-        if self._refused == 1:
-            return self._refusals[0]
-        members = [refusal.message.partition(": member ")[2] for refusal in self._refusals]
-        if self._refused > len(members):
-            members.append(f"and {self._refused - len(members):,} more")
-        hints = dict.fromkeys(refusal.hint for refusal in self._refusals)
-        return ArtifactRefused(f"artifact refused: {self._refused:,} members: " + "; ".join(members),
-                               "; ".join(hints))
-
-    def check(self) -> None:
-        """Raise ArtifactRefused where a member was refused."""
-        if self._refusals:
-            raise self.first(self._refusals[0])
+    # -- the whole archive ---------------------------------------------------
 
     def finish(self) -> List[str]:
         """Judge what only the whole archive tells: where symlinks lead; return notes."""
@@ -4441,30 +4384,29 @@ class Judge:
         return note_oddities(self.manifest, self._strip) + note_collisions(self.manifest)
 
     def _follow(self, name: bytes, hops: int) -> bytes:
-        """Follow a symlink by the archive's own map, never by the disk; the path begins with / outside.
+        """Follow a symlink by the archive's own map, never the disk; outside begins with a slash.
 
         Circles and long chains stay: nobody gets anywhere by them, nor climbs.
         """
-        if name in self._followed:
-            return self._followed[name]
-        if hops > MAX_LINK_HOPS:
-            return name
+        if name in self._followed or hops > MAX_LINK_HOPS:
+            return self._followed.get(name, name)
         self._followed[name] = name
         target = self.manifest[name].content
-        path = b"/" if target.startswith(b"/") else name.rpartition(b"/")[0]
-        parts = target.split(b"/")
+        path, parts = name.rpartition(b"/")[0], target.split(b"/")
         self._steps += len(parts)
         if self._steps > MAX_LINK_STEPS:
             raise refuse(name, "the archive's symlinks are too many and too long to follow")
+        if target.startswith(b"/"):
+            path = b"/"
         for place, part in enumerate(parts):
             if path.startswith(b"/") or part == b".." and not path:
                 path = self._outside(name, path, parts[place:])
                 break
             known = self.manifest.get(path)
-            if part == b".." and path and (known is None or known.kind != DIRECTORY):
-                raise refuse(name, "its symlink target climbs out of what is no directory of the "
-                                   "archive")
             if part == b"..":
+                if known is None or known.kind != DIRECTORY:
+                    raise refuse(name, "its symlink target climbs out of what is no directory of "
+                                       "the archive")
                 path = path.rpartition(b"/")[0]
             elif part not in (b"", b"."):
                 path = path + b"/" + part if path else part
@@ -4476,37 +4418,25 @@ class Judge:
 
     def _outside(self, name: bytes, path: bytes, parts: List[bytes]) -> bytes:
         """Return where a symlink leads outside; ArtifactRefused unless that is meant."""
+        from fnmatch import fnmatchcase
         # From where a release stands; whichever it is, what lies in another one is outside.
-        tops = [b""] if path else [root + b"/releases/-" for root in self._roots] or [b"/-/-/-"]
-        for top in tops:
-            place = os.path.normpath(b"/".join([top or path, *parts]))
-            place = b"/" + place.lstrip(b"/")
-            own = [root + word for root in self._roots for word in (b"/shared/", b"/current/")]
-            if self._links == "any" or (place + b"/").startswith(tuple(own)) \
-                    or any(fits(place, glob) for glob in self._allowed):
-                return place
-        target = self.manifest[name].content
-        if target.startswith(b"/"):
-            raise refuse(name, f"it is a symlink to the absolute path {show(target)}", LINK_HINT)
-        raise refuse(name, f"it is a symlink to {show(target)}, which leaves the release", LINK_HINT)
+        top = path or self._root + b"/releases/-"
+        place = b"/" + os.path.normpath(b"/".join([top, *parts])).lstrip(b"/")
+        # `*` stays within a directory: it must not stand for a slash.
+        fits = [glob for glob in self._allowed if fnmatchcase(place, glob)
+                and (b"**" in glob or place.count(b"/") == glob.count(b"/"))]
+        if self._links == "any" or fits:
+            return place
+        target = show(self.manifest[name].content)
+        raise refuse(name, f"it is a symlink to the absolute path {target}" if path == b"/" else
+                     f"it is a symlink to {target}, which leaves the release", LINK_HINT)
 
 
-def fits(path: bytes, glob: bytes) -> bool:
-    """Tell whether a path matches; `*` stays within a directory, `**` does not."""
-    from fnmatch import fnmatchcase
-    return fnmatchcase(path, glob) and (b"**" in glob or path.count(b"/") == glob.count(b"/"))
-
-
-def some_of(names: Sequence[bytes]) -> str:
-    """Name the first few."""
-    return ", ".join(map(show, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
-# What ends up in archives unnoticed: patterns of its names, what it is, and the way without it.
+# What ends up in archives unnoticed: words of its names, what it is, and the way without it.
 _ODDITIES = (
-    ((b"._", b"__MACOSX", b".DS_Store"), rb"(?:\A|/)(?:\._|__MACOSX(?:/|\Z)|\.DS_Store\Z)",
-     "left there by macOS", "pack with COPYFILE_DISABLE=1 tar --exclude .DS_Store, or zip -X"),
-    ((b".git",), rb"(?:\A|/)\.git(?:/|\Z)", "part of a Git repository, with all of its history",
+    (rb"(?m)^(?:.*/)?(?:\._|__MACOSX(?:/|$)|\.DS_Store$).*", "left there by macOS",
+     "pack with COPYFILE_DISABLE=1 tar --exclude .DS_Store, or zip -X"),
+    (rb"(?m)^(?:.*/)?\.git(?:/.*)?$", "part of a Git repository, with all of its history",
      "pack with git archive, or without .git"),
 )
 
@@ -4523,10 +4453,8 @@ def note_oddities(manifest: Manifest, strip: int) -> List[str]:
         notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
                      f"deploy that archive itself")
     text = b"\n".join(manifest)
-    for words, pattern, what, way in _ODDITIES:
-        found = []
-        if any(word in text for word in words):  # hundreds of times as fast
-            found = [name for name in manifest if re.search(pattern, name)]
+    for pattern, what, way in _ODDITIES:
+        found = re.findall(pattern, text)
         if found:
             notes.append(f"{some_of(found)}: {what}; {way}")
     private = [name for name in files if not manifest[name].mode & 0o044]
@@ -4534,9 +4462,6 @@ def note_oddities(manifest: Manifest, strip: int) -> List[str]:
         notes.append(f"{count(len(private), 'file')} can be read by their owner alone "
                      f"({some_of(private)}), as a build under umask 077 makes them")
     return notes
-
-
-_MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
 
 
 def fold_name(name: bytes) -> bytes:
@@ -4550,19 +4475,11 @@ def fold_name(name: bytes) -> bytes:
 
 def note_collisions(manifest: Manifest) -> List[str]:
     """Find names that are one name where case or Unicode form does not count."""
-    # Hashes tell the few that may be: all folded names would take more memory than all else.
-    seen: Set[int] = set()
-    twice: Set[int] = set()
-    for name in filter(_MAY_FOLD.search, manifest):
-        key = fold_name(name)
-        if hash(key) in seen or key != name and key in manifest:
-            twice.add(hash(key))
-        seen.add(hash(key))
+    notes: List[str] = []
     folded: Dict[bytes, bytes] = {}
-    notes = []
-    for name in manifest if twice else ():
+    for name in filter(re.compile(rb"[A-Z\x80-\xff]").search, manifest):
         key = fold_name(name)
-        other = folded.setdefault(key, name) if hash(key) in twice else name
+        other = key if key != name and key in manifest else folded.setdefault(key, name)
         if other != name:
             if len(notes) == MAX_NOTES:
                 return notes + ["and there are more such names"]
@@ -4572,184 +4489,6 @@ def note_collisions(manifest: Manifest) -> List[str]:
 
 
 # -- decoding: blocks of the file in, blocks of the archive out ----------------
-
-class Inflater:
-    """zlib's decoder with the interface that bz2 and lzma have; gzip (RFC 1952) unless told."""
-
-    def __init__(self, window_bits: int = 31) -> None:
-        self._decoder = zlib.decompressobj(window_bits)
-        self._rest = b""
-        self.needs_input = True
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        """Decode at most `max_length` bytes; what is left over is kept for the next call."""
-        piece = self._decoder.decompress(self._rest + data if self._rest else data, max_length)
-        self._rest = self._decoder.unconsumed_tail
-        self.needs_input = not self._rest and len(piece) < max_length
-        return piece
-
-    @property
-    def eof(self) -> bool:
-        """Tell whether the stream has ended, its checksum verified."""
-        return self._decoder.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        """What follows the end of the stream."""
-        return self._decoder.unused_data
-
-
-def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any], errors: Any) -> Iterator[bytes]:
-    """Decode streams that follow each other, zero padding between them; each must be complete."""
-    decoder, streams = None, 0
-    # Cut smaller, which bounds what a decoder copies when a stream ends within one.
-    slices = (block[start:start + SLICE_BYTES] for block in blocks
-              for start in range(0, len(block), SLICE_BYTES))
-    try:
-        for data in slices:
-            while data:
-                if decoder is None:
-                    data = data.lstrip(b"\0") if streams else data
-                    if not data:
-                        break
-                    decoder, streams = make(), streams + 1
-                    if streams > MAX_STREAMS:
-                        raise ArtifactRefused(
-                            f"the archive is cut into more than {MAX_STREAMS:,} compressed "
-                            f"streams, one after the other", "pack it in one: gzip, not bgzip")
-                yield decoder.decompress(data, BLOCK_BYTES)
-                while not decoder.eof and not decoder.needs_input:
-                    yield decoder.decompress(b"", BLOCK_BYTES)
-                data = decoder.unused_data if decoder.eof else b""
-                decoder = None if decoder.eof else decoder
-    except errors as error:
-        raise decoding_failed(str(error))
-    if decoder is not None:
-        raise damaged("the compressed data end too early")
-
-
-def decoding_failed(why: str) -> ArtifactRefused:
-    """Make the error for what a decoder says: it needs too much memory, or the data are damaged."""
-    if re.search(r"(?i)memory|window", why):
-        return ArtifactRefused(
-            f"the archive needs more memory to be decoded than the {format_size(MAX_DECODER_BYTES)} "
-            f"that a deployment may take ({why})",
-            "pack it with a smaller dictionary or window: xz -9, zstd -19 without --ultra or --long")
-    return damaged(why)
-
-
-def decode_bzip2(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Decode bzip2 streams."""
-    import bz2
-    return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
-
-
-def decode_xz(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Decode xz streams whose dictionary fits into the memory a deployment may take."""
-    import lzma
-    return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES),
-                          lzma.LZMAError)
-
-
-def decode_zstd(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Decode zstd frames with Python 3.14's module, else with the zstd program."""
-    try:
-        from compression import zstd  # type: ignore
-    except ImportError:
-        import shutil
-        # PATH must not choose what decodes an artifact.
-        program = shutil.which("zstd", path=EXTRA_PATH)
-        if not program:
-            raise ArtifactRefused("this Python and this host cannot read zstd",
-                                  "install zstd, or deploy a .tar.gz")
-        argv = [program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"]
-        return run_filter(argv, gather(only_zstd(Stream(blocks))), stopped)
-    options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
-    return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
-
-
-def only_zstd(stream: "Stream") -> Iterator[bytes]:
-    """Pass a stream on frame by frame (RFC 8878): the program would decode gzip, xz and lz4 as well."""
-    while not stream.at_end():
-        magic = stream.take(4)
-        if b"\x50" <= magic[:1] <= b"\x5f" and magic[1:] == b"\x2a\x4d\x18":
-            size = stream.take(4)
-            yield magic + size
-            yield from map(bytes, stream.pieces(int.from_bytes(size, "little")))
-            continue
-        if magic != b"\x28\xb5\x2f\xfd":
-            raise damaged("something that is no zstd frame follows one")
-        flags = stream.take(1)
-        # Window, dictionary and content size, each as long as the flags say.
-        single = flags[0] >> 5 & 1
-        sizes = (1 - single, (0, 1, 2, 4)[flags[0] & 3], (single, 2, 4, 8)[flags[0] >> 6])
-        yield magic + flags + stream.take(sum(sizes))
-        is_last = False
-        while not is_last:
-            head = stream.take(3)
-            number = int.from_bytes(head, "little")
-            is_last, kind, size_bytes = bool(number & 1), number >> 1 & 3, number >> 3
-            yield head + stream.take(1 if kind == 1 else size_bytes)  # 1: one byte, repeated
-        yield stream.take(4 if flags[0] & 4 else 0)
-
-
-def run_filter(argv: Sequence[str], blocks: Iterator[bytes],
-               stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Feed blocks to a program and read its output in turns, so that neither waits for the other."""
-    import select
-    try:
-        process = start_filter(argv, BLOCK_BYTES, 2 * MAX_DECODER_BYTES)
-    except OSError as error:
-        raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}",
-                              "repair it, or deploy a .tar.gz")
-    streams = process.stdin, process.stdout, process.stderr
-    feeding, output, errors = [stream.fileno() for stream in streams]
-    os.set_blocking(feeding, False)
-    reading, writing, data, complaint = [output, errors], [feeding], memoryview(b""), b""
-    progress_seconds = time.monotonic()
-    try:
-        while reading and not stopped():
-            readable, writable, _ = select.select(reading, writing, [], WATCH_SECONDS)
-            if readable or writable:
-                progress_seconds = time.monotonic()
-            elif time.monotonic() - progress_seconds > FILTER_STALL_SECONDS:
-                raise damaged(f"{argv[0]} made no progress")
-            for descriptor in readable:
-                piece = os.read(descriptor, BLOCK_BYTES)
-                if not piece:
-                    reading.remove(descriptor)
-                elif descriptor == output:
-                    yield piece
-                else:
-                    complaint = (complaint + piece)[:4096]
-            if writable:
-                data = data or memoryview(next(blocks, b""))
-                is_over = not data
-                try:
-                    data = data[os.write(feeding, data):]
-                except BrokenPipeError:  # its exit code says whether it has seen enough
-                    is_over = True
-                if is_over:
-                    writing = []
-                    process.stdin.close()
-        if not reading and process.wait() != 0:
-            raise decoding_failed(complaint.decode("utf-8", "replace").strip()
-                                  or f"{argv[0]} exited with code {process.returncode}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for stream in streams:
-            stream.close()
-
-
-DECODERS: Dict[str, Callable[[Iterator[bytes], Callable[[], bool]], Iterator[bytes]]] = {
-    "tar": lambda blocks, stopped: blocks,
-    "tar.gz": lambda blocks, stopped: decode_streams(blocks, Inflater, zlib.error),
-    "tar.bz2": decode_bzip2, "tar.xz": decode_xz, "tar.zst": decode_zstd}
-
-
-# -- streams -----------------------------------------------------------------
 
 class Stream:
     """Takes pieces of given sizes out of blocks of whatever size."""
@@ -4768,13 +4507,11 @@ class Stream:
 
     def at_end(self) -> bool:
         """Tell whether nothing is left."""
-        return self._position == len(self._block) and not self._next()
-
-    def _next(self) -> bool:
-        self._base += len(self._block)
-        self._position, self._block = 0, next(self._blocks, b"")
-        self._view = memoryview(self._block)
-        return bool(self._block)
+        if self._position == len(self._block):
+            self._base += len(self._block)
+            self._position, self._block = 0, next(self._blocks, b"")
+            self._view = memoryview(self._block)
+        return not self._block
 
     def peek(self, size_bytes: int) -> bytes:
         """Look at the next bytes, as many as there are at hand."""
@@ -4808,11 +4545,7 @@ class Stream:
 
     def skip_to(self, offset: int) -> None:
         """Pass over what nobody took."""
-        position = offset - self._base
-        if position <= len(self._block):
-            self._position = position
-            return
-        for _ in self._pieces(offset - self.offset):
+        for _ in self.pieces(offset - self.offset):
             pass
 
     def rest(self) -> Iterator[memoryview]:
@@ -4837,6 +4570,168 @@ def gather(pieces: Iterator[Any], size_of: Callable[[Any], int] = len,
         yield join(small)
 
 
+def decode_piece(decoder: Any, data: bytes) -> Iterator[bytes]:
+    """Decode what these data hold, in pieces that are bounded; of zlib, bz2, lzma or zstd."""
+    while True:
+        piece = decoder.decompress(data, BLOCK_BYTES)
+        yield piece
+        data = getattr(decoder, "unconsumed_tail", b"")  # zlib's; the others keep it themselves
+        if decoder.eof or not data and len(piece) < BLOCK_BYTES:
+            return
+
+
+def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any],
+                   errors: Any) -> Iterator[bytes]:
+    """Decode streams that follow each other, zeros between them; each must be complete."""
+    decoder, streams = None, 0
+    # Cut smaller, which bounds what a decoder copies when a stream ends within one.
+    slices = (block[start:start + SLICE_BYTES] for block in blocks
+              for start in range(0, len(block), SLICE_BYTES))
+    try:
+        for data in slices:
+            while data:
+                if decoder is None:
+                    data = data.lstrip(b"\0") if streams else data
+                    if not data:
+                        break
+                    decoder, streams = make(), streams + 1
+                    if streams > MAX_STREAMS:
+                        raise ArtifactRefused(
+                            f"the archive is cut into more than {MAX_STREAMS:,} compressed "
+                            f"streams, one after the other", "pack it in one: gzip, not bgzip")
+                yield from decode_piece(decoder, data)
+                data = decoder.unused_data if decoder.eof else b""
+                decoder = None if decoder.eof else decoder
+    except errors as error:
+        raise decoding_failed(str(error))
+    if decoder is not None:
+        raise damaged("the compressed data end too early")
+
+
+def decoding_failed(why: str) -> ArtifactRefused:
+    """Make the error for what a decoder says: it needs too much memory, or the data are damaged."""
+    if not re.search(r"(?i)memory|window", why):
+        return damaged(why)
+    most = format_size(MAX_DECODER_BYTES)
+    return ArtifactRefused(
+        f"decoding the archive needs more memory than the {most} that it may take ({why})",
+        "pack it with a smaller dictionary or window: xz -9, zstd -19 without --ultra or --long")
+
+
+def decode_bzip2(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """Decode bzip2 streams."""
+    import bz2
+    return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
+
+
+def decode_xz(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """Decode xz streams whose dictionary fits into the memory a deployment may take."""
+    import lzma
+    return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES),
+                          lzma.LZMAError)
+
+
+def decode_zstd(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """Decode zstd frames with Python 3.14's module, else with the zstd program."""
+    try:
+        from compression import zstd  # type: ignore
+    except ImportError:
+        import shutil
+        # PATH must not choose what decodes an artifact.
+        program = shutil.which("zstd", path=EXTRA_PATH)
+        if not program:
+            raise ArtifactRefused("this Python and this host cannot read zstd",
+                                  "install zstd, or deploy a .tar.gz")
+        argv = [program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"]
+        return run_filter(argv, gather(only_zstd(Stream(blocks))), stopped)
+    options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
+    return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+
+
+def only_zstd(stream: Stream) -> Iterator[bytes]:
+    """Pass a stream on frame by frame (RFC 8878): the program would decode gzip and xz as well."""
+    while not stream.at_end():
+        magic = stream.take(4)
+        yield magic
+        if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # skippable
+            size = stream.take(4)
+            yield size
+            yield from map(bytes, stream.pieces(int.from_bytes(size, "little")))
+            continue
+        if magic != b"\x28\xb5\x2f\xfd":
+            raise damaged("something that is no zstd frame follows one")
+        head = stream.take(1)
+        # Window, dictionary and content size, each as long as the flags say.
+        flags, single = head[0], head[0] >> 5 & 1
+        yield head + stream.take(
+            1 - single + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6])
+        is_last = False
+        while not is_last:
+            head = stream.take(3)
+            number = int.from_bytes(head, "little")
+            is_last = bool(number & 1)
+            repeats_one_byte = number >> 1 & 3 == 1
+            yield head + stream.take(1 if repeats_one_byte else number >> 3)
+        yield stream.take(flags & 4)  # a checksum, or nothing
+
+
+def run_filter(argv: Sequence[str], blocks: Iterator[bytes],
+               stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """Feed blocks to a program and read its output in turns: neither waits for the other."""
+    import select
+    try:
+        process = start_filter(argv, BLOCK_BYTES, 2 * MAX_DECODER_BYTES)
+    except OSError as error:
+        raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}",
+                              "repair it, or deploy a .tar.gz")
+    streams = process.stdin, process.stdout, process.stderr
+    feeding, output, errors = [stream.fileno() for stream in streams]
+    os.set_blocking(feeding, False)
+    reading, writing, data, complaint = [output, errors], [feeding], memoryview(b""), b""
+    ends_seconds = time.monotonic() + FILTER_STALL_SECONDS
+    try:
+        while reading and not stopped():
+            readable, writable, _ = select.select(reading, writing, [], WATCH_SECONDS)
+            if readable or writable:
+                ends_seconds = time.monotonic() + FILTER_STALL_SECONDS
+            elif time.monotonic() > ends_seconds:
+                raise damaged(f"{argv[0]} made no progress")
+            for descriptor in readable:
+                piece = os.read(descriptor, BLOCK_BYTES)
+                if not piece:
+                    reading.remove(descriptor)
+                elif descriptor == output:
+                    yield piece
+                else:
+                    complaint = (complaint + piece)[:4096]
+            if writable:
+                data = data or memoryview(next(blocks, b""))
+                is_over = not data
+                try:
+                    data = data[os.write(feeding, data):]
+                except BrokenPipeError:  # its exit code says whether it has seen enough
+                    is_over = True
+                if is_over:
+                    writing = []
+                    process.stdin.close()
+        if not reading and process.wait() != 0:
+            raise decoding_failed(complaint.decode("utf-8", "replace").strip()
+                                  or f"{argv[0]} exited with code {process.returncode}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in streams:
+            stream.close()
+
+
+DECODERS: Dict[str, Callable[[Iterator[bytes], Callable[[], bool]], Iterator[bytes]]] = {
+    "tar": lambda blocks, stopped: blocks,
+    "tar.gz": lambda blocks, stopped: decode_streams(
+        blocks, lambda: zlib.decompressobj(31), zlib.error),
+    "tar.bz2": decode_bzip2, "tar.xz": decode_xz, "tar.zst": decode_zstd}
+
+
 class Pump:
     """The second thread: reads, hashes and decodes while the main thread judges and writes.
 
@@ -4852,6 +4747,7 @@ class Pump:
         self._watch = watch
         self._hasher = hashlib.sha256()
         self._read_bytes = 0
+        self._decoded_bytes = 0
         self._stopping = False
         self._empty = queue.Empty
         self._queue: Any = queue.Queue(QUEUE_BLOCKS)
@@ -4886,12 +4782,12 @@ class Pump:
     def _run(self) -> None:
         raw = self._raw()
         if self._artifact.format == "zip":
-            decoded: Any = decode_zip(self._artifact, Stream(raw))
+            decoded: Any = decode_zip(self._artifact, Stream(raw), self._count)
             # An entry without data costs as much as some data do.
-            batches = gather(self._counted(decoded), lambda item: ENTRY_BYTES + len(item[1]), list)
+            batches = gather(decoded, lambda item: ENTRY_BYTES + len(item[1]), list)
         else:
             decoded = DECODERS[self._artifact.format](raw, lambda: self._stopping)
-            batches = gather(self._counted(decoded))
+            batches = gather(map(self._count, decoded))
         try:
             for batch in batches:
                 self._queue.put(batch)
@@ -4913,17 +4809,13 @@ class Pump:
             self._read_bytes += len(block)
             yield block
 
-    def _counted(self, decoded: Iterator[Any]) -> Iterator[Any]:
+    def _count(self, block: bytes) -> bytes:
         """Count what really comes out, against what may."""
-        most_bytes, option = self._most
-        total_bytes = 0
-        for item in decoded:
-            total_bytes += len(item) if isinstance(item, bytes) else len(item[1])
-            if total_bytes > most_bytes:
-                raise ArtifactRefused(
-                    f"{self._artifact.name} expands to over {format_size(most_bytes)}, more than "
-                    f"[limits] {option} allows", f"raise [limits] {option} if that is right")
-            yield item
+        self._decoded_bytes += len(block)
+        if self._decoded_bytes > self._most[0]:
+            raise exceeds(f"{self._artifact.name} expands to", format_size(self._most[0]),
+                          self._most[1])
+        return block
 
 
 # -- tar ---------------------------------------------------------------------
@@ -4937,59 +4829,28 @@ TAR_KINDS = {
 }
 _NUMBER = re.compile(rb" *([0-7]*)(?:[ \0].*)?\Z", re.DOTALL)
 _PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
-_PAX_DECISIVE = (b"path", b"linkpath", b"size")
-_PAX_TIME = re.compile(rb"(-?)(\d{1,11})(?:\.(\d*))?\Z")
-_LONG_NAMES = {b"L": b"path", b"K": b"linkpath"}  # GNU tar's long name and long link target
+_PAX_TIME = re.compile(rb"(-?)(\d{1,11})(?:\.(\d{1,9})\d*)?\Z")
+_TAR_HEADER = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x")
 
 
-def octal(field: bytes) -> Optional[int]:
-    """Read an octal field; None where there is none in it."""
+def tar_number(field: bytes) -> Optional[int]:
+    """Read an octal field, empty for 0, or GNU's base-256; None for what is unreadable."""
     digits = field.rstrip(b"\0 ")
     if digits.isdigit():  # what nearly every field is, and four times as fast as the pattern
         try:
             return int(digits, 8)
         except ValueError:
             return None
+    if field[0] in (0x80, 0xff):
+        return int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
     found = _NUMBER.match(field)
-    return int(found.group(1), 8) if found and found.group(1) else None
-
-
-def tar_number(field: bytes, name: bytes) -> int:
-    """Read an octal field, empty for 0, or GNU's base-256; ArtifactRefused for a negative one."""
-    number = octal(field)
-    if number is not None:
-        return number
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    if not _NUMBER.match(field):
-        raise refuse(name, "its header has a negative or unreadable number",
-                     "build the archive again")
-    return 0
-
-
-def tar_time(field: bytes, special: Dict[bytes, bytes]) -> Optional[int]:
-    """Read when a file was changed, in nanoseconds; None where that is unreadable."""
-    if b"mtime" in special:
-        found = _PAX_TIME.match(special[b"mtime"])
-        if not found:
-            return None
-        fraction = (found.group(3) or b"").ljust(9, b"0")[:9]
-        time_ns = int(found.group(2)) * 10 ** 9 + int(fraction)
-        return -time_ns if found.group(1) else time_ns
-    seconds = octal(field)
-    if seconds is None and field[0] in (0x80, 0xff):  # GNU's base-256, before 1970 or far ahead
-        seconds = int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
-    if seconds is None or abs(seconds) > 1 << 36:
-        return None
-    return seconds * 10 ** 9
+    return int(found.group(1) or b"0", 8) if found else None
 
 
 def checksum_holds(header: bytes) -> bool:
     """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
     field = header[148:156]
-    claimed = octal(field)
-    if claimed is None:
-        return False
+    claimed = tar_number(field)
     # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
     if (zlib.adler32(header) & 0xffff) - (zlib.adler32(field) & 0xffff) + 256 == claimed:
         return True
@@ -4997,61 +4858,6 @@ def checksum_holds(header: bytes) -> bool:
     # Old tars added signed bytes.
     signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
     return claimed in (total, signed)
-
-
-def read_tar(artifact: Artifact, stream: Stream) -> Members:
-    """Parse ustar, pax and GNU members.
-
-    Raises ArtifactRefused for bad checksums, contradicting headers and an
-    archive without its end (CVE-2025-8194: no size is negative here).
-    """
-    import struct
-    split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
-    special: Dict[bytes, bytes] = {}
-    extensions = extension_bytes = 0
-    if not stream.at_end():
-        check_is_tar(stream.peek(TAR_BLOCK_BYTES))
-    while True:
-        if stream.at_end():
-            raise damaged("its end-of-archive block is missing")
-        header = stream.take(TAR_BLOCK_BYTES)
-        if not header[0] and not header.strip(b"\0"):
-            break
-        name, mode_field, size_field, time_field, flag, target, magic, prefix = split(header)
-        name = name.partition(b"\0")[0]
-        if not checksum_holds(header):
-            raise refuse(name, "its header has a wrong checksum", COPY_AGAIN)
-        size_bytes = tar_number(size_field, name)
-        start = stream.offset
-        if flag in b"xgLK":
-            extensions, extension_bytes = extensions + 1, extension_bytes + size_bytes
-            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES \
-                    or extension_bytes > MAX_HEADERS_BYTES:
-                raise refuse(name, "its extension headers are too many or too large")
-            read_extension(flag, stream.take(size_bytes), name, special)
-        else:
-            if magic == b"ustar\0" and prefix[0]:
-                name = prefix.partition(b"\0")[0] + b"/" + name
-            target = target.partition(b"\0")[0]
-            kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
-            mode, time_ns = tar_number(mode_field, name), tar_time(time_field, special)
-            if special:
-                name, target = special.get(b"path", name), special.get(b"linkpath", target)
-                size_bytes = pax_size(special, size_bytes, name)
-                if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
-                    raise refuse(name, "its extension header makes a link of it, its own header a "
-                                       f"{kind}")
-            if flag in b"0\0" and name.endswith(b"/"):
-                kind = DIRECTORY  # how tar wrote directories before POSIX
-            yield Member(name, kind, mode, size_bytes, time_ns, target), stream.pieces(size_bytes)
-            special, extensions = {}, 0
-        stream.skip_to(start + size_bytes + -size_bytes % TAR_BLOCK_BYTES)
-    if special or not stream.at_end() and stream.take(TAR_BLOCK_BYTES).strip(b"\0"):
-        raise damaged("it has data after a single end-of-archive block")
-    # What fills up a tape record means nothing.
-    if [piece for piece in stream.rest() if bytes(piece).strip(b"\0")]:
-        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no part "
-                              "of the release")
 
 
 def check_is_tar(head: bytes) -> None:
@@ -5066,69 +4872,123 @@ def check_is_tar(head: bytes) -> None:
                               "deploy a tar, compressed: tar -czf app.tar.gz .")
 
 
-def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
-    """Read what an extension header says of the next member (pax, GNU); the rest is passed over.
+def read_tar(artifact: Artifact, stream: Stream) -> Members:
+    """Parse ustar, pax and GNU members.
 
-    A global header, as `git archive` writes for its commit, may not name or
-    size members.
+    Raises ArtifactRefused for bad checksums, contradicting headers and an
+    archive without its end (CVE-2025-8194: no size is negative here).
     """
-    found: Dict[bytes, bytes] = {}
-    if flag in _LONG_NAMES:
-        found[_LONG_NAMES[flag]] = data.rstrip(b"\0")
-        data = b""
+    special: Dict[bytes, bytes] = {}
+    extensions = extension_bytes = 0
+    if not stream.at_end():
+        check_is_tar(stream.peek(TAR_BLOCK_BYTES))
+    while True:
+        if stream.at_end():
+            raise damaged("its end-of-archive block is missing")
+        header = stream.take(TAR_BLOCK_BYTES)
+        if not header[0] and not any(header):
+            break
+        name, mode_field, size_field, time_field, flag, target, magic, prefix = \
+            _TAR_HEADER.unpack(header)
+        name = name.partition(b"\0")[0]
+        if not checksum_holds(header):
+            raise refuse(name, "its header has a wrong checksum", COPY_AGAIN)
+        size_bytes, mode, seconds = map(tar_number, (size_field, mode_field, time_field))
+        if size_bytes is None or mode is None or size_bytes < 0 or mode < 0:
+            raise refuse(name, "its header has a negative or unreadable number",
+                         "build the archive again")
+        start = stream.offset
+        if flag in b"xgLK":
+            extensions, extension_bytes = extensions + 1, extension_bytes + size_bytes
+            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES \
+                    or extension_bytes > MAX_HEADERS_BYTES:
+                raise refuse(name, "its extension headers are too many or too large")
+            read_extension(flag, stream.take(size_bytes), name, special)
+        else:
+            if magic == b"ustar\0" and prefix[0]:
+                name = prefix.partition(b"\0")[0] + b"/" + name
+            kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
+            mtime_ns = None
+            if seconds is not None and abs(seconds) < 1 << 36:
+                mtime_ns = seconds * 10 ** 9
+            member = Member(name, kind, mode, size_bytes, mtime_ns, target.partition(b"\0")[0])
+            if special:
+                member = specified(member, special)
+                special, size_bytes = {}, member.size_bytes
+            if flag in b"0\0" and member.name.endswith(b"/"):
+                member = member._replace(kind=DIRECTORY)  # as tar wrote them before POSIX
+            yield member, stream.pieces(size_bytes)
+            extensions = 0
+        stream.skip_to(start + size_bytes + -size_bytes % TAR_BLOCK_BYTES)
+    if special or not stream.at_end() and any(stream.take(TAR_BLOCK_BYTES)):
+        raise damaged("it has data after a single end-of-archive block")
+    # What fills up a tape record means nothing.
+    if [piece for piece in stream.rest() if bytes(piece).strip(b"\0")]:
+        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no "
+                              "part of the release")
+
+
+def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
+    """Read what an extension header says of the next member (pax, GNU); the rest is passed over."""
+    found: List[Tuple[bytes, bytes]] = []
     position = 0
+    if flag in b"LK":
+        found = [(b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0"))]
+        position = len(data)
     while position < len(data):
         record = _PAX_RECORD.match(data, position)
         end = position + int(record.group(1)) if record else 0
         if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
             raise refuse(name, "its pax header is malformed", "build the archive again")
-        key, value = record.group(2), data[record.end():end - 1]
+        found.append((record.group(2), data[record.end():end - 1]))
+        position = end
+    for key, value in found:
         if key.startswith(b"GNU.sparse"):
             raise refuse(name, "it is a sparse file, which a release cannot hold",
                          "build the archive without --sparse")
-        if key in _PAX_DECISIVE and (key in found or flag == b"g"):
-            if flag == b"g":
-                raise refuse(name, "a global pax header gives every member one name or size")
-            raise refuse(name, f"its extension headers give {key.decode()} twice")
-        if key in _PAX_DECISIVE or key == b"mtime" and flag == b"x":
-            found[key] = value
-        position = end
-    for key in found:
-        if key in special and key in _PAX_DECISIVE:
-            raise refuse(name, f"its extension headers give {key.decode()} twice")
-    special.update(found)
+        # A global header, as `git archive` writes for its commit, may not name or size members.
+        if key in (b"path", b"linkpath", b"size") and (key in special or flag == b"g"):
+            why = "a global pax header gives every member one name or size"
+            raise refuse(name, why if flag == b"g" else
+                         f"its extension headers give {key.decode()} twice")
+        if key in (b"path", b"linkpath", b"size", b"mtime") and flag != b"g":
+            special[key] = value
 
 
-def pax_size(special: Dict[bytes, bytes], size_bytes: int, name: bytes) -> int:
-    """Return the size; a pax record may only give what the field cannot hold (8 GiB and more)."""
-    text = special.get(b"size")
-    if text is None:
-        return size_bytes
-    if not re.match(rb"\d{1,18}\Z", text):
-        raise refuse(name, "its pax header has an unreadable size")
-    size = int(text)
-    if size != size_bytes and size < 8 << 30:
-        raise refuse(name, f"its pax header says {size} bytes and its ustar header {size_bytes}")
-    return size
+def specified(member: Member, special: Dict[bytes, bytes]) -> Member:
+    """Let extension headers replace what a header says; ArtifactRefused where they disagree."""
+    name, kind, mode, size_bytes, mtime_ns, target = member
+    name, target = special.get(b"path", name), special.get(b"linkpath", target)
+    if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
+        raise refuse(name, f"its extension header makes a link of it, its own header a {kind}")
+    if b"size" in special:
+        if not re.match(rb"\d{1,18}\Z", special[b"size"]):
+            raise refuse(name, "its pax header has an unreadable size")
+        # It may only give what the field cannot hold.
+        size = int(special[b"size"])
+        if size != size_bytes and size < 8 << 30:
+            raise refuse(
+                name, f"its pax header says {size} bytes and its ustar header {size_bytes}")
+        size_bytes = size
+    if b"mtime" in special:
+        found = _PAX_TIME.match(special[b"mtime"])
+        mtime_ns = None
+        if found:
+            mtime_ns = int(found.group(2) + (found.group(3) or b"").ljust(9, b"0"))
+            mtime_ns = -mtime_ns if found.group(1) else mtime_ns
+    return Member(name, kind, mode, size_bytes, mtime_ns, target)
 
 
 # -- zip ---------------------------------------------------------------------
 
-_LOCAL = b"PK\3\4"
-_CENTRAL = b"PK\1\2"
-_END = b"PK\5\6"
-_DESCRIPTOR = b"PK\7\x08"
-_END64 = b"PK\6\6"
-_LOCATOR64 = b"PK\6\7"
 ZIP_METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd",
                95: "xz", 98: "ppmd", 99: "AES"}
 _ENCRYPTED = 0x2041
 _DESCRIBED_LATER = 0x0008
 _UTF8 = 0x0800
-_EXTRA_ZIP64 = 0x0001
-_EXTRA_TIME = 0x5455
-_EXTRA_NAME = 0x7075
 _FULL = 0xffffffff
+_CENTRAL_HEADER = struct.Struct("<4sxB2xHHHHIIIHHHH2xII")
+_LOCAL_HEADER = struct.Struct("<4s2xHH4xIIIHH")
 
 
 class ZipEntry(NamedTuple):
@@ -5170,9 +5030,7 @@ def read_central(artifact: Artifact, limits: Any) -> None:
     """
     start, size_bytes, number = find_central(artifact)
     if 0 < limits.max_files < number:
-        raise ArtifactRefused(f"the zip has {number:,} entries, more than the {limits.max_files:,} "
-                              "that [limits] max_files allows",
-                              "raise [limits] max_files if that is right")
+        raise exceeds(f"the zip has {number:,} entries,", f"{limits.max_files:,}", "max_files")
     artifact.tail = artifact.read_at(start, artifact.size_bytes - start)
     central = artifact.tail[:size_bytes]
     positions, offsets, position = [], [], 0
@@ -5192,40 +5050,37 @@ def read_central(artifact: Artifact, limits: Any) -> None:
 
 def find_central(artifact: Artifact) -> Tuple[int, int, int]:
     """Return the central directory's offset, size and number of entries (APPNOTE 4.3.14 to 16)."""
-    import struct
     base = max(0, artifact.size_bytes - 22 - 65535)
     tail = artifact.read_at(base, artifact.size_bytes - base)
-    ends = []
-    behind = b""
-    for found in re.finditer(re.escape(_END), tail):
+    ends, behind = [], b""
+    for found in re.finditer(b"PK\5\6", tail):
         end = found.start() + 22
         end += int.from_bytes(tail[end - 2:end], "little")
-        if end <= len(tail) and not tail[end:].strip(b"\0"):  # what is padded to a tape's record
-            ends.append(found.start())
-        elif end <= len(tail):
+        if end <= len(tail) and any(tail[end:]):
             behind = tail[end:]
-    if len(ends) != 1 and not ends and behind:
+        elif end <= len(tail):  # what follows fills up a tape's record
+            ends.append(found.start())
+    if not ends and behind:
         raise damaged(f"{len(behind)} bytes that belong to no entry lie behind its end-of-central-"
                       f"directory record: {show(behind[:60])}", "build it again, or cut them off")
     if len(ends) != 1:
         raise damaged("its end-of-central-directory record is "
                       + ("ambiguous" if ends else "missing"))
-    short = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
+    values = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
     end = base + ends[0]
-    disk, first_disk, here, number, size_bytes, start = short
-    if ends[0] >= 20 and tail[ends[0] - 20:ends[0] - 16] == _LOCATOR64:
+    if ends[0] >= 20 and tail[ends[0] - 20:ends[0] - 16] == b"PK\6\7":
         # The zip64 record that this locator points to.
-        locator = end - 20
+        locator, short = end - 20, values
         _, disk, end, disks = struct.unpack("<4sIQI", artifact.read_at(locator, 20))
         if disk or disks > 1 or not 0 <= end <= locator - 56:
             raise damaged("its zip64 locator points nowhere")
-        signature, record_bytes, _, _, *values = struct.unpack("<4sQHHIIQQQQ",
-                                                               artifact.read_at(end, 56))
-        if signature != _END64 or end + 12 + record_bytes != locator:
+        signature, record_bytes, *values = struct.unpack(  # type: ignore
+            "<4sQ4xIIQQQQ", artifact.read_at(end, 56))
+        if signature != b"PK\6\6" or end + 12 + record_bytes != locator:
             raise damaged("its zip64 record is not where it should be")
         if any(value not in (full, 0xffff, _FULL) for value, full in zip(short, values)):
             raise damaged("its zip64 and zip records disagree")
-        disk, first_disk, here, number, size_bytes, start = values
+    disk, first_disk, here, number, size_bytes, start = values
     if disk or first_disk or here != number:
         raise ArtifactRefused("the zip is split over several disks", "build it as one file")
     if start + size_bytes != end or size_bytes > MAX_CENTRAL_BYTES or size_bytes < 46 * number:
@@ -5235,20 +5090,17 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
 
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
-    import struct
-    try:
-        (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
-         extra_length, comment_length, disk, attributes, offset) = struct.unpack_from(
-            "<4sxB2xHHHHIIIHHHH2xII", central, position)
-    except struct.error:
-        raise damaged("its central directory is cut short")
     begin = position + 46
+    if begin > len(central):
+        raise damaged("its central directory is cut short")
+    (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
+     extra_length, comment_length, disk, attributes, offset) = _CENTRAL_HEADER.unpack_from(
+         central, position)
     raw_name = central[begin:begin + name_length]
-    extra = central[begin + name_length:begin + name_length + extra_length]
-    end = begin + name_length + extra_length + comment_length
-    if signature != _CENTRAL or disk not in (0, 0xffff) or end > len(central):
+    begin += name_length + extra_length
+    if signature != b"PK\1\2" or disk not in (0, 0xffff) or begin + comment_length > len(central):
         raise damaged("its central directory is malformed")
-    fields = extra_fields(extra) if extra else {}
+    fields = extra_fields(central[begin - extra_length:begin])
     size_bytes, packed_bytes, offset = zip64_values(
         fields, (size_bytes, packed_bytes, offset), raw_name)
     if flags & _ENCRYPTED:
@@ -5258,7 +5110,7 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
                      "build the zip with deflate")
     name, is_known = zip_name(raw_name, flags, system, fields)
     return ZipEntry(raw_name, name, is_known, system, flags, method, crc, packed_bytes, size_bytes,
-                    attributes, offset, zip_time(fields, date, clock)), end
+                    attributes, offset, zip_time(fields, date, clock)), begin + comment_length
 
 
 def extra_fields(extra: bytes) -> Dict[int, bytes]:
@@ -5266,22 +5118,22 @@ def extra_fields(extra: bytes) -> Dict[int, bytes]:
     fields: Dict[int, bytes] = {}
     position = 0
     while position + 4 <= len(extra):
-        kind = int.from_bytes(extra[position:position + 2], "little")
-        end = position + 4 + int.from_bytes(extra[position + 2:position + 4], "little")
-        if end <= len(extra):
-            fields.setdefault(kind, extra[position + 4:end])
-        position = end
+        kind, size_bytes = struct.unpack_from("<HH", extra, position)
+        position += 4 + size_bytes
+        if position <= len(extra):
+            fields.setdefault(kind, extra[position - size_bytes:position])
     return fields
 
 
 def zip64_values(fields: Dict[int, bytes], values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
     """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
-    if _FULL not in values:
+    saturated = values.count(_FULL)
+    if not saturated:
         return values
-    field = fields.get(_EXTRA_ZIP64, b"")
-    if len(field) < 8 * values.count(_FULL):
+    field = fields.get(0x0001, b"")
+    if len(field) < 8 * saturated:
         raise refuse(name, "its sizes are in a zip64 field that is missing")
-    full = iter([int.from_bytes(field[at:at + 8], "little") for at in range(0, len(field) - 7, 8)])
+    full = iter(struct.unpack_from(f"<{saturated}Q", field))
     return tuple(next(full) if value == _FULL else value for value in values)
 
 
@@ -5291,7 +5143,7 @@ def zip_name(raw: bytes, flags: int, system: int, fields: Dict[int, bytes]) -> T
     The Unicode path field (APPNOTE 4.6.9) counts where its CRC says that it was
     made for this name.  Info-ZIP on Unix writes UTF-8 and leaves the flag out.
     """
-    field = fields.get(_EXTRA_NAME, b"")
+    field = fields.get(0x7075, b"")
     try:
         if field[:1] == b"\1" and int.from_bytes(field[1:5], "little") == zlib.crc32(raw):
             field[5:].decode("utf-8")
@@ -5310,18 +5162,19 @@ def zip_time(fields: Dict[int, bytes], date: int, clock: int) -> Optional[int]:
 
     That has no zone; as UTC it is the same on every host.
     """
-    field = fields.get(_EXTRA_TIME, b"")
+    field = fields.get(0x5455, b"")
     if len(field) >= 5 and field[0] & 1:
         return int.from_bytes(field[1:5], "little", signed=True) * 10 ** 9
-    import calendar
+    from calendar import timegm
     try:
-        return calendar.timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
-                                clock >> 5 & 63, 2 * (clock & 31))) * 10 ** 9
+        return timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11, clock >> 5 & 63,
+                       2 * (clock & 31))) * 10 ** 9
     except ValueError:
         return None
 
 
-def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[Tuple[ZipEntry, bytes]]:
+def decode_zip(artifact: Artifact, stream: Stream,
+               counted: Callable[[bytes], bytes]) -> Iterator[Tuple[ZipEntry, bytes]]:
     """Unpack the entries' data one after the other, in one pass over the file; each begins empty.
 
     What the pass meets must be what the central directory said beforehand:
@@ -5333,20 +5186,26 @@ def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[Tuple[ZipEntry, b
         check_gap(before, entry.offset, stream)
         check_local_header(entry, stream)
         yield entry, b""
+        total_bytes = crc = 0
         for piece in unpack_entry(entry, stream):
-            yield entry, piece
+            total_bytes += len(piece)
+            crc = zlib.crc32(piece, crc)
+            if total_bytes > entry.size_bytes:
+                break
+            yield entry, counted(piece)
+        if total_bytes != entry.size_bytes or crc != entry.crc:
+            raise refuse(entry.name, "its data have not the announced size or checksum", COPY_AGAIN)
         before = entry
     check_gap(before, artifact.size_bytes - len(artifact.tail), stream)
 
 
 def check_local_header(entry: ZipEntry, stream: Stream) -> None:
     """Hold an entry's local header (APPNOTE 4.3.7) against the central directory."""
-    import struct
     signature, flags, method, crc, packed_bytes, size_bytes, name_length, extra_length = \
-        struct.unpack("<4s2xHH4xIIIHH", stream.take(30))
-    if signature != _LOCAL:
+        _LOCAL_HEADER.unpack(stream.take(30))
+    if signature != b"PK\3\4":
         raise refuse(entry.name, "its data do not begin with a local header")
-    name, extra = stream.take(name_length), stream.take(extra_length)
+    name, fields = stream.take(name_length), extra_fields(stream.take(extra_length))
     if entry.flags & _DESCRIBED_LATER:
         # Any of the three may be left for the descriptor, which is held against them as well.
         if (packed_bytes, size_bytes) == (_FULL, _FULL) and not crc:
@@ -5354,49 +5213,34 @@ def check_local_header(entry: ZipEntry, stream: Stream) -> None:
         crc = crc or entry.crc
         packed_bytes = packed_bytes or entry.packed_bytes
         size_bytes = size_bytes or entry.size_bytes
-    elif _FULL in (size_bytes, packed_bytes):
-        size_bytes, packed_bytes = zip64_values(extra_fields(extra), (size_bytes, packed_bytes), name)
-    found = name, flags, method, crc, packed_bytes, size_bytes
-    if found != (entry.raw_name, entry.flags, entry.method, entry.crc, entry.packed_bytes,
-                 entry.size_bytes):
+    else:
+        size_bytes, packed_bytes = zip64_values(fields, (size_bytes, packed_bytes), name)
+    if 0x7075 in fields and zip_name(name, flags, 0, fields) not in (
+            (entry.name, True), (entry.name, False)):
+        name = b""
+    if (name, flags, method, crc, packed_bytes, size_bytes) != (entry.raw_name, *entry[4:9]):
         raise refuse(entry.name, "its local header and the central directory disagree")
-    if b"up" in extra:
-        local_name, is_known = zip_name(name, flags, entry.system, extra_fields(extra))
-        if is_known and local_name != entry.name:
-            raise refuse(entry.name, f"its local header and the central directory disagree: the one "
-                                     f"names it {show(local_name)}")
 
 
 def unpack_entry(entry: ZipEntry, stream: Stream) -> Iterator[bytes]:
-    """Yield an entry's bytes; they must have the announced size and CRC-32."""
-    total_bytes = crc = 0
-    raw = stream.pieces(entry.packed_bytes)
-    for piece in inflate(raw, entry.name) if entry.method else map(bytes, raw):
-        total_bytes += len(piece)
-        crc = zlib.crc32(piece, crc)
-        if total_bytes > entry.size_bytes:
-            break
-        yield piece
-    if total_bytes != entry.size_bytes or crc != entry.crc:
-        raise refuse(entry.name, "its data have not the announced size or checksum", COPY_AGAIN)
-
-
-def inflate(pieces: Iterable[memoryview], name: bytes) -> Iterator[bytes]:
-    """Decode one raw deflate stream (RFC 1951) that must fill its pieces exactly."""
-    decoder = Inflater(-15)
+    """Decode an entry's data: stored, or one raw deflate stream (RFC 1951) that ends with them."""
+    pieces = map(bytes, stream.pieces(entry.packed_bytes))
+    if not entry.method:
+        yield from pieces
+        return
+    decoder = zlib.decompressobj(-15)
     try:
         for data in pieces:
-            if decoder.eof:  # zlib would collect all that follows
+            if not decoder.eof:  # else zlib would collect all that follows
+                yield from decode_piece(decoder, data)
+            elif data:
                 break
-            yield decoder.decompress(bytes(data), BLOCK_BYTES)
-            while not decoder.needs_input and not decoder.eof:
-                yield decoder.decompress(b"", BLOCK_BYTES)
         else:
             if decoder.eof and not decoder.unused_data:
                 return
     except zlib.error as error:
-        raise refuse(name, f"its data are damaged: {error}", COPY_AGAIN)
-    raise refuse(name, "its compressed data do not end where they should", COPY_AGAIN)
+        raise refuse(entry.name, f"its data are damaged: {error}", COPY_AGAIN)
+    raise refuse(entry.name, "its compressed data do not end where they should", COPY_AGAIN)
 
 
 def check_gap(entry: Optional[ZipEntry], end: int, stream: Stream) -> None:
@@ -5407,11 +5251,10 @@ def check_gap(entry: Optional[ZipEntry], end: int, stream: Stream) -> None:
     """
     allowed = {b""}
     if entry and entry.flags & _DESCRIBED_LATER:
-        import struct
-        values = entry.crc, entry.packed_bytes, entry.size_bytes
+        values = entry[6:9]
         forms = ["<IQQ"] if max(values) > _FULL else ["<IQQ", "<III"]
         allowed = {mark + struct.pack(form, *values) for form in forms
-                   for mark in (b"", _DESCRIPTOR)}
+                   for mark in (b"", b"PK\7\x08")}
     gap_bytes = end - stream.offset
     if not 0 <= gap_bytes <= 24 or stream.take(gap_bytes) not in allowed:
         raise refuse(entry.name if entry else b"",
@@ -5423,7 +5266,7 @@ def read_zip(artifact: Artifact, batches: Iterator[List[Tuple[ZipEntry, bytes]]]
     unknown = []
     entries = itertools.groupby(itertools.chain.from_iterable(batches), operator.itemgetter(0))
     for entry, group in entries:
-        member, pieces = entry.member(), (piece for _, piece in group)
+        member, pieces = entry.member(), (piece for _, piece in group if piece)
         if not entry.is_known:
             unknown.append(entry.name)
         if member.kind == SYMLINK:
@@ -5432,8 +5275,8 @@ def read_zip(artifact: Artifact, batches: Iterator[List[Tuple[ZipEntry, bytes]]]
             member = member._replace(size_bytes=0, content=b"".join(pieces))
         yield member, pieces
     if unknown:
-        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that it "
-                              f"does not tell; taken for cp437: {some_of(unknown)}")
+        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that "
+                              f"it does not tell; taken for cp437: {some_of(unknown)}")
 
 
 # -- trees on disk -----------------------------------------------------------
@@ -5442,10 +5285,9 @@ _KINDS_ON_DISK = {
     stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK, stat.S_IFIFO: "FIFO",
     stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
 
-Entry = Tuple[Member, int, os.stat_result]
 
-
-def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Entry]:
+def walk_tree(directory: int,
+              prefix: bytes = b"") -> Iterator[Tuple[Member, int, os.stat_result]]:
     """Go through a tree by descriptors, names sorted: members, open while they are handed out.
 
     The descriptor is -1 for a symlink, which is not followed, and for what
@@ -5479,6 +5321,18 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Entry]:
                 os.close(descriptor)
 
 
+def open_blocks(member: Member, descriptor: int, watch: Watch, done_bytes: int) -> Iterator[bytes]:
+    """Read an open file as far as its size went when it was opened."""
+    left_bytes = member.size_bytes
+    while left_bytes > 0:
+        watch(done_bytes + member.size_bytes - left_bytes)
+        block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
+        if not block:
+            break
+        left_bytes -= len(block)
+        yield block
+
+
 @contextmanager
 def reading_tree(artifact: Artifact) -> Iterator[None]:
     """Make an artifact that is refused of what the system refuses in a directory."""
@@ -5494,11 +5348,19 @@ def reading_tree(artifact: Artifact) -> Iterator[None]:
 
 def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] = (0, 0),
                    skipped: Iterable[Tuple[int, int]] = ()) -> Members:
-    """Go through a directory's members; ArtifactRefused for what cannot be read or changes meanwhile.
+    """Go through a directory's members; ArtifactRefused for what cannot be read, or changes.
 
     `forbidden` is a (device, inode) that must not lie inside, `skipped` are
     files to leave out.
     """
+    def read(member: Member, descriptor: int) -> Iterator[bytes]:
+        with reading_tree(artifact):
+            yield from open_blocks(member, descriptor, watch, done_bytes)
+            after = os.fstat(descriptor)
+        if (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
+            raise refuse(member.name, "it changed while it was read",
+                         "wait until nothing writes to the directory")
+
     done_bytes = 0
     with reading_tree(artifact):
         for member, descriptor, status in walk_tree(artifact.descriptor):
@@ -5506,38 +5368,10 @@ def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] 
             if identity == forbidden:
                 raise refuse(member.name, "the release would be made inside the artifact",
                              "deploy a directory that does not hold the root")
-            if identity in skipped:
-                continue
-            watch(done_bytes)
-            blocks = open_blocks(member, descriptor, watch, done_bytes)
-            yield member, read_file(artifact, member, blocks, descriptor)
-            done_bytes += member.size_bytes
-
-
-def read_file(artifact: Artifact, member: Member, blocks: Iterator[bytes],
-              descriptor: int) -> Iterator[bytes]:
-    """Read a file of a directory; ArtifactRefused where it changes meanwhile."""
-    left_bytes = member.size_bytes
-    with reading_tree(artifact):
-        for block in blocks:
-            left_bytes -= len(block)
-            yield block
-        after = os.fstat(descriptor)
-    if left_bytes or (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
-        raise refuse(member.name, "it changed while it was read",
-                     "wait until nothing writes to the directory")
-
-
-def open_blocks(member: Member, descriptor: int, watch: Watch, done_bytes: int) -> Iterator[bytes]:
-    """Read an open file as far as its size went when it was opened."""
-    left_bytes = member.size_bytes
-    while left_bytes > 0:
-        watch(done_bytes + member.size_bytes - left_bytes)
-        block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
-        if not block:
-            break
-        left_bytes -= len(block)
-        yield block
+            if identity not in skipped:
+                watch(done_bytes)
+                yield member, read(member, descriptor) if member.kind == FILE else ()
+                done_bytes += member.size_bytes
 
 
 def hash_pieces(pieces: Iterable[Any]) -> bytes:
@@ -5555,20 +5389,28 @@ def hash_stream(stream: Any) -> str:
     return sha256
 
 
-def scan_tree(directory: Directory, watch: Watch) -> Manifest:
-    """Make the manifest of a tree on disk; ArtifactRefused for what a release cannot hold."""
-    manifest: Manifest = {}
+def scan_members(directory: Directory, watch: Watch,
+                 known: Optional[Manifest] = None) -> Iterator[Member]:
+    """Go through a tree on disk as a manifest has it.
+
+    What a release cannot hold is refused (ArtifactRefused).  With a manifest
+    that is `known` nothing is, and only its files are hashed.
+    """
     done_bytes = 0
     for member, descriptor, _ in walk_tree(directory.descriptor):
-        if member.kind not in (FILE, DIRECTORY, SYMLINK):
-            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
         watch(done_bytes)
+        if known is None and member.kind not in (FILE, DIRECTORY, SYMLINK):
+            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
         content = member.content
-        if member.kind == FILE:
+        if member.kind == FILE and (known is None or member.name in known):
             content = hash_pieces(open_blocks(member, descriptor, watch, done_bytes))
-        manifest[member.name] = Member(*member[:4], None, content)
-        done_bytes += member.size_bytes
-    return manifest
+            done_bytes += member.size_bytes
+        yield Member(*member[:4], None, content)
+
+
+def scan_tree(directory: Directory, watch: Watch) -> Manifest:
+    """Make the manifest of a tree on disk."""
+    return {member.name: member for member in scan_members(directory, watch)}
 
 
 class Differences(NamedTuple):
@@ -5589,31 +5431,23 @@ class Differences(NamedTuple):
 
 def compare_tree(directory: Directory, manifest: Manifest, watch: Watch) -> Differences:
     """Hash a tree and name every path that is not as the manifest has it."""
-    reasons: Dict[bytes, str] = {}
-    unseen, added, done_bytes = set(manifest), [], 0
-    for member, descriptor, _ in walk_tree(directory.descriptor):
-        known = manifest.get(member.name)
-        if known is None:
-            added.append(member.name)
-            continue
-        unseen.discard(member.name)
-        watch(done_bytes)
-        if member.kind != known.kind:
-            reasons[member.name] = f"is a {member.kind}, was a {known.kind}"
-        elif member.kind == SYMLINK:
-            if member.content != known.content:
-                reasons[member.name] = f"leads to {os.fsdecode(member.content)}, was " \
-                                       f"{os.fsdecode(known.content)}"
-        elif member.kind == FILE and known.content != hash_pieces(
-                open_blocks(member, descriptor, watch, done_bytes)):
-            reasons[member.name] = ""
-        elif member.mode != known.mode:
-            reasons[member.name] = f"has mode {member.mode:04o}, was {known.mode:04o}"
-        done_bytes += member.size_bytes
-    changed = [os.fsdecode(name) for name in sorted(reasons)]
-    return Differences(changed, [os.fsdecode(name) for name in sorted(unseen)],
-                       [os.fsdecode(name) for name in sorted(added)],
-                       {os.fsdecode(name): why for name, why in reasons.items() if why})
+    reasons: Dict[str, str] = {}
+    unseen, added = set(manifest), []
+    for now in scan_members(directory, watch, manifest):
+        was, name = manifest.get(now.name), os.fsdecode(now.name)
+        unseen.discard(now.name)
+        if was is None:
+            added.append(name)
+        elif now.kind != was.kind:
+            reasons[name] = f"is a {now.kind}, was a {was.kind}"
+        elif now.kind == SYMLINK and now.content != was.content:
+            reasons[name] = f"leads to {os.fsdecode(now.content)}, was {os.fsdecode(was.content)}"
+        elif now.content != was.content:
+            reasons[name] = ""
+        elif now.kind != SYMLINK and now.mode != was.mode:
+            reasons[name] = f"has mode {now.mode:04o}, was {was.mode:04o}"
+    return Differences(sorted(reasons), sorted(map(os.fsdecode, unseen)), sorted(added),
+                       {name: why for name, why in reasons.items() if why})
 
 
 def close_directories(tree: Directory, manifest: Manifest) -> None:
@@ -5626,7 +5460,7 @@ def close_directories(tree: Directory, manifest: Manifest) -> None:
 # -- unpacking ---------------------------------------------------------------
 
 def members_of(artifact: Artifact, settings: Settings, watch: Watch,
-               forbidden: Tuple[int, int] = (0, 0)) -> Members:
+               forbidden: Tuple[int, int] = (0, 0)) -> Iterator[Any]:
     """Go through an artifact's members; an archive is read to its end and its digest compared."""
     if artifact.format == "directory":
         yield from read_directory(artifact, watch, forbidden)
@@ -5649,11 +5483,11 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     have not the digest that was found for them, and OSError from writing (a
     full disk) as the system gives it.
     """
-    status = os.fstat(destination.descriptor)
     place, judge = destination.descriptor, Judge(settings, artifact)
-    manifest, whole = judge.manifest, {}
+    is_directory, status = artifact.format == "directory", os.fstat(place)
     # The tree digest of a directory is that of all of it, before anything is stripped.
-    strips_directory = artifact.format == "directory" and settings.artifact.strip_components > 0
+    whole: Manifest = {}
+    manifest, strip = judge.manifest, settings.artifact.strip_components
     umask = os.umask(0)
     members = members_of(artifact, settings, watch, (status.st_dev, status.st_ino))
     try:
@@ -5666,22 +5500,22 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
                 digest = write_member(entry, pieces, place, sharer)
                 if entry.kind == FILE:
                     manifest[entry.name] = Member(*entry[:4], None, digest)
-            if strips_directory:
+            if is_directory and strip:
                 note_released(whole, member, digest)
         notes = judge.finish()
         for name in names_of(manifest, SYMLINK):
             os.symlink(manifest[name].content, name, dir_fd=place)
     except ArtifactRefused as error:
-        members.close()  # type: ignore
-        if artifact.sha256 and artifact.format != "directory":
+        members.close()
+        if artifact.sha256 and not is_directory:
             # Wrong bytes explain best why they could not be read.
             artifact.compare(artifact.read_sha256 or artifact.hash(watch))
-        raise judge.first(error)
+        judge.check(error)
     finally:
-        members.close()  # type: ignore
+        members.close()
         os.umask(umask)
-    if artifact.format == "directory":
-        artifact.read_sha256 = tree_digest(whole if strips_directory else manifest)
+    if is_directory:
+        artifact.read_sha256 = tree_digest(whole if strip else manifest)
         artifact.compare(artifact.read_sha256)
     return manifest, artifact.notes + notes
 
@@ -5690,12 +5524,11 @@ def write_member(entry: Member, pieces: Iterable[Any], place: int,
                  sharer: Optional["Sharer"] = None) -> bytes:
     """Write a file with its time, or the copy that a hard link becomes; return its SHA-256."""
     if entry.kind == HARD_LINK:  # one file changed by hand must not change another
-        descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
-        try:
-            entry = entry._replace(kind=FILE, mtime_ns=os.fstat(descriptor).st_mtime_ns)
-            return write_member(entry, iter(lambda: os.read(descriptor, BLOCK_BYTES), b""), place)
-        finally:
-            os.close(descriptor)
+        with Descriptor() as source:
+            source.descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
+            mtime_ns = os.fstat(source.descriptor).st_mtime_ns
+            blocks = iter(lambda: os.read(source.descriptor, BLOCK_BYTES), b"")
+            return write_member(entry._replace(kind=FILE, mtime_ns=mtime_ns), blocks, place)
     if sharer:
         digest, pieces = sharer.share(entry, pieces, place)
         if digest:
@@ -5717,15 +5550,14 @@ def read_members(artifact: Artifact, names: Set[str], settings: Settings,
                  watch: Watch) -> Dict[str, bytes]:
     """Return the contents of the named files, as far as there are such; nothing is written."""
     judge, found = Judge(settings, artifact), {}
-    with closing(members_of(artifact, settings, watch)) as members:  # type: ignore
+    with closing(members_of(artifact, settings, watch)) as members:
         for member, pieces in members:
             entry = judge.admit(member)
-            name = os.fsdecode(entry.name) if entry else ""
-            if entry and entry.kind == FILE and name in names:
+            if entry and entry.kind == FILE and os.fsdecode(entry.name) in names:
                 if member.size_bytes > MAX_SIDECAR_BYTES:
                     raise refuse(member.name, f"it is larger than {format_size(MAX_SIDECAR_BYTES)}",
                                  "make it smaller")
-                found[name] = b"".join(pieces)
+                found[os.fsdecode(entry.name)] = b"".join(pieces)
                 if len(found) == len(names):
                     break
     judge.check()
@@ -5736,11 +5568,11 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
 class Sharer(Descriptor):
-    """Lets files that are the same in the live release take no space again, by reflink or hard link.
+    """Lets files that are the same in the live release take no space again.
 
     The live release's file of the same name, size and mode is read along with
     the new bytes: whether it is the same is not a question of digests written
-    down earlier.
+    down earlier.  `how` is reflink, hardlink or no.
     """
 
     def __init__(self, release: Directory, how: str) -> None:
@@ -5766,6 +5598,7 @@ class Sharer(Descriptor):
                 same_bytes += len(piece)
             else:
                 if self._make(entry, twin, then, place):
+                    os.close(twin)
                     return hasher.digest(), ()
         except BaseException:
             os.close(twin)
@@ -5779,22 +5612,26 @@ class Sharer(Descriptor):
             if parent != self._parent:  # members come directory by directory
                 self.close()
                 self._parent = parent
-                found = self._release.walk_to(os.fsdecode(parent))
-                self.descriptor, found.descriptor = found.descriptor, -1
+                self.descriptor = os.dup(self._release.descriptor)
+                for name in parent.split(b"/") if parent else ():
+                    above, self.descriptor = self.descriptor, -1
+                    try:
+                        self.descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=above)
+                    finally:
+                        os.close(above)
             if self.descriptor < 0:
                 return -1
             twin = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
         except OSError:
             return -1
         status = os.fstat(twin)
-        is_link = self._how == "hardlink"
-        if (status.st_mode, status.st_size, status.st_uid) == (
-                stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid()) and not (
-                is_link and (entry.mtime_ns not in (None, status.st_mtime_ns)
-                             or has_attributes(twin))):
-            return twin
-        os.close(twin)
-        return -1
+        fits = (status.st_mode, status.st_size, status.st_uid) == (
+            stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid())
+        if fits and self._how == "hardlink":  # its time and attributes would be the new file's
+            fits = entry.mtime_ns in (None, status.st_mtime_ns) and not has_attributes(twin)
+        if not fits:
+            os.close(twin)
+        return twin if fits else -1
 
     def _make(self, entry: Member, twin: int, then: os.stat_result, place: int) -> bool:
         """Make the new file; False where that cannot be, and its bytes must be written."""
@@ -5810,13 +5647,11 @@ class Sharer(Descriptor):
             if error.errno != errno.EMLINK:
                 self._how = "no"
             return False
-        now = os.fstat(twin)
-        after = os.stat(entry.name, dir_fd=place, follow_symlinks=False)
-        if (after.st_size, now.st_size, now.st_mtime_ns) != (
-                then.st_size, then.st_size, then.st_mtime_ns) or self._how == "hardlink" and (
-                after.st_dev, after.st_ino) != (then.st_dev, then.st_ino):
+        now, after = os.fstat(twin), os.stat(entry.name, dir_fd=place, follow_symlinks=False)
+        is_other = self._how == "hardlink" and not os.path.samestat(after, then)
+        if is_other or (after.st_size, now.st_size, now.st_mtime_ns) != (
+                then.st_size, then.st_size, then.st_mtime_ns):
             raise changed_meanwhile(entry)
-        os.close(twin)
         self.shared_files += 1
         return True
 
@@ -5841,7 +5676,7 @@ def changed_meanwhile(entry: Member) -> OSError:
 
 
 def has_attributes(descriptor: int) -> bool:
-    """Tell whether a file has attributes of its own (capabilities, ACLs), which a link would have."""
+    """Tell whether a file has attributes of its own (capabilities, ACLs)."""
     try:
         return bool(set(os.listxattr(descriptor)) - {"security.selinux"})
     except (OSError, AttributeError):
@@ -5849,7 +5684,7 @@ def has_attributes(descriptor: int) -> bool:
 
 
 def clone(entry: Member, twin: int, place: int) -> None:
-    """Make a file that shares another's blocks until one is changed; OSError where that cannot be."""
+    """Make a file that shares another's blocks until one is changed."""
     descriptor = os.open(entry.name, _CREATE_FLAGS, entry.mode, dir_fd=place)
     try:
         fcntl.ioctl(descriptor, _FICLONE, twin)
@@ -5862,106 +5697,48 @@ def clone(entry: Member, twin: int, place: int) -> None:
         os.close(descriptor)
 
 
-# -- what it will cost -------------------------------------------------------
+# -- what it will cost, and packing --------------------------------------------
 
 GUESSED_RATIO = {"tar.gz": 4, "tar.bz2": 5, "tar.xz": 6, "tar.zst": 5, "tar": 1}
 GUESSED_FILE_BYTES = 16 << 10
+PACKED_SECONDS = 315532800  # 1980-01-01, the first that a zip could hold as well
 
 
 def estimate_cost(artifact: Artifact) -> None:
     """Estimate what an artifact will take on disk without reading it through."""
+    packed_bytes = artifact.size_bytes
     if artifact.format == "zip":
         artifact.files = len(artifact.entries)  # and read_central has added up the bytes
     elif artifact.format == "directory":
-        artifact.expanded_bytes = artifact.files = 0
         with reading_tree(artifact):
-            for member, _, _ in walk_tree(artifact.descriptor):
-                artifact.files += 1
-                artifact.expanded_bytes += member.size_bytes
+            sizes = [member.size_bytes for member, _, _ in walk_tree(artifact.descriptor)]
+        artifact.expanded_bytes, artifact.files = sum(sizes), len(sizes)
     else:
-        known_bytes = 0
-        if artifact.format == "tar.gz":
-            known_bytes = gzip_size(artifact)
-        elif artifact.format == "tar.xz":
-            known_bytes = xz_size(artifact)
-        artifact.expanded_bytes = known_bytes or artifact.size_bytes * GUESSED_RATIO[artifact.format]
+        artifact.expanded_bytes = packed_bytes * GUESSED_RATIO[artifact.format]
+        artifact.counted = artifact.exact = False
+        if artifact.format == "tar.gz" and packed_bytes >= 18:
+            # The trailer says it modulo 4 GiB (RFC 1952): believed where it must be near.
+            said_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
+            while said_bytes < packed_bytes and packed_bytes > 1 << 29:
+                said_bytes += 1 << 32
+            if packed_bytes <= said_bytes <= 1032 * packed_bytes:
+                artifact.expanded_bytes, artifact.exact = said_bytes, packed_bytes < 1 << 29
         artifact.files = artifact.expanded_bytes // GUESSED_FILE_BYTES + 1
-        artifact.counted = False
-        # Above 4 GiB gzip's own number is a guess; it is believed where it must be near.
-        believed = artifact.format == "tar.xz" or artifact.size_bytes < 1 << 29
-        artifact.exact = bool(known_bytes) and believed
-
-
-def gzip_size(artifact: Artifact) -> int:
-    """Return what the gzip trailer says (RFC 1952: modulo 4 GiB), 0 when that cannot be."""
-    packed_bytes = artifact.size_bytes
-    if packed_bytes < 18:
-        return 0
-    size_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
-    while size_bytes < packed_bytes and packed_bytes > 1 << 29:
-        size_bytes += 1 << 32
-    return size_bytes if packed_bytes <= size_bytes <= 1032 * packed_bytes else 0
-
-
-def xz_size(artifact: Artifact) -> int:
-    """Return what the index of a single xz stream adds up to, 0 where it is not that simple."""
-    footer = artifact.read_at(max(0, artifact.size_bytes - 12), min(12, artifact.size_bytes))
-    index_bytes = (int.from_bytes(footer[4:8], "little") + 1) * 4
-    start = artifact.size_bytes - 12 - index_bytes
-    if footer[10:] != b"YZ" or start < 12 or index_bytes > MAX_SIDECAR_BYTES:
-        return 0
-    numbers, value, shift = [], 0, 0
-    for byte in artifact.read_at(start, index_bytes - 4)[1:]:  # seven bits each, the lowest first
-        value |= (byte & 0x7f) << shift
-        shift += 7
-        if shift > 63:  # the format's own limit; else one number costs the square of its length
-            break
-        if byte < 0x80:
-            numbers.append(value)
-            value = shift = 0
-    records = numbers[0] if numbers else 0
-    packed, sizes = numbers[1:2 * records + 1:2], numbers[2:2 * records + 1:2]
-    return sum(sizes) if 12 + sum(size + -size % 4 for size in packed) == start else 0
-
-
-# -- packing -----------------------------------------------------------------
-
-PACKED_SECONDS = 315532800  # 1980-01-01, the first that a zip could hold as well
 
 
 def tar_header(member: Member) -> bytes:
-    """Write a ustar header, with a pax header before it where ustar cannot say it."""
-    name = member.name + (b"/" if member.kind == DIRECTORY else b"")
-    seconds, fraction = divmod(member.mtime_ns or 0, 10 ** 9)
-    size_bytes, records = member.size_bytes, b""
-    for key, value, fits_in in (
-            (b"path", name, len(name) <= 100),
-            (b"linkpath", member.content, len(member.content) <= 100),
-            (b"size", b"%d" % size_bytes, size_bytes < 8 << 30),
-            (b"mtime", b"%d.%09d" % (seconds, fraction), not fraction and 0 <= seconds < 8 << 30)):
-        if not fits_in:
-            # `length key=value`, the length including its own digits (POSIX pax).
-            length = len(key) + len(value) + 3
-            length += len(str(length + len(str(length))))
-            records += b"%d %s=%s\n" % (length, key, value)
-    extended = b""
-    if records:
-        extended = ustar_block(Member(b"pax_header", "", 0o644, len(records)), b"x")
-        extended += records + bytes(-len(records) % TAR_BLOCK_BYTES)
-    flag = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind]
-    return extended + ustar_block(member._replace(name=name), flag)
-
-
-def ustar_block(member: Member, flag: bytes) -> bytes:
-    """Write one header block of type `flag`; what does not fit is cut, as pax headers have it."""
-    import struct
-    size_bytes = member.size_bytes if member.size_bytes < 8 << 30 else 0
-    seconds = min(max(0, (member.mtime_ns or 0) // 10 ** 9), (8 << 30) - 1)
-    block = struct.pack(
-        "100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x", member.name[:100], b"%07o" % member.mode,
-        b"0000000", b"0000000", b"%011o" % size_bytes, b"%011o" % seconds, b" " * 8, flag,
-        member.content[:100], b"ustar\x0000", b"root", b"root", b"0000000", b"0000000", b"")
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+    """Write a member's header as GNU tar does, or with a pax header where its time has a fraction."""
+    import tarfile
+    info = tarfile.TarInfo(os.fsdecode(member.name))
+    info.size, info.mode = member.size_bytes, member.mode
+    info.linkname = os.fsdecode(member.content)
+    info.uname = info.gname = "root"
+    info.type = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind]
+    info.mtime, fraction = divmod(member.mtime_ns or 0, 10 ** 9)
+    if fraction:
+        info.pax_headers = {"mtime": f"{info.mtime}.{fraction:09}"}
+    form = tarfile.PAX_FORMAT if fraction else tarfile.GNU_FORMAT
+    return bytes(info.tobuf(form, "utf-8", "surrogateescape"))
 
 
 def is_stale(name: bytes, data: bytes, seconds: int) -> bool:
@@ -5976,13 +5753,13 @@ def is_stale(name: bytes, data: bytes, seconds: int) -> bool:
 
 def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],
                found: Dict[str, List[bytes]]) -> Iterator[Any]:
-    """Write members as tar, judged as an artifact would be; `found` takes names by what they are."""
+    """Write members as tar, judged as an artifact would be; `found` takes names by their kind."""
     for member, pieces in members:
         mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
-        if member.kind == SYMLINK:
-            mode = 0o777
         mtime_ns = member.mtime_ns if seconds is None else seconds * 10 ** 9
-        packed = member._replace(name=prefix + member.name, mode=mode, mtime_ns=mtime_ns)
+        packed = member._replace(
+            name=prefix + member.name, mode=0o777 if member.kind == SYMLINK else mode,
+            mtime_ns=mtime_ns)
         judge.admit(packed)
         if judge.refused:
             continue
@@ -5991,22 +5768,13 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
             found["files"].append(member.name)
             if not member.mode & 0o044:
                 found["private"].append(member.name)
-            for piece in pieces:
-                if seconds is not None and is_stale(member.name, piece, seconds):
-                    found["stale"].append(member.name)
-                yield piece
-            yield bytes(-member.size_bytes % TAR_BLOCK_BYTES)
+        for piece in pieces:
+            if seconds is not None and is_stale(member.name, piece, seconds):
+                found["stale"].append(member.name)
+            yield piece
+        yield bytes(-member.size_bytes % TAR_BLOCK_BYTES)
     judge.finish()
     yield bytes(2 * TAR_BLOCK_BYTES)
-
-
-def packed_seconds() -> int:
-    """Return the one time that packed files get: $SOURCE_DATE_EPOCH, else 1980-01-01."""
-    text = environment("SOURCE_DATE_EPOCH")
-    if text and not re.match(r"\d{1,11}\Z", text):
-        raise UsageError(f"SOURCE_DATE_EPOCH={text} is no number of seconds",
-                         "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
-    return int(text or PACKED_SECONDS)
 
 
 def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch, *,
@@ -6014,16 +5782,21 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
     """Write a directory as a reproducible .tar.gz and its .sha256; return what it is, and warnings.
 
     The same tree gives the same bytes: names sorted, owners root, modes 0644
-    and 0755, one time.  What could not be deployed is refused (ArtifactRefused);
-    nothing is left at `target` then, nor where `watch` raises.
+    and 0755, one time ($SOURCE_DATE_EPOCH, else 1980-01-01).  What could not be
+    deployed is refused (ArtifactRefused); nothing is left at `target` then, nor
+    where `watch` raises.
     """
+    epoch = environment("SOURCE_DATE_EPOCH")
+    if epoch and not re.match(r"\d{1,11}\Z", epoch):
+        raise UsageError(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds",
+                         "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
+    seconds = None if keep_mtimes else int(epoch or PACKED_SECONDS)
     directory, base = os.path.split(absolute(target))
-    temporary, seconds = temporary_name(base), None if keep_mtimes else packed_seconds()
-    top = clean_name(os.fsencode(prefix) + b"/") + b"/" if prefix.strip("/.") else b""
+    temporary, top = temporary_name(base), clean_name(os.fsencode(prefix))
     encoder, hasher = zlib.compressobj(6, zlib.DEFLATED, 31), hashlib.sha256()
     found: Dict[str, List[bytes]] = {"files": [], "private": [], "stale": []}
     size_bytes = expanded_bytes = 0
-    with Artifact.open(source, settings.limits) as artifact, \
+    with Artifact(source, settings.limits) as artifact, \
             Directory.open(os.path.realpath(directory)) as place:
         if artifact.format != "directory":
             raise ArtifactRefused(f"{artifact.path} is not a directory", "pack takes a directory")
@@ -6033,14 +5806,14 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
             own = [place.status(name) for name in (temporary, base, base + ".sha256")]
             members = read_directory(artifact, watch, skipped={
                 (status.st_dev, status.st_ino) for status in own if status})
-            pieces = tar_pieces(members, Judge(settings, artifact), top, seconds, found)
+            pieces = tar_pieces(members, Judge(settings, artifact), top + b"/" if top else b"",
+                                seconds, found)
             for piece in itertools.chain(pieces, [None]):
                 data = encoder.flush() if piece is None else encoder.compress(piece)
                 expanded_bytes += len(piece or b"")
                 size_bytes += len(data)
                 hasher.update(data)
                 write_all(descriptor, data)
-                watch(expanded_bytes)
             os.fsync(descriptor)
             place.rename(temporary, place, base)
         except BaseException:
@@ -6049,29 +5822,23 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
         finally:
             os.close(descriptor)
         place.write(base + ".sha256", digest_line(hasher.hexdigest(), os.fsencode(base)), 0o644)
-    warnings = pack_warnings(found)
+    warnings = [text.format(count(len(found[word]), "file"), some_of(found[word]))
+                for word, text in PACK_WARNINGS if found[word]]
     most_bytes, option = expansion_limit("tar.gz", size_bytes, settings.limits)
     if expanded_bytes > most_bytes:
         warnings.append(f"it expands to {format_size(expanded_bytes)}, more than [limits] {option} "
                         f"allows: it will be refused where {option} is not raised")
-    return {"sha256": hasher.hexdigest(), "size": size_bytes, "files": len(found["files"])}, warnings
+    made = {"sha256": hasher.hexdigest(), "size": size_bytes, "files": len(found["files"])}
+    return made, warnings
 
 
-def pack_warnings(found: Dict[str, List[bytes]]) -> List[str]:
-    """Say what of a packed directory will not be in a release as it was there."""
-    warnings = []
-    private, stale = found["private"], found["stale"]
-    if private:
-        warnings.append(
-            f"{count(len(private), 'file')} that only the owner could read will be readable for "
-            f"all in a release: {some_of(private)}; what is secret belongs into shared/, not into "
-            f"an artifact")
-    if stale:
-        warnings.append(
-            f"{count(len(stale), 'file')} of bytecode will be stale, and written anew in the "
-            f"release: {some_of(stale)}; pack with --keep-mtimes or without __pycache__, or compile "
-            f"with python3 -m compileall --invalidation-mode unchecked-hash")
-    return warnings
+PACK_WARNINGS = (
+    ("private", "{} that only the owner could read will be readable for all in a release: {}; what "
+                "is secret belongs into shared/, not into an artifact"),
+    ("stale", "{} of bytecode will be stale, and written anew in the release: {}; pack with "
+              "--keep-mtimes or without __pycache__, or compile with python3 -m compileall "
+              "--invalidation-mode unchecked-hash"),
+)
 
 
 # ============================================================================
@@ -7404,7 +7171,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
-    run.artifact = artifact = Artifact.open(path, settings.limits)
+    run.artifact = artifact = Artifact(path, settings.limits)
     real = os.path.realpath(artifact.path)
     for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.

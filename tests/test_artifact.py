@@ -36,7 +36,7 @@ def nothing(done_bytes):
 
 def opened(path, **values):
     """Open an artifact under the default limits, or others."""
-    return deploy.Artifact.open(path, settings(**values).limits)
+    return deploy.Artifact(path, settings(**values).limits)
 
 
 class Unpacked(NamedTuple):
@@ -72,7 +72,7 @@ class Bench:
         self.release = os.path.join(self.path, f"release{self.number}")
         os.mkdir(self.release, 0o700)
         chosen = settings(**values)
-        with deploy.Artifact.open(path, chosen.limits) as artifact, deploy.Directory.open(self.release) as destination:
+        with deploy.Artifact(path, chosen.limits) as artifact, deploy.Directory.open(self.release) as destination:
             artifact.sha256 = expected
             manifest, notes = deploy.unpack(artifact, destination, chosen, nothing)
             return Unpacked(manifest, artifact.read_sha256, deploy.count_members(manifest), notes)
@@ -329,7 +329,7 @@ def test_stopping_early_leaves_no_thread_and_no_child(bench):
 
 def test_memory_is_64_mib_and_half_a_kilobyte_for_each_member(bench):
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import deploy\n"
-              "d = deploy.Directory.open(sys.argv[3]); s = deploy.Settings({}, []); a = deploy.Artifact.open(sys.argv[2], s.limits)\n"
+              "d = deploy.Directory.open(sys.argv[3]); s = deploy.Settings({}, []); a = deploy.Artifact(sys.argv[2], s.limits)\n"
               "u = deploy.unpack(a, d, s, lambda n: None)\n"
               "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
     path = bench.path + "/many.tar"
@@ -717,7 +717,7 @@ def test_a_member_too_large_to_read_is_refused(bench):
             deploy.read_members(artifact, {"a"}, settings(), nothing)
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz", "tar.bz2"])
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2"])
 def test_the_cost_is_estimated_without_reading(bench, kind):
     data = tar(entry(b"a", os.urandom(300000)))
     with opened(bench.artifact(FORMATS[kind](data))) as artifact:

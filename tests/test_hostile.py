@@ -378,8 +378,8 @@ TAR_DAMAGE = {
     "xz-dictionary-of-4-gib": Case(xz_with_dictionary(40), "(?i)memory"),
     "xz-dictionary-of-192-mib": Case(xz_with_dictionary(31), "(?i)memory"),
     "xz-within-xz-dictionaries": Case(lzma.compress(b"") + xz_with_dictionary(40), "(?i)memory"),
-    "xz-index-of-2-to-the-62": Case(xz_with_index(1 << 62), "max_expanded"),
-    "xz-index-of-40-tib": Case(xz_with_index(40 << 40), "max_expanded"),
+    "xz-index-of-2-to-the-62": Case(xz_with_index(1 << 62), "damaged"),
+    "xz-index-of-40-tib": Case(xz_with_index(40 << 40), "damaged"),
     "zst-cut": Case(lambda sentinel: cut(zstd(WHOLE), 0.6), "damaged"),
     "zst-damaged": Case(lambda sentinel: flipped(zstd(WHOLE, "--check"), -3), "damaged"),
     "zst-window-of-2-gib": Case(
