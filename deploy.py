@@ -4051,7 +4051,7 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
         why = f"; {version!r} means whichever release that is" if version in ROLES else ""
         raise ArtifactRefused(
             f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}{why}",
-            "name the artifact by the pattern and its version, or correct the pattern")
+            "name the artifact by the pattern, or correct that, or give --release-version")
     return version
 
 

@@ -68,7 +68,7 @@ def wide_modes(monkeypatch: Any) -> None:
 
 def wrong_numbers(monkeypatch: Any) -> None:
     """A number that cannot be read is another error."""
-    monkeypatch.setattr(fuzz.deploy, "tar_number", lambda field, name: int(field.strip(b" \0") or b"0", 8))
+    monkeypatch.setattr(fuzz.deploy, "tar_number", lambda field: int(field.strip(b" \0") or b"0", 8))
 
 
 @once_in_ci
