@@ -1832,11 +1832,17 @@ class Interrupts:
 _PORT = (r"(?!0)(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]"
          r"|6553[0-5])")
 _ADDRESS = rf"(?:([^\s,]*):)?({_PORT})(?![^\s,])"
-
-
-def _size(text: str) -> int:
-    digits = text.rstrip("kKMGT")
-    return int(digits) << 10 * "_KMGT".index(text[len(digits):].upper() or "_")
+_STATUS = r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?"
+_SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
+QUOTES = " '\"[](){}"
+# What stands in quotes, or behind a backslash, is nothing to a shell either.
+_QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
+_SHELL_SYNTAX = re.compile(
+    r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
+SHELL_WORDS = frozenset(
+    ". : alias bg bind builtin case cd declare eval exec exit export fg for function hash history "
+    "if jobs let local popd pushd read readonly return set shift shopt source times trap type "
+    "typeset ulimit umask unalias unset until wait while { ( !".split())
 
 
 def _duration(text: str) -> float:
@@ -1853,7 +1859,7 @@ def _plain(text: str) -> str:
     if comment:
         right = text[:comment.start()].rstrip()
         raise ValueError(f"a comment needs a line of its own; write {right}")
-    if text[:1] in ("'", '"', "[", "(", "{"):
+    if text.startswith(("'", '"', "[", "(", "{")):
         raise ValueError(f"quotes and brackets would be part of it; write {text.strip(QUOTES)}")
     if "\n" in text:
         raise ValueError("expected one line")
@@ -1863,13 +1869,13 @@ def _plain(text: str) -> str:
 def _path(text: str) -> str:
     if text.startswith("~") or re.search(r"\$[A-Za-z_{(]", text):
         raise ValueError("`~` and `$NAME` are not replaced here; write the path in full")
-    return native(_plain(text))
+    return _plain(text) and native(text)
 
 
 def _relative(text: str) -> str:
     path = os.path.normpath(_path(text)) if text else ""
     parts = path.split("/")
-    if path.startswith("/") or parts[0] in ("..", ".") or any(ord(c) < 32 for c in path) \
+    if path.startswith("/") or parts[0] in ("..", ".") or re.search(r"[\0-\x1f]", path) \
             or max(len(os.fsencode(part)) for part in parts) > MAX_NAME_BYTES \
             or len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise ValueError(f"expected a relative path that stays inside, not {text!r}")
@@ -1883,7 +1889,7 @@ def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]
         for line in lines:
             if not re.search(r"\s[#;]", line) and re.search(apart, line):
                 items = [item.strip(QUOTES) for item in re.split(apart, line)]
-                right = " and ".join(item for item in items if item)
+                right = " and ".join(filter(None, items))
                 raise ValueError(f"expected one a line; write {right} on a line of its own each")
         return [read(line) for line in lines]
     return read_lines
@@ -1893,21 +1899,22 @@ def _argv(text: str) -> List[str]:
     """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
     words = shlex.split(text)
-    if words[:1] == [""]:
-        raise ValueError("the first word is a program's name, and it is empty")
-
-    def inner(quoted: Any) -> str:  # of a word in double quotes a shell reads `$` and backquotes
-        return "_" + "".join(re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or ""))
-    found = _SHELL_SYNTAX.search(_QUOTED.sub(inner, text))
+    first = words[0] if words else "-"
+    # Of a word in double quotes a shell reads `$` and backquotes.
+    bare = _QUOTED.sub(lambda quoted: "_" + "".join(
+        re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), text)
+    found = _SHELL_SYNTAX.search(bare)
     line = f"sh -c {shlex.quote(text)}"
+    if not first:
+        raise ValueError("the first word is a program's name, and it is empty")
     if found:
         raise ValueError(f"{found.group()} is for a shell, and none runs here; write {line}, "
                          "or put it in single quotes where it is meant as it stands")
-    if words and words[0] in SHELL_WORDS:
-        raise ValueError(f"{words[0]} is no program but a shell's own word; write {line}")
-    if words and re.match(r"[A-Za-z_]\w*=", words[0]):
-        name, _, value = words[0].partition("=")
-        raise ValueError(f"{words[0]} is no program; write {name} = {value} into [env], or {line}")
+    if first in SHELL_WORDS:
+        raise ValueError(f"{first} is no program but a shell's own word; write {line}")
+    if re.match(r"[A-Za-z_]\w*=", first):
+        right = " = ".join(first.split("=", 1))
+        raise ValueError(f"{first} is no program; write {right} into [env], or {line}")
     return words
 
 
@@ -1926,22 +1933,21 @@ def _regex(text: str) -> str:
 def _statuses(text: str) -> List[Tuple[int, int]]:
     found = re.findall(r"([1-5][0-9]{2})(?:\s*-\s*([1-5][0-9]{2}))?", text)
     ranges = [(int(low), int(high or low)) for low, high in found]
-    for low, high in ranges:
-        if high < low:
-            raise ValueError(f"{low}-{high} ends before it begins")
+    if any(low > high for low, high in ranges):
+        raise ValueError("a range ends before it begins")
     return ranges
 
 
 def _syslog(text: str) -> Optional[Tuple[str, int]]:
     """Read a socket's path as (path, 0), udp://HOST:PORT as (host, port), nothing as None."""
-    found = re.match(rf"udp://(.*):({_PORT})\Z", text)
-    if found:
-        return found.group(1).strip("[]"), int(found.group(2))
+    host, _, port = text.replace("udp://", "").rpartition(":")
+    if text.startswith("udp://"):
+        return host.strip("[]"), int(port)
     return (native(text), 0) if text else None
 
 
 def _events(text: str) -> List[str]:
-    known = [name for name, _ in NOTIFY_EVENTS]
+    known = dict(NOTIFY_EVENTS)
     words = re.findall(r"[^\s,]+", text)
     for word in words or [""]:
         if word not in known:
@@ -1949,88 +1955,80 @@ def _events(text: str) -> List[str]:
     return words
 
 
-QUOTES = " '\"[](){}"
-# What stands in quotes, or behind a backslash, is nothing to a shell either.
-_QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
-_SHELL_SYNTAX = re.compile(
-    r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
-SHELL_WORDS = frozenset(
-    ". : alias bg bind builtin case cd declare eval exec exit export fg for function hash history "
-    "if jobs let local popd pushd read readonly return set shift shopt source times trap type "
-    "typeset ulimit umask unalias unset until wait while { ( !".split())
-BOOLEANS = {"yes": True, "true": True, "on": True, "1": True,
-            "no": False, "false": False, "off": False, "0": False}
-
-_STATUS = r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?"
-
-# kind: (what the documentation calls it, the pattern of its whole text, what was expected where it
-# does not fit, how it is read).  What the reading cannot do raises ValueError with words of its
-# own, or KeyError.  A kind that is not here is a choice, written `one|two|three`.
+# kind: (what the documentation calls it, what was expected where its text does not fit, the pattern
+# of the whole text, how it is read).  What the reading cannot do raises ValueError with words of
+# its own, or KeyError.  A kind that is not here is a choice, written `one|two|three`.
+_ANY = r"(?s).*"
+_TIME = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
 KINDS: Dict[str, Tuple[str, str, str, Callable[[str], Any]]] = {
-    "text": ("text", r"(?s).*", "", str),
-    "name": ("text", r"(?s).*", "", _plain),
-    "names": ("one a line", r"(?s).*", "", _lines(_plain, r"[\s,]")),
-    "list": ("one a line", r"(?s).*", "", _lines(_plain, ",")),
-    "unit": ("systemd unit", r"(?!-)[^,/*?\[]*",
-             "the name of one unit; another one is another [service:NAME]", _plain),
-    "path": ("path", r"(?s).*", "", _path),
-    "private": ("path", r"(?s).*", "", _path),
-    "paths": ("paths, one a line", r"(?s).*", "", _lines(_path, ",")),
-    "relative": ("relative path", r"(?s).*", "", _relative),
-    "relatives": ("relative paths, one a line", r"(?s).*", "", _lines(_relative, ",")),
-    "int": ("number", r"[0-9]{1,18}", "a whole number, 0 or more, of at most 18 digits", int),
-    "times": ("number", r"0*[1-9][0-9]{0,17}", "a whole number, 1 or more", int),
-    "exit_code": ("number", r"[1-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5]", "1 to 255", int),
-    "factor": ("number", r"[1-9][0-9]{0,8}(\.[0-9]{1,9})?",
-               "a number such as 1.5, 1 or more: waits do not get shorter", float),
-    "share": ("number", r"0(\.[0-9]{1,9})?|1(\.0{1,9})?", "a share between 0 and 1", float),
-    "size": ("size", r"[0-9]{1,12}[kKMGT]?", "a size such as 64k, 10M or 2G", _size),
-    "duration": ("duration", r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)",
-                 "a duration such as 500ms, 3s, 2m or 1h", _duration),
-    "limit": ("duration", r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)",
-              "a duration such as 500ms, 3s, 2m or 1h, and more than 0s", _duration),
-    "bool": ("yes or no", r".*", "yes or no", lambda text: BOOLEANS[text.lower()]),
-    "mode": ("file mode", r"0?[0-7]{3}", "a file mode such as 0640", lambda text: int(text, 8)),
-    "argv": ("command", r"(?s).*", "", _argv),
-    "commands": ("commands, one a line", r"(?s).*", "", _lines(_argv, r"\A\Z")),
-    "regex": ("regular expression", r"(?s).*", "", _regex),
-    "statuses": ("status codes", rf"\s*{_STATUS}(\s*,\s*{_STATUS})*\s*",
-                 "HTTP status codes such as 200-299, 301", _statuses),
-    "addresses": ("[host:]port, one a line", rf"[\s,]*({_ADDRESS}[\s,]*)*", "PORT or HOST:PORT",
+    "text": ("text", "", _ANY, str),
+    "name": ("text", "", _ANY, _plain),
+    "names": ("one a line", "", _ANY, _lines(_plain, r"[\s,]")),
+    "list": ("one a line", "", _ANY, _lines(_plain, ",")),
+    "unit": ("systemd unit", "the name of one unit; another one is another [service:NAME]",
+             r"(?!-)[^,/*?\[]*", _plain),
+    "path": ("path", "", _ANY, _path),
+    "private": ("path", "", _ANY, _path),
+    "paths": ("paths, one a line", "", _ANY, _lines(_path, ",")),
+    "relative": ("relative path", "", _ANY, _relative),
+    "relatives": ("relative paths, one a line", "", _ANY, _lines(_relative, ",")),
+    "int": ("number", "a whole number, 0 or more, of at most 18 digits", r"[0-9]{1,18}", int),
+    "times": ("number", "a whole number, 1 or more", r"0*[1-9][0-9]{0,17}", int),
+    "exit_code": ("number", "1 to 255", r"[1-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5]", int),
+    "factor": ("number", "a number such as 1.5, 1 or more: waits do not get shorter",
+               r"[1-9][0-9]{0,8}(\.[0-9]{1,9})?", float),
+    "share": ("number", "a share between 0 and 1", r"0(\.[0-9]{1,9})?|1(\.0{1,9})?", float),
+    "size": ("size", "a size such as 64k, 10M or 2G", r"[0-9]{1,12}[kKMGT]?",
+             lambda text: int(text.rstrip("kKMGT")) << _SHIFTS.get(text[-1:].upper(), 0)),
+    "duration": ("duration", "a duration such as 500ms, 3s, 2m or 1h", _TIME, _duration),
+    "limit": ("duration", "a duration such as 500ms, 3s, 2m or 1h, and more than 0s",
+              rf"(?=.*[1-9]){_TIME}", _duration),
+    "bool": ("yes or no", "yes or no", r"(?i)yes|true|on|1|no|false|off|0",
+             lambda text: text.lower() in ("yes", "true", "on", "1")),
+    "mode": ("file mode", "a file mode such as 0640", r"0?[0-7]{3}", lambda text: int(text, 8)),
+    "argv": ("command", "", _ANY, _argv),
+    "commands": ("commands, one a line", "", _ANY, _lines(_argv, r"\A\Z")),
+    "regex": ("regular expression", "", _ANY, _regex),
+    "statuses": ("status codes", "HTTP status codes such as 200-299, 301",
+                 rf"\s*{_STATUS}(\s*,\s*{_STATUS})*\s*", _statuses),
+    "addresses": ("[host:]port, one a line", "PORT or HOST:PORT", rf"[\s,]*({_ADDRESS}[\s,]*)*",
                   lambda text: [(host.strip("[]"), int(port))
                                 for host, port in re.findall(_ADDRESS, text)]),
     "syslog": ("/dev/log or udp://HOST:PORT",
-               rf"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):{_PORT}",
-               "/dev/log, another socket's path, or udp://HOST:PORT", _syslog),
-    "events": ("events", r"(?s).*", "", _events),
-    "pattern": ("text", r".*@v.*", "@v where the version stands", _plain),
-    "signal": ("name of a signal", r"(?i)(SIG)?[A-Z0-9]+", "the name of a signal, such as HUP",
+               "/dev/log, another socket's path, or udp://HOST:PORT",
+               rf"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):{_PORT}", _syslog),
+    "events": ("events", "", _ANY, _events),
+    "pattern": ("text", "@v where the version stands", r".*@v.*", _plain),
+    "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
 
 
 def read_value(kind: str, text: str) -> Any:
     """Read a text as a kind of value; ValueError says what was expected."""
-    if kind not in KINDS:
-        choices = kind.split("|")
-        if text not in choices:
-            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
-        return text
-    _, pattern, expected, read = KINDS[kind]
-    if not re.fullmatch(pattern, text):
-        raise ValueError(f"expected {expected}")
+    choices = kind.split("|")
+    _, expected, pattern, read = KINDS.get(
+        kind, ("", f"{', '.join(choices[:-1])} or {choices[-1]}", kind, str))
     try:
-        return read(text)
+        if re.fullmatch(pattern, text):
+            return read(text)
     except KeyError:
-        raise ValueError(f"expected {expected}")
+        pass  # it looks like one, and is none
+    raise ValueError(f"expected {expected}")
+
+
+def read_table(columns: int, text: str) -> Iterator[List[str]]:
+    """Read rows of cells two or more spaces apart, `-` for none; an indented line continues."""
+    for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
+        cells = re.split(r" {2,}", row, columns - 1)
+        yield ["" if cell == "-" else re.sub(" +", " ", cell) for cell in cells]
 
 
 class Option(NamedTuple):
     """One row: where it stands in the INI, how its text is read, and what it means.
 
     A section `probe:*` may be given many times, each with a name; a key `*` or
-    `json.*` stands for keys that the operator chooses.  `flag` is the command
-    line's own spelling, where there is one.
+    `json.*` stands for keys that the operator chooses.
     """
 
     section: str
@@ -2038,331 +2036,285 @@ class Option(NamedTuple):
     kind: str
     default: str
     help: str
-    flag: str = ""
-
-    def covers(self, key: str) -> bool:
-        """Tell whether a key as the operator wrote it is this row's."""
-        prefix = self.key[:-1]
-        chosen = prefix.endswith(".") and key.startswith(prefix) and key != prefix
-        return chosen or self.key in (key, "*")
-
-    def read(self, text: str) -> Any:
-        """Read a value's text; ValueError says what was expected.  Empty is as good as none."""
-        if not text and not self.default:
-            return KINDS[self.kind][3]("")
-        return read_value(self.kind, text)
 
 
-# (section, what it is, its options: key, kind, default, help, flag)
-SECTIONS: Tuple[Tuple[str, str, Tuple[Tuple[str, ...], ...]], ...] = (
-    ("deploy", "what is deployed, and where", (
-        ("application", "name", "", "name of what is deployed; default: the root's last component"),
-        ("root", "path", "",
-         "directory that holds current, releases, shared and .deploy", "--root"),
-        ("keep_releases", "int", "5",
-         "good releases kept by prune; current, previous and pinned ones always stay"),
-        ("shared_dirs", "relatives", "",
-         "directories linked from shared/ into every release, made when missing"),
-        ("shared_files", "relatives", "",
-         "files linked from shared/ into every release; they must exist"),
-        ("auto_rollback", "bool", "yes",
-         "go back to the previous release when anything fails after activation"),
-        ("lock_wait", "duration", "0s",
-         "how long to wait for another run to finish", "--wait-lock"),
-        ("min_free", "size", "256M", "free space that must be left after staging"),
-        ("durable", "bool", "yes", "sync every release to disk before it is published"),
-        ("mutable", "list", "",
-         "globs of what the running service may write in a release, which then never counts as "
-         "changed; * stays within a directory, ** does not, a directory covers what is below it"),
-        ("share_unchanged", "no|reflink|hardlink", "reflink",
-         "how a file that is the same in the live release takes no space again: reflink where the "
-         "filesystem can (btrfs, xfs), hardlink anywhere (not with a post_stage hook); hard links "
-         "are one file, so changing one by hand changes all"),
-    )),
-    ("artifact", "how artifacts are named and verified", (
-        ("checksum", "required|if-present|off", "required",
-         "whether an artifact needs a SHA-256 to be compared with"),
-        ("match", "pattern", "",
-         "file name pattern in which @v stands for the version, such as myapp_@v.tar.gz"),
-        ("strip_components", "int", "0",
-         "leading directories to drop from every name, as tar does"),
-        ("symlinks", "inside|refuse|any", "inside",
-         "whether an artifact may hold symlinks, and whether they may lead outside"),
-        ("allow_links", "list", "",
-         "globs of targets outside that are meant, such as /usr/bin/python3*; * stays within a "
-         "directory, ** does not; the root's own current/ and shared/ are always allowed"),
-    )),
-    ("limits", "what an archive may cost", (
-        ("max_artifact", "size", "4G", "largest artifact; 0 is no limit, here and below"),
-        ("max_files", "int", "250000", "most members of an archive"),
-        ("max_file", "size", "4G", "largest single file"),
-        ("max_expanded", "size", "16G", "most bytes that may come out of an archive"),
-        ("max_ratio", "int", "200",
-         "most bytes that may come out for each byte of a compressed archive, beyond 1G"),
-    )),
-    ("preflight", "what the host must offer", (
-        ("require_commands", "names", "", "programs that must be found on PATH"),
-        ("require_env", "names", "", "environment variables that must be set and not empty"),
-        ("require_files", "paths", "", "files that must exist and be readable"),
-        ("free_ports", "addresses", "", "TCP ports that nothing may listen on yet"),
-        ("user", "name", "", "user that deploy.py must be run as"),
-        ("accept_risk", "paths", "",
-         "paths that root believes although others may change them; the configuration's own only "
-         "by --set or from the environment"),
-    )),
-    ("env", "environment of hooks and commands", (
-        ("*", "text", "", "environment variable handed to hooks and commands"),
-    )),
-    ("hooks", "commands run at named points, each without a shell, in the release", (
-        ("pre_stage", "commands", "", "before the artifact is unpacked"),
-        ("post_stage", "commands", "",
-         "in the unpacked release, before it is sealed; may add to it"),
-        ("pre_activate", "commands", "",
-         "before the switch; a failure leaves everything as it was"),
-        ("post_activate", "commands", "", "right after the switch, before services restart"),
-        ("post_deploy", "commands", "", "after the probes passed"),
-        ("on_failure", "commands", "", "after a failure, when undoing or rolling back is done"),
-        ("pre_rollback", "commands", "", "before the switch back"),
-        ("post_rollback", "commands", "", "after the previous release is live again"),
-        ("timeout", "limit", "10m",
-         "for each hook command; then TERM and KILL to its process group"),
-        ("run_as", "name", "", "user that hooks and commands run as (root only)"),
-    )),
-    ("template:*", "a file rendered into every release", (
-        ("source", "relative", "",
-         "template in the release; ${name} is replaced, $${name} is kept as ${name}"),
-        ("target", "relative", "", "where the result goes in the release"),
-        ("mode", "mode", "0644", "file mode of the result"),
-    )),
-    ("vars", "values for templates", (
-        ("*", "text", "", "value for ${name} in templates"),
-    )),
-    ("service:*", "a service restarted after each switch: unit, pidfile and signal, or command", (
-        ("unit", "unit", "", "systemd unit to act on"),
-        ("pidfile", "path", "", "file that holds the process id to signal"),
-        ("signal", "signal", "HUP", "signal for the process in pidfile"),
-        ("command", "argv", "", "command that restarts the service, under the rules for hooks"),
-        ("action", "restart|reload|reload-or-restart|start|none", "restart",
-         "what to do once current has changed"),
-        ("after", "names", "", "services that go first"),
-        ("timeout", "limit", "60s", "longest time the action may take"),
-        ("systemctl", "argv", "systemctl", "how to call it: sudo systemctl, systemctl --user"),
-        ("settle", "duration", "3s",
-         "time the service must stay up unchanged afterwards (systemd units, pidfiles)"),
-    )),
-    ("probe:*", "a question put to the running service: url, tcp, command or service", (
-        ("url", "text", "", "HTTP or HTTPS URL to ask"),
-        ("tcp", "text", "", "host:port or unix:/path to connect to"),
-        ("command", "argv", "", "command that must exit with 0, under the rules for hooks"),
-        ("service", "name", "", "name of a [service:NAME] that must be up"),
-        ("connect", "text", "", "host:port or unix:/path to send the url's connection to"),
-        ("status", "statuses", "200-299", "HTTP status codes that are healthy"),
-        ("body", "regex", "", "must be found in the answer (or the output); a leading ! negates"),
-        ("json.*", "text", "", "value at this dotted path of the JSON answer"),
-        ("expect_header.*", "regex", "", "must be found in this header of the answer"),
-        ("release", "text", "",
-         "where the answer names its version: json:PATH, header:NAME or body"),
-        ("method", "text", "GET", "HTTP method"),
-        ("header.*", "text", "", "request header"),
-        ("auth_file", "private", "",
-         "file with the Authorization header's value, or user:password for Basic; a credential "
-         "from systemd that has the probe's NAME goes before it"),
-        ("redirects", "int", "0", "redirects to follow, on the same host"),
-        ("max_body", "size", "64k", "how much of the answer is read"),
-        ("tls_verify", "bool", "yes", "check the certificate and its name"),
-        ("tls_ca", "path", "", "CA certificates to trust instead of the system's"),
-        ("tls_cert", "path", "", "client certificate"),
-        ("tls_key", "path", "", "key of the client certificate"),
-        ("when", "after|before|both", "after",
-         "probe the new release, the host before anything changes, or both"),
-        ("initial_delay", "duration", "0s", "wait before the first try"),
-        ("period", "duration", "2s", "wait between tries; shorter where the deadline is near"),
-        ("timeout", "limit", "3s", "longest time of one try"),
-        ("deadline", "limit", "60s", "longest time until it must be healthy"),
-        ("successes", "times", "2", "tries in a row that must be healthy"),
-        ("soak", "duration", "0s", "how long it must stay healthy afterwards"),
-        ("failures", "times", "3",
-         "failed tries in a row that end it: in the soak, or where the new release itself answers"),
-        ("backoff", "factor", "1.5", "factor by which the wait grows after a failed try"),
-        ("period_max", "duration", "10s", "longest wait between tries"),
-        ("jitter", "share", "0.1", "random share added to or taken from each wait"),
-        ("required", "bool", "yes", "no: a failure is only a warning"),
-    )),
-    ("notify:*", "somebody who is told how a run ended: by webhook, slack, email or a command", (
-        ("type", "webhook|slack|email|command", "webhook", "how it is told"),
-        ("events", "events", ", ".join(DEFAULT_EVENTS), "what it is told of"),
-        ("text", "text", "${application} on ${host}: ${event}: ${message}",
-         "what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}"),
-        ("url", "text", "", "HTTP or HTTPS URL to post to (webhook, slack)"),
-        ("url_file", "private", "",
-         "file with the url, which is a secret itself (slack); a credential from systemd that has "
-         "the notifier's NAME goes before it"),
-        ("token_file", "private", "",
-         "file with a token that is sent as such (Bearer; webhook); a credential from systemd that "
-         "has the notifier's NAME goes before it"),
-        ("header.*", "text", "", "request header (webhook)"),
-        ("tls_ca", "path", "", "CA certificates to trust instead of the system's (webhook, slack)"),
-        ("to", "list", "", "addresses to write to (email)"),
-        ("from", "text", "", "address to write from (email); default: deploy@HOST"),
-        ("smtp", "text", "localhost:25",
-         "host:port of a mail server that takes mail without a login (email)"),
-        ("command", "argv", "", "command to run, under the rules for hooks (command)"),
-    )),
-    ("metrics", "numbers for Prometheus", (
-        ("textfile_dir", "path", "",
-         "directory of node_exporter's textfile collector; deploy_APPLICATION.prom is written "
-         "there after each run"),
-    )),
-    ("log", "where everything that is said is kept: a file, syslog, or both", (
-        ("file", "path", "", "log file to append to", "--log-file"),
-        ("syslog", "syslog", "", "syslog daemon to send to: its socket, or a host that listens"),
-        ("facility", "|".join(FACILITIES), "daemon", "syslog facility"),
-        ("format", "text|json", "text", "log lines as text or as JSON objects", "--log-format"),
-    )),
-)
-OPTIONS = tuple(Option(section, *row) for section, _, rows in SECTIONS for row in rows)
+# Of each section what it is, then of each option: key, kind, default, help.
+OPTION_TABLES = """\
+[deploy] what is deployed, and where
+application       name       -       name of what is deployed; default: the root's last component
+root              path       -       directory that holds current, releases, shared and .deploy
+keep_releases     int        5       good releases kept by prune; current, previous and pinned ones
+    always stay
+shared_dirs       relatives  -       directories linked from shared/ into releases; made if missing
+shared_files      relatives  -       files linked from shared/ into every release; they must exist
+auto_rollback     bool       yes     roll back when anything fails after activation
+lock_wait         duration   0s      how long to wait for another run to finish
+min_free          size       256M    free space that must be left after staging
+durable           bool       yes     sync every release to disk before it is published
+mutable           list       -       globs of what the running service may write in a release, which
+    then never counts as changed; * stays within a directory, ** does not, a directory covers what
+    is below it
+share_unchanged  no|reflink|hardlink  reflink  how a file that is the same in the live release takes
+    no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a
+    post_stage hook); hard links are one file, so changing one by hand changes all
+
+[artifact] how artifacts are named and verified
+checksum  required|if-present|off  required  whether an artifact needs a SHA-256 to be compared with
+match             pattern    -       file name pattern, @v is the version, such as myapp_@v.tar.gz
+strip_components  int        0       leading directories to drop from every name, as tar does
+symlinks  inside|refuse|any  inside  whether it may hold symlinks, and whether they may lead outside
+allow_links       list       -       globs of targets outside that are meant, such as
+    /usr/bin/python3*; * stays within a directory, ** does not; the root's own current/ and shared/
+    are always allowed
+
+[limits] what an archive may cost
+max_artifact      size       4G      largest artifact; 0 is no limit, here and below
+max_files         int        250000  most members of an archive
+max_file          size       4G      largest single file
+max_expanded      size       16G     most bytes that may come out of an archive
+max_ratio         int        200     most bytes that may come out for each compressed one, beyond 1G
+
+[preflight] what the host must offer
+require_commands  names      -       programs that must be found on PATH
+require_env       names      -       environment variables that must be set and not empty
+require_files     paths      -       files that must exist and be readable
+free_ports        addresses  -       TCP ports that nothing may listen on yet
+user              name       -       user that deploy.py must be run as
+accept_risk       paths      -       paths that root believes although others may change them; the
+    configuration's own only by --set or from the environment
+
+[env] environment of hooks and commands
+*                 text       -       environment variable handed to hooks and commands
+
+[hooks] commands run at named points, each without a shell, in the release
+pre_stage         commands   -       before the artifact is unpacked
+post_stage        commands   -       in the unpacked release, before it is sealed; may add to it
+pre_activate      commands   -       before the switch; a failure leaves everything as it was
+post_activate     commands   -       right after the switch, before services restart
+post_deploy       commands   -       after the probes passed
+on_failure        commands   -       after a failure, when undoing or rolling back is done
+pre_rollback      commands   -       before the switch back
+post_rollback     commands   -       after the previous release is live again
+timeout           limit      10m     for each hook command; then TERM and KILL to its process group
+run_as            name       -       user that hooks and commands run as (root only)
+
+[template:*] a file rendered into every release
+source            relative   -       template in the release; ${name} is replaced, $${name} is kept
+    as ${name}
+target            relative   -       where the result goes in the release
+mode              mode       0644    file mode of the result
+
+[vars] values for templates
+*                 text       -       value for ${name} in templates
+
+[service:*] a service restarted after each switch: unit, pidfile and signal, or command
+unit              unit       -       systemd unit to act on
+pidfile           path       -       file that holds the process id to signal
+signal            signal     HUP     signal for the process in pidfile
+command           argv       -       command that restarts the service, under the rules for hooks
+action  restart|reload|reload-or-restart|start|none  restart  what to do once current has changed
+systemctl         argv       systemctl  how to call it: sudo systemctl, systemctl --user
+after             names      -       services that go first
+timeout           limit      60s     longest time the action may take
+settle            duration   3s      time it must then stay up unchanged (systemd units, pidfiles)
+
+[probe:*] a question put to the running service: url, tcp, command or service
+url               text       -       HTTP or HTTPS URL to ask
+tcp               text       -       host:port or unix:/path to connect to
+command           argv       -       command that must exit with 0, under the rules for hooks
+service           name       -       name of a [service:NAME] that must be up
+connect           text       -       host:port or unix:/path to send the url's connection to
+status            statuses   200-299  HTTP status codes that are healthy
+body              regex      -       must be in the answer (or the output); a leading ! negates
+json.*            text       -       value at this dotted path of the JSON answer
+expect_header.*   regex      -       must be found in this header of the answer
+release           text       -       where the answer has its version: json:PATH, header:NAME, body
+method            text       GET     HTTP method
+header.*          text       -       request header
+auth_file         private    -       file with the Authorization header's value, or user:password
+    for Basic; a credential from systemd that has the probe's NAME goes before it
+redirects         int        0       redirects to follow, on the same host
+max_body          size       64k     how much of the answer is read
+tls_verify        bool       yes     check the certificate and its name
+tls_ca            path       -       CA certificates to trust instead of the system's
+tls_cert          path       -       client certificate
+tls_key           path       -       key of the client certificate
+when  after|before|both  after       probe the new release, the host before any change, or both
+initial_delay     duration   0s      wait before the first try
+period            duration   2s      wait between tries; shorter where the deadline is near
+timeout           limit      3s      longest time of one try
+deadline          limit      60s     longest time until it must be healthy
+successes         times      2       tries in a row that must be healthy
+soak              duration   0s      how long it must stay healthy afterwards
+failures          times      3       failed tries in a row that end it: in the soak, or where the
+    new release itself answers
+backoff           factor     1.5     factor by which the wait grows after a failed try
+period_max        duration   10s     longest wait between tries
+jitter            share      0.1     random share added to or taken from each wait
+required          bool       yes     no: a failure is only a warning
+
+[notify:*] somebody who is told how a run ended: by webhook, slack, email or a command
+type  webhook|slack|email|command  webhook  how it is told
+events  events  DEFAULT_EVENTS       what it is told of
+text  text  ${application} on ${host}: ${event}: ${message}
+    what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}
+url               text       -       HTTP or HTTPS URL to post to (webhook, slack)
+url_file          private    -       file with the url, which is a secret itself (slack); a
+    credential from systemd that has the notifier's NAME goes before it
+token_file        private    -       file with a token that is sent as such (Bearer; webhook); a
+    credential from systemd that has the notifier's NAME goes before it
+header.*          text       -       request header (webhook)
+tls_ca            path       -       CAs to trust instead of the system's (webhook, slack)
+to                list       -       addresses to write to (email)
+from              text       -       address to write from (email); default: deploy@HOST
+smtp  text  localhost:25             host:port of a mail server that needs no login (email)
+command           argv       -       command to run, under the rules for hooks (command)
+
+[metrics] numbers for Prometheus
+textfile_dir      path       -       node_exporter's textfile directory, for deploy_APPLICATION.prom
+
+[log] where everything that is said is kept: a file, syslog, or both
+file              path       -       log file to append to
+syslog            syslog     -       syslog daemon to send to: its socket, or a host that listens
+facility          FACILITIES  daemon  syslog facility
+format            text|json  text    log lines as text or as JSON objects
+"""
+
+
+def read_options(text: str) -> Iterator[Tuple[str, str, Dict[str, Option]]]:
+    """Read each section's name, what it is, and its options by key."""
+    for part in text.strip().split("\n\n"):
+        heading, _, table = part.partition("\n")
+        section, _, about = heading[1:].partition("] ")
+        yield section, about, {row[0]: Option(section, *row) for row in read_table(4, table)}
+
+
+SECTIONS = tuple(read_options(OPTION_TABLES.replace("FACILITIES", "|".join(FACILITIES))
+                              .replace("DEFAULT_EVENTS", ", ".join(DEFAULT_EVENTS))))
+OPTIONS = tuple(option for _, _, options in SECTIONS for option in options.values())
+_OPTIONS_OF = {section: options for section, _, options in SECTIONS}
 
 # Exactly one of these keys must be given in every such section.
-ONE_OF = (
-    ("service:*", ("unit", "pidfile", "command")),
-    ("probe:*", ("url", "tcp", "command", "service")),
-    ("template:*", ("source",)),
-    ("template:*", ("target",)),
-)
+ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command service",),
+          "template": ("source", "target")}
 
+COMMAND_TABLE = """\
+deploy      deploy shop-1.4.2.tar.gz
+    preflight, stage, activate, restart, probe; rolls back by itself if that fails
+stage       stage shop-1.4.2.tar.gz  verify and unpack only; the release is `staged`
+activate    activate 1.4.2  make a staged or earlier release live
+rollback    rollback  re-activate the previous good release, or the one that is named
+preflight   preflight shop-1.4.2.tar.gz  run every read-only check, and show them as a table
+probe       probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s
+    run the configured probes now, or an ad-hoc one
+verify      verify current  hash a release again and compare it with its manifest
+status      status
+    show what is live, what it can go back to, and whether anything needs a person
+releases    releases  list the releases, newest first, `*` on the current one
+history     history --limit 5
+    list the deployments, oldest first; --verify proves that no line was changed
+show        show latest
+    show one deployment with its steps, and the evidence where it failed
+prune       --set deploy.keep_releases=3 -n prune  delete what keep_releases no longer keeps
+pin         pin 1.4.1  protect a release from pruning
+unpin       unpin 1.4.1  let a release be pruned again
+recover     recover
+    finish or undo what a crash left; --to settles by hand what cannot be decided
+pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
+    pack a directory into a reproducible .tar.gz, with its .sha256 beside it
+config      config --example  show every option with its value and where it came from
+help        help systemd
+    show what this program is, how a command is used, or a page on one of its uses
+completion  completion bash  print what makes bash or zsh complete the words of this program
+"""
 # command: (what it does, a command line to begin with)
-COMMAND_HELP = {
-    "deploy": ("preflight, stage, activate, restart, probe; rolls back by itself if that fails",
-               "-c /etc/deploy/shop.ini deploy shop-1.4.2.tar.gz"),
-    "stage": ("verify and unpack only; the release is `staged`",
-              "-c /etc/deploy/shop.ini stage shop-1.4.2.tar.gz"),
-    "activate": ("make a staged or earlier release live", "-c /etc/deploy/shop.ini activate 1.4.2"),
-    "rollback": ("re-activate the previous good release, or the one that is named",
-                 "-c /etc/deploy/shop.ini rollback"),
-    "preflight": ("run every read-only check, and show them as a table",
-                  "-c /etc/deploy/shop.ini preflight shop-1.4.2.tar.gz"),
-    "probe": ("run the configured probes now, or an ad-hoc one",
-              "probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s"),
-    "verify": ("hash a release again and compare it with its manifest",
-               "--root /srv/shop verify current"),
-    "status": ("show what is live, what it can go back to, and whether anything needs a person",
-               "--root /srv/shop status"),
-    "releases": ("list the releases, newest first, `*` on the current one",
-                 "--root /srv/shop releases"),
-    "history": ("list the deployments, oldest first; --verify proves that no line was changed",
-                "--root /srv/shop history --limit 5"),
-    "show": ("show one deployment with its steps, and the evidence where it failed",
-             "--root /srv/shop show latest"),
-    "prune": ("delete what keep_releases no longer keeps",
-              "--root /srv/shop --set deploy.keep_releases=3 -n prune"),
-    "pin": ("protect a release from pruning", "--root /srv/shop pin 1.4.1"),
-    "unpin": ("let a release be pruned again", "--root /srv/shop unpin 1.4.1"),
-    "recover": ("finish or undo what a crash left; --to settles by hand what cannot be decided",
-                "-c /etc/deploy/shop.ini recover"),
-    "pack": ("pack a directory into a reproducible .tar.gz, with its .sha256 beside it",
-             "pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz"),
-    "config": ("show every option with its value and where it came from", "config --example"),
-    "help": ("show what this program is, how a command is used, or a page on one of its uses",
-             "help systemd"),
-    "completion": ("print what makes bash or zsh complete the words of this program",
-                   "completion bash"),
-}
+COMMAND_HELP = {name: (text, example) for name, example, text in read_table(3, COMMAND_TABLE)}
 
 
 class Flag(NamedTuple):
-    """A flag or argument that is not an option of the configuration.
+    """A flag or argument: the names, what it takes, the commands that take it, and where it goes.
 
-    `commands` names those that take it; none means every command, before and
-    after its name.  Without a metavar it is a switch.  `nargs` is argparse's
-    for an argument, and `+` for a flag that may repeat; `kind` one of KINDS.
+    Without commands it is everybody's, before and after the command; without a metavar it is a
+    switch, `[X]` need not be given, `X...` may repeat.  `dest` is argparse's name of its value,
+    or the option of the configuration, `section.key`, that it gives; `kind` one of KINDS.
     """
 
     names: Tuple[str, ...]
+    metavar: str
+    commands: Tuple[str, ...]
     help: str
-    commands: Tuple[str, ...] = ()
-    metavar: str = ""
-    nargs: str = ""
-    kind: str = ""
-    default: Optional[str] = None
-
-    @property
-    def is_argument(self) -> bool:
-        """Whether it has a place instead of a name."""
-        return not self.names[0].startswith("-")
-
-    @property
-    def dest(self) -> str:
-        """The name under which argparse keeps its value."""
-        name = self.names[-1].lstrip("-").replace("-", "_")
-        return {"command": "probe_command", "set": "assignments"}.get(name, name)
+    dest: str
+    kind: str
+    is_argument: bool
 
 
 RELEASE_HELP = "id, unique prefix, version, digest prefix, current, previous or latest"
-STAGING = ("deploy", "stage", "preflight")
-
-FLAGS = (
-    Flag(("-c", "--config"), "configuration file; may repeat, a later one wins", (), "FILE", "+"),
-    Flag(("-n", "--dry-run"), "show the plan, change nothing"),
-    Flag(("--json",), "print exactly one JSON object on stdout"),
-    Flag(("-v", "--verbose"), "show every check and what each step looks at"),
-    Flag(("-q", "--quiet"), "print nothing when nothing changed and nothing is wrong"),
-    Flag(("--no-color",), "no colour (NO_COLOR is honoured too)"),
-    Flag(("--set",), "set one option; may repeat", (), "SECTION.KEY=VALUE", "+"),
-    Flag(("--detailed-exitcode",), "exit 10 when something changed"),
-    Flag(("--debug",), "show tracebacks"),
-    Flag(("artifact",), "archive or directory", ("deploy", "stage"), "ARTIFACT"),
-    Flag(("artifact",), "archive or directory", ("preflight",), "ARTIFACT", "?"),
-    Flag(("release",), RELEASE_HELP, ("activate", "pin", "unpin"), "RELEASE"),
-    Flag(("release",), RELEASE_HELP + "; default: the previous good one", ("rollback",), "RELEASE",
-         "?"),
-    Flag(("release",), RELEASE_HELP + "; default: current", ("verify",), "RELEASE", "?"),
-    Flag(("--sha256",), "digest the artifact must have", STAGING, "HEX"),
-    Flag(("--release-version",), "version, instead of the one in the name", STAGING + ("pack",),
-         "V"),
-    Flag(("--allow-downgrade",), "accept a version older than the one that is live", STAGING),
-    Flag(("-f", "--force"), "try a bad artifact or release again; stage anew what is staged "
-         "already", STAGING + ("activate", "rollback")),
-    Flag(("--splay",), "wait first, this host's own share of DURATION: always the same, evenly "
-         "spread over hosts", ("deploy", "stage", "activate", "rollback", "prune", "recover"),
-         "DURATION", kind="duration"),
-    Flag(("names",), "configured probes; default: all", ("probe",), "NAME", "*"),
-    Flag(("--url",), "ask this URL, without a configuration", ("probe",), "URL"),
-    Flag(("--tcp",), "connect to host:port or unix:/path", ("probe",), "ADDRESS"),
-    Flag(("--command",), "run this program, with its arguments", ("probe",), "PROGRAM"),
-    Flag(("--expect",), "any key of [probe:NAME], for --url, --tcp and --command; may repeat",
-         ("probe",), "KEY=VALUE", "+"),
-    Flag(("--wait",), "try until it is healthy, at most this long; default: one try", ("probe",),
-         "DURATION", kind="limit"),
-    Flag(("--unhealthy-exit-code",), "exit code when a probe fails, 1 to 255; default: 7",
-         ("probe",), "N", kind="exit_code"),
-    Flag(("--verify",), "check the hash chain", ("history",)),
-    Flag(("--limit",), "newest entries to show; 0 means all", ("history",), "N", kind="int",
-         default="20"),
-    Flag(("id",), "deployment id, its prefix or number, or a release", ("show",), "ID"),
-    Flag(("--to",), "settle on this release, whatever the journal says", ("recover",), "RELEASE"),
-    Flag(("directory",), "directory to pack", ("pack",), "DIRECTORY"),
-    Flag(("-o", "--output"), "file to write; default: NAME[-V].tar.gz here", ("pack",), "FILE"),
-    Flag(("--prefix",), "directory to put everything under", ("pack",), "NAME"),
-    Flag(("--keep-mtimes",), "keep the files' own times, instead of one for all", ("pack",), "",
-         {"action": "store_true"}),
-    Flag(("--example",), "print a configuration file with every option", ("config",)),
-    Flag(("topic",), "systemd, cron, hooks, config, or a command", ("help",), "TOPIC", "?"),
-    Flag(("shell",), "bash or zsh", ("completion",), "SHELL"),
-)
-
-
-def spoken_duration(text: str) -> str:
-    """Write a flag's duration as the configuration has it: a bare number is seconds there."""
-    return text + "s" if re.match(r"[0-9]+\Z", text) else text
+# names (and the dest, where it is another), metavar, commands, help (an option has its own)
+FLAG_TABLE = """\
+-c --config          FILE...      -  configuration file; may repeat, a later one wins
+-n --dry-run         -            -  show the plan, change nothing
+--json               -            -  print exactly one JSON object on stdout
+-v --verbose         -            -  show every check and what each step looks at
+-q --quiet           -            -  print nothing when nothing changed and nothing is wrong
+--no-color           -            -  no colour (NO_COLOR is honoured too)
+--set  SECTION.KEY=VALUE...       -  set one option; may repeat
+--detailed-exitcode  -            -  exit 10 when something changed
+--debug              -            -  show tracebacks
+artifact             ARTIFACT     deploy stage  archive or directory
+artifact             [ARTIFACT]   preflight  archive or directory
+release              RELEASE      activate pin unpin  RELEASES
+release              [RELEASE]    rollback  RELEASES; default: the previous good one
+release              [RELEASE]    verify  RELEASES; default: current
+--sha256             HEX          deploy stage preflight  digest the artifact must have
+--release-version    V            deploy stage preflight pack  version, instead of the name's
+--allow-downgrade    -            deploy stage preflight
+    accept a version older than the one that is live
+-f --force           -            deploy stage preflight activate rollback
+    try a bad artifact or release again; stage anew what is staged already
+--splay              DURATION     deploy stage activate rollback prune recover
+    wait first, this host's own share of DURATION: always the same, evenly spread over hosts
+names                [NAME...]    probe  configured probes; default: all
+--url                URL          probe  ask this URL, without a configuration
+--tcp                ADDRESS      probe  connect to host:port or unix:/path
+--command=probe_command  PROGRAM  probe  run this program, with its arguments
+--expect             KEY=VALUE...  probe
+    any key of [probe:NAME], for --url, --tcp and --command; may repeat
+--wait               DURATION     probe  try until it is healthy, so long at most; default: one try
+--unhealthy-exit-code  N          probe  exit code when a probe fails, 1 to 255; default: 7
+--verify             -            history  check the hash chain
+--limit              N            history  newest entries to show, 20 without; 0 means all
+id                   ID           show  deployment id, its prefix or number, or a release
+--to                 RELEASE      recover  settle on this release, whatever the journal says
+directory            DIRECTORY    pack  directory to pack
+-o --output          FILE         pack  file to write; default: NAME[-V].tar.gz here
+--prefix             NAME         pack  directory to put everything under
+--keep-mtimes        -            pack  keep the files' own times, instead of one for all
+--example            -            config  print a configuration file with every option
+topic                [TOPIC]      help  systemd, cron, hooks, config, or a command
+shell                SHELL        completion  bash or zsh
+--root=deploy.root   DIR          -  -
+--wait-lock=deploy.lock_wait  DURATION  -  -
+--log-file=log.file  FILE         -  -
+--log-format=log.format  text|json  -  -
+"""
+FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int",
+              "unhealthy_exit_code": "exit_code"}
 
 
-def flag_value(name: str, text: str) -> Any:
-    """Read what a flag was given; UsageError names the flag."""
-    flag = next(flag for flag in FLAGS if name in flag.names)
-    try:
-        return read_value(flag.kind, spoken_duration(text) if flag.metavar == "DURATION" else text)
-    except ValueError as error:
-        raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
+def read_flags(text: str) -> Iterator[Flag]:
+    """Read the table of flags."""
+    for words, metavar, commands, about in read_table(4, text):
+        spelled, _, dest = words.partition("=")
+        names = tuple(spelled.split())
+        if "." in dest:
+            section, _, key = dest.partition(".")
+            about = _OPTIONS_OF[section][key].help
+        dest = dest or names[-1].lstrip("-").replace("-", "_")
+        yield Flag(names, metavar, tuple(commands.split()), about.replace("RELEASES", RELEASE_HELP),
+                   dest, FLAG_KINDS.get(dest, ""), not spelled.startswith("-"))
+
+
+FLAGS = tuple(read_flags(FLAG_TABLE))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -2373,63 +2325,37 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {known[found[0]]!r}?" if found else ""
 
 
-def wildcard(section: str) -> str:
-    """Return the table's name of a section: `probe:web` stands under `probe:*`."""
-    kind, colon, name = section.partition(":")
-    return f"{kind}:*" if colon and re.match(r"[A-Za-z0-9_-]+\Z", name) else section
+def options_of(section: str) -> Dict[str, Option]:
+    """Return a section's options by key: `probe:web` has those of `probe:*`."""
+    kind, _, name = section.partition(":")
+    is_named = re.match(r"[A-Za-z0-9_-]+\Z", name)
+    return _OPTIONS_OF.get(f"{kind}:*" if is_named else section, {})
 
 
 def find_option(section: str, key: str) -> Optional[Option]:
     """Return the row for a section and key as the operator wrote them, or None."""
-    table = wildcard(section)
-    return next((option for option in OPTIONS
-                 if option.section == table and option.covers(key)), None)
+    options = options_of(section)
+    prefix, _, rest = key.partition(".")
+    chosen = options.get(f"{prefix}.*") if rest else None
+    return options.get(key) or options.get("*") or chosen
 
 
-def check_known(section: str, key: Optional[str], origin: str) -> None:
-    """Raise UsageError for a section or key that does not exist, suggesting the nearest name."""
-    names = [name.replace(":*", ":NAME") for name, _, _ in SECTIONS]
-    keys = [option.key for option in OPTIONS if option.section == wildcard(section)]
+def unknown(section: str, key: str, origin: str) -> UsageError:
+    """Make the error for a section or key that does not exist, suggesting the nearest name."""
+    keys = options_of(section)
     if not keys:
-        raise UsageError(f"{origin}: unknown section [{section}]",
-                         nearest(section, names) or "the sections are " + ", ".join(names))
-    if key is not None and find_option(section, key) is None:
-        raise UsageError(f"{origin}: unknown key {key!r} in [{section}]",
-                         nearest(key, keys) or "the keys are " + ", ".join(keys))
+        names = [name.replace(":*", ":NAME") for name in _OPTIONS_OF]
+        return UsageError(f"{origin}: unknown section [{section}]",
+                          nearest(section, names) or "the sections are " + ", ".join(names))
+    return UsageError(f"{origin}: unknown key {key!r} in [{section}]",
+                      nearest(key, keys) or "the keys are " + ", ".join(keys))
 
 
-def meaningless(section: str, values: Any, keys: Iterable[str], what: str) -> Optional[str]:
-    """Say which keys of a section are given although they mean nothing to what it describes."""
-    given = []
-    for option in OPTIONS:
-        name = option.key.replace(".*", "")
-        if option.section == section and name in keys:
-            default = option.read(option.default) if name == option.key else {}
-            if getattr(values, name) != default:
-                given.append(name)
-    if not given:
-        return None
-    return f"{' and '.join(given)} mean{'s' if len(given) == 1 else ''} nothing to {what}"
-
-
-@contextmanager
-def noted(mistakes: List[UsageError]) -> Iterator[None]:
-    """Keep a mistake of the configuration in a list, so that all are told at once."""
-    try:
-        yield
-    except UsageError as error:
-        mistakes.append(error)
-
-
-def raise_mistakes(mistakes: Sequence[UsageError]) -> None:
-    """Raise one UsageError that tells all of them, each with what is right; nothing for none."""
-    if len(mistakes) == 1:
-        raise mistakes[0]
-    if mistakes:
-        told = [f"({number}) {mistake.message} [{mistake.hint}]"
-                for number, mistake in enumerate(mistakes, 1)]
-        raise UsageError(f"{len(mistakes)} mistakes in the configuration: {'; '.join(told)}",
-                         "correct them all; deploy.py config --example shows every option")
+def meaningless(values: Any, keys: Iterable[str], what: str) -> str:
+    """Say which keys are given although they mean nothing to what a section describes."""
+    found = [key for key in values.given if key in keys]
+    plural = "" if len(found) > 1 else "s"
+    return f"{' and '.join(found)} mean{plural} nothing to {what}" if found else ""
 
 
 class Given(NamedTuple):
@@ -2438,9 +2364,6 @@ class Given(NamedTuple):
     text: str
     origin: str
     directory: str
-
-
-NOT_GIVEN = Given("", "default", "")
 
 
 class Settings:
@@ -2456,58 +2379,66 @@ class Settings:
         self.given = given
         self.files = files
         self.mistakes: List[UsageError] = []
-        sections: Dict[str, Dict[str, Given]] = {}
-        for (section, key), value in given.items():
-            sections.setdefault(section, {})[key] = value
-        for table, _, rows in SECTIONS:
-            if table.endswith(":*"):
-                setattr(self, table[:-2], {
-                    name.partition(":")[2]: self._section(name, sections[name])
-                    for name in sorted(sections) if wildcard(name) == table})
-            elif rows[0][0] == "*":
-                chosen = sections.get(table, {})
-                setattr(self, table, {key: value.text for key, value in chosen.items()})
+        self.rows: List[Tuple[str, str, str, str]] = []  # section, key, text, origin of all
+        declared = sorted({section for section, _ in given})
+        for table, _, options in SECTIONS:
+            kind, is_named, _ = table.partition(":")
+            if is_named:
+                setattr(self, kind, {
+                    section[len(kind) + 1:]: self._section(section, options)
+                    for section in declared if section.startswith(f"{kind}:")})
             else:
-                setattr(self, table, self._section(table, sections.get(table, {})))
-        for table, keys in ONE_OF:
-            for name in [name for name in sorted(sections) if wildcard(name) == table]:
-                present = [key for key in keys if sections[name].get(key, NOT_GIVEN).text]
-                if len(present) != 1:
-                    wanted = keys[0] if len(keys) == 1 else "exactly one of " + ", ".join(keys)
-                    got = f", not {' and '.join(present)}" if present else ", and has none"
-                    self.mistakes.append(self.wrong(name, f"needs {wanted}{got}"))
+                setattr(self, kind, self._section(table, options))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
 
-    def _section(self, section: str, given: Dict[str, Given]) -> SimpleNamespace:
-        values = SimpleNamespace(name=section.partition(":")[2])
-        for option in OPTIONS:
-            if option.section == wildcard(section):
-                if option.key.endswith(".*"):
-                    setattr(values, option.key[:-2], {
-                        key[len(option.key) - 1:]: self._value(option, section, key, value)
-                        for key, value in given.items() if option.covers(key)})
-                else:
-                    setattr(values, option.key,
-                            self._value(option, section, option.key, given.get(option.key)))
+    def _section(self, section: str, options: Dict[str, Option]) -> Any:
+        """Read one section; its `given` are the options that are not what they are by default."""
+        kind, _, name = section.partition(":")
+        values = SimpleNamespace(name=name, given=[])
+        for option in options.values():
+            attribute, keys = option.key.rstrip(".*"), [option.key]
+            if option.key.endswith("*"):
+                keys = [key for place, key in self.given
+                        if place == section and find_option(section, key) is option]
+            read = {}
+            for key in keys:
+                given = self.given.get((section, key), Given(option.default, "default", ""))
+                self.rows.append((section, key, given.text, given.origin))
+                read[key] = self._value(option, section, key, given)
+                if given.text != option.default and attribute not in values.given:
+                    values.given.append(attribute)
+            if option.key == "*":
+                return read
+            if option.key.endswith("*"):
+                setattr(values, attribute,
+                        {key[len(attribute) + 1:]: value for key, value in read.items()})
+            else:
+                setattr(values, attribute, read[option.key])
+        for group in ONE_OF.get(kind, ()):
+            present = [key for key in group.split() if key in values.given]
+            if len(present) != 1:
+                wanted = ("exactly one of " if " " in group else "") + group.replace(" ", ", ")
+                got = f", not {' and '.join(present)}" if present else ", and has none"
+                self.mistakes.append(self.wrong(section, f"needs {wanted}{got}"))
         return values
 
-    def _value(self, option: Option, section: str, key: str, given: Optional[Given]) -> Any:
-        if given is None:
-            return option.read(option.default)
+    def _value(self, option: Option, section: str, key: str, given: Given) -> Any:
+        if not given.text and not option.default:
+            return KINDS[option.kind][3]("")  # empty is as good as none
         try:
-            value = option.read(given.text)
+            value = read_value(option.kind, given.text)
         except ValueError as error:
             self.mistakes.append(UsageError(
                 f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
                 f"{option.key}: {option.help}"))
-            return option.read(option.default)
+            return self._value(option, section, key, Given(option.default, "default", ""))
         if option.kind == "paths":
             return [absolute(os.path.join(given.directory, path)) for path in value]
-        if option.kind in ("path", "private") and value:
+        if option.kind in ("path", "private"):
             value = absolute(os.path.join(given.directory, value))
-        if option.kind == "private" and value:
+        if option.kind == "private":
             value = private_file(section.partition(":")[2], value)
         return value
 
@@ -2529,28 +2460,22 @@ class Settings:
             words.append(f"--root {shlex.quote(os.path.realpath(self.deploy.root))}")
         return " ".join(words + [text])
 
-    def rows(self) -> List[Tuple[str, str, str, str]]:
-        """List every option in force as (section, key, text, origin), in the table's order."""
-        rows = []
-        for option in OPTIONS:
-            places = [(option.section, option.key)]
-            if "*" in option.section + option.key:
-                places = [(section, key) for section, key in self.given
-                          if wildcard(section) == option.section and option.covers(key)]
-            if option.section.endswith("*") and not option.key.endswith("*"):
-                places = sorted({(section, option.key) for section, _ in self.given
-                                 if wildcard(section) == option.section})
-            for section, key in places:
-                given = self.given.get((section, key)) or Given(option.default, "default", "")
-                rows.append((section, key, given.text, given.origin))
-        return rows
+    def refuse_mistakes(self) -> None:
+        """Raise one UsageError that tells all mistakes, each with what is right."""
+        if len(self.mistakes) == 1:
+            raise self.mistakes[0]
+        if self.mistakes:
+            told = [f"({number}) {mistake.message} [{mistake.hint}]"
+                    for number, mistake in enumerate(self.mistakes, 1)]
+            raise UsageError(f"{len(told)} mistakes in the configuration: {'; '.join(told)}",
+                             "correct them all; deploy.py config --example shows every option")
 
 
 def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
                   assignments: Sequence[str]) -> Settings:
     """Read the settings; UsageError tells all that is wrong, with file, section and key."""
     settings = read_settings(files, flags, assignments)
-    raise_mistakes(settings.mistakes)
+    settings.refuse_mistakes()
     return settings
 
 
@@ -2564,31 +2489,36 @@ def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
     given: Dict[Tuple[str, str], Given] = {}
     mistakes: List[UsageError] = []
     for path in files:
-        with noted(mistakes):
+        try:
             given.update(read_ini(path, mistakes))
-    given.update(read_environment({section for section, _ in given}))
+        except UsageError as error:
+            mistakes.append(error)
     here = current_directory()
-    for (section, key), text in flags.items():
-        given[section, key] = Given(text, "command line", here)
+    # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
+    variables = [name for name in environment_names() if name.startswith("DEPLOY_")]
+    sections = [section for section in _OPTIONS_OF if ":" not in section]
+    for section in sections + sorted({section for section, _ in given if ":" in section}):
+        prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
+        options = options_of(section)
+        for name in variables:
+            key = name[len(prefix):] if "*" in options else name[len(prefix):].lower()
+            if name.startswith(prefix) and (key in options or "*" in options):
+                given[section, key] = Given(environment(name), f"environment {name}", here)
+    for place, text in flags.items():
+        given[place] = Given(text, "command line", here)
     for assignment in assignments:
-        with noted(mistakes):
-            name, equals, value = assignment.partition("=")
-            section, dot, key = name.strip().partition(".")  # a later `.` belongs to the key
-            if not equals or not dot:
-                raise UsageError(f"--set {assignment!r}: expected SECTION.KEY=VALUE",
-                                 "for example --set deploy.keep_releases=3")
-            check_known(section, key, "--set")
+        name, equals, value = assignment.partition("=")
+        section, dot, key = name.strip().partition(".")  # a later `.` belongs to the key
+        if not equals or not dot:
+            mistakes.append(UsageError(f"--set {assignment!r}: expected SECTION.KEY=VALUE",
+                                       "for example --set deploy.keep_releases=3"))
+        elif not find_option(section, key):
+            mistakes.append(unknown(section, key, "--set"))
+        else:
             given[section, key] = Given(value.strip(), "command line (--set)", here)
     settings = Settings(given, list(files))
     settings.mistakes[:0] = mistakes
     return settings
-
-
-def discover_files() -> List[str]:
-    """Find the configuration where -c names none."""
-    if environment("DEPLOY_CONFIG"):
-        return [environment("DEPLOY_CONFIG")]
-    return [path for path in ("deploy.ini", "/etc/deploy/deploy.ini") if os.path.exists(path)][:1]
 
 
 def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Given]:
@@ -2617,43 +2547,26 @@ def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Giv
         numbers = [str(number) for number, _ in getattr(error, "errors", [])]
         lines = ", ".join(numbers) or getattr(error, "lineno", 0)
         raise UsageError(f"cannot understand {path}: line {lines} is none that can stand there",
-                         "lines are [section], then key = value, or a continuation that is "
-                         "indented") from None
+                         "lines are [section], then key = value, or an indented continuation"
+                         ) from None
     except configparser.Error as error:
         raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
                          "every section and every key may stand there once")
     given = {}
     for section in parser.sections():
-        with noted(mistakes):
-            check_known(section, None, path)
-            if wildcard(section) != section and not parser.items(section):
-                given[section, ""] = Given("", path, directory)  # declared, and nothing more
-            for key, text in parser.items(section):
-                with noted(mistakes):
-                    check_known(section, key, path)
-                    if "\0" in text + key:
-                        raise UsageError(f"{path}: [{section}] {key} holds a NUL character",
-                                         "no program, file or variable can: take it out")
-                    given[section, key] = Given(text.strip(), path, directory)
-    return given
-
-
-def read_environment(sections: Set[str]) -> Dict[Tuple[str, str], Given]:
-    """Take options from DEPLOY_<SECTION>_<KEY>; `sections` are those that the files declare."""
-    given = {}
-    names = [name for name in environment_names() if name.startswith("DEPLOY_")]
-    directory = current_directory()
-    for option in OPTIONS if names else ():
-        declared = [name for name in sections if wildcard(name) == option.section]
-        for section in declared or [option.section]:
-            prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
-            for name in names:
-                key = option.key
-                if key == "*" and name.startswith(prefix):
-                    key = name[len(prefix):]
-                if name in (prefix + key, prefix + option.key.upper()):
-                    value = Given(environment(name), f"environment {name}", directory)
-                    given[section, key] = value
+        if not options_of(section):
+            mistakes.append(unknown(section, "", path))
+            continue
+        if ":" in section and not parser.items(section):
+            given[section, ""] = Given("", path, directory)  # declared, and nothing more
+        for key, text in parser.items(section):
+            if not find_option(section, key):
+                mistakes.append(unknown(section, key, path))
+            elif "\0" in text + key:
+                mistakes.append(UsageError(f"{path}: [{section}] {key} holds a NUL character",
+                                           "no program, file or variable can: take it out"))
+            else:
+                given[section, key] = Given(text.strip(), path, directory)
     return given
 
 
@@ -6733,7 +6646,7 @@ def probe_kind(probe: Any) -> str:
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
     kind, key = probe_kind(probe), "tcp"
-    unused = meaningless("probe:*", probe, PROBE_KINDS[kind], f"a {kind} probe")
+    unused = meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe")
     if unused:
         return unused
     if probe.release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", probe.release):
@@ -6770,7 +6683,7 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         return f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"
     if scheme == "http":
         tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key")
-        unused = meaningless("probe:*", probe, tls_keys, "an http:// URL")
+        unused = meaningless(probe, tls_keys, "an http:// URL")
     elif probe.tls_key and not probe.tls_cert:
         unused = "tls_key needs tls_cert, the certificate that it belongs to"
     return unused or wrong_header(probe.header, probe.expect_header)
@@ -6788,7 +6701,8 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
         if not equals:
             raise UsageError(f"--expect {text!r}: expected KEY=VALUE",
                              "for example --expect json.status=ok")
-        check_known("probe:ad-hoc", key.strip(), "--expect")
+        if not find_option("probe:ad-hoc", key.strip()):
+            raise unknown("probe:ad-hoc", key.strip(), "--expect")
     given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
     return load_settings([], {}, given).probe["ad-hoc"]
 
@@ -9263,28 +9177,17 @@ def kind_name(kind: str) -> str:
     return KINDS[kind][0] if kind in KINDS else kind.replace("|", ", ")
 
 
-def usage(command: str) -> str:
-    """Write a command with its arguments: `deploy ARTIFACT`, `rollback [RELEASE]`."""
-    words = [command]
-    for flag in FLAGS:
-        if command in flag.commands and flag.is_argument:
-            shown = flag.metavar + ("..." if flag.nargs == "*" else "")
-            words.append(f"[{shown}]" if flag.nargs else shown)
-    return " ".join(words)
-
-
 def render_example() -> str:
     """Write the configuration file that shows every option, commented, with its default."""
     lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
              "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
              "# Relative paths are relative to this file. Comments stand on lines of their own."]
-    for section, text, _ in SECTIONS:
+    for section, text, options in SECTIONS:
         heading = f"#[{section[:-1]}NAME]" if section.endswith("*") else f"[{section}]"
         lines += ["", f"# {text}", heading]
-        for option in OPTIONS:
-            if option.section == section:
-                lines.append(f"# {option.help} ({kind_name(option.kind)})")
-                lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
+        for option in options.values():
+            lines.append(f"# {option.help} ({kind_name(option.kind)})")
+            lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
     return "\n".join(lines) + "\n"
 
 
@@ -9330,11 +9233,10 @@ def completion(shell: str) -> str:
     """Write the script that makes a shell complete this program's words."""
     if shell not in ("bash", "zsh"):
         raise UsageError(f"there is no completion for {shell!r}", "one of bash, zsh")
-    options = [option.flag for option in OPTIONS if option.flag]
     flags = [flag for flag in FLAGS if not flag.is_argument]
-    everywhere = ["-h", "--help", "--version", *options]
+    everywhere = ["-h", "--help", "--version"]
     everywhere += [name for flag in flags if not flag.commands for name in flag.names]
-    taking = options + [name for flag in flags if flag.metavar for name in flag.names]
+    taking = [name for flag in flags if flag.metavar for name in flag.names]
     cases = []
     for command in COMMAND_HELP:
         own = [name for flag in flags if command in flag.commands for name in flag.names]
@@ -9820,7 +9722,7 @@ def command_probe(run: Run) -> None:
     if failed:
         error = ProblemFound(failed[0].complaint(), failed[0].hint())
         if flags.unhealthy_exit_code:
-            error.exit_code = flag_value("--unhealthy-exit-code", flags.unhealthy_exit_code)
+            error.exit_code = int(flags.unhealthy_exit_code)
         raise error
 
 
@@ -9845,7 +9747,7 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
                          "configure a [probe:NAME], or give --url, --tcp or --command")
     for probe in probes:
         if flags.wait is not None:
-            probe.deadline = flag_value("--wait", flags.wait)
+            probe.deadline = read_value("limit", flags.wait)
         problem = check_probe(settings, probe)
         if problem:
             raise UsageError(f"probe {probe.name}: {problem}",
@@ -9964,7 +9866,7 @@ def command_history(run: Run) -> None:
             verify_history(run)
             return
         entries = store.history()
-    limit = flag_value("--limit", run.flags.limit)
+    limit = int(run.flags.limit or 20)
     run.outcome.extra["total"] = len(entries)
     shown = entries[-limit:] if limit else entries
     run.outcome.extra["history"] = [encode(entry) for entry in shown]
@@ -10087,7 +9989,7 @@ def command_config(run: Run) -> None:
         run.outcome.extra["config"] = {}
         return
     rows = []
-    for section, key, text, origin in run.settings.rows():
+    for section, key, text, origin in run.settings.rows:
         private = looks_secret(key) and (section in ("env", "vars") or key.startswith("header."))
         shown = MASK if private and text else text.replace("\n", " | ")
         rows.append((section, key, shown, origin))
@@ -10107,7 +10009,7 @@ def wait_splay(run: Run) -> None:
     """Wait this host's own share of --splay, so that a fleet does not begin at once."""
     text = run.flags.splay
     name = run.application if run.root else ""  # without a root it fails here, and not after the wait
-    seconds = flag_value("--splay", text) * share_of(os.uname().nodename, name)
+    seconds = read_value("duration", text) * share_of(os.uname().nodename, name)
     would = "would wait" if run.flags.dry_run else "waiting"
     run.console.say(f"{would} {format_seconds(seconds)} of --splay {text}")
     run.console.working(f"waiting {format_seconds(seconds)} of --splay {text}", seconds)
@@ -10385,7 +10287,7 @@ def check_notifier(settings: Any) -> Optional[str]:
     needs, takes = NOTIFIERS[settings.type]
     known = dict.fromkeys(key for keys in NOTIFIERS.values() for part in keys for key in part)
     others = [key for key in known if key not in needs + takes]
-    unused = meaningless("notify:*", settings, others, f"type = {settings.type}")
+    unused = meaningless(settings, others, f"type = {settings.type}")
     if unused:
         return unused
     if sum(bool(getattr(settings, key)) for key in needs) != 1:
@@ -10657,17 +10559,17 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError, with the nearest word that may stand there."""
         found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
         word = found.group(1) if found else ""
-        taken_by = {option.flag: list(COMMANDS) for option in OPTIONS if option.flag}
-        for flag in FLAGS:
-            if not flag.is_argument:
-                taken_by.update((name, list(flag.commands)) for name in flag.names)
+        taken_by = {name: flag.commands or COMMANDS
+                    for flag in FLAGS for name in flag.names if not flag.is_argument}
+        hint = ""
         if word in COMMANDS:
             hint = "one command at a time"
         elif word in taken_by:
             hint = f"{word} belongs behind a command that takes it: {', '.join(taken_by[word])}"
-        else:
-            names = taken_by if word.startswith("-") else COMMANDS
-            hint = nearest(word, names) if "invalid choice" in message or names is taken_by else ""
+        elif word.startswith("-"):
+            hint = nearest(word, taken_by)
+        elif "invalid choice" in message:
+            hint = nearest(word, COMMANDS)
         message = re.sub(r"\(choose from .*", f"(choose from {', '.join(COMMANDS)})", message)
         raise UsageError(message.replace("argument -", "-", 1), hint or f"see {self.prog} --help")
 
@@ -10680,16 +10582,6 @@ class Parser(argparse.ArgumentParser):
         raise HelpAsked(message)
 
 
-def collector() -> Callable[[str], List[str]]:
-    """Make a type that keeps all values in one list: `append` begins anew behind the command."""
-    values: List[str] = []
-
-    def collect(text: str) -> List[str]:
-        values.append(text)
-        return values
-    return collect
-
-
 def misplaced(text: str) -> Any:
     """Be the type of a command's own flag where it stands before the command."""
     raise argparse.ArgumentTypeError("stands before the command; write it behind")
@@ -10697,15 +10589,21 @@ def misplaced(text: str) -> Any:
 
 def add_flag(group: Any, flag: Flag) -> None:
     """Add one row of the table to a parser or a group of one."""
+    shown = flag.metavar.strip("[].")
     if flag.is_argument:
-        group.add_argument(flag.dest, metavar=flag.metavar, nargs=flag.nargs or None,
-                           help=flag.help)
+        nargs = {"[]": "?", "[...]": "*"}.get(flag.metavar.replace(shown, ""))
+        group.add_argument(flag.dest, metavar=shown, nargs=nargs, help=flag.help)
         return
-    kind: Dict[str, Any] = {"action": "store_true"}
-    if flag.metavar:
-        kind = {"metavar": flag.metavar, "type": collector() if flag.nargs else str}
     # A common flag has no default: what stands before the command must not undo what stands behind.
-    default = flag.default if flag.commands else argparse.SUPPRESS
+    default = None if flag.commands else argparse.SUPPRESS
+    kind: Dict[str, Any] = {"metavar": shown} if shown else {"action": "store_true"}
+    if flag.metavar.endswith("..."):
+        values: List[str] = []  # one list of all: `append` begins anew behind the command
+
+        def collect(text: str) -> List[str]:
+            values.append(text)
+            return values
+        kind["type"] = collect
     group.add_argument(*flag.names, dest=flag.dest, default=default, help=flag.help, **kind)
 
 
@@ -10719,12 +10617,6 @@ def build_parser(names: Iterable[str]) -> Parser:
     for flag in FLAGS:
         if not flag.commands:
             add_flag(group, flag)
-    for option in OPTIONS:
-        if option.flag:
-            shown = {"root": "DIR", "file": "FILE", "lock_wait": "DURATION"}
-            group.add_argument(
-                option.flag, dest=f"{option.section}.{option.key}", default=argparse.SUPPRESS,
-                metavar=shown.get(option.key, option.kind), help=option.help)
     parser = Parser(prog="deploy.py", usage="deploy.py [global options] COMMAND [options]",
                     description="Take an artifact live on this host, and back.\n\n"
                                 "example:\n  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz",
@@ -10736,13 +10628,15 @@ def build_parser(names: Iterable[str]) -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog="deploy.py", parser_class=Parser)
     for name in names:
-        text, example = [words.replace("`", "") for words in COMMAND_HELP[name]]
+        own = [flag for flag in FLAGS if name in flag.commands]
+        usage = " ".join([name] + [flag.metavar for flag in own if flag.is_argument])
+        text, example = COMMAND_HELP[name]
+        text = text.replace("`", "")
         command = commands.add_parser(
-            name, parents=[common], help=text, usage=f"deploy.py [global options] {usage(name)}",
+            name, parents=[common], help=text, usage=f"deploy.py [global options] {usage}",
             description=f"{text[0].upper()}{text[1:]}\n\nexample:\n  deploy.py {example}")
-        for flag in FLAGS:
-            if name in flag.commands:
-                add_flag(command, flag)
+        for flag in own:
+            add_flag(command, flag)
     return parser
 
 
@@ -10751,20 +10645,21 @@ def parse_command_line(argv: List[str]) -> Any:
     # Making all parsers takes a third of a short run; --help alone needs those that are not named.
     asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
     flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
-    names = {f"{option.section}.{option.key}": option.flag for option in OPTIONS if option.flag}
     for flag in FLAGS:
-        names[flag.dest] = flag.names[-1]
-        vars(flags).setdefault(flag.dest, None)
-    for name, value in vars(flags).items():
+        name, text = flag.names[-1], vars(flags).setdefault(flag.dest, None)
         # A variable that was never set must not pass for an option that was never given.
-        if value == "" or isinstance(value, list) and "" in value:
-            raise UsageError(f"{names[name]} is given, but empty", "give a value, or leave it out")
+        if text == "" or isinstance(text, list) and "" in text:
+            raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
+        if text and flag.metavar == "DURATION" and re.match(r"[0-9]+\Z", text):
+            setattr(flags, flag.dest, f"{text}s")
+        if text and flag.kind:
+            try:
+                read_value(flag.kind, getattr(flags, flag.dest))
+            except ValueError as error:
+                raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
     if not flags.command:
         raise UsageError("no command is given",
                          f"one of {', '.join(COMMANDS)}; see deploy.py --help")
-    for flag in FLAGS:
-        if flag.kind and getattr(flags, flag.dest) is not None:
-            flag_value(flag.names[-1], getattr(flags, flag.dest))
     if flags.sha256:
         check_given_digest(flags.sha256)
     if flags.release_version:
@@ -10783,6 +10678,9 @@ NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_ex
 # What state and history are made of: no_log cannot hide it.
 NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root",
               "config")
+# What YAML may have made of an unquoted value, and it is still right.  Of any other option int.
+YAML_TYPES: Dict[str, Tuple[type, ...]] = {
+    "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float)}
 
 
 def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
@@ -10815,11 +10713,9 @@ class ModuleConsole(Console):
         self._parameters = parameters
         self._traceback = ""
         self._answer = -1
-        try:
+        with suppress(OSError):  # whoever started this closed the one or the other
             self._answer = os.dup(1)
             os.dup2(2, 1)
-        except OSError:
-            pass  # whoever started this closed the one or the other
 
     def traceback(self) -> None:
         """Keep the traceback for the answer."""
@@ -10833,41 +10729,27 @@ class ModuleConsole(Console):
             answer["diff"] = self.diff
         if value["error"] and value["error"]["hint"]:
             answer["msg"] += f" (hint: {value['error']['hint']})"
-        if self._traceback and is_verbose(self._parameters):
+        if self._traceback and self._parameters.get("_ansible_verbosity", 0) >= 3:
             answer["exception"] = self._traceback
         text = json.dumps(self.secrets.mask_json(answer)) + "\n"
-        try:
+        with suppress(OSError):
             write_all(self._answer, text.encode("ascii"))
-        except OSError:
-            pass
 
     def _write(self, stream: Any, text: str, level: int = 0) -> None:
         pass
-
-
-def is_verbose(parameters: Dict[str, Any]) -> bool:
-    """Tell whether Ansible was asked for details (-vvv)."""
-    verbosity = parameters.get("_ansible_verbosity")
-    return isinstance(verbosity, int) and verbosity >= 3
 
 
 def parameters_of(command: str) -> Dict[str, Tuple[str, str]]:
     """List the module's parameters for a command: {name: (flag or nothing, kind)}."""
     found = {}
     for flag in FLAGS:
-        if command in (flag.commands or (command,)):
-            kind = "number" if flag.kind else "text"
-            if flag.nargs in ("+", "*"):
-                kind = "list"
-            if not flag.metavar:
-                kind = "switch"
-            name = "set" if flag.dest == "assignments" else flag.dest
+        name = flag.names[-1][2:].replace("-", "_") if "." in flag.dest else flag.dest
+        if name not in NO_PARAMETERS and command in (flag.commands or (command,)):
+            kind = "list" if "..." in flag.metavar else "text" if flag.metavar else "switch"
+            if flag.metavar in ("DURATION", "N"):
+                kind = "number"
             found[name] = ("" if flag.is_argument else flag.names[-1], kind)
-    for option in OPTIONS:
-        if option.flag:
-            kind = "number" if option.kind == "duration" else "text"
-            found[option.flag[2:].replace("-", "_")] = (option.flag, kind)
-    return {name: row for name, row in found.items() if name not in NO_PARAMETERS}
+    return found
 
 
 def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
@@ -10881,11 +10763,11 @@ def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
     if command not in commands:
         raise UsageError(f"command: there is no {command!r}",
                          nearest(command, commands) or "one of " + ", ".join(commands))
-    argv = ["--json", command]
-    arguments = ["--"]
+    argv, arguments = ["--json", command], ["--"]
     check_mode = parameters.get("_ansible_check_mode") or False
-    argv += ["-n" for _ in parameter_texts("_ansible_check_mode", "switch", check_mode)]
-    if is_verbose(parameters):
+    if parameter_texts("_ansible_check_mode", "switch", check_mode):
+        argv.append("-n")
+    if parameters.get("_ansible_verbosity", 0) >= 3:
         argv.append("--debug")
     known = parameters_of(command)
     for name, value in given.items():
@@ -10919,10 +10801,9 @@ def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise UsageError(f"{name}: {{...}} is no JSON object",
-                             'such as {"deploy.keep_releases": 3}')
+            raise UsageError("set: {...} is no JSON object", 'such as {"deploy.keep_releases": 3}')
     if name == "set" and isinstance(value, dict):
-        return list(parameter_assignments(value, ""))
+        return [text for key, item in value.items() for text in parameter_assignments(key, item)]
     if kind == "list":
         items = value if isinstance(value, list) else parameter_text(name, value).split(",")
         return [parameter_text(name, item).strip() for item in items]
@@ -10932,7 +10813,7 @@ def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
 def parameter_text(name: str, value: Any, *fine: type) -> str:
     """Write a value as text; a number or a yes, unless it is fine there, may be YAML's doing."""
     if isinstance(value, str):
-        if "\0" in value or re.search("[\ud800-\udc7f\udd00-\udfff]", value):
+        if re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):
             raise UsageError(f"{name}: holds a character that no argument can have",
                              "write it without")
         return value
@@ -10940,32 +10821,30 @@ def parameter_text(name: str, value: Any, *fine: type) -> str:
         return str(value).lower()
     kind = type(value).__name__
     if isinstance(value, (bool, int, float)):
-        shown = json.dumps(value)
-        raise UsageError(f"{name}: expected text, and YAML made of it the {kind} {shown}",
+        raise UsageError(f"{name}: expected text, and YAML made of it the {kind} "
+                         f"{json.dumps(value)}",
                          "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
     raise UsageError(f"{name}: expected text, not a {kind}", "see ansible-doc -M library deploy")
 
 
-def parameter_assignments(value: Dict[str, Any], section: str) -> Iterator[str]:
-    """Write a dictionary of options, nested or with dotted names, as SECTION.KEY=VALUE."""
-    fine: Dict[str, Tuple[type, ...]] = {
-        "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float)}
-    for key, item in value.items():
-        name = f"{section}.{key}" if section else key
-        if isinstance(item, dict):
-            yield from parameter_assignments(item, name)
-            continue
-        place = name.partition(".")[::2]
-        option = find_option(*place)
-        if option is None or "=" in name:
-            check_known(*place, "set")
-            raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
-        types = (bool, int) if option.key == "json.*" else fine.get(option.kind, (int,))
-        texts = [parameter_text(f"set: {name}", each, *types)
-                 for each in (item if isinstance(item, list) else [item])]
-        if isinstance(item, list) and option.kind == "argv":
-            texts = [spell(texts)]
-        yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
+def parameter_assignments(name: str, value: Any) -> Iterator[str]:
+    """Write an option of a dictionary, nested or with a dotted name, as SECTION.KEY=VALUE."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from parameter_assignments(f"{name}.{key}", item)
+        return
+    section, _, key = name.partition(".")
+    option = find_option(section, key)
+    if option is None:
+        raise unknown(section, key, "set")
+    if "=" in name:
+        raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
+    fine = (bool, int) if option.key == "json.*" else YAML_TYPES.get(option.kind, (int,))
+    items = value if isinstance(value, list) else [value]
+    texts = [parameter_text(f"set: {name}", item, *fine) for item in items]
+    if isinstance(value, list) and option.kind == "argv":
+        texts = [spell(texts)]
+    yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
 
 
 # -- what is true before a command runs ------------------------------------------
@@ -10975,14 +10854,20 @@ def load(flags: Any) -> Settings:
     if flags.command in TELLING:
         return Settings({}, [])
     given = {}
-    for name, value in vars(flags).items():
-        section, dot, key = name.partition(".")
-        if dot:
-            given[section, key] = spoken_duration(value) if key == "lock_wait" else value
-    settings = read_settings(flags.config or discover_files(), given, flags.assignments or [])
+    for flag in FLAGS:
+        section, dot, key = flag.dest.partition(".")
+        if dot and getattr(flags, flag.dest) is not None:
+            given[section, key] = getattr(flags, flag.dest)
+    files = flags.config
+    if not files and environment("DEPLOY_CONFIG"):
+        files = [environment("DEPLOY_CONFIG")]
+    elif not files:
+        places = "deploy.ini", "/etc/deploy/deploy.ini"
+        files = [path for path in places if os.path.exists(path)][:1]
+    settings = read_settings(files, given, flags.set or [])
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
-    raise_mistakes(settings.mistakes)
+    settings.refuse_mistakes()
     return settings
 
 
@@ -10990,10 +10875,11 @@ def check_settings(settings: Settings) -> None:
     """Raise UsageError for all that is wrong, also what does not go together."""
     mistakes = settings.mistakes
     wrong = " ".join(mistake.message for mistake in mistakes)
-    with noted(mistakes):
-        check_size_of_commands(settings)
-    with noted(mistakes):
-        services_in_order(settings)
+    for check_all in (check_size_of_commands, services_in_order):
+        try:
+            check_all(settings)
+        except UsageError as error:
+            mistakes.append(error)
     checks: Dict[str, Callable[[Any], Optional[str]]] = {
         "probe": lambda probe: check_probe(settings, probe), "notify": check_notifier,
         "template": lambda template: place_problem(settings, template)}
@@ -11003,16 +10889,14 @@ def check_settings(settings: Settings) -> None:
             problem = "" if f"[{section}]" in wrong else check(values)
             if problem:
                 mistakes.append(settings.wrong(section, problem))
-    owners: Dict[str, str] = {}
-    for (section, key), given in settings.given.items():
+    for name in set(settings.probe).intersection(settings.notify):
         # Two files of one name: one would send to its peer what was meant for the other's.
-        if given.text and getattr(find_option(section, key), "kind", "") == "private":
-            name = section.partition(":")[2]
-            if owners.setdefault(name, section) != section:
-                mistakes.append(settings.wrong(
-                    section, f"{key} and another file would be the same credential, {name}: give "
-                             "one section another name"))
-    raise_mistakes(mistakes)
+        notifier = settings.notify[name]
+        if settings.probe[name].auth_file and (notifier.url_file or notifier.token_file):
+            mistakes.append(settings.wrong(
+                f"notify:{name}", "its file and another would be the same credential, "
+                                  f"{name}: give it another name than [probe:{name}]"))
+    settings.refuse_mistakes()
 
 
 def place_problem(settings: Settings, template: Any) -> str:
@@ -11030,16 +10914,6 @@ def place_problem(settings: Settings, template: Any) -> str:
     return ""
 
 
-def check_believed(flags: Any, settings: Settings) -> None:
-    """As root, act on nothing that somebody else could have written; looking is allowed."""
-    if os.geteuid() == 0 and flags.command not in LOOKING + ("preflight",):
-        refused = untrusted(settings)[0]
-        for problem, hint in refused.values():
-            raise PreflightFailed(
-                f"what root acts on could have been written by others: {problem}",
-                f"{hint}; or accept the risk, for every such path: {accepting(settings, refused)}")
-
-
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     """Tell the console every private value, before a hook or a server can show it."""
     receivers = [*settings.probe.values(), *settings.notify.values()]
@@ -11051,15 +10925,15 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     for receiver in receivers:
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
-            texts.append(read_if_there(getattr(receiver, key, "")))
+            with suppress(OSError):  # preflight tells
+                texts.append(read_text(getattr(receiver, key, "")).strip())
         for text in texts:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
         found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
                   if len(value) >= 8 or looks_secret(name)]
-    for notifier in settings.notify.values():
-        for url in (notifier.url, read_if_there(notifier.url_file)):
-            # The long words of its path let anybody post there.
+        for url in [receiver.url, *texts] if hasattr(receiver, "type") else ():
+            # The long words of a notifier's path let anybody post there.
             found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
     for value in found:
         secrets.add(value)
@@ -11068,46 +10942,39 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
             secrets.add(unquote_plus(value))
 
 
-def read_if_there(path: str) -> str:
-    """Read a key file, stripped; nothing where none can be read: preflight tells."""
-    try:
-        return read_text(path).strip() if path else ""
-    except OSError:
-        return ""
-
-
 def open_log(flags: Any, settings: Settings, console: Console) -> None:
     """Open everything that [log] names; UsageError when a file cannot be opened.
 
     As root not what a configuration names that others could have written:
     lines at the end of a file of their choice may be all they need.
     """
-    for own in (".deploy/", "releases/") if settings.deploy.root and settings.log.file else ():
-        own = f"{os.path.realpath(settings.deploy.root)}/{own}"
-        if os.path.realpath(settings.log.file).startswith(own):
-            raise UsageError(f"the log file {settings.log.file} lies inside {own}, which is "
-                             "deploy.py's own", "write it to another place, such as /var/log")
+    log, root = settings.log, settings.deploy.root
+    for name in ("releases", ".deploy") if root and log.file else ():
+        own = f"{os.path.realpath(root)}/{name}/"
+        if os.path.realpath(log.file).startswith(own):
+            raise UsageError(f"the log file {log.file} lies inside {own}, which is deploy.py's own",
+                             "write it to another place, such as /var/log")
     if flags.dry_run:
         return
-    as_json = settings.log.format == "json"
-    if os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
+    if settings.files and os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
         for key in ("file", "syslog"):
             if settings.origin("log", key) in settings.files:
                 console.warn(f"[log] {key} is not used: others could have written the "
                              "configuration that names it")
-                setattr(settings.log, key, "")
-    if settings.log.file:
-        console.add_log(LogFile(settings.log.file, console.warn, as_json=as_json))
-    if settings.log.syslog:
-        console.add_log(Syslog(syslog_addresses(*settings.log.syslog), settings.log.facility,
-                               console.debug, as_json=as_json))
-        console.debug(f"the log goes to syslog, facility {settings.log.facility}")
+                setattr(log, key, "")
+    as_json = log.format == "json"
+    if log.file:
+        console.add_log(LogFile(log.file, console.warn, as_json=as_json))
+    if log.syslog:
+        console.add_log(Syslog(syslog_addresses(*log.syslog), log.facility, console.debug,
+                               as_json=as_json))
+        console.debug(f"the log goes to syslog, facility {log.facility}")
 
 
 # -- one run -----------------------------------------------------------------------
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
-    """Run one command to its exit code."""
+    """Run one command to its exit code; the command's errors become the outcome."""
     flags = parse_command_line(argv)
     plain = flags.no_color or environment("NO_COLOR") or environment("TERM") == "dumb"
     console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), color=not plain,
@@ -11116,38 +10983,38 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
-    call = Run(settings, console, interrupts, flags)
-    console.log_context = {"deploy_id": call.deploy_id, "command": flags.command}
+    run, trace = Run(settings, console, interrupts, flags), traceparent()
+    console.log_context = {"deploy_id": run.deploy_id, "command": flags.command}
     if settings.deploy.root:
-        console.log_context["application"] = escape(call.application)
+        console.log_context["application"] = escape(run.application)
+    if trace:
+        console.log_context["trace_id"] = trace.split("-")[1]
     console.supervisor = environment("NOTIFY_SOCKET")
-    if traceparent():
-        console.log_context["trace_id"] = traceparent().split("-")[1]
     open_log(flags, settings, console)
-    if environment("TRACEPARENT") and not traceparent():
+    if environment("TRACEPARENT") and not trace:
         console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not "
                       "00-TRACE-PARENT-FLAGS (W3C trace context)")
-    return guarded(call), call
-
-
-def guarded(call: Run) -> int:
-    """Run the command's function; its errors become the outcome."""
-    outcome = call.outcome
+    outcome, command = run.outcome, flags.command
     try:
-        if call.flags.command not in LOOKING:
-            check_settings(call.settings)
-        check_believed(call.flags, call.settings)
-        call.is_believed = True
-        if call.flags.splay:
-            wait_splay(call)
-        COMMANDS[call.flags.command](call)
-        if call.flags.command == "config" and not call.flags.example:
-            check_settings(call.settings)  # after they were shown
+        if command not in LOOKING:
+            check_settings(settings)
+        if os.geteuid() == 0 and command not in LOOKING + ("preflight",):
+            refused = untrusted(settings)[0]
+            for problem, hint in refused.values():
+                raise PreflightFailed(
+                    f"what root acts on could have been written by others: {problem}", f"{hint}; "
+                    f"or accept the risk, for every such path: {accepting(settings, refused)}")
+        run.is_believed = True
+        if flags.splay:
+            wait_splay(run)
+        COMMANDS[command](run)
+        if command == "config" and not flags.example:
+            check_settings(settings)  # after they were shown
     except (Exception, KeyboardInterrupt) as error:
-        outcome.error = failure_of(error, call.flags.command, call.console, call.flags.debug)
+        outcome.error = failure_of(error, command, console, flags.debug)
     if outcome.error:
-        return outcome.error.exit_code
-    return EXIT_CHANGED if outcome.changed and call.flags.detailed_exitcode else EXIT_OK
+        return outcome.error.exit_code, run
+    return EXIT_CHANGED if outcome.changed and flags.detailed_exitcode else EXIT_OK, run
 
 
 def failure_of(error: BaseException, step: str, console: Console, debug: Any) -> DeployError:
@@ -11177,10 +11044,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if parameters is not None:
             argv = module_argv(parameters, console.secrets)
-        exit_code, call = run_command_line(argv, console)
-        report(call, exit_code, time.monotonic() - started_seconds)
+        exit_code, run = run_command_line(argv, console)
+        report(run, exit_code, time.monotonic() - started_seconds)
         # What a command did is not undone by losing what it said; one that only says has failed.
-        says_only = call.flags.command not in WRITING and not call.outcome.changed
+        says_only = run.flags.command not in WRITING and not run.outcome.changed
         if console.is_result_lost and says_only and not exit_code:
             exit_code = EXIT_FAILED
         return exit_code

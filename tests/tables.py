@@ -29,8 +29,10 @@ def commands_table(deploy: Any) -> str:
     """What each command does, and its flags."""
     rows = []
     for name, (text, _) in deploy.COMMAND_HELP.items():
-        own = [spelled(flag.names[-1:], flag.metavar) for flag in deploy.FLAGS if name in flag.commands and not flag.is_argument]
-        rows.append((f"`{deploy.usage(name)}`", text, ", ".join(own)))
+        flags = [flag for flag in deploy.FLAGS if name in flag.commands]
+        own = [spelled(flag.names[-1:], flag.metavar.replace("...", "")) for flag in flags if not flag.is_argument]
+        usage = " ".join([name] + [flag.metavar for flag in flags if flag.is_argument])
+        rows.append((f"`{usage}`", text, ", ".join(own)))
     return markdown_table(("command", "does", "flags"), rows)
 
 
@@ -43,11 +45,11 @@ def flags_table(deploy: Any) -> str:
 
 def options_table(deploy: Any, wanted: str) -> str:
     """The options of one section."""
-    for section, text, _ in deploy.SECTIONS:
+    for section, text, options in deploy.SECTIONS:
         if section == wanted:
             rows = [(f"`{option.key.replace('*', 'NAME')}`", deploy.kind_name(option.kind),
                      f"`{option.default}`" if option.default else "", option.help)
-                    for option in deploy.OPTIONS if option.section == section]
+                    for option in options.values()]
             return f"### [{section.replace('*', 'NAME')}]\n\n{text}\n\n" + markdown_table(("key", "takes", "default", "means"), rows)
     raise KeyError(wanted)
 

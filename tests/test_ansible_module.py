@@ -199,7 +199,7 @@ def test_every_parameter_of_a_command_is_understood_by_the_command_line(command:
     flags = vars(deploy.parse_command_line(["--json"] + deploy.module_argv(
         dict(values, command=command, _ansible_module_name="deploy"), deploy.Secrets())))
     flags.update({name.partition(".")[2].replace("lock_wait", "wait_lock"): value for name, value in flags.items() if "." in name})
-    flags.update(log_file=flags["file"], log_format=flags["format"], set=flags["assignments"])
+    flags.update(log_file=flags["file"], log_format=flags["format"])
     assert flags["command"] == command
     assert all(flags[name] for name in values)
 

@@ -146,7 +146,7 @@ def test_dry_run_counts_wherever_it_stands(words: List[str], app: App) -> None:
 
 def test_a_configuration_and_an_artifact_behind_a_double_dash_go_together() -> None:
     flags = deploy.parse_command_line(["-c", "a.ini", "deploy", "--set", "deploy.root=/r", "--", "-artifact"])
-    assert (flags.config, flags.assignments, flags.artifact) == (["a.ini"], ["deploy.root=/r"], "-artifact")
+    assert (flags.config, flags.set, flags.artifact) == (["a.ini"], ["deploy.root=/r"], "-artifact")
 
 
 def test_two_dashes_end_the_flags(app: App) -> None:

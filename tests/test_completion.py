@@ -18,8 +18,7 @@ from support import load_deploy, needs, once_in_ci, run_deploy
 deploy = load_deploy()
 
 COMMANDS = set(deploy.COMMANDS)
-GLOBAL = {"--help", "--version"} | {name for flag in deploy.FLAGS if not flag.commands for name in flag.names if name[1] == "-"} \
-    | {option.flag for option in deploy.OPTIONS if option.flag}
+GLOBAL = {"--help", "--version"} | {name for flag in deploy.FLAGS if not flag.commands for name in flag.names if name[1] == "-"}
 SHELLS = ("bash", "zsh")
 FILES = ("shop-1.4.1.tar.gz", "shop.ini", "with space.ini")
 DIRECTORIES = ("apps", "var")
@@ -154,7 +153,6 @@ def test_the_script_has_every_command_and_flag(shell: str, tmp_path: Path) -> No
     assert script == deploy.completion(shell)
     words = set(re.findall(r"[\w.=-]+", script))
     flags = {name for flag in deploy.FLAGS for name in flag.names if name.startswith("--")}
-    flags |= {option.flag for option in deploy.OPTIONS if option.flag}
     assert COMMANDS <= words and flags <= words
     assert not re.search("@[A-Z]+@", script)
 

@@ -136,8 +136,7 @@ def test_every_option_is_used_by_a_test(option: Any) -> None:
     ways.append(rf"\bDEPLOY_{section.upper()}_{key.upper()}\b")
     if option.section.endswith("*"):
         ways.append(rf"(?<![\w.-]){key}=|[\"']{key}[\"']:")  # KEY=VALUE texts, keyword arguments and dictionaries
-    if option.flag:
-        ways.append(rf"{re.escape(option.flag)}\b")
+    ways += [rf"{flag.names[0]}\b" for flag in deploy.FLAGS if flag.dest == option_id(option)]
     if option.section == "deploy":
         ways.append(rf"(?<![\w.-]){key}\s*=")  # App.configure() has opened the section already
     assert re.search("|".join(ways), other_tests(), re.DOTALL)
@@ -152,7 +151,7 @@ def uncommented() -> str:
 
 def values(settings: Any) -> Dict[Tuple[str, str], str]:
     """The text of every plain option."""
-    return {(section, key): text for section, key, text, _ in settings.rows() if "NAME" not in section + key}
+    return {(section, key): text for section, key, text, _ in settings.rows if "NAME" not in section + key}
 
 
 def test_the_example_is_what_config_prints() -> None:
