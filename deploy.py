@@ -6143,7 +6143,6 @@ class UnitService(Service):
         if action == "restart" and invocation and invocation == before.get("InvocationID"):
             raise self.failure("was not restarted: its InvocationID is the one from before",
                                state=first)
-
         for _ in self.settling():
             state = self.state()
             changed = [f"{name} went from {first.get(name)} to {state.get(name)}"
@@ -6343,11 +6342,6 @@ def service_target(service: Any) -> str:
     if service.unit:
         return f"unit {service.unit}"
     return f"the process in {service.pidfile}" if service.pidfile else f"service {service.name}"
-
-
-def service_seconds(service: Any) -> float:
-    """Return how long a service's action and the look at it afterwards may take."""
-    return float(service.timeout + service.settle)
 
 
 def services_in_order(settings: Settings) -> List[str]:
@@ -7876,11 +7870,6 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
         fixes = dict.fromkeys(fix for status, _, fix in found if status == worst and fix)
         results.append(CheckResult(name, worst, "; ".join(details), "; ".join(fixes)))
     return results
-
-
-def longest_seconds(settings: Settings) -> float:
-    """Return how long restarts and probes may take in all, for the journal's deadline."""
-    return sum(map(service_seconds, settings.service.values())) + sum(map(probe_seconds, settings.probe.values()))
 
 
 # ============================================================================
