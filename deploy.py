@@ -2260,6 +2260,7 @@ FLAG_TABLE = """\
 --set  SECTION.KEY=VALUE...       -  set one option; may repeat
 --detailed-exitcode  -            -  exit 10 when something changed
 --debug              -            -  show tracebacks
+-m --message         TEXT         -  why: kept in record and history, told to hooks and notifiers
 artifact             ARTIFACT     deploy stage  archive or directory
 artifact             [ARTIFACT]   preflight  archive or directory
 release              RELEASE      activate pin unpin  RELEASES
@@ -2269,8 +2270,8 @@ release              [RELEASE]    verify  RELEASES; default: current
 --release-version    V            deploy stage preflight pack  version, instead of the name's
 --allow-downgrade    -            deploy stage preflight
     accept a version older than the one that is live
--f --force           -            deploy stage preflight activate rollback
-    try a bad artifact or release again; stage anew what is staged already
+-f --force           -            deploy stage preflight activate rollback prune
+    insist: a bad or changed release, another application's root, pruning what was written to
 --splay              DURATION     deploy stage activate rollback prune recover
     wait first, this host's own share of DURATION: always the same, evenly spread over hosts
 names                [NAME...]    probe  configured probes; default: all
@@ -3430,6 +3431,7 @@ class Context(NamedTuple):
     previous: str
     deploy_id: str
     failed: str = ""
+    note: str = ""
 
     def variables(self) -> Dict[str, str]:
         """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
@@ -3439,6 +3441,8 @@ class Context(NamedTuple):
             "DEPLOY_RELEASE_PATH": self.release_path, "DEPLOY_ID": self.deploy_id,
             "DEPLOY_CURRENT_PATH": f"{self.root}/current",
             "DEPLOY_SHARED_PATH": f"{self.root}/shared", "DEPLOY_PREVIOUS_RELEASE": self.previous}
+        if self.note:
+            names["DEPLOY_NOTE"] = self.note
         if self.failed:
             names["DEPLOY_FAILED_RELEASE"] = self.failed
             names["DEPLOY_FAILED_PATH"] = f"{self.root}/releases/{self.failed}"
@@ -3475,6 +3479,7 @@ class Run:
         self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
         self.traceparent = child_traceparent()
         self.by = who()
+        self.note = console.secrets.mask(getattr(flags, "message", None) or "")
         self.outcome = Outcome(flags.command)
         # The open root, what was observed there, and the open artifact, while there are such.
         self.store: Any = None
@@ -3486,7 +3491,6 @@ class Run:
         self.output: List[str] = []
         self.signalled: Set[str] = set()  # services whose process was there to be signalled
         self.left_is_healthy = False  # what a rollback leaves: only then is there a way back
-        self.session = self
         # For those who are notified: where it was to lead, and whether the settings count.
         self.target = ""
         self.is_believed = False
@@ -7014,6 +7018,7 @@ class Facts(NamedTuple):
     command_line: Callable[[str], str]
     application: str
     deploy_id: str
+    note: str
     now_seconds: float
     current: Current
     records: Dict[str, Record]
@@ -7068,7 +7073,8 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     prunes = store and run.flags.command in ("deploy", "activate", "prune")
     return Facts(
         request=run.flags, root=os.path.realpath(settings.deploy.root), application=run.application,
-        command_line=settings.command_line, deploy_id=run.deploy_id, now_seconds=time.time(),
+        command_line=settings.command_line, deploy_id=run.deploy_id, note=run.note,
+        now_seconds=time.time(),
         current=current, records=records, state_problems=problems,
         on_disk=store.releases_on_disk() if store else set(),
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
@@ -7167,6 +7173,27 @@ def mutable_pattern(globs: Sequence[str]) -> Any:
     return re.compile("|".join(parts), re.DOTALL)
 
 
+def strangers(run: Run, record: Record) -> List[str]:
+    """List what a release holds that the artifact did not bring, bytecode and `mutable` aside."""
+    written, top = mutable_pattern(run.settings.deploy.mutable), f"{run.store.path}/releases/"
+    found, pending = [], [""]
+    try:
+        with run.store.open_manifest(record.id) as streams:
+            known = {os.fsdecode(name) for name in read_manifest(*streams)}
+        while pending:
+            inside = pending.pop()
+            run.interrupts.check()
+            for entry in os.scandir(f"{top}{record.id}/{inside}"):
+                name = inside + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(name + "/")
+                elif name not in known and not written.match(name):
+                    found.append(name)
+    except (OSError, ValueError, StateError):
+        pass  # no manifest, or too deep a tree: what was found so far is enough
+    return sorted(found)
+
+
 def problems_of(differences: Differences) -> str:
     """Say what makes a release unfit to go live; files that were only added do not."""
     parts = []
@@ -7187,7 +7214,7 @@ def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = 
     version = record.version if record else facts.artifact.version if facts.artifact else ""
     path = f"{facts.root}/releases/{release}" if release else facts.root
     return Context(facts.application, facts.root, release or "", version, path, previous or "",
-                   facts.deploy_id, failed)
+                   facts.deploy_id, failed, facts.note)
 
 
 def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
@@ -7487,6 +7514,18 @@ def check_current(run: Run) -> Iterator[Finding]:
         yield ("warn", f"current points to {current.release}, which has no record",
                "it cannot be rolled back to")
     yield "ok", current.release or "nothing is live yet", ""
+
+
+def check_application(run: Run) -> Iterator[Finding]:
+    """No other application deploys to this root; compared where both were given a name."""
+    ours, facts = run.settings.deploy.application, run.facts
+    known = [record for record in facts.records.values() if record.application]
+    theirs = max(known, key=attrgetter("sequence")).application if known else None
+    if ours and theirs and ours != theirs:
+        yield ("warn" if run.flags.force else "fail",
+               f"this root is {theirs}'s, and what is to be deployed is {ours}",
+               "name the right root, or take it over: --force")
+    yield "ok", ours or "not named", ""
 
 
 def check_state(run: Run) -> Iterator[Finding]:
@@ -7818,6 +7857,7 @@ CHECKS = (
     ("filesystem", check_filesystem, True),
     ("current", check_current, True),
     ("state", check_state, True),
+    ("application", check_application, True),
     ("recovery", check_recovery, True),
     ("lock", check_lock, True),
     ("clock", check_clock, False),
@@ -8207,9 +8247,16 @@ def do_shared(run: Run) -> str:
     """Make missing shared directories, and a relative link for each path."""
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
     replaced = []
+    live = f"{run.facts.root}/current"
     with run.store.root.make("shared") as shared, run.staged_tree() as tree:
         for path in directories:
-            shared.walk_to(path, make=True).close()
+            with shared.walk_to(path, make=True) as directory:
+                if not directory.names() and not os.path.islink(f"{live}/{path}") \
+                        and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
+                    target = f"{run.facts.root}/shared/{path}/"
+                    run.console.warn(
+                        f"shared/{path} is empty, and what the live release holds in {path} will "
+                        f"not be seen any more: cp -a {live}/{path}/. {target}")
         for path in directories + files:
             parent, _, name = path.rpartition("/")
             target = "../" * (2 + path.count("/")) + "shared/" + path
@@ -8272,7 +8319,11 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
         raise StepFailed(f"template {template.source} is not in the artifact",
                          f"correct [template:{template.name}] source")
     text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
-    rendered = text.encode("utf-8", "surrogateescape")
+    rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
+    names = [name for _, name in PLACEHOLDER.findall(data.decode("utf-8", "replace"))]
+    chosen = run.settings.origin(f"template:{template.name}", "mode") != "default"
+    if not chosen and any(map(looks_secret, names)):
+        mode = 0o640  # what is secret is not for every user of the host
     parent, _, name = template.target.rpartition("/")
     path = os.fsencode(template.target)
     with open_made(run, tree, parent) as directory:
@@ -8281,9 +8332,9 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
                              f"correct [template:{template.name}] target")
         directory.remove_tree(name)
         drop(run.manifest, path)
-        directory.write(name, rendered, template.mode)
+        directory.write(name, rendered, mode)
     digest = hashlib.sha256(rendered).digest()
-    add_member(run.manifest, Member(path, FILE, template.mode, len(rendered), None, digest))
+    add_member(run.manifest, Member(path, FILE, mode, len(rendered), None, digest))
 
 
 def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
@@ -8355,8 +8406,9 @@ def write_release(run: Run, release: str) -> str:
         id=release, version=found.version, state=STATE_STAGED, pinned=False, artifact=artifact,
         sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
         tree=dict(count_members(run.manifest), **digests), created_at=format_time(time.time()),
-        activated_at=None, deactivated_at=None, previous=None, by=run.by,
-        rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
+        activated_at=None, deactivated_at=None, previous=None, by=run.by, note=run.note or None,
+        application=run.settings.deploy.application or None, failure=None, rolled_back_at=None,
+        rollback={"release": None, "command": None},
         pruned_at=None)
     run.store.write_record(record)
     run.facts.records[release] = record
@@ -8406,6 +8458,13 @@ def make_activate(word: str, settings: Settings, facts: Facts, move: Move) -> Li
         # After the switch a full disk may have no room for the link that leads back.
         keep = not move.back and move.operation != "recover"
         run.store.switch(source, target, keep=keep)
+        left = run.facts.release(source or "") if keep else None
+        written = strangers(run, left) if left else []
+        if written:
+            some = ", ".join(map(portable, written[:3]))
+            run.console.warn(
+                f"{source} holds {count(len(written), 'file')} that the artifact did not bring, "
+                f"and {target} does not: {some}; name their place in shared_dirs or mutable")
         return f"current -> releases/{target}" if target else "current removed"
 
     def switch_back(run: Run) -> None:
@@ -8486,6 +8545,12 @@ def delete_release(run: Run, record: Record) -> str:
     if record.id in (in_use or ()):
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
     on_disk = record.id in run.facts.on_disk
+    written = strangers(run, record) if on_disk and not run.flags.force else []
+    if written:
+        raise StepFailed(
+            f"{record.id} is kept: it holds {count(len(written), 'file')} that the artifact did "
+            f"not bring: {', '.join(map(portable, written[:3]))}; save them, then prune --force",
+            "what the application writes belongs into shared_dirs, or into mutable")
     if on_disk:
         run.store.remove_release(record.id)
     if on_disk and refused_record(run.facts, record.sha256) == record:
@@ -8659,7 +8724,8 @@ class Executor:
             steps=mask([dict(step.to_json(), started_at=step.started_at)
                         for step in run.outcome.steps]), failure=failure,
             previous_sha256="", artifact_sha256=found.sha256 if found else None,
-            automatic=automatic if result == "rolled_back" else None))
+            automatic=automatic if result == "rolled_back" else None, note=run.note or None))
+        run.outcome.extra["chain"] = run.store.chain()
         if error is None and self.phase:
             run.outcome.changed = True
             run.outcome.release, run.outcome.previous = plan.to_release or None, plan.from_release
@@ -8841,6 +8907,7 @@ def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], 
             changed.append(new._replace(
                 state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous,
                 failure=failure if proven else None, rolled_back_at=None,
+                note=executor.run.note or new.note,
                 rollback={"release": previous, "command": command}))
     elif automatic or result == "rollback_failed":
         old = records.get(plan.from_release or "")
@@ -9854,10 +9921,12 @@ def command_history(run: Run) -> None:
         if run.flags.verify:
             verify_history(run)
             return
-        entries = store.history()
-    limit = int(run.flags.limit or 20)
-    run.outcome.extra["total"] = len(entries)
+        entries, run.outcome.extra["chain"] = store.history(), store.chain()
+    limit = 0 if run.flags.json else 20
+    if run.flags.limit is not None:
+        limit = int(run.flags.limit)
     shown = entries[-limit:] if limit else entries
+    run.outcome.extra["total"] = len(entries)
     run.outcome.extra["history"] = [encode(entry) for entry in shown]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in shown]

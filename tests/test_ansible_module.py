@@ -146,7 +146,7 @@ REFUSED = [
     ({"limit": "many", "command": "history"}, "--limit 'many': expected a whole number"),
     ({"aritfact": "a"}, "unknown parameter 'aritfact' (hint: did you mean 'artifact'?)"),
     ({"dry_run": True}, "unknown parameter 'dry_run'"),
-    ({"state": "present"}, "(hint: deploy takes command, config, set, artifact, "),
+    ({"state": "present"}, "(hint: deploy takes command, config, set, message, artifact, "),
     ({"command": "rollback", "artifact": "a"}, "artifact is no parameter of the command rollback (hint: rollback takes command,"),
     ({"command": "depoly"}, "command: there is no 'depoly' (hint: did you mean 'deploy'?)"),
     ({"command": "help"}, "command: there is no 'help'"),

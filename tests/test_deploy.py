@@ -1,5 +1,6 @@
 """deploy, stage and activate from end to end: what goes live, what is undone, what comes back, and what is said."""
 
+import hashlib
 import json
 import os
 import re
@@ -667,7 +668,7 @@ def test_a_bad_artifact_stays_known_after_its_files_are_pruned(app: App) -> None
 
 KEYS = {"ok", "changed", "failed", "command", "exit_code", "msg", "application", "root", "release", "previous", "rolled_back",
         "deploy_id", "dry_run", "steps", "checks", "summary", "warnings", "error", "seconds"}
-OWN_KEYS = {"releases", "history", "plan", "probes", "config", "differences", "removed", "recovered", "artifact", "status", "total"}
+OWN_KEYS = {"releases", "history", "plan", "probes", "config", "differences", "removed", "recovered", "artifact", "status", "total", "chain"}
 
 COMMANDS = {
     "deploy": (["deploy", "ARTIFACT"], 0), "deploy dry": (["-n", "deploy", "ARTIFACT"], 0),
@@ -881,3 +882,34 @@ def test_an_archive_beyond_a_limit_is_refused_and_zero_is_no_limit(app: App, opt
     assert option in refused["error"]["message"] + refused["error"]["hint"]
     app.run("deploy", artifact, "--set", f"limits.{option}=0", check=0)
     assert app.version == "1.0"
+
+
+# -- who, why and whose -----------------------------------------------------------
+
+def test_a_message_is_kept_in_record_and_history_and_told_to_hooks(app: App) -> None:
+    hook = fake_command(app.directory / "bin", "hook")
+    configure(app, f"[hooks]\npost_deploy = {hook.path}\n")
+    done = app.run("deploy", app.artifact("1.0"), "-m", "ticket 42: faster checkout", check=0).data
+    assert app.record(done["release"])["note"] == app.history()[-1]["note"] == "ticket 42: faster checkout"
+    assert hook.details()[0]["env"]["DEPLOY_NOTE"] == "ticket 42: faster checkout"
+
+
+def test_another_applications_root_is_refused_until_force(app: App) -> None:
+    configure(app)
+    shop, blog = ("--set", "deploy.application=shop"), ("--set", "deploy.application=blog")
+    app.run("deploy", app.artifact("1.0"), *shop, check=0)
+    for words in (["deploy", app.artifact("1.1")], ["stage", app.artifact("1.1")]):
+        refused = app.run(*words, *blog, check=3).data["error"]
+        assert "shop" in refused["message"] and "blog" in refused["message"] and "--force" in refused["hint"]
+    app.run("deploy", app.artifact("1.1"), "--force", *blog, check=0)
+    app.run("deploy", app.artifact("1.2"), *blog, check=0)
+    app.run("rollback", *shop, check=3)
+
+
+def test_the_head_of_the_historys_chain_is_told(app: App) -> None:
+    configure(app)
+    told = app.deploy("1.0").data["chain"]
+    lines = (app.root / ".deploy" / "history.jsonl").read_bytes().splitlines()
+    data = app.run("history", check=0).data
+    assert told == hashlib.sha256(lines[-1]).hexdigest() == data["chain"] and data["total"] == 1
+    assert all(step["started_at"] for step in data["history"][0]["steps"])

@@ -125,7 +125,7 @@ def test_a_release_that_a_process_runs_from_stays_until_it_ends(app: App, how: s
     finally:
         process.kill()
         process.wait()
-    assert app.run("prune", check=0).data["removed"] == [ids[0]]
+    assert app.run("prune", "--force", check=0).data["removed"] == [ids[0]]
 
 
 def test_a_process_that_begins_while_it_is_deployed_keeps_the_release_that_it_runs_from(app: App) -> None:
@@ -298,3 +298,25 @@ def test_sequence_numbers_are_never_given_twice(app: App) -> None:
     app.run("prune", "--set", "deploy.keep_releases=1", check=0)
     newest = app.deploy("4.0").data["release"]
     assert app.record(newest)["sequence"] > max(seen)
+
+
+def test_what_an_application_wrote_into_a_release_is_told_and_not_thrown_away_unseen(app: App) -> None:
+    configure(app, "keep_releases = 1\n")
+    first = app.deploy("1.0", {"uploads": None}).data["release"]
+    (app.root / "current" / "uploads" / "p.jpg").write_text("p")
+    assert any("uploads/p.jpg" in warning and "shared_dirs" in warning for warning in app.deploy("1.1").data["warnings"])
+    assert any("uploads/p.jpg" in warning and "--force" in warning for warning in app.deploy("1.2").data["warnings"])
+    app.deploy("1.3")
+    assert (app.root / "releases" / first / "uploads" / "p.jpg").exists(), "kept, however many deployments follow"
+    assert app.run("prune", "--force", check=0).data["removed"] == [first]
+
+
+def test_what_is_mutable_and_bytecode_keep_no_release(app: App) -> None:
+    configure(app, "keep_releases = 1\nmutable = uploads\n")
+    first = app.deploy("1.0", {"uploads": None, "lib/m.py": "m = 1\n"}).data["release"]
+    (app.root / "current" / "uploads" / "p.jpg").write_text("p")
+    (app.root / "current" / "lib" / "__pycache__").mkdir()
+    (app.root / "current" / "lib" / "__pycache__" / "m.cpython-36.pyc").write_text("m")
+    assert app.deploy("1.1").data["warnings"] == []
+    app.deploy("1.2")
+    assert first not in app.releases()

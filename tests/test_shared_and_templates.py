@@ -6,7 +6,7 @@ from typing import Any, Dict
 
 import pytest
 
-from crashes import inconsistencies, unchanged_part
+from crashes import inconsistencies, content
 from support import (App, application_tree, described, directory, file, link, make_tar, open_to_others, run_as_another, tree_members,
                      write_checksum)
 
@@ -60,10 +60,10 @@ def test_a_shared_file_that_is_not_there_is_refused_and_never_invented(app: App,
     (app.root / "shared" / name).unlink()
     if instead == "directory":
         (app.root / "shared" / name).mkdir()
-    before = unchanged_part(app.root)
+    before = content(app.root)
     result = app.run("deploy", app.artifact("1.1"), check=3)
     assert f"shared/{name}" in result.data["error"]["message"] and f"shared/{name}" in result.data["error"]["hint"]
-    assert unchanged_part(app.root) == before
+    assert content(app.root) == before
 
 
 def test_every_missing_shared_file_is_named_at_once(app: App) -> None:
@@ -196,14 +196,14 @@ def test_placeholders_come_from_vars_the_environment_and_the_deployment(app: App
 def test_unresolved_placeholders_are_all_named_and_nothing_changes(app: App, command: str) -> None:
     app.deploy("1.0")
     configure_template(app, "[vars]\nKNOWN = 1\n")
-    before = unchanged_part(app.root)
+    before = content(app.root)
     text = "${ONE}\n${KNOWN} ${TWO}\n$${THREE}\n"
     result = app.run(*(command.split() + [app.artifact("1.1", {"app.conf.in": text})]))
     assert result.exit_code == 3, result.describe()
     message = result.data["error"]["message"]
     assert "${ONE}" in message and "${TWO}" in message and "KNOWN" not in message and "THREE" not in message
     assert "app.conf.in" in message and "[vars]" in result.data["error"]["hint"]
-    assert unchanged_part(app.root) == before
+    assert content(app.root) == before
 
 
 def test_a_template_that_is_not_in_the_artifact_is_refused(app: App) -> None:
@@ -310,3 +310,18 @@ def test_a_template_does_not_take_the_place_of_a_directory(app: App) -> None:
     app.configure("[template:t]\nsource = t\ntarget = dir\n")
     error = app.run("deploy", app.artifact("1.0", {"t": "x", "dir/a": "precious"}), check=1).data["error"]
     assert "dir is a directory in the artifact" in error["message"] and app.releases() == []
+
+
+def test_a_rendered_file_with_a_secret_is_not_for_every_user_unless_mode_says_so(app: App) -> None:
+    for version, mode, expected in (("1.0", "", 0o640), ("1.1", "mode = 0600\n", 0o600)):
+        app.configure("[vars]\ndb_password = s3cret-value\n[template:conf]\nsource = app.conf.in\ntarget = app.conf\n" + mode)
+        app.deploy(version, {"app.conf.in": "password=${db_password}\n"})
+        assert (app.root / "current" / "app.conf").stat().st_mode & 0o777 == expected
+
+
+def test_a_new_shared_directory_that_hides_what_is_live_is_told_with_the_copy_command(app: App) -> None:
+    app.deploy("1.0", {"uploads": None})
+    (app.root / "current" / "uploads" / "p.jpg").write_text("p")
+    app.configure("shared_dirs = uploads\n")
+    warnings = app.deploy("1.1").data["warnings"]
+    assert any(f"cp -a {app.root}/current/uploads/. {app.root}/shared/uploads/" in warning for warning in warnings), warnings
