@@ -1960,7 +1960,7 @@ def _events(text: str) -> List[str]:
 # its own, or KeyError.  A kind that is not here is a choice, written `one|two|three`.
 _ANY = r"(?s).*"
 _TIME = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
-KINDS: Dict[str, Tuple[str, str, str, Callable[[str], Any]]] = {
+KINDS = {
     "text": ("text", "", _ANY, str),
     "name": ("text", "", _ANY, _plain),
     "names": ("one a line", "", _ANY, _lines(_plain, r"[\s,]")),
@@ -2236,7 +2236,7 @@ class Flag(NamedTuple):
 
     Without commands it is everybody's, before and after the command; without a metavar it is a
     switch, `[X]` need not be given, `X...` may repeat.  `dest` is argparse's name of its value,
-    or the option of the configuration, `section.key`, that it gives; `kind` one of KINDS.
+    `kind` one of KINDS, `option` the one of the configuration that it gives, `section.key`.
     """
 
     names: Tuple[str, ...]
@@ -2245,11 +2245,12 @@ class Flag(NamedTuple):
     help: str
     dest: str
     kind: str
+    option: str
     is_argument: bool
 
 
 RELEASE_HELP = "id, unique prefix, version, digest prefix, current, previous or latest"
-# names (and the dest, where it is another), metavar, commands, help (an option has its own)
+# names (=dest, or =the option that it gives, which has its help), metavar, commands, help
 FLAG_TABLE = """\
 -c --config          FILE...      -  configuration file; may repeat, a later one wins
 -n --dry-run         -            -  show the plan, change nothing
@@ -2305,14 +2306,13 @@ FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int",
 def read_flags(text: str) -> Iterator[Flag]:
     """Read the table of flags."""
     for words, metavar, commands, about in read_table(4, text):
-        spelled, _, dest = words.partition("=")
+        spelled, _, name = words.partition("=")
+        section, dot, key = name.partition(".")
         names = tuple(spelled.split())
-        if "." in dest:
-            section, _, key = dest.partition(".")
-            about = _OPTIONS_OF[section][key].help
-        dest = dest or names[-1].lstrip("-").replace("-", "_")
-        yield Flag(names, metavar, tuple(commands.split()), about.replace("RELEASES", RELEASE_HELP),
-                   dest, FLAG_KINDS.get(dest, ""), not spelled.startswith("-"))
+        dest = name if name and not dot else names[-1].lstrip("-").replace("-", "_")
+        about = _OPTIONS_OF[section][key].help if dot else about.replace("RELEASES", RELEASE_HELP)
+        yield Flag(names, metavar, tuple(commands.split()), about, dest, FLAG_KINDS.get(dest, ""),
+                   name if dot else "", is_argument=not spelled.startswith("-"))
 
 
 FLAGS = tuple(read_flags(FLAG_TABLE))
@@ -2367,6 +2367,9 @@ class Given(NamedTuple):
     directory: str
 
 
+Layer = Dict[Tuple[str, str], Given]  # by section and key
+
+
 class Settings:
     """Every option's value, typed, with its origin.
 
@@ -2376,47 +2379,43 @@ class Settings:
     cannot be read is among the mistakes, and its default in its place.
     """
 
-    def __init__(self, given: Dict[Tuple[str, str], Given], files: List[str]) -> None:
+    def __init__(self, given: Layer, files: List[str]) -> None:
         self.given = given
         self.files = files
         self.mistakes: List[UsageError] = []
         self.rows: List[Tuple[str, str, str, str]] = []  # section, key, text, origin of all
+        by_option: Dict[Tuple[str, str], Dict[str, Given]] = {}
+        for (section, key), value in given.items():
+            option = find_option(section, key)
+            by_option.setdefault((section, option.key if option else ""), {})[key] = value
         declared = sorted({section for section, _ in given})
         for table, _, options in SECTIONS:
             kind, is_named, _ = table.partition(":")
-            if is_named:
-                setattr(self, kind, {
-                    section[len(kind) + 1:]: self._section(section, options)
-                    for section in declared if section.startswith(f"{kind}:")})
-            else:
-                setattr(self, kind, self._section(table, options))
+            sections = {section[len(kind) + 1:]: self._section(section, options, by_option)
+                        for section in (declared if is_named else [table])
+                        if section == table or section.startswith(f"{kind}:")}
+            setattr(self, kind, sections if is_named else sections[""])
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
 
-    def _section(self, section: str, options: Dict[str, Option]) -> Any:
+    def _section(self, section: str, options: Dict[str, Option],
+                 given: Dict[Tuple[str, str], Dict[str, Given]]) -> Any:
         """Read one section; its `given` are the options that are not what they are by default."""
         kind, _, name = section.partition(":")
         values = SimpleNamespace(name=name, given=[])
         for option in options.values():
-            attribute, keys = option.key.rstrip(".*"), [option.key]
-            if option.key.endswith("*"):
-                keys = [key for place, key in self.given
-                        if place == section and find_option(section, key) is option]
+            prefix, is_chosen, _ = option.key.partition("*")
+            default = {} if is_chosen else {option.key: Given(option.default, "default", "")}
             read = {}
-            for key in keys:
-                given = self.given.get((section, key), Given(option.default, "default", ""))
-                self.rows.append((section, key, given.text, given.origin))
-                read[key] = self._value(option, section, key, given)
-                if given.text != option.default and attribute not in values.given:
-                    values.given.append(attribute)
-            if option.key == "*":
+            for key, value in given.get((section, option.key), default).items():
+                self.rows.append((section, key, value.text, value.origin))
+                read[key[len(prefix):]] = self._value(option, section, key, value)
+                if value.text != option.default and prefix.rstrip(".") not in values.given:
+                    values.given.append(prefix.rstrip("."))
+            if not prefix:
                 return read
-            if option.key.endswith("*"):
-                setattr(values, attribute,
-                        {key[len(attribute) + 1:]: value for key, value in read.items()})
-            else:
-                setattr(values, attribute, read[option.key])
+            setattr(values, prefix.rstrip("."), read if is_chosen else read[""])
         for group in ONE_OF.get(kind, ()):
             present = [key for key in group.split() if key in values.given]
             if len(present) != 1:
@@ -2487,7 +2486,7 @@ def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
     `flags` are options that have a flag of their own, `assignments` are the
     texts of --set.  What is wrong is in the result's `mistakes`.
     """
-    given: Dict[Tuple[str, str], Given] = {}
+    given: Layer = {}
     mistakes: List[UsageError] = []
     for path in files:
         try:
@@ -2522,7 +2521,7 @@ def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
     return settings
 
 
-def read_ini(path: str, mistakes: List[UsageError]) -> Dict[Tuple[str, str], Given]:
+def read_ini(path: str, mistakes: List[UsageError]) -> Layer:
     """Read one configuration file; UsageError where it is no INI file.
 
     Names that do not exist are added to the mistakes.
@@ -9247,17 +9246,6 @@ def render_example() -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_page(topic: str) -> str:
-    """Return what this program is, or a page on one of its uses; UsageError for an unknown one."""
-    if not topic:
-        pages = ", ".join(HELP)
-        return f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {pages}, or a command\n"
-    if topic not in HELP:
-        raise UsageError(f"there is no help on {topic!r}", nearest(topic, [*HELP, *COMMAND_HELP])
-                         or f"there is help on {', '.join(HELP)}, and on every command")
-    return HELP[topic]
-
-
 # zsh reads the same script, by its own emulation of bash's completion.
 COMPLETION = """\
 # Completion of deploy.py for bash and zsh (there behind compinit). For every user of bash:
@@ -9289,19 +9277,16 @@ def completion(shell: str) -> str:
     """Write the script that makes a shell complete this program's words."""
     if shell not in ("bash", "zsh"):
         raise UsageError(f"there is no completion for {shell!r}", "one of bash, zsh")
-    flags = [flag for flag in FLAGS if not flag.is_argument]
-    everywhere = ["-h", "--help", "--version"]
-    everywhere += [name for flag in flags if not flag.commands for name in flag.names]
-    taking = [name for flag in flags if flag.metavar for name in flag.names]
+    flags = [(name, flag) for flag in FLAGS for name in flag.names if not flag.is_argument]
+    everywhere = " ".join(["-h", "--help", "--version"]
+                          + [name for name, flag in flags if not flag.commands])
     cases = []
     for command in COMMAND_HELP:
-        own = [name for flag in flags if command in flag.commands for name in flag.names]
-        if own:
-            offer = " ".join(own + everywhere)
-            cases.append(f'        {command}:-*) offer="{offer}" ;;')
-    texts = {"TAKING": "|".join(taking), "COMMANDS": "|".join(COMMAND_HELP),
-             "NAMES": " ".join(COMMAND_HELP), "EVERYWHERE": " ".join(everywhere),
-             "CASES": "\n".join(cases)}
+        own = " ".join(name for name, flag in flags if command in flag.commands)
+        cases.append(f'        {command}:-*) offer="{own} {everywhere}" ;;')
+    texts = {"TAKING": "|".join(name for name, flag in flags if flag.metavar),
+             "COMMANDS": "|".join(COMMAND_HELP), "NAMES": " ".join(COMMAND_HELP),
+             "EVERYWHERE": everywhere, "CASES": "\n".join(cases)}
     return re.sub(r"@([A-Z]+)@", lambda found: texts[found.group(1)], COMPLETION)
 
 
@@ -10079,13 +10064,17 @@ def wait_splay(run: Run) -> None:
             run.interrupts.wait(min(1.0, left_seconds))
 
 
-def command_help(call: Run) -> None:
-    """Show a page of the reference; `help COMMAND` has become `COMMAND --help` before it comes here."""
-    name = call.flags.topic or ""
-    text = help_page(name)
-    call.outcome.extra["help"] = {"topic": name or None, "text": text}
-    call.outcome.message = f"help on {name or 'deploy.py'}"
-    call.console.raw_result(text)
+def command_help(run: Run) -> None:
+    """Show what this program is, or a page on one of its uses; of a command --help was shown."""
+    topic, pages = run.flags.topic, ", ".join(HELP)
+    text = f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {pages}, or a command\n"
+    if topic and topic not in HELP:
+        raise UsageError(f"there is no help on {topic!r}", nearest(topic, [*HELP, *COMMAND_HELP])
+                         or f"there is help on {pages}, and on every command")
+    text = HELP.get(topic, text)
+    run.outcome.extra["help"] = {"topic": topic, "text": text}
+    run.outcome.message = f"help on {topic or 'deploy.py'}"
+    run.console.raw_result(text)
 
 
 def command_completion(call: Run) -> None:
@@ -10585,7 +10574,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 #    code, two lines of error, or one JSON object.
 # ============================================================================
 
-COMMANDS: Dict[str, Callable[[Run], None]] = {
+COMMANDS = {
     "deploy": command_move, "stage": command_move, "activate": command_move,
     "rollback": command_move, "preflight": command_preflight, "probe": command_probe,
     "verify": command_verify, "status": command_status, "releases": command_releases,
@@ -10617,17 +10606,14 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError, with the nearest word that may stand there."""
         found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
         word = found.group(1) if found else ""
-        taken_by = {name: flag.commands or COMMANDS
-                    for flag in FLAGS for name in flag.names if not flag.is_argument}
+        commands = {name: flag.commands for flag in FLAGS for name in flag.names}
         hint = ""
         if word in COMMANDS:
             hint = "one command at a time"
-        elif word in taken_by:
-            hint = f"{word} belongs behind a command that takes it: {', '.join(taken_by[word])}"
-        elif word.startswith("-"):
-            hint = nearest(word, taken_by)
-        elif "invalid choice" in message:
-            hint = nearest(word, COMMANDS)
+        elif word.startswith("-") and commands.get(word):
+            hint = f"{word} belongs behind a command that takes it: {', '.join(commands[word])}"
+        elif word.startswith("-") or "invalid choice" in message:
+            hint = nearest(word, commands if word.startswith("-") else COMMANDS)
         message = re.sub(r"\(choose from .*", f"(choose from {', '.join(COMMANDS)})", message)
         raise UsageError(message.replace("argument -", "-", 1), hint or f"see {self.prog} --help")
 
@@ -10737,8 +10723,9 @@ NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_ex
 NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root",
               "config")
 # What YAML may have made of an unquoted value, and it is still right.  Of any other option int.
-YAML_TYPES: Dict[str, Tuple[type, ...]] = {
-    "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float)}
+YAML_TYPES = {
+    "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float),
+    "json.*": (bool, int)}
 
 
 def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
@@ -10797,17 +10784,10 @@ class ModuleConsole(Console):
         pass
 
 
-def parameters_of(command: str) -> Dict[str, Tuple[str, str]]:
-    """List the module's parameters for a command: {name: (flag or nothing, kind)}."""
-    found = {}
-    for flag in FLAGS:
-        name = flag.names[-1][2:].replace("-", "_") if "." in flag.dest else flag.dest
-        if name not in NO_PARAMETERS and command in (flag.commands or (command,)):
-            kind = "list" if "..." in flag.metavar else "text" if flag.metavar else "switch"
-            if flag.metavar in ("DURATION", "N"):
-                kind = "number"
-            found[name] = ("" if flag.is_argument else flag.names[-1], kind)
-    return found
+def parameters_of(command: str) -> Dict[str, Flag]:
+    """List the module's parameters for a command: each is the flag of that name."""
+    return {flag.dest: flag for flag in FLAGS
+            if command in (flag.commands or (command,)) and flag.dest not in NO_PARAMETERS}
 
 
 def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
@@ -10821,38 +10801,37 @@ def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
     if command not in commands:
         raise UsageError(f"command: there is no {command!r}",
                          nearest(command, commands) or "one of " + ", ".join(commands))
-    argv, arguments = ["--json", command], ["--"]
-    check_mode = parameters.get("_ansible_check_mode") or False
-    if parameter_texts("_ansible_check_mode", "switch", check_mode):
+    argv, arguments, known = ["--json", command], ["--"], parameters_of(command)
+    if parameter_texts("_ansible_check_mode", "", parameters.get("_ansible_check_mode") or False):
         argv.append("-n")
     if parameters.get("_ansible_verbosity", 0) >= 3:
         argv.append("--debug")
-    known = parameters_of(command)
     for name, value in given.items():
         if name not in known:
             takes = f"{command} takes " + ", ".join(["command", *known])
-            if any(name in parameters_of(other) for other in commands):
+            if any(name == flag.dest and flag.commands for flag in FLAGS):
                 raise UsageError(f"{name} is no parameter of the command {command}", takes)
             raise UsageError(f"unknown parameter {name!r}", nearest(name, known) or takes)
-        flag, kind = known[name]
-        texts = parameter_texts(name, kind, value)
+        flag = known[name]
+        texts = parameter_texts(name, flag.metavar, value)
         if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN:
             for text in texts:
                 hidden = text.partition("=")[2]
                 for part in (text, hidden, *re.findall(r"[^\s=\"']{9,}", hidden)):
                     secrets.add(part)
-        if not flag:
+        if flag.is_argument:
             arguments += texts
         else:
-            argv += [flag if kind == "switch" else f"{flag}={text}" for text in texts]
+            argv += [f"{flag.names[-1]}={text}" if flag.metavar else flag.names[-1]
+                     for text in texts]
     return [native(word) for word in argv + (arguments if arguments[1:] else [])]
 
 
-def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
+def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
     """Write a parameter's value as texts, one for each word of the command line."""
-    if kind == "switch":
+    if not metavar:
         try:
-            return ["yes"] if read_value("bool", str(value)) else []
+            return [""] if read_value("bool", str(value)) else []
         except ValueError as error:
             raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
     if name == "set" and isinstance(value, str) and value.startswith("{"):
@@ -10862,27 +10841,27 @@ def parameter_texts(name: str, kind: str, value: Any) -> List[str]:
             raise UsageError("set: {...} is no JSON object", 'such as {"deploy.keep_releases": 3}')
     if name == "set" and isinstance(value, dict):
         return [text for key, item in value.items() for text in parameter_assignments(key, item)]
-    if kind == "list":
+    if "..." in metavar:
         items = value if isinstance(value, list) else parameter_text(name, value).split(",")
         return [parameter_text(name, item).strip() for item in items]
-    return [parameter_text(name, value, int if kind == "number" else str)]
+    return [parameter_text(name, value, int if metavar in ("N", "DURATION") else str)]
 
 
 def parameter_text(name: str, value: Any, *fine: type) -> str:
     """Write a value as text; a number or a yes, unless it is fine there, may be YAML's doing."""
-    if isinstance(value, str):
-        if re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):
-            raise UsageError(f"{name}: holds a character that no argument can have",
-                             "write it without")
-        return value
-    if type(value) in fine:
+    kind = type(value)
+    if kind is str and re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):
+        raise UsageError(f"{name}: holds a character that no argument can have", "write it without")
+    if kind is str:
+        return str(value)
+    if kind in fine:
         return str(value).lower()
-    kind = type(value).__name__
-    if isinstance(value, (bool, int, float)):
-        raise UsageError(f"{name}: expected text, and YAML made of it the {kind} "
+    if kind in (bool, int, float):
+        raise UsageError(f"{name}: expected text, and YAML made of it the {kind.__name__} "
                          f"{json.dumps(value)}",
                          "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
-    raise UsageError(f"{name}: expected text, not a {kind}", "see ansible-doc -M library deploy")
+    raise UsageError(f"{name}: expected text, not a {kind.__name__}",
+                     "see ansible-doc -M library deploy")
 
 
 def parameter_assignments(name: str, value: Any) -> Iterator[str]:
@@ -10897,10 +10876,10 @@ def parameter_assignments(name: str, value: Any) -> Iterator[str]:
         raise unknown(section, key, "set")
     if "=" in name:
         raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
-    fine = (bool, int) if option.key == "json.*" else YAML_TYPES.get(option.kind, (int,))
+    fine = YAML_TYPES.get(option.key, YAML_TYPES.get(option.kind, (int,)))
     items = value if isinstance(value, list) else [value]
     texts = [parameter_text(f"set: {name}", item, *fine) for item in items]
-    if isinstance(value, list) and option.kind == "argv":
+    if items is value and option.kind == "argv":
         texts = [spell(texts)]
     yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
 
@@ -10913,8 +10892,8 @@ def load(flags: Any) -> Settings:
         return Settings({}, [])
     given = {}
     for flag in FLAGS:
-        section, dot, key = flag.dest.partition(".")
-        if dot and getattr(flags, flag.dest) is not None:
+        if flag.option and getattr(flags, flag.dest) is not None:
+            section, _, key = flag.option.partition(".")
             given[section, key] = getattr(flags, flag.dest)
     files = flags.config
     if not files and environment("DEPLOY_CONFIG"):
@@ -10938,15 +10917,14 @@ def check_settings(settings: Settings) -> None:
             check_all(settings)
         except UsageError as error:
             mistakes.append(error)
-    checks: Dict[str, Callable[[Any], Optional[str]]] = {
-        "probe": lambda probe: check_probe(settings, probe), "notify": check_notifier,
-        "template": lambda template: place_problem(settings, template)}
-    for kind, check in checks.items():
+    checks = [("probe", lambda probe: check_probe(settings, probe)), ("notify", check_notifier),
+              ("template", lambda template: place_problem(settings, template))]
+    for kind, check in checks:
         for name, values in getattr(settings, kind).items():
-            section = f"{kind}:{name}"  # what is made of a mistake is no second one
-            problem = "" if f"[{section}]" in wrong else check(values)
+            # What is made of a mistake is no second one.
+            problem = "" if f"[{kind}:{name}]" in wrong else check(values)
             if problem:
-                mistakes.append(settings.wrong(section, problem))
+                mistakes.append(settings.wrong(f"{kind}:{name}", problem))
     for name in set(settings.probe).intersection(settings.notify):
         # Two files of one name: one would send to its peer what was meant for the other's.
         notifier = settings.notify[name]

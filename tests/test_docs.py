@@ -136,7 +136,7 @@ def test_every_option_is_used_by_a_test(option: Any) -> None:
     ways.append(rf"\bDEPLOY_{section.upper()}_{key.upper()}\b")
     if option.section.endswith("*"):
         ways.append(rf"(?<![\w.-]){key}=|[\"']{key}[\"']:")  # KEY=VALUE texts, keyword arguments and dictionaries
-    ways += [rf"{flag.names[0]}\b" for flag in deploy.FLAGS if flag.dest == option_id(option)]
+    ways += [rf"{flag.names[0]}\b" for flag in deploy.FLAGS if flag.option == option_id(option)]
     if option.section == "deploy":
         ways.append(rf"(?<![\w.-]){key}\s*=")  # App.configure() has opened the section already
     assert re.search("|".join(ways), other_tests(), re.DOTALL)

@@ -14,7 +14,7 @@ deploy = load_deploy()
 
 @pytest.mark.parametrize("topic", deploy.HELP)
 def test_a_page_fits_a_terminal_in_any_locale(topic: str) -> None:
-    lines = deploy.help_page(topic).splitlines()
+    lines = deploy.HELP[topic].splitlines()
     assert len(lines) <= 30
     assert [line for line in lines if len(line) > 79 and not line.startswith("    ")] == []
     assert [line for line in lines if not re.match(r"[ -~]*\Z", line)] == []
@@ -60,7 +60,7 @@ def test_help_reads_no_configuration(way: str, tmp_path: Path) -> None:
     flags = ["-c", "deploy.ini"] if way == "named" else []
     assert run_deploy("status", *flags, cwd=tmp_path, env=environment, check=2).data["error"]
     result = run_deploy("help", "hooks", *flags, cwd=tmp_path, env=environment, json=False, check=0)
-    assert result.stdout == deploy.help_page("hooks") and result.stderr == ""
+    assert result.stdout == deploy.HELP["hooks"] and result.stderr == ""
     run_deploy("help", "pin", *flags, cwd=tmp_path, env=environment, check=0)
 
 
