@@ -7220,49 +7220,40 @@ def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
     """Say of each release from which a process runs which one (pid and user); None without /proc.
 
     Its working directory or executable is in there.  Only processes of root, of
-    the release's owner or of a configured service count: otherwise any user
-    could keep a release for ever by a `cd` into it.
+    the release's owner or of a configured service (of its unit, or started by
+    what a pidfile names) count: otherwise any user could keep a release for
+    ever by a `cd` into it.
     """
-    inside = os.path.realpath(f"{root}/releases") + "/"
-    found: Dict[str, str] = {}
+    inside, found = os.path.realpath(f"{root}/releases") + "/", {}
+    services = settings.service.values()
+    units = {name for service in services if service.unit
+             for name in (service.unit, f"{service.unit}.service")}
+    pidfiles = [service.pidfile for service in services if service.pidfile]
     try:
         processes = [name for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
         return None
-    for link in [f"{process}/{name}" for process in processes for name in ("cwd", "exe")]:
+    for process, name in itertools.product(processes, ("cwd", "exe")):
         try:
-            target, process = os.readlink(f"/proc/{link}"), link.split("/")[0]
+            target = os.readlink(f"/proc/{process}/{name}")
             release = target[len(inside):].split("/")[0]
             if not target.startswith(inside) or release in found:
                 continue
-            # The real user: who may run something setuid is not its owner for that.
-            user, owner = int(process_status(process, "Uid")), os.lstat(inside + release).st_uid
-            if user in (0, owner) or is_of_service(settings, process):
+            pids = [read_text(path).strip() for path in pidfiles if os.path.isfile(path)]
+            groups = re.split("[/\n]", read_text(f"/proc/{process}/cgroup")) if units else ()
+            user, parent, counts = -1, process, bool(units.intersection(groups))
+            while parent not in ("", "0"):
+                text = read_text(f"/proc/{parent}/status")
+                status = dict(re.findall(r"(?m)^(\w+):\s*(\S+)", text))
+                if user < 0:  # the real one: who may run something setuid is not its owner for that
+                    user = int(status["Uid"])
+                counts = counts or parent in pids
+                parent = status["PPid"] if pids else ""
+            if counts or user in (0, os.lstat(inside + release).st_uid):
                 found[release] = f"pid {process} of {user_name(user)}"
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):
             pass  # it has ended, or may not be looked at
     return found if processes else None
-
-
-def process_status(process: str, key: str) -> str:
-    """Return the first word of a line of a process's status (proc(5)); OSError where it is gone."""
-    found = re.search(rf"(?m)^{key}:\s*(\S+)", read_text(f"/proc/{process}/status"))
-    return found.group(1) if found else ""
-
-
-def is_of_service(settings: Settings, process: str) -> bool:
-    """Say whether a process is in a configured unit, or comes from one that a pidfile names."""
-    groups = re.split("[/\n]", read_text(f"/proc/{process}/cgroup"))
-    services, pids = settings.service.values(), []
-    if any(service.unit and {service.unit, f"{service.unit}.service"} & set(groups)
-           for service in services):
-        return True
-    for service in services:
-        if service.pidfile and os.path.isfile(service.pidfile):
-            pids.append(read_text(service.pidfile).strip())
-    while process not in pids and process not in ("", "0", "1"):
-        process = process_status(process, "PPid")
-    return process in pids
 
 
 # -- refusals ------------------------------------------------------------------
@@ -7277,31 +7268,22 @@ def note_ending(run: Run, entry: HistoryEntry) -> None:
     A timer meets the same refusal at every tick; it is reported once, until
     another release goes live, or for the day where no digest says what is refused.
     """
-    run.outcome.result = entry.result
-    if entry.result == "refused" and is_known_refusal(run.store, entry):
-        run.outcome.is_repeated = True
-    else:
-        run.store.append_history(entry)
-
-
-def is_known_refusal(store: Store, entry: HistoryEntry) -> bool:
-    """Tell whether the history has this refusal since a release went live last."""
-    def reason_of(refusal: HistoryEntry) -> str:
+    def refused(refusal: HistoryEntry) -> Any:
         # What is free on the disk is another number at every tick.
-        return re.sub(r"\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
+        message = re.sub(r"\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
+        return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
-    try:
-        entries = store.history(REMEMBERED_ENTRIES)
-    except StateError:
-        return False  # a damaged line; `history --verify` finds it
-    for earlier in reversed(entries):
-        if earlier.result in GOES_LIVE and not earlier.automatic:
-            return False
-        if earlier.result == "refused" and reason_of(earlier) == reason_of(entry) and \
-                earlier.artifact_sha256 == entry.artifact_sha256 and \
-                (entry.artifact_sha256 or earlier.at[:10] == entry.at[:10]):
-            return True
-    return False
+    run.outcome.result = entry.result
+    if entry.result == "refused":
+        try:
+            known = run.store.history(REMEMBERED_ENTRIES)[::-1]
+        except StateError:
+            known = []  # a damaged line; `history --verify` finds it
+        since = itertools.takewhile(
+            lambda earlier: earlier.result not in GOES_LIVE or earlier.automatic, known)
+        run.outcome.is_repeated = refused(entry) in map(refused, since)
+    if not run.outcome.is_repeated:
+        run.store.append_history(entry)
 
 
 def remember_refusal(run: Run, error: DeployError) -> None:
@@ -7310,18 +7292,17 @@ def remember_refusal(run: Run, error: DeployError) -> None:
     if run.outcome.result or isinstance(error, StateError) or \
             failed & {"permissions", "filesystem", "state"}:
         return  # it is written, or nothing may be written there
-    artifact, mask = run.facts and run.facts.artifact, run.console.secrets.mask
+    facts, message = run.facts, run.console.secrets.mask(error.message)
+    artifact = facts and facts.artifact
     try:
         note_ending(run, HistoryEntry(
             sequence=0, at=format_time(time.time()), deploy_id=run.deploy_id,
             operation=run.flags.command, result="refused", release=None,
             version=artifact.version if artifact else None,
-            previous=run.facts.current.release if run.facts else None,
-            exit_code=error.exit_code, seconds=0.0, message=mask(error.message), by=run.by,
-            steps=[], previous_sha256="",
-            failure={"step": "preflight", "reason": mask(error.message), "evidence": {},
-                     "interrupted": False},
-            artifact_sha256=artifact.sha256 if artifact else None))
+            previous=facts.current.release if facts else None,
+            exit_code=error.exit_code, seconds=0.0, message=message, by=run.by, steps=[],
+            failure={"step": "preflight", "reason": message, "evidence": {}, "interrupted": False},
+            previous_sha256="", artifact_sha256=artifact.sha256 if artifact else None))
     except (OSError, StateError) as problem:
         run.console.warn(f"the refusal could not be written down: {reason(problem)}")
 
@@ -7329,74 +7310,59 @@ def remember_refusal(run: Run, error: DeployError) -> None:
 # -- checks ------------------------------------------------------------------
 
 # A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
-# The worst of these is the check's result; "ok" may therefore always stand at the end.
+# The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
 Finding = Tuple[str, str, str]
 SPARE_INODES = 64  # for what a deployment writes beside the release
-KEY_FILES = {"probe": ("auth_file", "tls_ca", "tls_cert", "tls_key"),
-             "notify": ("url_file", "token_file", "tls_ca")}
+KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_key")
 
 
 def check_runtime(run: Run) -> Iterator[Finding]:
     """Which host, Python and user this is."""
-    python = ".".join(str(part) for part in sys.version_info[:3])
     run.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
+    python = sys.version.split()[0]
     yield "ok", f"{os.uname().nodename}, Python {python}, user {user_name()}", ""
 
 
 def check_user(run: Run) -> Iterator[Finding]:
     """[preflight] user."""
     wanted = run.settings.preflight.user
-    if not wanted:
-        yield "skip", "no [preflight] user", ""
-    elif wanted not in (user_name(), str(os.geteuid())):
+    if wanted not in (user_name(), str(os.geteuid())):
         yield "fail", f"run by {user_name()}, not by {wanted}", f"sudo -u {wanted} deploy.py ..."
-    yield "ok", user_name(), ""
 
 
 def check_configuration(run: Run) -> Iterator[Finding]:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
     settings = run.settings
-    missing = [(section, key, path) for section, key, path in key_files(settings)
-               if section.startswith("probe:") and not os.access(path, os.R_OK)]
-    for section, key, path in missing:
-        yield "fail", f"[{section}] {key}: {path} is missing or cannot be read", f"create {path}"
-    yield from missing_programs(settings, "probe")
-    for name, probe in sorted(settings.probe.items()) if not missing else ():
-        yield from unusable_keys(name, probe)
+    for name, probe in sorted(settings.probe.items()):
+        paths = {key: getattr(probe, key, "") for key in KEY_FILES if getattr(probe, key, "")}
+        missing = [key for key, path in paths.items() if not os.access(path, os.R_OK)]
+        for key in missing:
+            yield ("fail", f"[probe:{name}] {key}: {paths[key]} is missing or cannot be read",
+                   f"create {paths[key]}")
+        if missing or not paths:
+            continue
+        auth_file = paths.pop("auth_file", "")
+        # What authorization() makes of it; in base64 anything may stand.
+        text = read_text(auth_file).strip() if auth_file else ""
+        if " " in text and wrong_header({"Authorization": text}):
+            yield ("fail", f"[probe:{name}] auth_file: {auth_file} holds a line break or a control "
+                   "character",
+                   "it must hold one line: the Authorization header's value, or user:password")
+        try:
+            if paths:
+                tls_context(probe)
+        except (OSError, ValueError) as error:
+            yield ("fail", f"[probe:{name}] {', '.join(paths.values())}: {network_error(error)}",
+                   "tls_ca needs a certificate, tls_cert one with tls_key as its own key, "
+                   "all in PEM and not encrypted")
+    if settings.probe:
+        yield from missing_programs(settings, "probe")
     if settings.hooks.run_as:
         become_user(settings.hooks.run_as)  # raises where there is no such user
         if os.geteuid() != 0:
             yield ("fail", f"[hooks] run_as = {settings.hooks.run_as} needs root",
                    "run as root, or remove run_as")
     yield "ok", ", ".join(settings.files) or "no file; defaults and command line", ""
-
-
-def key_files(settings: Settings) -> List[Tuple[str, str, str]]:
-    """List the key files of every probe and notifier as (section, key, path)."""
-    found = []
-    for kind, keys in KEY_FILES.items():
-        for name, section in sorted(getattr(settings, kind).items()):
-            found += [(f"{kind}:{name}", key, getattr(section, key))
-                      for key in keys if getattr(section, key)]
-    return found
-
-
-def unusable_keys(name: str, probe: Any) -> Iterator[Finding]:
-    """Find what is wrong with what the key files of a probe hold."""
-    if probe.tls_ca or probe.tls_cert:
-        try:
-            tls_context(probe)
-        except (OSError, ValueError) as error:
-            paths = ", ".join(filter(None, (probe.tls_ca, probe.tls_cert, probe.tls_key)))
-            yield ("fail", f"[probe:{name}] {paths}: {network_error(error)}",
-                   "tls_ca needs a certificate, tls_cert one with tls_key as its own key, "
-                   "all in PEM and not encrypted")
-    # What authorization() makes of it; in base64 anything may stand.
-    text = read_text(probe.auth_file).strip() if probe.auth_file else ""
-    if " " in text and wrong_header({"Authorization": text}):
-        yield ("fail", f"[probe:{name}] auth_file: {probe.auth_file} holds a line break "
-               "or a control character",
-               "it must hold one line: the Authorization header's value, or user:password")
 
 
 def check_trust(run: Run) -> Iterator[Finding]:
@@ -7407,19 +7373,17 @@ def check_trust(run: Run) -> Iterator[Finding]:
         yield serious, problem, fix
     for problem, fix in accepted.values():
         yield "warn", problem, fix
+    private, releases = f"{run.facts.root}/.deploy", f"{run.facts.root}/releases"
     if run.store is not None:
         run.store.check_owner()
-        private = f"{run.facts.root}/.deploy"
         mode = stat.S_IMODE(os.lstat(private).st_mode) if os.path.lexists(private) else 0
         if mode & 0o077:
             yield serious, f"{private} is open to others (mode {mode:04o})", f"chmod 0700 {private}"
-    releases = f"{run.facts.root}/releases"
-    for path, (problem, fix) in trust_problems(releases).items():
-        if path == releases and path not in refused and path not in accepted:
-            # Nothing in there is run by root: what could be changed after it was verified is the
-            # application's own risk.
+    if releases not in (*refused, *accepted):
+        # Nothing in there is run by root: what could be changed after it was verified is the
+        # application's own risk.
+        for problem, fix in filter(None, [trust_problems(releases).get(releases)]):
             yield "warn", f"{problem}: a release could be changed after it was verified", fix
-    yield "ok", "what is believed belongs to us alone", ""
 
 
 def untrusted(settings: Settings, *, files_only: bool = False
@@ -7432,12 +7396,12 @@ def untrusted(settings: Settings, *, files_only: bool = False
     refused: Dict[str, Problem] = {}
     for path in settings.files:
         refused.update(trust_problems(path))
-    own = set(refused)
-    for problems in [] if files_only else believed(settings):
-        refused = dict(problems, **refused)
     by_file = settings.origin("preflight", "accept_risk") in settings.files
+    own = set(refused) if by_file else ()
+    for problems in () if files_only else believed(settings):
+        refused = dict(problems, **refused)
     accepted = {path: refused.pop(path) for path in settings.preflight.accept_risk
-                if path in refused and not (by_file and path in own)}
+                if path in refused and path not in own}
     return refused, accepted
 
 
@@ -7448,14 +7412,13 @@ def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
     a run may go back, and on the way to the one that is not there yet.
     """
     root = os.path.realpath(settings.deploy.root) if settings.deploy.root else ""
-    if root:
-        yield trust_problems(settings.deploy.root)
-    for _, _, path in key_files(settings):
-        yield trust_problems(path)
+    paths = [settings.deploy.root, *[
+        getattr(asked, key, "") for key in KEY_FILES
+        for asked in (*settings.probe.values(), *settings.notify.values())]]
     for service in settings.service.values():
         if service.unit:
-            for path in program_places(service.systemctl[0], "/", command_path()):
-                yield trust_problems(path)
+            paths += program_places(service.systemctl[0], "/", command_path())
+    yield from map(trust_problems, filter(None, paths))
     coming, live = f"{root}/releases/(new)", os.path.realpath(f"{root}/current")
     releases = [coming, live] if os.path.isdir(live) else [coming]
     shared = tuple(f"{coming}/{path}/"
@@ -7479,29 +7442,21 @@ def check_root(run: Run) -> Iterator[Finding]:
     if run.store is not None and not os.access(root, os.W_OK | os.X_OK):
         yield ("fail", f"{root} cannot be written by {user_name()}",
                f"chown {user_name()} {root}, or mount it read-write")
-    if run.store is None and not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
+    if run.store is None and not os.access(f"{parent}/.", os.W_OK | os.X_OK):
         yield "fail", f"{root} does not exist, and {parent} cannot take it", f"mkdir -p {root}"
     yield "ok", root if run.store is not None else f"{root} will be made", ""
 
 
 def check_filesystem(run: Run) -> Iterator[Finding]:
     """One filesystem, or rename would fail half way (EXDEV)."""
-    if run.store is None:
-        yield "skip", "no root yet", ""
-        return
     root, device = run.facts.root, os.stat(run.facts.root).st_dev
-    for path in ["releases", ".deploy"] + [f".deploy/{name}" for name in PRIVATE_DIRECTORIES]:
-        try:
-            found = os.lstat(f"{root}/{path}")
-        except FileNotFoundError:
-            continue
-        if not stat.S_ISDIR(found.st_mode):
-            yield "fail", f"{root}/{path} is not a directory", "move it out of the way"
+    for path in ["releases", ".deploy", *map(".deploy/{}".format, PRIVATE_DIRECTORIES)]:
+        path = f"{root}/{path}"
+        if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
+            yield "fail", f"{path} is not a directory", "move it out of the way"
             return
-        if found.st_dev != device:
-            yield ("fail", f"{path} lies on another filesystem than the root",
-                   f"unmount {root}/{path}")
-    yield "ok", "one filesystem", ""
+        if os.path.lexists(path) and os.lstat(path).st_dev != device:
+            yield "fail", f"{path} lies on another filesystem than the root", f"unmount {path}"
 
 
 def check_current(run: Run) -> Iterator[Finding]:
@@ -7524,29 +7479,23 @@ def check_application(run: Run) -> Iterator[Finding]:
         yield ("warn" if run.flags.force else "fail",
                f"this root is {theirs}'s, and what is to be deployed is {ours}",
                "name the right root, or take it over: --force")
-    yield "ok", ours or "not named", ""
 
 
 def check_state(run: Run) -> Iterator[Finding]:
     """Records and journal can be read."""
-    facts = run.facts
-    fix = "restore the file from a backup, or move it away: its release is then unknown"
-    serious = "fail"
+    serious, fix = "fail", "restore the file from a backup, or move it away: its release is then " \
+        "unknown"
     if run.flags.command in ("rollback", "activate"):
         fix += f"; or go to a whole one: {run.settings.command_line('recover --to RELEASE')}"
-        # A way back that is known must not wait for the record of some other release.
-        serious = "warn" if facts.current.release in facts.records else "fail"
-    for problem in facts.state_problems:
+        if run.facts.current.release in run.facts.records:
+            serious = "warn"  # a way back that is known must not wait for some other's record
+    for problem in run.facts.state_problems:
         yield serious, problem, fix
-    yield "ok", count(len(facts.records), "record"), ""
 
 
 def check_recovery(run: Run) -> Iterator[Finding]:
     """Nothing is left over from an earlier run."""
     journal = run.facts.journal
-    if journal is None:
-        yield "ok", "nothing to recover", ""
-        return
     what = f"{journal.operation} of {journal.to_release}"
     if run.facts.holder is not None:
         yield "ok", f"{what} is under way ({journal.phase})", ""
@@ -7560,17 +7509,15 @@ def check_lock(run: Run) -> Iterator[Finding]:
     if run.facts.holder is not None:
         yield ("fail", f"held by {describe_holder(run.facts.holder)}",
                "look again once it has ended; a real run waits for it with --wait-lock 5m")
-    yield "ok", "free", ""
 
 
 def check_clock(run: Run) -> Iterator[Finding]:
     """The clock is not before the newest record."""
-    newest = max((record.created_at for record in run.facts.records.values()), default="")
     now = format_time(run.facts.now_seconds)
+    newest = max((record.created_at for record in run.facts.records.values()), default="")
     if newest > now:
         yield ("warn", f"the clock says {now}, the newest record is of {newest}",
                "check the host's time")
-    yield "ok", now, ""
 
 
 def check_artifact(run: Run) -> Iterator[Finding]:
@@ -7578,8 +7525,6 @@ def check_artifact(run: Run) -> Iterator[Finding]:
     found, refusal = run.facts.artifact, run.facts.refusal
     if refusal:
         yield "fail", refusal.message, refusal.hint
-    elif found is None:
-        yield "skip", "no artifact given", ""
     else:
         yield ("ok", f"{found.name}: {found.format}, {format_size(found.size_bytes)}, "
                f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
@@ -7587,15 +7532,11 @@ def check_artifact(run: Run) -> Iterator[Finding]:
 
 def check_bad(run: Run) -> Iterator[Finding]:
     """The artifact is not one that failed before, nor one that a person went back from."""
-    if run.facts.artifact is None:
-        yield "skip", "no artifact given", ""
-        return
     bad = refused_record(run.facts, run.facts.artifact.sha256)
     if bad and run.flags.force:
         yield "warn", f"refused before as {bad.id}, and is tried again", ""
     elif bad and (bad.state == STATE_BAD or run.flags.command != "stage"):
         yield ("fail", *bad_refusal(bad))
-    yield "ok", "not known to be bad", ""
 
 
 def is_refused(record: Record) -> bool:
@@ -7606,7 +7547,7 @@ def is_refused(record: Record) -> bool:
 def refused_record(facts: "Facts", sha256: str) -> Optional[Record]:
     """Return the record for which this digest is refused, unless a newer try of it went well."""
     found = [record for record in facts.records.values() if record.sha256 == sha256]
-    newest = max(found, key=lambda record: record.sequence, default=None)
+    newest = max(found, key=attrgetter("sequence"), default=None)
     return newest if newest and is_refused(newest) else None
 
 
@@ -7622,19 +7563,17 @@ def bad_refusal(bad: Record) -> Problem:
 
 def check_downgrade(run: Run) -> Iterator[Finding]:
     """The artifact is not older than what is live, where the two can be compared."""
-    artifact, live = run.facts.artifact, run.facts.records.get(run.facts.current.release or "")
-    if artifact is None or live is None:
+    live = run.facts.records.get(run.facts.current.release or "")
+    if live is None:
         yield "skip", "nothing to compare", ""
         return
-    new, old = version_key(artifact.version), version_key(live.version)
-    if new is not None and old is not None and new < old:
-        text = f"{artifact.version} is older than {live.version}, which is live"
-        if run.flags.allow_downgrade:
-            yield "warn", text, ""
-        else:
-            yield ("fail", text,
-                   "to go back use rollback or activate; to insist, --allow-downgrade")
-    yield "ok", f"{live.version} -> {artifact.version}", ""
+    version = run.facts.artifact.version
+    new, old = version_key(version), version_key(live.version)
+    if new and old and new < old:
+        yield ("warn" if run.flags.allow_downgrade else "fail",
+               f"{version} is older than {live.version}, which is live",
+               "to go back use rollback or activate; to insist, --allow-downgrade")
+    yield "ok", f"{live.version} -> {version}", ""
 
 
 def version_key(version: str) -> Optional[Tuple[Any, ...]]:
@@ -7645,67 +7584,43 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
         version, re.IGNORECASE)
     if not found or len(found.group(1)) > 40:
         return None
-    numbers = [int(part) for part in found.group(1).split(".")]
-    while len(numbers) > 1 and numbers[-1] == 0:
-        numbers.pop()
-    if not found.group(2):
-        return tuple(numbers), 1, ()
-    rank = {"dev": 0, "a": 1, "alpha": 1, "b": 2, "beta": 2,
-            "c": 3, "rc": 3, "pre": 3, "preview": 3}
-    parts = re.findall(r"[a-z]+|\d+", found.group(2).lower())
-    return tuple(numbers), 0, tuple(rank[part] if part.isalpha() else int(part) for part in parts)
+    numbers, before = found.groups()
+    # dev, alpha, beta, and behind them whatever else a candidate is called
+    parts = [int(part) if part.isdigit() else "dab".find(part[0]) % 4
+             for part in re.findall(r"[a-z]+|\d+", (before or "").lower())]
+    numbers = re.sub(r"(\.0+)+\Z", "", numbers)
+    return [int(number) for number in numbers.split(".")], not before, parts
 
 
-def cost_and_room(run: Run) -> Tuple[Any, os.statvfs_result]:
-    """Return what is still to be unpacked, and what the root's filesystem has."""
-    cost, root = run.facts.artifact, run.facts.root
-    if cost is None or cost.release:
-        cost = SimpleNamespace(expanded_bytes=0, files=0, exact=True, counted=True)
-    return cost, os.statvfs(root if run.store is not None else os.path.dirname(root))
-
-
-def check_space(run: Run) -> Iterator[Finding]:
-    """Free bytes for what the archive will need, and min_free on top."""
-    cost, found = cost_and_room(run)
-    needed_bytes, keep_bytes = cost.expanded_bytes, run.settings.deploy.min_free
-    free_bytes = found.f_bavail * found.f_frsize
-    estimate = "" if cost.exact else "about "
-    detail = (f"{format_size(free_bytes)} free, {estimate}{format_size(needed_bytes)} needed "
-              f"and {format_size(keep_bytes)} kept free")
-    if free_bytes < needed_bytes + keep_bytes:
-        # An estimate must not stop what may well fit; that the disk is full is found in time.
-        doubtful = estimate and free_bytes >= keep_bytes
-        yield ("warn" if doubtful else "fail", detail,
-               "free some space (deploy.py prune), or lower [deploy] min_free")
-    yield "ok", detail, ""
-
-
-def check_inodes(run: Run) -> Iterator[Finding]:
-    """Free inodes for the files of the archive."""
-    cost, found = cost_and_room(run)
-    free = found.f_favail
-    if not found.f_files:
+def check_room(run: Run, *, inodes: bool = False) -> Iterator[Finding]:
+    """Free bytes or inodes for what is still to be unpacked, and what must stay free on top."""
+    root, artifact = run.facts.root, run.facts.artifact
+    found = os.statvfs(root if run.store is not None else os.path.dirname(root))
+    if artifact is None or artifact.release:
+        artifact = SimpleNamespace(expanded_bytes=0, files=0, exact=True, counted=True)
+    free, needed, spare = found.f_favail, artifact.files, SPARE_INODES
+    is_known, unit, show = artifact.counted, " inodes", "{:,}".format
+    fix = "remove small files, or deploy.py prune"
+    if not inodes:
+        free, needed = found.f_bavail * found.f_frsize, artifact.expanded_bytes
+        spare, is_known, unit, show = run.settings.deploy.min_free, artifact.exact, "", format_size
+        fix = "free some space (deploy.py prune), or lower [deploy] min_free"
+    elif not found.f_files:
         yield "skip", "this filesystem does not count inodes", ""
-    elif free < cost.files + SPARE_INODES:
-        estimate = "" if cost.counted else "about "
-        doubtful = estimate and free >= SPARE_INODES
-        yield ("warn" if doubtful else "fail",
-               f"{free:,} inodes free, {estimate}{cost.files:,} needed",
-               "remove small files, or deploy.py prune")
-    yield "ok", f"{free:,} free", ""
+        return
+    status = "ok" if free >= needed + spare else "fail"
+    if status == "fail" and not is_known and free >= spare:
+        # An estimate must not stop what may well fit; that the disk is full is found in time.
+        status = "warn"
+    yield (status, f"{show(free)}{unit} free, {'' if is_known else 'about '}{show(needed)} needed "
+           f"and {show(spare)} kept free", fix)
 
 
-def required(key: str, is_there: Callable[[str], Any], noun: str, problem: str, fix: str
-             ) -> Callable[[Run], Iterator[Finding]]:
-    """Make the check of one of the lists in [preflight]; problem and fix have {} for the name."""
-    def check(run: Run) -> Iterator[Finding]:
-        wanted = getattr(run.settings.preflight, key)
-        for name in wanted:
-            if not is_there(name):
-                yield "fail", problem.format(name), fix.format(name)
-        yield "ok", count(len(wanted), noun), ""
-
-    return check
+def each(key: str, is_there: Callable[[str], Any], problem: str, fix: str
+         ) -> Callable[[Run], Iterator[Finding]]:
+    """Make the check of a list in [preflight]; problem and fix have {} for the name."""
+    return lambda run: (("fail", problem.format(name), fix.format(name))
+                        for name in getattr(run.settings.preflight, key) if not is_there(name))
 
 
 def check_shared(run: Run) -> Iterator[Finding]:
@@ -7716,16 +7631,13 @@ def check_shared(run: Run) -> Iterator[Finding]:
         if not os.path.isfile(f"{shared}/{path}"):
             yield ("fail", f"{shared}/{path} is missing", f"put the real file at {shared}/{path}")
     # What leads to a shared directory is walked by root later, and no symlink is followed.
-    places = {shared} if directories else set()
-    for path in directories:
-        parts = path.split("/")
-        places.update("/".join([shared] + parts[:depth + 1]) for depth in range(len(parts)))
+    places = {shared + f"/{path}"[:found.start()]
+              for path in directories for found in re.finditer(r"/|\Z", f"/{path}")}
     for place in sorted(places):
-        fix = f"put the directory itself there (or mount it: mount --bind), or move {place} away"
-        if os.path.islink(place):
-            yield "fail", f"{place} is a symlink and not a directory", fix
-        elif os.path.exists(place) and not os.path.isdir(place):
-            yield "fail", f"{place} is not a directory", fix
+        if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
+            what = "a symlink and " if os.path.islink(place) else ""
+            yield ("fail", f"{place} is {what}not a directory", "put the directory itself there "
+                   f"(or mount it: mount --bind), or move {place} away")
     paths = sorted(path + "/" for path in directories + files)
     for other, one in zip(paths, paths[1:]):
         if one == other:
@@ -7733,75 +7645,46 @@ def check_shared(run: Run) -> Iterator[Finding]:
                    "name it once, in shared_dirs or in shared_files")
         elif one.startswith(other):
             yield "fail", f"shared {one} lies inside shared {other}", "share only the outer one"
-    yield ("ok", f"{count(len(directories), 'directory', 'directories')}, "
-           f"{count(len(files), 'file')}", "")
 
 
 def check_ports(run: Run) -> Iterator[Finding]:
-    """[preflight] free_ports: bound for an instant, the only proof that a port is free."""
-    wanted = run.settings.preflight.free_ports
-    for host, port in wanted:
-        try:
-            bind_for_an_instant(host, port)
-        except (OSError, TypeError) as error:  # the latter for a name that cannot be one
-            fix = "correct [preflight] free_ports, or run as a user who may listen there"
-            if getattr(error, "errno", 0) == errno.EADDRINUSE:
-                fix = f"see who has it: ss -ltnp 'sport = :{port}'"
-            place = f"{host}:{port}" if host else str(port)
-            yield "fail", f"port {place}: {reason(error)}", fix
-    yield "ok", count(len(wanted), "port"), ""
-
-
-def bind_for_an_instant(host: str, port: int) -> None:
-    """Bind a TCP port and let it go; OSError where it is taken.
+    """[preflight] free_ports: bound for an instant, the only proof that a port is free.
 
     Without a host: on every IPv6 and IPv4 address, as far as the host has them.
     """
     import socket
-    families = [socket.AF_INET6, socket.AF_INET]
-    if host:
-        families = [socket.AF_INET6 if ":" in host else socket.AF_INET]
-    for family in families:
-        try:
-            listener = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            if error.errno == errno.EAFNOSUPPORT:
-                continue
-            raise
-        with listener:
-            # As servers do: connections that linger in TIME_WAIT do not count as taken.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    for host, port in run.settings.preflight.free_ports:
+        for is_ipv6 in [":" in host] if host else [True, False]:
+            family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
             try:
-                listener.bind((host, port))
-            except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL or host:
-                    raise
+                with socket.socket(family, socket.SOCK_STREAM) as listener:
+                    # As servers do: connections that linger in TIME_WAIT do not count as taken.
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if is_ipv6:
+                        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    listener.bind((host, port))
+            except (OSError, TypeError) as error:  # the latter for a name that cannot be one
+                code = getattr(error, "errno", 0)
+                if not host and code in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    continue
+                fix = "correct [preflight] free_ports, or run as a user who may listen there"
+                if code == errno.EADDRINUSE:
+                    fix = f"see who has it: ss -ltnp 'sport = :{port}'"
+                yield "fail", f"port {host}{':' if host else ''}{port}: {reason(error)}", fix
+                break
 
 
 def check_services(run: Run) -> Iterator[Finding]:
     """Every service is known to its manager; one that has failed already is named."""
-    if os.geteuid() == 0 and untrusted(run.settings)[0]:
-        yield "skip", "not asked: somebody else could have written what is believed", ""
-        return
     for name in services_in_order(run.settings):
         yield from make_service(run, name).check()
-    yield "ok", count(len(run.settings.service), "service"), ""
-
-
-def check_hooks(run: Run) -> Iterator[Finding]:
-    """Programs of hooks are found; those in the release can only be looked for once it is there."""
-    yield from missing_programs(run.settings, "hooks")
-    total = sum(len(getattr(run.settings.hooks, name)) for name in HOOK_NAMES)
-    yield "ok", count(total, "command"), ""
 
 
 def check_templates(run: Run) -> Iterator[Finding]:
     """Templates are in the artifact and every placeholder has a value."""
     templates = run.settings.template
-    if not templates or run.artifact is None or run.facts.artifact is None:
-        yield "skip", "no templates" if not templates else "no artifact given", ""
+    if run.artifact is None or run.facts.artifact is None:
+        yield "skip", "no artifact given", ""
         return
     sources = {template.source for template in templates.values()}
     found = read_members(run.artifact, sources, run.settings, lambda done: run.interrupts.check())
@@ -7809,91 +7692,96 @@ def check_templates(run: Run) -> Iterator[Finding]:
     for name, template in sorted(templates.items()):
         source = template.source
         try:
-            if source not in found:
-                yield ("fail", f"{source} is not in the artifact",
-                       f"correct [template:{name}] source")
-            else:
-                render_template(found[source].decode("utf-8"), values, source)
+            render_template(found[source].decode("utf-8"), values, source)
+        except KeyError:
+            yield "fail", f"{source} is not in the artifact", f"correct [template:{name}] source"
         except UnicodeDecodeError:
             yield "fail", f"{source} is not UTF-8", "save the template as UTF-8"
         except StepFailed as error:
             yield "fail", error.message, error.hint
-    yield "ok", count(len(templates), "template"), ""
 
 
 def check_probes(run: Run) -> Iterator[Finding]:
     """Probes with when = before or both: the database is down now, not because of us."""
-    if os.geteuid() == 0 and untrusted(run.settings)[0]:
-        yield "skip", "not run: somebody else could have written what is believed", ""
-        return
-    context, asked = context_for(run.facts, None), 0
-    new = run.facts.artifact
+    context, new = context_for(run.facts, None), run.facts.artifact
     for name, probe in sorted(run.settings.probe.items()):
         if new and new.version == new.sha256[:12] and probe.release and probe.when != "before":
             yield ("fail", f"[probe:{name}] release: no answer can name {new.version}, the "
                    f"digest of {new.name}", "give the artifact a name with its version (see "
                    "[artifact] match), or --release-version VERSION")
-        if probe.when == "after" or check_probe(run.settings, probe):
+        if probe.when == "after":
             continue
-        asked += 1
         run.console.working(f"probe {name}", probe_seconds(probe))
         with closing(run.console.progress(f"probe {name}")) as progress:
             found = run_probe(run, probe, context, expect_release=False, progress=progress)
         if not found.ok:
             yield ("fail" if probe.required else "warn", found.complaint(),
                    "correct what it asks for before deploying")
-    yield "ok", count(asked, "probe"), ""
 
 
-# name, check, whether it also guards activate and rollback: a way back must not
-# wait for free space or for a file that only the next release needs.
-CHECKS = (
-    ("runtime", check_runtime, True),
-    ("user", check_user, True),
-    ("configuration", check_configuration, True),
-    ("permissions", check_trust, True),
-    ("root", check_root, True),
-    ("filesystem", check_filesystem, True),
-    ("current", check_current, True),
-    ("state", check_state, True),
-    ("application", check_application, True),
-    ("recovery", check_recovery, True),
-    ("lock", check_lock, True),
-    ("clock", check_clock, False),
-    ("artifact", check_artifact, False),
-    ("known-bad", check_bad, False),
-    ("downgrade", check_downgrade, False),
-    ("space", check_space, False),
-    ("inodes", check_inodes, False),
-    ("commands", required("require_commands", find_command, "command", "{} is not found",
-                          "install {}, or extend PATH"), False),
-    ("environment", required("require_env", environment, "variable", "{} is not set",
-                             "set {} in the environment of deploy.py"), False),
-    ("files", required("require_files", lambda path: os.access(path, os.R_OK), "file",
-                       "{} is missing or cannot be read",
-                       "create {}, readable by the user who runs deploy.py"), False),
-    ("shared", check_shared, False),
-    ("ports", check_ports, False),
-    ("services", check_services, False),
-    ("hooks", check_hooks, False),
-    ("templates", check_templates, False),
-    ("probes", check_probes, False),
+HOOKS = " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES)
+# name, check, whether it also guards activate and rollback (a way back must not wait for free
+# space or for a file that only the next release needs), what of the run it is about, and its
+# result where nothing of that is given.
+CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ...] = (
+    ("runtime", check_runtime, True, "", ""),
+    ("user", check_user, True, "settings.preflight.user", ""),
+    ("configuration", check_configuration, True, "", ""),
+    ("permissions", check_trust, True, "", ""),
+    ("root", check_root, True, "", ""),
+    ("filesystem", check_filesystem, True, "store", "no root yet"),
+    ("current", check_current, True, "", ""),
+    ("state", check_state, True, "", ""),
+    ("application", check_application, True, "settings.deploy.application", ""),
+    ("recovery", check_recovery, True, "facts.journal", "nothing to recover"),
+    ("lock", check_lock, True, "", ""),
+    ("clock", check_clock, False, "", ""),
+    ("artifact", check_artifact, False, "facts.artifact facts.refusal", "no artifact given"),
+    ("known-bad", check_bad, False, "facts.artifact", "no artifact given"),
+    ("downgrade", check_downgrade, False, "facts.artifact", "no artifact given"),
+    ("space", check_room, False, "", ""),
+    ("inodes", lambda run: check_room(run, inodes=True), False, "", ""),
+    ("commands", each("require_commands", find_command, "{} is not found",
+                      "install {}, or extend PATH"),
+     False, "settings.preflight.require_commands", ""),
+    ("environment", each("require_env", environment, "{} is not set",
+                         "set {} in the environment of deploy.py"),
+     False, "settings.preflight.require_env", ""),
+    ("files", each("require_files", lambda path: os.access(path, os.R_OK),
+                   "{} is missing or cannot be read",
+                   "create {}, readable by the user who runs deploy.py"),
+     False, "settings.preflight.require_files", ""),
+    ("shared", check_shared, False, "settings.deploy.shared_dirs settings.deploy.shared_files", ""),
+    ("ports", check_ports, False, "settings.preflight.free_ports", ""),
+    ("services", check_services, False, "settings.service", ""),
+    # Those in the release can only be looked for once it is there.
+    ("hooks", lambda run: missing_programs(run.settings, "hooks"), False, HOOKS, ""),
+    ("templates", check_templates, False, "settings.template", ""),
+    ("probes", check_probes, False, "settings.probe", ""),
 )
 
 # What nobody knows where .deploy cannot be looked at.
 STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 # A check that fails for one of these reasons refuses the artifact, not the host.
 ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
+# These run what is configured: not where somebody else could have written it.
+ACTING_CHECKS = ("services", "probes")
 
 
 def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
     """Run every check, whatever the others found; each becomes one result, its worst finding."""
-    results = []
-    for name, check, guards_way_back in CHECKS:
+    results: List[CheckResult] = []
+    failed: Set[str] = set()
+    for name, check, guards_way_back, about, otherwise in CHECKS:
         if going_back and not guards_way_back:
             continue
         try:
-            found = list(check(run))
+            if about and not any(attrgetter(path)(run) for path in about.split()):
+                found = [("skip", otherwise or "not configured", "")]
+            elif name in ACTING_CHECKS and "permissions" in failed:
+                found = [("skip", "not asked: somebody else could have written what is believed", "")]
+            else:
+                found = list(check(run)) or [("ok", "as it should be", "")]
         except Interrupted:
             raise
         except DeployError as error:
@@ -7903,11 +7791,12 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
         except OSError as error:
             found = [("fail", f"{error.filename or ''}: {reason(error)}",
                       "see that it can be read")]
-        statuses = [status for status, _, _ in found]
-        worst = min(statuses, key=("fail", "warn", "skip", "ok").index)
-        details = [detail for status, detail, _ in found if status == worst]
-        fixes = dict.fromkeys(fix for status, _, fix in found if status == worst and fix)
-        results.append(CheckResult(name, worst, "; ".join(details), "; ".join(fixes)))
+        worst = min((status for status, _, _ in found), key=("fail", "warn", "skip", "ok").index)
+        failed.update([name] if worst == "fail" else [])
+        shown = [row for row in found if row[0] == worst]
+        fixes = dict.fromkeys(fix for _, _, fix in shown if fix and worst != "ok")
+        results.append(CheckResult(name, worst, "; ".join(detail for _, detail, _ in shown),
+                                   "; ".join(fixes)))
     return results
 
 
@@ -10091,41 +9980,32 @@ def command_completion(call: Run) -> None:
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
 
-def result_object(run: Run, exit_code: int, seconds: float) -> Dict[str, Any]:
-    """Put together the one object of --json."""
-    outcome, root = run.outcome, run.settings.deploy.root
-    result = result_of(outcome.error, outcome)
-    if outcome.changed and not run.flags.dry_run:
-        result["summary"]["changed"] = max(1, result["summary"]["changed"])
-    if root:
-        result["application"] = run.application
-        result["root"] = portable(os.path.realpath(root))
-    result["warnings"] = run.console.warnings
-    result["summary"]["warnings"] = len(run.console.warnings)
-    result.update(exit_code=exit_code, seconds=round(seconds, 3), deploy_id=run.deploy_id,
-                  dry_run=bool(run.flags.dry_run))
-    return result
-
-
-def result_of(error: Optional[DeployError], outcome: Optional[Outcome] = None) -> Dict[str, Any]:
-    """Put together what --json shows of an outcome; without one, where no command was run."""
-    outcome = outcome or Outcome("")
-    statuses = [step.status for step in outcome.steps] + [check.status for check in outcome.checks]
+def result_object(error: Optional[DeployError], run: Optional[Run] = None,
+                  exit_code: int = EXIT_OK, seconds: float = 0.0) -> Dict[str, Any]:
+    """Put together the one object of --json; without a run, where no command was run."""
+    outcome, root, deploy_id, dry_run = Outcome(""), "", None, False
+    warnings: List[str] = []
+    if run is not None:
+        outcome, root = run.outcome, run.settings.deploy.root
+        deploy_id, dry_run, warnings = run.deploy_id, bool(run.flags.dry_run), run.console.warnings
+    failed = error is not None
+    statuses = [done.status for done in (*outcome.steps, *outcome.checks)]
     failures = statuses.count("failed") + statuses.count("fail")
-    if error:
-        failures = max(1, failures)
-    return dict(outcome.extra, **{
-        "ok": error is None, "changed": outcome.changed, "failed": error is not None,
-        "command": outcome.command or None, "exit_code": error.exit_code if error else EXIT_OK,
-        "msg": error.message if error else outcome.message, "application": None, "root": None,
-        "release": outcome.release, "previous": outcome.previous,
-        "rolled_back": outcome.rolled_back, "deploy_id": None, "dry_run": False,
-        "steps": [step.to_json() for step in outcome.steps],
-        "checks": [dict(check._asdict()) for check in outcome.checks],
-        "summary": {"checked": len(outcome.checks), "changed": statuses.count("done"),
-                    "failed": failures, "warnings": 0},
-        "warnings": [], "seconds": 0.0,
-        "error": {"message": error.message, "hint": error.hint} if error else None})
+    has_changed = outcome.changed and not dry_run
+    return dict(
+        outcome.extra, ok=not failed, changed=outcome.changed, failed=failed,
+        command=outcome.command or None, exit_code=exit_code,
+        msg=error.message if error else outcome.message,
+        application=run.application if run and root else None,
+        root=portable(os.path.realpath(root)) if root else None,
+        release=outcome.release, previous=outcome.previous, rolled_back=outcome.rolled_back,
+        deploy_id=deploy_id, dry_run=dry_run, steps=[step.to_json() for step in outcome.steps],
+        checks=[dict(check._asdict()) for check in outcome.checks],
+        summary={"checked": len(outcome.checks),
+                 "changed": max(statuses.count("done"), int(has_changed)),
+                 "failed": max(failures, int(failed)), "warnings": len(warnings)},
+        warnings=warnings, seconds=round(seconds, 3),
+        error={"message": error.message, "hint": error.hint} if error else None)
 
 
 def run_result(run: Run, exit_code: int) -> str:
@@ -10145,7 +10025,6 @@ def run_result(run: Run, exit_code: int) -> str:
 
 # -- metrics -------------------------------------------------------------------
 
-METRICS_TURN_SECONDS = 1.0  # whoever holds the directory for longer is none of us
 # What a later run does not replace; the second one by another that is no deployment.
 LASTING_METRICS = ("deploy_last_success_", "deploy_runs_total")
 DEPLOYMENT_METRICS = "deploy_last_deployment_"
@@ -10158,8 +10037,6 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     is not this program's own is replaced: it may belong to somebody else.
     """
     path, ended_seconds = run.settings.metrics.textfile_dir, time.time()
-    if not path or not run.settings.deploy.root:
-        return
     application = run.application
     name = re.sub(r"[^A-Za-z0-9._-]", "_", application)[:100]
     if name != application:  # where characters had to go, a digest keeps two of them apart
@@ -10168,7 +10045,11 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     name = f"deploy_{name}.prom"
     try:
         with Directory.open(path) as directory:
-            take_turn(directory.descriptor)
+            with suppress(OSError):  # no such locks there (NFS)
+                for _ in range(100):  # of two runs at once both are counted; none takes longer
+                    if try_lock(directory.descriptor, fcntl.LOCK_EX):
+                        break
+                    time.sleep(0.01)
             for left in directory.names():  # by a run that was killed here
                 if left.startswith(f".{name}.") and left.endswith(".tmp"):
                     directory.discard(left)
@@ -10184,27 +10065,19 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
             is_overtaken = any(ended_seconds < value <= time.time() for value in last)
             if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not is_overtaken:
                 samples = describe_run(samples, run, exit_code, seconds, ended_seconds)
-            ended = run_result(run, exit_code)
             # Every other result begins at 0, or its first time would not show as an increase.
             for result in RUN_RESULTS:
                 key = sample_key(application, "deploy_runs_total", result=result)
-                samples[key] = samples.get(key, 0) + (result == ended)
-            directory.write(name, render_samples(samples), 0o644)
+                samples[key] = samples.get(key, 0) + (result == run_result(run, exit_code))
+            text = ""
+            for metric, kind, meaning in METRICS:
+                rows = [f"{key} {value:.3f}".rstrip("0").rstrip(".") + "\n"
+                        for key, value in samples.items() if key.startswith(metric + "{")]
+                if rows:
+                    text += f"# HELP {metric} {meaning}\n# TYPE {metric} {kind}\n" + "".join(rows)
+            directory.write(name, text.encode("utf-8"), 0o644)
     except OSError as error:
         run.console.warn(f"metrics: cannot write {path}/{name}: {reason(error)}")
-
-
-def take_turn(descriptor: int) -> None:
-    """Lock a directory until it is closed, so that of two runs at once both are counted."""
-    ends_seconds = time.monotonic() + METRICS_TURN_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:  # or no such locks there (NFS)
-            if not isinstance(error, BlockingIOError) or time.monotonic() > ends_seconds:
-                return
-        time.sleep(0.01)
 
 
 def sample_key(application: str, metric: str, **labels: str) -> str:
@@ -10212,7 +10085,7 @@ def sample_key(application: str, metric: str, **labels: str) -> str:
     pairs = []
     for name, value in dict({"app": application}, **labels).items():
         text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        text = re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n")
         pairs.append(f'{name}="{text}"')
     return f"{metric}{{{','.join(pairs)}}}"
 
@@ -10220,16 +10093,11 @@ def sample_key(application: str, metric: str, **labels: str) -> str:
 def read_samples(application: str, data: bytes) -> Dict[str, float]:
     """Read the samples of an earlier file; ValueError for one that is damaged or not ours."""
     own = "|".join(re.escape(sample_key(application, name)[:-1]) for name, _, _ in METRICS)
-    sample = re.compile(
-        rf'((?:{own})(?:,[a-z0-9]+="(?:[^"\\]|\\[\\n"])*")*\}}) ([0-9.]{{1,40}})\Z')
-    samples = {}
-    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
-        found = sample.match(line)
-        if found:
-            samples[found.group(1)] = float(found.group(2))
-        elif line and not line.startswith("#"):
-            raise ValueError(f"line {number} is none of {application}'s")
-    return samples
+    sample = rf'(?m)^((?:{own})(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*\}}) ([0-9.]{{1,40}})$'
+    text = data.decode("utf-8")
+    if re.sub(rf"{sample}|^#.*", "", text).strip():
+        raise ValueError(f"not all in it is {application}'s")
+    return {key: float(value) for key, value in re.findall(sample, text)}
 
 
 def describe_run(samples: Dict[str, float], run: Run, exit_code: int, seconds: float,
@@ -10237,7 +10105,7 @@ def describe_run(samples: Dict[str, float], run: Run, exit_code: int, seconds: f
     """Return the samples with this run in place of the one before."""
     command, succeeded = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED)
     # One that found nothing to do is no news, unless the one before had failed.
-    was_good = all(samples.get(key) for key in samples if "_deployment_success" in key)
+    was_good = all(value for key, value in samples.items() if "_deployment_success" in key)
     is_deployment = command in ("deploy", "activate", "rollback") and (
         run.outcome.changed or not succeeded or not was_good)
     lasting = LASTING_METRICS if is_deployment else LASTING_METRICS + (DEPLOYMENT_METRICS,)
@@ -10246,55 +10114,34 @@ def describe_run(samples: Dict[str, float], run: Run, exit_code: int, seconds: f
     def put(metric: str, value: float, **labels: str) -> None:
         described[sample_key(run.application, metric, **labels)] = value
 
-    for family in ("deploy_last_run_", DEPLOYMENT_METRICS) if is_deployment else (
-            "deploy_last_run_",):
+    for family in ["deploy_last_run_"] + ([DEPLOYMENT_METRICS] if is_deployment else []):
         put(f"{family}timestamp_seconds", ended_seconds, command=command)
         put(f"{family}success", succeeded, command=command)
         put(f"{family}duration_seconds", seconds, command=command)
     put("deploy_last_run_exit_code", exit_code, command=command)
     if succeeded:
         put("deploy_last_success_timestamp_seconds", ended_seconds)
-    steps: Dict[str, float] = {}
     for step in run.outcome.steps:
         # A release in a label would make one more series of every deployment; a step of the way
         # back bears the name of the one that it repeats.
         name = "prune" if step.name.startswith("prune:") else step.name
-        steps[name] = steps.get(name, 0) + step.seconds
-    for name, step_seconds in steps.items():
-        put("deploy_step_duration_seconds", step_seconds, step=name)
-    release, record = live_release(run.settings)
+        key = sample_key(run.application, "deploy_step_duration_seconds", step=name)
+        described[key] = described.get(key, 0) + step.seconds
+    release = record = None
+    with suppress(*FAILURES):  # nobody can say what is live
+        store = Store.open(run.settings)
+        if store is not None:
+            with closing(store):
+                release = store.current().release
+                record = store.records()[0].get(release or "")
     if release:
-        put("deploy_release_info", 1, release=portable(release),
-            sha256=record.sha256 if record else "")
+        sha256 = record.sha256 if record else ""
+        put("deploy_release_info", 1, release=portable(release), sha256=sha256)
     if record and record.activated_at:
-        from calendar import timegm
+        import calendar
         activated = time.strptime(record.activated_at, "%Y-%m-%dT%H:%M:%SZ")
-        put("deploy_release_activated_timestamp_seconds", timegm(activated))
+        put("deploy_release_activated_timestamp_seconds", calendar.timegm(activated))
     return described
-
-
-def live_release(settings: Settings) -> Tuple[Optional[str], Optional[Record]]:
-    """Return what is live now, with its record; nothing where nobody can say."""
-    try:
-        store = Store.open(settings)
-        if store is None:
-            return None, None
-        with closing(store):
-            release = store.current().release
-            return release, store.records()[0].get(release or "")
-    except FAILURES:
-        return None, None
-
-
-def render_samples(samples: Dict[str, float]) -> bytes:
-    """Write the file, in the text format that Prometheus reads."""
-    lines = []
-    for name, kind, text in METRICS:
-        rows = [f"{key} {value:.3f}".rstrip("0").rstrip(".")
-                for key, value in samples.items() if key.startswith(name + "{")]
-        if rows:
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
-    return "\n".join([*lines, ""]).encode("utf-8")
 
 
 # -- notifications -------------------------------------------------------------
@@ -10315,25 +10162,10 @@ NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "
               "previous", "previous_version", "deploy_id", "exit_code", "seconds")
 
 
-class Note(NamedTuple):
-    """An event to be reported: the release it is about, words for texts, the masked result."""
-
-    event: str
-    context: Context
-    words: Dict[str, str]
-    result: Dict[str, Any]
-
-    def text(self, settings: Any, quote: Callable[[str], str] = str) -> str:
-        """Write a notifier's text; `quote` takes from a value what a receiver would act on."""
-        words = {name: quote(value) for name, value in self.words.items()}
-        return render_template(settings.text, words, f"[notify:{settings.name}] text")
-
-
 def check_notifier(settings: Any) -> Optional[str]:
     """Say what is wrong with a [notify:NAME], without a word to anybody; None when nothing is."""
     needs, takes = NOTIFIERS[settings.type]
-    known = dict.fromkeys(key for keys in NOTIFIERS.values() for part in keys for key in part)
-    others = [key for key in known if key not in needs + takes]
+    others = {key for keys in NOTIFIERS.values() for key in keys[0] + keys[1]} - {*needs, *takes}
     unused = meaningless(settings, others, f"type = {settings.type}")
     if unused:
         return unused
@@ -10346,8 +10178,10 @@ def check_notifier(settings: Any) -> Optional[str]:
                     + (nearest(name, names) or "there are " + ", ".join(names)))
     if settings.url and wrong_target(settings.url):
         return f"url: {wrong_target(settings.url)}"
-    for key, text in [("to", text) for text in settings.to] + [("from", getattr(settings, "from"))]:
+    sender = getattr(settings, "from")
+    for text in [*settings.to, sender]:
         if not re.match(r"[^\s<>,;:()\x7f-\uffff]*\Z", text):
+            key = "from" if text == sender else "to"
             return f"{key}: expected an address such as ops@example.org, not {text!r}"
     try:
         split_address(settings.smtp)
@@ -10367,82 +10201,80 @@ def wrong_target(url: str) -> str:
 
 
 def notify(run: Run, exit_code: int, seconds: float) -> None:
-    """Report to every notifier what it wants to know, side by side; what fails is a warning."""
-    wanted = [(event, settings) for event in events_of(run, exit_code)
-              for settings in run.settings.notify.values() if event in settings.events]
-    if not wanted:
-        return
+    """Report to every notifier what it wants to know, side by side; what fails is a warning.
+
+    The events are what the run recovered first, and how it ended where that is one.
+    """
+    secrets, ended = run.console.secrets, run_result(run, exit_code)
+    if ended in ("interrupted", "internal_error"):
+        ended = "failed"
+    events = ["recovered"] if run.outcome.extra.get("recovered") else []
+    if ended in dict(NOTIFY_EVENTS) and ended not in events and not run.outcome.is_repeated:
+        events.append(ended)
+    asked: Dict[Tuple[str, str], Conversation] = {}
+    problems: Dict[Tuple[str, str], str] = {}
     run.interrupts.close()
-    secrets = run.console.secrets
-    result = secrets.mask_json(result_object(run, exit_code, seconds))
-    asked, problems = [], []
     with ExitStack() as stack:
-        for event, settings in wanted:
-            try:
-                talk = prepare(run, settings, note_of(run, event, result))
-                asked.append(stack.enter_context(Conversation(talk, NOTIFY_SECONDS)))
-                problems.append("")
-            except (OSError, ValueError, ImportError, DeployError) as error:
-                asked.append(None)
-                problems.append(getattr(error, "message", "") or network_error(error))
-        for (event, settings), conversation, why in zip(wanted, asked, problems):
-            if conversation is not None:
-                answer = conversation.answer(run.interrupts)
-                why = answer["error"] or answer.get("problem", "")
-            if not why:
-                run.console.debug(f"notify {settings.name}: told of {event}")
-                continue
+        result = secrets.mask_json(result_object(run.outcome.error, run, exit_code, seconds))
+        for event in events:
+            context, words = describe_event(run, event, result)
+            for name, settings in run.settings.notify.items():
+                if event not in settings.events:
+                    continue
+                try:
+                    talk = prepare(run, settings, context, words, result)
+                    asked[name, event] = stack.enter_context(Conversation(talk, NOTIFY_SECONDS))
+                except (OSError, ValueError, ImportError, DeployError) as error:
+                    problems[name, event] = getattr(error, "message", "") or network_error(error)
+        for which, conversation in asked.items():
+            problems[which] = conversation.answer(run.interrupts)["error"]
+    for (name, event), why in problems.items():
+        if why:
             # A receiver may answer anything, at any length.
             why = secrets.mask(why)[:2 * EVIDENCE_CHARACTERS]
-            run.console.warn(f"notify {settings.name}: not told of {event}: {why}")
+            run.console.warn(f"notify {name}: not told of {event}: {why}")
+        else:
+            run.console.debug(f"notify {name}: told of {event}")
 
 
-def events_of(run: Run, exit_code: int) -> List[str]:
-    """List the events of a run: what it recovered first, and how it ended where that is one."""
-    result = run_result(run, exit_code)
-    if result in ("interrupted", "internal_error"):
-        result = "failed"
-    events = ["recovered"] if run.outcome.extra.get("recovered") else []
-    if result in dict(NOTIFY_EVENTS) and result not in events and not run.outcome.is_repeated:
-        events.append(result)
-    return events
-
-
-def note_of(run: Run, event: str, result: Dict[str, Any]) -> Note:
-    """Describe an event; its release is the one that was to go live, `previous` what was before."""
-    facts, previous_version = run.facts, ""
-    if facts is None:
-        root = os.path.realpath(run.settings.deploy.root)
-        context = Context(run.application, root, "", "", root, "", run.deploy_id)
-    else:
-        recovered = run.outcome.release if run.flags.command == "recover" else None
+def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Context, Dict[str, str]]:
+    """Return the release that was to go live, and what stands in texts for `${name}`."""
+    facts, outcome, before = run.facts, run.outcome, None
+    root = os.path.realpath(run.settings.deploy.root)
+    context = Context(run.application, root, "", "", root, "", run.deploy_id)
+    if facts is not None:
+        recovered = outcome.release if run.flags.command == "recover" else None
         before = facts.records.get(facts.current.release or "")
-        previous_version = before.version if before else ""
         context = context_for(facts, run.target or recovered)
-    recovered = run.outcome.extra.get("recovered") if event == "recovered" else None
-    values = (event, "; ".join(recovered or [result["msg"]]), os.uname().nodename,
-              result["command"], context.application, context.release, context.version,
-              context.previous, previous_version, context.deploy_id, result["exit_code"],
-              f"{result['seconds']:.1f}")
-    words = dict(zip(NOTE_WORDS, values), **context.variables())
-    for name, value in words.items():
-        text = run.console.clean(str(value)).encode("utf-8", "backslashreplace")
-        words[name] = text.decode("utf-8")
-    return Note(event, context, words, result)
+    lines = outcome.extra["recovered"] if event == "recovered" else [result["msg"]]
+    words = dict(
+        context.variables(), **context._asdict(), event=event, message="; ".join(lines),
+        host=os.uname().nodename, command=result["command"], exit_code=str(result["exit_code"]),
+        previous_version=before.version if before else "", seconds=f"{result['seconds']:.1f}")
+    return context, {
+        name: run.console.clean(value).encode("utf-8", "backslashreplace").decode("utf-8")
+        for name, value in words.items()}
 
 
-def prepare(run: Run, settings: Any, note: Note) -> Callable[[Conversation], Dict[str, Any]]:
-    """Make what will report an event, in a process of its own, and returns {"problem": why}.
+def prepare(run: Run, settings: Any, context: Context, words: Dict[str, str],
+            result: Dict[str, Any]) -> Callable[[Conversation], Dict[str, Any]]:
+    """Make what will report an event, in a process of its own, and returns {"error": why}.
 
     Secrets are read here; ValueError where there are none.
     """
+    where, event = f"[notify:{settings.name}]", words["event"]
+    if settings.type == "slack":
+        import html
+        # Or a value would call everybody in the channel (<!channel>), or pass for a link.
+        words = {name: html.escape(value, quote=False) for name, value in words.items()}
+    text = render_template(settings.text, words, f"{where} text")
     if settings.type == "email":
-        return lambda asked: send_mail(asked, settings, note)
+        subject = f"{context.application} on {words['host']}: {event}"
+        return lambda asked: send_mail(asked, settings, subject, text)
     if settings.type == "command":
-        where = f"[notify:{settings.name}]"
         refuse_foreign_programs(run.settings, [(where, settings.command[0])],
-                                working_directory(note.context))
-        return lambda asked: run_notifier(run, settings, note)
+                                working_directory(context))
+        return lambda asked: run_notifier(run, settings, context, event, text)
     secrets = {}
     for key in ("token_file", "url_file"):
         path = getattr(settings, key)
@@ -10453,76 +10285,72 @@ def prepare(run: Run, settings: Any, note: Note) -> Callable[[Conversation], Dic
         if path and not secrets[key]:
             raise ValueError(f"{key} is empty")
         run.console.secrets.add(secrets[key])
-    headers, url = {}, settings.url or secrets["url_file"]
-    if secrets["token_file"]:
-        headers["Authorization"] = f"Bearer {secrets['token_file']}"
-    content = {"event": note.event, "text": note.text(settings), "result": note.result}
-    if settings.type == "slack":
-        import html
-        # Or a value would call everybody in the channel (<!channel>), or pass for a link.
-        content = {"text": note.text(settings, lambda value: html.escape(value, quote=False))}
+    url = settings.url or secrets["url_file"]
     if wrong_target(url):
         raise ValueError(f"{settings.url_file or 'url'} holds no https:// URL")
-    body = json.dumps(content).encode("ascii")
+    headers = {"Content-Type": "application/json"}
+    if secrets["token_file"]:
+        headers["Authorization"] = f"Bearer {secrets['token_file']}"
+    content = {"event": event, "text": text, "result": result}
+    body = json.dumps({"text": text} if settings.type == "slack" else content).encode("ascii")
     return lambda asked: post(asked, settings, parse_url(url), headers, body)
 
 
 def post(asked: Conversation, settings: Any, url: Url, headers: Dict[str, str], body: bytes
          ) -> Dict[str, Any]:
-    """POST JSON; anything but a status of 200 to 299 is a problem."""
-    headers = dict(headers, **{"Content-Type": "application/json",
-                               "Content-Length": str(len(body))})
+    """POST JSON; anything but a status of 200 to 299 is an error."""
     asked.connect((url.host, url.port))
     if url.scheme == "https":
         asked.start_tls(url.host, settings)
+    headers = dict(headers, **{"Content-Length": str(len(body))})
     headers = request_headers(url, headers, settings.header)
     response = asked.request("POST", url, headers, body)
     if 200 <= response.status < 300:
         return {}
     answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
-    return {"problem": f"status {response.status}: {answer}".rstrip(" :")}
+    return {"error": f"status {response.status}: {answer}".rstrip(" :")}
 
 
-def send_mail(asked: Conversation, settings: Any, note: Note) -> Dict[str, Any]:
+def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Dict[str, Any]:
     """Hand the text to a mail server (RFC 5321)."""
     import smtplib
     from email.message import EmailMessage
     from email.policy import SMTP
     from email.utils import formatdate, make_msgid
     host = os.uname().nodename
+    sender = getattr(settings, "from") or f"deploy@{host}"
     message = EmailMessage(SMTP.clone(cte_type="7bit"))
-    message["From"] = getattr(settings, "from") or f"deploy@{host}"
-    message["To"] = ", ".join(settings.to)
-    message["Subject"] = "{application} on {host}: {event}".format(**note.words)
-    message["Date"] = formatdate()
-    message["Message-ID"] = make_msgid(domain=host)
-    message["Auto-Submitted"] = "auto-generated"
-    message.set_content(note.text(settings) + "\n")
+    for name, value in (
+            ("From", sender), ("To", ", ".join(settings.to)), ("Subject", subject),
+            ("Date", formatdate()), ("Message-ID", make_msgid(domain=host)),
+            ("Auto-Submitted", "auto-generated")):
+        message[name] = value
+    message.set_content(text + "\n")
     asked.connect(split_address(settings.smtp))
     asked.at("talking to the mail server")
     server = smtplib.SMTP(local_hostname=host)
     server.sock = asked.socket
     code, answer = server.getreply()
     if code != 220:
-        return {"problem": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
-    refused = server.sendmail(str(message["From"]), settings.to, message.as_bytes())
+        return {"error": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
+    refused = server.sendmail(sender, settings.to, message.as_bytes())
     server.putcmd("quit")  # it is delivered, whatever the server says to that
-    return {"problem": f"the mail server refused {', '.join(refused)}"} if refused else {}
+    return {"error": f"the mail server refused {', '.join(refused)}"} if refused else {}
 
 
-def run_notifier(run: Run, settings: Any, note: Note) -> Dict[str, Any]:
+def run_notifier(run: Run, settings: Any, context: Context, event: str, text: str
+                 ) -> Dict[str, Any]:
     """Run a command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT."""
     RunningCommand.KILL_AFTER_SECONDS = NOTIFY_GRACE_SECONDS  # in this forked process alone
-    environ = child_environment(run, note.context, {
-        "DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": note.event,
-        "DEPLOY_TEXT": note.text(settings)})
+    environ = child_environment(run, context, {
+        "DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": event, "DEPLOY_TEXT": text})
     result = run_command(
         [native(word) for word in settings.command], environ=environ,
-        directory=working_directory(note.context), run_as=run.settings.hooks.run_as,
+        directory=working_directory(context), run_as=run.settings.hooks.run_as,
         timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS, interrupts=Interrupts(),
         mask=run.console.secrets.mask)
     last = f": {result.tail[-1]}" if result.tail else ""
-    return {} if result.ok else {"problem": f"{spell(result.argv)} {result.verdict()}{last}"}
+    return {} if result.ok else {"error": f"{spell(result.argv)} {result.verdict()}{last}"}
 
 
 # -- all of it -------------------------------------------------------------------
@@ -10530,39 +10358,38 @@ def run_notifier(run: Run, settings: Any, note: Note) -> Dict[str, Any]:
 WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover")
 
 
-def tell_others(run: Run, exit_code: int, seconds: float) -> None:
-    """Write metrics and notify; the lock is free by now, and whatever goes wrong is a warning."""
-    if run.flags.dry_run or not run.is_believed or run.flags.command not in WRITING:
-        return
-    for name, tell in (("metrics", write_metrics), ("notify", notify)):
-        try:
-            tell(run, exit_code, seconds)
-        except Exception as error:  # a defect here must not make a failure of what is done
-            run.console.warn(step_error(error, name).message)
-
-
 def report(run: Run, exit_code: int, seconds: float) -> None:
-    """Show the end: the error with its hint, the summary line, or the JSON object."""
-    outcome, console = run.outcome, run.console
-    tell_others(run, exit_code, seconds)
-    result = result_object(run, exit_code, seconds)
+    """Show the end: metrics and notifications, the error or the summary line, the JSON object.
+
+    The lock is free by now, and whatever goes wrong with telling others is a warning.
+    """
+    outcome, console, settings = run.outcome, run.console, run.settings
+    error, dry_run = outcome.error, run.flags.dry_run
+    if not dry_run and run.is_believed and run.flags.command in WRITING:
+        for name, tell, is_wanted in (
+                ("metrics", write_metrics, settings.metrics.textfile_dir and settings.deploy.root),
+                ("notify", notify, settings.notify)):
+            try:
+                if is_wanted:
+                    tell(run, exit_code, seconds)
+            except Exception as problem:  # a defect here must not make a failure of what is done
+                console.warn(step_error(problem, name).message)
+    result = result_object(error, run, exit_code, seconds)
     summary = result["summary"]
-    console.working(result["msg"], state="READY=1" if result["ok"] else "")
-    end = {"event": "run_failed" if outcome.error else "run_done",
-           "result": run_result(run, exit_code)}
+    console.working(result["msg"], state="" if error else "READY=1")
+    end = None
+    if not dry_run:
+        end = {"event": "run_failed" if error else "run_done", "result": run_result(run, exit_code)}
     if outcome.steps or outcome.checks:
-        text = f"checked {summary['checked']}, changed {summary['changed']}, " \
-               f"failed {summary['failed']}"
+        text = "checked {checked}, changed {changed}, failed {failed}".format(**summary)
         if summary["warnings"]:
             text += f", {count(summary['warnings'], 'warning')}"
-        text += f" in {format_seconds(seconds)}"
-        console.say(text, None if outcome.error or run.flags.dry_run else end)
-    elif not outcome.error and run.flags.command in WRITING:
+        console.say(f"{text} in {format_seconds(seconds)}", None if error else end)
+    elif not error and run.flags.command in WRITING:
         console.note(outcome.message, end)
-    if outcome.error:
-        console.error(outcome.error.message, outcome.error.hint,
-                      None if run.flags.dry_run else end)
-    elif (outcome.changed or console.warnings) and not run.flags.dry_run:
+    if error:
+        console.error(error.message, error.hint, end)
+    elif (outcome.changed or console.warnings) and not dry_run:
         console.release_held()
     if console.json_mode:
         console.json_result(result)
@@ -11091,13 +10918,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         console.raw_result(str(asked))
         if console.json_mode:
             shown = {"topic": None, "text": str(asked)}
-            console.json_result(dict(result_of(None), msg=str(asked), help=shown))
+            console.json_result(dict(result_object(None), msg=str(asked), help=shown))
         return EXIT_FAILED if console.is_result_lost else EXIT_OK
     except (Exception, KeyboardInterrupt) as error:
         failure = failure_of(error, "deploy.py", console, "--debug" in argv)
         console.error(failure.message, failure.hint)
     if console.json_mode:
-        console.json_result(result_of(failure))
+        console.json_result(result_object(failure, exit_code=failure.exit_code))
     return failure.exit_code
 
 

@@ -19,7 +19,7 @@ from support import (
     run_as_another, snapshot, start_deploy, wait_until)
 
 deploy = load_deploy()
-NAMES = [name for name, _, _ in deploy.CHECKS]
+NAMES = [row[0] for row in deploy.CHECKS]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
