@@ -149,6 +149,12 @@ def damaged_record(app: App) -> Broken:
     return Broken()
 
 
+def another_application(app: App) -> Broken:
+    """The root is another application's."""
+    app.config.write_text(app.config.read_text().replace("application = myapp", "application = other"))
+    return Broken()
+
+
 def held_lock(app: App) -> Broken:
     """Another process holds the lock."""
     lock = open(str(app.root / ".deploy" / "lock"), "r+")
@@ -348,6 +354,7 @@ CAUSES = [
     (current_points_outside, "current", "fail", "outside releases/", "rm ", 3),
     (current_dangles, "current", "fail", "does not exist", "rm ", 3),
     (damaged_record, "current state", "fail", "checksum", "backup", 3),
+    (another_application, "application", "fail", "this root is myapp's", "--force", 3),
     (held_lock, "lock", "fail", "held by pid", "--wait-lock", 75),
     (clock_behind, "clock", "warn", "2999", "time", 0),
     (missing_digest, "artifact", "fail", "SHA-256", "sha256sum", 4),
