@@ -3718,9 +3718,9 @@ class Artifact(Descriptor):
             raise ArtifactRefused(f"cannot open artifact {path}: {reason(error)}",
                                   "make it a file that this user can read")
         self.size_bytes = self.status.st_size
+        self.format = ""
         try:
-            self.format = self._detect_format()
-            self._check(limits)
+            self._recognize(limits)
         except BaseException as error:
             self.close()
             if isinstance(error, ImportError):
@@ -3728,37 +3728,34 @@ class Artifact(Descriptor):
                                       INSTALL)
             raise
 
-    def _detect_format(self) -> str:
-        if stat.S_ISDIR(self.status.st_mode):
-            return "directory"
-        if not stat.S_ISREG(self.status.st_mode):
-            raise ArtifactRefused(f"artifact {self.path} is neither a regular file nor a directory",
+    def _recognize(self, limits: Any) -> None:
+        """Tell the format, and refuse at once what would be refused later anyway."""
+        mode, name = self.status.st_mode, f"artifact {self.path}"
+        if stat.S_ISDIR(mode):
+            self.format = "directory"
+            return
+        if not stat.S_ISREG(mode):
+            raise ArtifactRefused(f"{name} is neither a regular file nor a directory",
                                   "name an archive or a directory")
         if not self.size_bytes:
-            raise ArtifactRefused(f"artifact {self.path} is empty",
-                                  "check the build or the copy that made it")
-        head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
-        if not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
-            raise ArtifactRefused(
-                f"artifact {self.path} begins with zeros, as a tar does that has no members",
-                "check the build that should have put something into it")
-        if not format_of(head):
-            raise ArtifactRefused(
-                f"artifact {self.path} has an unknown format; its first bytes are "
-                f"{head[:8].hex()} ({head[:8]!r})",
-                "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
-        return format_of(head)
-
-    def _check(self, limits: Any) -> None:
-        """Refuse at once what would be refused later anyway."""
-        if self.format != "directory" and 0 < limits.max_artifact < self.size_bytes:
+            raise ArtifactRefused(f"{name} is empty", "check the build or the copy that made it")
+        if 0 < limits.max_artifact < self.size_bytes:
             raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
                           format_size(limits.max_artifact), "max_artifact")
-        if self.format in DECODERS:
-            # For the modules and programs that it will need; nothing is decoded yet.
-            DECODERS[self.format](iter(()), bool)
+        head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
+        self.format = format_of(head)
+        if not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
+            raise ArtifactRefused(f"{name} begins with zeros, as a tar does that has no members",
+                                  "check the build that should have put something into it")
+        if not self.format:
+            raise ArtifactRefused(
+                f"{name} has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})",
+                "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
         if self.format == "zip":
             read_central(self, limits)
+        else:
+            # For the modules and programs that it will need; nothing is decoded yet.
+            DECODERS[self.format](iter(()), bool)
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
@@ -3840,7 +3837,11 @@ class Artifact(Descriptor):
             except (OSError, ValueError) as error:
                 raise ArtifactRefused(f"cannot use {path}: {reason(error)}",
                                       "correct or remove it, or give --sha256")
-            digests = match_digests(entries, os.fsencode(name), bare=own)
+            # Under its very name, else its base name, else (in its own list) without a name.
+            wanted = os.fsencode(name)
+            digests = {digest for entry, digest in entries if entry in (wanted, b"./" + wanted)} \
+                or {digest for entry, digest in entries if entry.rpartition(b"/")[2] == wanted} \
+                or {digest for entry, digest in entries if own and not entry}
             if len(digests) > 1:
                 raise ArtifactRefused(
                     f"{source} is ambiguous: it has {len(digests)} different digests for {name}",
@@ -3910,13 +3911,6 @@ def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
             name = unescape_name(name) if found.group("escaped") else name
             entries.append((name, found.group("digest").decode().lower()))
     return entries
-
-
-def match_digests(entries: Sequence[Tuple[bytes, str]], name: bytes, *, bare: bool) -> Set[str]:
-    """Return the digests of a file: under its very name, else its base name, else without one."""
-    exact = {digest for entry, digest in entries if entry in (name, b"./" + name)}
-    same_base = {digest for entry, digest in entries if entry.rpartition(b"/")[2] == name}
-    return exact or same_base or {digest for entry, digest in entries if bare and not entry}
 
 
 def check_given_digest(text: str) -> str:
@@ -4051,37 +4045,33 @@ def tree_digest(manifest: Manifest) -> str:
 def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
     """Read a manifest from the lines of its two files; ValueError says what is wrong with it."""
     manifest: Manifest = {}
-    for what, lines, read in (("manifest", digests, _read_digest_line),
-                              ("tree", tree, _read_tree_line)):
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                raise ValueError(f"the {what} is cut off")
-            try:
-                member = read(line[:-1], manifest)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"line {number} of the {what} is malformed") from None
-            manifest[member.name] = member
+    rows = itertools.chain((("manifest", number, line) for number, line in enumerate(digests, 1)),
+                           (("tree", number, line) for number, line in enumerate(tree, 1)))
+    for what, number, line in rows:
+        if not line.endswith(b"\n"):
+            raise ValueError(f"the {what} is cut off")
+        try:
+            if what == "manifest":
+                digest, gap, name = line[:-1].lstrip(b"\\").partition(b"  ")
+                name = unescape_name(name) if line.startswith(b"\\") else name
+                content = binascii.unhexlify(digest)
+                if len(content) != 32 or not gap or not name:
+                    raise ValueError(line)
+                manifest[name] = Member(name, FILE, _MODE_FILE, 0, None, content)
+                continue
+            kind, *texts = json.loads(line.decode("ascii"))
+            name, value = [text.encode("utf-8", "surrogateescape") for text in texts]
+            if kind == SYMLINK:
+                manifest[name] = Member(name, SYMLINK, 0o777, 0, None, value)
+            elif kind == DIRECTORY:
+                manifest[name] = Member(name, DIRECTORY, int(value, 8))
+            elif kind == "mode":
+                manifest[name] = manifest[name]._replace(mode=int(value, 8))
+            else:
+                raise ValueError(kind)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"line {number} of the {what} is malformed") from None
     return manifest
-
-
-def _read_digest_line(line: bytes, manifest: Manifest) -> Member:
-    digest, gap, name = line.lstrip(b"\\").partition(b"  ")
-    if len(digest) != 64 or not gap or not name:
-        raise ValueError(line)
-    name = unescape_name(name) if line.startswith(b"\\") else name
-    return Member(name, FILE, _MODE_FILE, 0, None, binascii.unhexlify(digest))
-
-
-def _read_tree_line(line: bytes, manifest: Manifest) -> Member:
-    kind, *texts = json.loads(line.decode("ascii"))
-    name, value = [text.encode("utf-8", "surrogateescape") for text in texts]
-    if kind == SYMLINK:
-        return Member(name, SYMLINK, 0o777, 0, None, value)
-    if kind == DIRECTORY:
-        return Member(name, DIRECTORY, int(value, 8))
-    if kind != "mode":
-        raise ValueError(kind)
-    return manifest[name]._replace(mode=int(value, 8))
 
 
 # -- judging -----------------------------------------------------------------
@@ -5528,13 +5518,8 @@ class Sharer(Descriptor):
             if parent != self._parent:  # members come directory by directory
                 self.close()
                 self._parent = parent
-                self.descriptor = os.dup(self._release.descriptor)
-                for name in parent.split(b"/") if parent else ():
-                    above, self.descriptor = self.descriptor, -1
-                    try:
-                        self.descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=above)
-                    finally:
-                        os.close(above)
+                with self._release.walk_to(os.fsdecode(parent)) as directory:
+                    self.descriptor = os.dup(directory.descriptor)
             if self.descriptor < 0:
                 return -1
             twin = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
@@ -5544,7 +5529,11 @@ class Sharer(Descriptor):
         fits = (status.st_mode, status.st_size, status.st_uid) == (
             stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid())
         if fits and self._how == "hardlink":  # its time and attributes would be the new file's
-            fits = entry.mtime_ns in (None, status.st_mtime_ns) and not has_attributes(twin)
+            fits = entry.mtime_ns in (None, status.st_mtime_ns)
+            try:
+                fits = fits and not set(os.listxattr(twin)) - {"security.selinux"}
+            except (OSError, AttributeError):
+                pass  # such as capabilities and ACLs are not to be had there
         if not fits:
             os.close(twin)
         return twin if fits else -1
@@ -5556,7 +5545,7 @@ class Sharer(Descriptor):
                 os.link(entry.name.rpartition(b"/")[2], entry.name, src_dir_fd=self.descriptor,
                         dst_dir_fd=place, follow_symlinks=False)
             else:
-                clone(entry, twin, place)
+                self._clone(entry, twin, place)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
                 raise
@@ -5570,6 +5559,20 @@ class Sharer(Descriptor):
             raise changed_meanwhile(entry)
         self.shared_files += 1
         return True
+
+    @staticmethod
+    def _clone(entry: Member, twin: int, place: int) -> None:
+        """Share the twin's blocks until one of them is changed."""
+        descriptor = os.open(entry.name, _CREATE_FLAGS, entry.mode, dir_fd=place)
+        try:
+            fcntl.ioctl(descriptor, _FICLONE, twin)
+            if entry.mtime_ns is not None:
+                os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+        except OSError:
+            os.unlink(entry.name, dir_fd=place)
+            raise
+        finally:
+            os.close(descriptor)
 
     @staticmethod
     def _again(entry: Member, twin: int, size_bytes: int, digest: bytes) -> Iterator[bytes]:
@@ -5589,28 +5592,6 @@ class Sharer(Descriptor):
 def changed_meanwhile(entry: Member) -> OSError:
     """Make the error for a live release that somebody changes."""
     return OSError(errno.EBUSY, "the live release was changed meanwhile", os.fsdecode(entry.name))
-
-
-def has_attributes(descriptor: int) -> bool:
-    """Tell whether a file has attributes of its own (capabilities, ACLs)."""
-    try:
-        return bool(set(os.listxattr(descriptor)) - {"security.selinux"})
-    except (OSError, AttributeError):
-        return False
-
-
-def clone(entry: Member, twin: int, place: int) -> None:
-    """Make a file that shares another's blocks until one is changed."""
-    descriptor = os.open(entry.name, _CREATE_FLAGS, entry.mode, dir_fd=place)
-    try:
-        fcntl.ioctl(descriptor, _FICLONE, twin)
-        if entry.mtime_ns is not None:
-            os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
-    except OSError:
-        os.unlink(entry.name, dir_fd=place)
-        raise
-    finally:
-        os.close(descriptor)
 
 
 # -- what it will cost, and packing --------------------------------------------
