@@ -3782,29 +3782,22 @@ class Artifact(Descriptor):
         if self.tail:
             yield self.tail
 
-    def hash(self, watch: Watch, settings: Any = None) -> str:
-        """Return the SHA-256 of an archive's bytes, or a directory's tree digest.
-
-        With settings a directory's members are judged before they are read: a
-        sparse file can have terabytes.
-        """
-        if self.format != "directory":
-            done_bytes, hasher = 0, hashlib.sha256()
-            for block in self.blocks():
-                hasher.update(block)
-                done_bytes += len(block)
-                watch(done_bytes)
-            return hasher.hexdigest()
-        judge = Judge(settings or Settings({}, []), self)
-        manifest: Manifest = {}
-        for member, pieces in read_directory(self, watch):
-            judge.admit(member)
-            if not settings or not judge.refused:
-                digest = hash_pieces(pieces) if member.kind == FILE else b""
-                note_released(manifest, member, digest)
-        if settings:
+    def hash(self, settings: Settings, watch: Watch) -> str:
+        """Return the SHA-256 of an archive's bytes, or of the tree that a directory becomes."""
+        if self.format == "directory":
+            judge = Judge(settings, self)
+            for member, pieces in read_directory(self, watch):
+                entry = judge.admit(member)  # before it is read: a sparse file can have terabytes
+                if entry and not judge.refused:
+                    judge.manifest[entry.name] = entry._replace(content=hash_pieces(pieces))
             judge.check()
-        return tree_digest(manifest)
+            return tree_digest(judge.manifest)
+        done_bytes, hasher = 0, hashlib.sha256()
+        for block in self.blocks():
+            hasher.update(block)
+            done_bytes += len(block)
+            watch(done_bytes)
+        return hasher.hexdigest()
 
     def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
         """Find digest, version and cost; `sha256` and `version` are what the operator gave."""
@@ -3813,7 +3806,7 @@ class Artifact(Descriptor):
         elif settings.artifact.checksum != "off":
             self._find_digest(required=settings.artifact.checksum == "required")
         if not self.sha256:
-            self.sha256, self.sha256_source = self.hash(watch, settings), "computed"
+            self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
         estimate_cost(self)
         most_bytes = settings.limits.max_expanded
@@ -3857,10 +3850,10 @@ class Artifact(Descriptor):
             raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
                                   f"or SHA256SUMS", hint)
 
-    def confirm(self, watch: Watch, known: str = "") -> None:
+    def confirm(self, settings: Settings, watch: Watch, known: str = "") -> None:
         """Compare where no unpacking will tell; `known` is what these bytes had when last read."""
         if self.sha256_source != "computed":
-            self.compare(known or self.hash(watch))
+            self.compare(known or self.hash(settings, watch))
 
     def compare(self, actual: str) -> None:
         """Raise ArtifactRefused when the bytes are not the ones that were promised."""
@@ -3980,12 +3973,6 @@ def guess_version(name: str) -> str:
 def released_mode(kind: str, mode: int) -> int:
     """Return the mode that a member gets: no special bits, writable by its owner, never closed."""
     return mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
-
-
-def note_released(manifest: Manifest, member: Member, digest: bytes) -> None:
-    """Put an artifact's member into a manifest as a release would have it."""
-    manifest[member.name] = Member(member.name, member.kind, released_mode(*member[1:3]),
-                                   member.size_bytes, None, digest or member.content)
 
 
 def add_member(manifest: Manifest, member: Member) -> None:
@@ -5390,15 +5377,12 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     full disk) as the system gives it.
     """
     place, judge = destination.descriptor, Judge(settings, artifact)
-    is_directory, status = artifact.format == "directory", os.fstat(place)
-    # The tree digest of a directory is that of all of it, before anything is stripped.
-    whole: Manifest = {}
-    manifest, strip = judge.manifest, settings.artifact.strip_components
+    manifest, status = judge.manifest, os.fstat(place)
     umask = os.umask(0)
     members = members_of(artifact, settings, watch, (status.st_dev, status.st_ino))
     try:
         for member, pieces in members:
-            entry, digest = judge.admit(member), b""
+            entry = judge.admit(member)
             for name in judge.fresh:
                 os.mkdir(name, _MODE_DIRECTORY, dir_fd=place)
             del judge.fresh[:]
@@ -5406,22 +5390,20 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
                 digest = write_member(entry, pieces, place, sharer)
                 if entry.kind == FILE:
                     manifest[entry.name] = Member(*entry[:4], None, digest)
-            if is_directory and strip:
-                note_released(whole, member, digest)
         notes = judge.finish()
         for name in names_of(manifest, SYMLINK):
             os.symlink(manifest[name].content, name, dir_fd=place)
     except ArtifactRefused as error:
         members.close()
-        if artifact.sha256 and not is_directory:
+        if artifact.sha256 and artifact.format != "directory":
             # Wrong bytes explain best why they could not be read.
-            artifact.compare(artifact.read_sha256 or artifact.hash(watch))
+            artifact.compare(artifact.read_sha256 or artifact.hash(settings, watch))
         judge.check(error)
     finally:
         members.close()
         os.umask(umask)
-    if is_directory:
-        artifact.read_sha256 = tree_digest(whole if strip else manifest)
+    if artifact.format == "directory":
+        artifact.read_sha256 = tree_digest(manifest)
         artifact.compare(artifact.read_sha256)
     return manifest, artifact.notes + notes
 
@@ -7089,7 +7071,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
             key=lambda record: (record.id == live, record.sequence), default=None)
         if before or confirm:
             known = run.store and run.store.remembered_digest(artifact.path, artifact.identity())
-            artifact.confirm(watch, known or "")
+            artifact.confirm(run.settings, watch, known or "")
     if before and before.id != live:
         try:
             changed = problems_of(check_release(run, before))
