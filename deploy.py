@@ -2472,19 +2472,11 @@ class Settings:
 
 
 def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
-                  assignments: Sequence[str]) -> Settings:
-    """Read the settings; UsageError tells all that is wrong, with file, section and key."""
-    settings = read_settings(files, flags, assignments)
-    settings.refuse_mistakes()
-    return settings
-
-
-def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
-                  assignments: Sequence[str]) -> Settings:
+                  assignments: Sequence[str], *, refuse: bool = True) -> Settings:
     """Put the layers together: default, files, environment, command line; a later one wins.
 
-    `flags` are options that have a flag of their own, `assignments` are the
-    texts of --set.  What is wrong is in the result's `mistakes`.
+    `flags` are options that have a flag of their own, `assignments` the texts of --set.
+    UsageError tells all that is wrong; without `refuse` it is in the result's `mistakes`.
     """
     given: Layer = {}
     mistakes: List[UsageError] = []
@@ -2518,6 +2510,8 @@ def read_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
             given[section, key] = Given(value.strip(), "command line (--set)", here)
     settings = Settings(given, list(files))
     settings.mistakes[:0] = mistakes
+    if refuse:
+        settings.refuse_mistakes()
     return settings
 
 
@@ -10691,7 +10685,7 @@ def load(flags: Any) -> Settings:
     elif not files:
         places = "deploy.ini", "/etc/deploy/deploy.ini"
         files = [path for path in places if os.path.exists(path)][:1]
-    settings = read_settings(files, given, flags.set or [])
+    settings = load_settings(files, given, flags.set or [], refuse=False)
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
     settings.refuse_mistakes()
@@ -10775,11 +10769,12 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
     lines at the end of a file of their choice may be all they need.
     """
     log, root = settings.log, settings.deploy.root
-    for name in ("releases", ".deploy") if root and log.file else ():
-        own = f"{os.path.realpath(root)}/{name}/"
-        if os.path.realpath(log.file).startswith(own):
-            raise UsageError(f"the log file {log.file} lies inside {own}, which is deploy.py's own",
-                             "write it to another place, such as /var/log")
+    if root and log.file:
+        own = re.escape(os.path.realpath(root)) + r"/(\.deploy|releases)/"
+        inside = re.match(own, os.path.realpath(log.file))
+        if inside:
+            raise UsageError(f"the log file {log.file} lies inside {inside.group()}, which is "
+                             "deploy.py's own", "write it to another place, such as /var/log")
     if flags.dry_run:
         return
     if settings.files and os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
