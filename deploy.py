@@ -889,10 +889,6 @@ class Console:
         """Mask secrets, then escape what could act on a terminal."""
         return escape(self.secrets.mask(text))
 
-    def is_public(self, text: str) -> bool:
-        """Tell whether there is nothing to mask."""
-        return self.secrets.mask(text) == text
-
     def release_held(self) -> None:
         """Write what --quiet held back: there was a change or a failure after all."""
         held, self._held = self._held, []
@@ -2565,15 +2561,16 @@ def read_ini(path: str, mistakes: List[UsageError]) -> Layer:
 
 
 # ============================================================================
-# 6  Model
-#    What is written to disk under a root, as plain values, and the one codec
-#    that makes sealed JSON of them and reads it again.
+# 6  State
+#    What is on disk under one root, as plain values, and the only code that
+#    changes it: lock, links, records, journal, history.  Every change is
+#    durable when the call returns; every name is unique or replaced by rename.
 # ============================================================================
 
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
-    artifact: name, source, format, size, sha256, signature, strip_components.
+    artifact: name, source, format, size, sha256, signature, strip_components, identity.
     tree: files, directories, symlinks, bytes; manifest and tree, each _sha256 and _bytes.
     rollback: release, command.  failure: step, reason, evidence; or None.
     previous: what was live when this went forward last.  rolled_back_at: when a rollback left it;
@@ -2686,14 +2683,27 @@ def encode(value: Any) -> Dict[str, Any]:
     return dict(data, schema=SCHEMA)
 
 
+def seal(data: Dict[str, Any]) -> Dict[str, Any]:
+    """Add the checksum by which a changed or cut-off file is told from a whole one."""
+    plain = {key: value for key, value in data.items() if key != "checksum"}
+    text = json.dumps(plain, sort_keys=True)
+    return dict(plain, checksum=hashlib.sha256(text.encode("ascii")).hexdigest())
+
+
 def decode(kind: Any, data: bytes, what: str) -> Any:
     """Read a sealed Record, Journal or HistoryEntry; ValueError where it is damaged, or none.
 
     A field that has a default may be missing: an earlier version did not write it.
     """
-    found, values = unseal(data, what), {}
+    try:
+        found = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is damaged: {error}")
+    if not isinstance(found, dict) or found.get("checksum") != seal(found)["checksum"]:
+        raise ValueError(f"{what} is damaged: its checksum does not match")
     if found.get("schema") != SCHEMA:
         raise ValueError(f"{what} has schema {found.get('schema')!r}, this program knows {SCHEMA}")
+    values = {}
     for field, annotation in kind.__annotations__.items():
         name = JSON_NAMES.get(field, field)
         values[field] = value = found.get(name, kind._field_defaults.get(field, ...))
@@ -2710,43 +2720,22 @@ def decode(kind: Any, data: bytes, what: str) -> Any:
     return kind(**values)
 
 
-def seal(data: Dict[str, Any]) -> Dict[str, Any]:
-    """Add the checksum by which a changed or cut-off file is told from a whole one."""
-    plain = {key: value for key, value in data.items() if key != "checksum"}
-    text = json.dumps(plain, sort_keys=True)
-    return dict(plain, checksum=hashlib.sha256(text.encode("ascii")).hexdigest())
+# -- the root ----------------------------------------------------------------
 
-
-def unseal(data: bytes, what: str) -> Dict[str, Any]:
-    """Read sealed JSON; ValueError when it is damaged."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is damaged: {error}")
-    if not isinstance(value, dict) or value.get("checksum") != seal(value)["checksum"]:
-        raise ValueError(f"{what} is damaged: its checksum does not match")
-    return value
-
-
-# ============================================================================
-# 7  State
-#    What is on disk under one root, and the only code that changes it: lock,
-#    links, records, journal, history.  Every change is durable when the call
-#    returns, and every name is unique or replaced by rename.
-# ============================================================================
-
-PRIVATE_DIRECTORIES = ("releases", "manifests", "trees", "cache", "trash")
+RECORDS, MANIFESTS, TREES, TRASH = [
+    f".deploy/{name}" for name in ("releases", "manifests", "trees", "trash")]
+PRIVATE_DIRECTORIES = (".deploy", RECORDS, MANIFESTS, TREES, TRASH)
+JOURNAL, HISTORY, LOCK, RESERVE = [
+    f".deploy/{name}" for name in ("journal.json", "history.jsonl", "lock", "reserve")]
 # What is being unpacked lies beside where it will stand: the group, setgid bit, default ACL and
 # label of releases/ reach it as they reach whatever is made there.
 STAGING_PREFIX = ".new-"
-_TEMPORARY = r"\.\d+\.[0-9a-f]{8}\.tmp\Z"
-# The names that a crash leaves, by directory; `staging` and history.head are version 1.0.0's.
-LEFTOVERS = (
-    ("releases", re.escape(STAGING_PREFIX)), (".deploy/trash", ""),
-    (".deploy", r"\..*" + _TEMPORARY + r"|staging\Z|history\.head\Z"),
-    (".deploy/releases", r"\..*" + _TEMPORARY), (".deploy/manifests", r"\..*" + _TEMPORARY),
-    (".deploy/trees", r"\..*" + _TEMPORARY), (".deploy/cache", r"\..*" + _TEMPORARY),
-    ("", r"\.current" + _TEMPORARY))
+# The names that a crash leaves, by directory; staging, cache and history.head are version 1.0.0's.
+_TEMPORARY = r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z"
+LEFTOVERS = {
+    "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
+    TREES: _TEMPORARY, "": _TEMPORARY.replace(".*", "current"),
+    ".deploy": _TEMPORARY + r"|staging\Z|cache\Z|history\.head\Z"}
 # Set aside for the day when the disk is full, as long as so many times as much is free.
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
@@ -2767,7 +2756,7 @@ class Current(NamedTuple):
 
 
 class Store:
-    """One root, opened.
+    """One root, opened; what lies in it is named by its path from there.
 
     Locking rule: whoever changes anything holds the lock, from before the first
     look to after pruning; whoever only looks takes none, and may see a run half
@@ -2779,7 +2768,7 @@ class Store:
         self.root = root
         self.path = root.path
         self.command_line = command_line
-        self._open: Dict[str, Directory] = {}
+        self._open: Dict[str, Directory] = {"": root}
         # Temporary links that `current` can become, by release.
         self._links: Dict[str, str] = {}
         self._published_mode = 0o755
@@ -2809,15 +2798,15 @@ class Store:
             except FileExistsError:
                 pass
             store = cls(Directory.open(path), settings.command_line)
-            store.optional(".deploy")  # says so where this user may not look at it
+            store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
-            store.root.make("releases").close()
-            if not store.root.status("shared"):
-                store.root.make("shared").close()  # hooks are told its path
-            with store.root.make(".deploy", 0o700) as private:
-                for name in PRIVATE_DIRECTORIES:
-                    private.make(name, 0o700).close()
-                store.root.sync()
+            # Hooks are told the path of shared/.
+            for name in ("releases", "shared") + PRIVATE_DIRECTORIES:
+                above, _, below = name.rpartition("/")
+                mode = 0o700 if name in PRIVATE_DIRECTORIES else 0o755
+                with suppress(FileExistsError):
+                    os.mkdir(below, mode, dir_fd=store.directory(above).descriptor)
+            store.root.sync()
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
@@ -2832,19 +2821,17 @@ class Store:
         Raises StateError with the command that fixes it.  One that is wholly another's may be
         looked at.
         """
-        for name in ("",) + PRIVATE_DIRECTORIES:
+        for name in PRIVATE_DIRECTORIES:
             try:
-                directory = self.optional(f".deploy/{name}".rstrip("/"))
-            except StateError:
+                found = os.fstat(self.directory(name).descriptor)
+            except (FileNotFoundError, StateError):
                 continue  # for the filesystem check to tell
-            if directory is None:
-                continue
-            path, found = directory.path, os.fstat(directory.descriptor)
-            if looking and not name and found.st_uid != os.geteuid():
+            path = f"{self.path}/{name}"
+            if looking and name == ".deploy" and found.st_uid != os.geteuid():
                 return
-            if found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
+            if os.geteuid() == 0 and found.st_uid != 0:
                 hint = f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ..."
-                if name:
+                if name != ".deploy":
                     hint = f"if nobody has changed anything in it: chown -R root {path}"
                 raise StateError(f"{path} belongs to uid {found.st_uid}, "
                                  "and its contents would be believed", hint)
@@ -2855,16 +2842,22 @@ class Store:
 
     def close(self) -> None:
         """Close every descriptor."""
-        for directory in self._open.values():
-            directory.close()
-        self._open.clear()
-        self.root.close()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def directory(self, path: str) -> Directory:
-        """Open a directory below the root, once; StateError for what is no directory."""
+        """Open a directory, once; FileNotFoundError where none is, StateError for a forbidden one.
+
+        No symlink is followed on the way.
+        """
         if path not in self._open:
+            above, _, name = path.rpartition("/")
             try:
-                self._open[path] = self.root.walk_to(path)
+                self._open[path] = self.directory(above).child(name)
+            except PermissionError as error:
+                raise StateError(
+                    f"{self.path}/{path} cannot be read by {user_name()}: {reason(error)}",
+                    f"run it as the owner of {self.path}/.deploy, or as root")
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
@@ -2872,40 +2865,73 @@ class Store:
                                  "move it out of the way, or back where it was")
         return self._open[path]
 
-    def optional(self, path: str) -> Optional[Directory]:
-        """Open a directory below the root; None where none is, StateError for a forbidden one."""
+    def names(self, path: str) -> List[str]:
+        """List a directory, sorted; empty where there is none."""
         try:
-            return self.directory(path)
+            return sorted(os.listdir(self.directory(path).descriptor))
+        except FileNotFoundError:
+            return []
+
+    def status(self, path: str) -> Optional[os.stat_result]:
+        """Return lstat of what stands at a path, or None."""
+        above, _, name = path.rpartition("/")
+        try:
+            return os.stat(name, dir_fd=self.directory(above).descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        except PermissionError as error:
-            raise StateError(f"{self.path}/{path} cannot be read by {user_name()}: {reason(error)}",
-                             f"run it as the owner of {self.path}/.deploy, or as root")
+
+    def lock_used(self) -> int:
+        """Say when the lock was taken or given back last, in ns: meanwhile nobody changes a thing."""
+        found = self.status(LOCK)
+        return found.st_mtime_ns if found else 0
+
+    def read(self, path: str) -> Optional[bytes]:
+        """Return a regular file's bytes, or None where there is none."""
+        above, _, name = path.rpartition("/")
+        try:
+            return self.directory(above).read(name)
+        except FileNotFoundError:
+            return None
+
+    def save(self, value: Any) -> None:
+        """Write a record or the journal durably."""
+        path = JOURNAL if isinstance(value, Journal) else f"{RECORDS}/{value.id}.json"
+        above, _, name = path.rpartition("/")
+        data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
+        self.directory(above).write(name, data)
+
+    def forget(self, *paths: str) -> None:
+        """Remove files durably, where they are there."""
+        for path in paths:
+            above, _, name = path.rpartition("/")
+            self.directory(above).discard(name)
+            self.directory(above).sync()
 
     # -- releases and current ------------------------------------------------
 
     def releases_on_disk(self) -> Set[str]:
         """Name the directories under releases/, known or not."""
-        releases = self.optional("releases")
-        names = releases.names() if releases else []
-        return {name for name in names if not name.startswith(STAGING_PREFIX)
-                and releases.is_directory(name)}  # type: ignore
+        return {name for name in self.names("releases") if not name.startswith(STAGING_PREFIX)
+                and self.directory("releases").is_directory(name)}
 
     def current(self) -> Current:
         """Look where `current` points."""
-        link, found = f"{self.path}/current", self.root.status("current")
-        if found is None:
+        link = f"{self.path}/current"
+        try:
+            target = os.readlink("current", dir_fd=self.root.descriptor)
+        except FileNotFoundError:
             return Current(None)
-        if not stat.S_ISLNK(found.st_mode):
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
             return Current(None, f"{link} is not a symlink",
                            f"move it out of the way: mv {link} {link}.old")
-        target = self.root.link_target("current") or ""
         directory, release = os.path.split(os.path.normpath(os.path.join(self.path, target)))
         if directory != f"{self.path}/releases":
             return Current(None, f"{link} points outside releases/: {target}",
                            f"remove the link: rm {link}")
-        releases = self.optional("releases")
-        if not releases or not releases.is_directory(release):
+        found = self.status(f"releases/{release}")
+        if found is None or not stat.S_ISDIR(found.st_mode):
             settle = self.command_line("recover --to RELEASE")
             return Current(None, f"{link} points to {target}, which does not exist",
                            f"make a release live that is there: {settle}; "
@@ -2925,8 +2951,7 @@ class Store:
                              f"found {found.problem or live or 'nothing'}",
                              "look at what else switches it, then run again")
         if target is None:
-            self.root.discard("current")
-            self.root.sync()
+            self.forget("current")
             return
         if not self.directory("releases").is_directory(target):
             raise StepFailed(f"releases/{target} does not exist",
@@ -2954,25 +2979,20 @@ class Store:
 
     def new_staging(self) -> str:
         """Make an empty private directory in releases/ to unpack into, and return its name."""
-        name, releases = temporary_name(STAGING_PREFIX[1:] + "release"), self.directory("releases")
-        os.mkdir(name, 0o777, dir_fd=releases.descriptor)
-        with releases.child(name) as tree:
-            # What umask, setgid bit and default ACL made of it is what it is to have at the end.
-            self._published_mode = stat.S_IMODE(os.fstat(tree.descriptor).st_mode)
-            os.fchmod(tree.descriptor, self._published_mode & ~0o077)
+        name = temporary_name(STAGING_PREFIX[1:] + "release")
+        os.mkdir(name, 0o777, dir_fd=self.directory("releases").descriptor)
+        tree = self.directory(f"releases/{name}").descriptor
+        # What umask, setgid bit and default ACL made of it is what it is to have at the end.
+        self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
+        os.fchmod(tree, self._published_mode & ~0o077)
         return name
-
-    def discard_staging(self, name: str) -> None:
-        """Remove what was unpacked and never published."""
-        self.directory("releases").remove_tree(name)
 
     def publish(self, staging: str, release: str) -> None:
         """Give an unpacked and synced tree its name under releases/."""
-        releases = self.directory("releases")
-        with releases.child(staging) as tree:
-            os.fchmod(tree.descriptor, self._published_mode)
-            tree.sync()
-        if releases.status(release) is not None:
+        releases, tree = self.directory("releases"), self.directory(f"releases/{staging}")
+        os.fchmod(tree.descriptor, self._published_mode)
+        tree.sync()
+        if self.status(f"releases/{release}") is not None:
             raise StepFailed(f"releases/{release} exists already",
                              "look at what made it, then run again")
         releases.rename(staging, releases, release)
@@ -2980,8 +3000,8 @@ class Store:
 
     def remove_release(self, release: str) -> None:
         """Take a release away: renamed out of sight at once, then deleted, then its manifest."""
-        releases, trash = self.directory("releases"), self.directory(".deploy/trash")
-        if releases.status(release) is not None:
+        releases, trash = self.directory("releases"), self.directory(TRASH)
+        if self.status(f"releases/{release}") is not None:
             name = temporary_name(release)
             try:
                 releases.rename(release, trash, name)
@@ -2992,74 +3012,57 @@ class Store:
                 releases.remove_tree(release)
             releases.sync()
             trash.remove_tree(name)
-        self._forget(".deploy/manifests", release)
-        self._forget(".deploy/trees", release)
+        self.forget(f"{MANIFESTS}/{release}", f"{TREES}/{release}")
 
-    def _forget(self, path: str, name: str) -> None:
-        """Remove a file of .deploy durably, if it is there."""
-        self.directory(path).discard(name)
-        self.directory(path).sync()
+    def sweep(self, known: Optional[Set[str]] = None,
+              warn: Optional[Callable[[str], None]] = None) -> List[str]:
+        """Remove what a crash or an earlier version left, and manifests of what is not `known`.
 
-    def leftovers(self) -> List[Tuple[str, str]]:
-        """List what a crash or an earlier version left, as (directory, name)."""
+        Returns what was removed and warns of what could not be; without `warn` it only looks.
+        """
         found = []
-        for path, pattern in LEFTOVERS:
-            directory = self.optional(path) if path else self.root
-            names = directory.names() if directory else []
-            found += [(path, name) for name in names if re.match(pattern, name)]
+        for path, pattern in LEFTOVERS.items():
+            for name in self.names(path):
+                is_stray = path in (MANIFESTS, TREES) and known is not None and name not in known
+                if not is_stray and not re.match(pattern, name):
+                    continue
+                shown = f"{path}/{name}".lstrip("/")
+                try:
+                    if warn:
+                        self.directory(path).remove_tree(name)
+                    found.append(shown)
+                except OSError as error:
+                    # It stands in nobody's way; the next run tries again.
+                    warn(f"{shown} cannot be removed: {reason(error)}")  # type: ignore
         return found
-
-    def sweep(self, warn: Callable[[str], None]) -> List[str]:
-        """Remove the leftovers; returns what was removed, and warns of what could not be."""
-        removed = []
-        for path, name in self.leftovers():
-            shown = f"{path}/{name}".lstrip("/")
-            try:
-                (self.directory(path) if path else self.root).remove_tree(name)
-                removed.append(shown)
-            except OSError as error:
-                # It stands in nobody's way; the next run tries again.
-                warn(f"{shown} cannot be removed: {reason(error)}")
-        return removed
-
-    def sweep_manifests(self, releases: Set[str]) -> List[str]:
-        """Remove the manifests of other releases than those; returns what was removed."""
-        removed = []
-        for path in (".deploy/manifests", ".deploy/trees"):
-            for name in set(self.directory(path).names()) - releases:
-                self.directory(path).discard(name)
-                removed.append(f"{path}/{name}")
-        return removed
 
     def keep_reserve(self) -> None:
         """Set a mebibyte aside, where none is and the disk has ample room."""
-        directory, disk = self.directory(".deploy"), os.fstatvfs(self.root.descriptor)
+        disk = os.fstatvfs(self.root.descriptor)
         has_room = disk.f_bavail * disk.f_frsize >= RESERVE_SHARE * RESERVE_BYTES
-        try:
-            if has_room and directory.status("reserve") is None:
+        with suppress(OSError):  # the next run tries again
+            if has_room and self.status(RESERVE) is None:
                 # Of zeros, a filesystem that compresses would keep next to nothing.
-                directory.write("reserve", os.urandom(RESERVE_BYTES))
-        except OSError:
-            pass  # the next run tries again
+                self.directory(".deploy").write("reserve", os.urandom(RESERVE_BYTES))
 
     def give_up_reserve(self) -> None:
         """Where the disk is full, let what frees space or goes back have what was set aside."""
         disk = os.fstatvfs(self.root.descriptor)
         is_full = disk.f_bavail * disk.f_frsize < RESERVE_BYTES
         if is_full or disk.f_files and not disk.f_favail:
-            self._forget(".deploy", "reserve")
+            self.forget(RESERVE)
 
-    # -- records and manifests -----------------------------------------------
+    # -- records, manifests and the journal ----------------------------------
 
     def records(self) -> Tuple[Dict[str, Record], List[str]]:
         """Read every record; the second value says which files are damaged."""
-        directory, records, problems = self.optional(".deploy/releases"), {}, []
-        for name in directory.names() if directory else []:
+        records, problems = {}, []
+        for name in self.names(RECORDS):
             if not name.endswith(".json") or name.startswith("."):
                 continue
-            path = f"{self.path}/.deploy/releases/{name}"
+            path = f"{self.path}/{RECORDS}/{name}"
             try:
-                record = decode(Record, directory.read(name) or b"", path)  # type: ignore
+                record = decode(Record, self.read(f"{RECORDS}/{name}") or b"", path)
                 if record.id + ".json" != name:
                     raise ValueError(f"{path} is the record of {record.id}")
                 records[record.id] = record
@@ -3069,28 +3072,12 @@ class Store:
                 problems.append(f"{path} cannot be read: {reason(error)}")
         return records, problems
 
-    def write_record(self, record: Record) -> None:
-        """Write a record durably."""
-        self._write_sealed(".deploy/releases", record.id + ".json", record)
-
-    def _write_sealed(self, path: str, name: str, value: Any) -> None:
-        data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
-        self.directory(path).write(name, data)
-
-    def has_record(self, release: str) -> bool:
-        """Tell whether a release has a record, be it damaged."""
-        return self.directory(".deploy/releases").status(release + ".json") is not None
-
-    def remove_record(self, release: str) -> None:
-        """Remove a record."""
-        self._forget(".deploy/releases", release + ".json")
-
     @contextmanager
     def open_manifest(self, release: str) -> Iterator[Tuple[Any, Any]]:
         """Open a release's manifest and tree as binary streams; StateError where one is missing."""
         with ExitStack() as stack:
             found = []
-            for path in (".deploy/manifests", ".deploy/trees"):
+            for path in (MANIFESTS, TREES):
                 try:
                     found.append(stack.enter_context(self.directory(path).stream(release)))
                 except FileNotFoundError:
@@ -3101,15 +3088,14 @@ class Store:
 
     def manifest_problem(self, record: Record) -> str:
         """Say what is wrong with a release's manifest, as far as its size shows; or nothing."""
-        for kind in ("manifest", "tree"):
-            directory = self.optional(f".deploy/{kind}s")
-            path = f"{self.path}/.deploy/{kind}s/{record.id}"
-            found = directory.status(record.id) if directory else None
+        for path, key in ((MANIFESTS, "manifest_bytes"), (TREES, "tree_bytes")):
+            path = f"{path}/{record.id}"
+            found = self.status(path)
             if found is None:
-                return f"its manifest is missing ({path})"
-            size_bytes = record.tree.get(f"{kind}_bytes", found.st_size)
+                return f"its manifest is missing ({self.path}/{path})"
+            size_bytes = record.tree.get(key, found.st_size)
             if found.st_size != size_bytes:
-                return f"its manifest is damaged: {path} has {found.st_size:,} bytes, " \
+                return f"its manifest is damaged: {self.path}/{path} has {found.st_size:,} bytes, " \
                        f"not {size_bytes:,}"
         return ""
 
@@ -3117,90 +3103,77 @@ class Store:
                        tree: Iterator[bytes]) -> Dict[str, Any]:
         """Write a release's two manifests durably; returns what its record says of them."""
         written: Dict[str, Any] = {}
-        for name, lines in (("tree", tree), ("manifest", manifest)):
-            hasher, directory = hashlib.sha256(), self.directory(f".deploy/{name}s")
+        for path, name, lines in ((TREES, "tree", tree), (MANIFESTS, "manifest", manifest)):
+            hasher = hashlib.sha256()
 
             def blocks() -> Iterator[bytes]:
                 # 200,000 lines are never in memory as a whole.
                 for block in iter(lambda: b"".join(itertools.islice(lines, 1000)), b""):
                     hasher.update(block)
                     yield block
-            directory.write(release, blocks())
+            self.directory(path).write(release, blocks())
             written[name + "_sha256"] = hasher.hexdigest()
-            written[name + "_bytes"] = directory.status(release).st_size  # type: ignore
+            written[name + "_bytes"] = self.status(f"{path}/{release}").st_size  # type: ignore
         return written
-
-    # -- the digest cache ----------------------------------------------------
-
-    def remembered_digest(self, path: str, identity: Dict[str, int]) -> str:
-        """Return the digest of an artifact that is still what was verified last, or nothing."""
-        directory = self.optional(".deploy/cache")
-        try:
-            data = directory.read("digests.json") if directory else None
-            known = unseal(data or b"", "cache").get(portable(path))
-        except (OSError, ValueError):
-            return ""
-        is_same = isinstance(known, dict) and known.get("identity") == identity
-        return str(known["sha256"]) if is_same else ""
-
-    def remember_digest(self, path: str, identity: Dict[str, int], sha256: str) -> None:
-        """Keep the digest of what was verified last: a no-op need not read it again."""
-        data = seal({portable(path): {"identity": identity, "sha256": sha256}})
-        self.directory(".deploy/cache").write("digests.json", json.dumps(data).encode("ascii"))
-
-    # -- the journal ---------------------------------------------------------
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
-        directory, path = self.optional(".deploy"), f"{self.path}/.deploy/journal.json"
         try:
-            data = directory.read("journal.json") if directory else None
-            return decode(Journal, data, path) if data is not None else None  # type: ignore
+            data = self.read(JOURNAL)
+            return None if data is None else decode(Journal, data, f"{self.path}/{JOURNAL}")
         except (OSError, ValueError) as error:
             raise StateError(f"the journal cannot be read: {reason(error)}",
                              "check that the release you want is live, then: "
                              f"{self.command_line('recover --to RELEASE')}")
 
-    def write_journal(self, journal: Journal) -> None:
-        """Write the journal durably."""
-        self._write_sealed(".deploy", "journal.json", journal)
-
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
         self.drop_links()
-        if self.directory(".deploy").status("journal.json") is not None:
-            self._forget(".deploy", "journal.json")
+        if self.status(JOURNAL) is not None:
+            self.forget(JOURNAL)
 
     # -- the history ---------------------------------------------------------
 
-    def read_history(self, newest: int = 0) -> Tuple[List[bytes], bytes]:
+    def read_history(self, newest: int = 0, *, cut: bool = False) -> Tuple[List[bytes], bytes]:
         """Return its lines, oldest first, and what a crash left of one more behind them.
 
         With `newest` only the last so many: read backwards, they cost the same however long the
-        history is.  PreflightFailed where it is no file.
+        history is.  `cut` takes away what is behind.  PreflightFailed where it is no file.
         """
-        directory = self.optional(".deploy")
         try:
-            source = directory.stream("history.jsonl") if directory else None
+            stream = self.directory(".deploy").stream("history.jsonl")
         except FileNotFoundError:
-            source = None
+            return [], b""
         except OSError as error:
             if error.errno not in NOT_A_FILE:
                 raise
             # No StateError: unlike a damaged line, this stops a recovery.
-            raise PreflightFailed(f"{self.path}/.deploy/history.jsonl is not a regular file",
+            raise PreflightFailed(f"{self.path}/{HISTORY} is not a regular file",
                                   "move it back; or move it away, which the next entry will note")
-        if source is None:
-            return [], b""
-        with source as stream:
-            position, data = stream.seek(0, os.SEEK_END), b""
+        with stream:
+            end = position = stream.seek(0, os.SEEK_END)
+            data = b""
             while position > 0 and (not newest or data.count(b"\n") <= newest):
                 start = max(0, position - (1 << 16)) if newest else 0
                 stream.seek(start)
                 data = stream.read(position - start) + data
                 position = start
         *lines, torn = data.split(b"\n")
+        if cut and torn:
+            with self._writing_history() as descriptor:
+                os.ftruncate(descriptor, end - len(torn))
         return lines[-newest:], torn
+
+    @contextmanager
+    def _writing_history(self) -> Iterator[int]:
+        """Open the history for a change at its end, which is durable once the block is left."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open("history.jsonl", flags, dir_fd=self.directory(".deploy").descriptor)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def history(self, newest: int = 0) -> List[HistoryEntry]:
         """Read the history, oldest first; StateError for a damaged line."""
@@ -3208,7 +3181,7 @@ class Store:
         try:
             return [decode(HistoryEntry, line, "a line of the history") for line in lines]
         except ValueError as error:
-            raise StateError(f"{self.path}/.deploy/history.jsonl: {error}",
+            raise StateError(f"{self.path}/{HISTORY}: {error}",
                              f"see which: {self.command_line('history --verify')}")
 
     def chain(self) -> str:
@@ -3219,45 +3192,26 @@ class Store:
         lines = self.read_history(1)[0]
         return hashlib.sha256(lines[0]).hexdigest() if lines else ""
 
-    def append_history(self, entry: HistoryEntry) -> HistoryEntry:
-        """Append a line, chained to the one before it, durably; returns it with its number."""
-        directory = self.directory(".deploy")
-        self.cut_torn_line()
-        chain, sequence = self.chain(), 0
-        if chain:
+    def append_history(self, entry: HistoryEntry) -> None:
+        """Append a line, numbered and chained to the one before it, durably."""
+        lines, sequence, chain = self.read_history(1, cut=True)[0], 0, ""
+        if lines:
+            chain = hashlib.sha256(lines[0]).hexdigest()
             try:
-                sequence = self.history(1)[0].sequence
-            except StateError:
+                sequence = decode(HistoryEntry, lines[0], "").sequence
+            except ValueError:
                 sequence = len(self.read_history()[0])
         else:
             # Before the first line, only the release that this very entry made has a record.
-            known = {name for name in self.directory(".deploy/releases").names() if name[0] != "."}
+            known = {name for name in self.names(RECORDS) if name[0] != "."}
             made = {f"{entry.release}.json"} if entry.operation in ("deploy", "stage") else set()
             chain = UNKNOWN_DIGEST if known - made else ""
         entry = entry._replace(sequence=sequence + 1, previous_sha256=chain)
-        if directory.status("history.jsonl") is None:
-            directory.write("history.jsonl", b"")  # its name is sure before its first line counts
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open("history.jsonl", flags, dir_fd=directory.descriptor)
-        try:
+        if self.status(HISTORY) is None:
+            # Its name is sure before its first line counts.
+            self.directory(".deploy").write("history.jsonl", b"")
+        with self._writing_history() as descriptor:
             write_all(descriptor, json.dumps(seal(encode(entry))).encode("ascii") + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        return entry
-
-    def cut_torn_line(self) -> bool:
-        """Take away a line that a crash cut off before its newline; tell whether there was one."""
-        torn = self.read_history(1)[1]
-        if torn:
-            descriptor = os.open("history.jsonl", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                                 dir_fd=self.directory(".deploy").descriptor)
-            try:
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        return bool(torn)
 
     def verify_history(self) -> Tuple[List[str], List[str]]:
         """Find lines that were changed or are missing; lines cut off at the end only `chain` tells.
@@ -3309,16 +3263,18 @@ def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open("lock", flags, 0o600, dir_fd=store.directory(".deploy").descriptor)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
+    is_taken = False
     try:
-        while not try_lock(descriptor, fcntl.LOCK_EX):
-            left_seconds = ends_seconds - time.monotonic()
-            if left_seconds <= 0 and try_lock(descriptor, fcntl.LOCK_SH):
-                # Nobody holds it: somebody only looks at it.
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-                left_seconds += LOOK_SECONDS
-            if left_seconds <= 0:
-                raise busy(read_holder(descriptor))
-            interrupts.wait(0.02)
+        while not is_taken:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_taken = True
+            except BlockingIOError:
+                late_seconds = time.monotonic() - ends_seconds
+                found = lock_holder(store) if late_seconds >= 0 else None
+                if found is not None or late_seconds > LOOK_SECONDS:
+                    raise busy(found or {})
+                interrupts.wait(0.02)
         with suppress(OSError):  # a full disk must not stop the prune that would help it
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode("ascii"), 0)
@@ -3331,44 +3287,25 @@ def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
         os.close(descriptor)
 
 
-def try_lock(descriptor: int, operation: int) -> bool:
-    """Take a flock where that can be done at once; tell whether it was."""
-    try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
-    """Say who holds the lock, without having it for longer than the question; None if nobody."""
-    directory = store.optional(".deploy")
+    """Say who holds the lock, without having it for longer than the question; None if nobody.
+
+    Empty where the holder has written nothing (proper) about itself.
+    """
     try:
-        descriptor = os.open("lock", _READ_FLAGS, dir_fd=directory.descriptor) if directory else -1
+        descriptor = os.open("lock", _READ_FLAGS, dir_fd=store.directory(".deploy").descriptor)
     except OSError:
-        descriptor = -1
-    if descriptor < 0:
         return None
     try:
-        return None if try_lock(descriptor, fcntl.LOCK_SH) else read_holder(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        holder = None
+        with suppress(ValueError, OSError, RecursionError):
+            holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
+        return holder if isinstance(holder, dict) else {}
     finally:
         os.close(descriptor)
-
-
-def lock_used(store: Store) -> int:
-    """Say when the lock was taken or given back last, in ns: meanwhile nobody changes anything."""
-    directory = store.optional(".deploy")
-    found = directory.status("lock") if directory else None
-    return found.st_mtime_ns if found else 0
-
-
-def read_holder(descriptor: int) -> Dict[str, Any]:
-    """Read what the lock's holder wrote about itself; empty where nothing (proper) stands there."""
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
-    except (ValueError, OSError, RecursionError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
 
 
 def busy(holder: Dict[str, Any]) -> Busy:
@@ -3408,9 +3345,8 @@ class StepResult(NamedTuple):
 
     def to_json(self) -> Dict[str, Any]:
         """Return what the history keeps and --json shows; `output` only where there is some."""
-        data = {"name": self.name, "status": self.status, "seconds": self.seconds,
-                "detail": self.detail}
-        return dict(data, output=list(self.output)) if self.output else data
+        kept = self._fields[:5] if self.output else self._fields[:4]
+        return {name: getattr(self, name) for name in kept}
 
 
 class Context(NamedTuple):
@@ -3473,6 +3409,8 @@ class Run:
         self.traceparent = child_traceparent()
         self.by = who()
         self.note = console.secrets.mask(getattr(flags, "message", None) or "")
+        self.application = settings.deploy.application or \
+            os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
         self.outcome = Outcome(flags.command)
         # The open root, what was observed there, and the open artifact, while there are such.
         self.store: Any = None
@@ -3505,16 +3443,6 @@ class Run:
                 raise UsageError(f"{root} cannot be a root: it lies inside another one",
                                  f"perhaps --root {above} is meant")
         return root
-
-    def staged_tree(self) -> Directory:
-        """Open the tree that is being staged."""
-        return self.store.directory("releases").child(self.staging)
-
-    @property
-    def application(self) -> str:
-        """The application's name: configured, or the root's last component."""
-        name = self.settings.deploy.application
-        return name or os.path.basename(os.path.realpath(self.settings.deploy.root)) or "application"
 
 
 class Step(NamedTuple):
@@ -3553,14 +3481,6 @@ class Plan(NamedTuple):
     def to_json(self) -> List[Dict[str, str]]:
         """Return the plan as the journal keeps it and --json shows it."""
         return [{"name": step.name, "description": step.text} for step in self.steps + self.last]
-
-
-Session = Run
-
-
-def application_name(settings: Settings) -> str:
-    """Return the application's name: configured, or the root's last component."""
-    return settings.deploy.application or os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
 
 
 # ============================================================================
@@ -6998,9 +6918,10 @@ def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False
     be unpacked, so that only a look of its own says whether the bytes are right.
     """
     if run.facts is None:
-        used = lock_used(run.store) if run.store else 0
+        unlocked = None if locked else run.store
+        used = unlocked and unlocked.lock_used()
         run.facts = observe_root(run, locked=locked)
-        if not locked and run.store and lock_used(run.store) != used:
+        if unlocked and unlocked.lock_used() != used:
             # A run began or ended meanwhile, and half of each state is neither.
             run.facts = observe_root(run, locked=locked)
     if artifact:
@@ -7064,8 +6985,10 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
             and record.artifact.get("strip_components") == settings.artifact.strip_components),
             key=lambda record: (record.id == live, record.sequence), default=None)
         if before or confirm:
-            known = run.store and run.store.remembered_digest(artifact.path, artifact.identity())
-            artifact.confirm(run.settings, watch, known or "")
+            # What is still the file that it was unpacked from need not be read again.
+            is_same = before and before.artifact.get("identity") == artifact.identity()
+            artifact.confirm(
+                run.settings, watch, before.sha256 if before and is_same else "")
     if before and before.id != live:
         try:
             changed = problems_of(check_release(run, before))
@@ -7407,7 +7330,7 @@ def check_root(run: Run) -> Iterator[Finding]:
 def check_filesystem(run: Run) -> Iterator[Finding]:
     """One filesystem, or rename would fail half way (EXDEV)."""
     root, device = run.facts.root, os.stat(run.facts.root).st_dev
-    for path in ["releases", ".deploy", *map(".deploy/{}".format, PRIVATE_DIRECTORIES)]:
+    for path in ("releases",) + PRIVATE_DIRECTORIES:
         path = f"{root}/{path}"
         if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
             yield "fail", f"{path} is not a directory", "move it out of the way"
@@ -8056,7 +7979,7 @@ def do_unpack(run: Run) -> str:
     how = run.settings.deploy.share_unchanged
     with ExitStack() as stack:
         progress = stack.enter_context(closing(run.console.progress("unpack", run.artifact.size_bytes)))
-        tree, sharer = stack.enter_context(run.staged_tree()), None
+        tree, sharer = run.store.directory(f"releases/{run.staging}"), None
         # A post_stage hook may write to the files: hard links would reach into the live release.
         if live and how != "no" and not (how == "hardlink" and run.settings.hooks.post_stage):
             release = stack.enter_context(run.store.directory("releases").child(live))
@@ -8076,7 +7999,7 @@ def do_unpack(run: Run) -> str:
 def undo_unpack(run: Run) -> None:
     """Remove what was unpacked."""
     if run.staging:
-        run.store.discard_staging(run.staging)
+        run.store.directory("releases").remove_tree(run.staging)
 
 
 def make_shared(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
@@ -8092,8 +8015,8 @@ def do_shared(run: Run) -> str:
     """Make missing shared directories, and a relative link for each path."""
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
     replaced = []
-    live = f"{run.facts.root}/current"
-    with run.store.root.make("shared") as shared, run.staged_tree() as tree:
+    live, tree = f"{run.facts.root}/current", run.store.directory(f"releases/{run.staging}")
+    with run.store.root.make("shared") as shared:
         for path in directories:
             with shared.walk_to(path, make=True) as directory:
                 if not directory.names() and not os.path.islink(f"{live}/{path}") \
@@ -8146,9 +8069,9 @@ def make_templates(word: str, settings: Settings, facts: Facts, move: Move) -> L
         # The release has no record yet: the context is made for the id that it will get.
         context = move_context(run, move)
         values = template_values(run.settings, context)
-        with run.staged_tree() as tree:
-            for template in templates:
-                render_into(run, tree, template, values)
+        tree = run.store.directory(f"releases/{run.staging}")
+        for template in templates:
+            render_into(run, tree, template, values)
         return count(len(templates), "file")
 
     pairs = ", ".join(f"{template.source} -> {template.target}" for template in templates)
@@ -8187,8 +8110,7 @@ def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> Lis
     release = move.to_release
 
     def publish(run: Run) -> str:
-        with run.staged_tree() as tree:
-            close_directories(tree, run.manifest)
+        close_directories(run.store.directory(f"releases/{run.staging}"), run.manifest)
         # Before the rename: a name must never lead to data that a power cut can take.
         if settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
@@ -8214,7 +8136,7 @@ def make_seal(word: str, settings: Settings, facts: Facts, move: Move) -> List[S
         return write_release(run, release)
 
     def forget(run: Run) -> None:
-        run.store.remove_record(release)
+        run.store.forget(f"{RECORDS}/{release}.json")
         run.facts.records.pop(release, None)
         run.facts.on_disk.discard(release)
 
@@ -8238,7 +8160,7 @@ def rescan_release(run: Run, release: str) -> None:
 
 
 def write_release(run: Run, release: str) -> str:
-    """Write manifest and record of a release that is whole, and remember its artifact's digest."""
+    """Write manifest and record of a release that is whole."""
     found, mask = run.facts.artifact, run.console.secrets.mask_json
     digests = run.store.write_manifest(
         release, digest_lines(run.manifest), tree_lines(run.manifest))
@@ -8246,7 +8168,8 @@ def write_release(run: Run, release: str) -> str:
     words = mask({"name": portable(found.name), "source": portable(found.path),
                   "sha256_source": found.sha256_source})
     artifact = dict(words, format=found.format, size=found.size_bytes, sha256=found.sha256,
-                    signature=None, strip_components=run.settings.artifact.strip_components)
+                    signature=None, strip_components=run.settings.artifact.strip_components,
+                    identity=None if found.format == "directory" else found.identity())
     record = Record(
         id=release, version=found.version, state=STATE_STAGED, pinned=False, artifact=artifact,
         sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
@@ -8255,14 +8178,9 @@ def write_release(run: Run, release: str) -> str:
         application=run.settings.deploy.application or None, failure=None, rolled_back_at=None,
         rollback={"release": None, "command": None},
         pruned_at=None)
-    run.store.write_record(record)
+    run.store.save(record)
     run.facts.records[release] = record
     run.facts.on_disk.add(release)
-    if found.format != "directory" and run.console.is_public(run.artifact.path):
-        try:
-            run.store.remember_digest(run.artifact.path, run.artifact.identity(), record.sha256)
-        except OSError as error:
-            run.console.debug(f"the digest was not cached: {reason(error)}")
     return f"manifest {record.tree['manifest_sha256'][:12]}"
 
 
@@ -8399,9 +8317,9 @@ def delete_release(run: Run, record: Record) -> str:
     if on_disk:
         run.store.remove_release(record.id)
     if on_disk and refused_record(run.facts, record.sha256) == record:
-        run.store.write_record(record._replace(pruned_at=format_time(time.time())))
+        run.store.save(record._replace(pruned_at=format_time(time.time())))
     else:
-        run.store.remove_record(record.id)
+        run.store.forget(f"{RECORDS}/{record.id}.json")
     unknown = "" if in_use is not None else \
         "; whether a process still ran from it cannot be known: there is no /proc"
     return f"{format_size(int(record.tree.get('bytes') or 0))} freed{unknown}"
@@ -8412,7 +8330,7 @@ def make_pin(word: str, settings: Settings, facts: Facts, move: Move) -> List[St
     record, pinned = facts.records[move.to_release], move.operation == "pin"
 
     def write(run: Run) -> str:
-        run.store.write_record(record._replace(pinned=pinned))
+        run.store.save(record._replace(pinned=pinned))
         return record.id
 
     return [Step(move.operation, f"{move.operation} {record.id}", write)]
@@ -8541,7 +8459,7 @@ class Executor:
         done = known + [step.name for step in self.done if step.name not in known]
         self.journal = self.journal._replace(phase=phase, done=done)
         self.phase = phase
-        run.store.write_journal(self.journal)
+        run.store.save(self.journal)
 
     # -- the end ---------------------------------------------------------------
 
@@ -8556,7 +8474,7 @@ class Executor:
         if error is not None:
             failure = self.failure(error)
         for record in settled(self, result, failure, automatic=automatic):
-            run.store.write_record(record)
+            run.store.save(record)
             run.facts.records[record.id] = record
         record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact
         found = record or artifact
@@ -8810,8 +8728,10 @@ def recover(run: Run) -> List[str]:
     if journal is not None:
         done.append(settle_journal(run, journal, current.release))
         run.facts = observe_root(run, locked=True)
-    done += [f"removed {name}" for name in store.sweep(run.console.warn)]
-    if store.cut_torn_line():
+    # Where a record cannot be read, what it may need stays.
+    known = None if run.facts.state_problems else run.facts.on_disk
+    done += [f"removed {name}" for name in store.sweep(known, run.console.warn)]
+    if store.read_history(1, cut=True)[1]:
         done.append("cut off a torn line of the history")
     return done + agree_with_disk(run)
 
@@ -8821,7 +8741,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     store, what = run.store, f"{journal.operation} of {journal.to_release}"
     for release in (journal.from_release, journal.to_release):
         # A record that cannot be read now must not pass for none.
-        if release and release not in run.facts.records and store.has_record(release):
+        if release and release not in run.facts.records and store.status(f"{RECORDS}/{release}.json"):
             raise StateError(f"cannot recover the {what}: " + "; ".join(run.facts.state_problems),
                              by_hand(store))
     verdict = verdict_of(store, journal, live)
@@ -8859,7 +8779,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         failure = {"step": journal.operation, "evidence": {}, "interrupted": True,
                    "reason": "it led back, and why could not be noted"}
     journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1, failure=failure)
-    store.write_journal(journal)
+    store.save(journal)
     run.outcome.changed = True
     # Restarting and probing again does no harm; a hook that ended is not run twice.
     steps = [step for step in plan.steps if step.phase == PHASE_SWITCHED
@@ -8880,7 +8800,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
 def abort(run: Run, plan: Plan, journal: Journal) -> str:
     """Nothing was switched: a staged release that is whole stays, anything less is undone."""
     made_here = journal.operation in ("deploy", "stage")
-    sealed = made_here and run.store.has_record(journal.to_release)
+    sealed = made_here and run.store.status(f"{RECORDS}/{journal.to_release}.json")
     for step in reversed(plan.steps):
         if not (sealed and step.phase == PHASE_STAGING):
             step.undo(run)
@@ -8942,15 +8862,13 @@ def agree_with_disk(run: Run) -> List[str]:
             done.append(f"{record.id} is {state}, not {record.state}")
         gone = not (there or record.pruned_at or record.id == live or facts.state_problems)
         if gone and not is_refused(record):
-            store.remove_record(record.id)
+            store.forget(f"{RECORDS}/{record.id}.json")
         elif gone:
-            store.write_record(record._replace(pruned_at=format_time(time.time())))
+            store.save(record._replace(pruned_at=format_time(time.time())))
         elif state != record.state:
-            store.write_record(record._replace(state=state))
+            store.save(record._replace(state=state))
         if gone:
             done.append(f"forgot {record.id}: its files are gone")
-    if not facts.state_problems:
-        done += [f"removed {path}" for path in store.sweep_manifests(facts.on_disk)]
     return done
 
 
@@ -9486,7 +9404,7 @@ def preview_recovery(store: Store) -> List[str]:
     stray = stray_error(store, journal, current.release) if journal else None
     if stray:
         raise stray
-    plan = [f"remove {path}/{name}".replace(" /", " ") for path, name in store.leftovers()]
+    plan = [f"remove {path}" for path in store.sweep()]
     if journal:
         plan.insert(0, f"recover the {journal.operation} of {journal.to_release} ({journal.phase})")
     return plan
@@ -9518,7 +9436,7 @@ def settle_by_hand(run: Run) -> None:
             raise RollbackFailed(f"{step_error(error, 'recover').message}; "
                                  f"{outcome.release} is live all the same", f"mend the cause, then: {again}")
         outcome.message = f"{plan.to_release} is live, and nothing is under way"
-        outcome.extra["recovered"] = [outcome.message] + store.sweep(run.console.warn)
+        outcome.extra["recovered"] = [outcome.message] + store.sweep(None, run.console.warn)
     outcome.changed = True
     run.console.result(outcome.message)
 

@@ -634,10 +634,10 @@ def multiply_releases(store: Any, releases: int) -> None:
         shutil.copytree(f"{store.path}/releases/{record.id}", f"{store.path}/releases/{name}", symlinks=True)
         for path in glob.glob(f"{store.path}/.deploy/*/{record.id}"):
             shutil.copy2(path, os.path.join(os.path.dirname(path), name))
-        store.write_record(old)
+        store.save(old)
         previous = name
     way_back = dict(record.rollback, release=previous)
-    store.write_record(record._replace(sequence=releases, previous=previous, rollback=way_back))
+    store.save(record._replace(sequence=releases, previous=previous, rollback=way_back))
 
 
 def multiply_history(module: Any, store: Any, lines: int) -> None:

@@ -119,7 +119,7 @@ def make_root(directory: str) -> Any:
     store = deploy.Store.create(deploy.load_settings([], {}, [f"deploy.root={directory}/root"]))
     for number in range(RELEASES):
         for name in FILES:
-            path = os.path.join(store.release_path(name_of(number)), name)
+            path = os.path.join(store.path, "releases", name_of(number), name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w") as stream:
                 stream.write(name_of(number))

@@ -40,7 +40,6 @@ UNIMPORTANT = [
            "the syncfs of the release covers it, and what is being unpacked is swept without a journal"),
     Excuse("*", STATE, JOURNAL + " (switched)",
            "with current at the new release a journal that still says intent is read as switched"),
-    Excuse("*", STATE + "/cache", "renameat *digests.json", "a digest that is not remembered is computed again"),
     Excuse("first deploy", STATE, "unlinkat root/.deploy/journal.json",
            "a journal that comes back beside its verdict is taken away, and the reserve's sync covers it"),
     Excuse("*", STATE + "/releases", "renameat *.1.?.json.tmp *", "the next record's sync of the same directory covers it"),

@@ -402,7 +402,7 @@ def test_a_sticky_directory_is_safe_as_far_as_the_file_in_it_is(trusted: Trusted
 @as_root
 @pytest.mark.parametrize("name, fault, remedy", [
     ("", (61234, 0o700), "sudo -u '#61234'"), ("", (0, 0o770), "chmod -R go-w"), ("", (0, 0o705), "chmod 0700")] + [
-    (name, (61234, 0o700), "chown -R root") for name in load_deploy().PRIVATE_DIRECTORIES] + [("manifests", (0, 0o770), "chmod -R go-w")])
+    (name[len(".deploy/"):], (61234, 0o700), "chown -R root") for name in load_deploy().PRIVATE_DIRECTORIES[1:]] + [("manifests", (0, 0o770), "chmod -R go-w")])
 def test_state_that_others_could_have_written_is_refused(name: str, fault: Tuple[int, int], remedy: str, trusted: Trusted) -> None:
     app = trusted.app
     app.deploy("1.0")
