@@ -60,17 +60,17 @@ Exit codes
     5 failed and rolled back        130, 143 interrupted, undone
 
 Sections, each using only what stands above it
-     1 Constants and exit codes      9 Hooks, services, probes, templates
-     2 Errors                       10 Facts and preflight
-     3 Console                      11 Operations
-     4 System                       12 Executor
-     5 Options                      13 Reference
-     6 Model                        14 Commands
-     7 State                        15 Reports
-     8 Artifact                     16 Command line and main
+     1 Constants and exit codes      9 Facts and preflight
+     2 Errors                       10 Operations
+     3 Console                      11 Executor
+     4 System                       12 Reference
+     5 Options                      13 Commands
+     6 State                        14 Reports
+     7 Artifact                     15 Command line and main
+     8 Hooks, services, probes, templates
 
-To follow a deployment, read the table of operations in section 11, then
-`transact` in section 14: observe, plan, check, execute.
+To follow a deployment, read the table of operations in section 10, then
+`transact` in section 13: observe, plan, check, execute.
 """
 
 import sys
@@ -3484,7 +3484,7 @@ class Plan(NamedTuple):
 
 
 # ============================================================================
-# 8  Artifact
+# 7  Artifact
 #    Digest, archive, manifest.  The artifact is opened once; the bytes that
 #    are hashed are the bytes that are unpacked, and nothing is written that
 #    the Judge has not admitted.  The rest of the file uses Artifact, unpack,
@@ -5635,7 +5635,7 @@ PACK_WARNINGS = (
 
 
 # ============================================================================
-# 9  Hooks, services, probes, templates
+# 8  Hooks, services, probes, templates
 #    What runs the operator's commands and asks whether the program is healthy.
 #    Every wait ends, whatever a command, a service or a server does.
 # ============================================================================
@@ -6881,7 +6881,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
 
 
 # ============================================================================
-# 10  Facts and preflight
+# 9  Facts and preflight
 #    What is true before anything changes, and a table of checks over it.
 #    Reads everything, changes nothing.
 # ============================================================================
@@ -7681,7 +7681,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 
 
 # ============================================================================
-# 11  Operations
+# 10  Operations
 #    What each operation does, in which order: one table of words, and a maker
 #    of steps for each word.  A plan is made of settings and facts alone;
 #    nothing here looks at the disk, the clock or the network before a step is
@@ -8345,7 +8345,7 @@ MAKERS: Dict[str, Callable[[str, Settings, Facts, Move], List[Step]]] = {
 
 
 # ============================================================================
-# 12  Executor
+# 11  Executor
 #    Runs a plan: journals each phase before its first step, undoes before the
 #    switch, takes the way back after it, and ends every run in one place.
 #    Recovery is the same table and the same functions.
@@ -8873,7 +8873,7 @@ def agree_with_disk(run: Run) -> List[str]:
 
 
 # ============================================================================
-# 13  Reference
+# 12  Reference
 #    What the program says about itself: texts, and what is made from the tables.
 #    Uses no state, no root and no clock.
 # ============================================================================
@@ -9112,7 +9112,7 @@ diff: {type: dict, returned: in diff mode, description: "what current points to,
 
 
 # ============================================================================
-# 14  Commands
+# 13  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
 #    the Outcome; what they say goes through the Console.
 # ============================================================================
@@ -9850,7 +9850,7 @@ def command_completion(call: Run) -> None:
 
 
 # ============================================================================
-# 15  Reports
+# 14  Reports
 #    What a run tells once it has ended: metrics, notifications, the summary, the
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
@@ -10271,7 +10271,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 
 
 # ============================================================================
-# 16  Command line and main
+# 15  Command line and main
 #    Parses, loads, runs one command, and turns whatever happens into an exit
 #    code, two lines of error, or one JSON object.
 # ============================================================================

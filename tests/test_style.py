@@ -18,7 +18,7 @@ LONGEST = 60
 # What the whole file may have: lowered as it shrinks, never raised to fit.
 CEILINGS = {"lines": 12500, "bytes": 609000, "columns": 145, "functions": 910, "classes": 123, "nodes": 99500}
 MOST_POSITIONAL = 5
-DRY_RUN_SECTIONS = {5, 14, 15, 16}
+DRY_RUN_SECTIONS = {5, 13, 14, 15}
 FORBIDDEN_TEXTS = [
     # What ansible takes for a module of another kind.
     "from ansible.module" + "_utils", "import ansible.module" + "_utils.", "#<<INCLUDE_ANSIBLE" + "_MODULE_COMMON>>",
