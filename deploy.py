@@ -3263,18 +3263,13 @@ def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open("lock", flags, 0o600, dir_fd=store.directory(".deploy").descriptor)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
-    is_taken = False
     try:
-        while not is_taken:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_taken = True
-            except BlockingIOError:
-                late_seconds = time.monotonic() - ends_seconds
-                found = lock_holder(store) if late_seconds >= 0 else None
-                if found is not None or late_seconds > LOOK_SECONDS:
-                    raise busy(found or {})
-                interrupts.wait(0.02)
+        while not try_lock(descriptor, fcntl.LOCK_EX):
+            late_seconds = time.monotonic() - ends_seconds
+            found = lock_holder(store) if late_seconds >= 0 else None
+            if found is not None or late_seconds > LOOK_SECONDS:
+                raise busy(found or {})
+            interrupts.wait(0.02)
         with suppress(OSError):  # a full disk must not stop the prune that would help it
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode("ascii"), 0)
@@ -3287,6 +3282,15 @@ def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
         os.close(descriptor)
 
 
+def try_lock(descriptor: int, operation: int) -> bool:
+    """Take a flock where that can be done at once; tell whether it was."""
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
     """Say who holds the lock, without having it for longer than the question; None if nobody.
 
@@ -3297,13 +3301,12 @@ def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        holder = None
-        with suppress(ValueError, OSError, RecursionError):
-            holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
+        if try_lock(descriptor, fcntl.LOCK_SH):
+            return None
+        holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
         return holder if isinstance(holder, dict) else {}
+    except (ValueError, OSError, RecursionError):
+        return {}
     finally:
         os.close(descriptor)
 
