@@ -2195,8 +2195,7 @@ ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command servi
           "template": ("source", "target")}
 
 COMMAND_TABLE = """\
-deploy      deploy shop-1.4.2.tar.gz
-    preflight, stage, activate, restart, probe; rolls back by itself if that fails
+deploy      deploy shop-1.4.2.tar.gz  preflight, stage, activate, probe; rolls back if that fails
 stage       stage shop-1.4.2.tar.gz  verify and unpack only; the release is `staged`
 activate    activate 1.4.2  make a staged or earlier release live
 rollback    rollback  re-activate the previous good release, or the one that is named
@@ -2204,23 +2203,18 @@ preflight   preflight shop-1.4.2.tar.gz  run every read-only check, and show the
 probe       probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s
     run the configured probes now, or an ad-hoc one
 verify      verify current  hash a release again and compare it with its manifest
-status      status
-    show what is live, what it can go back to, and whether anything needs a person
+status      status  show what is live, what it can go back to, and whether a person is needed
 releases    releases  list the releases, newest first, `*` on the current one
-history     history --limit 5
-    list the deployments, oldest first; --verify proves that no line was changed
-show        show latest
-    show one deployment with its steps, and the evidence where it failed
+history     history --limit 5  list the deployments, oldest first; --verify checks the hash chain
+show        show latest  show one deployment with its steps, and the evidence where it failed
 prune       --set deploy.keep_releases=3 -n prune  delete what keep_releases no longer keeps
 pin         pin 1.4.1  protect a release from pruning
 unpin       unpin 1.4.1  let a release be pruned again
-recover     recover
-    finish or undo what a crash left; --to settles by hand what cannot be decided
+recover     recover  finish or undo what a crash left; --to settles what cannot be decided
 pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
     pack a directory into a reproducible .tar.gz, with its .sha256 beside it
 config      config --example  show every option with its value and where it came from
-help        help systemd
-    show what this program is, how a command is used, or a page on one of its uses
+help        help systemd  show what this program is, how a command is used, or another page
 completion  completion bash  print what makes bash or zsh complete the words of this program
 """
 # command: (what it does, a command line to begin with)
@@ -10331,11 +10325,6 @@ class Parser(argparse.ArgumentParser):
         raise HelpAsked(message)
 
 
-def misplaced(text: str) -> Any:
-    """Be the type of a command's own flag where it stands before the command."""
-    raise argparse.ArgumentTypeError("stands before the command; write it behind")
-
-
 def add_flag(group: Any, flag: Flag) -> None:
     """Add one row of the table to a parser or a group of one."""
     shown = flag.metavar.strip("[].")
@@ -10370,10 +10359,6 @@ def build_parser(names: Iterable[str]) -> Parser:
                     description="Take an artifact live on this host, and back.\n\n"
                                 "example:\n  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz",
                     epilog="more: deploy.py COMMAND --help, deploy.py help", parents=[common])
-    for flag in FLAGS:
-        if flag.commands and not flag.is_argument:
-            parser.add_argument(*flag.names, nargs="?", const="", type=misplaced,
-                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog="deploy.py", parser_class=Parser)
     for name in names:
@@ -10391,6 +10376,12 @@ def build_parser(names: Iterable[str]) -> Parser:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
+    own = [name for flag in FLAGS if flag.commands and not flag.is_argument for name in flag.names]
+    for word in itertools.takewhile(lambda word: word not in COMMANDS, argv):
+        name = word.partition("=")[0]
+        if name in own:
+            raise UsageError(f"{name} stands before the command; write it behind",
+                             "deploy.py COMMAND --help shows what a command takes")
     # Making all parsers takes a third of a short run; --help alone needs those that are not named.
     asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
     flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
@@ -10452,10 +10443,7 @@ def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
 
 
 class ModuleConsole(Console):
-    """What Ansible hears: one object on a stdout that nobody else has any more, and nothing beside.
-
-    Not on stderr either: with a terminal between them, Ansible gets both in one.
-    """
+    """What Ansible hears: one object on a stdout that is nobody else's; a terminal adds stderr."""
 
     def __init__(self, parameters: Dict[str, Any]) -> None:
         super().__init__()
