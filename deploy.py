@@ -7189,6 +7189,7 @@ def remember_refusal(run: Run, error: DeployError) -> None:
 # A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
 # The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
 Finding = Tuple[str, str, str]
+SEVERITY = ("fail", "warn", "skip", "ok")
 SPARE_INODES = 64  # for what a deployment writes beside the release
 KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_key")
 
@@ -7256,11 +7257,11 @@ def check_trust(run: Run) -> Iterator[Finding]:
         mode = stat.S_IMODE(os.lstat(private).st_mode) if os.path.lexists(private) else 0
         if mode & 0o077:
             yield serious, f"{private} is open to others (mode {mode:04o})", f"chmod 0700 {private}"
-    if releases not in (*refused, *accepted):
+    found = trust_problems(releases).get(releases)
+    if found and releases not in refused and releases not in accepted:
         # Nothing in there is run by root: what could be changed after it was verified is the
         # application's own risk.
-        for problem, fix in filter(None, [trust_problems(releases).get(releases)]):
-            yield "warn", f"{problem}: a release could be changed after it was verified", fix
+        yield "warn", f"{found[0]}: a release could be changed after it was verified", found[1]
 
 
 def untrusted(settings: Settings, *, files_only: bool = False
@@ -7668,12 +7669,12 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
         except OSError as error:
             found = [("fail", f"{error.filename or ''}: {reason(error)}",
                       "see that it can be read")]
-        worst = min((status for status, _, _ in found), key=("fail", "warn", "skip", "ok").index)
-        failed.update([name] if worst == "fail" else [])
-        shown = [row for row in found if row[0] == worst]
-        fixes = dict.fromkeys(fix for _, _, fix in shown if fix and worst != "ok")
-        results.append(CheckResult(name, worst, "; ".join(detail for _, detail, _ in shown),
-                                   "; ".join(fixes)))
+        worst = min(found, key=lambda row: SEVERITY.index(row[0]))[0]
+        if worst == "fail":
+            failed.add(name)
+        _, details, fixes = zip(*[row for row in found if row[0] == worst])
+        hint = "" if worst == "ok" else "; ".join(dict.fromkeys(filter(None, fixes)))
+        results.append(CheckResult(name, worst, "; ".join(details), hint))
     return results
 
 
@@ -9897,9 +9898,7 @@ def run_result(run: Run, exit_code: int) -> str:
 
 # -- metrics -------------------------------------------------------------------
 
-# What a later run does not replace; the second one by another that is no deployment.
-LASTING_METRICS = ("deploy_last_success_", "deploy_runs_total")
-DEPLOYMENT_METRICS = "deploy_last_deployment_"
+Samples = Dict[str, Dict[str, float]]  # by metric, by its labels
 
 
 def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
@@ -9925,80 +9924,79 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
             for left in directory.names():  # by a run that was killed here
                 if left.startswith(f".{name}.") and left.endswith(".tmp"):
                     directory.discard(left)
-            samples: Dict[str, float] = {}
+            samples: Samples = {}
             try:
-                samples = read_samples(application, directory.read(name, MAX_CONFIG_BYTES) or b"")
+                samples = read_samples(run, directory.read(name, MAX_CONFIG_BYTES) or b"")
             except (OSError, ValueError) as error:
                 run.console.warn(f"metrics: {path}/{name} starts over: {reason(error)}")
             # Who did nothing, or was overtaken on the way here, must not hide what the other run
             # has to tell.
-            last = [value for key, value in samples.items()
-                    if key.startswith("deploy_last_run_timestamp_seconds")]
+            last = samples.get("deploy_last_run_timestamp_seconds", {}).values()
             is_overtaken = any(ended_seconds < value <= time.time() for value in last)
             if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not is_overtaken:
-                samples = describe_run(samples, run, exit_code, seconds, ended_seconds)
+                describe_run(samples, run, exit_code, seconds, ended_seconds)
             # Every other result begins at 0, or its first time would not show as an increase.
+            counts = samples.setdefault("deploy_runs_total", {})
             for result in RUN_RESULTS:
-                key = sample_key(application, "deploy_runs_total", result=result)
-                samples[key] = samples.get(key, 0) + (result == run_result(run, exit_code))
-            text = ""
-            for metric, kind, meaning in METRICS:
-                rows = [f"{key} {value:.3f}".rstrip("0").rstrip(".") + "\n"
-                        for key, value in samples.items() if key.startswith(metric + "{")]
-                if rows:
-                    text += f"# HELP {metric} {meaning}\n# TYPE {metric} {kind}\n" + "".join(rows)
-            directory.write(name, text.encode("utf-8"), 0o644)
+                key = label(run, result=result)
+                counts[key] = counts.get(key, 0) + (result == run_result(run, exit_code))
+            lines = []
+            for metric, kind, text in METRICS:
+                if samples.get(metric):
+                    lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
+                for key, value in samples.get(metric, {}).items():
+                    lines.append(f"{metric}{{{key}}} {value:.3f}".rstrip("0").rstrip("."))
+            directory.write(name, "\n".join([*lines, ""]).encode("utf-8"), 0o644)
     except OSError as error:
         run.console.warn(f"metrics: cannot write {path}/{name}: {reason(error)}")
 
 
-def sample_key(application: str, metric: str, **labels: str) -> str:
-    """Write a metric with its labels, escaped as the text format wants it."""
+def label(run: Run, **labels: str) -> str:
+    """Write a sample's labels, escaped as the text format wants it."""
     pairs = []
-    for name, value in dict({"app": application}, **labels).items():
+    for name, value in dict({"app": run.application}, **labels).items():
         text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         text = re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n")
         pairs.append(f'{name}="{text}"')
-    return f"{metric}{{{','.join(pairs)}}}"
+    return ",".join(pairs)
 
 
-def read_samples(application: str, data: bytes) -> Dict[str, float]:
+def read_samples(run: Run, data: bytes) -> Samples:
     """Read the samples of an earlier file; ValueError for one that is damaged or not ours."""
-    own = "|".join(re.escape(sample_key(application, name)[:-1]) for name, _, _ in METRICS)
-    sample = rf'(?m)^((?:{own})(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*\}}) ([0-9.]{{1,40}})$'
+    names, own = "|".join(name for name, _, _ in METRICS), re.escape(label(run))
+    sample = rf'({names})\{{({own}(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*)\}} ([0-9.]{{1,40}})'
+    sample = rf"(?m)^{sample}$"
     text = data.decode("utf-8")
     if re.sub(rf"{sample}|^#.*", "", text).strip():
-        raise ValueError(f"not all in it is {application}'s")
-    return {key: float(value) for key, value in re.findall(sample, text)}
+        raise ValueError(f"not all in it is {run.application}'s")
+    samples: Samples = {}
+    for metric, key, value in re.findall(sample, text):
+        samples.setdefault(metric, {})[key] = float(value)
+    return samples
 
 
-def describe_run(samples: Dict[str, float], run: Run, exit_code: int, seconds: float,
-                 ended_seconds: float) -> Dict[str, float]:
-    """Return the samples with this run in place of the one before."""
+def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float,
+                 ended_seconds: float) -> None:
+    """Put this run in place of the one before; what it says nothing of stays."""
     command, succeeded = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED)
     # One that found nothing to do is no news, unless the one before had failed.
-    was_good = all(value for key, value in samples.items() if "_deployment_success" in key)
-    is_deployment = command in ("deploy", "activate", "rollback") and (
-        run.outcome.changed or not succeeded or not was_good)
-    lasting = LASTING_METRICS if is_deployment else LASTING_METRICS + (DEPLOYMENT_METRICS,)
-    described = {key: value for key, value in samples.items() if key.startswith(lasting)}
-
-    def put(metric: str, value: float, **labels: str) -> None:
-        described[sample_key(run.application, metric, **labels)] = value
-
-    for family in ["deploy_last_run_"] + ([DEPLOYMENT_METRICS] if is_deployment else []):
-        put(f"{family}timestamp_seconds", ended_seconds, command=command)
-        put(f"{family}success", succeeded, command=command)
-        put(f"{family}duration_seconds", seconds, command=command)
-    put("deploy_last_run_exit_code", exit_code, command=command)
+    is_news = run.outcome.changed or not succeeded or \
+        not all(samples.get("deploy_last_deployment_success", {}).values())
+    is_deployment = command in ("deploy", "activate", "rollback") and is_news
+    key = label(run, command=command)
+    for family in ("run", "deployment") if is_deployment else ("run",):
+        samples[f"deploy_last_{family}_timestamp_seconds"] = {key: ended_seconds}
+        samples[f"deploy_last_{family}_success"] = {key: succeeded}
+        samples[f"deploy_last_{family}_duration_seconds"] = {key: seconds}
+    samples["deploy_last_run_exit_code"] = {key: exit_code}
     if succeeded:
-        put("deploy_last_success_timestamp_seconds", ended_seconds)
+        samples["deploy_last_success_timestamp_seconds"] = {label(run): ended_seconds}
+    steps = samples["deploy_step_duration_seconds"] = {}
     for step in run.outcome.steps:
         # A release in a label would make one more series of every deployment; a step of the way
         # back bears the name of the one that it repeats.
-        name = "prune" if step.name.startswith("prune:") else step.name
-        key = sample_key(run.application, "deploy_step_duration_seconds", step=name)
-        described[key] = described.get(key, 0) + step.seconds
+        key = label(run, step="prune" if step.name.startswith("prune:") else step.name)
+        steps[key] = steps.get(key, 0) + step.seconds
     release = record = None
     with suppress(*FAILURES):  # nobody can say what is live
         store = Store.open(run.settings)
@@ -10006,14 +10004,15 @@ def describe_run(samples: Dict[str, float], run: Run, exit_code: int, seconds: f
             with closing(store):
                 release = store.current().release
                 record = store.records()[0].get(release or "")
+    samples["deploy_release_info"] = samples["deploy_release_activated_timestamp_seconds"] = {}
     if release:
         sha256 = record.sha256 if record else ""
-        put("deploy_release_info", 1, release=portable(release), sha256=sha256)
+        samples["deploy_release_info"] = {label(run, release=portable(release), sha256=sha256): 1}
     if record and record.activated_at:
         import calendar
         activated = time.strptime(record.activated_at, "%Y-%m-%dT%H:%M:%SZ")
-        put("deploy_release_activated_timestamp_seconds", calendar.timegm(activated))
-    return described
+        samples["deploy_release_activated_timestamp_seconds"] = {
+            label(run): calendar.timegm(activated)}
 
 
 # -- notifications -------------------------------------------------------------
@@ -10141,7 +10140,7 @@ def prepare(run: Run, settings: Any, context: Context, words: Dict[str, str],
         words = {name: html.escape(value, quote=False) for name, value in words.items()}
     text = render_template(settings.text, words, f"{where} text")
     if settings.type == "email":
-        subject = f"{context.application} on {words['host']}: {event}"
+        subject = "{application} on {host}: {event}".format(**words)
         return lambda asked: send_mail(asked, settings, subject, text)
     if settings.type == "command":
         refuse_foreign_programs(run.settings, [(where, settings.command[0])],
@@ -10186,18 +10185,16 @@ def post(asked: Conversation, settings: Any, url: Url, headers: Dict[str, str], 
 def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Dict[str, Any]:
     """Hand the text to a mail server (RFC 5321)."""
     import smtplib
-    from email.message import EmailMessage
-    from email.policy import SMTP
+    from email.mime.text import MIMEText
     from email.utils import formatdate, make_msgid
     host = os.uname().nodename
     sender = getattr(settings, "from") or f"deploy@{host}"
-    message = EmailMessage(SMTP.clone(cte_type="7bit"))
+    message = MIMEText(text + "\n", "plain", "utf-8")
     for name, value in (
             ("From", sender), ("To", ", ".join(settings.to)), ("Subject", subject),
             ("Date", formatdate()), ("Message-ID", make_msgid(domain=host)),
             ("Auto-Submitted", "auto-generated")):
         message[name] = value
-    message.set_content(text + "\n")
     asked.connect(split_address(settings.smtp))
     asked.at("talking to the mail server")
     server = smtplib.SMTP(local_hostname=host)
@@ -10205,7 +10202,7 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
     code, answer = server.getreply()
     if code != 220:
         return {"error": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
-    refused = server.sendmail(sender, settings.to, message.as_bytes())
+    refused = server.sendmail(sender, settings.to, message.as_string())
     server.putcmd("quit")  # it is delivered, whatever the server says to that
     return {"error": f"the mail server refused {', '.join(refused)}"} if refused else {}
 
