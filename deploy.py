@@ -2033,6 +2033,11 @@ class Option(NamedTuple):
     default: str
     help: str
 
+    @property
+    def takes(self) -> str:
+        """What sort of text it takes, in words."""
+        return KINDS[self.kind][0] if self.kind in KINDS else self.kind.replace("|", ", ")
+
 
 # Of each section what it is, then of each option: key, kind, default, help.
 OPTION_TABLES = """\
@@ -8872,8 +8877,8 @@ def agree_with_disk(run: Run) -> List[str]:
 
 # ============================================================================
 # 12  Reference
-#    What the program says about itself: texts, and what is made from the tables.
-#    Uses no state, no root and no clock.
+#    What the program says about itself: pages of help, the script that completes
+#    its words, what ansible-doc reads.  Texts alone.
 # ============================================================================
 
 # The README has the same pages.
@@ -8989,25 +8994,6 @@ seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file;
 }
 
 
-def kind_name(kind: str) -> str:
-    """Say what sort of text an option takes."""
-    return KINDS[kind][0] if kind in KINDS else kind.replace("|", ", ")
-
-
-def render_example() -> str:
-    """Write the configuration file that shows every option, commented, with its default."""
-    lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
-             "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
-             "# Relative paths are relative to this file. Comments stand on lines of their own."]
-    for section, text, options in SECTIONS:
-        heading = f"#[{section[:-1]}NAME]" if section.endswith("*") else f"[{section}]"
-        lines += ["", f"# {text}", heading]
-        for option in options.values():
-            lines.append(f"# {option.help} ({kind_name(option.kind)})")
-            lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
-    return "\n".join(lines) + "\n"
-
-
 # zsh reads the same script, by its own emulation of bash's completion.
 COMPLETION = """\
 # Completion of deploy.py for bash and zsh (there behind compinit). For every user of bash:
@@ -9033,23 +9019,6 @@ _deploy_py() {
 }
 complete -o default -F _deploy_py deploy.py
 """
-
-
-def completion(shell: str) -> str:
-    """Write the script that makes a shell complete this program's words."""
-    if shell not in ("bash", "zsh"):
-        raise UsageError(f"there is no completion for {shell!r}", "one of bash, zsh")
-    flags = [(name, flag) for flag in FLAGS for name in flag.names if not flag.is_argument]
-    everywhere = " ".join(["-h", "--help", "--version"]
-                          + [name for name, flag in flags if not flag.commands])
-    cases = []
-    for command in COMMAND_HELP:
-        own = " ".join(name for name, flag in flags if command in flag.commands)
-        cases.append(f'        {command}:-*) offer="{own} {everywhere}" ;;')
-    texts = {"TAKING": "|".join(name for name, flag in flags if flag.metavar),
-             "COMMANDS": "|".join(COMMAND_HELP), "NAMES": " ".join(COMMAND_HELP),
-             "EVERYWHERE": everywhere, "CASES": "\n".join(cases)}
-    return re.sub(r"@([A-Z]+)@", lambda found: texts[found.group(1)], COMPLETION)
 
 
 # What ansible-doc reads, as texts: it does not run this file.
@@ -9789,9 +9758,18 @@ def command_pack(run: Run) -> None:
 
 def command_config(run: Run) -> None:
     """Show every option with its value and where it came from."""
+    run.outcome.extra["config"] = {}
     if run.flags.example:
-        run.console.raw_result(render_example())
-        run.outcome.extra["config"] = {}
+        lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
+                 "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
+                 "# Relative paths are relative to this file. Comments stand on their own lines."]
+        for section, about, options in SECTIONS:
+            heading = f"#[{section[:-1]}NAME]" if section.endswith("*") else f"[{section}]"
+            lines += ["", f"# {about}", heading]
+            for option in options.values():
+                lines.append(f"# {option.help} ({option.takes})")
+                lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
+        run.console.raw_result("\n".join(lines) + "\n")
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
@@ -9839,12 +9817,24 @@ def command_help(run: Run) -> None:
     run.console.raw_result(text)
 
 
-def command_completion(call: Run) -> None:
+def command_completion(run: Run) -> None:
     """Print what makes a shell complete this program's words."""
-    script = completion(call.flags.shell)
-    call.outcome.extra["completion"] = script
-    call.outcome.message = f"completion for {call.flags.shell}"
-    call.console.raw_result(script)
+    if run.flags.shell not in ("bash", "zsh"):
+        raise UsageError(f"there is no completion for {run.flags.shell!r}", "one of bash, zsh")
+    flags = [(name, flag) for flag in FLAGS for name in flag.names if not flag.is_argument]
+    everywhere = " ".join(["-h", "--help", "--version"]
+                          + [name for name, flag in flags if not flag.commands])
+    cases = []
+    for command in COMMAND_HELP:
+        own = " ".join(name for name, flag in flags if command in flag.commands)
+        cases.append(f'        {command}:-*) offer="{own} {everywhere}" ;;')
+    texts = {"TAKING": "|".join(name for name, flag in flags if flag.metavar),
+             "COMMANDS": "|".join(COMMAND_HELP), "NAMES": " ".join(COMMAND_HELP),
+             "EVERYWHERE": everywhere, "CASES": "\n".join(cases)}
+    script = re.sub("@([A-Z]+)@", lambda found: texts[found.group(1)], COMPLETION)
+    run.outcome.extra["completion"] = script
+    run.outcome.message = f"completion for {run.flags.shell}"
+    run.console.raw_result(script)
 
 
 # ============================================================================

@@ -47,7 +47,7 @@ def options_table(deploy: Any, wanted: str) -> str:
     """The options of one section."""
     for section, text, options in deploy.SECTIONS:
         if section == wanted:
-            rows = [(f"`{option.key.replace('*', 'NAME')}`", deploy.kind_name(option.kind),
+            rows = [(f"`{option.key.replace('*', 'NAME')}`", option.takes,
                      f"`{option.default}`" if option.default else "", option.help)
                     for option in options.values()]
             return f"### [{section.replace('*', 'NAME')}]\n\n{text}\n\n" + markdown_table(("key", "takes", "default", "means"), rows)
