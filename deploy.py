@@ -7705,7 +7705,7 @@ ORDER = {
     "pin": ("", "", "pin"),
     "unpin": ("", "", "pin"),
     # recover --to: a person has decided, so only a damaged release stops it.
-    "recover": ("", "", "verify activate services? probes?"),
+    "recover": ("", "", "verify activate services? probes? sweep"),
 }
 # After the switch a failure takes the way back; ? means that its own failure is a warning.
 WAY_BACK = "pre_rollback? activate services probes post_rollback?"
@@ -8328,6 +8328,12 @@ def delete_release(run: Run, record: Record) -> str:
     return f"{format_size(int(record.tree.get('bytes') or 0))} freed{unknown}"
 
 
+def make_sweep(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+    """Remove what a crash left: temporary files, half unpacked trees."""
+    return [Step(word, "remove what a crash left",
+                 lambda run: ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left")]
+
+
 def make_pin(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Protect a release from pruning, or no longer."""
     record, pinned = facts.records[move.to_release], move.operation == "pin"
@@ -8344,7 +8350,7 @@ MAKERS: Dict[str, Callable[[str, Settings, Facts, Move], List[Step]]] = {
     "unpack": make_unpack, "shared": make_shared, "templates": make_templates,
     "publish": make_publish, "seal": make_seal, "verify": make_verify, "health": make_health,
     "activate": make_activate, "services": make_services, "probes": make_probes,
-    "prune": make_prune, "pin": make_pin, **dict.fromkeys(HOOK_NAMES, make_hook)}
+    "prune": make_prune, "pin": make_pin, "sweep": make_sweep, **dict.fromkeys(HOOK_NAMES, make_hook)}
 
 
 # ============================================================================
@@ -8368,6 +8374,9 @@ class Executor:
         self.plan = plan
         self.journal = journal
         self.deploy_id = journal.deploy_id if journal else run.deploy_id
+        if plan.operation == "recover" and run.facts.journal:
+            # Under the id of what a person settles: its story ends here.
+            self.deploy_id = run.facts.journal.deploy_id
         self.phase = journal.phase if journal else ""
         self.done: List[Step] = []
         # What failed, if anything, says nothing against the release.
@@ -8407,10 +8416,18 @@ class Executor:
             raise  # a defect of this program: what it had begun is undone by now
         # The verdict is in: signals from here on change nothing.
         run.interrupts.close()
-        for step in plan.last:
-            self.take(step)
-        if not self.phase:
-            self.end(RESULTS[plan.operation])
+        try:
+            for step in plan.last:
+                self.take(step)
+            if not self.phase:
+                self.end(RESULTS[plan.operation])
+        except FAILURES as error:
+            run.outcome.release, run.outcome.previous = run.store.current().release, None
+            if plan.operation != "recover" or run.outcome.release == plan.from_release:
+                raise
+            again = run.settings.command_line(f"recover --to {plan.to_release}")
+            raise RollbackFailed(f"{step_error(error, 'recover').message}; {run.outcome.release} "
+                                 "is live all the same", f"correct the cause, then: {again}")
         if any(result.status == "done" for result in run.outcome.steps):
             run.outcome.changed = True
 
@@ -9172,7 +9189,7 @@ def is_untouched(run: Run) -> bool:
 
 # -- commands that change what is live -----------------------------------------
 
-def transact(run: Run, *, checks: bool = True) -> None:
+def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
     flags, asked = run.flags, getattr(run.flags, "artifact", None) or ""
     if is_untouched(run):
@@ -9185,19 +9202,21 @@ def transact(run: Run, *, checks: bool = True) -> None:
                 observe(run, locked=True, artifact=asked)
                 preflight(run, show=False)
             run.facts = None
-    opened = looking(run, must_exist=False) if flags.dry_run else changing(run)
+    opened = changing(run, recover_first=recover_first)
+    if flags.dry_run:
+        opened = looking(run, must_exist=False)
     with opened:
         facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
-        if broken:
+        if broken and recover_first:
             preflight(run)
         plan = plan_operation(run.settings, facts)
         describe_ends(run, plan)
-        if checks and not broken and (plan.steps or plan.last):
+        if checks and not broken and plan.steps + plan.last:
             preflight(run)
         if flags.dry_run:
             show_plan(run, plan)
-        elif plan.steps or plan.last:
+        elif plan.steps + plan.last:
             Executor(run, plan).execute()
 
 
@@ -9288,27 +9307,29 @@ def show_plan(run: Run, plan: Plan) -> None:
 
 
 # What the summary says of the release then.
-MOVED = {"deploy": "is live", "stage": "is staged", "activate": "is live", "rollback": "is live again"}
+MOVED = {"deploy": "is live", "stage": "is staged", "activate": "is live",
+         "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned"}
 
 
 def command_move(run: Run) -> None:
-    """Carry out deploy, stage, activate or rollback; say what changed, and how to undo it."""
-    transact(run)
+    """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
     command, outcome, result = run.flags.command, run.outcome, run.console.result
+    pins = command in ("pin", "unpin")
+    transact(run, checks=not pins)
     if run.flags.dry_run:
         return
     outcome.message = f"{outcome.release} {MOVED[command]}"
-    if not outcome.steps:
+    if not outcome.steps and not pins:
         outcome.message += " already; nothing to do"
+    if not outcome.steps or pins:
         result(outcome.message)
         return
     result(f"{run.application}: {outcome.message}")
-    command_line = run.settings.command_line
+    command_line, before = run.settings.command_line, run.facts.release(outcome.previous or "")
     if command == "stage":
         result(f"  go live    {command_line(f'activate {outcome.release}')}")
     elif outcome.previous:
         result(f"  before     {outcome.previous}")
-        before = run.facts.release(outcome.previous)
         if command == "rollback" and before and before.state != STATE_BAD:
             result(f"  undo       {command_line(f'activate {outcome.previous}')}")
         elif command != "rollback" and rollback_target(run.facts, outcome.release):
@@ -9318,52 +9339,47 @@ def command_move(run: Run) -> None:
 def command_prune(run: Run) -> None:
     """Delete what keep_releases no longer keeps."""
     transact(run, checks=False)
-    removed = [step.name.partition(":")[2] for step in run.outcome.steps
-               if step.status in ("done", "planned")]
-    run.outcome.extra["removed"] = removed
-    for name in sorted(set(run.facts.in_use) & run.facts.on_disk - {run.facts.current.release}):
-        run.console.say(f"{name} is in use by {run.facts.in_use[name]}, and stays")
-    would = "would be " if run.flags.dry_run else ""
-    run.outcome.message = f"{count(len(removed), 'release')} {would}removed"
-    if not run.flags.dry_run:
-        run.console.result("\n".join([run.outcome.message] + [f"  {name}" for name in removed]))
-
-
-def command_pin(run: Run) -> None:
-    """Protect a release from pruning, or no longer."""
-    transact(run, checks=False)
-    if not run.flags.dry_run:
-        pinned = "pinned" if run.flags.command == "pin" else "not pinned"
-        run.outcome.message = f"{run.outcome.release} is {pinned}"
-        run.console.result(run.outcome.message)
+    outcome, facts, would = run.outcome, run.facts, "would be " if run.flags.dry_run else ""
+    removed = outcome.extra["removed"] = [
+        step.name.partition(":")[2] for step in outcome.steps if step.status in ("done", "planned")]
+    for name in sorted(set(facts.in_use) & facts.on_disk - {facts.current.release}):
+        run.console.say(f"{name} is in use by {facts.in_use[name]}, and stays")
+    outcome.message = f"{count(len(removed), 'release')} {would}removed"
+    if not would:
+        run.console.result("\n".join([outcome.message] + [f"  {name}" for name in removed]))
 
 
 def command_recover(run: Run) -> None:
     """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
-    if run.flags.to:
-        settle_by_hand(run)
+    flags, outcome, done, lost = run.flags, run.outcome, [], None
+    if flags.to:
+        transact(run, checks=False, recover_first=False)
+        if not flags.dry_run:
+            outcome.changed = True
+            outcome.message = f"{outcome.release} is live, and nothing is under way"
+            outcome.extra["recovered"] = [outcome.message]
+            run.console.result(outcome.message)
         return
-    outcome, done, damaged, lost = run.outcome, [], [], None
     if not is_untouched(run):
-        with looking(run, must_exist=False) if run.flags.dry_run else changing(run) as store:
-            done = preview_recovery(store) if run.flags.dry_run else outcome.extra["recovered"]
+        with looking(run, must_exist=False) if flags.dry_run else changing(run) as store:
             facts = observe(run, locked=True)
-            outcome.release, damaged, lost = facts.current.release, store.records()[1], lost_current(facts)
-    if run.flags.dry_run:
+            outcome.release, lost = facts.current.release, lost_current(facts)
+            done = preview_recovery(run, store) if flags.dry_run else outcome.extra["recovered"]
+    if flags.dry_run:
         outcome.changed = bool(done)
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
     outcome.message = "; ".join(done) or "nothing to recover"
     run.console.result(outcome.message)
     if lost:
         raise without_current(run.facts, lost)
-    if damaged:
-        raise StateError("; ".join(damaged), "restore the file from a backup, or move it away: "
-                                             "its release is then unknown")
+    if run.facts and run.facts.state_problems:
+        raise StateError("; ".join(run.facts.state_problems), "restore the file from a backup, or move "
+                         "it away: its release is then unknown")
 
 
-def preview_recovery(store: Store) -> List[str]:
+def preview_recovery(run: Run, store: Store) -> List[str]:
     """Say what `recover` would do; raises what it would be refused with."""
-    holder, journal, current = lock_holder(store), store.read_journal(), store.current()
+    holder, journal, current = lock_holder(store), store.read_journal(), run.facts.current
     if holder is not None:
         raise busy(holder)
     if current.problem:
@@ -9375,37 +9391,6 @@ def preview_recovery(store: Store) -> List[str]:
     if journal:
         plan.insert(0, f"recover the {journal.operation} of {journal.to_release} ({journal.phase})")
     return plan
-
-
-def settle_by_hand(run: Run) -> None:
-    """Make the release live that a person names, and close whatever was under way."""
-    flags, outcome = run.flags, run.outcome
-    if is_untouched(run):
-        raise UsageError(f"nothing was ever deployed to {run.root}", "name another root with --root DIR")
-    with looking(run, must_exist=False) if flags.dry_run else changing(run, recover_first=False) as store:
-        facts = observe(run, locked=not flags.dry_run)
-        plan = plan_operation(run.settings, facts)
-        describe_ends(run, plan)
-        if flags.dry_run:
-            show_plan(run, plan)
-            return
-        executor = Executor(run, plan)
-        # Under the id of what is being settled, where that is known: its story ends here.
-        if facts.journal:
-            executor.deploy_id = facts.journal.deploy_id
-        try:
-            executor.execute()
-        except FAILURES as error:
-            outcome.release, outcome.previous = store.current().release, None
-            if outcome.release == facts.current.release:
-                raise
-            again = run.settings.command_line(f"recover --to {plan.to_release}")
-            raise RollbackFailed(f"{step_error(error, 'recover').message}; "
-                                 f"{outcome.release} is live all the same", f"mend the cause, then: {again}")
-        outcome.message = f"{plan.to_release} is live, and nothing is under way"
-        outcome.extra["recovered"] = [outcome.message] + store.sweep(None, run.console.warn)
-    outcome.changed = True
-    run.console.result(outcome.message)
 
 
 # -- commands that only look ---------------------------------------------------
@@ -10264,8 +10249,8 @@ COMMANDS = {
     "deploy": command_move, "stage": command_move, "activate": command_move,
     "rollback": command_move, "preflight": command_preflight, "probe": command_probe,
     "verify": command_verify, "status": command_status, "releases": command_releases,
-    "history": command_history, "show": command_show, "prune": command_prune, "pin": command_pin,
-    "unpin": command_pin, "recover": command_recover, "pack": command_pack,
+    "history": command_history, "show": command_show, "prune": command_prune, "pin": command_move,
+    "unpin": command_move, "recover": command_recover, "pack": command_pack,
     "config": command_config, "help": command_help, "completion": command_completion,
 }
 

@@ -465,7 +465,7 @@ def test_recover_to_is_the_one_command_that_mends_a_dangling_current(app: App, u
     for command in (["recover"], ["-n", "recover"]):
         assert "recover --to" in app.run(*command, check=3).data["error"]["hint"]
     assert "recover --to" in app.run("status", check=7).data["error"]["hint"]
-    assert [step["name"] for step in app.run("-n", "recover", "--to", "1.0", check=0).data["plan"]] == ["verify", "activate"]
+    assert [step["name"] for step in app.run("-n", "recover", "--to", "1.0", check=0).data["plan"]] == ["verify", "activate", "sweep"]
     assert unchanged_part(app.root) == before
     app.run("recover", "--to", "1.0", check=0)
     assert app.version == "1.0" and app.history()[-1]["result"] == "recovered"
