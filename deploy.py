@@ -98,7 +98,6 @@ try:
     import hashlib
     import itertools
     import json
-    import logging
     import operator
     import os
     import re
@@ -150,25 +149,6 @@ EXIT_PROBLEM = 7
 EXIT_CHANGED = 10
 EXIT_INTERNAL = 70
 EXIT_BUSY = 75
-
-EXIT_CODES = (
-    (EXIT_OK, "done, or nothing to do"),
-    (EXIT_FAILED, "failed before activation (a hook, a step, the disk); `current` is as before"),
-    (EXIT_USAGE, "usage, configuration, or a Python without a module that is needed; "
-                 "nothing was changed"),
-    (EXIT_PREFLIGHT, "preflight failed; nothing was changed"),
-    (EXIT_ARTIFACT, "artifact refused: missing, checksum, unsafe or damaged archive, known bad"),
-    (EXIT_ROLLED_BACK, "failed after activation and rolled back; "
-                       "the previous release is live again"),
-    (EXIT_ROLLBACK_FAILED, "failed, and the rollback failed too: a person is needed, "
-                           "the message says what to do"),
-    (EXIT_PROBLEM, "a read-only command found a problem (probe, verify, status, history --verify)"),
-    (EXIT_CHANGED, "something changed (only with --detailed-exitcode)"),
-    (EXIT_INTERNAL, "an internal error; a traceback is shown"),
-    (EXIT_BUSY, "another run holds the lock"),
-    (130, "interrupted by SIGINT before activation; everything undone "
-          "(143: by SIGTERM or SIGHUP)"),
-)
 
 STATE_STAGED = "staged"
 STATE_ACTIVE = "active"
@@ -252,23 +232,20 @@ MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 # ============================================================================
 
 class DeployError(Exception):
-    """A failure that a person can act on: what failed, why, and what to do next."""
+    """A failure that a person can act on: what failed, why, what to do next, what was seen."""
 
     exit_code = EXIT_FAILED
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "",
+                 evidence: Optional[Dict[str, Any]] = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.evidence = evidence or {}
 
 
 class StepFailed(DeployError):
     """A step failed before activation; the steps before it are undone."""
-
-    def __init__(self, message: str, hint: str = "",
-                 evidence: Optional[Dict[str, Any]] = None) -> None:
-        super().__init__(message, hint)
-        self.evidence = evidence or {}
 
 
 class UsageError(DeployError):
@@ -352,33 +329,38 @@ _SECRET_WORDS = {
     "_key": "(?![a-z])", "-key": "(?![a-z])", "_pass": "(?![a-z])", "-pass": "(?![a-z])",
     "_pwd": "(?![a-z])", "-pwd": "(?![a-z])",
 }
-_SECRET_NAME = re.compile(
-    "(?i)" + "|".join(map("".join, _SECRET_WORDS.items())) + r"|\A(?:pass|key)\Z")
-# NAME=VALUE, "name": "value", --name VALUE.  A name is looked at once, from its beginning: a long
-# line of such names would take minutes otherwise.
-_SECRET_ASSIGNMENT = re.compile(
-    r"(?i)(?<![\w.-])"
-    # What is called ..._file holds a path, which errors must be able to name; LoadCredential= in
-    # a unit file names one as well, and tests_pass: 12 counts.
-    r"(?!LoadCredential=|[\w.-]*(?:[_-]file|tls_key|public[_-]key)(?![\w.-])"
-    r"|(?:test|check|spec|case)s?[_-]pass[\"']?[ \t]*[=:][ \t]*[0-9]+(?!\S))"
-    r"(?=[\w.-]*(?:" + "|".join(map("".join, _SECRET_WORDS.items())) + r"))"
-    r"([\w.-]+[\"']?[ \t]*[=:][ \t]*"
-    r"|--?[\w-]+[ \t]+(?!-|(?:is|was|or|and|for|must|needs?|requires?|option|argument)\b))"
-    r"(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
-    r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)")
-_AUTHORIZATION = re.compile(
-    r"(?i)\b((?:authorization|proxy-authorization|cookie|set-cookie)[\"']?[ \t]*[:=][ \t]*)"
-    r"\S[^\r\n]*")
-_URL_PRIVATE = re.compile(
-    r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)(\?[^\s#'\"]*)?")
-# A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
-_JWT = re.compile(r"eyJ(?<![\w.-]eyJ)[\w-]{6,}(?:\.[\w-]*){2,4}")
-# The password of mysql and its like, or what has letters and digits, as no other -p does but
-# find's -print0.
-_SHORT_OPTION = re.compile(
-    r"((?:mysql|mariadb|sshpass)[^\n|;&]{0,200}?\s-p[ ]?(?=\S)"
-    r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+")
+_ANY_SECRET_WORD = "|".join(map("".join, _SECRET_WORDS.items()))
+# The name of what is private, as a whole.
+SECRET_NAME = re.compile(rf"(?i){_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
+# What looks private in any text: words without which it is not there, its form, what is shown.
+_SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
+    # A URL's user and password, and its query.
+    (["://"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)"
+     r"(\?[^\s#'\"]*)?",
+     lambda found: "".join([found[1], MASK + "@" if found[2] else "", found[3],
+                            "?" + MASK if found[4] else ""])),
+    (["authorization", "cookie"],
+     r"(?i)\b((?:authorization|proxy-authorization|cookie|set-cookie)[\"']?[ \t]*[:=][ \t]*)"
+     r"\S[^\r\n]*", r"\1" + MASK),
+    # NAME=VALUE, "name": "value", --name VALUE.  A name is looked at once, from its beginning: a
+    # long line of such names would take minutes otherwise.
+    (_SECRET_WORDS, r"(?i)(?<![\w.-])"
+     # What is called ..._file holds a path, which errors must be able to name; LoadCredential= in
+     # a unit file names one as well, and tests_pass: 12 counts.
+     r"(?!LoadCredential=|[\w.-]*(?:[_-]file|tls_key|public[_-]key)(?![\w.-])"
+     r"|(?:test|check|spec|case)s?[_-]pass[\"']?[ \t]*[=:][ \t]*[0-9]+(?!\S))"
+     rf"(?=[\w.-]*(?:{_ANY_SECRET_WORD}))"
+     r"([\w.-]+[\"']?[ \t]*[=:][ \t]*"
+     r"|--?[\w-]+[ \t]+(?!-|(?:is|was|or|and|for|must|needs?|requires?|option|argument)\b))"
+     r"(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
+     r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)", r"\1" + MASK),
+    # The password of mysql and its like, or what has letters and digits, as no other -p does but
+    # find's -print0.
+    (["-p"], r"((?:mysql|mariadb|sshpass)[^\n|;&]{0,200}?\s-p[ ]?(?=\S)"
+     r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+", r"\1" + MASK),
+    # A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
+    (["eyj"], r"eyJ(?<![\w.-]eyJ)[\w-]{6,}(?:\.[\w-]*){2,4}", MASK),
+]]
 
 
 def escape(text: str) -> str:
@@ -389,82 +371,61 @@ def escape(text: str) -> str:
     return _UNPRINTABLE.sub(visible, text)
 
 
-def looks_secret(name: str) -> bool:
-    """Tell whether a key's name says that its value is private."""
-    return bool(_SECRET_NAME.search(name))
-
-
-class Secrets:
-    """The values that must never be shown; `mask` takes them out of any text."""
-
-    def __init__(self) -> None:
-        self._values: List[str] = []
+class Secrets(List[str]):
+    """The values that must never be shown, longest first; `mask` takes them out of any text."""
 
     def add(self, value: str) -> None:
         """Remember a private value; lines of a longer one are private as well."""
-        for part in {value.strip(), *value.split("\n")}:
-            part = part.strip()
+        for part in map(str.strip, {value, *value.split("\n")}):
             # Shorter values ("1", "yes") would blot out half of every sentence.
-            if len(part) >= 4 and part not in self._values:
-                self._values.append(part)
-        self._values.sort(key=len, reverse=True)
+            if len(part) >= 4 and part not in self:
+                self.append(part)
+        self.sort(key=len, reverse=True)
 
     def mask(self, text: str) -> str:
         """Mask known secrets, a URL's userinfo and query, and what looks like a secret."""
-        for value in self._values:
-            if value in text:
-                text = text.replace(value, MASK)
-        if "://" in text:
-            text = _URL_PRIVATE.sub(self._mask_url, text)
+        for value in self:
+            text = text.replace(value, MASK)
         lowered = text.lower()
-        if any(word in lowered for word in _SECRET_WORDS):
-            text = _AUTHORIZATION.sub(rf"\1{MASK}", text)
-            text = _SECRET_ASSIGNMENT.sub(rf"\1{MASK}", text)
-        if "-p" in text:
-            text = _SHORT_OPTION.sub(rf"\1{MASK}", text)
-        if "eyJ" in text:
-            text = _JWT.sub(MASK, text)
+        for words, pattern, shown in _SECRET_FORMS:
+            if any(word in lowered for word in words):
+                text = pattern.sub(shown, text)
         return text
-
-    @staticmethod
-    def _mask_url(found: Any) -> str:
-        userinfo = MASK + "@" if found.group(2) else ""
-        query = "?" + MASK if found.group(4) else ""
-        return found.group(1) + userinfo + found.group(3) + query
 
     def mask_json(self, value: Any) -> Any:
         """Mask every string in a JSON-like value, and what a name that looks secret announces."""
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, dict):
-            return {key: MASK if isinstance(item, str) and item and looks_secret(str(key))
+            return {key: MASK if isinstance(item, str) and item and SECRET_NAME.search(str(key))
                     else self.mask_json(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [self.mask_json(item) for item in value]
-            for number, (name, item) in enumerate(zip(value, items[1:]), 1):
-                # --token and its value, as two words of a command.
-                if (isinstance(name, str) and isinstance(item, str) and name.startswith("-")
-                        and self.mask(f"{name} {item}").endswith(MASK)):
-                    items[number] = MASK
-            return items
-        return value
+        if not isinstance(value, (list, tuple)):
+            return value
+        items = [self.mask_json(item) for item in value]
+        for number, (name, item) in enumerate(zip(value, items[1:]), 1):
+            # --token and its value, as two words of a command.
+            if isinstance(name, str) and isinstance(item, str) and name.startswith("-") \
+                    and self.mask(f"{name} {item}").endswith(MASK):
+                items[number] = MASK
+        return items
 
 
 def format_size(size_bytes: float) -> str:
     """Write a byte count for people: 999 B, 1.4 MB (powers of 1000, as disks are sold)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size_bytes) < 999.5:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+    if abs(size_bytes) < 999.5:
+        return f"{size_bytes:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
         size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
+        if abs(size_bytes) < 999.5 or unit == "TB":
+            break
+    return f"{size_bytes:.1f} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
     """Write a duration for people: 0.042s, 3.1s, 2m05s."""
-    if seconds < 10:
-        return f"{seconds:.2f}s" if seconds >= 0.1 else f"{seconds:.3f}s"
-    if seconds < 60:
-        return f"{seconds:.1f}s"
+    for limit, digits in ((0.1, 3), (10, 2), (60, 1)):
+        if seconds < limit:
+            return f"{seconds:.{digits}f}s"
     minutes, rest = divmod(int(seconds + 0.5), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
@@ -484,8 +445,9 @@ def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     On a terminal that is narrower than that, the widest columns are folded.
     """
+    import textwrap
     table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
+    widths = [max(map(len, column)) for column in zip(*table)]
     try:
         left = os.get_terminal_size(1).columns - 2 * (len(widths) - 1)
     except OSError:  # no terminal
@@ -494,57 +456,63 @@ def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         widths[widths.index(max(widths))] -= 1
     lines = []
     for row in table:
-        cells = [[cell] for cell in row]
-        if any(len(cell) > width for cell, width in zip(row, widths)):
-            import textwrap
-            cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths)]
+        cells = [textwrap.wrap(cell, max(1, width)) for cell, width in zip(row, widths)]
         for pieces in itertools.zip_longest(*cells, fillvalue=""):
-            padded = [piece.ljust(width) for piece, width in zip(pieces, widths)]
-            lines.append("  ".join(padded).rstrip())
+            lines.append("  ".join(map(str.ljust, pieces, widths)).rstrip())
     return "\n".join(lines)
 
 
 # -- the log -----------------------------------------------------------------
 
 # As syslog(3) and the journal count them.
-PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 FACILITIES = {"user": 1, "daemon": 3, "cron": 9,
               **{f"local{number}": 16 + number for number in range(8)}}
 
 
-class LogFormatter(logging.Formatter):
-    """A record as text, or as one JSON object; `context` says what it is about.
+class Log:
+    """A place that takes every line of a run; that it does not is reported once."""
 
-    `event` holds `event` (a key of EVENTS) and `result` where the line is the end of a step or
-    of the run.
-    """
+    FAILURE = ""
 
-    def __init__(self, *, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
+    def __init__(self, report: Callable[[str], Any], *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._report: Any = report
 
-    def format(self, record: Any) -> str:
-        """Write the line, without an end and, as text, without the time, which syslog adds."""
-        if self._as_json:
+    def line(self, record: Any, message: str) -> str:
+        """Write a record as text or as one JSON object, without an end.
+
+        Its `context` says what it is about; `event` holds `event` (a key of EVENTS) and `result`
+        where it is the end of a step or of the run.
+        """
+        if self.as_json:
             return json.dumps({"time": format_time(record.created),
-                               "level": record.levelname.lower(), "message": record.msg,
+                               "level": record.levelname.lower(), "message": message,
                                **record.context, **record.event})
         words = " ".join(f"{key}={value}" for key, value in record.context.items())
-        return f"[{words}] {record.msg}" if words else record.msg
+        return f"[{words}] {message}" if words else message
+
+    def emit(self, record: Any) -> None:
+        """Take a record of `logging`; whatever goes wrong ends nothing."""
+        try:
+            self.send(record)  # type: ignore  # which each kind has
+        except OSError as error:
+            report, self._report = self._report, None
+            if report:
+                report(self.FAILURE.format(error))
 
 
-class LogFile(logging.Handler):
+class LogFile(Log):
     """A file that is appended to; UsageError when it cannot be opened at the beginning.
 
     Not the library's WatchedFileHandler: that follows symlinks, waits for the reader of a pipe,
     and writes a line in pieces, between which those of another run may come.
     """
 
+    FAILURE = "the log file cannot be written: not all that is said is in it"
+
     def __init__(self, path: str, report: Callable[[str], Any], *, as_json: bool) -> None:
-        super().__init__()
-        self.setFormatter(LogFormatter(as_json=as_json))
-        self._report: Optional[Callable[[str], Any]] = report  # told once that it is not written
-        self._is_stamped = not as_json
+        super().__init__(report, as_json=as_json)
         self._path = path
         try:
             self._descriptor = self._open()
@@ -557,97 +525,81 @@ class LogFile(logging.Handler):
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                        | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
 
-    def emit(self, record: Any) -> None:
+    def send(self, record: Any) -> None:
         """Write one line, in one call, to a new file where logrotate has moved the old one."""
         try:
-            place = os.stat(self._path)
+            is_moved = not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
         except FileNotFoundError:
-            place = None
-        if place is None or not os.path.samestat(place, os.fstat(self._descriptor)):
-            try:
+            is_moved = True
+        with suppress(OSError):  # no place for a new one: the one that was moved takes the rest
+            if is_moved:
                 replaced, self._descriptor = self._descriptor, self._open()
                 os.close(replaced)
-            except OSError:
-                pass  # no place for a new one: the one that was moved takes the rest
-        stamp = f"{format_time(record.created)} {record.levelname} " if self._is_stamped else ""
-        data = (stamp + self.format(record) + "\n").encode("utf-8", "backslashreplace")
-        try:
-            is_written = os.write(self._descriptor, data) == len(data)
-        except OSError:
-            is_written = False
-        report = self._report
-        if not is_written and report:
-            self._report = None
-            report("the log file cannot be written: not all that is said is in it")
+        stamp = "" if self.as_json else f"{format_time(record.created)} {record.levelname} "
+        data = f"{stamp}{self.line(record, record.msg)}\n".encode("utf-8", "backslashreplace")
+        if os.write(self._descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, "it is full")
 
 
-class Syslog(logging.Handler):
+class Syslog(Log):
     """A syslog daemon: datagrams of RFC 3164 to the first of some addresses that takes them.
 
     One that is gone, slow or hanging costs a run PATIENCE_SECONDS in all, and lines.  The
     library's SysLogHandler asks a name server and waits for a full socket with every line.
     """
 
+    FAILURE = "syslog cannot be reached: {}"
     # What every receiver should take is 2,048 (RFC 5424, 6.1), with what stands before the line.
     LONGEST_BYTES = 1900
     PATIENCE_SECONDS = 1.0
 
     def __init__(self, addresses: List[Tuple[int, Any]], facility: str,
                  report: Callable[[str], Any], *, as_json: bool) -> None:
-        super().__init__()
-        self.setFormatter(LogFormatter(as_json=as_json))
-        self._report: Optional[Callable[[str], Any]] = report  # told once that nobody is there
+        super().__init__(report, as_json=as_json)
         self._addresses = list(addresses)  # family, and what connect(2) takes
         self._facility = FACILITIES[facility]
         self._patience_seconds = self.PATIENCE_SECONDS
         self._socket: Any = None
 
-    def emit(self, record: Any) -> None:
-        """Send one line, or lose it."""
-        line = self.format(record).encode("utf-8", "backslashreplace")
+    def send(self, record: Any) -> None:
+        """Send one line."""
+        if not self._addresses:
+            raise OSError("the host name cannot be resolved")
+        line = self.line(record, record.msg).encode("utf-8", "backslashreplace")
         excess_bytes = len(line) - self.LONGEST_BYTES
         if excess_bytes > 0:  # the message is cut, not the line: that may be JSON
-            cut = record.msg[:-excess_bytes - 3] + "..."
-            record = logging.makeLogRecord({**vars(record), "msg": cut})
-            line = self.format(record).encode("utf-8", "backslashreplace")
+            line = self.line(record, record.msg[:-excess_bytes - 3] + "...").encode(
+                "utf-8", "backslashreplace")
         now = time.localtime(record.created)
         stamp = f"{time.strftime('%b', now)} {now.tm_mday:2d} {time.strftime('%H:%M:%S', now)}"
-        is_remote = self._addresses and not isinstance(self._addresses[0][1], str)
+        is_remote = not isinstance(self._addresses[0][1], str)
         host = os.uname().nodename.partition(".")[0] + " " if is_remote else ""
-        priority = self._facility * 8 + PRIORITIES[record.levelno]
+        priority = self._facility * 8 + PRIORITIES[record.levelname.lower()]
         head = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: "
         started_seconds = time.monotonic()
-        why = ""
         try:
-            self._send(head.encode("utf-8") + line)
-        except OSError as error:
-            why = str(error)
-        self._patience_seconds -= time.monotonic() - started_seconds
-        report = self._report
-        if why and report:
-            self._report = None
-            report(f"syslog cannot be reached: {why}")
+            self._deliver(head.encode("utf-8") + line)
+        finally:
+            self._patience_seconds -= time.monotonic() - started_seconds
 
-    def _send(self, data: bytes) -> None:
+    def _deliver(self, data: bytes) -> None:
         import socket
-        if not self._addresses:
-            raise OSError(errno.EHOSTUNREACH, "the host name cannot be resolved")
         for is_last in (False, True):
+            family, address = self._addresses[0]
             try:
                 if self._socket is None:
-                    found = socket.socket(self._addresses[0][0], socket.SOCK_DGRAM)
-                    found.connect(self._addresses[0][1])
-                    self._socket = found
+                    self._socket = socket.socket(family, socket.SOCK_DGRAM)
+                    self._socket.connect(address)
                 self._socket.settimeout(max(0.0, self._patience_seconds))
                 self._socket.send(data)
                 return
-            except ConnectionError:
-                # It was started anew, or does not listen at this one of its addresses.
+            except OSError as error:
                 if self._socket is not None:
                     self._socket.close()
-                    self._socket = None
+                self._socket = None
+                # It was started anew, or does not listen at this one of its addresses.
                 self._addresses.append(self._addresses.pop(0))
-                if is_last:
+                if is_last or not isinstance(error, ConnectionError):
                     raise
 
 
@@ -671,7 +623,7 @@ JOURNAL_FIELDS = {
 }
 
 
-def send_to_journal(level: int, message: str, about: Dict[str, str]) -> bool:
+def send_to_journal(level: str, message: str, about: Dict[str, str]) -> bool:
     """Send an event by the journal's native protocol, with its fields; tells whether it got there.
 
     `journalctl DEPLOY_ID=... -o json` shows them.
@@ -696,51 +648,12 @@ def send_to_journal(level: int, message: str, about: Dict[str, str]) -> bool:
 
 # -- the console -------------------------------------------------------------
 
-class Progress:
-    """One line that is redrawn while work lasts over a second.
-
-    Off a terminal only a supervisor hears of it.
-    """
-
-    def __init__(self, console: "Console", label: str, total: int = 0) -> None:
-        self._console = console
-        self._label = label
-        self._total = total
-        self._drawn = False
-        is_followed = console.shows_progress or console.supervisor
-        self._next_seconds = time.monotonic() + 1.0 if is_followed else float("inf")
-
-    def update(self, done: int, detail: str = "") -> None:
-        """Say how much of the total is done; drawn ten times a second, told once a second."""
-        now_seconds = time.monotonic()
-        if now_seconds < self._next_seconds:
-            return
-        share = min(1.0, done / max(1, self._total))
-        if not self._console.shows_progress:
-            self._next_seconds = now_seconds + 1.0
-            self._console.working(f"{self._label} {detail or f'{share:.0%}'}")
-            return
-        bar = ""
-        if self._total:
-            full, empty = ("█", "░") if self._console.utf8 else ("#", ".")
-            width = round(share * 24)
-            bar = f"{full * width}{empty * (24 - width)} {share:4.0%}  "
-        self._next_seconds = now_seconds + 0.1
-        self._drawn = True
-        self._console.draw(f"  {self._label:<12} {bar}{detail}")
-
-    def close(self) -> None:
-        """Take the line off the terminal again."""
-        if self._drawn:
-            self._console.draw("")
-            self._drawn = False
-
-
 class Console:
     """The result on stdout, everything else on stderr, and the log beside them."""
 
     COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33",
                "error": "31;1", "dim": "2"}
+    LEVELS = {"fail": "error", "failed": "error", "warn": "warning"}  # of a line with such a word
     STATUS_CHARACTERS = 256  # systemd throws a datagram over 4096 bytes away as a whole
 
     def __init__(self, journal_stream: str = "") -> None:
@@ -756,13 +669,16 @@ class Console:
         self.supervisor = ""  # $NOTIFY_SOCKET, where systemd listens
         self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
         self.is_result_lost = False  # what stdout should hold is not there: its disk is full
-        self._log = logging.Logger("deploy.py")  # of our own: nobody's configuration reaches it
-        self._held: List[Tuple[int, str, Dict[str, str]]] = []
+        self._log: Any = None
+        self._held: List[Tuple[str, str, Dict[str, str]]] = []
         self._broken: Set[int] = set()
         self._bound_seconds = UNLIMITED_SECONDS
-        self._journal_streams = [stream for stream in (sys.stdout, sys.stderr)
-                                 if leads_to(stream, journal_stream)]
-        self._in_journal = sys.stderr in self._journal_streams
+        self._in_journal = []  # those that lead to $JOURNAL_STREAM (device:inode, systemd.exec(5))
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                found = os.fstat(stream.fileno())
+                if journal_stream == f"{found.st_dev}:{found.st_ino}":
+                    self._in_journal.append(stream)
 
     def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool,
                   utf8: bool) -> None:
@@ -775,65 +691,73 @@ class Console:
         self.colour = terminal and color
         self.shows_progress = terminal and not quiet
 
-    def add_log(self, handler: logging.Handler) -> None:
+    def add_log(self, log: Log) -> None:
         """Send every line there as well, from now on."""
+        import logging
+        if self._log is None:
+            self._log = logging.Logger("deploy.py")  # of our own: no configuration reaches it
+        handler: Any = logging.Handler()
+        handler.emit = log.emit
         self._log.addHandler(handler)
 
     # -- what is said --------------------------------------------------------
 
-    def say(self, text: str, event: Optional[Dict[str, str]] = None) -> None:
-        """A line for the person watching, on stderr and in the log; held back while quiet."""
-        self._tell(logging.INFO, text, event)
+    def say(self, text: str, event: Optional[Dict[str, str]] = None, *, status: str = "",
+            level: str = "", shown: str = "{}") -> None:
+        """A line on stderr, in the form `shown`, and in the log; held back while quiet.
 
-    def note(self, text: str, event: Optional[Dict[str, str]] = None) -> None:
-        """A line for the log alone: what the result says on stdout."""
-        self._tell(logging.INFO, text, event, shown="")
-
-    def painted(self, status: str, text: str, event: Optional[Dict[str, str]] = None) -> None:
-        """A line that opens with a coloured status word in a column of its own."""
-        level = logging.INFO
-        if status.startswith("fail"):
-            level = logging.ERROR
-        elif status == "warn":
-            level = logging.WARNING
-        self._tell(level, text, event, logged=f"{status}: {{}}",
-                   shown=f"  {self.paint(status, f'{status:<7}')} {{}}")
+        A `status` is a coloured word in a column before it, and says the level.
+        """
+        text = self.clean(text)
+        level = level or self.LEVELS.get(status, "info")
+        if self._log:
+            words = f"{status}: {text}" if status else text
+            getattr(self._log, level)(words.encode("utf-8", "backslashreplace").decode("utf-8"),
+                                      extra={"context": self.log_context, "event": event or {}})
+        if status:
+            shown = f"  {self.paint(status, f'{status:<7}')} {{}}"
+        # What an event is about now may be something else by the time it is shown.
+        line = level, shown.replace("{}", text), {**self.log_context, **event} if event else {}
+        if self.quiet and shown:
+            self._held.append(line)
+        elif shown:
+            self._show(*line)
 
     def warn(self, text: str) -> None:
         """A warning: shown, logged, and kept for the result."""
         self.warnings.append(self.secrets.mask(text))
-        self.painted("warn", text)
+        self.say(text, status="warn")
 
     def debug(self, text: str) -> None:
         """A line that only -v and the log show."""
-        self._tell(logging.DEBUG, text, shown=self.paint("dim", "  {}") if self.verbose else "")
+        self.say(text, level="debug", shown=self.paint("dim", "  {}") if self.verbose else "")
 
     def output(self, text: str) -> None:
         """One line that a hook or a service command wrote."""
-        self._tell(logging.INFO, text, shown=self.paint("dim", "    | ") + "{}")
+        self.say(text, shown=self.paint("dim", "    | ") + "{}")
 
     def error(self, message: str, hint: str = "", event: Optional[Dict[str, str]] = None) -> None:
         """The two lines of an error; never held back."""
-        self._tell(logging.ERROR, message + (f" (hint: {hint})" if hint else ""), event, shown="")
+        self.say(message + (f" (hint: {hint})" if hint else ""), event, level="error", shown="")
         self.release_held()
         text = f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}"
         if hint:
             text += f"\nhint: {self.clean(hint)}"
-        self._show(logging.ERROR, text, {**self.log_context, **event} if event else {})
+        self._show("error", text, {**self.log_context, **event} if event else {})
 
     def traceback(self) -> None:
         """Show the exception being handled with its traceback, for --debug and internal errors."""
         import traceback
         for line in traceback.format_exc().rstrip().split("\n"):
-            self._write(sys.stderr, self.clean(line) + "\n", logging.ERROR)
+            self._write(sys.stderr, self.clean(line) + "\n", "error")
 
     def result(self, text: str) -> None:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
-        lines = "\n".join(self.clean(line) for line in text.split("\n"))
+        lines = "\n".join(map(self.clean, text.split("\n")))
         if self.quiet and not self.json_mode:
-            self._held.append((logging.INFO, lines, {}))
-        elif not self.json_mode:
-            self._write(sys.stdout, lines + "\n")
+            self._held.append(("info", lines, {}))
+        else:
+            self.raw_result(lines + "\n")
 
     def raw_result(self, text: str) -> None:
         """Text that is the result as it stands (generated files); not escaped, own words only."""
@@ -844,18 +768,40 @@ class Console:
         """The one object of --json; ASCII, so that any reader and any locale takes it."""
         self._write(sys.stdout, json.dumps(self.secrets.mask_json(value)) + "\n")
 
-    def progress(self, label: str, total: int = 0) -> Progress:
-        """Start a progress line; `total` in the unit of the later updates, 0 when unknown."""
-        return Progress(self, label, total)
+    @contextmanager
+    def progress(self, label: str, total: int = 0) -> Iterator[Callable[..., None]]:
+        """One line that is redrawn while work lasts over a second, ten times a second.
 
-    def draw(self, text: str) -> None:
-        """Redraw the one progress line."""
-        if self.shows_progress:
+        Off a terminal only a supervisor hears of it, once a second.  What it gives is told how
+        much of `total` is done, in one unit; the total is 0 where it is unknown.
+        """
+        next_seconds = time.monotonic() + 1.0
+
+        def update(done: int, detail: str = "") -> None:
+            nonlocal next_seconds
+            if time.monotonic() < next_seconds:
+                return
+            share = min(1.0, done / max(1, total))
+            next_seconds = time.monotonic() + (0.1 if self.shows_progress else 1.0)
+            if not self.shows_progress:
+                self.working(f"{label} {detail or f'{share:.0%}'}")
+                return
+            full, empty = ("█", "░") if self.utf8 else ("#", ".")
+            width = round(share * 24)
+            bar = f"{full * width}{empty * (24 - width)} {share:4.0%}  " if total else ""
             try:
                 columns = os.get_terminal_size(sys.stderr.fileno()).columns
             except OSError:
                 columns = 80
-            self._write(sys.stderr, "\r\033[K" + self.clean(text)[:max(20, columns - 1)])
+            line = self.clean(f"  {label:<12} {bar}{detail}")[:max(20, columns - 1)]
+            self._write(sys.stderr, f"\r\033[K{line}")
+
+        first_seconds = next_seconds
+        try:
+            yield update
+        finally:
+            if self.shows_progress and next_seconds > first_seconds:
+                self._write(sys.stderr, "\r\033[K")
 
     def working(self, text: str, bound_seconds: float = 0.0, state: str = "") -> None:
         """Tell systemd what is under way and that it may take twice so long (sd_notify(3)).
@@ -869,13 +815,11 @@ class Console:
         self._bound_seconds = bound_seconds or self._bound_seconds
         words = [f"STATUS={self.clean(text)[:self.STATUS_CHARACTERS]}",
                  f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto("\n".join(words).encode("utf-8", "backslashreplace"),
-                              re.sub("^@", "\0", self.supervisor))
-        except (OSError, ValueError):
-            pass
+        with suppress(OSError, ValueError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.sendto("\n".join(words).encode("utf-8", "backslashreplace"),
+                          re.sub("^@", "\0", self.supervisor))
 
     # -- how it is written ---------------------------------------------------
 
@@ -892,35 +836,19 @@ class Console:
     def release_held(self) -> None:
         """Write what --quiet held back: there was a change or a failure after all."""
         held, self._held = self._held, []
-        for level, text, about in held:
-            self._show(level, text, about)
+        for line in held:
+            self._show(*line)
 
-    def _tell(self, level: int, text: str, event: Optional[Dict[str, str]] = None, *,
-              logged: str = "{}", shown: str = "{}") -> None:
-        """Log a text and show it, in these forms; held back while quiet, not shown without one."""
-        text = self.clean(text)
-        if self._log.handlers:
-            message = logged.replace("{}", text).encode("utf-8", "backslashreplace").decode("utf-8")
-            self._log.handle(self._log.makeRecord(
-                "deploy.py", level, "", 0, message, (), None,
-                extra={"context": self.log_context, "event": event or {}}))
-        # What an event is about now may be something else by the time it is shown.
-        about = {**self.log_context, **event} if event else {}
-        if self.quiet and shown:
-            self._held.append((level, shown.replace("{}", text), about))
-        elif shown:
-            self._show(level, shown.replace("{}", text), about)
-
-    def _show(self, level: int, text: str, about: Dict[str, str]) -> None:
+    def _show(self, level: str, text: str, about: Dict[str, str]) -> None:
         """Write to stderr, or an event to the journal where stderr leads: nothing stands twice."""
-        if not (about and self._in_journal and send_to_journal(level, text, about)):
+        if not (about and sys.stderr in self._in_journal and send_to_journal(level, text, about)):
             self._write(sys.stderr, text + "\n", level)
 
-    def _write(self, stream: Any, text: str, level: int = logging.INFO) -> None:
+    def _write(self, stream: Any, text: str, level: str = "info") -> None:
         """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing."""
         if stream is None or id(stream) in self._broken:
             return
-        if stream in self._journal_streams:
+        if stream in self._in_journal:
             text = re.sub(r"(?m)^(?=.)", f"<{PRIORITIES[level]}>", text)
         try:
             stream.flush()
@@ -928,12 +856,9 @@ class Console:
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:
             self._broken.add(id(stream))
-            try:  # or the interpreter's last flush would change the exit code
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
-            except (OSError, ValueError):
-                pass
+            with suppress(OSError, ValueError):
+                # Or the interpreter's last flush would change the exit code.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             # Whoever closes a pipe has seen enough; a file that was to hold the result does not.
             number = getattr(error, "errno", None)
             if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
@@ -941,15 +866,6 @@ class Console:
                 why = os.strerror(number)
                 self.error(f"stdout: {why}: what was printed there is not all of it",
                            "write it to another place")
-
-
-def leads_to(stream: Any, journal_stream: str) -> bool:
-    """Tell whether a stream is the one of `$JOURNAL_STREAM` (device:inode, systemd.exec(5))."""
-    try:
-        found = os.fstat(stream.fileno())
-    except (OSError, ValueError, AttributeError):
-        return False
-    return journal_stream == f"{found.st_dev}:{found.st_ino}"
 
 
 # ============================================================================
@@ -6725,7 +6641,7 @@ class ProbeRun:
         reported = f"try {self.tries}: {answer['error'] or answer['said']}"
         self.run.console.debug(f"probe {self.probe.name}: {reported}")
         if progress:
-            progress.update(self.tries, reported)
+            progress(self.tries, reported)
         return self.healthy_in_a_row
 
     def converse(self, talk: Callable[[Conversation], Dict[str, Any]],
@@ -6972,7 +6888,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
             raise ArtifactRefused(f"artifact {real} lies inside {own}, which is deploy.py's own",
                                   "name what the build made; a release goes live again by "
                                   + facts.command_line("activate RELEASE"))
-    with closing(console.progress("hash", artifact.size_bytes)) as progress:
+    with console.progress("hash", artifact.size_bytes) as progress:
         watch = watching(run, progress)
         artifact.identify(settings, watch, flags.sha256 or "", flags.release_version or "")
         # To `deploy` what is live is nothing to do, whatever its file is called now, unless
@@ -7018,7 +6934,7 @@ def watching(run: Run, progress: Any) -> Callable[[int], None]:
     """Make what is called for each block of work: it shows how far it is, and heeds signals."""
     def watch(done: int) -> None:
         run.interrupts.check()
-        progress.update(done)
+        progress(done)
     return watch
 
 
@@ -7028,7 +6944,7 @@ def check_release(run: Run, record: Record) -> Differences:
     again = "stage the artifact again: deploy.py deploy --force ARTIFACT"
     try:
         total = int(record.tree.get("bytes") or 0)
-        with closing(run.console.progress("verify", total)) as progress, \
+        with run.console.progress("verify", total) as progress, \
                 store.open_manifest(release) as streams:
             for name, stream in zip(("manifest", "tree"), streams):
                 if hash_stream(stream) != record.tree.get(f"{name}_sha256"):
@@ -7595,7 +7511,7 @@ def check_probes(run: Run) -> Iterator[Finding]:
         if probe.when == "after":
             continue
         run.console.working(f"probe {name}", probe_seconds(probe))
-        with closing(run.console.progress(f"probe {name}")) as progress:
+        with run.console.progress(f"probe {name}") as progress:
             found = run_probe(run, probe, context, expect_release=False, progress=progress)
         if not found.ok:
             yield ("fail" if probe.required else "warn", found.complaint(),
@@ -7981,7 +7897,7 @@ def do_unpack(run: Run) -> str:
     run.staging, live = run.store.new_staging(), run.facts.current.release
     how = run.settings.deploy.share_unchanged
     with ExitStack() as stack:
-        progress = stack.enter_context(closing(run.console.progress("unpack", run.artifact.size_bytes)))
+        progress = stack.enter_context(run.console.progress("unpack", run.artifact.size_bytes))
         tree, sharer = run.store.directory(f"releases/{run.staging}"), None
         # A post_stage hook may write to the files: hard links would reach into the live release.
         if live and how != "no" and not (how == "hardlink" and run.settings.hooks.post_stage):
@@ -8093,7 +8009,7 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
     rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
     names = [name for _, name in PLACEHOLDER.findall(data.decode("utf-8", "replace"))]
     chosen = run.settings.origin(f"template:{template.name}", "mode") != "default"
-    if not chosen and any(map(looks_secret, names)):
+    if not chosen and any(map(SECRET_NAME.search, names)):
         mode = 0o640  # what is secret is not for every user of the host
     parent, _, name = template.target.rpartition("/")
     path = os.fsencode(template.target)
@@ -8151,7 +8067,7 @@ def rescan_release(run: Run, release: str) -> None:
     """Hash again what a hook may have changed."""
     try:
         total = count_members(run.manifest)["bytes"]
-        with closing(run.console.progress("hash", total)) as progress, \
+        with run.console.progress("hash", total) as progress, \
                 run.store.directory("releases").child(release) as directory:
             run.manifest = scan_tree(directory, watching(run, progress))
     except ArtifactRefused as error:
@@ -8261,7 +8177,7 @@ def make_probes(word: str, settings: Settings, facts: Facts, move: Move) -> List
     """Ask the running service whether it is healthy, and which version it is."""
 
     def ask(run: Run, probe: Any) -> str:
-        with closing(run.console.progress(f"probe:{probe.name}")) as progress:
+        with run.console.progress(f"probe:{probe.name}") as progress:
             found = run_probe(run, probe, move_context(run, move), expect_release=True,
                               progress=progress, restarted=True)
         if not found.ok:
@@ -8456,9 +8372,9 @@ class Executor:
             seconds, mask = time.monotonic() - started_seconds, console.secrets.mask_json
             run.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
                                                 mask(run.output), format_time(started_at)))
-            console.painted("warn" if status == "failed" and step.optional else status,
-                            f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
-                            {"event": f"step_{status}", "result": status})
+            console.say(f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
+                        {"event": f"step_{status}", "result": status},
+                        status="warn" if status == "failed" and step.optional else status)
             console.log_context.pop("step", None)
         if step.noted:
             self.enter(step.noted)
@@ -8600,7 +8516,8 @@ class Executor:
         """After the switch: make the old release live again; RolledBack or RollbackFailed."""
         run, plan, console = self.run, self.plan, self.run.console
         run.interrupts.close()
-        console.painted("warn", f"going back to {plan.from_release or 'what was before: nothing'}")
+        console.say(f"going back to {plan.from_release or 'what was before: nothing'}",
+                    status="warn")
         problems: List[str] = []
         self.mark_undone([step for step in self.done
                           if step.phase != PHASE_STAGING and step.name != "verify"])
@@ -9256,14 +9173,15 @@ def preflight(run: Run, *, show: bool = True) -> None:
         if result.status == "warn":
             console.warn(f"{result.name}: {result.detail}")
         elif result.status == "fail":
-            console.painted("fail", f"{result.name}: {result.detail}")
+            console.say(f"{result.name}: {result.detail}", status="fail")
         else:
             console.debug(f"{result.status:<5} {result.name}: {result.detail}")
     if not failed:
         outcome.release, outcome.previous = ends
         if show:
             seconds = format_seconds(time.monotonic() - started_seconds)
-            console.painted("ok", f"{'preflight':<20} {seconds:>7}  {count(len(results), 'check')}")
+            console.say(f"{'preflight':<20} {seconds:>7}  {count(len(results), 'check')}",
+                            status="ok")
         return
     if run.facts.refusal:
         raise run.facts.refusal
@@ -9758,7 +9676,7 @@ def command_config(run: Run) -> None:
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
-        private = looks_secret(key) and (section in ("env", "vars") or key.startswith("header."))
+        private = SECRET_NAME.search(key) and (section in ("env", "vars") or key.startswith("header."))
         shown = MASK if private and text else text.replace("\n", " | ")
         rows.append((section, key, shown, origin))
     run.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
@@ -9782,10 +9700,10 @@ def wait_splay(run: Run) -> None:
     run.console.say(f"{would} {format_seconds(seconds)} of --splay {text}")
     run.console.working(f"waiting {format_seconds(seconds)} of --splay {text}", seconds)
     ends_seconds = time.monotonic() + seconds
-    with closing(run.console.progress("splay", round(seconds))) as progress:
+    with run.console.progress("splay", round(seconds)) as progress:
         while time.monotonic() < ends_seconds and not run.flags.dry_run:
             left_seconds = ends_seconds - time.monotonic()
-            progress.update(round(seconds - left_seconds), format_seconds(left_seconds))
+            progress(round(seconds - left_seconds), format_seconds(left_seconds))
             run.interrupts.wait(min(1.0, left_seconds))
 
 
@@ -10230,7 +10148,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
             text += f", {count(summary['warnings'], 'warning')}"
         console.say(f"{text} in {format_seconds(seconds)}", None if error else end)
     elif not error and run.flags.command in WRITING:
-        console.note(outcome.message, end)
+        console.say(outcome.message, end, shown="")
     if error:
         console.error(error.message, error.hint, end)
     elif (outcome.changed or console.warnings) and not dry_run:
@@ -10445,7 +10363,7 @@ class ModuleConsole(Console):
         with suppress(OSError):
             write_all(self._answer, text.encode("ascii"))
 
-    def _write(self, stream: Any, text: str, level: int = 0) -> None:
+    def _write(self, stream: Any, text: str, level: str = "") -> None:
         pass
 
 
@@ -10622,7 +10540,7 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
     for values in [settings.env, settings.vars, *[receiver.header for receiver in receivers]]:
         named += values.items()
-    found = [value for name, value in named if looks_secret(name)]
+    found = [value for name, value in named if SECRET_NAME.search(name)]
     for receiver in receivers:
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
@@ -10632,7 +10550,7 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
         found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
-                  if len(value) >= 8 or looks_secret(name)]
+                  if len(value) >= 8 or SECRET_NAME.search(name)]
         for url in [receiver.url, *texts] if hasattr(receiver, "type") else ():
             # The long words of a notifier's path let anybody post there.
             found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])

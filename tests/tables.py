@@ -12,6 +12,20 @@ from typing import Any, Dict, List, Sequence, Tuple
 from support import TOP, load_deploy
 
 README = TOP / "README.md"
+EXIT_CODES = {
+    0: "done, or nothing to do",
+    1: "failed before activation (a hook, a step, the disk); `current` is as before",
+    2: "usage, configuration, or a Python without a module that is needed; nothing was changed",
+    3: "preflight failed; nothing was changed",
+    4: "artifact refused: missing, checksum, unsafe or damaged archive, known bad",
+    5: "failed after activation and rolled back; the previous release is live again",
+    6: "failed, and the rollback failed too: a person is needed, the message says what to do",
+    7: "a read-only command found a problem (probe, verify, status, history --verify)",
+    10: "something changed (only with --detailed-exitcode)",
+    70: "an internal error; a traceback is shown",
+    75: "another run holds the lock",
+    130: "interrupted by SIGINT before activation; everything undone (143: by SIGTERM or SIGHUP)",
+}
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -57,7 +71,7 @@ def options_table(deploy: Any, wanted: str) -> str:
 def table(deploy: Any, name: str) -> str:
     """One table by its name."""
     plain = {
-        "exit-codes": (("code", "means"), [(str(code), text) for code, text in deploy.EXIT_CODES]),
+        "exit-codes": (("code", "means"), [(str(code), text) for code, text in EXIT_CODES.items()]),
         "events": (("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in deploy.EVENTS.items()]),
         "metrics": (("metric", "means"), [(f"`{name}`", text) for name, _, text in deploy.METRICS]),
         "notify-events": (("event", "means"), [(f"`{name}`", text) for name, text in deploy.NOTIFY_EVENTS]),

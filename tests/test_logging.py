@@ -354,7 +354,7 @@ def test_why_syslog_cannot_be_reached_is_told_to_who_asks(app: App, tmp_path: Pa
 
 def says(handler: Any, text: str) -> None:
     """Have a line written."""
-    handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR, "context": {}, "event": {}}))
+    handler.emit(logging.makeLogRecord({"msg": text, "levelname": "ERROR", "context": {}, "event": {}}))
 
 
 def test_a_syslog_that_was_started_anew_gets_the_next_line(tmp_path: Path) -> None:
