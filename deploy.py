@@ -940,10 +940,27 @@ def reason(error: Exception) -> str:
 
 def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
     """Write everything, however many calls the kernel wants for it."""
-    written_bytes = os.write(descriptor, data)
-    view = memoryview(data)[written_bytes:] if written_bytes < len(data) else b""
+    view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view):]
+
+
+def open_file(path: str, flags: int = 0, dir_fd: Optional[int] = None) -> Any:
+    """Open a regular file as a binary stream, never waiting; OSError(EINVAL) for what is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: str, limit_bytes: int, flags: int = 0, dir_fd: Optional[int] = None) -> bytes:
+    """Read a regular file, never waiting; OSError(EFBIG) for one beyond the limit."""
+    with open_file(path, flags, dir_fd) as stream:
+        data: bytes = stream.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(errno.EFBIG, f"larger than {format_size(limit_bytes)}", path)
+    return data
 
 
 class Descriptor:
@@ -1031,15 +1048,13 @@ class Directory(Descriptor):
     def read(self, name: str, limit_bytes: int = MAX_STATE_BYTES) -> Optional[bytes]:
         """Return a regular file's bytes, or None where there is no such file."""
         try:
-            descriptor = os.open(name, _READ_FLAGS, dir_fd=self.descriptor)
+            return read_file(name, limit_bytes, os.O_NOFOLLOW, self.descriptor)
         except FileNotFoundError:
             return None
-        return read_descriptor(descriptor, f"{self.path}/{name}", limit_bytes)
 
     def stream(self, name: str) -> Any:
         """Open a regular file for reading as binary; FileNotFoundError where there is none."""
-        descriptor = os.open(name, _READ_FLAGS, dir_fd=self.descriptor)
-        return open_regular(descriptor, f"{self.path}/{name}")
+        return open_file(name, os.O_NOFOLLOW, self.descriptor)
 
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> None:
         """Replace a file durably: a temporary file, fsync, rename, fsync of the directory."""
@@ -1106,23 +1121,6 @@ class Directory(Descriptor):
         os.fsync(self.descriptor)
 
 
-def open_regular(descriptor: int, path: str) -> Any:
-    """Make a binary stream of a descriptor; OSError(EINVAL) for what is no regular file."""
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return os.fdopen(descriptor, "rb")
-
-
-def read_descriptor(descriptor: int, path: str, limit_bytes: int) -> bytes:
-    """Read a regular file from a descriptor and close it; OSError(EFBIG) beyond the limit."""
-    with open_regular(descriptor, path) as stream:
-        data = stream.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise OSError(errno.EFBIG, f"larger than {format_size(limit_bytes)}", path)
-    return data
-
-
 def temporary_name(name: str) -> str:
     """Make a name no earlier run can have left behind."""
     return f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
@@ -1167,23 +1165,22 @@ def user_name(uid: int = -1) -> str:
         return str(uid)
 
 
-def traceparent() -> str:
-    """Return $TRACEPARENT where it is one of W3C trace context, version 00, else nothing."""
-    text = environment("TRACEPARENT")
-    pattern = r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z"
-    return text if re.match(pattern, text) else ""
+def traceparent(parent: str = "") -> str:
+    """Return $TRACEPARENT where it is one of W3C trace context, version 00, else nothing.
 
-
-def child_traceparent() -> str:
-    """Return what children are handed: the same trace, with this run as their parent."""
-    words = traceparent().split("-")
-    return "-".join([*words[:2], os.urandom(8).hex(), words[3]]) if len(words) == 4 else ""
+    Children are handed the same trace, with this run for their `parent`.
+    """
+    found = re.match(r"(00-(?!0{32})[0-9a-f]{32}-)((?!0{16})[0-9a-f]{16})(-[0-9a-f]{2})\Z",
+                     environment("TRACEPARENT"))
+    return f"{found[1]}{parent or found[2]}{found[3]}" if found else ""
 
 
 def who() -> Dict[str, Any]:
     """Say who runs this and as whom, where, what started it, and the trace it is part of.
 
     The person is sudo's (which anybody but root may have invented), else the login's, else ours.
+    What started it is a guess: Ansible is known by the name of its modules, and cron gives
+    everybody the same shell, and nobody a terminal.
     """
     import pwd
     uid = os.geteuid()
@@ -1199,26 +1196,18 @@ def who() -> Dict[str, Any]:
             uid = pwd.getpwnam(environment("SUDO_USER")).pw_uid
     except KeyError:
         pass
+    started_by = [("ansible", os.path.basename(sys.argv[0]).startswith("AnsiballZ_")),
+                  ("systemd", environment("INVOCATION_ID")),
+                  ("ssh", environment("SSH_CONNECTION")),
+                  ("terminal", sys.stdin and sys.stdin.isatty()),
+                  ("cron", environment("SHELL") == "/bin/sh" and environment("LOGNAME")
+                   and not environment("TERM")),
+                  ("script", True)]
     by = {"user": user_name(uid), "uid": uid, "as": user_name(), "host": os.uname().nodename,
-          "pid": os.getpid(), "trigger": started_by()}
+          "pid": os.getpid(), "trigger": next(name for name, found in started_by if found)}
     if traceparent():
         by["traceparent"] = traceparent()
     return by
-
-
-def started_by() -> str:
-    """Guess what started this run: Ansible (by the name of its modules), systemd, a person."""
-    if os.path.basename(sys.argv[0]).startswith("AnsiballZ_"):
-        return "ansible"
-    if environment("INVOCATION_ID"):
-        return "systemd"
-    if environment("SSH_CONNECTION"):
-        return "ssh"
-    if sys.stdin is not None and sys.stdin.isatty():
-        return "terminal"
-    # cron gives everybody the same shell, and nobody a terminal.
-    is_cron = environment("SHELL") == "/bin/sh" and environment("LOGNAME")
-    return "cron" if is_cron and not environment("TERM") else "script"
 
 
 def process_is_alive(pid: int) -> bool:
@@ -1280,14 +1269,36 @@ def private_file(name: str, path: str) -> str:
 
 # -- commands ----------------------------------------------------------------
 
-class CommandResult(NamedTuple):
+class CommandResult:
     """How a command ended: exit code (negative: the signal), and the last lines it wrote."""
 
-    argv: List[str]
-    exit_code: int
-    timed_out: bool
-    tail: List[str]
-    seconds: float
+    def __init__(self, argv: Sequence[str], mask: Callable[[str], str],
+                 on_line: Callable[[str], Any]) -> None:
+        self.argv = list(argv)
+        self.exit_code = 127
+        self.timed_out = False
+        self.tail: List[str] = []
+        self.seconds = 0.0
+        self._mask = mask
+        self._on_line = on_line
+        self._rest = b""
+
+    def take(self, data: bytes) -> None:
+        """Take a piece of its output: whole lines are masked, cut, passed on, and the last kept."""
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[:MASKED_BYTES]
+        # Masked all at once, which costs little however many lines there are.
+        block = b"\n".join(line[:MASKED_BYTES] for line in lines)
+        text = self._mask(block.decode("utf-8", "backslashreplace"))
+        for line in text.split("\n") if lines else ():
+            self.tail.append(line.rstrip("\r")[:OUTPUT_LINE_CHARACTERS])
+            self._on_line(self.tail[-1])
+        del self.tail[:-OUTPUT_TAIL_LINES]
+
+    def end(self) -> None:
+        """Take the last line, which has no end."""
+        if self._rest:
+            self.take(b"\n")
 
     @property
     def ok(self) -> bool:
@@ -1358,118 +1369,68 @@ def become_user(name: str) -> Callable[[], None]:
     return change
 
 
-class RunningCommand:
-    """A command in a session of its own, whose output is read as it comes.
-
-    The wait ends when the command itself ends: a background child that still
-    holds its stdout is not waited for.
-    """
-
-    POLL_SECONDS = 0.02
-    KILL_AFTER_SECONDS = 5.0
-    READ_BYTES = 1 << 14  # between two looks for a signal, and this may be as many lines
-    DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full is left alone
-
-    def __init__(self, argv: Sequence[str], environ: Dict[str, str], directory: str,
-                 run_as: str = "", mask: Callable[[str], str] = str) -> None:
-        import subprocess
-        self.argv = list(argv)
-        self.tail: Any = deque(maxlen=OUTPUT_TAIL_LINES)
-        self._mask = mask
-        self._rest = b""
-        self._started_seconds = time.monotonic()
-        # The program is looked up in the child's PATH, the one the operator is shown.
-        self._process: Any = subprocess.Popen(
-            self.argv, env=environ, cwd=directory, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=become_user(run_as) if run_as else None)
-        self._output = self._process.stdout.fileno()
-        os.set_blocking(self._output, False)
-
-    def wait(self, timeout_seconds: float, on_line: Callable[[str], None],
-             interrupts: "Interrupts") -> CommandResult:
-        """Read its output until it ends; when its time is up, or on any error, kill its group."""
-        timed_out = False
-        pause_seconds = 0.001
-        try:
-            while self._process.poll() is None and not timed_out:
-                left_seconds = timeout_seconds - (time.monotonic() - self._started_seconds)
-                timed_out = left_seconds <= 0
-                if self._output < 0:
-                    interrupts.wait(min(pause_seconds, left_seconds))
-                    pause_seconds = min(self.POLL_SECONDS, 2 * pause_seconds)
-                elif interrupts.wait(min(self.POLL_SECONDS, left_seconds), self._output):
-                    self._read(on_line)
-        finally:
-            seconds = time.monotonic() - self._started_seconds  # killing it is not its time
-            if self._process.poll() is None:
-                self._kill_group()
-            for _ in range(self.DRAIN_READS):
-                if not self._read(on_line):
-                    break
-            if self._rest:
-                self._emit([self._rest], on_line)
-            self._process.stdout.close()
-        exit_code = self._process.returncode
-        if exit_code is None:
-            exit_code = -signal.SIGKILL
-        return CommandResult(self.argv, exit_code, timed_out, list(self.tail), seconds)
-
-    def _read(self, on_line: Callable[[str], None]) -> bool:
-        """Take what is there; tells whether there was anything."""
-        if self._output < 0:
-            return False
-        try:
-            data = os.read(self._output, self.READ_BYTES)
-        except BlockingIOError:
-            return False
-        if not data:
-            self._output = -1
-            return False
-        *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = rest[:MASKED_BYTES]
-        if lines:
-            self._emit(lines, on_line)
-        return True
-
-    def _emit(self, lines: List[bytes], on_line: Callable[[str], None]) -> None:
-        # Masked all at once, which costs little however many lines there are.
-        block = b"\n".join(line[:MASKED_BYTES] for line in lines)
-        for line in self._mask(block.decode("utf-8", "backslashreplace")).split("\n"):
-            line = line.rstrip("\r")[:OUTPUT_LINE_CHARACTERS]
-            self.tail.append(line)
-            on_line(line)
-
-    def _kill_group(self) -> None:
-        """TERM to the whole group, KILL after a grace period."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                # KILL also when the leader is gone: its children may have ignored TERM.
-                os.killpg(self._process.pid, number)
-            except (ProcessLookupError, PermissionError):
-                pass  # what sudo started is another user's, and is not waited for for ever
-            ends_seconds = time.monotonic() + self.KILL_AFTER_SECONDS
-            while self._process.poll() is None and time.monotonic() < ends_seconds:
-                time.sleep(self.POLL_SECONDS)
+POLL_SECONDS = 0.02
+KILL_AFTER_SECONDS = 5.0
+READ_BYTES = 1 << 14  # between two looks for a signal, and this may be as many lines
+DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full is left alone
 
 
-def run_command(argv: Sequence[str], *, environ: Optional[Dict[str, str]] = None,
-                directory: str = "/", timeout_seconds: float = 60.0,
-                on_line: Callable[[str], Any] = str, run_as: str = "",
-                interrupts: "Interrupts", mask: Callable[[str], str] = str) -> CommandResult:
-    """Run a command to its end, without a shell, stdin closed, in its own process group.
+def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str = "/",
+                environ: Optional[Dict[str, str]] = None, timeout_seconds: float = 60.0,
+                kill_after_seconds: float = KILL_AFTER_SECONDS, run_as: str = "",
+                on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str
+                ) -> CommandResult:
+    """Run a command to its end, without a shell, stdin closed, in a session of its own.
 
-    `environ` is the whole environment; without it a minimal one is made.  A
-    signal ends it, group and all.  `mask` is applied to each line before it is
-    cut.  A program that cannot be started gives exit code 127 and says why in `tail`.
+    `environ` is the whole environment (its PATH leads to the program); without it a minimal one
+    is made.  When its time is up, on a signal or any error, its whole group is killed.  `mask` is
+    applied to each line before it is cut.  A program that cannot be started gives exit code 127
+    and says why in `tail`.  A child that still holds its stdout is not waited for.
     """
     import subprocess
+    result = CommandResult(argv, mask, on_line)
+    change = become_user(run_as) if run_as else None
+    started_seconds = time.monotonic()
     try:
-        running = RunningCommand(argv, environ or base_environment(), directory, run_as, mask)
-        return running.wait(timeout_seconds, on_line, interrupts)
+        process: Any = subprocess.Popen(
+            result.argv, bufsize=0, env=environ or base_environment(), cwd=directory,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=change)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        why = f"cannot start {argv[0]}: {reason(error)}"
-        return CommandResult(list(argv), 127, False, [why], 0.0)
+        result.tail = [f"cannot start {argv[0]}: {reason(error)}"]
+        return result
+    output = process.stdout
+    os.set_blocking(output.fileno(), False)
+    data = b"begins"
+    pause_seconds = 0.001
+    try:
+        while process.poll() is None and not result.timed_out:
+            left_seconds = timeout_seconds - (time.monotonic() - started_seconds)
+            result.timed_out = left_seconds <= 0
+            if data == b"":  # it has closed its output
+                interrupts.wait(min(pause_seconds, left_seconds))
+                pause_seconds = min(POLL_SECONDS, 2 * pause_seconds)
+            elif interrupts.wait(min(POLL_SECONDS, left_seconds), output.fileno()):
+                data = output.read(READ_BYTES)
+                result.take(data or b"")
+    finally:
+        result.seconds = time.monotonic() - started_seconds  # killing it is not its time
+        for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
+            # KILL also when the leader is gone: its children may have ignored TERM.  What sudo
+            # started is another user's, and is not waited for for ever.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(kill_after_seconds)
+        for _ in range(DRAIN_READS):
+            data = output.read(READ_BYTES)
+            if not data:
+                break
+            result.take(data)
+        result.end()
+        output.close()
+    result.exit_code = -signal.SIGKILL if process.returncode is None else process.returncode
+    return result
 
 
 _F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
@@ -1501,81 +1462,71 @@ def start_filter(argv: Sequence[str], pipe_bytes: int, memory_bytes: int = 0) ->
 
 # -- threads and forked processes --------------------------------------------
 
-class Worker:
-    """Work in a second thread, which does not outlive the program; OSError where there is none.
+def start_thread(work: Callable[[], None]) -> Any:
+    """Do work in a second thread, which does not outlive the program; OSError where there is none.
 
-    Up to Python 3.9 a thread that ends calls pthread_exit(3), and the C library
-    aborts the whole process when it cannot load libgcc_s then: so it is loaded
-    before, and where an image has none, a thread that is done sleeps on.
+    Returns an event that is set once the work is done.  Up to Python 3.9 a thread that ends calls
+    pthread_exit(3), and the C library aborts the whole process when it cannot load libgcc_s then:
+    so it is loaded before, and where an image has none, a thread that is done sleeps on.
     """
+    import threading
+    done = threading.Event()
+    may_end = sys.version_info >= (3, 10)
+    if not may_end:
+        with suppress(ImportError, OSError):
+            import ctypes
+            may_end = bool(ctypes.CDLL("libgcc_s.so.1"))
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        import threading
-        self._work = work
-        self._done = threading.Event()
-        self._may_end = sys.version_info >= (3, 10)
-        if not self._may_end:
-            try:
-                import ctypes
-                self._may_end = bool(ctypes.CDLL("libgcc_s.so.1"))
-            except (ImportError, OSError):
-                pass
+    def run() -> None:
         try:
-            threading.Thread(target=self._run, daemon=True).start()
-        except RuntimeError as error:
-            # What fork(2) gives at the limit of processes, which threads count for.
-            raise OSError(errno.EAGAIN, str(error))
-
-    def _run(self) -> None:
-        try:
-            self._work()
+            work()
         finally:
-            self._done.set()
-            while not self._may_end:
+            done.set()
+            while not may_end:
                 time.sleep(3600)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until the work is done, at most so long; tell whether it is."""
-        return bool(self._done.wait(seconds))
+    try:
+        threading.Thread(target=run, daemon=True).start()
+    except RuntimeError as error:
+        # What fork(2) gives at the limit of processes, which threads count for.
+        raise OSError(errno.EAGAIN, str(error))
+    return done
 
 
-class EarlySync(Descriptor):
-    """Has a filesystem written to the disk while it is being filled.
+SYNC_PAUSE_SECONDS = 0.1
 
-    So the sync at the end, which alone counts, is short.  Through a descriptor
-    of its own: each is told once of a write that failed, and it is the sync at
-    the end that must hear of it.
+
+@contextmanager
+def early_sync(directory: int) -> Iterator[int]:
+    """Have a filesystem written to the disk while it is being filled.
+
+    So the sync at the end, which alone counts, is short.  Through a descriptor of its own, which
+    this gives: each is told once of a write that failed, and it is the sync at the end that must
+    hear of it.
     """
+    import threading
+    ended = threading.Event()
+    own = os.open(".", _DIRECTORY_FLAGS, dir_fd=directory)
 
-    SHORTEST_PAUSE_SECONDS = 0.1
-
-    def __init__(self, directory: Directory) -> None:
-        import threading
-        self.descriptor = os.open(".", _DIRECTORY_FLAGS, dir_fd=directory.descriptor)
-        self._ended = threading.Event()
-        self._worker: Any = None
-        try:
-            self._worker = Worker(self._run)
-        except OSError:
-            pass  # no thread to be had: all is written at the end
-
-    def _run(self) -> None:
-        pause_seconds = self.SHORTEST_PAUSE_SECONDS
-        try:
-            while not self._ended.wait(pause_seconds):
+    def work() -> None:
+        pause_seconds = SYNC_PAUSE_SECONDS
+        with suppress(OSError):  # the last sync says why
+            while not ended.wait(pause_seconds):
                 started_seconds = time.monotonic()
-                sync_filesystem(self.descriptor)
+                sync_filesystem(own)
                 # A slow disk has at least half of the time to itself.
-                pause_seconds = max(self.SHORTEST_PAUSE_SECONDS, time.monotonic() - started_seconds)
-        except OSError:
-            pass  # the last sync says why
+                pause_seconds = max(SYNC_PAUSE_SECONDS, time.monotonic() - started_seconds)
 
-    def close(self) -> None:
-        """Let it end, and wait for that."""
-        self._ended.set()
-        while self._worker and not self._worker.wait(WATCH_SECONDS):
-            pass
-        super().close()
+    try:
+        done = start_thread(work)
+    except OSError:
+        done = ended  # no thread to be had: all is written at the end
+    try:
+        yield own
+    finally:
+        ended.set()
+        done.wait()
+        os.close(own)
 
 
 class Forked:
@@ -2438,8 +2389,7 @@ def read_ini(path: str, mistakes: List[UsageError]) -> Layer:
     parser.optionxform = str  # type: ignore  # keys keep their case
     directory = os.path.dirname(absolute(path))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        text = read_descriptor(descriptor, path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+        text = read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
         parser.read_string(text, path)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {reason(error)}",
@@ -3324,7 +3274,7 @@ class Run:
         self.interrupts = interrupts
         self.flags = flags
         self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
-        self.traceparent = child_traceparent()
+        self.traceparent = traceparent(os.urandom(8).hex())
         self.by = who()
         self.note = console.secrets.mask(getattr(flags, "message", None) or "")
         self.application = settings.deploy.application or \
@@ -3655,8 +3605,7 @@ class Artifact(Descriptor):
         for source, own in ((name + ".sha256", True), ("SHA256SUMS", False)):
             path = os.path.join(directory, source)
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                entries = parse_digests(read_descriptor(descriptor, path, MAX_SIDECAR_BYTES))
+                entries = parse_digests(read_file(path, MAX_SIDECAR_BYTES))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except (OSError, ValueError) as error:
@@ -4476,7 +4425,7 @@ class Pump:
         self._stopping = False
         self._empty = queue.Empty
         self._queue: Any = queue.Queue(QUEUE_BLOCKS)
-        self._worker = Worker(self._run)
+        self._worker = start_thread(self._run)
 
     def blocks(self) -> Iterator[Any]:
         """Give what was decoded; afterwards the artifact knows what its bytes have."""
@@ -5565,8 +5514,7 @@ MOST_REDIRECTS = 20
 
 def read_text(path: str) -> str:
     """Read a regular file of at most 64 KiB; never waits for a FIFO."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    return read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
+    return read_file(path, 65536).decode("utf-8", "replace")
 
 
 def spell(argv: Sequence[str]) -> str:
@@ -6081,9 +6029,9 @@ class PidfileService(Service):
         """
         path = self.settings.pidfile
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            found = os.fstat(descriptor)
-            text = read_descriptor(descriptor, path, 65536).decode("utf-8", "replace")
+            with open_file(path, os.O_NOFOLLOW) as stream:
+                found = os.fstat(stream.fileno())
+                text = stream.read(65536).decode("utf-8", "replace")
         except FileNotFoundError as error:
             raise LookupError(f"{path}: {reason(error)}")
         except OSError as error:
@@ -7904,7 +7852,7 @@ def do_unpack(run: Run) -> str:
             release = stack.enter_context(run.store.directory("releases").child(live))
             sharer = stack.enter_context(Sharer(release, how))
         if run.settings.deploy.durable:
-            stack.enter_context(EarlySync(tree))
+            stack.enter_context(early_sync(tree.descriptor))
         run.manifest, notes = unpack(
             run.artifact, tree, run.settings, watching(run, progress), sharer)
     for note in notes:
@@ -10103,14 +10051,13 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
 def run_notifier(run: Run, settings: Any, context: Context, event: str, text: str
                  ) -> Dict[str, Any]:
     """Run a command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT."""
-    RunningCommand.KILL_AFTER_SECONDS = NOTIFY_GRACE_SECONDS  # in this forked process alone
     environ = child_environment(run, context, {
         "DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": event, "DEPLOY_TEXT": text})
     result = run_command(
         [native(word) for word in settings.command], environ=environ,
         directory=working_directory(context), run_as=run.settings.hooks.run_as,
         timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS, interrupts=Interrupts(),
-        mask=run.console.secrets.mask)
+        kill_after_seconds=NOTIFY_GRACE_SECONDS, mask=run.console.secrets.mask)
     last = f": {result.tail[-1]}" if result.tail else ""
     return {} if result.ok else {"error": f"{spell(result.argv)} {result.verdict()}{last}"}
 
@@ -10320,8 +10267,7 @@ def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
     if len(argv) != 1 or "/" not in argv[0] or argv[0].startswith("-"):
         return None
     try:
-        descriptor = os.open(argv[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        data = read_descriptor(descriptor, argv[0], MAX_CONFIG_BYTES)
+        data = read_file(argv[0], MAX_CONFIG_BYTES)
         if not data.lstrip().startswith(b"{"):
             return None
         parameters = json.loads(data.decode("utf-8"))

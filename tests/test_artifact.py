@@ -821,12 +821,11 @@ def test_a_filesystem_is_synced_while_it_is_filled_through_a_descriptor_of_its_o
     synced = queue.Queue()
     monkeypatch.setattr(deploy, "sync_filesystem", lambda descriptor: synced.put(os.fstat(descriptor)))
     with deploy.Directory.open(str(tmp_path)) as directory:
-        with deploy.EarlySync(directory) as early:
+        with deploy.early_sync(directory.descriptor) as used:
             for _ in range(3):
                 assert os.path.samestat(synced.get(timeout=60), os.stat(str(tmp_path)))
             os.set_blocking(directory.descriptor, False)
-            assert os.get_blocking(early.descriptor), "a copy of the descriptor shares the open file"
-            used = early.descriptor
+            assert os.get_blocking(used), "a copy of the descriptor shares the open file"
         synced.queue.clear()
         assert not os.path.exists(f"/proc/self/fd/{used}") and synced.empty()
 
@@ -839,7 +838,9 @@ def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path,
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(deploy, "sync_filesystem", fail)
-    monkeypatch.setattr(deploy, "Worker", work.append)
-    with deploy.Directory.open(str(tmp_path)) as directory, deploy.EarlySync(directory) as early:
+    done = threading.Event()
+    done.set()
+    monkeypatch.setattr(deploy, "start_thread", lambda run: work.append(run) or done)
+    with deploy.Directory.open(str(tmp_path)) as directory, deploy.early_sync(directory.descriptor) as used:
         work[0]()  # here, where an exception would be seen
-        assert failed == [early.descriptor]
+        assert failed == [used]

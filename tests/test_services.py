@@ -219,14 +219,14 @@ def test_a_signal_while_the_journal_is_asked_leaves_no_process(systemd, monkeypa
     systemd.on["restart"] = {"code": 1}
     service, started = unit(systemd), []
 
-    class Signalled(deploy.RunningCommand):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            if self.argv[0] == "journalctl":
-                started.append(self._process.pid)
+    class Signalled(subprocess.Popen):
+        def __init__(self, argv, **options):
+            super().__init__(argv, **options)
+            if argv[0] == "journalctl":
+                started.append(self.pid)
                 os.kill(os.getpid(), signal.SIGTERM)  # as one that comes when it has just been forked
 
-    monkeypatch.setattr(deploy, "RunningCommand", Signalled)
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
     before = {number: signal.getsignal(number) for number in deploy.Interrupts.SIGNALS}
     service.run.interrupts.install()
     try:
