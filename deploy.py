@@ -527,14 +527,10 @@ class LogFile(Log):
 
     def send(self, record: Any) -> None:
         """Write one line, in one call, to a new file where logrotate has moved the old one."""
-        try:
-            is_moved = not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            is_moved = True
         with suppress(OSError):  # no place for a new one: the one that was moved takes the rest
-            if is_moved:
-                replaced, self._descriptor = self._descriptor, self._open()
-                os.close(replaced)
+            descriptor = self._open()
+            os.dup2(descriptor, self._descriptor, inheritable=False)
+            os.close(descriptor)
         stamp = "" if self.as_json else f"{format_time(record.created)} {record.levelname} "
         data = f"{stamp}{self.line(record, record.msg)}\n".encode("utf-8", "backslashreplace")
         if os.write(self._descriptor, data) < len(data):
@@ -572,8 +568,8 @@ class Syslog(Log):
                 "utf-8", "backslashreplace")
         now = time.localtime(record.created)
         stamp = f"{time.strftime('%b', now)} {now.tm_mday:2d} {time.strftime('%H:%M:%S', now)}"
-        is_remote = not isinstance(self._addresses[0][1], str)
-        host = os.uname().nodename.partition(".")[0] + " " if is_remote else ""
+        is_local = isinstance(self._addresses[0][1], str)
+        host = "" if is_local else os.uname().nodename.partition(".")[0] + " "
         priority = self._facility * 8 + PRIORITIES[record.levelname.lower()]
         head = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: "
         started_seconds = time.monotonic()
@@ -582,25 +578,23 @@ class Syslog(Log):
         finally:
             self._patience_seconds -= time.monotonic() - started_seconds
 
-    def _deliver(self, data: bytes) -> None:
+    def _deliver(self, data: bytes, *, is_last: bool = False) -> None:
         import socket
-        for is_last in (False, True):
-            family, address = self._addresses[0]
-            try:
-                if self._socket is None:
-                    self._socket = socket.socket(family, socket.SOCK_DGRAM)
-                    self._socket.connect(address)
-                self._socket.settimeout(max(0.0, self._patience_seconds))
-                self._socket.send(data)
-                return
-            except OSError as error:
-                if self._socket is not None:
-                    self._socket.close()
-                self._socket = None
-                # It was started anew, or does not listen at this one of its addresses.
-                self._addresses.append(self._addresses.pop(0))
-                if is_last or not isinstance(error, ConnectionError):
-                    raise
+        try:
+            if self._socket is None:
+                self._socket = socket.socket(self._addresses[0][0], socket.SOCK_DGRAM)
+                self._socket.connect(self._addresses[0][1])
+            self._socket.settimeout(max(0.0, self._patience_seconds))
+            self._socket.send(data)
+        except OSError as error:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
+            # It was started anew, or does not listen at this one of its addresses.
+            self._addresses.append(self._addresses.pop(0))
+            if is_last or not isinstance(error, ConnectionError):
+                raise
+            self._deliver(data, is_last=True)
 
 
 # -- the journal -------------------------------------------------------------
@@ -623,29 +617,6 @@ JOURNAL_FIELDS = {
 }
 
 
-def send_to_journal(level: str, message: str, about: Dict[str, str]) -> bool:
-    """Send an event by the journal's native protocol, with its fields; tells whether it got there.
-
-    `journalctl DEPLOY_ID=... -o json` shows them.
-    """
-    import socket
-    fields = {"MESSAGE": message[:JOURNAL_MESSAGE_CHARACTERS], "PRIORITY": str(PRIORITIES[level]),
-              "MESSAGE_ID": EVENTS[about["event"]], "SYSLOG_IDENTIFIER": "deploy.py"}
-    fields.update((JOURNAL_FIELDS[name], value) for name, value in about.items()
-                  if name in JOURNAL_FIELDS and value)
-    entry = b""
-    for name, text in fields.items():  # in the form that any value may have
-        value = text.encode("utf-8", "backslashreplace")
-        entry += name.encode("ascii") + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-            journal.settimeout(1.0)
-            journal.sendto(entry, JOURNAL_SOCKET)
-    except OSError:
-        return False
-    return True
-
-
 # -- the console -------------------------------------------------------------
 
 class Console:
@@ -656,22 +627,23 @@ class Console:
     LEVELS = {"fail": "error", "failed": "error", "warn": "warning"}  # of a line with such a word
     STATUS_CHARACTERS = 256  # systemd throws a datagram over 4096 bytes away as a whole
 
+    json_mode = False
+    quiet = False
+    verbose = False
+    colour = False
+    utf8 = False
+    shows_progress = False
+    supervisor = ""  # $NOTIFY_SOCKET, where systemd listens
+    is_result_lost = False  # what stdout should hold is not there: its disk is full
+
     def __init__(self, journal_stream: str = "") -> None:
         self.secrets = Secrets()
-        self.json_mode = False
-        self.quiet = False
-        self.verbose = False
-        self.colour = False
-        self.utf8 = False
-        self.shows_progress = False
         self.warnings: List[str] = []
         self.log_context: Dict[str, str] = {}  # what every line of the log is about
-        self.supervisor = ""  # $NOTIFY_SOCKET, where systemd listens
         self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
-        self.is_result_lost = False  # what stdout should hold is not there: its disk is full
         self._log: Any = None
         self._held: List[Tuple[str, str, Dict[str, str]]] = []
-        self._broken: Set[int] = set()
+        self._broken: List[Any] = []
         self._bound_seconds = UNLIMITED_SECONDS
         self._in_journal = []  # those that lead to $JOURNAL_STREAM (device:inode, systemd.exec(5))
         for stream in (sys.stdout, sys.stderr):
@@ -679,17 +651,6 @@ class Console:
                 found = os.fstat(stream.fileno())
                 if journal_stream == f"{found.st_dev}:{found.st_ino}":
                     self._in_journal.append(stream)
-
-    def configure(self, *, json_mode: bool, quiet: bool, verbose: bool, color: bool,
-                  utf8: bool) -> None:
-        """Choose what is shown, from the command line and from what the terminal can do."""
-        terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.json_mode = json_mode
-        self.quiet = quiet
-        self.verbose = verbose
-        self.utf8 = utf8
-        self.colour = terminal and color
-        self.shows_progress = terminal and not quiet
 
     def add_log(self, log: Log) -> None:
         """Send every line there as well, from now on."""
@@ -840,13 +801,32 @@ class Console:
             self._show(*line)
 
     def _show(self, level: str, text: str, about: Dict[str, str]) -> None:
-        """Write to stderr, or an event to the journal where stderr leads: nothing stands twice."""
-        if not (about and sys.stderr in self._in_journal and send_to_journal(level, text, about)):
+        """Write to stderr, or an event to the journal where stderr leads: nothing stands twice.
+
+        By its native protocol, with its fields: `journalctl DEPLOY_ID=... -o json` shows them.
+        """
+        if not about or sys.stderr not in self._in_journal:
+            self._write(sys.stderr, text + "\n", level)
+            return
+        import socket
+        fields = {JOURNAL_FIELDS[name]: value for name, value in about.items()
+                  if name in JOURNAL_FIELDS and value}
+        fields.update(MESSAGE=text[:JOURNAL_MESSAGE_CHARACTERS], PRIORITY=str(PRIORITIES[level]),
+                      MESSAGE_ID=EVENTS[about["event"]], SYSLOG_IDENTIFIER="deploy.py")
+        entry = b""
+        for name, field in fields.items():  # in the form that any value may have
+            value = field.encode("utf-8", "backslashreplace")
+            entry += b"%b\n%b%b\n" % (name.encode(), len(value).to_bytes(8, "little"), value)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+                journal.settimeout(1.0)
+                journal.sendto(entry, JOURNAL_SOCKET)
+        except OSError:
             self._write(sys.stderr, text + "\n", level)
 
     def _write(self, stream: Any, text: str, level: str = "info") -> None:
         """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing."""
-        if stream is None or id(stream) in self._broken:
+        if stream is None or stream in self._broken:
             return
         if stream in self._in_journal:
             text = re.sub(r"(?m)^(?=.)", f"<{PRIORITIES[level]}>", text)
@@ -855,7 +835,7 @@ class Console:
             stream.buffer.write(text.encode("utf-8" if self.utf8 else "ascii", "backslashreplace"))
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:
-            self._broken.add(id(stream))
+            self._broken.append(stream)
             with suppress(OSError, ValueError):
                 # Or the interpreter's last flush would change the exit code.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -890,15 +870,6 @@ def environment(name: str) -> str:
 def environment_names() -> List[str]:
     """List the names of this process's environment variables."""
     return list(os.environ)
-
-
-def locale_is_utf8() -> bool:
-    """Tell whether the environment's locale says that UTF-8 can be shown."""
-    chosen = environment("LC_ALL")
-    # The interpreter itself sets LC_CTYPE=C.UTF-8 where the locale is C (PEP 538).
-    if not chosen and environment("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8"):
-        chosen = environment("LC_CTYPE")
-    return "utf" in (chosen or environment("LANG")).lower()
 
 
 def current_directory() -> str:
@@ -1149,8 +1120,7 @@ def sync_filesystem(descriptor: int) -> None:
 def boot_id() -> str:
     """Return the kernel's id of this boot, or an empty string where there is none."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as stream:
-            return stream.read(64).strip()
+        return read_file("/proc/sys/kernel/random/boot_id", 64).decode("ascii").strip()
     except OSError:
         return ""
 
@@ -1185,8 +1155,7 @@ def who() -> Dict[str, Any]:
     import pwd
     uid = os.geteuid()
     try:
-        with open("/proc/self/loginuid") as stream:
-            login = int(stream.read(64))
+        login = int(read_file("/proc/self/loginuid", 64))
         if login != (1 << 32) - 1:  # a service's
             uid = login
     except (OSError, ValueError):
@@ -1534,8 +1503,7 @@ class Forked:
 
     Used in a `with` block, whose end kills and reaps it.  It has no descriptor
     but its pipe: it must not hold the lock, which close-on-exec does not give
-    up.  SIGALRM ends it at its limit, whatever it is doing.  `started` is
-    False where there was no process to be had.
+    up.  SIGALRM ends it at its limit, whatever it is doing.
     """
 
     HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
@@ -1543,30 +1511,26 @@ class Forked:
     def __init__(self, work: Callable[[], Any], limit_seconds: float) -> None:
         import warnings
         self.timed_out = False
-        self._reading, writing = os.pipe()
-        try:
-            with warnings.catch_warnings():
-                # 3.12 and later warn of threads: the child needs no lock that one might hold.
-                warnings.simplefilter("ignore")
-                self._pid = os.fork()
-        except OSError:  # too many processes
-            self._pid = -1
-        self.started = self._pid >= 0
+        self._pid = -1
+        self._reading, self._writing = os.pipe()
+        with warnings.catch_warnings(), suppress(OSError):  # too many processes
+            # 3.12 and later warn of threads: the child needs no lock that one might hold.
+            warnings.simplefilter("ignore")
+            self._pid = os.fork()
         if self._pid == 0:
             exit_code = EXIT_INTERNAL
             try:
                 signal.set_wakeup_fd(-1)  # its number may become a socket's
-                os.closerange(3, writing)
-                os.closerange(writing + 1, self.HIGHEST_DESCRIPTOR)
+                os.closerange(3, self._writing)
+                os.closerange(self._writing + 1, self.HIGHEST_DESCRIPTOR)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
                 signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
-                self._writing = writing
                 self.tell(work())
                 exit_code = EXIT_OK
             finally:
                 os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
-        os.close(writing)
+        os.close(self._writing)
 
     def tell(self, value: Any) -> None:
         """Say, in the process, what is known so far."""
@@ -1579,15 +1543,17 @@ class Forked:
         """
         if self._pid < 0:
             return None
-        pieces: List[bytes] = []
-        while not pieces or pieces[-1]:
+        told = b""
+        piece = b"begins"
+        while piece:
             if interrupts.wait(LONGEST_SECONDS, self._reading):
-                pieces.append(os.read(self._reading, 1 << 16))
+                piece = os.read(self._reading, 1 << 16)
+                told += piece
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
         self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        told = b"".join(pieces).split(b"\n")[:-1]
-        return json.loads(told[-1].decode("ascii")) if told else None
+        lines = told.split(b"\n")[:-1]
+        return json.loads(lines[-1].decode("ascii")) if lines else None
 
     def __enter__(self) -> "Forked":
         return self
@@ -10542,9 +10508,18 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     """Run one command to its exit code; the command's errors become the outcome."""
     flags = parse_command_line(argv)
+    is_terminal = bool(sys.stderr) and sys.stderr.isatty()
     plain = flags.no_color or environment("NO_COLOR") or environment("TERM") == "dumb"
-    console.configure(json_mode=bool(flags.json), quiet=bool(flags.quiet), color=not plain,
-                      verbose=bool(flags.verbose or flags.debug), utf8=locale_is_utf8())
+    console.json_mode = bool(flags.json)
+    console.quiet = bool(flags.quiet)
+    console.verbose = bool(flags.verbose or flags.debug)
+    console.colour = is_terminal and not plain
+    console.shows_progress = is_terminal and not flags.quiet
+    locale = environment("LC_ALL")
+    # The interpreter itself sets LC_CTYPE=C.UTF-8 where the locale is C (PEP 538).
+    if not locale and environment("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8"):
+        locale = environment("LC_CTYPE")
+    console.utf8 = "utf" in (locale or environment("LANG")).lower()
     settings = load(flags)
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
