@@ -6941,6 +6941,10 @@ def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
     units = {name for service in services if service.unit
              for name in (service.unit, f"{service.unit}.service")}
     pidfiles = [service.pidfile for service in services if service.pidfile]
+
+    def status(process: str) -> Dict[str, str]:
+        return dict(re.findall(r"(?m)^(\w+):\s*(\S+)", read_text(f"/proc/{process}/status")))
+
     try:
         processes = [name for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
@@ -6951,17 +6955,14 @@ def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
             release = target[len(inside):].split("/")[0]
             if not target.startswith(inside) or release in found:
                 continue
+            # The real user: who may run something setuid is not its owner for that.
+            user, owner = int(status(process)["Uid"]), os.lstat(inside + release).st_uid
+            groups = re.split("[/\n]", read_text(f"/proc/{process}/cgroup")) if units else []
             pids = [read_text(path).strip() for path in pidfiles if os.path.isfile(path)]
-            groups = re.split("[/\n]", read_text(f"/proc/{process}/cgroup")) if units else ()
-            user, parent, counts = -1, process, bool(units.intersection(groups))
-            while parent not in ("", "0"):
-                text = read_text(f"/proc/{parent}/status")
-                status = dict(re.findall(r"(?m)^(\w+):\s*(\S+)", text))
-                if user < 0:  # the real one: who may run something setuid is not its owner for that
-                    user = int(status["Uid"])
-                counts = counts or parent in pids
-                parent = status["PPid"] if pids else ""
-            if counts or user in (0, os.lstat(inside + release).st_uid):
+            line = [process]
+            while pids and line[-1] not in ("", "0"):
+                line.append(status(line[-1])["PPid"])
+            if user in (0, owner) or units.intersection(groups) or set(line).intersection(pids):
                 found[release] = f"pid {process} of {user_name(user)}"
         except (OSError, ValueError, KeyError):
             pass  # it has ended, or may not be looked at
@@ -9883,36 +9884,69 @@ def notify(run: Run, exit_code: int, seconds: float) -> None:
 
     The events are what the run recovered first, and how it ended where that is one.
     """
-    secrets, ended = run.console.secrets, run_result(run, exit_code)
+    ended = run_result(run, exit_code)
     if ended in ("interrupted", "internal_error"):
         ended = "failed"
     events = ["recovered"] if run.outcome.extra.get("recovered") else []
     if ended in dict(NOTIFY_EVENTS) and ended not in events and not run.outcome.is_repeated:
         events.append(ended)
-    asked: Dict[Tuple[str, str], Conversation] = {}
-    problems: Dict[Tuple[str, str], str] = {}
+    result = run.console.secrets.mask_json(
+        result_object(run.outcome.error, run, exit_code, seconds))
     run.interrupts.close()
     with ExitStack() as stack:
-        result = secrets.mask_json(result_object(run.outcome.error, run, exit_code, seconds))
-        for event in events:
-            context, words = describe_event(run, event, result)
-            for name, settings in run.settings.notify.items():
-                if event not in settings.events:
-                    continue
-                try:
-                    talk = prepare(run, settings, context, words, result)
-                    asked[name, event] = stack.enter_context(Conversation(talk, NOTIFY_SECONDS))
-                except (OSError, ValueError, ImportError, DeployError) as error:
-                    problems[name, event] = getattr(error, "message", "") or network_error(error)
-        for which, conversation in asked.items():
-            problems[which] = conversation.answer(run.interrupts)["error"]
-    for (name, event), why in problems.items():
-        if why:
+        told = [(event, settings, stack.enter_context(Conversation(
+            lambda asked, event=event, settings=settings: tell(
+                asked, run, settings, event, result), NOTIFY_SECONDS)))
+                for event in events for settings in run.settings.notify.values()
+                if event in settings.events]
+        for event, settings, asked in told:
             # A receiver may answer anything, at any length.
-            why = secrets.mask(why)[:2 * EVIDENCE_CHARACTERS]
-            run.console.warn(f"notify {name}: not told of {event}: {why}")
-        else:
-            run.console.debug(f"notify {name}: told of {event}")
+            why = run.console.secrets.mask(asked.answer(run.interrupts)["error"])
+            if why:
+                run.console.warn(f"notify {settings.name}: not told of {event}: "
+                                 f"{why[:2 * EVIDENCE_CHARACTERS]}")
+            else:
+                run.console.debug(f"notify {settings.name}: told of {event}")
+
+
+def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[str, Any]
+         ) -> Dict[str, Any]:
+    """Report an event in a process of its own; returns {"error": why} where it was not taken."""
+    context, words = describe_event(run, event, result)
+    if settings.type == "slack":
+        import html
+        # Or a value would call everybody in the channel (<!channel>), or pass for a link.
+        words = {name: html.escape(value, quote=False) for name, value in words.items()}
+    text = render_template(settings.text, words, f"[notify:{settings.name}] text")
+    if settings.type == "email":
+        subject = "{application} on {host}: {event}".format(**words)
+        return send_mail(asked, settings, subject, text)
+    if settings.type == "command":
+        return run_notifier(run, settings, context, event, text)
+    secrets = {}
+    for key in ("token_file", "url_file"):
+        asked.at(f"reading {key}")
+        path = getattr(settings, key)
+        secrets[key] = read_text(path).strip() if path else ""
+        if path and not secrets[key]:
+            return {"error": f"{key} is empty"}
+    target = settings.url or secrets["url_file"]
+    if wrong_target(target):
+        return {"error": f"{settings.url_file or 'url'} holds no https:// URL"}
+    content = {"event": event, "text": text, "result": result}
+    body = json.dumps({"text": text} if settings.type == "slack" else content).encode("ascii")
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    if secrets["token_file"]:
+        headers["Authorization"] = f"Bearer {secrets['token_file']}"
+    url = parse_url(target)
+    asked.connect((url.host, url.port))
+    if url.scheme == "https":
+        asked.start_tls(url.host, settings)
+    response = asked.request("POST", url, request_headers(url, headers, settings.header), body)
+    if 200 <= response.status < 300:
+        return {}
+    answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
+    return {"error": f"status {response.status}: {answer}".rstrip(" :")}
 
 
 def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Context, Dict[str, str]]:
@@ -9932,61 +9966,6 @@ def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Contex
     return context, {
         name: run.console.clean(value).encode("utf-8", "backslashreplace").decode("utf-8")
         for name, value in words.items()}
-
-
-def prepare(run: Run, settings: Any, context: Context, words: Dict[str, str],
-            result: Dict[str, Any]) -> Callable[[Conversation], Dict[str, Any]]:
-    """Make what will report an event, in a process of its own, and returns {"error": why}.
-
-    Secrets are read here; ValueError where there are none.
-    """
-    where, event = f"[notify:{settings.name}]", words["event"]
-    if settings.type == "slack":
-        import html
-        # Or a value would call everybody in the channel (<!channel>), or pass for a link.
-        words = {name: html.escape(value, quote=False) for name, value in words.items()}
-    text = render_template(settings.text, words, f"{where} text")
-    if settings.type == "email":
-        subject = "{application} on {host}: {event}".format(**words)
-        return lambda asked: send_mail(asked, settings, subject, text)
-    if settings.type == "command":
-        refuse_foreign_programs(run.settings, [(where, settings.command[0])],
-                                working_directory(context))
-        return lambda asked: run_notifier(run, settings, context, event, text)
-    secrets = {}
-    for key in ("token_file", "url_file"):
-        path = getattr(settings, key)
-        try:
-            secrets[key] = read_text(path).strip() if path else ""
-        except OSError as error:
-            raise ValueError(f"reading {key}: {reason(error)}")
-        if path and not secrets[key]:
-            raise ValueError(f"{key} is empty")
-        run.console.secrets.add(secrets[key])
-    url = settings.url or secrets["url_file"]
-    if wrong_target(url):
-        raise ValueError(f"{settings.url_file or 'url'} holds no https:// URL")
-    headers = {"Content-Type": "application/json"}
-    if secrets["token_file"]:
-        headers["Authorization"] = f"Bearer {secrets['token_file']}"
-    content = {"event": event, "text": text, "result": result}
-    body = json.dumps({"text": text} if settings.type == "slack" else content).encode("ascii")
-    return lambda asked: post(asked, settings, parse_url(url), headers, body)
-
-
-def post(asked: Conversation, settings: Any, url: Url, headers: Dict[str, str], body: bytes
-         ) -> Dict[str, Any]:
-    """POST JSON; anything but a status of 200 to 299 is an error."""
-    asked.connect((url.host, url.port))
-    if url.scheme == "https":
-        asked.start_tls(url.host, settings)
-    headers = dict(headers, **{"Content-Length": str(len(body))})
-    headers = request_headers(url, headers, settings.header)
-    response = asked.request("POST", url, headers, body)
-    if 200 <= response.status < 300:
-        return {}
-    answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
-    return {"error": f"status {response.status}: {answer}".rstrip(" :")}
 
 
 def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Dict[str, Any]:
@@ -10017,6 +9996,11 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
 def run_notifier(run: Run, settings: Any, context: Context, event: str, text: str
                  ) -> Dict[str, Any]:
     """Run a command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT."""
+    try:
+        refuse_foreign_programs(run.settings, [(f"[notify:{settings.name}]", settings.command[0])],
+                                working_directory(context))
+    except StepFailed as error:
+        return {"error": error.message}
     environ = child_environment(run, context, {
         "DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": event, "DEPLOY_TEXT": text})
     result = run_command(
