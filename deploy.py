@@ -1850,7 +1850,7 @@ def read_table(columns: int, text: str) -> Iterator[List[str]]:
     """Read rows of cells two or more spaces apart, `-` for none; an indented line continues."""
     for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
         cells = re.split(r" {2,}", row, columns - 1)
-        yield ["" if cell == "-" else re.sub(" +", " ", cell) for cell in cells]
+        yield ["" if cell == "-" else cell.replace("  ", " ") for cell in cells]
 
 
 class Option(NamedTuple):
@@ -1877,8 +1877,7 @@ OPTION_TABLES = """\
 [deploy] what is deployed, and where
 application       name       -       name of what is deployed; default: the root's last component
 root              path       -       directory that holds current, releases, shared and .deploy
-keep_releases     int        5       good releases kept by prune; current, previous and pinned ones
-    always stay
+keep_releases     int        5       good releases kept; current, previous, pinned ones always stay
 shared_dirs       relatives  -       directories linked from shared/ into releases; made if missing
 shared_files      relatives  -       files linked from shared/ into every release; they must exist
 auto_rollback     bool       yes     roll back when anything fails after activation
@@ -1933,8 +1932,7 @@ timeout           limit      10m     for each hook command; then TERM and KILL t
 run_as            name       -       user that hooks and commands run as (root only)
 
 [template:*] a file rendered into every release
-source            relative   -       template in the release; ${name} is replaced, $${name} is kept
-    as ${name}
+source            relative   -       template in the release; $${name} in it is kept as ${name}
 target            relative   -       where the result goes in the release
 mode              mode       0644    file mode of the result
 
