@@ -2551,11 +2551,15 @@ def decode(kind: Any, data: bytes, what: str) -> Any:
 
 # -- the root ----------------------------------------------------------------
 
-RECORDS, MANIFESTS, TREES, TRASH = [
-    f".deploy/{name}" for name in ("releases", "manifests", "trees", "trash")]
+RECORDS = ".deploy/releases"
+MANIFESTS = ".deploy/manifests"
+TREES = ".deploy/trees"
+TRASH = ".deploy/trash"
 PRIVATE_DIRECTORIES = (".deploy", RECORDS, MANIFESTS, TREES, TRASH)
-JOURNAL, HISTORY, LOCK, RESERVE = [
-    f".deploy/{name}" for name in ("journal.json", "history.jsonl", "lock", "reserve")]
+JOURNAL = ".deploy/journal.json"
+HISTORY = ".deploy/history.jsonl"
+LOCK = ".deploy/lock"
+RESERVE = ".deploy/reserve"
 # What is being unpacked lies beside where it will stand: the group, setgid bit, default ACL and
 # label of releases/ reach it as they reach whatever is made there.
 STAGING_PREFIX = ".new-"
