@@ -1698,11 +1698,11 @@ def _plain(text: str) -> str:
 def _path(text: str) -> str:
     if text.startswith("~") or re.search(r"\$[A-Za-z_{(]", text):
         raise ValueError("`~` and `$NAME` are not replaced here; write the path in full")
-    return _plain(text) and native(text)
+    return native(_plain(text))
 
 
 def _relative(text: str) -> str:
-    path = os.path.normpath(_path(text)) if text else ""
+    path = os.path.normpath(_path(text))
     parts = path.split("/")
     if path.startswith("/") or parts[0] in ("..", ".") or re.search(r"[\0-\x1f]", path) \
             or max(len(os.fsencode(part)) for part in parts) > MAX_NAME_BYTES \
@@ -1767,12 +1767,12 @@ def _statuses(text: str) -> List[Tuple[int, int]]:
     return ranges
 
 
-def _syslog(text: str) -> Optional[Tuple[str, int]]:
-    """Read a socket's path as (path, 0), udp://HOST:PORT as (host, port), nothing as None."""
+def _syslog(text: str) -> Tuple[str, int]:
+    """Read a socket's path as (path, 0), udp://HOST:PORT as (host, port)."""
+    if text.startswith("/"):
+        return native(text), 0
     host, _, port = text.replace("udp://", "").rpartition(":")
-    if text.startswith("udp://"):
-        return host.strip("[]"), int(port)
-    return (native(text), 0) if text else None
+    return host.strip("[]"), int(port)
 
 
 def _events(text: str) -> List[str]:
@@ -1831,6 +1831,7 @@ KINDS = {
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
+LISTS = ("names", "list", "paths", "relatives", "argv", "commands", "addresses")
 
 
 def read_value(kind: str, text: str) -> Any:
@@ -2252,7 +2253,7 @@ class Settings:
 
     def _value(self, option: Option, section: str, key: str, given: Given) -> Any:
         if not given.text and not option.default:
-            return KINDS[option.kind][3]("")  # empty is as good as none
+            return [] if option.kind in LISTS else ""  # empty is as good as none
         try:
             value = read_value(option.kind, given.text)
         except ValueError as error:
