@@ -8121,7 +8121,8 @@ def make_health(word: str, settings: Settings, facts: Facts, move: Move) -> List
     def ask(run: Run) -> str:
         answers = [make_service(run, name).down() for name in services]
         for probe in probes:
-            found = run_probe(run, probe, context_for(run.facts, left), expect_release=True, once=True)
+            context = context_for(run.facts, left)
+            found = run_probe(run, probe, context, expect_release=True, once=True)
             answers.append("" if found.ok else found.detail)
         failed = [answer for answer in answers if answer]
         run.left_is_healthy = not failed
@@ -8164,8 +8165,10 @@ def delete_release(run: Run, record: Record) -> str:
 
 def make_sweep(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
     """Remove what a crash left: temporary files, half unpacked trees."""
-    return [Step(word, "remove what a crash left",
-                 lambda run: ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left")]
+    def sweep(run: Run) -> str:
+        return ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left"
+
+    return [Step(word, "remove what a crash left", sweep)]
 
 
 def make_pin(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
@@ -8184,7 +8187,8 @@ MAKERS: Dict[str, Callable[[str, Settings, Facts, Move], List[Step]]] = {
     "unpack": make_unpack, "shared": make_shared, "templates": make_templates,
     "publish": make_publish, "seal": make_seal, "verify": make_verify, "health": make_health,
     "activate": make_activate, "services": make_services, "probes": make_probes,
-    "prune": make_prune, "pin": make_pin, "sweep": make_sweep, **dict.fromkeys(HOOK_NAMES, make_hook)}
+    "prune": make_prune, "pin": make_pin, "sweep": make_sweep,
+    **dict.fromkeys(HOOK_NAMES, make_hook)}
 
 
 # ============================================================================
@@ -8396,8 +8400,9 @@ class Executor:
             if blind:
                 why = f"nothing shows that {plan.from_release} was healthy"
                 command = run.settings.command_line("activate RELEASE")
-            final = RollbackFailed(f"{error.message}; {plan.to_release} is live all the same: {why}",
-                                   f"correct the cause, or leave it: {command}")
+            final = RollbackFailed(
+                f"{error.message}; {plan.to_release} is live all the same: {why}",
+                f"correct the cause, or leave it: {command}")
         else:
             final = self.go_back(error)
         if self.phase:
@@ -8596,7 +8601,8 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     store, what = run.store, f"{journal.operation} of {journal.to_release}"
     for release in (journal.from_release, journal.to_release):
         # A record that cannot be read now must not pass for none.
-        if release and release not in run.facts.records and store.status(f"{RECORDS}/{release}.json"):
+        there = release and store.status(f"{RECORDS}/{release}.json")
+        if there and release not in run.facts.records:
             raise StateError(f"cannot recover the {what}: " + "; ".join(run.facts.state_problems),
                              by_hand(store))
     verdict = verdict_of(store, journal, live)
@@ -9209,8 +9215,9 @@ def command_recover(run: Run) -> None:
     if lost:
         raise without_current(run.facts, lost)
     if run.facts and run.facts.state_problems:
-        raise StateError("; ".join(run.facts.state_problems), "restore the file from a backup, or move "
-                         "it away: its release is then unknown")
+        raise StateError(
+            "; ".join(run.facts.state_problems),
+            "restore the file from a backup, or move it away: its release is then unknown")
 
 
 def preview_recovery(run: Run, store: Store) -> List[str]:
@@ -9281,7 +9288,8 @@ def command_verify(run: Run) -> None:
     run.outcome.message = f"{release.id}: {files}, {verdict}"
     run.console.result(run.outcome.message)
     if total:
-        some = ", ".join(f"{word}: {', '.join(names[:5])}" for word, names in lists.items() if names)
+        some = ", ".join(f"{word}: {', '.join(names[:5])}"
+                         for word, names in lists.items() if names)
         raise ProblemFound(f"{run.outcome.message}: {some}",
                            "deploy the artifact again with --force, or roll back")
 
@@ -9374,8 +9382,9 @@ def command_status(run: Run) -> None:
     state = "; ".join(problem for problem, _ in problems) or "ok"
     live = facts.current.release or "nothing is live"
     if current:
-        since = "and not settled yet" if current.state != STATE_ACTIVE else f"since {current.activated_at}"
-        live = f"{current.id}  version {current.version}, live{',' if since[0] == 'a' else ''} {since}"
+        active = current.state == STATE_ACTIVE
+        since = f" since {current.activated_at}" if active else ", and not settled yet"
+        live = f"{current.id}  version {current.version}, live{since}"
     back = f"{previous.id}  version {previous.version}" if previous else "none to roll back to"
     holder = "free" if facts.holder is None else f"held by {describe_holder(facts.holder)}"
     rows = [("application", facts.application), ("root", facts.root), ("current", live)]
@@ -9405,8 +9414,8 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
         problems.append((problem, hint))
     if journal and facts.holder is None:
         by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
-        problems.append((f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
-                         command_line("recover --to RELEASE" if by_hand else "recover")))
+        what = f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})"
+        problems.append((what, command_line("recover --to RELEASE" if by_hand else "recover")))
     settled = not facts.current.problem and facts.holder is None and not journal
     if lost and settled:
         error = without_current(facts, lost)
@@ -9495,22 +9504,23 @@ def command_show(run: Run) -> None:
         entries, live = store.history(), store.current().release
     text = live if run.flags.id == "current" and live else run.flags.id
     moves = [entry for entry in entries if entry.operation not in ("pin", "unpin")]
+    # The first rule that finds something counts; of a release, its last move.
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)] or \
         [entry for entry in moves if entry.release == text][-1:] or \
-        [entry for entry in moves if entry.version == text or (entry.release or "").startswith(text)][-1:]
+        [entry for entry in moves
+         if entry.version == text or (entry.release or "").startswith(text)][-1:]
     if not found and text in ("latest", "last"):
         found = entries[-1:]
     ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
     if not found or len(ids) > 1:
-        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
-                         f"give one of: {', '.join(ids)}" if ids else "nothing was deployed here so far")
+        hint = f"give one of: {', '.join(ids)}" if ids else "nothing was deployed here so far"
+        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment", hint)
     # The run itself, and what a recovery made of it.
     found = [entry for entry in entries if entry.deploy_id == ids[0]]
     run.outcome.extra["history"] = [encode(entry) for entry in found]
-    last = found[-1]
-    run.outcome.release, run.outcome.previous = last.release, last.previous
-    run.outcome.message = last.result
+    run.outcome.release, run.outcome.previous = found[-1].release, found[-1].previous
+    run.outcome.message = found[-1].result
     for entry in found:
         show_entry(run, entry)
 
@@ -9567,11 +9577,12 @@ def command_pack(run: Run) -> None:
         outcome.message = f"would pack {directory} into {target}"
         run.console.result(outcome.message)
         return
-    made, warnings = pack(directory, target, prefix, run.settings, lambda done: run.interrupts.check(),
-                          keep_mtimes=flags.keep_mtimes)
+    made, warnings = pack(directory, target, prefix, run.settings,
+                          lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
     outcome.changed = True
     outcome.extra["artifact"] = dict(made, path=portable(target))
-    outcome.message = f"{portable(shown)}: {count(made['files'], 'file')}, {format_size(made['size'])}"
+    size = f"{count(made['files'], 'file')}, {format_size(made['size'])}"
+    outcome.message = f"{portable(shown)}: {size}"
     run.console.result(f"{outcome.message}\n  sha256     {made['sha256']}")
     for warning in warnings:
         run.console.warn(warning)
@@ -9612,7 +9623,8 @@ def share_of(host: str, application: str) -> float:
 def wait_splay(run: Run) -> None:
     """Wait this host's own share of --splay, so that a fleet does not begin at once."""
     text = run.flags.splay
-    name = run.application if run.root else ""  # without a root it fails here, and not after the wait
+    # Without a root it fails here, and not after the wait.
+    name = run.application if run.root else ""
     seconds = read_value("duration", text) * share_of(os.uname().nodename, name)
     would = "would wait" if run.flags.dry_run else "waiting"
     run.console.say(f"{would} {format_seconds(seconds)} of --splay {text}")
