@@ -6175,6 +6175,8 @@ def network_error(error: Exception) -> str:
     import socket
     if isinstance(error, ImportError):
         return f"{INCOMPLETE}: {error}; {INSTALL}"
+    if isinstance(error, DeployError):
+        return error.message
     if isinstance(error, socket.gaierror):
         return f"the host name cannot be resolved: {error.strerror}"
     if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
@@ -6978,12 +6980,19 @@ REMEMBERED_ENTRIES = 100
 GOES_LIVE = ("deployed", "activated", "rolled_back", "left_live", "recovered")
 
 
-def note_ending(run: Run, entry: HistoryEntry) -> None:
-    """Write an entry into the history, unless it is a refusal that stands there already.
+def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: Any) -> None:
+    """Write a line into the history, unless it is a refusal that stands there already.
 
     A timer meets the same refusal at every tick; it is reported once, until
     another release goes live, or for the day where no digest says what is refused.
+    `found` is the record or artifact that it is about, `fields` what else the entry says.
     """
+    entry = HistoryEntry(**dict({
+        "sequence": 0, "at": format_time(time.time()), "by": run.by, "previous_sha256": "",
+        "message": run.console.secrets.mask(error.message) if error else "",
+        "version": found.version if found else None, "note": run.note or None,
+        "artifact_sha256": found.sha256 if found else None}, **fields))
+
     def refused(refusal: HistoryEntry) -> Any:
         # What is free on the disk is another number at every tick.
         message = re.sub(r"\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
@@ -7008,17 +7017,13 @@ def remember_refusal(run: Run, error: DeployError) -> None:
     if run.outcome.result or isinstance(error, StateError) or \
             failed & {"permissions", "filesystem", "state"}:
         return  # it is written, or nothing may be written there
-    facts, message = run.facts, run.console.secrets.mask(error.message)
-    artifact = facts and facts.artifact
+    why = {"step": "preflight", "reason": run.console.secrets.mask(error.message),
+           "evidence": {}, "interrupted": False}
     try:
-        note_ending(run, HistoryEntry(
-            sequence=0, at=format_time(time.time()), deploy_id=run.deploy_id,
-            operation=run.flags.command, result="refused", release=None,
-            version=artifact.version if artifact else None,
-            previous=facts.current.release if facts else None,
-            exit_code=error.exit_code, seconds=0.0, message=message, by=run.by, steps=[],
-            failure={"step": "preflight", "reason": message, "evidence": {}, "interrupted": False},
-            previous_sha256="", artifact_sha256=artifact.sha256 if artifact else None))
+        note_ending(run, run.facts and run.facts.artifact, error, deploy_id=run.deploy_id,
+                    operation=run.flags.command, result="refused", release=None,
+                    previous=run.facts.current.release if run.facts else None,
+                    exit_code=error.exit_code, seconds=0.0, steps=[], failure=why)
     except (OSError, StateError) as problem:
         run.console.warn(f"the refusal could not be written down: {reason(problem)}")
 
@@ -8336,16 +8341,13 @@ class Executor:
             run.facts.records[record.id] = record
         record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact
         found = record or artifact
-        note_ending(run, HistoryEntry(
-            sequence=0, at=format_time(time.time()), deploy_id=self.deploy_id,
-            operation=plan.operation, result=result, release=plan.to_release or None,
-            version=found.version if found else None, previous=plan.from_release,
-            exit_code=exit_code, seconds=round(time.monotonic() - self.started_seconds, 3),
-            message=mask(error.message if error else ""), by=run.by,
+        note_ending(
+            run, found, error, deploy_id=self.deploy_id, operation=plan.operation, result=result,
+            release=plan.to_release or None, previous=plan.from_release, exit_code=exit_code,
+            seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
             steps=mask([dict(step.to_json(), started_at=step.started_at)
-                        for step in run.outcome.steps]), failure=failure,
-            previous_sha256="", artifact_sha256=found.sha256 if found else None,
-            automatic=automatic if result == "rolled_back" else None, note=run.note or None))
+                        for step in run.outcome.steps]),
+            automatic=automatic if result == "rolled_back" else None)
         run.outcome.extra["chain"] = run.store.chain()
         if error is None and self.phase:
             run.outcome.changed = True
@@ -9937,7 +9939,14 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[
         subject = "{application} on {host}: {event}".format(**words)
         return send_mail(asked, settings, subject, text)
     if settings.type == "command":
-        return run_notifier(run, settings, context, event, text)
+        # In this process alone; it has no descriptor by which a signal would wake the run's own.
+        run.interrupts = Interrupts()
+        run.settings.env.update(DEPLOY_EVENT=event, DEPLOY_TEXT=text)
+        done = start_command(run, context, f"notify {settings.name}", settings.command,
+                             timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS,
+                             kill_after_seconds=NOTIFY_GRACE_SECONDS)
+        last = f": {done.tail[-1]}" if done.tail else ""
+        return {} if done.ok else {"error": f"{spell(done.argv)} {done.verdict()}{last}"}
     secrets = {}
     for key in ("token_file", "url_file"):
         asked.at(f"reading {key}")
@@ -10006,25 +10015,6 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
     refused = server.sendmail(sender, settings.to, message.as_string())
     server.putcmd("quit")  # it is delivered, whatever the server says to that
     return {"error": f"the mail server refused {', '.join(refused)}"} if refused else {}
-
-
-def run_notifier(run: Run, settings: Any, context: Context, event: str, text: str
-                 ) -> Dict[str, Any]:
-    """Run a command under the rules for hooks, with DEPLOY_EVENT and DEPLOY_TEXT."""
-    try:
-        refuse_foreign_programs(run.settings, [(f"[notify:{settings.name}]", settings.command[0])],
-                                working_directory(context))
-    except StepFailed as error:
-        return {"error": error.message}
-    environ = child_environment(run, context, {
-        "DEPLOY_HOOK": f"notify:{settings.name}", "DEPLOY_EVENT": event, "DEPLOY_TEXT": text})
-    result = run_command(
-        [native(word) for word in settings.command], environ=environ,
-        directory=working_directory(context), run_as=run.settings.hooks.run_as,
-        timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS, interrupts=Interrupts(),
-        kill_after_seconds=NOTIFY_GRACE_SECONDS, mask=run.console.secrets.mask)
-    last = f": {result.tail[-1]}" if result.tail else ""
-    return {} if result.ok else {"error": f"{spell(result.argv)} {result.verdict()}{last}"}
 
 
 # -- all of it -------------------------------------------------------------------

@@ -352,8 +352,9 @@ def test_a_refusal_without_a_digest_is_told_once_a_day(app, receive):
     configure(app, f"url = {receiver.url}")
     app.deploy("1.0")
     for name in ("a", "a", "b"):
-        app.run("deploy", f"/nonexistent/{name}.tar.gz", check=4)
+        app.run("deploy", f"/nonexistent/{name}.tar.gz", "-m", "by the timer", check=4)
     assert receiver.events == ["deployed", "refused", "refused"]
+    assert [entry["note"] for entry in app.history()] == [None, "by the timer", "by the timer"]
 
 
 def test_an_archive_that_is_refused_while_it_is_unpacked_is_told_once(app, receive):
