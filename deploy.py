@@ -10168,10 +10168,9 @@ def build_parser(names: Iterable[str]) -> Parser:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
-    own = [name for flag in FLAGS if flag.commands and not flag.is_argument for name in flag.names]
     for word in itertools.takewhile(lambda word: word not in COMMANDS, argv):
         name = word.partition("=")[0]
-        if name in own:
+        if name[:1] == "-" and any(name in flag.names and flag.commands for flag in FLAGS):
             raise UsageError(f"{name} stands before the command; write it behind",
                              "deploy.py COMMAND --help shows what a command takes")
     # Making all parsers takes a third of a short run; --help alone needs those that are not named.
