@@ -474,8 +474,8 @@ class Ground:
                 elif stat.S_IMODE(status.st_mode) & 0o7022:
                     raise Wrong(f"mode {stat.S_IMODE(status.st_mode):04o}")
         found = deploy.compare_tree(destination, manifest, nothing)
-        wrong = {name for name in found.changed if not found.reasons.get(name, "").startswith("has mode")}
-        if wrong or found.missing or found.added:
+        wrong = {name for name, why in found["changed"].items() if not why.startswith("has mode")}
+        if wrong or found["missing"] or found["added"]:
             raise Wrong(f"the release is not what its manifest says: {found}")
 
 

@@ -43,22 +43,23 @@ def test_many_refusals_and_many_acceptances_are_reached(tmp_path: Path) -> None:
 
 def unchecked_names(monkeypatch: Any) -> None:
     """Names are no longer judged."""
-    monkeypatch.setattr(fuzz.deploy, "name_problem", lambda name: "")
+    judge = fuzz.deploy.judge_name
+    monkeypatch.setattr(fuzz.deploy, "judge_name", lambda *given: (judge(*given)[0], ""))
 
 
 def files_above(monkeypatch: Any) -> None:
     """Files are written beside the release."""
-    write = fuzz.deploy.write_member
+    write = fuzz.deploy.write_file
 
     def write_above(entry: Any, *arguments: Any) -> bytes:
         return bytes(write(entry._replace(name=b"../" + entry.name), *arguments))
 
-    monkeypatch.setattr(fuzz.deploy, "write_member", write_above)
+    monkeypatch.setattr(fuzz.deploy, "write_file", write_above)
 
 
 def unchecked_links(monkeypatch: Any) -> None:
     """Symlinks are no longer followed."""
-    monkeypatch.setattr(fuzz.deploy.Judge, "_follow", lambda self, name, hops: b"")
+    monkeypatch.setattr(fuzz.deploy.Judge, "_follow", lambda self, name: None)
 
 
 def wide_modes(monkeypatch: Any) -> None:
