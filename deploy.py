@@ -106,7 +106,6 @@ try:
     import struct
     import time
     import zlib
-    from collections import deque
     from contextlib import ExitStack, closing, contextmanager, suppress
     from operator import attrgetter
     from types import SimpleNamespace
@@ -970,30 +969,21 @@ class Directory(Descriptor):
         """Open a directory by its path; the last component must not be a symlink."""
         return cls(path, os.open(path, _DIRECTORY_FLAGS))
 
-    def child(self, name: str) -> "Directory":
-        """Open a subdirectory."""
+    def child(self, name: str, *, make: bool = False) -> "Directory":
+        """Open a subdirectory, making it first where it is missing if asked to."""
+        if make:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=self.descriptor)
         descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.descriptor)
         return Directory(f"{self.path}/{name}", descriptor)
-
-    def make(self, name: str, mode: int = 0o755) -> "Directory":
-        """Open a subdirectory, making it first where it is missing."""
-        try:
-            os.mkdir(name, mode, dir_fd=self.descriptor)
-        except FileExistsError:
-            pass
-        return self.child(name)
 
     def walk_to(self, path: str, *, make: bool = False) -> "Directory":
         """Open a directory below by a relative path, component by component."""
         here = Directory(self.path, os.dup(self.descriptor))
         for name in [part for part in path.split("/") if part not in ("", ".")]:
             with here:
-                here = here.make(name) if make else here.child(name)
+                here = here.child(name, make=make)
         return here
-
-    def names(self) -> List[str]:
-        """List the entries, sorted."""
-        return sorted(os.listdir(self.descriptor))
 
     def status(self, name: str) -> Optional[os.stat_result]:
         """Return lstat of an entry, or None where there is none."""
@@ -1006,26 +996,6 @@ class Directory(Descriptor):
         """Tell whether an entry is a real directory."""
         found = self.status(name)
         return found is not None and stat.S_ISDIR(found.st_mode)
-
-    def link_target(self, name: str) -> Optional[str]:
-        """Return where a symlink points, or None where there is no symlink."""
-        try:
-            return os.readlink(name, dir_fd=self.descriptor)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EINVAL):
-                return None
-            raise
-
-    def read(self, name: str, limit_bytes: int = MAX_STATE_BYTES) -> Optional[bytes]:
-        """Return a regular file's bytes, or None where there is no such file."""
-        try:
-            return read_file(name, limit_bytes, os.O_NOFOLLOW, self.descriptor)
-        except FileNotFoundError:
-            return None
-
-    def stream(self, name: str) -> Any:
-        """Open a regular file for reading as binary; FileNotFoundError where there is none."""
-        return open_file(name, os.O_NOFOLLOW, self.descriptor)
 
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> None:
         """Replace a file durably: a temporary file, fsync, rename, fsync of the directory."""
@@ -1044,7 +1014,7 @@ class Directory(Descriptor):
         except BaseException:
             self.discard(temporary)
             raise
-        self.sync()
+        os.fsync(self.descriptor)
 
     def rename(self, name: str, target: "Directory", new_name: str) -> None:
         """Rename an entry into `target`, atomically; replaces what is there as rename(2) does."""
@@ -1086,10 +1056,6 @@ class Directory(Descriptor):
             for entry in os.listdir(below.descriptor):
                 below._remove(entry, top, pending, level + 1)
         os.rmdir(name, dir_fd=self.descriptor)
-
-    def sync(self) -> None:
-        """Make the directory's entries durable."""
-        os.fsync(self.descriptor)
 
 
 def temporary_name(name: str) -> str:
@@ -1227,13 +1193,6 @@ def trust_problems(path: str) -> Dict[str, Problem]:
             ahead += target.split("/")[::-1]
             here = "/" if target.startswith("/") else os.path.dirname(here)
     return problems
-
-
-def private_file(name: str, path: str) -> str:
-    """Return the credential that systemd handed over (LoadCredential=), else `path`."""
-    directory = environment("CREDENTIALS_DIRECTORY")
-    credential = os.path.join(directory, name)
-    return credential if directory and os.path.exists(credential) else path
 
 
 # -- commands ----------------------------------------------------------------
@@ -2266,7 +2225,10 @@ class Settings:
         if option.kind in ("path", "private"):
             value = absolute(os.path.join(given.directory, value))
         if option.kind == "private":
-            value = private_file(section.partition(":")[2], value)
+            # What systemd hands over (LoadCredential=) goes before.
+            handed = os.path.join(environment("CREDENTIALS_DIRECTORY") or "/dev/null",
+                                  section.partition(":")[2])
+            value = handed if os.path.exists(handed) else value
         return value
 
     def wrong(self, section: str, problem: str) -> UsageError:
@@ -2628,7 +2590,7 @@ class Store:
             try:
                 os.mkdir(path, 0o755)
                 with Directory.open(parent) as directory:
-                    directory.sync()
+                    os.fsync(directory.descriptor)
             except FileExistsError:
                 pass
             store = cls(Directory.open(path), settings.command_line)
@@ -2640,7 +2602,7 @@ class Store:
                 mode = 0o700 if name in PRIVATE_DIRECTORIES else 0o755
                 with suppress(FileExistsError):
                     os.mkdir(below, mode, dir_fd=store.directory(above).descriptor)
-            store.root.sync()
+            os.fsync(store.root.descriptor)
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
@@ -2723,7 +2685,7 @@ class Store:
         """Return a regular file's bytes, or None where there is none."""
         above, _, name = path.rpartition("/")
         try:
-            return self.directory(above).read(name)
+            return read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
         except FileNotFoundError:
             return None
 
@@ -2739,7 +2701,7 @@ class Store:
         for path in paths:
             above, _, name = path.rpartition("/")
             self.directory(above).discard(name)
-            self.directory(above).sync()
+            os.fsync(self.directory(above).descriptor)
 
     # -- releases and current ------------------------------------------------
 
@@ -2798,13 +2760,14 @@ class Store:
                 os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
                 self._links[release] = temporary
             if missing:
-                self.root.sync()  # on disk before one of them takes the place of `current`
+                # On disk before one of them takes the place of `current`.
+                os.fsync(self.root.descriptor)
             self.root.rename(self._links[target], self.root, "current")
         except OSError:
             self.drop_links()
             raise
         del self._links[target]
-        self.root.sync()
+        os.fsync(self.root.descriptor)
 
     def drop_links(self) -> None:
         """Remove the links that were made and not used."""
@@ -2825,12 +2788,12 @@ class Store:
         """Give an unpacked and synced tree its name under releases/."""
         releases, tree = self.directory("releases"), self.directory(f"releases/{staging}")
         os.fchmod(tree.descriptor, self._published_mode)
-        tree.sync()
+        os.fsync(tree.descriptor)
         if self.status(f"releases/{release}") is not None:
             raise StepFailed(f"releases/{release} exists already",
                              "look at what made it, then run again")
         releases.rename(staging, releases, release)
-        releases.sync()
+        os.fsync(releases.descriptor)
 
     def remove_release(self, release: str) -> None:
         """Take a release away: renamed out of sight at once, then deleted, then its manifest."""
@@ -2844,7 +2807,7 @@ class Store:
                     raise
                 # overlayfs renames no directory of a lower layer, such as an image's.
                 releases.remove_tree(release)
-            releases.sync()
+            os.fsync(releases.descriptor)
             trash.remove_tree(name)
         self.forget(f"{MANIFESTS}/{release}", f"{TREES}/{release}")
 
@@ -2913,7 +2876,8 @@ class Store:
             found = []
             for path in (MANIFESTS, TREES):
                 try:
-                    found.append(stack.enter_context(self.directory(path).stream(release)))
+                    found.append(stack.enter_context(open_file(
+                        release, os.O_NOFOLLOW, self.directory(path).descriptor)))
                 except FileNotFoundError:
                     raise StateError(f"{release} cannot be verified: "
                                      f"{self.path}/{path}/{release} is missing",
@@ -2975,7 +2939,7 @@ class Store:
         history is.  `cut` takes away what is behind.  PreflightFailed where it is no file.
         """
         try:
-            stream = self.directory(".deploy").stream("history.jsonl")
+            stream = open_file("history.jsonl", os.O_NOFOLLOW, self.directory(".deploy").descriptor)
         except FileNotFoundError:
             return [], b""
         except OSError as error:
@@ -7749,10 +7713,10 @@ def do_shared(run: Run) -> str:
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
     replaced = []
     live, tree = f"{run.facts.root}/current", run.store.directory(f"releases/{run.staging}")
-    with run.store.root.make("shared") as shared:
+    with run.store.root.child("shared", make=True) as shared:
         for path in directories:
             with shared.walk_to(path, make=True) as directory:
-                if not directory.names() and not os.path.islink(f"{live}/{path}") \
+                if not os.listdir(directory.descriptor) and not os.path.islink(f"{live}/{path}") \
                         and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
                     target = f"{run.facts.root}/shared/{path}/"
                     run.console.warn(
@@ -7788,7 +7752,7 @@ def open_made(run: Run, tree: Directory, path: str) -> Directory:
                                  f"choose another place than {path}/")
             if found is None:
                 add_member(run.manifest, Member(os.fsencode(made), DIRECTORY, 0o755))
-            here = here.make(name)
+            here = here.child(name, make=True)
     return here
 
 
@@ -7815,10 +7779,11 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
     """Render one template; StepFailed names every placeholder without a value."""
     parent, _, name = template.source.rpartition("/")
     with open_made(run, tree, parent) as directory:
-        data = directory.read(name)
-    if data is None:
-        raise StepFailed(f"template {template.source} is not in the artifact",
-                         f"correct [template:{template.name}] source")
+        try:
+            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, directory.descriptor)
+        except FileNotFoundError:
+            raise StepFailed(f"template {template.source} is not in the artifact",
+                             f"correct [template:{template.name}] source")
     text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
     rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
     names = [name for _, name in PLACEHOLDER.findall(data.decode("utf-8", "replace"))]
@@ -9642,12 +9607,15 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
                     if try_lock(directory.descriptor, fcntl.LOCK_EX):
                         break
                     time.sleep(0.01)
-            for left in directory.names():  # by a run that was killed here
+            for left in os.listdir(directory.descriptor):  # by a run that was killed here
                 if left.startswith(f".{name}.") and left.endswith(".tmp"):
                     directory.discard(left)
             samples: Samples = {}
             try:
-                samples = read_samples(run, directory.read(name, MAX_CONFIG_BYTES) or b"")
+                samples = read_samples(
+                    run, read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor))
+            except FileNotFoundError:
+                pass
             except (OSError, ValueError) as error:
                 run.console.warn(f"metrics: {path}/{name} starts over: {reason(error)}")
             # Who did nothing, or was overtaken on the way here, must not hide what the other run
