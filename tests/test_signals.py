@@ -132,13 +132,14 @@ def test_a_signal_while_something_is_closed_is_no_failure_of_the_unpacking(live:
 
     def run(*options: str) -> Any:
         saved.restore()
-        return warm().run("deploy", artifact, config=live.config, trace=trace_of(live), options=["-e", "trace=close,mkdirat"] + list(options))
+        return warm().run("deploy", artifact, config=live.config, trace=trace_of(live), options=["-e", "trace=close,mkdirat,rename,renameat,renameat2"] + list(options))
     assert run().exit_code == 0
     lines = trace_of(live).read_text(errors="replace").splitlines()
     begins = next(number for number, line in enumerate(lines) if line.startswith("mkdirat(") and ".new-" in line)
+    ends = next(number for number, line in enumerate(lines) if line.startswith("rename") and ".new-" in line)
     # In the unpacking: the directories of the live release and of the new one.
     closes = [(number, line) for number, line in enumerate([line for line in lines if line.startswith("close(")], 1)
-              if line in lines[begins:] and re.search(r"/releases/(\d|\.new-)[^>]*>", line)]
+              if line in lines[begins:ends] and re.search(r"/releases/(\d|\.new-)[^>]*>", line)]
     problems, seen = [], 0
     for number, line in closes[::STRIDE]:
         result = run("-e", f"inject=close:signal=TERM:when={number}")
