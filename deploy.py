@@ -473,10 +473,8 @@ class Log:
     """A place that takes every line of a run; that it does not is reported once."""
 
     FAILURE = ""
-
-    def __init__(self, report: Callable[[str], Any], *, as_json: bool) -> None:
-        self.as_json = as_json
-        self._report: Any = report
+    as_json = False
+    report: Any = None
 
     def line(self, record: Any, message: str) -> str:
         """Write a record as text or as one JSON object, without an end.
@@ -496,7 +494,7 @@ class Log:
         try:
             self.send(record)  # type: ignore  # which each kind has
         except OSError as error:
-            report, self._report = self._report, None
+            report, self.report = self.report, None
             if report:
                 report(self.FAILURE.format(error))
 
@@ -510,8 +508,7 @@ class LogFile(Log):
 
     FAILURE = "the log file cannot be written: not all that is said is in it"
 
-    def __init__(self, path: str, report: Callable[[str], Any], *, as_json: bool) -> None:
-        super().__init__(report, as_json=as_json)
+    def __init__(self, path: str) -> None:
         self._path = path
         try:
             self._descriptor = self._open()
@@ -548,9 +545,7 @@ class Syslog(Log):
     LONGEST_BYTES = 1900
     PATIENCE_SECONDS = 1.0
 
-    def __init__(self, addresses: List[Tuple[int, Any]], facility: str,
-                 report: Callable[[str], Any], *, as_json: bool) -> None:
-        super().__init__(report, as_json=as_json)
+    def __init__(self, addresses: List[Tuple[int, Any]], facility: str) -> None:
         self._addresses = list(addresses)  # family, and what connect(2) takes
         self._facility = FACILITIES[facility]
         self._patience_seconds = self.PATIENCE_SECONDS
@@ -651,9 +646,11 @@ class Console:
                 if journal_stream == f"{found.st_dev}:{found.st_ino}":
                     self._in_journal.append(stream)
 
-    def add_log(self, log: Log) -> None:
-        """Send every line there as well, from now on."""
+    def add_log(self, log: Log, report: Callable[[str], Any], *, as_json: bool) -> None:
+        """Send every line there as well, from now on; `report` is told once that it is lost."""
         import logging
+        log.as_json = as_json
+        log.report = report
         if self._log is None:
             self._log = logging.Logger("deploy.py")  # of our own: no configuration reaches it
         handler: Any = logging.Handler()
@@ -960,29 +957,20 @@ class Directory(Descriptor):
     Methods raise OSError as the system gives it.
     """
 
-    def __init__(self, path: str, descriptor: int) -> None:
+    def __init__(self, path: str, descriptor: int = -1) -> None:
         self.path = path
-        self.descriptor = descriptor
+        self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
 
-    @classmethod
-    def open(cls, path: str) -> "Directory":
-        """Open a directory by its path; the last component must not be a symlink."""
-        return cls(path, os.open(path, _DIRECTORY_FLAGS))
-
-    def child(self, name: str, *, make: bool = False) -> "Directory":
-        """Open a subdirectory, making it first where it is missing if asked to."""
-        if make:
-            with suppress(FileExistsError):
-                os.mkdir(name, 0o755, dir_fd=self.descriptor)
-        descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.descriptor)
-        return Directory(f"{self.path}/{name}", descriptor)
-
-    def walk_to(self, path: str, *, make: bool = False) -> "Directory":
-        """Open a directory below by a relative path, component by component."""
+    def child(self, path: str, *, make: bool = False) -> "Directory":
+        """Open a directory below, component by component, making what is missing if asked to."""
         here = Directory(self.path, os.dup(self.descriptor))
-        for name in [part for part in path.split("/") if part not in ("", ".")]:
+        for name in path.split("/"):
             with here:
-                here = here.child(name, make=make)
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, 0o755, dir_fd=here.descriptor)
+                here = Directory(f"{here.path}/{name}", os.open(
+                    name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
         return here
 
     def status(self, name: str) -> Optional[os.stat_result]:
@@ -2574,7 +2562,7 @@ class Store:
         """Open a root for looking; None where there is no such directory."""
         path = os.path.realpath(settings.deploy.root)
         try:
-            return cls(Directory.open(path), settings.command_line)
+            return cls(Directory(path), settings.command_line)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -2589,11 +2577,11 @@ class Store:
         try:
             try:
                 os.mkdir(path, 0o755)
-                with Directory.open(parent) as directory:
+                with Directory(parent) as directory:
                     os.fsync(directory.descriptor)
             except FileExistsError:
                 pass
-            store = cls(Directory.open(path), settings.command_line)
+            store = cls(Directory(path), settings.command_line)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
@@ -5112,7 +5100,7 @@ class Sharer(Descriptor):
         if parent != self._parent:  # members come directory by directory
             self.close()
             self._parent = parent
-            found = self._release.walk_to(os.fsdecode(parent))
+            found = self._release.child(os.fsdecode(parent))
             self.descriptor, found.descriptor = found.descriptor, -1
         return base
 
@@ -5300,7 +5288,7 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
             yield data
 
     with Artifact(source, settings.limits) as artifact, \
-            Directory.open(os.path.realpath(directory)) as place:
+            Directory(os.path.realpath(directory)) as place:
         place.write(base, compressed(artifact, place), 0o644)
         place.write(base + ".sha256", digest_line(hasher.hexdigest(), os.fsencode(base)), 0o644)
     warnings = [text.format(count(len(found[word]), "file"), some_of(found[word]))
@@ -7713,26 +7701,25 @@ def do_shared(run: Run) -> str:
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
     replaced = []
     live, tree = f"{run.facts.root}/current", run.store.directory(f"releases/{run.staging}")
-    with run.store.root.child("shared", make=True) as shared:
-        for path in directories:
-            with shared.walk_to(path, make=True) as directory:
-                if not os.listdir(directory.descriptor) and not os.path.islink(f"{live}/{path}") \
-                        and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
-                    target = f"{run.facts.root}/shared/{path}/"
-                    run.console.warn(
-                        f"shared/{path} is empty, and what the live release holds in {path} will "
-                        f"not be seen any more: cp -a {live}/{path}/. {target}")
-        for path in directories + files:
-            parent, _, name = path.rpartition("/")
-            target = "../" * (2 + path.count("/")) + "shared/" + path
-            with open_made(run, tree, parent) as directory:
-                if directory.status(name) is not None:
-                    replaced.append(path)
-                    directory.remove_tree(name)
-                    drop(run.manifest, os.fsencode(path))
-                os.symlink(target, name, dir_fd=directory.descriptor)
-            add_member(run.manifest, Member(os.fsencode(path), SYMLINK, 0o777,
-                                            content=os.fsencode(target)))
+    for path in directories:
+        with run.store.root.child(f"shared/{path}", make=True) as directory:
+            if not os.listdir(directory.descriptor) and not os.path.islink(f"{live}/{path}") \
+                    and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
+                target = f"{run.facts.root}/shared/{path}/"
+                run.console.warn(
+                    f"shared/{path} is empty, and what the live release holds in {path} will "
+                    f"not be seen any more: cp -a {live}/{path}/. {target}")
+    for path in directories + files:
+        parent, _, name = path.rpartition("/")
+        target = "../" * (2 + path.count("/")) + "shared/" + path
+        with open_made(run, tree, parent) as directory:
+            if directory.status(name) is not None:
+                replaced.append(path)
+                directory.remove_tree(name)
+                drop(run.manifest, os.fsencode(path))
+            os.symlink(target, name, dir_fd=directory.descriptor)
+        add_member(run.manifest, Member(os.fsencode(path), SYMLINK, 0o777,
+                                        content=os.fsencode(target)))
     detail = count(len(directories + files), "link")
     return detail + (f", in place of the artifact's own {', '.join(replaced)}" if replaced else "")
 
@@ -9601,7 +9588,7 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
         name += "-" + digest[:8]
     name = f"deploy_{name}.prom"
     try:
-        with Directory.open(path) as directory:
+        with Directory(path) as directory:
             with suppress(OSError):  # no such locks there (NFS)
                 for _ in range(100):  # of two runs at once both are counted; none takes longer
                     if try_lock(directory.descriptor, fcntl.LOCK_EX):
@@ -10348,10 +10335,10 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
                 setattr(log, key, "")
     as_json = log.format == "json"
     if log.file:
-        console.add_log(LogFile(log.file, console.warn, as_json=as_json))
+        console.add_log(LogFile(log.file), console.warn, as_json=as_json)
     if log.syslog:
-        console.add_log(Syslog(syslog_addresses(*log.syslog), log.facility, console.debug,
-                               as_json=as_json))
+        console.add_log(Syslog(syslog_addresses(*log.syslog), log.facility), console.debug,
+                        as_json=as_json)
         console.debug(f"the log goes to syslog, facility {log.facility}")
 
 

@@ -449,7 +449,7 @@ class Ground:
     def _unpack(self, settings: Any) -> str:
         try:
             with deploy.Artifact(self.path, settings.limits) as artifact, \
-                    deploy.Directory.open(self.release) as destination:
+                    deploy.Directory(self.release) as destination:
                 deploy.estimate_cost(artifact)
                 deploy.read_members(artifact, {"VERSION"}, settings, nothing)
                 manifest, _ = deploy.unpack(artifact, destination, settings, nothing)

@@ -72,7 +72,7 @@ class Bench:
         self.release = os.path.join(self.path, f"release{self.number}")
         os.mkdir(self.release, 0o700)
         chosen = settings(**values)
-        with deploy.Artifact(path, chosen.limits) as artifact, deploy.Directory.open(self.release) as destination:
+        with deploy.Artifact(path, chosen.limits) as artifact, deploy.Directory(self.release) as destination:
             artifact.sha256 = expected
             manifest, notes = deploy.unpack(artifact, destination, chosen, nothing)
             return Unpacked(manifest, artifact.read_sha256, deploy.count_members(manifest), notes)
@@ -309,7 +309,7 @@ def test_a_full_disk_is_not_swallowed(bench, monkeypatch):
     monkeypatch.setattr(deploy.os, "write", full)
     try:
         os.mkdir(bench.path + "/r")
-        with deploy.Directory.open(bench.path + "/r") as place, opened(bench.artifact(PLAIN)) as artifact:
+        with deploy.Directory(bench.path + "/r") as place, opened(bench.artifact(PLAIN)) as artifact:
             with pytest.raises(OSError) as failure:
                 deploy.unpack(artifact, place, settings(), nothing)
     finally:
@@ -327,7 +327,7 @@ def test_stopping_early_leaves_no_thread_and_no_child(bench):
 
 def test_memory_is_64_mib_and_half_a_kilobyte_for_each_member(bench):
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import deploy\n"
-              "d = deploy.Directory.open(sys.argv[3]); s = deploy.Settings({}, []); a = deploy.Artifact(sys.argv[2], s.limits)\n"
+              "d = deploy.Directory(sys.argv[3]); s = deploy.Settings({}, []); a = deploy.Artifact(sys.argv[2], s.limits)\n"
               "u = deploy.unpack(a, d, s, lambda n: None)\n"
               "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
     path = bench.path + "/many.tar"
@@ -435,7 +435,7 @@ def test_a_directory_is_copied_and_has_a_tree_digest(bench, tree):
     with opened(tree + "/") as artifact:
         assert artifact.hash(settings(), nothing) == unpacked.sha256 == deploy.tree_digest(unpacked.manifest)
         assert cost_of(artifact) == (700002, 4, True, True)
-    with deploy.Directory.open(bench.release) as release:
+    with deploy.Directory(bench.release) as release:
         assert deploy.tree_digest(deploy.scan_tree(release, nothing)) == unpacked.sha256
 
 
@@ -608,7 +608,7 @@ def odd_release(bench):
 
 @pytest.mark.parametrize("flags", [[], ["--strict"], ["--quiet", "--strict", "--warn"]])
 def test_real_sha256sum_accepts_the_manifest(odd_release, flags):
-    with deploy.Directory.open(odd_release) as directory:
+    with deploy.Directory(odd_release) as directory:
         manifest = deploy.scan_tree(directory, nothing)
     done = subprocess.run(["sha256sum", "-c"] + flags + ["-"], cwd=odd_release, input=b"".join(deploy.digest_lines(manifest)),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -618,7 +618,7 @@ def test_real_sha256sum_accepts_the_manifest(odd_release, flags):
 
 
 def test_the_manifest_reads_back(odd_release):
-    with deploy.Directory.open(odd_release) as directory:
+    with deploy.Directory(odd_release) as directory:
         manifest = deploy.scan_tree(directory, nothing)
         texts = list(deploy.digest_lines(manifest)), list(deploy.tree_lines(manifest))
         again = deploy.read_manifest(*texts)
@@ -665,7 +665,7 @@ def test_a_manifest_is_read_by(reader, bench):
     for name in ("plain", "sub/with space", "\u00e9"):
         with open(os.path.join(root, name), "w") as stream:
             stream.write(name)
-    with deploy.Directory.open(root) as directory:
+    with deploy.Directory(root) as directory:
         manifest = deploy.scan_tree(directory, nothing)
     with open(bench.path + "/manifest", "wb") as stream:
         stream.writelines(deploy.digest_lines(manifest))
@@ -683,7 +683,7 @@ def test_every_difference_is_named(bench, monkeypatch):
     os.chmod("bin/run", 0o644)
     os.chmod("d", 0o700)
     os.unlink("gone"), os.unlink("l"), os.symlink("edited", "l"), os.unlink("was-file"), os.mkdir("was-file"), os.mkfifo("fifo")
-    with deploy.Directory.open(bench.release) as release:
+    with deploy.Directory(bench.release) as release:
         found = deploy.compare_tree(release, unpacked.manifest, nothing)
     assert found == {"changed": {"bin/run": "has mode 0644, was 0755", "d": "has mode 0700, was 0755", "edited": "", "grown": "",
                                  "l": "leads to edited, was same", "was-file": "is a directory, was a file"},
@@ -754,7 +754,7 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
     assert subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "one-1.0.tar.gz.sha256"], cwd=bench.path).returncode == 0
     os.unlink(targets[1]), os.unlink(targets[1] + ".sha256")
     unpacked = bench.unpack(targets[0], artifact__strip_components=1)
-    with deploy.Directory.open(odd_release) as source:
+    with deploy.Directory(odd_release) as source:
         assert deploy.compare_tree(source, unpacked.manifest, nothing) == {"changed": {}, "missing": {}, "added": {}}
     listing = subprocess.run(["tar", "-tvzf", targets[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert listing.returncode == 0 and listing.stderr == b"" and b"root/root" in listing.stdout
@@ -778,7 +778,7 @@ def test_a_zip_directory_that_changes_after_it_was_judged_is_not_read_again(benc
             stream.write((0o100755 << 16).to_bytes(4, "little"))
         place = os.path.join(bench.path, "place")
         os.mkdir(place)
-        with deploy.Directory.open(place) as destination:
+        with deploy.Directory(place) as destination:
             manifest, _ = deploy.unpack(artifact, destination, settings(), nothing)
         assert manifest[b"b"].mode == 0o644 and artifact.read_sha256 == hashlib.sha256(data).hexdigest()
 
@@ -792,7 +792,7 @@ def many(tmp_path):
         path = tmp_path / "many" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    with deploy.Directory.open(str(tmp_path / "many")) as directory:
+    with deploy.Directory(str(tmp_path / "many")) as directory:
         yield directory, deploy.scan_tree(directory, nothing)
 
 
@@ -818,7 +818,7 @@ def test_a_filesystem_is_synced_while_it_is_filled_through_a_descriptor_of_its_o
     """The kernel tells each open file once of a write that failed: the sync at the end must not find it told already."""
     synced = queue.Queue()
     monkeypatch.setattr(deploy, "sync_filesystem", lambda descriptor: synced.put(os.fstat(descriptor)))
-    with deploy.Directory.open(str(tmp_path)) as directory:
+    with deploy.Directory(str(tmp_path)) as directory:
         with deploy.early_sync(directory.descriptor) as used:
             for _ in range(3):
                 assert os.path.samestat(synced.get(timeout=60), os.stat(str(tmp_path)))
@@ -839,6 +839,6 @@ def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path,
     done = threading.Event()
     done.set()
     monkeypatch.setattr(deploy, "start_thread", lambda run: work.append(run) or done)
-    with deploy.Directory.open(str(tmp_path)) as directory, deploy.early_sync(directory.descriptor) as used:
+    with deploy.Directory(str(tmp_path)) as directory, deploy.early_sync(directory.descriptor) as used:
         work[0]()  # here, where an exception would be seen
         assert failed == [used]

@@ -359,7 +359,8 @@ def says(handler: Any, text: str) -> None:
 
 def test_a_syslog_that_was_started_anew_gets_the_next_line(tmp_path: Path) -> None:
     reported = []  # type: List[str]
-    handler = deploy.Syslog(deploy.syslog_addresses(str(tmp_path / "log"), 0), "user", reported.append, as_json=False)
+    handler = deploy.Syslog(deploy.syslog_addresses(str(tmp_path / "log"), 0), "user")
+    handler.report = reported.append
     for number in range(3):
         receiver = Receiver(tmp_path / "log")
         says(handler, f"line {number}")
@@ -380,14 +381,15 @@ def test_a_pipe_that_nobody_reads_is_no_log_file_and_not_waited_for(app: App) ->
 def test_a_name_server_that_hangs_is_waited_for_once(monkeypatch: Any) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: time.sleep(600))
     started, reported = time.monotonic(), []  # type: float, List[str]
-    handler = deploy.Syslog(deploy.syslog_addresses("log.example", 514), "user", reported.append, as_json=False)
+    handler = deploy.Syslog(deploy.syslog_addresses("log.example", 514), "user")
+    handler.report = reported.append
     says(handler, "the first line")
     says(handler, "the second line")
     assert len(reported) == 1 and "cannot be resolved" in reported[0] and time.monotonic() - started < 30
 
 
 def test_a_name_leads_to_the_address_that_listens(udp: Receiver) -> None:
-    handler = deploy.Syslog(deploy.syslog_addresses("localhost", int(udp.address.rpartition(":")[2])), "user", str, as_json=False)
+    handler = deploy.Syslog(deploy.syslog_addresses("localhost", int(udp.address.rpartition(":")[2])), "user")
     # What nobody took is known at the second datagram: localhost may be ::1 first.
     wait_until(lambda: says(handler, "found") or udp.datagrams, what="a datagram at 127.0.0.1")
     assert udp.datagrams[0].startswith(b"<11>")

@@ -188,7 +188,7 @@ def unpack_while(app: App, pieces: List[bytes], between: Any, how: str) -> Any:
                 between(live / "f")
             yield piece
 
-    with program.Directory.open(str(live)) as release, program.Directory.open(str(new)) as place, \
+    with program.Directory(str(live)) as release, program.Directory(str(new)) as place, \
             program.Sharer(release, how) as sharer:
         program.write_file(program.Member(b"f", program.FILE, 0o644, sum(map(len, pieces))), data(), place.descriptor, sharer)
     return new / "f"
