@@ -3198,8 +3198,8 @@ class Run:
         self.traceparent = traceparent(os.urandom(8).hex())
         self.by = who()
         self.note = console.secrets.mask(getattr(flags, "message", None) or "")
-        self.application = settings.deploy.application or \
-            os.path.basename(os.path.realpath(settings.deploy.root)) or "application"
+        root = settings.deploy.root and os.path.realpath(settings.deploy.root)
+        self.application = settings.deploy.application or os.path.basename(root) or "application"
         self.outcome = Outcome(flags.command)
         # The open root, what was observed there, and the open artifact, while there are such.
         self.store: Any = None
