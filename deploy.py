@@ -6961,13 +6961,12 @@ def untrusted(settings: Settings, *, files_only: bool = False
     refused: Dict[str, Problem] = {}
     for path in settings.files:
         refused.update(trust_problems(path))
-    by_file = settings.origin("preflight", "accept_risk") in settings.files
-    own = set(refused) if by_file else ()
+    own, risks = set(refused), settings.preflight.accept_risk
     for problems in () if files_only else believed(settings):
         refused = dict(problems, **refused)
-    accepted = {path: refused.pop(path) for path in settings.preflight.accept_risk
-                if path in refused and path not in own}
-    return refused, accepted
+    if risks and settings.origin("preflight", "accept_risk") in settings.files:
+        risks = [path for path in risks if path not in own]
+    return refused, {path: refused.pop(path) for path in risks if path in refused}
 
 
 def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
@@ -7039,8 +7038,8 @@ def check_application(run: Run) -> Iterator[Finding]:
     """No other application deploys to this root; compared where both were given a name."""
     ours, facts = run.settings.deploy.application, run.facts
     known = [record for record in facts.records.values() if record.application]
-    theirs = max(known, key=attrgetter("sequence")).application if known else None
-    if ours and theirs and ours != theirs:
+    theirs = max(known, key=attrgetter("sequence")).application if known else ours
+    if theirs != ours:
         yield ("warn" if run.flags.force else "fail",
                f"this root is {theirs}'s, and what is to be deployed is {ours}",
                "name the right root, or take it over: --force")
@@ -7344,7 +7343,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
             if about and not any(attrgetter(path)(run) for path in about.split()):
                 found = [("skip", otherwise or "not configured", "")]
             elif name in ACTING_CHECKS and "permissions" in failed:
-                found = [("skip", "not asked: somebody else could have written what is believed", "")]
+                found = [("skip", "not asked: see permissions", "")]
             else:
                 found = list(check(run)) or [("ok", "as it should be", "")]
         except Interrupted:
@@ -9833,7 +9832,9 @@ def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Contex
         recovered = outcome.release if run.flags.command == "recover" else None
         before = facts.records.get(facts.current.release or "")
         context = context_for(facts, run.target or recovered)
-    lines = outcome.extra["recovered"] if event == "recovered" else [result["msg"]]
+    lines = [result["msg"]]
+    if event == "recovered":
+        lines = outcome.extra.get("recovered") or lines  # nothing where a person settled it
     words = dict(
         context.variables(), **context._asdict(), event=event, message="; ".join(lines),
         host=os.uname().nodename, command=result["command"], exit_code=str(result["exit_code"]),
@@ -9881,12 +9882,12 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
     outcome, console, settings = run.outcome, run.console, run.settings
     error, dry_run = outcome.error, run.flags.dry_run
     if not dry_run and run.is_believed and run.flags.command in WRITING:
-        for name, tell, is_wanted in (
+        for name, send, is_wanted in (
                 ("metrics", write_metrics, settings.metrics.textfile_dir and settings.deploy.root),
                 ("notify", notify, settings.notify)):
             try:
                 if is_wanted:
-                    tell(run, exit_code, seconds)
+                    send(run, exit_code, seconds)
             except Exception as problem:  # a defect here must not make a failure of what is done
                 console.warn(step_error(problem, name).message)
     result = result_object(error, run, exit_code, seconds)

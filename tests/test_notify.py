@@ -387,6 +387,15 @@ def test_a_recovery_is_told_beside_what_the_run_itself_did(app, receive, tmp_pat
     assert all("deploy of" in text and "was not finished" in text for text in texts[1:])
 
 
+def test_what_a_person_settled_by_hand_is_told_as_a_recovery(app, receive):
+    receiver = receive()
+    configure(app, f"url = {receiver.url}\ntext = ${{event}} ${{version}}: ${{message}}")
+    app.deploy("1.0")
+    (app.root / "current").unlink()
+    msg = app.run("recover", "--to", "1.0", check=0).data["msg"]
+    assert [post["body"]["text"] for post in receiver.posts[1:]] == [f"recovered 1.0: {msg}"]
+
+
 def test_the_lock_is_free_when_it_is_told(app, tmp_path):
     script = f"import fcntl\nfcntl.flock(open({str(app.root / '.deploy' / 'lock')!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     configure(app, f"type = command\ncommand = {fake_command(tmp_path, 'page', script).path}")
