@@ -6566,6 +6566,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
 class Facts(NamedTuple):
     """Everything that the planner and the checks may know, observed at one moment."""
 
+    settings: Settings
     request: Any  # the flags: what the command line asked for beyond settings
     root: str
     command_line: Callable[[str], str]
@@ -6626,7 +6627,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     # Going through /proc costs more than all the rest.
     prunes = store and run.flags.command in ("deploy", "activate", "prune")
     return Facts(
-        request=run.flags, root=os.path.realpath(settings.deploy.root), application=run.application,
+        settings=settings, request=run.flags, root=os.path.realpath(settings.deploy.root), application=run.application,
         command_line=settings.command_line, deploy_id=run.deploy_id, note=run.note,
         now_seconds=time.time(),
         current=current, records=records, state_problems=problems,
@@ -7525,7 +7526,7 @@ def is_under_way(journal: Optional[Journal], live: Optional[str]) -> bool:
 
 # -- the planner -------------------------------------------------------------
 
-def plan_operation(settings: Settings, facts: Facts) -> Plan:
+def plan_operation(facts: Facts) -> Plan:
     """Plan what was asked for; a plan without steps where there is nothing to do.
 
     Raises DeployError for what cannot be planned: no such release, a bad one, no artifact.
@@ -7555,33 +7556,35 @@ def plan_operation(settings: Settings, facts: Facts) -> Plan:
                 raise ArtifactRefused(*bad_refusal(target))
     if nothing_to_do:
         return Plan(operation, live, release, [], [], [])
-    return make_plan(settings, facts, Move(operation, live, release))
+    return make_plan(facts, Move(operation, live, release))
 
 
-def make_plan(settings: Settings, facts: Facts, move: Move) -> Plan:
+def make_plan(facts: Facts, move: Move) -> Plan:
     """Expand the words of an operation, and those of its way back."""
     before, after, last = ORDER[move.operation]
     back = Move(move.operation, move.to_release, move.from_release, back=True)
-    steps = expand(before, PHASE_INTENT, settings, facts, move)
-    steps += expand(after, PHASE_SWITCHED, settings, facts, move)
+    steps = expand(before, PHASE_INTENT, facts, move)
+    steps += expand(after, PHASE_SWITCHED, facts, move)
     # The way back ends once `current` is gone where nothing was live before.
     way_back = WAY_BACK if move.from_release else "pre_rollback? activate post_rollback?"
     switches = any(step.noted == PHASE_SWITCHED for step in steps)
     return Plan(move.operation, move.from_release, move.to_release or "", steps,
-                expand(last, "", settings, facts, move),
-                expand(way_back, PHASE_ROLLING_BACK, settings, facts, back) if switches else [])
+                expand(last, "", facts, move),
+                expand(way_back, PHASE_ROLLING_BACK, facts, back) if switches else [])
 
 
-def expand(words: str, phase: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def expand(words: str, phase: str, facts: Facts, move: Move) -> List[Step]:
     """Make the steps of some words of the table; none where nothing is configured for a word."""
     steps: List[Step] = []
     for word in words.split():
         name = word.rstrip("?")
+        maker, configured = MAKERS[name]
         staging = name in STAGE.split()
-        if staging and facts.artifact and facts.artifact.release:
-            continue  # it was staged before
-        for step in MAKERS[name](name, settings, facts, move):
-            forward = phase in (PHASE_INTENT, PHASE_SWITCHED)
+        if configured and not configured(facts.settings) or \
+                staging and facts.artifact and facts.artifact.release:
+            continue  # nothing to do for it, or it was staged before
+        forward = phase in (PHASE_INTENT, PHASE_SWITCHED)
+        for step in maker(name, facts, move):
             steps.append(step._replace(phase=PHASE_STAGING if staging else phase,
                                        noted=step.noted if forward else "",
                                        optional=step.optional or word.endswith("?")))
@@ -7597,7 +7600,7 @@ def new_release_id(facts: Facts, version: str) -> str:
     return name
 
 
-def prunable(settings: Settings, facts: Facts, move: Move) -> List[Record]:
+def prunable(facts: Facts, move: Move) -> List[Record]:
     """Choose what retention lets go: good releases beyond keep_releases, bad ones beyond one.
 
     What will be live, what a rollback would then go to, pinned releases, those that a process
@@ -7614,7 +7617,7 @@ def prunable(settings: Settings, facts: Facts, move: Move) -> List[Record]:
             if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
     arriving = 1 if live and live not in facts.records else 0
-    gone = good[max(1, settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
+    gone = good[max(1, facts.settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
     keep = {live, previous} | set(facts.in_use)
     lost = lost_current(facts)
     if lost:
@@ -7631,11 +7634,9 @@ def move_context(run: Run, move: Move) -> Context:
 
 # -- the makers: word -> steps ------------------------------------------------
 
-def make_hook(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_hook(word: str, facts: Facts, move: Move) -> List[Step]:
     """The operator's commands for one hook; after the switch a recovery must not run them again."""
-    commands = getattr(settings.hooks, word)
-    if not commands:
-        return []
+    commands = getattr(facts.settings.hooks, word)
 
     def run_commands(run: Run) -> str:
         results = run_hook(run, word, move_context(run, move))
@@ -7645,10 +7646,10 @@ def make_hook(word: str, settings: Settings, facts: Facts, move: Move) -> List[S
     text = f"run hook {word}: " + "; ".join(" ".join(argv) for argv in commands)
     after = word in AFTER.split() or word == "post_rollback" and not move.back
     return [Step(f"hook:{word}", text, run_commands, noted=PHASE_SWITCHED if after else "",
-                 seconds=float(settings.hooks.timeout * len(commands)))]
+                 seconds=float(facts.settings.hooks.timeout * len(commands)))]
 
 
-def make_unpack(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_unpack(word: str, facts: Facts, move: Move) -> List[Step]:
     """Verify and unpack the artifact into a private directory, in one pass."""
     found = facts.artifact
     text = "verify and unpack" if found is None else \
@@ -7686,11 +7687,9 @@ def undo_unpack(run: Run) -> None:
         run.store.directory("releases").remove_tree(run.staging)
 
 
-def make_shared(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_shared(word: str, facts: Facts, move: Move) -> List[Step]:
     """Link what outlives releases from shared/ into the release."""
-    directories, files = settings.deploy.shared_dirs, settings.deploy.shared_files
-    if not directories and not files:
-        return []
+    directories, files = facts.settings.deploy.shared_dirs, facts.settings.deploy.shared_files
     paths = [path + "/" for path in directories] + files
     return [Step(word, "link from shared/: " + ", ".join(paths), do_shared)]
 
@@ -7742,11 +7741,9 @@ def open_made(run: Run, tree: Directory, path: str) -> Directory:
     return here
 
 
-def make_templates(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_templates(word: str, facts: Facts, move: Move) -> List[Step]:
     """Render the configured templates into the release."""
-    templates = [template for _, template in sorted(settings.template.items())]
-    if not templates:
-        return []
+    templates = [template for _, template in sorted(facts.settings.template.items())]
 
     def render(run: Run) -> str:
         # The release has no record yet: the context is made for the id that it will get.
@@ -7789,7 +7786,7 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
     add_member(run.manifest, Member(path, FILE, mode, len(rendered), None, digest))
 
 
-def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_publish(word: str, facts: Facts, move: Move) -> List[Step]:
     """Make the staged tree durable, then give it its name under releases/."""
     release = move.to_release
 
@@ -7800,7 +7797,7 @@ def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> Lis
             if run.manifest[name].mode != _MODE_DIRECTORY:
                 os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
         # Before the rename: a name must never lead to data that a power cut can take.
-        if settings.deploy.durable:
+        if facts.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
         run.store.publish(run.staging, release)
         return release
@@ -7810,18 +7807,38 @@ def make_publish(word: str, settings: Settings, facts: Facts, move: Move) -> Lis
         if not run.staging or not run.store.directory("releases").is_directory(run.staging):
             run.store.remove_release(release)
 
-    sync = "sync to disk and " if settings.deploy.durable else ""
+    sync = "sync to disk and " if facts.settings.deploy.durable else ""
     return [Step(word, f"{sync}move to releases/{release}", publish, remove)]
 
 
-def make_seal(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
     """Write manifest and record: from here on the release exists and must not change."""
-    release, rescan = move.to_release, bool(settings.hooks.post_stage)
+    release, rescan = move.to_release, bool(facts.settings.hooks.post_stage)
 
     def seal_release(run: Run) -> str:
+        found, mask, records = run.facts.artifact, run.console.secrets.mask, run.facts.records
         if rescan:
             rescan_release(run, release)
-        return write_release(run, release)
+        digests = run.store.write_manifest(
+            release, digest_lines(run.manifest), tree_lines(run.manifest))
+        record = Record(
+            id=release, version=found.version, state=STATE_STAGED, pinned=False,
+            sequence=1 + max([record.sequence for record in records.values()] or [0]),
+            # What is not words is not masked: a secret such as 1234 may well stand in a digest.
+            artifact={"name": mask(portable(found.name)), "source": mask(portable(found.path)),
+                      "sha256_source": mask(found.sha256_source), "format": found.format,
+                      "size": found.size_bytes, "sha256": found.sha256, "signature": None,
+                      "strip_components": run.settings.artifact.strip_components,
+                      "identity": None if found.format == "directory" else found.identity()},
+            tree=dict(count_members(run.manifest), **digests), created_at=format_time(time.time()),
+            activated_at=None, deactivated_at=None, previous=None, by=run.by,
+            rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
+            pruned_at=None, note=run.note or None,
+            application=run.settings.deploy.application or None)
+        run.store.save(record)
+        records[release] = record
+        run.facts.on_disk.add(release)
+        return f"manifest {digests['manifest_sha256'][:12]}"
 
     def forget(run: Run) -> None:
         run.store.forget(f"{RECORDS}/{release}.json")
@@ -7847,48 +7864,23 @@ def rescan_release(run: Run, release: str) -> None:
         sync_filesystem(run.store.directory("releases").descriptor)
 
 
-def write_release(run: Run, release: str) -> str:
-    """Write manifest and record of a release that is whole."""
-    found, mask = run.facts.artifact, run.console.secrets.mask_json
-    digests = run.store.write_manifest(
-        release, digest_lines(run.manifest), tree_lines(run.manifest))
-    # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-    words = mask({"name": portable(found.name), "source": portable(found.path),
-                  "sha256_source": found.sha256_source})
-    artifact = dict(words, format=found.format, size=found.size_bytes, sha256=found.sha256,
-                    signature=None, strip_components=run.settings.artifact.strip_components,
-                    identity=None if found.format == "directory" else found.identity())
-    record = Record(
-        id=release, version=found.version, state=STATE_STAGED, pinned=False, artifact=artifact,
-        sequence=1 + max([record.sequence for record in run.facts.records.values()] or [0]),
-        tree=dict(count_members(run.manifest), **digests), created_at=format_time(time.time()),
-        activated_at=None, deactivated_at=None, previous=None, by=run.by, note=run.note or None,
-        application=run.settings.deploy.application or None, failure=None, rolled_back_at=None,
-        rollback={"release": None, "command": None},
-        pruned_at=None)
-    run.store.save(record)
-    run.facts.records[release] = record
-    run.facts.on_disk.add(release)
-    return f"manifest {record.tree['manifest_sha256'][:12]}"
-
-
-def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
     """Hash a release against its manifest before it goes live."""
     release, forced = move.to_release, facts.request.force and move.operation != "recover"
 
     def verify(run: Run) -> str:
         differences = check_release(run, run.facts.records[release])
         problem = problems_of(differences)
-        inside = [(command.where, command.argv[0]) for command in commands(settings)
+        inside = [(command.where, command.argv[0]) for command in commands(facts.settings)
                   if command.in_release]
-        refuse_foreign_programs(settings, inside, f"{run.store.path}/releases/{release}")
+        refuse_foreign_programs(facts.settings, inside, f"{run.store.path}/releases/{release}")
         if problem and forced:
             run.console.warn(f"{release} is not what was staged: {problem}")
             return f"not what was staged, and taken all the same: {problem}"
         if problem:
             raise StepFailed(
                 f"{release} is not what was staged: {problem}",
-                f"see all of it: {settings.command_line(f'verify {release}')}; then deploy the "
+                f"see all of it: {facts.command_line(f'verify {release}')}; then deploy the "
                 "artifact again, or go there all the same: --force; what the service may write "
                 "belongs into [deploy] mutable", {"differences": {
                     word: list(names) for word, names in differences.items()}})
@@ -7901,7 +7893,7 @@ def make_verify(word: str, settings: Settings, facts: Facts, move: Move) -> List
     return [Step(word, f"verify {release} against its manifest", verify)]
 
 
-def make_activate(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
     """Point `current` at a release in one atomic rename, or take it away."""
     target, source = move.to_release, move.from_release or facts.current.missing
     if target == source:
@@ -7931,11 +7923,11 @@ def make_activate(word: str, settings: Settings, facts: Facts, move: Move) -> Li
     return [Step(word, text, switch, switch_back, noted=PHASE_SWITCHED)]
 
 
-def make_services(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_services(word: str, facts: Facts, move: Move) -> List[Step]:
     """Bring each service onto the release that is live now, and see that it stays up."""
     steps = []
-    for name in services_in_order(settings):
-        service = settings.service[name]
+    for name in services_in_order(facts.settings):
+        service = facts.settings.service[name]
         if service.action != "none":
             steps.append(Step(
                 f"service:{name}", describe_service(service),
@@ -7944,7 +7936,7 @@ def make_services(word: str, settings: Settings, facts: Facts, move: Move) -> Li
     return steps
 
 
-def make_probes(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_probes(word: str, facts: Facts, move: Move) -> List[Step]:
     """Ask the running service whether it is healthy, and which version it is."""
 
     def ask(run: Run, probe: Any) -> str:
@@ -7959,15 +7951,16 @@ def make_probes(word: str, settings: Settings, facts: Facts, move: Move) -> List
                  f"probe {name}" + ("" if probe.required else " (a failure is only a warning)"),
                  lambda run, probe=probe: ask(run, probe), optional=not probe.required,
                  seconds=probe_seconds(probe))
-            for name, probe in sorted(settings.probe.items()) if probe.when in ("after", "both")]
+            for name, probe in sorted(facts.settings.probe.items())
+            if probe.when in ("after", "both")]
 
 
-def make_health(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_health(word: str, facts: Facts, move: Move) -> List[Step]:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
     left = move.from_release
-    services = [name for name, service in settings.service.items()
+    services = [name for name, service in facts.settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
-    probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")]
+    probes = [probe for probe in facts.settings.probe.values() if probe.when in ("after", "both")]
     if not left or not services and not probes:
         return []
 
@@ -7985,12 +7978,12 @@ def make_health(word: str, settings: Settings, facts: Facts, move: Move) -> List
                  optional=True)]
 
 
-def make_prune(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
     """Delete the releases that retention no longer keeps; a failure is a warning."""
     return [Step(f"prune:{record.id}",
                  f"delete {record.id} ({record.state}, sequence {record.sequence})",
                  lambda run, record=record: delete_release(run, record), optional=True)
-            for record in prunable(settings, facts, move)]
+            for record in prunable(facts, move)]
 
 
 def delete_release(run: Run, record: Record) -> str:
@@ -8016,7 +8009,7 @@ def delete_release(run: Run, record: Record) -> str:
     return f"{format_size(int(record.tree.get('bytes') or 0))} freed{unknown}"
 
 
-def make_sweep(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_sweep(word: str, facts: Facts, move: Move) -> List[Step]:
     """Remove what a crash left: temporary files, half unpacked trees."""
     def sweep(run: Run) -> str:
         return ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left"
@@ -8024,7 +8017,7 @@ def make_sweep(word: str, settings: Settings, facts: Facts, move: Move) -> List[
     return [Step(word, "remove what a crash left", sweep)]
 
 
-def make_pin(word: str, settings: Settings, facts: Facts, move: Move) -> List[Step]:
+def make_pin(word: str, facts: Facts, move: Move) -> List[Step]:
     """Protect a release from pruning, or no longer."""
     record, pinned = facts.records[move.to_release], move.operation == "pin"
 
@@ -8035,13 +8028,24 @@ def make_pin(word: str, settings: Settings, facts: Facts, move: Move) -> List[St
     return [Step(move.operation, f"{move.operation} {record.id}", write)]
 
 
-# word of the table -> its steps
-MAKERS: Dict[str, Callable[[str, Settings, Facts, Move], List[Step]]] = {
-    "unpack": make_unpack, "shared": make_shared, "templates": make_templates,
-    "publish": make_publish, "seal": make_seal, "verify": make_verify, "health": make_health,
-    "activate": make_activate, "services": make_services, "probes": make_probes,
-    "prune": make_prune, "pin": make_pin, "sweep": make_sweep,
-    **dict.fromkeys(HOOK_NAMES, make_hook)}
+# word of the table -> what makes its steps, and what must be configured for it
+MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
+    "unpack": (make_unpack, None),
+    "shared": (make_shared, lambda settings: settings.deploy.shared_dirs
+               + settings.deploy.shared_files),
+    "templates": (make_templates, lambda settings: settings.template),
+    "publish": (make_publish, None),
+    "seal": (make_seal, None),
+    "verify": (make_verify, None),
+    "health": (make_health, lambda settings: settings.service or settings.probe),
+    "activate": (make_activate, None),
+    "services": (make_services, lambda settings: settings.service),
+    "probes": (make_probes, lambda settings: settings.probe),
+    "prune": (make_prune, None),
+    "pin": (make_pin, None),
+    "sweep": (make_sweep, None)}
+MAKERS.update({hook: (make_hook, lambda settings, hook=hook: getattr(settings.hooks, hook))
+               for hook in HOOK_NAMES})
 
 
 # ============================================================================
@@ -8257,12 +8261,12 @@ class Executor:
             final = self.go_back(error)
         if self.phase:
             move = Move(plan.operation, plan.from_release, plan.to_release)
-            for step in expand("on_failure?", "", run.settings, run.facts, move):
+            for step in expand("on_failure?", "", run.facts, move):
                 self.take(step)
         if isinstance(final, RolledBack):
             # A timer that deploys one broken artifact after the other must not fill the disk.
             move = Move("prune", plan.from_release, plan.from_release)
-            for step in expand("prune", "", run.settings, run.facts, move):
+            for step in expand("prune", "", run.facts, move):
                 self.take(step)
         return final
 
@@ -8471,7 +8475,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     before = ", before the last boot" if journal.boot_id != boot_id() else ""
     run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
     move = Move(journal.operation, journal.from_release, journal.to_release)
-    plan = make_plan(run.settings, run.facts, move)
+    plan = make_plan(run.facts, move)
     if journal.phase == PHASE_STAGING or \
             journal.phase == PHASE_INTENT and live == journal.from_release:
         return abort(run, plan, journal)
@@ -8901,7 +8905,7 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken and recover_first:
             preflight(run)
-        plan = plan_operation(run.settings, facts)
+        plan = plan_operation(facts)
         describe_ends(run, plan)
         if checks and not broken and plan.steps + plan.last:
             preflight(run)
