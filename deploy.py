@@ -985,14 +985,20 @@ class Directory(Descriptor):
         found = self.status(name)
         return found is not None and stat.S_ISDIR(found.st_mode)
 
-    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> None:
-        """Replace a file durably: a temporary file, fsync, rename, fsync of the directory."""
+    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600, *,
+              hasher: Any = None) -> None:
+        """Replace a file durably: a temporary file, fsync, rename, fsync of the directory.
+
+        `hasher` is fed what is written.
+        """
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
         try:
             try:
                 for piece in [data] if isinstance(data, bytes) else data:
                     write_all(descriptor, piece)
+                    if hasher:
+                        hasher.update(piece)
                 # Not left to open(): the umask would take bits away that were asked for.
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
@@ -2442,11 +2448,10 @@ class HistoryEntry(NamedTuple):
 
 
 _NULL = type(None)
-# What JSON a field may hold, by its annotation.
+# What JSON a field may hold, by its annotation; others hold what they are annotated with.
 JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
-    str: (str,), int: (int,), bool: (bool,), float: (float, int), List[Any]: (list,),
-    Dict[str, Any]: (dict,), Optional[str]: (str, _NULL), Optional[bool]: (bool, _NULL),
-    Optional[Dict[str, Any]]: (dict, _NULL)}
+    float: (float, int), List[Any]: (list,), Dict[str, Any]: (dict,), Optional[str]: (str, _NULL),
+    Optional[bool]: (bool, _NULL), Optional[Dict[str, Any]]: (dict, _NULL)}
 # `from` cannot be the name of a field.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
 # What a text must be: ids become file names.  What another tool made in releases/ may have any.
@@ -2487,7 +2492,7 @@ def decode(kind: Any, data: bytes, what: str) -> Any:
     for field, annotation in kind.__annotations__.items():
         name = JSON_NAMES.get(field, field)
         values[field] = value = found.get(name, kind._field_defaults.get(field, ...))
-        proper = type(value) in JSON_TYPES[annotation]
+        proper = type(value) in JSON_TYPES.get(annotation, (annotation,))
         if proper and name in TEXT_FORMS and value is not None:
             proper = re.fullmatch(TEXT_FORMS[name], value) is not None
         elif proper and name == "tree":
@@ -2556,6 +2561,9 @@ class Store:
         # Temporary links that `current` can become, by release.
         self._links: Dict[str, str] = {}
         self._published_mode = 0o755
+        # The SHA-256 of the history's last line, as it was read or written last.  Kept elsewhere it
+        # proves all lines up to there: who can write the file can chain it anew.
+        self.chain = ""
 
     @classmethod
     def open(cls, settings: Settings) -> Optional["Store"]:
@@ -2575,18 +2583,16 @@ class Store:
         path = os.path.realpath(settings.deploy.root)
         parent = os.path.dirname(path)
         try:
-            try:
+            with suppress(FileExistsError):
                 os.mkdir(path, 0o755)
                 with Directory(parent) as directory:
                     os.fsync(directory.descriptor)
-            except FileExistsError:
-                pass
             store = cls(Directory(path), settings.command_line)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
             for name in ("releases", "shared") + PRIVATE_DIRECTORIES:
-                above, _, below = name.rpartition("/")
+                above, below = os.path.split(name)
                 mode = 0o700 if name in PRIVATE_DIRECTORIES else 0o755
                 with suppress(FileExistsError):
                     os.mkdir(below, mode, dir_fd=store.directory(above).descriptor)
@@ -2635,7 +2641,7 @@ class Store:
         No symlink is followed on the way.
         """
         if path not in self._open:
-            above, _, name = path.rpartition("/")
+            above, name = os.path.split(path)
             try:
                 self._open[path] = self.directory(above).child(name)
             except PermissionError as error:
@@ -2658,7 +2664,7 @@ class Store:
 
     def status(self, path: str) -> Optional[os.stat_result]:
         """Return lstat of what stands at a path, or None."""
-        above, _, name = path.rpartition("/")
+        above, name = os.path.split(path)
         try:
             return os.stat(name, dir_fd=self.directory(above).descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -2669,34 +2675,33 @@ class Store:
         found = self.status(LOCK)
         return found.st_mtime_ns if found else 0
 
-    def read(self, path: str) -> Optional[bytes]:
-        """Return a regular file's bytes, or None where there is none."""
-        above, _, name = path.rpartition("/")
+    def load(self, kind: Any, path: str) -> Any:
+        """Read a record or the journal; None where there is none, ValueError for a damaged one."""
+        above, name = os.path.split(path)
         try:
-            return read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
+            data = read_file(
+                name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ValueError(f"{self.path}/{path} cannot be read: {reason(error)}")
+        return decode(kind, data, f"{self.path}/{path}")
 
     def save(self, value: Any) -> None:
         """Write a record or the journal durably."""
         path = JOURNAL if isinstance(value, Journal) else f"{RECORDS}/{value.id}.json"
-        above, _, name = path.rpartition("/")
+        above, name = os.path.split(path)
         data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
         self.directory(above).write(name, data)
 
     def forget(self, *paths: str) -> None:
         """Remove files durably, where they are there."""
         for path in paths:
-            above, _, name = path.rpartition("/")
+            above, name = os.path.split(path)
             self.directory(above).discard(name)
             os.fsync(self.directory(above).descriptor)
 
     # -- releases and current ------------------------------------------------
-
-    def releases_on_disk(self) -> Set[str]:
-        """Name the directories under releases/, known or not."""
-        return {name for name in self.names("releases") if not name.startswith(STAGING_PREFIX)
-                and self.directory("releases").is_directory(name)}
 
     def current(self) -> Current:
         """Look where `current` points."""
@@ -2742,25 +2747,15 @@ class Store:
                              f"see what is there: {self.command_line('releases')}")
         wanted = {target, live} if keep and live else {target}
         missing = sorted(wanted - set(self._links))
-        try:
-            for release in missing:
-                temporary = temporary_name("current")
-                os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
-                self._links[release] = temporary
-            if missing:
-                # On disk before one of them takes the place of `current`.
-                os.fsync(self.root.descriptor)
-            self.root.rename(self._links[target], self.root, "current")
-        except OSError:
-            self.drop_links()
-            raise
+        for release in missing:
+            temporary = temporary_name("current")
+            os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
+            self._links[release] = temporary
+        if missing:
+            os.fsync(self.root.descriptor)  # on disk before one of them takes that place
+        self.root.rename(self._links[target], self.root, "current")
         del self._links[target]
         os.fsync(self.root.descriptor)
-
-    def drop_links(self) -> None:
-        """Remove the links that were made and not used."""
-        while self._links:
-            self.root.discard(self._links.popitem()[1])
 
     def new_staging(self) -> str:
         """Make an empty private directory in releases/ to unpack into, and return its name."""
@@ -2821,21 +2816,19 @@ class Store:
                     warn(f"{shown} cannot be removed: {reason(error)}")  # type: ignore
         return found
 
-    def keep_reserve(self) -> None:
-        """Set a mebibyte aside, where none is and the disk has ample room."""
+    def reserve(self, *, keep: bool) -> None:
+        """Set a mebibyte aside where there is ample room; else let a full disk have it back.
+
+        It is for what frees space or goes back.
+        """
         disk = os.fstatvfs(self.root.descriptor)
-        has_room = disk.f_bavail * disk.f_frsize >= RESERVE_SHARE * RESERVE_BYTES
-        with suppress(OSError):  # the next run tries again
-            if has_room and self.status(RESERVE) is None:
+        free_bytes = disk.f_bavail * disk.f_frsize
+        if not keep and (free_bytes < RESERVE_BYTES or disk.f_files and not disk.f_favail):
+            self.forget(RESERVE)
+        if keep and free_bytes >= RESERVE_SHARE * RESERVE_BYTES and self.status(RESERVE) is None:
+            with suppress(OSError):  # the next run tries again
                 # Of zeros, a filesystem that compresses would keep next to nothing.
                 self.directory(".deploy").write("reserve", os.urandom(RESERVE_BYTES))
-
-    def give_up_reserve(self) -> None:
-        """Where the disk is full, let what frees space or goes back have what was set aside."""
-        disk = os.fstatvfs(self.root.descriptor)
-        is_full = disk.f_bavail * disk.f_frsize < RESERVE_BYTES
-        if is_full or disk.f_files and not disk.f_favail:
-            self.forget(RESERVE)
 
     # -- records, manifests and the journal ----------------------------------
 
@@ -2845,16 +2838,14 @@ class Store:
         for name in self.names(RECORDS):
             if not name.endswith(".json") or name.startswith("."):
                 continue
-            path = f"{self.path}/{RECORDS}/{name}"
             try:
-                record = decode(Record, self.read(f"{RECORDS}/{name}") or b"", path)
-                if record.id + ".json" != name:
-                    raise ValueError(f"{path} is the record of {record.id}")
-                records[record.id] = record
+                record = self.load(Record, f"{RECORDS}/{name}")
+                if record and record.id + ".json" != name:
+                    raise ValueError(f"{self.path}/{RECORDS}/{name} is the record of {record.id}")
+                if record:
+                    records[record.id] = record
             except ValueError as error:
                 problems.append(str(error))
-            except OSError as error:
-                problems.append(f"{path} cannot be read: {reason(error)}")
         return records, problems
 
     @contextmanager
@@ -2890,14 +2881,10 @@ class Store:
         """Write a release's two manifests durably; returns what its record says of them."""
         written: Dict[str, Any] = {}
         for path, name, lines in ((TREES, "tree", tree), (MANIFESTS, "manifest", manifest)):
+            # 200,000 lines are never in memory as a whole.
+            blocks = iter(lambda: b"".join(itertools.islice(lines, 1000)), b"")
             hasher = hashlib.sha256()
-
-            def blocks() -> Iterator[bytes]:
-                # 200,000 lines are never in memory as a whole.
-                for block in iter(lambda: b"".join(itertools.islice(lines, 1000)), b""):
-                    hasher.update(block)
-                    yield block
-            self.directory(path).write(release, blocks())
+            self.directory(path).write(release, blocks, hasher=hasher)
             written[name + "_sha256"] = hasher.hexdigest()
             written[name + "_bytes"] = self.status(f"{path}/{release}").st_size  # type: ignore
         return written
@@ -2905,18 +2892,17 @@ class Store:
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
         try:
-            data = self.read(JOURNAL)
-            return None if data is None else decode(Journal, data, f"{self.path}/{JOURNAL}")
-        except (OSError, ValueError) as error:
-            raise StateError(f"the journal cannot be read: {reason(error)}",
+            return self.load(Journal, JOURNAL)  # type: ignore
+        except ValueError as error:
+            raise StateError(f"the journal cannot be read: {error}",
                              "check that the release you want is live, then: "
                              f"{self.command_line('recover --to RELEASE')}")
 
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
-        self.drop_links()
-        if self.status(JOURNAL) is not None:
-            self.forget(JOURNAL)
+        while self._links:  # those that were made and not used
+            self.root.discard(self._links.popitem()[1])
+        self.forget(JOURNAL)
 
     # -- the history ---------------------------------------------------------
 
@@ -2926,6 +2912,7 @@ class Store:
         With `newest` only the last so many: read backwards, they cost the same however long the
         history is.  `cut` takes away what is behind.  PreflightFailed where it is no file.
         """
+        self.chain = ""
         try:
             stream = open_file("history.jsonl", os.O_NOFOLLOW, self.directory(".deploy").descriptor)
         except FileNotFoundError:
@@ -2948,6 +2935,8 @@ class Store:
         if cut and torn:
             with self._writing_history() as descriptor:
                 os.ftruncate(descriptor, end - len(torn))
+        if lines:
+            self.chain = hashlib.sha256(lines[-1]).hexdigest()
         return lines[-newest:], torn
 
     @contextmanager
@@ -2970,19 +2959,10 @@ class Store:
             raise StateError(f"{self.path}/{HISTORY}: {error}",
                              f"see which: {self.command_line('history --verify')}")
 
-    def chain(self) -> str:
-        """Return the SHA-256 of the history's last line, empty before the first.
-
-        Kept elsewhere it proves all lines up to there: who can write the file can chain it anew.
-        """
-        lines = self.read_history(1)[0]
-        return hashlib.sha256(lines[0]).hexdigest() if lines else ""
-
     def append_history(self, entry: HistoryEntry) -> None:
         """Append a line, numbered and chained to the one before it, durably."""
-        lines, sequence, chain = self.read_history(1, cut=True)[0], 0, ""
+        lines, sequence = self.read_history(1, cut=True)[0], 0
         if lines:
-            chain = hashlib.sha256(lines[0]).hexdigest()
             try:
                 sequence = decode(HistoryEntry, lines[0], "").sequence
             except ValueError:
@@ -2991,13 +2971,15 @@ class Store:
             # Before the first line, only the release that this very entry made has a record.
             known = {name for name in self.names(RECORDS) if name[0] != "."}
             made = {f"{entry.release}.json"} if entry.operation in ("deploy", "stage") else set()
-            chain = UNKNOWN_DIGEST if known - made else ""
-        entry = entry._replace(sequence=sequence + 1, previous_sha256=chain)
+            self.chain = UNKNOWN_DIGEST if known - made else ""
+        entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:
             # Its name is sure before its first line counts.
             self.directory(".deploy").write("history.jsonl", b"")
+        line = json.dumps(seal(encode(entry))).encode("ascii")
         with self._writing_history() as descriptor:
-            write_all(descriptor, json.dumps(seal(encode(entry))).encode("ascii") + b"\n")
+            write_all(descriptor, line + b"\n")
+        self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> Tuple[List[str], List[str]]:
         """Find lines that were changed or are missing; lines cut off at the end only `chain` tells.
@@ -3090,8 +3072,8 @@ def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
         if try_lock(descriptor, fcntl.LOCK_SH):
             return None
         holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
-        return holder if isinstance(holder, dict) else {}
-    except (ValueError, OSError, RecursionError):
+        return holder if {"pid", "user", "host", "command", "since"} <= set(holder) else {}
+    except (ValueError, TypeError, OSError, RecursionError):
         return {}
     finally:
         os.close(descriptor)
@@ -3107,8 +3089,7 @@ def describe_holder(holder: Dict[str, Any]) -> str:
     """Write a lock's holder for people."""
     if not holder:
         return "an unknown process"
-    return (f"pid {holder.get('pid')} of {holder.get('user')} on {holder.get('host')}, "
-            f"{holder.get('command')} since {holder.get('since')}")
+    return "pid {pid} of {user} on {host}, {command} since {since}".format(**holder)
 
 
 # -- one run -------------------------------------------------------------------
@@ -6624,6 +6605,9 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         journal = store.read_journal() if store else None
     except StateError as error:
         problems.append(error.message)
+    names = store.names("releases") if store else []
+    releases = {name for name in names if not name.startswith(STAGING_PREFIX)
+                and store.directory("releases").is_directory(name)}
     # Going through /proc costs more than all the rest.
     prunes = store and run.flags.command in ("deploy", "activate", "prune")
     return Facts(
@@ -6631,7 +6615,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         command_line=settings.command_line, deploy_id=run.deploy_id, note=run.note,
         now_seconds=time.time(),
         current=current, records=records, state_problems=problems,
-        on_disk=store.releases_on_disk() if store else set(),
+        on_disk=releases,
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
         journal=journal, holder=lock_holder(store) if store and not locked else None,
         artifact=None, refusal=None)
@@ -8169,7 +8153,7 @@ class Executor:
                 artifact_sha256=found.sha256 if found else "", boot_id=boot_id(),
                 started_at=format_time(run.facts.now_seconds), recoveries=0,
                 plan=run.console.secrets.mask_json(plan.to_json()), done=[], failure=None,
-                by=run.by, chain=run.store.chain())
+                by=run.by, chain=run.store.chain)
         known = self.journal.done
         done = known + [step.name for step in self.done if step.name not in known]
         self.journal = self.journal._replace(phase=phase, done=done)
@@ -8200,7 +8184,7 @@ class Executor:
             steps=mask([dict(step.to_json(), started_at=step.started_at)
                         for step in run.outcome.steps]),
             automatic=automatic if result == "rolled_back" else None)
-        run.outcome.extra["chain"] = run.store.chain()
+        run.outcome.extra["chain"] = run.store.chain
         if error is None and self.phase:
             run.outcome.changed = True
             run.outcome.release, run.outcome.previous = plan.to_release or None, plan.from_release
@@ -8834,9 +8818,9 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
         holder = dict(run.by, command=command, since=format_time(time.time()),
                       deploy_id=run.deploy_id)
         with lock(run.store, wait_seconds, holder, run.interrupts):
-            run.store.chain()  # what cannot take a line must be known before anything changes
+            run.store.read_history(1)  # what takes no line must be known before anything changes
             if command in ("rollback", "recover", "prune"):
-                run.store.give_up_reserve()
+                run.store.reserve(keep=False)
             if recover_first:
                 # What a recovery does is not what the command did: its steps are its own.
                 outcome = run.outcome
@@ -8858,7 +8842,7 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                 remember_refusal(run, error)
                 raise
             if run.outcome.changed:
-                run.store.keep_reserve()
+                run.store.reserve(keep=True)
     finally:
         close_root(run)
 
@@ -9320,7 +9304,7 @@ def command_history(run: Run) -> None:
         if run.flags.verify:
             verify_history(run)
             return
-        entries, run.outcome.extra["chain"] = store.history(), store.chain()
+        entries, run.outcome.extra["chain"] = store.history(), store.chain
     limit = 0 if run.flags.json else 20
     if run.flags.limit is not None:
         limit = int(run.flags.limit)
