@@ -2620,14 +2620,13 @@ class Store:
             if looking and name == ".deploy" and found.st_uid != os.geteuid():
                 return
             if os.geteuid() == 0 and found.st_uid != 0:
-                hint = f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ..."
-                if name != ".deploy":
-                    hint = f"if nobody has changed anything in it: chown -R root {path}"
-                raise StateError(f"{path} belongs to uid {found.st_uid}, "
-                                 "and its contents would be believed", hint)
+                raise StateError(
+                    f"{path} belongs to uid {found.st_uid}, and its contents would be believed",
+                    f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...; or, if nobody "
+                    f"has changed anything in it: chown -R root {path}")
             if found.st_mode & 0o022:
-                mode = stat.S_IMODE(found.st_mode)
-                raise StateError(f"{path} is writable by group or others (mode {mode:04o})",
+                raise StateError(f"{path} is writable by group or others "
+                                 f"(mode {stat.S_IMODE(found.st_mode):04o})",
                                  f"chmod -R go-w {self.path}/.deploy")
 
     def close(self) -> None:
@@ -2669,6 +2668,11 @@ class Store:
             return os.stat(name, dir_fd=self.directory(above).descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
+
+    def is_release(self, name: str) -> bool:
+        """Tell whether there is a real directory of that name under releases/."""
+        found = self.status(f"releases/{name}")
+        return found is not None and stat.S_ISDIR(found.st_mode)
 
     def lock_used(self) -> int:
         """Say when the lock was taken or given back last, in ns: meanwhile nobody changes a thing."""
@@ -2719,8 +2723,7 @@ class Store:
         if directory != f"{self.path}/releases":
             return Current(None, f"{link} points outside releases/: {target}",
                            f"remove the link: rm {link}")
-        found = self.status(f"releases/{release}")
-        if found is None or not stat.S_ISDIR(found.st_mode):
+        if not self.is_release(release):
             settle = self.command_line("recover --to RELEASE")
             return Current(None, f"{link} points to {target}, which does not exist",
                            f"make a release live that is there: {settle}; "
@@ -2742,7 +2745,7 @@ class Store:
         if target is None:
             self.forget("current")
             return
-        if not self.directory("releases").is_directory(target):
+        if not self.is_release(target):
             raise StepFailed(f"releases/{target} does not exist",
                              f"see what is there: {self.command_line('releases')}")
         wanted = {target, live} if keep and live else {target}
@@ -2902,7 +2905,8 @@ class Store:
         """Say durably that nothing is under way any more."""
         while self._links:  # those that were made and not used
             self.root.discard(self._links.popitem()[1])
-        self.forget(JOURNAL)
+        if self.status(JOURNAL) is not None:
+            self.forget(JOURNAL)
 
     # -- the history ---------------------------------------------------------
 
@@ -6607,7 +6611,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         problems.append(error.message)
     names = store.names("releases") if store else []
     releases = {name for name in names if not name.startswith(STAGING_PREFIX)
-                and store.directory("releases").is_directory(name)}
+                and store.is_release(name)}
     # Going through /proc costs more than all the rest.
     prunes = store and run.flags.command in ("deploy", "activate", "prune")
     return Facts(
@@ -7788,7 +7792,7 @@ def make_publish(word: str, facts: Facts, move: Move) -> List[Step]:
 
     def remove(run: Run) -> None:
         # Where the tree still has its first name, this one belongs to somebody else.
-        if not run.staging or not run.store.directory("releases").is_directory(run.staging):
+        if not run.staging or not run.store.is_release(run.staging):
             run.store.remove_release(release)
 
     sync = "sync to disk and " if facts.settings.deploy.durable else ""

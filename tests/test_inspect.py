@@ -154,8 +154,8 @@ def test_a_look_during_which_a_run_ends_sees_one_state(name: str, deployed: App,
     store = deploy.Store.open(settings)
     look, runs = getattr(store, name), []  # type: Any, List[Any]
 
-    def then_run() -> Any:
-        found = look()
+    def then_run(*args: str) -> Any:
+        found = look(*args)
         if not runs:
             runs.append(deployed.deploy("2.0"))
         return found
