@@ -868,21 +868,13 @@ def environment_names() -> List[str]:
     return list(os.environ)
 
 
-def current_directory() -> str:
-    """Return the working directory, or an empty string where it was deleted under us."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""
-
-
 def absolute(path: str) -> str:
     """Make a path absolute; UsageError for a relative one where the working directory is gone."""
-    directory = "" if os.path.isabs(path) else current_directory()
-    if not directory and not os.path.isabs(path):
+    try:
+        return os.path.abspath(path)
+    except OSError:
         raise UsageError(f"{path!r} leads nowhere: the working directory was deleted",
                          "cd to another directory")
-    return os.path.normpath(os.path.join(directory, path))
 
 
 def native(text: str) -> str:
@@ -994,16 +986,15 @@ class Directory(Descriptor):
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
         try:
-            try:
+            with open(descriptor, "wb") as stream:
                 for piece in [data] if isinstance(data, bytes) else data:
-                    write_all(descriptor, piece)
+                    stream.write(piece)
                     if hasher:
                         hasher.update(piece)
+                stream.flush()
                 # Not left to open(): the umask would take bits away that were asked for.
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             self.rename(temporary, self, name)
         except BaseException:
             self.discard(temporary)
@@ -1203,12 +1194,12 @@ class CommandResult:
         self.seconds = 0.0
         self._mask = mask
         self._on_line = on_line
-        self._rest = b""
+        self.rest = b""  # a line that has no end yet
 
     def take(self, data: bytes) -> None:
         """Take a piece of its output: whole lines are masked, cut, passed on, and the last kept."""
-        *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = rest[:MASKED_BYTES]
+        *lines, rest = (self.rest + data).split(b"\n")
+        self.rest = rest[:MASKED_BYTES]
         # Masked all at once, which costs little however many lines there are.
         block = b"\n".join(line[:MASKED_BYTES] for line in lines)
         text = self._mask(block.decode("utf-8", "backslashreplace"))
@@ -1216,11 +1207,6 @@ class CommandResult:
             self.tail.append(line.rstrip("\r")[:OUTPUT_LINE_CHARACTERS])
             self._on_line(self.tail[-1])
         del self.tail[:-OUTPUT_TAIL_LINES]
-
-    def end(self) -> None:
-        """Take the last line, which has no end."""
-        if self._rest:
-            self.take(b"\n")
 
     @property
     def ok(self) -> bool:
@@ -1349,7 +1335,8 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
             if not data:
                 break
             result.take(data)
-        result.end()
+        if result.rest:
+            result.take(b"\n")
         output.close()
     result.exit_code = -signal.SIGKILL if process.returncode is None else process.returncode
     return result
@@ -1554,9 +1541,7 @@ class Interrupts:
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
-        self._waking, writing = os.pipe()
-        os.set_blocking(self._waking, False)
-        os.set_blocking(writing, False)
+        self._waking, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing)
         # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an
         # exit code 0 of that.
@@ -2268,7 +2253,6 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
             given.update(read_ini(path, mistakes))
         except UsageError as error:
             mistakes.append(error)
-    here = current_directory()
     # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
     variables = [name for name in environment_names() if name.startswith("DEPLOY_")]
     sections = [section for section in _OPTIONS_OF if ":" not in section]
@@ -2278,9 +2262,9 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         for name in variables:
             key = name[len(prefix):] if "*" in options else name[len(prefix):].lower()
             if name.startswith(prefix) and (key in options or "*" in options):
-                given[section, key] = Given(environment(name), f"environment {name}", here)
+                given[section, key] = Given(environment(name), f"environment {name}", "")
     for place, text in flags.items():
-        given[place] = Given(text, "command line", here)
+        given[place] = Given(text, "command line", "")
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         section, dot, key = name.strip().partition(".")  # a later `.` belongs to the key
@@ -2290,7 +2274,7 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         elif not find_option(section, key):
             mistakes.append(unknown(section, key, "--set"))
         else:
-            given[section, key] = Given(value.strip(), "command line (--set)", here)
+            given[section, key] = Given(value.strip(), "command line (--set)", "")
     settings = Settings(given, list(files))
     settings.mistakes[:0] = mistakes
     if refuse:
@@ -6872,7 +6856,8 @@ KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_k
 
 def check_runtime(run: Run) -> Iterator[Finding]:
     """Which host, Python and user this is."""
-    run.console.debug(f"python {sys.executable}, cwd {current_directory()}, PATH {command_path()}")
+    run.console.debug(f"python {sys.executable}, cwd {os.path.realpath('/proc/self/cwd')}, "
+                      f"PATH {command_path()}")
     python = sys.version.split()[0]
     yield "ok", f"{os.uname().nodename}, Python {python}, user {user_name()}", ""
 
