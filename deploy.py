@@ -5243,7 +5243,8 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
     def compressed(artifact: Artifact, place: Directory) -> Iterator[bytes]:
         nonlocal size_bytes, expanded_bytes
         # Neither what is being written nor what an earlier run left may become part of it.
-        own = [place.status(name) for name in os.listdir(place.descriptor) if name in (base, base + ".sha256")
+        own = [place.status(name) for name in os.listdir(place.descriptor)
+               if name in (base, base + ".sha256")
                or name.startswith(f".{base}.{os.getpid()}.")]
         members = read_directory(artifact, watch, skipped={
             (status.st_dev, status.st_ino) for status in own if status})
