@@ -972,11 +972,6 @@ class Directory(Descriptor):
         except FileNotFoundError:
             return None
 
-    def is_directory(self, name: str) -> bool:
-        """Tell whether an entry is a real directory."""
-        found = self.status(name)
-        return found is not None and stat.S_ISDIR(found.st_mode)
-
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600, *,
               hasher: Any = None) -> None:
         """Replace a file durably: a temporary file, fsync, rename, fsync of the directory.
@@ -1438,7 +1433,7 @@ def early_sync(directory: int) -> Iterator[int]:
         os.close(own)
 
 
-class Forked:
+class Forked(Descriptor):
     """A forked process that computes something, for work that nothing else could stop.
 
     Used in a `with` block, whose end kills and reaps it.  It has no descriptor
@@ -1452,7 +1447,7 @@ class Forked:
         import warnings
         self.timed_out = False
         self._pid = -1
-        self._reading, self._writing = os.pipe()
+        self.descriptor, self._writing = os.pipe()
         with warnings.catch_warnings(), suppress(OSError):  # too many processes
             # 3.12 and later warn of threads: the child needs no lock that one might hold.
             warnings.simplefilter("ignore")
@@ -1486,8 +1481,8 @@ class Forked:
         told = b""
         piece = b"begins"
         while piece:
-            if interrupts.wait(LONGEST_SECONDS, self._reading):
-                piece = os.read(self._reading, 1 << 16)
+            if interrupts.wait(LONGEST_SECONDS, self.descriptor):
+                piece = os.read(self.descriptor, 1 << 16)
                 told += piece
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
@@ -1495,11 +1490,9 @@ class Forked:
         lines = told.split(b"\n")[:-1]
         return json.loads(lines[-1].decode("ascii")) if lines else None
 
-    def __enter__(self) -> "Forked":
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        os.close(self._reading)
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        super().close()
         if self._pid > 0:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
@@ -1527,16 +1520,16 @@ def syslog_addresses(host: str, port: int) -> List[Tuple[int, Any]]:
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, where stopping is safe.
 
-    A signal sets a number and wakes a `wait`; `check` raises.  After `close()`
-    signals change nothing, as the way back is not interrupted; what came
-    meanwhile counts after `reopen()`.
+    A signal sets a number and wakes a `wait`; `check` raises.  While it
+    `is_closed` signals change nothing, as the way back is not interrupted;
+    what came meanwhile counts after that.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._pending = 0
-        self._closed = False
+        self.is_closed = False
         self._waking = -1  # can be read once a signal has come
 
     def install(self) -> None:
@@ -1555,7 +1548,7 @@ class Interrupts:
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
-        if self._pending and not self._closed:
+        if self._pending and not self.is_closed:
             number, self._pending = self._pending, 0
             raise Interrupted(number)
 
@@ -1580,14 +1573,6 @@ class Interrupts:
                 self.check()
             if found or left_seconds <= 0:
                 return found
-
-    def close(self) -> None:
-        """Stop listening: what follows must run to its end."""
-        self._closed = True
-
-    def reopen(self) -> None:
-        """Listen again: a recovery is over, and the run itself begins, or a signal has come."""
-        self._closed = False
 
 
 # ============================================================================
@@ -7750,7 +7735,8 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
     parent, _, name = template.target.rpartition("/")
     path = os.fsencode(template.target)
     with open_made(run, tree, parent) as directory:
-        if directory.is_directory(name):
+        found = directory.status(name)
+        if found is not None and stat.S_ISDIR(found.st_mode):
             raise StepFailed(f"{template.target} is a directory in the artifact",
                              f"correct [template:{template.name}] target")
         directory.remove_tree(name)
@@ -8055,7 +8041,7 @@ class Executor:
     def execute(self) -> None:
         """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
         run, plan = self.run, self.plan
-        run.interrupts.reopen()
+        run.interrupts.is_closed = False
         try:
             for step in plan.steps:
                 run.interrupts.check()
@@ -8072,7 +8058,7 @@ class Executor:
             if self.phase:
                 self.end(RESULTS[plan.operation])
         except Exception as error:
-            run.interrupts.close()
+            run.interrupts.is_closed = True
             if isinstance(error, Interrupted):
                 run.console.working(str(error), 0.0, "STOPPING=1")
             # A disk that refuses our own notes, or a missing module, is not the release's doing.
@@ -8084,7 +8070,7 @@ class Executor:
                 raise final
             raise  # a defect of this program: what it had begun is undone by now
         # The verdict is in: signals from here on change nothing.
-        run.interrupts.close()
+        run.interrupts.is_closed = True
         try:
             for step in plan.last:
                 self.take(step)
@@ -8266,7 +8252,7 @@ class Executor:
     def go_back(self, error: DeployError) -> DeployError:
         """After the switch: make the old release live again; RolledBack or RollbackFailed."""
         run, plan, console = self.run, self.plan, self.run.console
-        run.interrupts.close()
+        run.interrupts.is_closed = True
         console.say(f"going back to {plan.from_release or 'what was before: nothing'}",
                     status="warn")
         problems: List[str] = []
@@ -8825,7 +8811,7 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                     run.console.say(f"recovered: {line}")
                 if done:
                     outcome.changed, run.facts = True, None  # it is not what it was
-                run.interrupts.reopen()
+                run.interrupts.is_closed = False
             try:
                 yield run.store
             except (PreflightFailed, ArtifactRefused) as error:
@@ -9737,7 +9723,7 @@ def notify(run: Run, exit_code: int, seconds: float) -> None:
         events.append(ended)
     result = run.console.secrets.mask_json(
         result_object(run.outcome.error, run, exit_code, seconds))
-    run.interrupts.close()
+    run.interrupts.is_closed = True
     with ExitStack() as stack:
         told = [(event, settings, stack.enter_context(Conversation(
             lambda asked, event=event, settings=settings: tell(
