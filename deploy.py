@@ -3626,6 +3626,9 @@ def guess_version(name: str) -> str:
 
 # -- the manifest ------------------------------------------------------------
 
+_MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-f]{64})  (.+)\n\Z", re.DOTALL)
+
+
 def released_mode(kind: str, mode: int) -> int:
     """Return the mode that a member gets: no special bits, writable by its owner, never closed."""
     if kind == SYMLINK:
@@ -3656,11 +3659,8 @@ def count_members(manifest: Manifest) -> Dict[str, int]:
 
 
 def names_of(manifest: Manifest, kind: str) -> List[bytes]:
-    """Return the names of one kind, sorted; files go directory by directory."""
-    names = [name for name, member in manifest.items() if member.kind == kind]
-    if kind == FILE:  # no name has a NUL in it, which sorts before everything else
-        return sorted(names, key=lambda name: b"\0".join(name.rpartition(b"/")[::2]))
-    return sorted(names)
+    """Return the names of one kind, sorted."""
+    return sorted(name for name, member in manifest.items() if member.kind == kind)
 
 
 def digest_lines(manifest: Manifest) -> Iterator[bytes]:
@@ -3688,34 +3688,26 @@ def tree_digest(manifest: Manifest) -> str:
 
 
 def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
-    """Read a manifest from the lines of its two files; ValueError says what is wrong with it."""
+    """Read a manifest from the lines of its two files; ValueError says which one is malformed."""
     manifest: Manifest = {}
-    rows = itertools.chain((("manifest", number, line) for number, line in enumerate(digests, 1)),
-                           (("tree", number, line) for number, line in enumerate(tree, 1)))
-    for what, number, line in rows:
-        if not line.endswith(b"\n"):
-            raise ValueError(f"the {what} is cut off")
-        try:
-            if what == "manifest":
-                digest, gap, name = line[:-1].lstrip(b"\\").partition(b"  ")
-                name = unescape_name(name) if line.startswith(b"\\") else name
-                content = binascii.unhexlify(digest)
-                if len(content) != 32 or not gap or not name:
-                    raise ValueError(line)
-                manifest[name] = Member(name, FILE, _MODE_FILE, 0, None, content)
-                continue
-            kind, *texts = json.loads(line.decode("ascii"))
+    what = "manifest"
+    try:
+        for line in digests:
+            escaped, digest, name = _MANIFEST_LINE.match(line).groups()  # type: ignore
+            name = unescape_name(name) if escaped else name
+            manifest[name] = Member(name, FILE, _MODE_FILE, 0, None, binascii.unhexlify(digest))
+        what = "tree"
+        for line in tree:
+            kind, *texts = json.loads(line[:line.index(b"\n")].decode("ascii"))
             name, value = [text.encode("utf-8", "surrogateescape") for text in texts]
             if kind == SYMLINK:
                 manifest[name] = Member(name, SYMLINK, 0o777, 0, None, value)
             elif kind == DIRECTORY:
                 manifest[name] = Member(name, DIRECTORY, int(value, 8))
-            elif kind == "mode":
-                manifest[name] = manifest[name]._replace(mode=int(value, 8))
             else:
-                raise ValueError(kind)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"line {number} of the {what} is malformed") from None
+                manifest[name] = manifest[name]._replace(mode=int(value, 8))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"its {what} has a malformed line") from None
     return manifest
 
 
@@ -3810,10 +3802,9 @@ class Judge:
         for value, (most, option) in zip(found, self._limits):
             if value > most:
                 self.check()
-                whole = "it has" if option == "max_file" else "with it the archive has"
                 number = f"{most:,} members" if option == "max_files" else format_size(most)
-                raise exceeds(f"artifact refused: member {show(member.name)}: {whole}", number,
-                              option)
+                raise exceeds(f"artifact refused: member {show(member.name)}: it has or leads to",
+                              number, option)
         return entry
 
     def _judge(self, member: Member) -> Optional[Member]:
@@ -3825,6 +3816,12 @@ class Judge:
             problem = f"it is a {kind}, which a release cannot hold"
         elif member.size_bytes and kind != FILE:
             problem = f"it is a {kind} and has data"
+        elif kind == SYMLINK and self._settings.symlinks == "refuse":
+            problem = "it is a symlink, and [artifact] symlinks = refuse"
+        elif kind == SYMLINK and not 0 < len(target) <= MAX_PATH_BYTES:
+            problem = "its symlink target is empty or too long"
+        elif kind == SYMLINK and len(target.translate(None, _UNSAFE_BYTES)) != len(target):
+            problem = f"its symlink target {UNSAFE}"
         if problem:
             raise refuse(member.name, problem, WINDOWS_HINT if b"\\" in member.name else REBUILD)
         parent = above = name.rpartition(b"/")[0]
@@ -3839,12 +3836,14 @@ class Judge:
             manifest[above] = Member(above, DIRECTORY, _MODE_DIRECTORY)
             self._implied.add(above)
             self.fresh.append(above)
-        known, mode = manifest.get(name), released_mode(kind, member.mode)
+        known = manifest.get(name)
+        entry = Member(name, kind, released_mode(kind, member.mode), member.size_bytes,
+                       member.mtime_ns, target)
         if known is None and kind == DIRECTORY:
             self.fresh.append(name)
         elif known is not None and (known.kind, kind) != (DIRECTORY, DIRECTORY):
             raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
-        elif known is not None and name not in self._implied and known.mode != mode:
+        elif known is not None and name not in self._implied and known.mode != entry.mode:
             raise refuse(member.name, "the directory comes twice with different modes")
         if kind == HARD_LINK:
             source_name, problem = judge_name(target, self._strip)
@@ -3855,14 +3854,9 @@ class Judge:
             manifest[name] = source._replace(name=name)
             # A symlink's copy is made with the symlinks.
             return Member(name, kind, *source[2:5], source_name) if source.kind == FILE else None
-        if kind == SYMLINK and self._settings.symlinks == "refuse":
-            raise refuse(member.name, "it is a symlink, and [artifact] symlinks = refuse")
-        if kind == SYMLINK and not 0 < len(target) <= MAX_PATH_BYTES:
-            raise refuse(member.name, "its symlink target is empty or too long")
-        if target.translate(None, _UNSAFE_BYTES) != target:
-            raise refuse(member.name, f"its symlink target {UNSAFE}")
-        manifest[name] = Member(name, kind, mode, member.size_bytes, member.mtime_ns, target)
-        return manifest[name] if kind == FILE else None
+        self._implied.discard(name)
+        manifest[name] = entry
+        return entry if kind == FILE else None
 
     # -- the whole archive ---------------------------------------------------
 
@@ -3892,8 +3886,7 @@ class Judge:
                 self._note(refusal)
         self.check()
         if not self.manifest:
-            left = f" that strip_components = {self._strip} leaves" if self._strip else ""
-            raise ArtifactRefused("the artifact holds nothing" + left,
+            raise ArtifactRefused("the artifact holds nothing, or nothing below strip_components",
                                   "look at what the build put into it; nothing was kept")
         return find_oddities(self.manifest, self._strip)
 
@@ -4890,26 +4883,26 @@ def hash_pieces(pieces: Iterable[Any]) -> bytes:
 
 
 def hash_tree(directory: Directory, watch: Watch,
-              names: Optional[Manifest] = None) -> Iterator[Member]:
-    """Go through a tree on disk with its files' digests, or those of the files in `names`."""
+              known: Optional[Manifest] = None) -> Iterator[Member]:
+    """Go through a tree on disk as a manifest has it; of what is `known`, hash only that.
+
+    Otherwise ArtifactRefused for what a release cannot hold.
+    """
     done_bytes = 0
     for member, descriptor, _ in walk_tree(directory.descriptor):
+        if known is None and member.kind not in (FILE, DIRECTORY, SYMLINK):
+            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
         watch(done_bytes)
         content = member.content
-        if member.kind == FILE and (names is None or member.name in names):
+        if member.kind == FILE and (known is None or member.name in known):
             content = hash_pieces(open_blocks(member, descriptor, watch, done_bytes))
         yield Member(*member[:4], None, content)
         done_bytes += member.size_bytes
 
 
 def scan_tree(directory: Directory, watch: Watch) -> Manifest:
-    """Make the manifest of a tree on disk; ArtifactRefused for what a release cannot hold."""
-    manifest = {}
-    for member in hash_tree(directory, watch):
-        if member.kind not in (FILE, DIRECTORY, SYMLINK):
-            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
-        manifest[member.name] = member
-    return manifest
+    """Make the manifest of a tree on disk."""
+    return {member.name: member for member in hash_tree(directory, watch)}
 
 
 # How a tree differs from its manifest: changed, missing, added -> a name as the os module gives
@@ -4986,7 +4979,6 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
         for name in names_of(manifest, SYMLINK):
             os.symlink(manifest[name].content, name, dir_fd=place)
     except ArtifactRefused:
-        members.close()
         if artifact.sha256 and artifact.format != "directory":
             # Wrong bytes explain best why they could not be read.
             artifact.compare(artifact.read_sha256 or artifact.hash(settings, watch))
@@ -5166,16 +5158,13 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
     """
     import tarfile
     for member, pieces in members:
-        name, mode = member.name, 0o644
-        if member.kind == SYMLINK:
-            mode = 0o777
-        elif member.kind == DIRECTORY or member.mode & 0o100:
-            mode = 0o755
+        name = member.name
         judge.admit(member._replace(name=prefix + name))
         if judge.refused:
             continue
         info = tarfile.TarInfo(os.fsdecode(prefix + name))
-        info.size, info.mode, info.uname, info.gname = member.size_bytes, mode, "root", "root"
+        info.mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
+        info.size, info.uname, info.gname = member.size_bytes, "root", "root"
         info.linkname = os.fsdecode(member.content)
         info.type = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind]
         form, fraction = tarfile.GNU_FORMAT, 0
