@@ -81,10 +81,9 @@ import sys
 # everywhere, so the search path is cut down to the standard library's own.
 if __name__ == "__main__" and not sys.flags.isolated:
     _here = __file__.rpartition("/")[0] or "."
-    sys.path[:] = [
-        entry for entry in sys.path[1:]
-        if entry.startswith((sys.base_prefix.rstrip("/") + "/lib", sys.base_exec_prefix.rstrip("/") + "/lib"))
-        and entry != _here and "-packages" not in entry]
+    _own = tuple(prefix.rstrip("/") + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))
+    sys.path[:] = [entry for entry in sys.path[1:] if entry.startswith(_own)
+                   and entry != _here and "-packages" not in entry]
 
 INCOMPLETE = "this Python's standard library is not whole"
 INSTALL = "install all of it (Debian, Ubuntu: apt-get install python3)"
@@ -119,8 +118,9 @@ except ImportError as _error:
     if "--json" in sys.argv or len(sys.argv) == 2 and "/" in sys.argv[1]:  # the latter from Ansible
         _text = f'"{INCOMPLETE}: {_error}"'
         if sys.stdout:
-            sys.stdout.write(f'{{"ok": false, "changed": false, "failed": true, "exit_code": 2, "msg": {_text}, '
-                             f'"error": {{"message": {_text}, "hint": "{INSTALL}"}}}}\n')
+            sys.stdout.write('{"ok": false, "changed": false, "failed": true, "exit_code": 2, '
+                             f'"msg": {_text}, "error": {{"message": {_text}, '
+                             f'"hint": "{INSTALL}"}}}}\n')
     sys.exit(2)
 finally:
     sys.stderr = _stderr
@@ -687,7 +687,8 @@ class Console:
 
     def debug(self, text: str) -> None:
         """A line that only -v and the log show."""
-        self.say(text, level="debug", shown=self.paint("dim", "  {}") if self.verbose else "")
+        if self.verbose or self._log:
+            self.say(text, level="debug", shown=self.paint("dim", "  {}") if self.verbose else "")
 
     def output(self, text: str) -> None:
         """One line that a hook or a service command wrote."""
@@ -713,8 +714,8 @@ class Console:
         lines = "\n".join(map(self.clean, text.split("\n")))
         if self.quiet and not self.json_mode:
             self._held.append(("info", lines, {}))
-        else:
-            self.raw_result(lines + "\n")
+        elif not self.json_mode:
+            self._write(sys.stdout, lines + "\n")
 
     def raw_result(self, text: str) -> None:
         """Text that is the result as it stands (generated files); not escaped, own words only."""
