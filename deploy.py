@@ -1970,6 +1970,7 @@ history     history --limit 5  list the deployments, oldest first; --verify chec
 show        show latest  show one deployment with its steps, and the evidence where it failed
 prune       --set deploy.keep_releases=3 -n prune  delete what keep_releases no longer keeps
 pin         pin 1.4.1  protect a release from pruning
+adopt       adopt 20261121101500  make a release known that another tool left: a rollback target
 unpin       unpin 1.4.1  let a release be pruned again
 recover     recover  finish or undo what a crash left; --to settles what cannot be decided
 pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
@@ -2016,6 +2017,7 @@ FLAG_TABLE = """\
 artifact             ARTIFACT     deploy stage  archive or directory
 artifact             [ARTIFACT]   preflight  archive or directory
 release              RELEASE      activate pin unpin  RELEASES
+release              RELEASE      adopt  name of a directory in releases/, or current
 release              [RELEASE]    rollback  RELEASES; default: the previous good one
 release              [RELEASE]    verify  RELEASES; default: current
 --sha256             HEX          deploy stage preflight  digest the artifact must have
@@ -2425,9 +2427,8 @@ JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
 # `from` cannot be the name of a field.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
 # What a text must be: ids become file names.  What another tool made in releases/ may have any.
-RELEASE_ID = r"\d{8}T\d{6}Z-[A-Za-z0-9][A-Za-z0-9._+~-]*"
 ANY_NAME = r"(?!\.\.?\Z)[^/\0]+"
-TEXT_FORMS = {"id": RELEASE_ID, "to": RELEASE_ID, "previous": ANY_NAME, "from": ANY_NAME,
+TEXT_FORMS = {"id": ANY_NAME, "to": ANY_NAME, "previous": ANY_NAME, "from": ANY_NAME,
               "state": "|".join(STATES), "phase": "|".join(PHASES)}
 TREE_NUMBERS = ("files", "bytes", "manifest_bytes", "tree_bytes")
 
@@ -6980,7 +6981,7 @@ def check_current(run: Run) -> Iterator[Finding]:
         yield "fail", current.problem, current.hint
     elif current.release and current.release not in run.facts.records:
         yield ("warn", f"current points to {current.release}, which has no record",
-               "it cannot be rolled back to")
+               f"make it known: {run.facts.command_line(f'adopt {current.release}')}")
     yield "ok", current.release or "nothing is live yet", ""
 
 
@@ -7078,8 +7079,8 @@ def bad_refusal(bad: Record) -> Problem:
 def check_downgrade(run: Run) -> Iterator[Finding]:
     """The artifact is not older than what is live, where the two can be compared."""
     live = run.facts.records.get(run.facts.current.release or "")
-    if live is None:
-        yield "skip", "nothing to compare", ""
+    if live is None or live.artifact.get("sha256_source") == "adopted":
+        yield "skip", "nothing to compare", ""  # what was adopted has a name, and no version
         return
     version = run.facts.artifact.version
     new, old = version_key(version), version_key(live.version)
@@ -7334,6 +7335,7 @@ ORDER = {
     "rollback": ("verify health pre_rollback activate", "services probes post_rollback", ""),
     "prune": ("", "", "prune"),
     "pin": ("", "", "pin"),
+    "adopt": ("", "", "adopt"),
     "unpin": ("", "", "pin"),
     # recover --to: a person has decided, so only a damaged release stops it.
     "recover": ("", "", "verify activate services? probes? sweep"),
@@ -7344,6 +7346,7 @@ WAY_BACK = "pre_rollback? activate services probes post_rollback?"
 # What the history calls an operation that went through.
 RESULTS = {"stage": "staged", "deploy": "deployed", "activate": "activated",
            "rollback": "rolled_back", "prune": "pruned", "pin": "pinned", "unpin": "unpinned",
+           "adopt": "adopted",
            "recover": "recovered"}
 
 KEPT_BAD_RELEASES = 1
@@ -7490,6 +7493,12 @@ def plan_operation(facts: Facts) -> Plan:
         nothing_to_do = bool(artifact.release) and (operation == "stage" or release == live)
         if operation == "deploy" and nothing_to_do and facts.records[release].failure:
             raise ArtifactRefused(*bad_refusal(facts.records[release]))
+    elif operation == "adopt":
+        release = asked.release if asked.release != "current" else live or ""
+        if release not in facts.on_disk:
+            raise UsageError(f"there is no release directory {release!r} in {facts.root}/releases",
+                             "name one that another tool left there, or current")
+        nothing_to_do = release in facts.records
     elif operation != "prune":
         named = asked.to if operation == "recover" else asked.release
         target = select_release(facts, named) if named else choose_rollback(facts)
@@ -7967,6 +7976,46 @@ def make_sweep(word: str, facts: Facts, move: Move) -> List[Step]:
     return [Step(word, "remove what a crash left", sweep)]
 
 
+def make_adopt(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Make known what another tool left: hashed and recorded, never changed."""
+    release = move.to_release or ""
+
+    def adopt(run: Run) -> str:
+        store, path = run.store, f"{run.store.path}/releases/{release}"
+        # Its place in the order is the time in its name, else the time of its directory.
+        found = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
+        made_at = "{}-{}-{}T{}:{}:{}Z".format(*found.groups()) if found else \
+            format_time(os.lstat(path).st_mtime)
+        try:
+            with run.console.progress("hash") as progress, \
+                    store.directory("releases").child(release) as directory:
+                manifest = scan_tree(directory, watching(run, progress))
+        except ArtifactRefused as error:
+            raise StepFailed(f"{release} cannot be adopted: {error.message}", error.hint)
+        digests = store.write_manifest(release, digest_lines(manifest), tree_lines(manifest))
+        records, counts = run.facts.records, count_members(manifest)
+        sequence = 1 + max([record.sequence for record in records.values()
+                            if record.created_at <= made_at] or [0])
+        for record in list(records.values()):
+            if record.sequence >= sequence:
+                records[record.id] = record._replace(sequence=record.sequence + 1)
+                store.save(records[record.id])
+        is_live = release == run.facts.current.release
+        records[release] = Record(
+            id=release, sequence=sequence, version=release, pinned=False,
+            state=STATE_ACTIVE if is_live else STATE_RETIRED,
+            artifact={"name": release, "source": path, "format": "directory", "signature": None,
+                      "size": counts["bytes"], "sha256": digests["manifest_sha256"],
+                      "sha256_source": "adopted", "strip_components": 0},
+            tree=dict(counts, **digests), created_at=made_at, activated_at=made_at,
+            deactivated_at=None, previous=None, by=run.by, failure=None, rolled_back_at=None,
+            rollback={"release": None, "command": None}, pruned_at=None, note=run.note or None)
+        store.save(records[release])
+        return f"{count(counts['files'], 'file')}, made at {made_at}"
+
+    return [Step(word, f"hash releases/{release}, and keep a record of it", adopt)]
+
+
 def make_pin(word: str, facts: Facts, move: Move) -> List[Step]:
     """Protect a release from pruning, or no longer."""
     record, pinned = facts.records[move.to_release], move.operation == "pin"
@@ -7993,6 +8042,7 @@ MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "probes": (make_probes, lambda settings: settings.probe),
     "prune": (make_prune, None),
     "pin": (make_pin, None),
+    "adopt": (make_adopt, None),
     "sweep": (make_sweep, None)}
 MAKERS.update({hook: (make_hook, lambda settings, hook=hook: getattr(settings.hooks, hook))
                for hook in HOOK_NAMES})
@@ -8317,7 +8367,7 @@ def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], 
     proven = failure and not executor.blameless and not failure.get("interrupted")
     changed = []
     if result == "left_live" or failure is None and result not in ("staged", "pruned"):
-        if plan.operation in ("pin", "unpin"):
+        if plan.operation in ("pin", "unpin", "adopt"):
             return []
         # The new release is active and knows the way back; every other one retires.
         for old in records.values():
@@ -8838,10 +8888,10 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
     flags, asked = run.flags, getattr(run.flags, "artifact", None) or ""
     if is_untouched(run):
-        if flags.command not in ("deploy", "stage"):
+        if flags.command not in ("deploy", "stage", "adopt"):
             raise UsageError(f"nothing was ever deployed to {run.root}",
                              "name another root with --root DIR, or deploy something first")
-        if not flags.dry_run:
+        if not flags.dry_run and flags.command != "adopt":
             # Before a root is made, everything else must be right: it may be a slip of the pen.
             with looking(run, must_exist=False):
                 observe(run, locked=True, artifact=asked)
@@ -8954,13 +9004,14 @@ def show_plan(run: Run, plan: Plan) -> None:
 
 # What the summary says of the release then.
 MOVED = {"deploy": "is live", "stage": "is staged", "activate": "is live",
-         "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned"}
+         "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned",
+         "adopt": "is known"}
 
 
 def command_move(run: Run) -> None:
     """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
     command, outcome, result = run.flags.command, run.outcome, run.console.result
-    pins = command in ("pin", "unpin")
+    pins = command in ("pin", "unpin", "adopt")
     transact(run, checks=not pins)
     if run.flags.dry_run:
         return
@@ -9235,7 +9286,7 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
                              command_line("rollback")))
     if live and live not in facts.records:
         problems.append((f"{live} is live but has no record",
-                         "deploy an artifact to have a known state again"))
+                         f"make it known: {command_line(f'adopt {live}')}"))
     for record in (facts.release(live or ""), rollback_target(facts, live)):
         problem = store.manifest_problem(record) if record else ""
         if problem:
@@ -9825,7 +9876,8 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
 
 # -- all of it -------------------------------------------------------------------
 
-WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "recover")
+WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "adopt",
+           "recover")
 
 
 def report(run: Run, exit_code: int, seconds: float) -> None:
@@ -9876,6 +9928,7 @@ COMMANDS = {
     "rollback": command_move, "preflight": command_preflight, "probe": command_probe,
     "verify": command_verify, "status": command_status, "releases": command_releases,
     "history": command_history, "show": command_show, "prune": command_prune, "pin": command_move,
+    "adopt": command_move,
     "unpin": command_move, "recover": command_recover, "pack": command_pack,
     "config": command_config, "help": command_help, "completion": command_completion,
 }

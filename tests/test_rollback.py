@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict
 import pytest
 
 from scenes import configure, deploy_all, fails_for
-from support import DEPLOY, App, clean_environment, fake_command, sha256_of, snapshot
+from support import DEPLOY, App, clean_environment, fake_command, file, make_tree, sha256_of, snapshot
 
 
 @pytest.fixture
@@ -381,3 +381,40 @@ def test_a_defect_of_this_program_on_the_way_back_does_not_leave_what_failed_liv
     data = json.loads(done.stdout.decode())
     assert done.returncode == exit_code == data["exit_code"] and data["release"] == first
     assert "KeyError" in data["error"]["message"]
+
+
+# -- what another tool left ------------------------------------------------------
+
+def test_what_capistrano_left_is_adopted_and_gone_back_to(app: App) -> None:
+    for name in ("20260101120000", "20260201120000"):
+        make_tree(app.root / "releases" / name, {"VERSION": name + "\n", "bin/run": file("#!/bin/sh\n", 0o755)})
+        (app.root / "releases" / name / "log").symlink_to(str(app.root / "shared" / "log"))
+    (app.root / "shared" / "log").mkdir(parents=True)
+    (app.root / "current").symlink_to(str(app.root / "releases" / "20260201120000"))
+    before = snapshot(app.root / "releases")
+    assert app.run("-n", "adopt", "current", check=0).data["changed"] is True
+    app.run("adopt", "20260201120000", "-m", "taken over", check=0)
+    app.run("adopt", "20260101120000", check=0)
+    assert app.run("adopt", "current", check=0).data["changed"] is False
+    assert snapshot(app.root / "releases") == before and app.run("status", check=0).data["status"]["problems"] == []
+    listed = app.run("releases", check=0).data["releases"]
+    assert [(one["id"], one["version"], one["state"], one["created_at"]) for one in listed] == [
+        ("20260201120000", "20260201120000", "active", "2026-02-01T12:00:00Z"),
+        ("20260101120000", "20260101120000", "retired", "2026-01-01T12:00:00Z")]
+    app.deploy("2.0")
+    app.run("rollback", check=0)
+    assert app.current == "20260201120000" and not os.readlink(str(app.root / "current")).startswith("/")
+    app.run("rollback", check=0)
+    assert app.current == "20260101120000" and app.run("verify", check=0)
+
+
+def test_status_of_what_another_tool_left_says_how_it_becomes_known(app: App) -> None:
+    make_tree(app.root / "releases" / "12", {"VERSION": "12\n"})
+    (app.root / "current").symlink_to("releases/12")
+    app.deploy("13")
+    app.run("activate", "12", check=2)
+    os.unlink(str(app.root / "current"))
+    (app.root / "current").symlink_to("releases/12")
+    hint = app.run("status", check=7).data["error"]["hint"]
+    assert "adopt 12" in hint or "adopt 12" in json.dumps(app.run("preflight").data["checks"])
+    app.run("adopt", "nothing", check=2)
