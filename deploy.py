@@ -5266,6 +5266,11 @@ EVIDENCE_CHARACTERS = 300
 LONGEST_SOCKET_PATH = 107  # unix(7), without the NUL
 MOST_REDIRECTS = 20
 
+# A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
+# The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
+Finding = Tuple[str, str, str]
+Answer = Dict[str, Any]  # what is known of what was asked of a peer or a probe
+
 
 def read_text(path: str) -> str:
     """Read a regular file of at most 64 KiB; never waits for a FIFO."""
@@ -5311,9 +5316,8 @@ def commands(settings: Settings) -> List[OperatorCommand]:
 def check_size_of_commands(settings: Settings) -> None:
     """Raise UsageError for variables and arguments that the kernel lets no program have."""
     longest = 32 * os.sysconf("SC_PAGE_SIZE") - 1  # execve(2)
-    most_bytes = max(128 << 10, os.sysconf("SC_ARG_MAX")) - (32 << 10)  # DEPLOY_* and the like
+    left_bytes = max(128 << 10, os.sysconf("SC_ARG_MAX")) - (32 << 10)  # DEPLOY_* and the like
     variables = [("env", name, [f"{name}={value}"]) for name, value in settings.env.items()]
-    total_bytes = 0  # of the variables, and then of each command with them
     for section, key, words in variables + [command[:3] for command in commands(settings)]:
         sizes = [len(os.fsencode(native(word))) for word in words]
         size_bytes = sum(sizes) + 9 * len(sizes)
@@ -5321,9 +5325,9 @@ def check_size_of_commands(settings: Settings) -> None:
         if max(sizes) > longest:
             why = f"has a word of more than the {longest} bytes that a program may be given"
         elif section == "env":
-            total_bytes += size_bytes
-        elif total_bytes + size_bytes > most_bytes:
-            why = f"and [env] have more than the {most_bytes} bytes that a program may be given"
+            left_bytes -= size_bytes
+        elif size_bytes > left_bytes:
+            why = "and [env] have more than a program may be given"
         if why:
             raise UsageError(f"{settings.origin(section, key)}: [{section}] {key} {why}",
                              "put it into a file" if key else "write NAME = value")
@@ -5342,25 +5346,20 @@ def how_to_run(program: str, directory: str = "/") -> str:
     if not os.path.isfile(path):
         return "correct the path, or install it"
     if os.statvfs(path).f_flag & os.ST_NOEXEC:
-        return ("its filesystem is mounted noexec: put it elsewhere, or write its interpreter "
-                "before it, such as sh")
+        return "its filesystem is mounted noexec: move it, or write its interpreter before it"
     if not os.access(path, os.X_OK):
         return f"correct the path, or make it executable: chmod +x {spell([path])}"
     return "see that its #! line names an interpreter that exists here"
 
 
-def missing_programs(settings: Settings, section: str) -> Iterator[Tuple[str, str, str]]:
-    """Find the programs of such sections that are not there, as checks do.
-
-    What comes with the release, or is found in a PATH of [env], is not looked for.
-    """
+def missing_programs(settings: Settings, section: str) -> Iterator[Finding]:
+    """Find the programs of such sections that are not there, as checks do."""
     for command in commands(settings):
         program = command.argv[0]
-        in_release = "/" in program and not program.startswith("/")
-        in_own_path = "/" not in program and "PATH" in settings.env
-        if not f"{command.section}:".startswith(f"{section}:") or in_release or in_own_path:
-            continue
-        if not find_command(program):
+        # What comes with the release, or is found in a PATH of [env], is not looked for.
+        is_elsewhere = program[0] != "/" if "/" in program else "PATH" in settings.env
+        is_asked_for = f"{command.section}:".startswith(f"{section}:")
+        if is_asked_for and not is_elsewhere and not find_command(program):
             yield ("fail", f"{command.where}: {program} is not found or not executable",
                    how_to_run(program))
 
@@ -5396,28 +5395,17 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
     found: Dict[str, Problem] = {}
     for where, program in what if os.geteuid() == 0 else ():
         found.update(foreign_program(settings, where, program, directory))
-    refused = {path: found[path] for path in found if path not in settings.preflight.accept_risk}
-    for problem, hint in refused.values():
+    for path in settings.preflight.accept_risk:
+        found.pop(path, None)
+    for problem, hint in found.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
                          f"{hint}; or accept the risk, for every such path: "
-                         f"{accepting(settings, refused)}")
-
-
-def child_environment(run: Run, context: Context, extra: Dict[str, str]) -> Dict[str, str]:
-    """Return the whole environment of a command: a small base, [env], DEPLOY_*, `extra`."""
-    environ = base_environment()
-    if run.settings.hooks.run_as:
-        environ["HOME"] = os.path.expanduser(f"~{run.settings.hooks.run_as}")
-    if run.traceparent:
-        environ["TRACEPARENT"] = run.traceparent
-    environ = {**environ, **run.settings.env, **context.variables(), **extra}
-    return {name: native(value) for name, value in environ.items()}
+                         f"{accepting(settings, found)}")
 
 
 def working_directory(context: Context) -> str:
     """Return where commands run: the release, or the nearest thing to it that exists."""
-    places = (context.release_path, context.root, "/")
-    return next(path for path in places if os.path.isdir(path))
+    return next(filter(os.path.isdir, (context.release_path, context.root, "/")))
 
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str],
@@ -5427,13 +5415,18 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str],
     `what` is KIND NAME, such as `hook pre_stage`; `options` are those of run_command().
     StepFailed where root must not run it.
     """
-    directory = working_directory(context)
-    refuse_foreign_programs(run.settings, [(what, argv[0])], directory)
-    kind, _, name = what.partition(" ")
-    environ = child_environment(
-        run, context, {"DEPLOY_HOOK": name if kind == "hook" else f"{kind}:{name}"})
+    settings, directory = run.settings, working_directory(context)
+    refuse_foreign_programs(settings, [(what, argv[0])], directory)
+    environ = base_environment()
+    if settings.hooks.run_as:
+        environ["HOME"] = os.path.expanduser(f"~{settings.hooks.run_as}")
+    if run.traceparent:
+        environ["TRACEPARENT"] = run.traceparent
+    environ = {**environ, **settings.env, **context.variables(),
+               "DEPLOY_HOOK": what.replace("hook ", "").replace(" ", ":")}
+    environ = {name: native(value) for name, value in environ.items()}
     return run_command([native(word) for word in argv], environ=environ, directory=directory,
-                       run_as=run.settings.hooks.run_as, interrupts=run.interrupts,
+                       run_as=settings.hooks.run_as, interrupts=run.interrupts,
                        mask=run.console.secrets.mask, **options)
 
 
@@ -5445,19 +5438,20 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
                     timeout_seconds: float) -> CommandResult:
     """Run an operator's command and show its output; StepFailed with its end when it fails."""
     left_bytes = SHOWN_BYTES
+    output, directory = run.console.output, working_directory(context)
 
     def show(line: str) -> None:
         nonlocal left_bytes
         left_bytes -= len(line) + SHOWN_LINE_BYTES
         if left_bytes >= 0:
-            run.console.output(line)
+            output(line)
 
-    directory = working_directory(context)
-    run.console.debug(f"{what}: {spell(argv)} (in {directory})")
+    typed = spell(argv)
+    run.console.debug(f"{what}: {typed} (in {directory})")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show)
     if left_bytes < 0:
         for line in ["... too much output: here is its end ...", *result.tail]:
-            run.console.output(line)
+            output(line)
     if result.ok:
         return result
     hint = "its output says why; correct the command or the release, then run this again"
@@ -5465,8 +5459,8 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
         hint = "find out what it waits for, or give it more time with `timeout`"
     elif result.exit_code in (126, 127):
         hint = how_to_run(argv[0], directory)
-    why = f"{spell(argv)} {result.verdict()} in {directory}"
-    raise StepFailed(f"{what} failed: {': '.join([why, *result.tail[-1:]])}", hint, {
+    last = ": ".join(["", *result.tail[-1:]])
+    raise StepFailed(f"{what} failed: {typed} {result.verdict()} in {directory}{last}", hint, {
         "argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
         "output": result.tail})
 
@@ -5485,10 +5479,9 @@ PLACEHOLDER = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}")
 
 def template_values(settings: Settings, context: Context) -> Dict[str, str]:
     """Return what `${name}` may stand for: the environment, then DEPLOY_*, then [vars]."""
-    values = {name: portable(environment(name)) for name in environment_names()}
-    values.update({name: portable(value) for name, value in context.variables().items()})
-    values.update(settings.vars)
-    return values
+    values = {name: environment(name) for name in environment_names()}
+    values.update(context.variables())
+    return {**{name: portable(value) for name, value in values.items()}, **settings.vars}
 
 
 def render_template(text: str, values: Dict[str, str], where: str) -> str:
@@ -5524,11 +5517,12 @@ class Service:
         self.run = run
         self.settings = settings
         self.limit_seconds = settings.timeout
+        self.pid = ""  # of the process that was looked at last
         self.shown: Dict[str, str] = {}  # the state of a unit that was read last
 
-    def check(self) -> Iterator[Tuple[str, str, str]]:
-        """Find what is against acting on it on this host: (fail or warn, what, hint)."""
-        yield from missing_programs(self.run.settings, f"service:{self.settings.name}")
+    def check(self) -> Iterator[Finding]:
+        """Find what is against acting on it on this host."""
+        return missing_programs(self.run.settings, f"service:{self.settings.name}")
 
     def down(self) -> str:
         """Say why the service is not up now; nothing when it is, or when nobody can know."""
@@ -5547,31 +5541,36 @@ class Service:
                         self.settings.timeout)
         return "its command exited with code 0"
 
-    def left_behind(self, pid: str, context: Context) -> str:
-        """Say that a process still runs from another release; where a probe asks for the release
-        itself, its word counts."""
-        probes = self.run.settings.probe.values()
-        if any(probe.release and probe.when != "before" for probe in probes):
-            return ""
-        releases = os.path.realpath(f"{context.root}/releases") + "/"
-        for link in ("cwd", "exe"):
-            try:
-                target = os.readlink(f"/proc/{pid}/{link}") + "/"
-            except OSError:
-                continue
-            inside = target[len(releases):] if target.startswith(releases) else ""
-            if inside and not inside.startswith(f"{context.release}/"):
-                return f"process {pid} still runs from another release: its {link} is {target[:-1]}"
-        return ""
+    def failed(self, why: str, **evidence: Any) -> StepFailed:
+        """Make the error of a service that is not healthy."""
+        hint = "look into its own log; pidfile must name a living process that follows `current`"
+        if self.settings.unit:
+            hint = "systemctl status {0}; journalctl -u {0}".format(self.settings.unit)
+        return StepFailed(f"service {self.settings.name}: {why}", hint, evidence)
 
-    def settling(self) -> Iterator[None]:
-        """Yield at the beginning, again and again, and at the end of the settle time."""
+    def settle(self, look: Callable[[], str], context: Context) -> None:
+        """Raise what goes wrong within the settle time, or that another release's process is up."""
         ends_seconds = time.monotonic() + self.settings.settle
         left_seconds = 1.0
         while left_seconds > 0:
             left_seconds = ends_seconds - time.monotonic()
-            yield
+            why = look()
+            if why:
+                raise self.failed(why)
             self.run.interrupts.wait(max(0.0, min(WATCH_SECONDS, left_seconds)))
+        if any(probe.release and probe.when != "before"
+               for probe in self.run.settings.probe.values()):
+            return  # it asks for the release itself: its word counts
+        releases = os.path.realpath(f"{context.root}/releases") + "/"
+        for link in ("cwd", "exe"):
+            try:
+                place = os.readlink(f"/proc/{self.pid}/{link}")
+            except OSError:
+                continue
+            if place.startswith(releases) \
+                    and not f"{place}/".startswith(f"{releases}{context.release}/"):
+                raise self.failed(f"process {self.pid} still runs from another release: its "
+                                  f"{link} is {place}")
 
 
 LOAD_HINTS = {
@@ -5580,205 +5579,180 @@ LOAD_HINTS = {
 # What systemd itself exits with where it cannot start the program (systemd.exec(5)).
 UNIT_STATUSES = {"200": "/CHDIR", "203": "/EXEC", "217": "/USER", "226": "/NAMESPACE",
                  "243": "/CREDENTIALS"}
+UNIT_PROPERTIES = (
+    "LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
+    "NeedDaemonReload", "Type", "Result", "ExecMainStatus", "CanReload")
 
 
 class UnitService(Service):
     """A systemd unit; systemctl's exit code proves nothing (Type=simple): its state is watched."""
 
-    PROPERTIES = ("LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
-                  "NeedDaemonReload", "Type", "Result", "ExecMainStatus", "CanReload")
-
-    def check(self) -> Iterator[Tuple[str, str, str]]:
+    def check(self) -> Iterator[Finding]:
         """Look for the unit, and refuse to restart the one that this program runs in."""
         unit, action = self.settings.unit, self.settings.action
-        try:
-            groups = read_text("/proc/self/cgroup")  # cgroups(7)
-        except OSError:
-            groups = ""
-        full_name = unit if "." in unit else unit + ".service"
-        if action != "none" and full_name in re.split("[/\n]", groups):
-            yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
-                   "run deploy.py from a unit of its own")
         try:
             state = self.state()
         except StepFailed as failed:
             yield ("fail", failed.message,
                    "systemctl must work here; without systemd use pidfile or command")
             return
-        load = state.get("LoadState")
+        groups = re.split("[/\n]", read_text("/proc/self/cgroup"))  # cgroups(7)
+        if action != "none" and (unit in groups or f"{unit}.service" in groups):
+            yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
+                   "run deploy.py from a unit of its own")
+        load = state["LoadState"]
         if load != "loaded":
             yield ("fail", f"unit {unit} is not loaded (LoadState={load})",
-                   LOAD_HINTS.get(str(load), "systemd-analyze verify {}").format(unit))
-        elif action == "reload" and state.get("CanReload") == "no":
+                   LOAD_HINTS.get(load, "systemd-analyze verify {}").format(unit))
+        elif action == "reload" and state["CanReload"] == "no":
             yield ("fail", f"unit {unit} cannot be reloaded: it has no ExecReload=",
                    "use action = restart or reload-or-restart")
-        elif action != "none" and state.get("ActiveState") == "failed":
-            yield ("warn", f"unit {unit} is failed now (result {state.get('Result')})",
+        elif action != "none" and state["ActiveState"] == "failed":
+            yield ("warn", f"unit {unit} is failed now (result {state['Result']})",
                    "see why before it is restarted: systemctl status, journalctl -u")
 
     def look(self) -> str:
-        """Say why the unit is not active."""
-        why = why_down(self.state())
-        return why and f"unit {self.settings.unit} {why}"
+        """Say why the unit is not up."""
+        state = self.state()
+        active, sub, kind = state["ActiveState"], state["SubState"], state["Type"]
+        result, status = state["Result"], state["ExecMainStatus"]
+        # A timer or socket has no Type and never is "running".
+        if active == "active" and (sub == "running" or not kind) \
+                or kind == "oneshot" and result == "success" and sub in ("exited", "dead"):
+            return ""
+        if result == "exit-code" and status:
+            result += f" {status}{UNIT_STATUSES.get(status, '')}"
+        result = f", result {result}" if result not in ("", "success") else ""
+        return f"unit {self.settings.unit} is {active} ({sub}{result})"
 
     def act(self, context: Context) -> str:
         """Restart, reload or start it, wait until it is there, and see that it stays so."""
+        try:
+            return self.restart(context)
+        except StepFailed as failed:
+            failed.evidence.update(journal_of(self.run, [self.settings]))
+            raise
+
+    def restart(self, context: Context) -> str:
+        """Do it; StepFailed without the journal."""
         unit, action = self.settings.unit, self.settings.action
         before = self.state()
-        if action == "reload" and before.get("ActiveState") in ("inactive", "failed"):
+        if action == "reload" and before["ActiveState"] in ("inactive", "failed"):
             action = "start"  # it was down before: that is not the release's fault
-        if before.get("NeedDaemonReload") == "yes":
+        if before["NeedDaemonReload"] == "yes":
             self.systemctl("daemon-reload")
         # Without it a deployment, its rollback and a second try meet the start limit.
-        self.systemctl("reset-failed", unit, must=False)
+        self.systemctl("reset-failed", unit)
         self.systemctl(action, unit)
         ends_seconds = time.monotonic() + self.limit_seconds
         first = self.state()
         # Waiting for an automatic restart is not being on its way.
-        while first.get("ActiveState") in ("activating", "reloading", "refreshing") \
-                and not first.get("SubState", "").startswith("auto-restart") \
+        while first["ActiveState"] in ("activating", "reloading", "refreshing") \
+                and not first["SubState"].startswith("auto-restart") \
                 and time.monotonic() < ends_seconds:
             self.run.interrupts.wait(WATCH_SECONDS)
             first = self.state()
-        invocation = first.get("InvocationID")
-        if action == "restart" and invocation and invocation == before.get("InvocationID"):
-            raise self.failure("was not restarted: its InvocationID is the one from before",
-                               state=first)
-        for _ in self.settling():
-            state = self.state()
-            changed = [f"{name} went from {first.get(name)} to {state.get(name)}"
-                       for name in ("MainPID", "InvocationID", "NRestarts")
-                       if state.get(name) != first.get(name)]
-            if why_down(state):
-                raise self.failure(why_down(state))
-            if changed:
-                raise self.failure(f"did not stay up: {', '.join(changed)}")
-        pid = first.get("MainPID", "0")
-        left_behind = self.left_behind(pid, context)
-        if left_behind:
-            raise self.failure(f"is up, but {left_behind}")
-        process = f", process {pid}" if pid != "0" else ""
-        return f"{unit} is {first.get('ActiveState')} ({first.get('SubState')}{process})"
+        if action == "restart" and first["InvocationID"] == before["InvocationID"] != "":
+            raise self.failed(f"unit {unit} was not restarted: its InvocationID is the one from "
+                              "before")
+
+        def look() -> str:
+            why = self.look()
+            changed = [name for name in ("MainPID", "InvocationID", "NRestarts")
+                       if self.shown[name] != first[name]]
+            if changed and not why:
+                why = f"unit {unit} did not stay up: its {' and '.join(changed)} changed"
+            return why
+
+        self.settle(look, context)
+        process = f", process {self.pid}" if self.pid not in ("", "0") else ""
+        return f"{unit} is {first['ActiveState']} ({first['SubState']}{process})"
 
     def state(self) -> Dict[str, str]:
         """Read the unit's state in one call, so that the properties belong together."""
-        shown = self.systemctl("show", "-p", ",".join(self.PROPERTIES), self.settings.unit)
-        pairs = [line.partition("=") for line in shown.tail]
-        self.shown = {name: value for name, _, value in pairs if name in self.PROPERTIES}
+        done = self.systemctl("show", "-p", ",".join(UNIT_PROPERTIES), self.settings.unit)
+        self.shown = dict.fromkeys(UNIT_PROPERTIES, "")
+        self.shown.update(line.split("=", 1) for line in done.tail if "=" in line)
+        self.pid = self.shown["MainPID"]
         return self.shown
 
-    def systemctl(self, *arguments: str, must: bool = True) -> CommandResult:
-        """Run systemctl; StepFailed where it `must` succeed and does not."""
+    def systemctl(self, verb: str, *arguments: str) -> CommandResult:
+        """Run systemctl; StepFailed where it does not succeed and has to."""
         # What `systemctl --user` needs beside the small environment of every child.
         runtime = environment("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-        done = run_command([*self.settings.systemctl, *arguments], interrupts=self.run.interrupts,
+        done = run_command([*self.settings.systemctl, verb, *arguments],
                            environ=dict(base_environment(), XDG_RUNTIME_DIR=runtime),
-                           timeout_seconds=self.limit_seconds)
-        if done.ok or not must:
+                           timeout_seconds=self.limit_seconds, interrupts=self.run.interrupts)
+        if done.ok or verb == "reset-failed":
             return done
-        why = f"systemctl {arguments[0]} {done.verdict()}: {' '.join(done.tail[-3:])}"
-        if arguments[0] in ("start", self.settings.action):
-            failed = self.failure(f"did not come up: {why}", output=done.tail)
-        else:
-            failed = StepFailed(f"service {self.settings.name}: {why}",
-                                f"systemctl status {self.settings.unit}", {"output": done.tail})
+        why = f"systemctl {verb} {done.verdict()}: {' '.join(done.tail[-3:])}"
+        if verb not in ("show", "daemon-reload"):
+            why = f"unit {self.settings.unit} did not come up: {why}"
+        failed = self.failed(why, output=done.tail)
         if done.timed_out:
-            failed.hint = f"{failed.hint}; or give it more time with `timeout`"
+            failed.hint += "; or give it more time with `timeout`"
         raise failed
 
-    def failure(self, why: str, **evidence: Any) -> StepFailed:
-        """Make the error of a unit that is not healthy, with the end of its journal."""
-        unit = self.settings.unit
-        lines = journal_of(self.run, [self.settings])
-        return StepFailed(f"service {self.settings.name}: unit {unit} {why}",
-                          f"systemctl status {unit}; journalctl -u {unit}",
-                          dict(evidence, journal=lines) if lines else evidence)
 
-
-def journal_of(run: Run, services: Iterable[Any]) -> List[str]:
-    """Show the last lines of the journals of those services that are units, and return them."""
+def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
+    """Show the last lines of the journals of those services that are units; evidence of them."""
     lines: List[str] = []
     for service in services:
         if not service.unit or not find_command("journalctl"):
             continue
-        shown = ["-u", service.unit, "-n", "10", "--no-pager"]
-        if "--user" in service.systemctl:
-            shown.insert(0, "--user")
+        manager = ["--user"] if "--user" in service.systemctl else []
         # Without the first, what it has just said might not be there yet.
-        for arguments in (["--sync"], shown):
+        for arguments in (["--sync"], [*manager, "-u", service.unit, "-n", "10", "--no-pager"]):
             done = run_command(["journalctl", *arguments], timeout_seconds=5.0,
                                interrupts=run.interrupts, mask=run.console.secrets.mask)
         lines += done.tail
     for line in lines:
         run.console.output(line)
-    return lines
-
-
-def why_down(state: Dict[str, str]) -> str:
-    """Say why a unit in this state is not up, or nothing."""
-    active, sub = state.get("ActiveState", "unknown"), state.get("SubState", "unknown")
-    kind, result = state.get("Type", ""), state.get("Result", "")
-    ended = (active, sub) in (("active", "exited"), ("inactive", "dead"))
-    # A timer or socket has no Type and never is "running".
-    if kind == "oneshot" and result == "success" and ended \
-            or active == "active" and (sub == "running" or not kind):
-        return ""
-    status = state.get("ExecMainStatus")
-    if result == "exit-code" and status:
-        result += f" {status}{UNIT_STATUSES.get(status, '')}"
-    return f"is {active} ({sub}{', result ' + result if result not in ('', 'success') else ''})"
+    return {"journal": lines} if lines else {}
 
 
 class PidfileService(Service):
     """A process that writes its id to a file and takes a signal as the wish to reload."""
 
-    def check(self) -> Iterator[Tuple[str, str, str]]:
+    def check(self) -> Iterator[Finding]:
         """Look for the process; that it is down stops nothing."""
         try:
             if self.settings.action != "none":
-                self.process()
+                self.look()
         except LookupError as error:
             yield "warn", f"service {self.settings.name}: {error}", "start it, or correct pidfile"
         except ValueError as error:
             yield "fail", f"service {self.settings.name}: {error}", "correct pidfile"
 
-    def look(self) -> str:
-        """Raise why there is no living process."""
-        self.process()
-        return ""
-
     def act(self, context: Context) -> str:
         """Send the signal, and see that the process stays up, under this id or another."""
-        name, signalled = self.settings.signal, self.run.signalled
+        name, number, signalled = self.settings.name, self.settings.signal, self.run.signalled
         if not context.previous:
             return "nothing to signal: nothing was live before"
+
+        def look() -> str:
+            if self.down():  # a re-exec leaves a moment between old process and new pidfile
+                self.run.interrupts.wait(WATCH_SECONDS)
+            return self.look()
+
         try:
-            pid = self.process()
-            os.kill(pid, signal.Signals["SIG" + name])
-            signalled.add(self.settings.name)
-            for _ in self.settling():
-                if self.down():  # a re-exec leaves a moment between old process and new pidfile
-                    self.run.interrupts.wait(WATCH_SECONDS)
-                    pid = self.process()
-            why = self.left_behind(str(self.process()), context)
-        except (LookupError, ValueError) as error:
-            why = str(error)
-            if isinstance(error, LookupError) and self.settings.name not in signalled:
-                # It was down before the switch: no reason to go back.
-                self.run.console.warn(f"service {self.settings.name}: {why}: start it")
-                return "not signalled: it does not run"
+            self.look()
+            os.kill(int(self.pid), signal.Signals["SIG" + number])
+            signalled.add(name)
+            self.settle(look, context)
         except OSError as error:
-            why = f"cannot send {name}: {reason(error)}"
-        if why:
-            raise StepFailed(f"service {self.settings.name}: {why}", "look into the program's own "
-                             f"log; {self.settings.pidfile} must name a living process that "
-                             "follows `current`")
-        return f"{name} sent to process {pid}, which is up"
+            raise self.failed(f"cannot send {number}: {reason(error)}")
+        except (LookupError, ValueError) as error:
+            if isinstance(error, ValueError) or name in signalled:
+                raise self.failed(str(error))
+            # It was down before the switch: no reason to go back.
+            self.run.console.warn(f"service {name}: {error}: start it")
+            return "not signalled: it does not run"
+        return f"{number} sent to process {self.pid}, which is up"
 
-    def process(self) -> int:
-        """Return the id of the living process; LookupError where it does not run.
+    def look(self) -> str:
+        """Raise LookupError where the process does not run, ValueError for a wrong pidfile.
 
-        ValueError says what is wrong with the pidfile.
         Whoever may write the pidfile must not choose which process of ours or of others is
         signalled.
         """
@@ -5787,55 +5761,50 @@ class PidfileService(Service):
             with open_file(path, os.O_NOFOLLOW) as stream:
                 found = os.fstat(stream.fileno())
                 text = stream.read(65536).decode("utf-8", "replace")
-        except FileNotFoundError as error:
-            raise LookupError(f"{path}: {reason(error)}")
-        except OSError as error:
-            raise ValueError(f"{path}: {reason(error)}")
-        text = text.partition("\n")[0].strip()
-        if not re.match(r"[0-9]{1,9}\Z", text) or int(text) <= 1:
-            raise ValueError(f"{path} holds {text[:40]!r} and not a process id")
+        except FileNotFoundError as missing:
+            raise LookupError(f"{path}: {reason(missing)}")
+        except OSError as other:
+            raise ValueError(f"{path}: {reason(other)}")
+        pid = self.pid = text.partition("\n")[0].strip()
+        if not re.match(r"[0-9]{1,9}\Z", pid) or int(pid) <= 1:
+            raise ValueError(f"{path} holds {pid[:40]!r} and not a process id")
         try:
-            owner = str(os.stat(f"/proc/{text}").st_uid)
+            owner = os.stat(f"/proc/{pid}").st_uid
             # The name in parentheses may hold anything, so fields count from its end (proc(5)).
-            status = read_text(f"/proc/{text}/stat").rpartition(")")[2].split()[:1]
+            status = read_text(f"/proc/{pid}/stat").rpartition(")")[2].lstrip()[:1]
         except OSError:
-            owner, status = "unknown (no /proc)", []
-        if not process_is_alive(int(text)) or status in (["Z"], ["X"]):
-            raise LookupError(f"process {text} of {path} is not running")
-        ours = found.st_uid in (0, os.geteuid())
+            owner, status = -1, ""  # no /proc, or no such process
+        if status in ("Z", "X") or not process_is_alive(int(pid)):
+            raise LookupError(f"process {pid} of {path} is not running")
+        if found.st_uid not in (0, os.geteuid(), owner):
+            raise ValueError(f"{path} belongs to uid {found.st_uid}, process {pid} to uid {owner}")
         by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
-        if ours and (by_group or found.st_mode & stat.S_IWOTH):
+        if (by_group or found.st_mode & stat.S_IWOTH) and found.st_uid in (0, os.geteuid()):
             raise ValueError(f"{path} is writable by group or others (mode "
                              f"{stat.S_IMODE(found.st_mode):04o}), who could name any process")
-        if not ours and str(found.st_uid) != owner:
-            raise ValueError(f"{path} belongs to uid {found.st_uid}, "
-                             f"process {text} to uid {owner}")
-        return int(text)
-
-
-SERVICE_KINDS: Dict[str, Type[Service]] = {
-    "unit": UnitService, "pidfile": PidfileService, "command": Service}
+        return ""
 
 
 def make_service(run: Run, name: str) -> Service:
     """Make the service that [service:NAME] describes."""
     settings = run.settings.service[name]
-    kind = next(key for key in SERVICE_KINDS if getattr(settings, key))
-    return SERVICE_KINDS[kind](run, settings)
+    if settings.unit:
+        return UnitService(run, settings)
+    return PidfileService(run, settings) if settings.pidfile else Service(run, settings)
 
 
 def describe_service(service: Any) -> str:
     """Say in one line what acting on a [service:NAME] section does."""
-    if service.action == "none":
-        return f"leave {service_target(service)} alone"
+    action, target = service.action, service_target(service)
+    if action == "none":
+        return f"leave {target} alone"
     if service.command:
         return f"run {spell(service.command)}"
     if service.pidfile:
-        return f"send {service.signal} to {service_target(service)}"
-    stays = ""
-    if service.action == "reload":
-        stays = " (a reload keeps the old release's code and working directory)"
-    return f"{service.action} {service_target(service)}{stays}"
+        return f"send {service.signal} to {target}"
+    if action == "reload":
+        target += " (a reload keeps the old release's code and working directory)"
+    return f"{action} {target}"
 
 
 def service_target(service: Any) -> str:
@@ -5850,16 +5819,14 @@ def services_in_order(settings: Settings) -> List[str]:
     order: List[str] = []
 
     def visit(name: str, path: List[str]) -> None:
-        where = f"{settings.origin(f'service:{name}', 'after')}: [service:{name}] after"
         if name in path:
-            circle = " -> ".join(path[path.index(name):] + [name])
-            raise UsageError(f"{where}: services wait for each other: {circle}",
-                             "remove one `after`")
+            circle = " -> ".join([*path[path.index(name):], name])
+            raise settings.wrong(f"service:{name}", f"after: they wait for each other: {circle}")
         for earlier in settings.service[name].after if name not in order else ():
             if earlier not in settings.service:
-                raise UsageError(f"{where} = {earlier}: there is no [service:{earlier}]", nearest(
-                    earlier, settings.service) or "declare it, or correct `after`")
-            visit(earlier, path + [name])
+                raise settings.wrong(
+                    f"service:{name}", f"after = {earlier}: there is no [service:{earlier}]")
+            visit(earlier, [*path, name])
         if name not in order:
             order.append(name)
 
@@ -5874,17 +5841,15 @@ def split_address(text: str) -> Tuple[str, int]:
     """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
     if text.startswith("unix:/"):
         if len(os.fsencode(native(text[5:]))) > LONGEST_SOCKET_PATH:
-            raise ValueError(f"expected a unix socket's path of at most {LONGEST_SOCKET_PATH} "
-                             "bytes")
+            raise ValueError(f"a unix socket's path has at most {LONGEST_SOCKET_PATH} bytes")
         return text[5:], 0
-    host, _, port = text.rpartition(":")
-    number = int(port) if re.match(r"[0-9]{1,5}\Z", port) else 0
-    if not 0 < number < 65536 or not re.match(r"[^\s/@]+\Z", host):
+    found = re.match(r"([^\s/@]+):([0-9]{1,5})\Z", text)
+    host, port = found.groups() if found else ("", "0")
+    if not 0 < int(port) < 65536:
         raise ValueError(f"expected host:port or unix:/path, not {text!r}")
     if ":" in host and not re.match(r"\[[0-9A-Fa-f:.]+(%\w+)?\]\Z", host):
-        raise ValueError("expected brackets around the IPv6 address, such as [::1]:80, "
-                         f"not {text!r}")
-    return host.strip("[]"), number
+        raise ValueError(f"expected brackets around the IPv6 address as in [::1]:80, not {text!r}")
+    return host.strip("[]"), int(port)
 
 
 class Url(NamedTuple):
@@ -5915,18 +5880,10 @@ def parse_url(text: str) -> Url:
         port = 0
     if port == 0:
         raise ValueError("the URL's port must be a number from 1 to 65535")
-    port = port or (443 if parts.scheme == "https" else 80)
     target = quote((parts.path or "/") + ("?" + parts.query if parts.query else ""),
                    safe="%/:=&?~#+!$,;'@()*[]", errors="replace")
-    return Url(parts.scheme, str(parts.hostname), port, authority, target, unquote(userinfo))
-
-
-def request_headers(url: Url, own: Dict[str, str], chosen: Dict[str, str]) -> Dict[str, str]:
-    """Put together a request's headers; what the operator chose replaces our own."""
-    always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Connection": "close"}
-    names = {name.lower() for name in chosen}
-    ours = {name: value for name, value in dict(always, **own).items() if name.lower() not in names}
-    return dict(ours, **chosen)
+    return Url(parts.scheme, str(parts.hostname), port or {"http": 80, "https": 443}[parts.scheme],
+               authority, target, unquote(userinfo))
 
 
 def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional[str]:
@@ -5959,10 +5916,10 @@ def tls_context(tls: Any) -> Any:
 def network_error(error: Exception) -> str:
     """Say why asking a peer failed."""
     import socket
-    if isinstance(error, ImportError):
-        return f"{INCOMPLETE}: {error}; {INSTALL}"
     if isinstance(error, DeployError):
         return error.message
+    if isinstance(error, ImportError):
+        return f"{INCOMPLETE}: {error}; {INSTALL}"
     if isinstance(error, socket.gaierror):
         return f"the host name cannot be resolved: {error.strerror}"
     if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
@@ -5980,18 +5937,20 @@ class Conversation(Forked):
     expression without end can hold the run.  `talk` runs there and returns what it found (JSON).
     """
 
-    def __init__(self, talk: Callable[["Conversation"], Dict[str, Any]], limit: float) -> None:
+    def __init__(self, talk: Callable[["Conversation"], Answer], limit: float) -> None:
         import socket  # noqa: F401  where it is missing, the caller shall learn it
         self.limit_seconds = limit
-        self.known: Dict[str, Any] = {"stage": "starting"}
+        self.known: Answer = {"stage": "starting"}
         self.socket: Any = None
-        super().__init__(lambda: self._talk(talk), limit)
 
-    def _talk(self, talk: Callable[["Conversation"], Dict[str, Any]]) -> Dict[str, Any]:
-        try:
-            return dict(self.known, **dict({"error": ""}, **talk(self)))
-        except Exception as error:  # whatever a peer makes the libraries raise is an answer
-            return dict(self.known, error=f"{self.known['stage']}: {network_error(error)}")
+        def work() -> Answer:
+            try:
+                found = talk(self)
+                return {**self.known, "error": "", **found}
+            except Exception as error:  # whatever a peer makes the libraries raise is an answer
+                return dict(self.known, error=f"{self.known['stage']}: {network_error(error)}")
+
+        super().__init__(work, limit)
 
     def at(self, stage: str, **found: Any) -> None:
         """Tell what is going on, and what has been found: that is known if time runs out."""
@@ -6002,31 +5961,39 @@ class Conversation(Forked):
         """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
         import socket
         host, port = address
-        self.at(f"connecting to {host}{f':{port}' if port else ''}")
+        self.at(f"connecting to {host}:{port}" if port else f"connecting to {host}")
         if not port:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.socket.connect(native(host))
             return
-        self.socket = socket.create_connection(address)
-        if self.socket.getsockname()[1] == port \
-                and self.socket.getsockname() == self.socket.getpeername():
+        made = self.socket = socket.create_connection(address)
+        # The peer's name is not to be had where it has hung up already.
+        if made.getsockname()[1] == port and made.getsockname() == made.getpeername():
             # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
 
-    def start_tls(self, host: str, tls: Any) -> None:
-        """Speak TLS over self.socket, as the tls_* keys of a section want it."""
-        self.at("reading tls_ca, tls_cert and tls_key")
-        context = tls_context(tls)
-        self.at("in the TLS handshake")
-        self.socket = context.wrap_socket(self.socket, server_hostname=host)
+    def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
+                body: bytes = b"") -> Any:
+        """Ask by HTTP/1.1 (RFC 9112) and return the response.
 
-    def request(self, method: str, url: Url, headers: Dict[str, str], body: bytes = b"") -> Any:
-        """Send a request over self.socket by HTTP/1.1 (RFC 9112) and return the response.
-
-        By http.client on a socket of our own: no proxy, cookie or redirect comes into play.
+        `settings` has the tls_*, header and connect keys; what the operator chose replaces our
+        `own` headers.  By http.client on a socket of our own: no proxy, cookie or redirect comes
+        into play.
         """
         import http.client
+        address = getattr(settings, "connect", "")
+        self.connect(split_address(address) if address else (url.host, url.port))
+        if url.scheme == "https":
+            self.at("reading tls_ca, tls_cert and tls_key")
+            context = tls_context(settings)
+            self.at("in the TLS handshake")
+            self.socket = context.wrap_socket(self.socket, server_hostname=url.host)
         self.at("sending the request")
+        own = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Connection": "close",
+               **own}
+        chosen = {name.lower() for name in settings.header}
+        headers = {**{name: own[name] for name in own if name.lower() not in chosen},
+                   **settings.header}
         wrong = wrong_header(headers)
         if wrong:  # http.client would say so with the value, which may be a secret
             raise ValueError(wrong)
@@ -6041,16 +6008,16 @@ class Conversation(Forked):
         self.at("reading the answer", status=response.status)
         return response
 
-    def answer(self, interrupts: Interrupts) -> Dict[str, Any]:
+    def answer(self, interrupts: Interrupts) -> Answer:
         """Wait, and return what was found; its "error" says why that is not all."""
         found = dict(self.result(interrupts) or self.known)
-        limit = format_seconds(self.limit_seconds)
         if "error" in found:
             return found
-        found["error"] = f"no answer within {limit}, it was still {found['stage']}"
+        limit, stage = format_seconds(self.limit_seconds), found["stage"]
+        found["error"] = f"no answer within {limit}, it was still {stage}"
         if not self.timed_out:
-            found["error"] = f"{found['stage']}: the process that asks was not to be had (EAGAIN)"
-        elif found["stage"] == COMPARING:
+            found["error"] = f"{stage}: the process that asks was not to be had (EAGAIN)"
+        elif stage == COMPARING:
             found["error"] = (f"{COMPARING} did not end within {limit}: a regular expression that "
                               "repeats what repeats, as (a+)+ does, may take for ever")
         return found
@@ -6064,7 +6031,7 @@ VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?(?:{})(?![^\W_]|~|[.+_-]\w)"
 
 
 def judge(probe: Any, wanted: List[str], text: str,
-          header: Callable[[str], Optional[str]]) -> Dict[str, Any]:
+          header: Callable[[str], Optional[str]]) -> Answer:
     """Hold an answer's text and headers against what is expected.
 
     "error" says what fails first; "named" whether the answer names one of the versions that are
@@ -6082,22 +6049,22 @@ def judge(probe: Any, wanted: List[str], text: str,
         value, why = json_value(text, path)
         if value != expected:
             errors.append(why or f"json {path} is {value!r}, expected {expected!r}")
-    named = None
-    if probe.release and wanted:
-        where, _, name = probe.release.partition(":")
-        if where == "body":
-            words = "|".join(re.escape(word) for word in wanted)
-            named = bool(re.search(VERSION_ALONE.format(words), text))
-            why = "the answer does not name the version"
-        else:
-            value, why = json_value(text, name) if where == "json" else (header(name), "")
-            named = re.sub(r"\A[vV](?=\d)", "", value or "") in wanted
-            if value is not None:
-                why = f"answered with version {value}"
-            why = why or f"the answer has no header {name} that names its version"
-        if not named:
-            errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
-    return {"error": errors[0] if errors else "", "named": named}
+    if not probe.release or not wanted:
+        return {"error": "".join(errors[:1]), "named": None}
+    where, _, name = probe.release.partition(":")
+    if where == "body":
+        words = "|".join(re.escape(word) for word in wanted)
+        named = bool(re.search(VERSION_ALONE.format(words), text))
+        why = "the answer does not name the version"
+    else:
+        value, why = header(name), f"the answer has no header {name} that names its version"
+        if where == "json":
+            value, why = json_value(text, name)
+        named = re.sub(r"\A[vV](?=\d)", "", value or "") in wanted
+        why = why if value is None else f"answered with version {value}"
+    if not named:
+        errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
+    return {"error": "".join(errors[:1]), "named": named}
 
 
 def matches(pattern: str, text: Optional[str]) -> bool:
@@ -6114,12 +6081,13 @@ def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
     except (ValueError, RecursionError) as error:
         return None, f"the answer is not JSON: {error}"
     for key in path.split("."):
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and re.match(r"[0-9]{1,9}\Z", key) and int(key) < len(value):
-            value = value[int(key)]
-        else:
+        place: Any = key
+        if isinstance(value, list):
+            place = int(key) if re.match(r"[0-9]{1,9}\Z", key) else -1
+            value = dict(enumerate(value))
+        if not isinstance(value, dict) or place not in value:
             return None, f"the answer's JSON has no {path!r}: nothing at {key!r}"
+        value = value[place]
     return value if isinstance(value, str) else json.dumps(value), ""
 
 
@@ -6142,30 +6110,7 @@ def probe_kind(probe: Any) -> str:
 
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
-    kind, key = probe_kind(probe), "tcp"
-    unused = meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe")
-    if unused:
-        return unused
-    if probe.release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", probe.release):
-        return f"release = {probe.release}: expected json:PATH, header:NAME or body"
-    shortest_seconds = max(ProbeRun.SHORTEST_WAIT_SECONDS, probe.period * (1 - probe.jitter))
-    if probe.successes > probe.deadline / shortest_seconds + 30:  # those of the halved waits
-        return (f"successes = {probe.successes} cannot be reached within deadline = "
-                f"{format_seconds(probe.deadline)}")
-    in_header = probe.release.startswith("header:")
-    needed = [key for key in ("body", "json", "release") if getattr(probe, key)
-              and not (key == "release" and in_header)]
-    if needed and not probe.max_body:
-        return f"{' and '.join(needed)} cannot be answered with max_body = 0"
-    if needed and kind == "url" and probe.method == "HEAD":
-        return f"{' and '.join(needed)} cannot be answered with method = HEAD"
-    if kind == "command" and in_header:
-        return "a command's output has no headers"
-    if kind == "service" and probe.service not in settings.service:
-        known = nearest(probe.service, settings.service)
-        return f"there is no [service:{probe.service}] {known}".rstrip()
-    if kind == "service" and settings.service[probe.service].command:
-        return f"whether [service:{probe.service}] is up cannot be known: it has only a command"
+    kind, key, scheme, wrong = probe_kind(probe), "tcp", "", ""
     try:
         for key in ("tcp", "connect"):
             if getattr(probe, key):
@@ -6173,17 +6118,37 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         key = "url"
         scheme = parse_url(probe.url).scheme if probe.url else ""
     except ValueError as error:
-        return f"{key}: {error}"
-    if not re.match(r"[A-Z]{1,20}\Z", probe.method):
-        return f"method = {probe.method}: expected GET, HEAD, ..."
-    if probe.redirects > MOST_REDIRECTS:
-        return f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"
-    if scheme == "http":
-        tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key")
-        unused = meaningless(probe, tls_keys, "an http:// URL")
-    elif probe.tls_key and not probe.tls_cert:
-        unused = "tls_key needs tls_cert, the certificate that it belongs to"
-    return unused or wrong_header(probe.header, probe.expect_header)
+        wrong = f"{key}: {error}"
+    in_header = probe.release.startswith("header:")
+    needed = " and ".join(key for key in ("body", "json", "release") if getattr(probe, key)
+                          and not (key == "release" and in_header))
+    shortest_seconds = max(SHORTEST_WAIT_SECONDS, probe.period * (1 - probe.jitter))
+    most = probe.deadline / shortest_seconds + 30  # those of the halved waits
+    service = settings.service.get(probe.service)
+    tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key") if scheme == "http" else ()
+    for is_wrong, why in (
+            (True, meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe")),
+            (not re.match(r"(json:.+|header:[!-9;-~]+|body|)\Z", probe.release),
+             f"release = {probe.release}: expected json:PATH, header:NAME or body"),
+            (probe.successes > most, f"successes = {probe.successes} cannot be reached within "
+                                     f"deadline = {format_seconds(probe.deadline)}"),
+            (needed and not probe.max_body, f"{needed} cannot be answered with max_body = 0"),
+            (needed and probe.method == "HEAD", f"{needed} cannot be answered with method = HEAD"),
+            (kind == "command" and in_header, "a command's output has no headers"),
+            (kind == "service" and service is None, f"there is no [service:{probe.service}]"),
+            (service and service.command,
+             f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
+            (True, wrong),
+            (not re.match(r"[A-Z]{1,20}\Z", probe.method),
+             f"method = {probe.method}: expected GET, HEAD, ..."),
+            (probe.redirects > MOST_REDIRECTS,
+             f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"),
+            (True, meaningless(probe, tls_keys, "an http:// URL")),
+            (probe.tls_key and not probe.tls_cert,
+             "tls_key needs tls_cert, the certificate that it belongs to")):
+        if is_wrong and why:
+            return why
+    return wrong_header(probe.header, probe.expect_header)
 
 
 def probe_seconds(probe: Any) -> float:
@@ -6215,7 +6180,11 @@ PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
     ("cannot be resolved", "correct the host in url, or name the address with connect"),
     ("old process may still", "see that the service is restarted, and runs from current"),
     ("take for ever", "write the regular expression without a repetition inside another"),
-    ("cannot start ", "check that the program exists, is executable, and is on this filesystem"))
+    ("cannot start ", "check that the program exists, is executable, and is on this filesystem"),
+    ("", "look at the service's own log"))
+SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
+NO_ANSWER = {"status": None, "body": "", "named": None, "heard": False, "final": False}
+
 
 class ProbeResult(NamedTuple):
     """The verdict on a probe; evidence: status, start of the body, error, tries."""
@@ -6226,24 +6195,21 @@ class ProbeResult(NamedTuple):
     tries: int
     seconds: float
     detail: str
-    evidence: Dict[str, Any]
+    evidence: Answer
 
-    def to_json(self) -> Dict[str, Any]:
+    def to_json(self) -> Answer:
         """Return what the history keeps and --json shows."""
         return dict(self._asdict(), seconds=round(self.seconds, 3))
 
     def complaint(self) -> str:
         """Say that it failed: after how many tries, why, and how the answer began."""
+        text = f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}"
         body = self.evidence["body"][:120]
-        return (f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}"
-                + (f"; the answer began: {body!r}" if body else ""))
+        return f"{text}; the answer began: {body!r}" if body else text
 
     def hint(self) -> str:
         """Say where to look, or what to correct."""
-        for pattern, hint in PROBE_HINTS:
-            if re.search(pattern, self.detail):
-                return hint
-        return "look at the service's own log"
+        return next(hint for pattern, hint in PROBE_HINTS if re.search(pattern, self.detail))
 
 
 class ProbeRun:
@@ -6255,161 +6221,146 @@ class ProbeRun:
     are not healthy end it early; "final" where nothing better can come.
     """
 
-    SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
-
-    def __init__(self, run: Run, probe: Any, context: Context, *, expect_release: bool,
-                 restarted: bool) -> None:
+    def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
+                 progress: Any) -> None:
         self.run = run
         self.probe = probe
         self.context = context
-        self.wanted = [re.sub(r"\A[vV](?=\d)", "", word)
-                       for word in (context.version, context.release) if word and expect_release]
-        services = run.settings.service.values()
-        # Whether whatever could answer was restarted by this run: then it is the new release.
-        self.restarted = restarted and bool(services) and all(
-            service.unit and service.action == "restart" for service in services)
+        self.wanted = wanted
+        self.progress = progress
         self.tries = 0
-        self.healthy_in_a_row = 0
-        self.failed_in_a_row = 0
-        self.refused_in_a_row = 0
         self.restarts = -1
-        self.answer: Dict[str, Any] = {}
-        self.last_failure: Dict[str, Any] = {}
+        self.answer: Answer = {}
+        self.last_failure: Answer = {}
 
-    def full(self, progress: Any) -> str:
-        """Ask until it is healthy, then whether it stays so; returns what is wrong, or nothing."""
+    def full(self, *, is_new: bool) -> str:
+        """Ask until it is healthy, then whether it stays so; returns what is wrong, or nothing.
+
+        `is_new`: whatever answers is the new release.
+        """
         probe, wait = self.probe, self.run.interrupts.wait
+        healthy = failed = refused = 0
+        is_soaking = False
         wait(probe.initial_delay)
         ends_seconds = time.monotonic() + probe.deadline
-        while self.attempt(ends_seconds - time.monotonic(), progress) < probe.successes:
-            if self.refused_in_a_row >= probe.failures or self.answer.get("final"):
-                return f"the new release itself failed: {self.answer['error']}"
+        while True:
+            last, left_seconds = self.answer, ends_seconds - time.monotonic()
+            is_cut = not is_soaking and left_seconds < probe.timeout
+            answer = self.attempt(left_seconds if is_cut else probe.timeout)
             left_seconds = ends_seconds - time.monotonic()
+            if not answer["error"]:
+                healthy += 1
+                failed = refused = 0
+            elif is_cut and last and left_seconds <= 0:
+                # A try that the deadline cut short tells less than the answer before it.
+                self.answer = answer = last
+            else:
+                self.last_failure = answer
+                failed += 1
+                healthy = 0
+                by_new = is_new if answer["named"] is None else answer["named"]
+                refused = refused + 1 if by_new and answer["heard"] else 0
+            if not is_soaking and healthy >= probe.successes:
+                is_soaking = True
+                left_seconds = probe.soak
+                ends_seconds = time.monotonic() + left_seconds
+            error = answer["error"]
+            if is_soaking:
+                if failed >= probe.failures:
+                    return f"failed {count(failed, 'time')} in a row after it was healthy: {error}"
+                # A soak does not end on a failed try: one more second must not make it a success.
+                if left_seconds <= 0 and not failed:
+                    return ""
+                pause_seconds = self.pause_seconds(0)
+                wait(pause_seconds if failed else min(pause_seconds, left_seconds))
+                continue
+            if refused >= probe.failures or answer["final"]:
+                return f"the new release itself failed: {error}"
             # Towards the deadline a further try is worth more than the whole of its wait.
-            wait_seconds = min(self.wait_seconds(max(0, self.failed_in_a_row - 1)),
-                               max(left_seconds / 2, self.SHORTEST_WAIT_SECONDS))
-            if wait_seconds >= left_seconds:
-                why = self.last_failure.get("error", "")
-                if not self.answer["error"]:
-                    before = f", before that: {why}" if why else ""
-                    why = (f"only {self.healthy_in_a_row} of {probe.successes} tries in a row were "
-                           f"healthy{before}")
-                return f"not healthy within {format_seconds(probe.deadline)}: {why}"
-            wait(wait_seconds)
-        ends_seconds = time.monotonic() + probe.soak
-        # A soak does not end on a failed try: one more second must not make it a success.
-        while time.monotonic() < ends_seconds or self.failed_in_a_row:
-            left_seconds = ends_seconds - time.monotonic()
-            wait_seconds = self.wait_seconds(0)
-            wait(wait_seconds if self.failed_in_a_row else min(wait_seconds, left_seconds))
-            self.attempt(probe.timeout, progress)
-            if self.failed_in_a_row >= probe.failures:
-                times = count(self.failed_in_a_row, "time")
-                return f"failed {times} in a row after it was healthy: {self.answer['error']}"
-        return ""
+            pause_seconds = min(self.pause_seconds(max(0, failed - 1)),
+                                max(left_seconds / 2, SHORTEST_WAIT_SECONDS))
+            if pause_seconds >= left_seconds:
+                if not error:
+                    earlier = self.last_failure.get("error", "nothing")
+                    error = (f"only {healthy} of {probe.successes} tries in a row were healthy, "
+                             f"before that: {earlier}")
+                return f"not healthy within {format_seconds(probe.deadline)}: {error}"
+            wait(pause_seconds)
 
-    def wait_seconds(self, steps: int) -> float:
+    def pause_seconds(self, steps: int) -> float:
         """Return how long to wait before the next try, so many steps up the backoff."""
         import random
         probe = self.probe
-        wait_seconds = probe.period * min(100.0, probe.backoff) ** min(steps, 100)
-        wait_seconds = min(wait_seconds, max(probe.period, probe.period_max))
+        period = probe.period * min(100.0, probe.backoff) ** min(steps, 100)
         spread = 1 + random.uniform(-probe.jitter, probe.jitter)
-        return max(self.SHORTEST_WAIT_SECONDS, wait_seconds * spread)
+        return max(SHORTEST_WAIT_SECONDS,
+                   min(period, max(probe.period, probe.period_max)) * spread)
 
-    def attempt(self, left_seconds: float, progress: Any = None) -> int:
-        """Try once within what is left; returns how many tries in a row were healthy."""
-        timeout_seconds = max(0.001, min(self.probe.timeout, left_seconds))
-        started_seconds = time.monotonic()
-        answer = getattr(self, f"ask_{probe_kind(self.probe)}")(timeout_seconds)
-        late = time.monotonic() - started_seconds >= timeout_seconds
-        self.tries += 1
-        if answer["error"] and late and timeout_seconds < self.probe.timeout and self.tries > 1:
-            # A try that the deadline cut short tells less than the answer before it.
-            return 0
+    def attempt(self, limit_seconds: float) -> Answer:
+        """Ask once."""
+        console, ask = self.run.console, getattr(self, f"ask_{probe_kind(self.probe)}")
+        answer = self.answer = dict(NO_ANSWER, **ask(max(0.001, limit_seconds)))
         for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
-            text = self.run.console.secrets.mask(answer.get(key, ""))
-            answer[key] = text[:EVIDENCE_CHARACTERS]
-        self.answer = answer
-        by_new = answer.get("named")
-        if by_new is None:
-            by_new = self.restarted
-        refused = answer["error"] and by_new and answer.get("heard")
-        self.refused_in_a_row = self.refused_in_a_row + 1 if refused else 0
-        if answer["error"]:
-            self.last_failure = answer
-            self.healthy_in_a_row = 0
-            self.failed_in_a_row += 1
-        else:
-            self.healthy_in_a_row += 1
-            self.failed_in_a_row = 0
+            answer[key] = console.secrets.mask(answer[key])[:EVIDENCE_CHARACTERS]
+        self.tries += 1
         reported = f"try {self.tries}: {answer['error'] or answer['said']}"
-        self.run.console.debug(f"probe {self.probe.name}: {reported}")
-        if progress:
-            progress(self.tries, reported)
-        return self.healthy_in_a_row
+        console.debug(f"probe {self.probe.name}: {reported}")
+        if self.progress:
+            self.progress(self.tries, reported)
+        return answer
 
-    def converse(self, talk: Callable[[Conversation], Dict[str, Any]],
-                 limit_seconds: float) -> Dict[str, Any]:
+    def converse(self, talk: Callable[[Conversation], Answer], limit_seconds: float) -> Answer:
         """Have a forked process ask."""
         with Conversation(talk, limit_seconds) as asking:
             return asking.answer(self.run.interrupts)
 
-    def ask_url(self, limit_seconds: float) -> Dict[str, Any]:
+    def ask_url(self, limit_seconds: float) -> Answer:
         """Ask over HTTP or HTTPS."""
+        import base64
         try:  # once, and not anew in each process that asks; what is missing, that one tells
             import http.client  # noqa: F401
             import ssl  # noqa: F401
         except ImportError:
             pass
-        probe, url = self.probe, parse_url(self.probe.url)
+        probe, secrets = self.probe, self.run.console.secrets
+        url = parse_url(probe.url)
+        headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
+        if probe.method in ("POST", "PUT", "PATCH"):
+            headers["Content-Length"] = "0"
+        if self.run.traceparent:
+            headers["traceparent"] = self.run.traceparent
         try:
-            headers = self.headers(url)
+            text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
         except OSError as error:
             return {"error": f"reading auth_file: {reason(error)}"}
+        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        if text:
+            as_it_is = probe.auth_file and " " in text  # Bearer ...
+            headers["Authorization"] = text if as_it_is else f"Basic {encoded}"  # RFC 7617
+        for secret in (text, text.partition(" ")[2], text.partition(":")[2], encoded):
+            secrets.add(secret)
 
-        def talk(asking: Conversation) -> Dict[str, Any]:
+        def talk(asking: Conversation) -> Answer:
             from urllib.parse import urljoin
-            text = probe.url
+            address = probe.url
             for _ in range(probe.redirects + 1):
-                here = parse_url(text)
+                here = parse_url(address)
                 if here[:3] != url[:3]:
-                    return {"error": f"redirected to another origin, {text}"}
-                address = split_address(probe.connect) if probe.connect else (here.host, here.port)
-                asking.connect(address)
-                if here.scheme == "https":
-                    asking.start_tls(here.host, probe)
-                response = asking.request(probe.method, here, headers)
+                    return {"error": f"redirected to another origin, {address}"}
+                response = asking.request(probe.method, here, headers, probe)
                 location = response.getheader("Location")
                 is_redirect = response.status in (301, 302, 303, 307, 308) and location
                 if not is_redirect or not probe.redirects:
                     return self.judge_response(asking, response)
                 response.close()
                 asking.socket.close()
-                text = urljoin(text, location)
-            return {"error": f"more than {count(probe.redirects, 'redirect')}, the last to {text}"}
+                address = urljoin(address, location)
+            times = count(probe.redirects, "redirect")
+            return {"error": f"more than {times}, the last to {address}"}
 
         return self.converse(talk, limit_seconds)
 
-    def headers(self, url: Url) -> Dict[str, str]:
-        """Make the headers of a request; OSError where auth_file cannot be read."""
-        import base64
-        probe = self.probe
-        own = {"Accept": "*/*", "Accept-Encoding": "identity"}
-        if probe.method in ("POST", "PUT", "PATCH"):
-            own["Content-Length"] = "0"
-        if self.run.traceparent:
-            own["traceparent"] = self.run.traceparent
-        text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
-        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
-        if text:
-            as_it_is = probe.auth_file and " " in text  # Bearer ...
-            own["Authorization"] = text if as_it_is else f"Basic {encoded}"  # RFC 7617
-        for secret in (text, text.partition(" ")[2], text.partition(":")[2], encoded):
-            self.run.console.secrets.add(secret)
-        return request_headers(url, own, probe.header)
-
-    def judge_response(self, asking: Conversation, response: Any) -> Dict[str, Any]:
+    def judge_response(self, asking: Conversation, response: Any) -> Answer:
         """Read a response and hold it against what is expected."""
         probe, status = self.probe, response.status
         data = response.read(probe.max_body)
@@ -6426,37 +6377,34 @@ class ProbeRun:
         found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
         return found
 
-    def ask_tcp(self, limit_seconds: float) -> Dict[str, Any]:
+    def ask_tcp(self, limit_seconds: float) -> Answer:
         """See whether somebody accepts a connection."""
-        def talk(asking: Conversation) -> Dict[str, Any]:
-            asking.connect(split_address(self.probe.tcp))
-            return {"said": f"{self.probe.tcp} accepts connections"}
+        address = self.probe.tcp
+        found = self.converse(lambda asking: asking.connect(split_address(address)) or {},
+                              limit_seconds)
+        return dict(found, said=f"{address} accepts connections")
 
-        return self.converse(talk, limit_seconds)
-
-    def ask_command(self, limit_seconds: float) -> Dict[str, Any]:
+    def ask_command(self, limit_seconds: float) -> Answer:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
-        ends_seconds = time.monotonic() + limit_seconds
-        lines: List[str] = []
-        left_characters = self.probe.max_body
+        probe, ends_seconds = self.probe, time.monotonic() + limit_seconds
+        text = ""
 
         def keep(line: str) -> None:
-            nonlocal left_characters
-            if left_characters > 0:
-                lines.append(line)
-            left_characters -= len(line) + 1
+            nonlocal text
+            if len(text) < probe.max_body:
+                text += line + "\n"
 
         try:
-            result = start_command(self.run, self.context, f"probe {self.probe.name}",
-                                   self.probe.command, timeout_seconds=limit_seconds, on_line=keep)
+            result = start_command(self.run, self.context, f"probe {probe.name}", probe.command,
+                                   timeout_seconds=limit_seconds, on_line=keep)
         except (UsageError, StepFailed) as error:
             return {"error": error.message}
         # Nothing was read of a command that could not be started; its tail says why.
-        text = "\n".join(lines or result.tail)
+        text = text[:-1] or "\n".join(result.tail)
 
-        def compare(asking: Conversation) -> Dict[str, Any]:
+        def compare(asking: Conversation) -> Answer:
             asking.at(COMPARING, status=result.exit_code, body=text[:8 * EVIDENCE_CHARACTERS])
-            found = judge(self.probe, self.wanted, text, lambda name: None)
+            found = judge(probe, self.wanted, text, lambda name: None)
             if not result.ok:
                 found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
             return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
@@ -6464,18 +6412,18 @@ class ProbeRun:
         # An output that came in time is looked at, however late it was.
         return self.converse(compare, max(0.05, ends_seconds - time.monotonic()))
 
-    def ask_service(self, limit_seconds: float) -> Dict[str, Any]:
+    def ask_service(self, limit_seconds: float) -> Answer:
         """See whether a [service:NAME] is up."""
         service = make_service(self.run, self.probe.service)
         service.limit_seconds = min(service.limit_seconds, limit_seconds)
-        error = service.down()
-        restarts = int(service.shown.get("NRestarts") or 0)
+        error, state = service.down(), service.shown
+        restarts = int(state.get("NRestarts") or 0)
         if self.restarts < 0:
             self.restarts = restarts
-        final = service.shown.get("ActiveState") == "failed" \
-            or restarts - self.restarts >= self.probe.failures
+        final = restarts - self.restarts >= self.probe.failures \
+            or state.get("ActiveState") == "failed"
         return {"error": error, "said": f"{service_target(service.settings)} is up",
-                "final": bool(error) and final}
+                "final": error and final}
 
 
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
@@ -6487,19 +6435,22 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     `restarted`: this run has just acted on the services.
     """
     started_seconds = time.monotonic()
-    asked = ProbeRun(run, probe, context, expect_release=expect_release, restarted=restarted)
-    if once:
-        asked.attempt(probe.timeout)
-    wrong = asked.answer["error"] if once else asked.full(progress)
-    shown = asked.last_failure if wrong and asked.last_failure else asked.answer
-    evidence = {"status": shown.get("status"), "body": shown["body"], "error": wrong,
+    wanted = [re.sub(r"\A[vV](?=\d)", "", word)
+              for word in (context.version, context.release) if word and expect_release]
+    services = run.settings.service
+    # Where this run has restarted whatever could answer, the new release answers.
+    is_new = restarted and bool(services) and all(
+        service.unit and service.action == "restart" for service in services.values())
+    asked = ProbeRun(run, probe, context, wanted, progress)
+    error = asked.attempt(probe.timeout)["error"] if once else asked.full(is_new=is_new)
+    shown = asked.last_failure if error and asked.last_failure else asked.answer
+    evidence = {"status": shown["status"], "body": shown["body"], "error": error,
                 "tries": asked.tries}
-    if wrong and not once and (expect_release or probe.service):
-        lines = journal_of(run, [service for name, service in run.settings.service.items()
-                                 if probe.service in ("", name)])
-        evidence.update({"journal": lines} if lines else {})
-    detail = wrong or f"{asked.answer['said']} ({count(asked.tries, 'try', 'tries')})"
-    return ProbeResult(probe.name, not wrong, probe.required, asked.tries,
+    if error and not once and (expect_release or probe.service):
+        evidence.update(journal_of(run, [service for name, service in services.items()
+                                         if probe.service in ("", name)]))
+    detail = error or f"{shown['said']} ({count(asked.tries, 'try', 'tries')})"
+    return ProbeResult(probe.name, not error, probe.required, asked.tries,
                        time.monotonic() - started_seconds, detail, evidence)
 
 
@@ -6823,9 +6774,6 @@ def remember_refusal(run: Run, error: DeployError) -> None:
 
 # -- checks ------------------------------------------------------------------
 
-# A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
-# The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
-Finding = Tuple[str, str, str]
 SEVERITY = ("fail", "warn", "skip", "ok")
 SPARE_INODES = 64  # for what a deployment writes beside the release
 KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_key")
@@ -9818,10 +9766,7 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[
     if secrets["token_file"]:
         headers["Authorization"] = f"Bearer {secrets['token_file']}"
     url = parse_url(target)
-    asked.connect((url.host, url.port))
-    if url.scheme == "https":
-        asked.start_tls(url.host, settings)
-    response = asked.request("POST", url, request_headers(url, headers, settings.header), body)
+    response = asked.request("POST", url, headers, settings, body)
     if 200 <= response.status < 300:
         return {}
     answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
