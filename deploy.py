@@ -6527,11 +6527,10 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     # Going through /proc costs more than all the rest.
     prunes = store and run.flags.command in ("deploy", "activate", "prune")
     return Facts(
-        settings=settings, request=run.flags, root=os.path.realpath(settings.deploy.root), application=run.application,
-        command_line=settings.command_line, deploy_id=run.deploy_id, note=run.note,
-        now_seconds=time.time(),
-        current=current, records=records, state_problems=problems,
-        on_disk=releases,
+        settings=settings, request=run.flags, root=os.path.realpath(settings.deploy.root),
+        application=run.application, command_line=settings.command_line, deploy_id=run.deploy_id,
+        note=run.note, now_seconds=time.time(), current=current, records=records,
+        state_problems=problems, on_disk=releases,
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
         journal=journal, holder=lock_holder(store) if store and not locked else None,
         artifact=None, refusal=None)
