@@ -555,20 +555,20 @@ class Syslog(Log):
         """Send one line."""
         if not self._addresses:
             raise OSError("the host name cannot be resolved")
-        line = self.line(record, record.msg).encode("utf-8", "backslashreplace")
+        message = record.msg
+        line = self.line(record, message).encode("utf-8", "backslashreplace")
         excess_bytes = len(line) - self.LONGEST_BYTES
         if excess_bytes > 0:  # the message is cut, not the line: that may be JSON
-            line = self.line(record, record.msg[:-excess_bytes - 3] + "...").encode(
-                "utf-8", "backslashreplace")
-        now = time.localtime(record.created)
-        stamp = f"{time.strftime('%b', now)} {now.tm_mday:2d} {time.strftime('%H:%M:%S', now)}"
+            message = message[:-excess_bytes - 3] + "..."
+        stamp = time.strftime("%b %e %H:%M:%S", time.localtime(record.created))
         is_local = isinstance(self._addresses[0][1], str)
         host = "" if is_local else os.uname().nodename.partition(".")[0] + " "
         priority = self._facility * 8 + PRIORITIES[record.levelname.lower()]
         head = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: "
+        data = (head + self.line(record, message)).encode("utf-8", "backslashreplace")
         started_seconds = time.monotonic()
         try:
-            self._deliver(head.encode("utf-8") + line)
+            self._deliver(data)
         finally:
             self._patience_seconds -= time.monotonic() - started_seconds
 
