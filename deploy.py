@@ -109,7 +109,7 @@ try:
     from operator import attrgetter
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
-                        Optional, Sequence, Set, Tuple, Type, Union)
+                        Optional, Sequence, Set, Tuple, Union)
     if not hasattr(hashlib, "sha256"):
         raise ImportError("hashlib has no sha256")
 except ImportError as _error:
