@@ -5153,12 +5153,12 @@ def estimate_cost(artifact: Artifact) -> None:
 
 def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],
                found: Dict[str, List[bytes]]) -> Iterator[Any]:
-    """Write members as GNU tar does, judged as an artifact would be.
+    """Write members as GNU tar does, judged as an artifact would be; `found` takes some names.
 
-    A time with a fraction stands in a pax header.  `found` takes names by what
-    they are.
+    A time with a fraction stands in a pax header.
     """
     import tarfile
+    stamp = ((seconds or 0) & 0xffffffff).to_bytes(4, "little")
     for member, pieces in members:
         name = member.name
         judge.admit(member._replace(name=prefix + name))
@@ -5169,25 +5169,22 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
         info.size, info.uname, info.gname = member.size_bytes, "root", "root"
         info.linkname = os.fsdecode(member.content)
         info.type = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind]
-        form, fraction = tarfile.GNU_FORMAT, 0
-        info.mtime = seconds or 0
-        if seconds is None:
-            info.mtime, fraction = divmod(member.mtime_ns or 0, 10 ** 9)
-        if fraction:
-            info.pax_headers = {"mtime": f"{info.mtime}.{fraction:09}"}
-            form = tarfile.PAX_FORMAT
-        yield info.tobuf(form, "utf-8", "surrogateescape")
+        info.mtime, fraction = divmod(member.mtime_ns or 0, 10 ** 9)
+        if seconds is not None:
+            info.mtime, fraction = seconds, 0
+        info.pax_headers = {"mtime": f"{info.mtime}.{fraction:09}"}
+        yield info.tobuf(tarfile.PAX_FORMAT if fraction else tarfile.GNU_FORMAT, "utf-8",
+                         "surrogateescape")
         if member.kind == FILE:
             found["files"].append(name)
             if not member.mode & 0o044:
                 found["private"].append(name)
-        is_bytecode = name.endswith(b".pyc") and b"__pycache__/" in name
+        is_bytecode = seconds is not None and name.endswith(b".pyc") and b"__pycache__/" in name
         for piece in pieces:
             # Of another time than its source will have (PEP 552): behind flags, of which 1 and 3
             # say that it goes by a digest, or, up to Python 3.6, in their place.
-            if is_bytecode and seconds is not None and piece[4:8] not in (
-                    b"\1\0\0\0", b"\3\0\0\0") and (seconds & 0xffffffff).to_bytes(
-                        4, "little") not in (piece[4:8], piece[8:12]):
+            if is_bytecode and piece[4:8] not in (b"\1\0\0\0", b"\3\0\0\0", stamp) \
+                    and piece[8:12] != stamp:
                 found["stale"].append(name)
             is_bytecode = False
             yield piece
@@ -5209,34 +5206,31 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
     if not re.match(r"\d{1,11}\Z", epoch):
         raise UsageError(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds",
                          "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
-    seconds = None if keep_mtimes else int(epoch)
     directory, base = os.path.split(absolute(target))
     top = judge_name(os.fsencode(prefix))[0]
-    encoder, hasher = zlib.compressobj(6, zlib.DEFLATED, 31), hashlib.sha256()
     found: Dict[str, List[bytes]] = {"files": [], "private": [], "stale": []}
-    size_bytes = expanded_bytes = 0
+    expanded_bytes = 0
 
     def compressed(artifact: Artifact, place: Directory) -> Iterator[bytes]:
-        nonlocal size_bytes, expanded_bytes
+        nonlocal expanded_bytes
         # Neither what is being written nor what an earlier run left may become part of it.
         own = [place.status(name) for name in os.listdir(place.descriptor)
-               if name in (base, base + ".sha256")
-               or name.startswith(f".{base}.{os.getpid()}.")]
+               if name in (base, base + ".sha256") or name.startswith(f".{base}.{os.getpid()}.")]
         members = read_directory(artifact, watch, skipped={
             (status.st_dev, status.st_ino) for status in own if status})
-        pieces = tar_pieces(members, Judge(settings, artifact), top + b"/" if top else b"",
-                            seconds, found)
-        for piece in itertools.chain(pieces, [None]):
-            data = encoder.flush() if piece is None else encoder.compress(piece)
-            expanded_bytes += len(piece or b"")
-            size_bytes += len(data)
-            hasher.update(data)
-            yield data
+        encoder = zlib.compressobj(6, zlib.DEFLATED, 31)
+        for piece in tar_pieces(members, Judge(settings, artifact), top + b"/" if top else b"",
+                                None if keep_mtimes else int(epoch), found):
+            expanded_bytes += len(piece)
+            yield encoder.compress(piece)
+        yield encoder.flush()
 
+    hasher = hashlib.sha256()
     with Artifact(source, settings.limits) as artifact, \
             Directory(os.path.realpath(directory)) as place:
-        place.write(base, compressed(artifact, place), 0o644)
+        place.write(base, compressed(artifact, place), 0o644, hasher=hasher)
         place.write(base + ".sha256", digest_line(hasher.hexdigest(), os.fsencode(base)), 0o644)
+        size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
     warnings = [text.format(count(len(found[word]), "file"), some_of(found[word]))
                 for word, text in PACK_WARNINGS if found[word]]
     most_bytes, option = expansion_limit("tar.gz", size_bytes, settings.limits)
