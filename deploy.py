@@ -3408,7 +3408,8 @@ class Artifact(Descriptor):
                                   "check the build that should have put something into it")
         if not self.format:
             raise ArtifactRefused(
-                f"{name} has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})",
+                f"{name} has an unknown format; its first bytes are {head[:8].hex()} "
+                f"({head[:8]!r})",
                 "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
         if self.format == "zip":
             read_central(self, limits)
@@ -3631,13 +3632,6 @@ def guess_version(name: str) -> str:
 _MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-f]{64})  (.+)\n\Z", re.DOTALL)
 
 
-def released_mode(kind: str, mode: int) -> int:
-    """Return the mode that a member gets: no special bits, writable by its owner, never closed."""
-    if kind == SYMLINK:
-        return 0o777
-    return mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
-
-
 def add_member(manifest: Manifest, member: Member) -> None:
     """Add what a release gets beside its artifact, and the directories above it."""
     parent = member.name.rpartition(b"/")[0]
@@ -3758,6 +3752,16 @@ def expansion_limit(kind: str, size_bytes: int, limits: Any) -> Tuple[int, str]:
     return bound
 
 
+# What ends up in archives unnoticed, with a slash before and behind its name, and what it is.
+_ODDITIES = (
+    ((b"/._", b"/__MACOSX/", b"/.DS_Store/"), "left there by macOS; pack with COPYFILE_DISABLE=1 "
+     "tar --exclude .DS_Store, or zip -X"),
+    ((b"/.git/",), "part of a Git repository, with all of its history; pack with git archive, or "
+     "without .git"),
+)
+_MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
+
+
 class Judge:
     """Admits members one by one, or refuses the archive; needs no disk.
 
@@ -3839,7 +3843,9 @@ class Judge:
             self._implied.add(above)
             self.fresh.append(above)
         known = manifest.get(name)
-        entry = Member(name, kind, released_mode(kind, member.mode), member.size_bytes,
+        # No special bits, writable by its owner, never closed to him.
+        mode = member.mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
+        entry = Member(name, kind, 0o777 if kind == SYMLINK else mode, member.size_bytes,
                        member.mtime_ns, target)
         if known is None and kind == DIRECTORY:
             self.fresh.append(name)
@@ -3886,11 +3892,50 @@ class Judge:
                 self._follow(name)
             except ArtifactRefused as refusal:
                 self._note(refusal)
-        self.check()
+        if self.refused:
+            self.check()
         if not self.manifest:
             raise ArtifactRefused("the artifact holds nothing, or nothing below strip_components",
                                   "look at what the build put into it; nothing was kept")
-        return find_oddities(self.manifest, self._strip)
+        # What may go live, and was hardly meant to.
+        manifest = self.manifest
+        notes: List[str] = []
+        tops = [name for name in manifest if b"/" not in name]
+        files = [name for name, member in manifest.items() if member.kind == FILE]
+        if not self._strip and len(tops) == 1 and manifest[tops[0]].kind == DIRECTORY and files:
+            notes.append(f"everything lies under {show(tops[0] + b'/')}: "
+                         f"strip_components = 1 would drop it")
+        if len(files) == 1 and ARCHIVE_SUFFIX.search(os.fsdecode(files[0])):
+            notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
+                         f"deploy that archive itself")
+        joined = b"/%s/" % b"/\n/".join(manifest)
+        for words, what in _ODDITIES:
+            if any(word in joined for word in words):  # hundreds of times as fast as name by name
+                found = [name for name in manifest if any(word in b"/%s/" % name for word in words)]
+                notes.append(f"{some_of(found)}: {what}")
+        private = [name for name in files if not manifest[name].mode & 0o044]
+        if private:
+            notes.append(f"{count(len(private), 'file')} can be read by their owner alone "
+                         f"({some_of(private)}), as a build under umask 077 makes them")
+        # By hashes: all folded names would take more memory than all else.
+        seen: Dict[int, bytes] = {}
+        pairs = []
+        for name in filter(_MAY_FOLD.search, manifest):
+            key = name.lower()
+            if re.search(rb"[\x80-\xff]", name):
+                import unicodedata
+                text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
+                key = unicodedata.normalize("NFC", text.casefold()).encode(
+                    "utf-8", "surrogateescape")
+            other = seen.setdefault(hash(key), name)
+            if other == name and key in manifest and not _MAY_FOLD.search(key):
+                other = key
+            if other != name and len(pairs) <= MAX_NOTES:
+                pairs.append(f"{show(other)} and {show(name)} are the same name on systems that "
+                             f"ignore case or Unicode form")
+        if len(pairs) > MAX_NOTES:
+            pairs[MAX_NOTES:] = ["and there are more such names"]
+        return notes + pairs
 
     def _follow(self, name: bytes) -> None:
         """Follow a symlink by the archive's own map, never by the disk, as the kernel would.
@@ -3901,15 +3946,15 @@ class Judge:
         parts, hops, top = [last], 0, b""  # the next part is the last one
         while parts and not top:
             part, above = parts.pop(), place
-            known = self.manifest.get(place)
-            if part == b".." and not place:
-                # From where a release stands; whichever it is, what lies in another is outside.
-                parts.append(part)
-                top = self._roots[1] + b"/releases/-"
-            elif part == b".." and (known is None or known.kind != DIRECTORY):
-                raise refuse(name, "its symlink target climbs out of what is no directory of the "
-                                   "archive")
-            elif part == b"..":
+            if part == b"..":
+                known = self.manifest.get(place)
+                if not place:
+                    # From where a release stands; what lies in any other is outside.
+                    parts.append(part)
+                    top = self._roots[1] + b"/releases/-"
+                elif known is None or known.kind != DIRECTORY:
+                    raise refuse(name, "its symlink target climbs out of what is no directory of "
+                                       "the archive")
                 place = place.rpartition(b"/")[0]
             elif part not in (b"", b"."):
                 place = place + b"/" + part if place else part
@@ -3936,56 +3981,6 @@ class Judge:
             raise refuse(name, f"it is a symlink to {target}, which leaves the release"
                          if top != b"/" else f"it is a symlink to the absolute path {target}",
                          LINK_HINT)
-
-
-# What ends up in archives unnoticed, with a slash before and behind its name, and what it is.
-_ODDITIES = (
-    ((b"/._", b"/__MACOSX/", b"/.DS_Store/"), "left there by macOS; pack with COPYFILE_DISABLE=1 "
-     "tar --exclude .DS_Store, or zip -X"),
-    ((b"/.git/",), "part of a Git repository, with all of its history; pack with git archive, or "
-     "without .git"),
-)
-_MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
-
-
-def find_oddities(manifest: Manifest, strip: int) -> List[str]:
-    """Tell what may go live, and was hardly meant to."""
-    notes = []
-    tops = [name for name in manifest if b"/" not in name]
-    files = [name for name, member in manifest.items() if member.kind == FILE]
-    if not strip and len(tops) == 1 and manifest[tops[0]].kind == DIRECTORY and files:
-        notes.append(f"everything lies under {show(tops[0] + b'/')}: "
-                     f"strip_components = 1 would drop it")
-    if len(files) == 1 and ARCHIVE_SUFFIX.search(os.fsdecode(files[0])):
-        notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
-                     f"deploy that archive itself")
-    joined = b"/%s/" % b"/\n/".join(manifest)
-    for words, what in _ODDITIES:
-        if any(word in joined for word in words):  # hundreds of times as fast as name by name
-            found = [name for name in manifest if any(word in b"/%s/" % name for word in words)]
-            notes.append(f"{some_of(found)}: {what}")
-    private = [name for name in files if not manifest[name].mode & 0o044]
-    if private:
-        notes.append(f"{count(len(private), 'file')} can be read by their owner alone "
-                     f"({some_of(private)}), as a build under umask 077 makes them")
-    # By hashes: all folded names would take more memory than all else.
-    seen: Dict[int, bytes] = {}
-    pairs = []
-    for name in filter(_MAY_FOLD.search, manifest):
-        key = name.lower()
-        if re.search(rb"[\x80-\xff]", name):
-            import unicodedata
-            text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape")).casefold()
-            key = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
-        other = seen.setdefault(hash(key), name)
-        if other == name and key in manifest and not _MAY_FOLD.search(key):
-            other = key
-        if other != name and len(pairs) <= MAX_NOTES:
-            pairs.append(f"{show(other)} and {show(name)} are the same name on systems that ignore "
-                         f"case or Unicode form")
-    if len(pairs) > MAX_NOTES:
-        pairs[MAX_NOTES:] = ["and there are more such names"]
-    return notes + pairs
 
 
 # -- decoding: blocks of the file in, blocks of the archive out ----------------

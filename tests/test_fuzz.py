@@ -64,7 +64,13 @@ def unchecked_links(monkeypatch: Any) -> None:
 
 def wide_modes(monkeypatch: Any) -> None:
     """Modes are kept as they are."""
-    monkeypatch.setattr(fuzz.deploy, "released_mode", lambda kind, mode: mode & 0o7777 | 0o500)
+    admit = fuzz.deploy.Judge.admit
+
+    def admit_as_it_is(judge: Any, member: Any) -> Any:
+        entry = admit(judge, member)
+        return entry and entry._replace(mode=member.mode & 0o7777 | 0o500)
+
+    monkeypatch.setattr(fuzz.deploy.Judge, "admit", admit_as_it_is)
 
 
 def wrong_numbers(monkeypatch: Any) -> None:
