@@ -3240,7 +3240,6 @@ class Plan(NamedTuple):
 BLOCK_BYTES = 512 << 10
 SLICE_BYTES = 128 << 10
 QUEUE_BLOCKS = 4
-ENTRY_BYTES = 256
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_HEADERS_BYTES = 64 << 20
@@ -3258,14 +3257,10 @@ FILTER_STALL_SECONDS = 60.0
 # What any archive may hold, whatever its ratio: similar files compress very well.
 RATIO_FLOOR_BYTES = 1 << 30
 
-# By content, never by name; a plain tar has its magic (or a checksum) further in.
-MAGIC = (
-    ("tar.gz", re.compile(rb"\x1f\x8b\x08")),
-    ("tar.bz2", re.compile(rb"BZh[1-9]")),
-    ("tar.xz", re.compile(rb"\xfd7zXZ\0")),
-    ("tar.zst", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")),
-    ("zip", re.compile(rb"PK(?:\x03\x04|\x05\x06)")),
-)
+# By content, never by name; a plain tar is told by its first header's checksum.
+_MAGIC = re.compile(
+    rb"(?P<tar_gz>\x1f\x8b\x08)|(?P<tar_bz2>BZh[1-9])|(?P<tar_xz>\xfd7zXZ\0)|"
+    rb"(?P<tar_zst>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<zip>PK(?:\x03\x04|\x05\x06))")
 ARCHIVE_SUFFIX = re.compile(
     r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
 
@@ -3280,26 +3275,6 @@ _MODE_DIRECTORY = 0o755
 
 # Called again and again with the bytes that are done so far; may raise (a signal).
 Watch = Callable[[int], None]
-
-
-class Member(NamedTuple):
-    """What an archive says of one member, or a manifest of one path.
-
-    `content` is a link's target; in a manifest it is a file's SHA-256.
-    `mtime_ns` is None where no time is known.  Names are bytes, in a manifest
-    relative and without `./`.
-    """
-
-    name: bytes
-    kind: str
-    mode: int
-    size_bytes: int = 0
-    mtime_ns: Optional[int] = None
-    content: bytes = b""
-
-
-Manifest = Dict[bytes, Member]
-Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which may be left untaken
 
 
 def show(name: bytes) -> str:
@@ -3327,9 +3302,29 @@ def damaged(why: str, hint: str = COPY_AGAIN) -> ArtifactRefused:
 
 
 def exceeds(what: str, most: str, option: str) -> ArtifactRefused:
-    """Make the error for what is over a limit."""
+    """Make the error for what is beyond a limit."""
     return ArtifactRefused(f"{what} more than the {most} that [limits] {option} allows",
                            f"raise [limits] {option} if that is right")
+
+
+class Member(NamedTuple):
+    """What an archive says of one member, or a manifest of one path.
+
+    `content` is a link's target; in a manifest it is a file's SHA-256.
+    `mtime_ns` is None where no time is known.  Names are bytes, in a manifest
+    relative and without `./`.
+    """
+
+    name: bytes
+    kind: str
+    mode: int
+    size_bytes: int = 0
+    mtime_ns: Optional[int] = None
+    content: bytes = b""
+
+
+Manifest = Dict[bytes, Member]
+Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which may be left untaken
 
 
 # -- the artifact and its digest ---------------------------------------------
@@ -3343,79 +3338,76 @@ class Artifact(Descriptor):
     could be counted.  `notes` are for the operator.
     """
 
+    format = ""
+    sha256 = ""
+    sha256_source = ""
+    read_sha256 = ""
+    version = ""
+    # The release that was made from the same bytes in the same way and is whole, if any.
+    release: Optional[str] = None
+    expanded_bytes = 0
+    files = 0
+    exact = True
+    counted = True
+    # A zip's central directory and all behind it, read once; where each entry's data and its
+    # place in the directory are, in the order of the data.
+    tail = b""
+    entries: Sequence[Tuple[int, int]] = ()
+
     def __init__(self, path: str, limits: Any) -> None:
+        """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`."""
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-            raise ArtifactRefused(
-                f"artifact {path} is a URL, and an artifact is a file or a directory of this host",
-                "download it first, with its .sha256 beside it")
-        path = absolute(path)
+            raise ArtifactRefused(f"artifact {path} is a URL, and no file of this host",
+                                  "download it first, with its .sha256 beside it")
         # A link is followed now and once; O_NOFOLLOW then holds for the result.
-        self.path = os.path.realpath(path) if os.path.islink(path) else path
+        self.path = os.path.realpath(absolute(path))
         self.name = os.path.basename(self.path)
-        self.sha256 = ""
-        self.sha256_source = ""
-        self.read_sha256 = ""
-        self.version = ""
-        self.expanded_bytes = 0
-        self.files = 0
-        self.exact = True
-        self.counted = True
         self.notes: List[str] = []
-        # A zip's central directory and all behind it, read once, and where each entry stands in it.
-        self.tail = b""
-        self.entries: Sequence[int] = ()
-        # The release that was made from the same bytes in the same way and is whole, if any.
-        self.release: Optional[str] = None
         try:
             self.descriptor = os.open(self.path, _READ_FLAGS)
-            self.status = os.fstat(self.descriptor)
-        except FileNotFoundError:
-            raise ArtifactRefused(f"artifact {path} does not exist",
-                                  "check the path and the build that should have made it; what "
-                                  "comes through a pipe must be saved first")
         except (OSError, ValueError) as error:
-            raise ArtifactRefused(f"cannot open artifact {path}: {reason(error)}",
-                                  "make it a file that this user can read")
+            missing = isinstance(error, FileNotFoundError)
+            why = "does not exist" if missing else f"cannot be opened: {reason(error)}"
+            raise ArtifactRefused(f"artifact {path} {why}",
+                                  "name a file that this user can read; what comes through a pipe "
+                                  "must be saved first")
+        self.status = os.fstat(self.descriptor)
         self.size_bytes = self.status.st_size
-        self.format = ""
         try:
-            self._recognize(limits)
-        except BaseException as error:
+            self._find_format()
+            if self.format == "directory":
+                return
+            if 0 < limits.max_artifact < self.size_bytes:
+                raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
+                              format_size(limits.max_artifact), "max_artifact")
+            if self.format == "zip":
+                read_central(self, limits)
+            else:
+                # For the modules and programs that it will need; nothing is decoded yet.
+                decompress(self.format, iter(()))
+        except BaseException:
             self.close()
-            if isinstance(error, ImportError):
-                raise ArtifactRefused(f"the artifact cannot be read, {INCOMPLETE}: {error}",
-                                      INSTALL)
             raise
 
-    def _recognize(self, limits: Any) -> None:
-        """Tell the format, and refuse at once what would be refused later anyway."""
-        mode, name = self.status.st_mode, f"artifact {self.path}"
-        if stat.S_ISDIR(mode):
+    def _find_format(self) -> None:
+        head = b""
+        if stat.S_ISDIR(self.status.st_mode):
             self.format = "directory"
+        elif stat.S_ISREG(self.status.st_mode):
+            head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
+            self.format = format_of(head)
+        if self.format:
             return
-        if not stat.S_ISREG(mode):
-            raise ArtifactRefused(f"{name} is neither a regular file nor a directory",
-                                  "name an archive or a directory")
-        if not self.size_bytes:
-            raise ArtifactRefused(f"{name} is empty", "check the build or the copy that made it")
-        if 0 < limits.max_artifact < self.size_bytes:
-            raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
-                          format_size(limits.max_artifact), "max_artifact")
-        head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
-        self.format = format_of(head)
-        if not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
-            raise ArtifactRefused(f"{name} begins with zeros, as a tar does that has no members",
-                                  "check the build that should have put something into it")
-        if not self.format:
-            raise ArtifactRefused(
-                f"{name} has an unknown format; its first bytes are {head[:8].hex()} "
-                f"({head[:8]!r})",
-                "deploy a .tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
-        if self.format == "zip":
-            read_central(self, limits)
-        else:
-            # For the modules and programs that it will need; nothing is decoded yet.
-            DECODERS[self.format](iter(()), bool)
+        why = f"has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})"
+        if not stat.S_ISREG(self.status.st_mode):
+            why = "is neither a regular file nor a directory"
+        elif not head:
+            why = "is empty"
+        elif not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
+            why = "begins with zeros, as a tar does that has no members"
+        raise ArtifactRefused(
+            f"artifact {self.path} {why}", "check the build or the copy that made it; deploy a .tar, "
+            ".tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
@@ -3426,12 +3418,12 @@ class Artifact(Descriptor):
         """Read a piece; ArtifactRefused when the disk fails or the file ends early."""
         try:
             data = os.pread(self.descriptor, size_bytes, offset)
+            why = "it became shorter while it was read"
         except OSError as error:
-            raise ArtifactRefused(f"cannot read artifact {self.path}: {reason(error)}",
-                                  "check the disk it lies on")
-        if len(data) != size_bytes:
-            raise ArtifactRefused(f"artifact {self.path} became shorter while it was read",
-                                  "wait until it is fully copied, then try again")
+            data, why = b"", reason(error)
+        if len(data) < size_bytes:
+            raise ArtifactRefused(f"cannot read artifact {self.path}: {why}",
+                                  "wait until it is fully copied, and check the disk it lies on")
         return data
 
     def blocks(self) -> Iterator[bytes]:
@@ -3439,8 +3431,7 @@ class Artifact(Descriptor):
         end = self.size_bytes - len(self.tail)
         for offset in range(0, end, BLOCK_BYTES):
             yield self.read_at(offset, min(BLOCK_BYTES, end - offset))
-        if self.tail:
-            yield self.tail
+        yield self.tail
 
     def hash(self, settings: Settings, watch: Watch) -> str:
         """Return the SHA-256 of an archive's bytes, or of the tree that a directory becomes."""
@@ -3476,11 +3467,11 @@ class Artifact(Descriptor):
 
     def _find_digest(self, *, required: bool) -> None:
         """Take it from ARTIFACT.sha256, else from SHA256SUMS beside it."""
-        import shlex
+        from shlex import quote
         directory, name = os.path.split(self.path)
-        hint = (f"where the artifact was built: cd {shlex.quote(directory)} && "
-                f"sha256sum {shlex.quote(name)} > {shlex.quote(name + '.sha256')}")
-        for source, own in ((name + ".sha256", True), ("SHA256SUMS", False)):
+        hint = (f"where the artifact was built: cd {quote(directory)} && "
+                f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
+        for source in (name + ".sha256", "SHA256SUMS"):
             path = os.path.join(directory, source)
             try:
                 entries = parse_digests(read_file(path, MAX_SIDECAR_BYTES))
@@ -3489,21 +3480,21 @@ class Artifact(Descriptor):
             except (OSError, ValueError) as error:
                 raise ArtifactRefused(f"cannot use {path}: {reason(error)}",
                                       "correct or remove it, or give --sha256")
-            # Under its very name, else its base name, else (in its own list) without a name.
-            wanted = os.fsencode(name)
-            digests = {digest for entry, digest in entries if entry in (wanted, b"./" + wanted)} \
-                or {digest for entry, digest in entries if entry.rpartition(b"/")[2] == wanted} \
-                or {digest for entry, digest in entries if own and not entry}
+            # Under its very name, else its base name, else (in its own file) without one.
+            own = os.fsencode(name)
+            digests = {digest for entry, digest in entries if entry in (own, b"./" + own)} or {
+                digest for entry, digest in entries if entry.rpartition(b"/")[2] == own}
+            if source != "SHA256SUMS":
+                digests = digests or {digest for entry, digest in entries if not entry}
+                if not digests:
+                    found = some_of([entry for entry, _ in entries]) or "no digest"
+                    raise ArtifactRefused(f"{source} has no entry for {name}; it has {found}", hint)
             if len(digests) > 1:
-                raise ArtifactRefused(
-                    f"{source} is ambiguous: it has {len(digests)} different digests for {name}",
-                    "leave the right one in it, or give --sha256")
+                raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different "
+                                      f"digests for {name}", "leave the right one, or give --sha256")
             if digests:
                 self.sha256, self.sha256_source = digests.pop(), source
                 return
-            if own:
-                found = some_of([entry for entry, _ in entries if entry]) or "no digest"
-                raise ArtifactRefused(f"{source} has no entry for {name}; it has {found}", hint)
         # A directory was not transferred: there is no promise about its bytes to keep.
         if required and self.format != "directory":
             raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
@@ -3518,32 +3509,30 @@ class Artifact(Descriptor):
         """Raise ArtifactRefused when the bytes are not the ones that were promised."""
         if self.sha256 and actual != self.sha256:
             raise ArtifactRefused(
-                f"checksum mismatch for {self.name}: its SHA-256 is {actual}, "
-                f"expected {self.sha256}",
+                f"checksum mismatch for {self.name}: its SHA-256 is {actual}, expected {self.sha256}",
                 "copy the artifact again, or correct the digest; do not deploy it as it is")
 
 
 def format_of(head: bytes) -> str:
     """Tell an archive's format by its first bytes; empty for none that is known."""
-    if len(head) == TAR_BLOCK_BYTES and any(head) and checksum_holds(head):
+    if len(head) == TAR_BLOCK_BYTES and checksum_holds(head):
         return "tar"
-    return next((name for name, pattern in MAGIC if pattern.match(head)), "")
+    found = _MAGIC.match(head)
+    return str(found.lastgroup).replace("_", ".") if found else ""
 
 
-# A bare digest has an empty name; then what sha256sum, BSD sha256 and openssl write.
-_DIGEST_LINES = [re.compile(pattern, re.DOTALL) for pattern in (
-    rb"(?P<escaped>)\s*(?P<digest>[0-9A-Fa-f]{64})\s*(?P<name>)\Z",
-    rb"(?P<escaped>\\?)(?P<digest>[0-9A-Fa-f]{64}) [ *]?(?P<name>.+)\Z",
-    rb"(?P<escaped>\\?)SHA(?:2-)?256 ?\((?P<name>.+)\) ?= ?(?P<digest>[0-9A-Fa-f]{64})\Z")]
+# A digest alone, or as sha256sum, BSD sha256 and openssl write it: escaped, name, digest, name.
+_DIGEST_LINE = re.compile(rb"(\\?)(?:SHA(?:2-)?256 ?\((.+)\) ?= ?)?"
+                          rb"\s*([0-9A-Fa-f]{64})(?: [ *]?(.*\S.*)|\s*)\Z", re.DOTALL)
 _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
-_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
 
 def unescape_name(name: bytes) -> bytes:
     """Read a name as coreutils escape it; ValueError for an escape that they never write."""
     if b"\\" in re.sub(rb"\\[\\nr]", b"", name):
         raise ValueError(f"unknown escape in the name {show(name)}")
-    return re.sub(rb"\\[\\nr]", lambda found: _UNESCAPES[found.group()], name)
+    plain = {escaped: byte for byte, escaped in _ESCAPES.items()}
+    return re.sub(rb"\\[\\nr]", lambda found: plain[found.group()], name)
 
 
 def digest_line(sha256: str, name: bytes) -> bytes:
@@ -3555,13 +3544,11 @@ def digest_line(sha256: str, name: bytes) -> bytes:
 def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
     """Read (name, SHA-256) from any form there is; a bare digest has no name."""
     entries = []
-    for line in data.lstrip(b"\xef\xbb\xbf").split(b"\n"):
-        line = line[:-1] if line.endswith(b"\r") else line
-        found = next(filter(None, (pattern.match(line) for pattern in _DIGEST_LINES)), None)
+    for found in map(_DIGEST_LINE.match, re.split(rb"\r?\n", data.lstrip(b"\xef\xbb\xbf"))):
         if found:
-            name = found.group("name")
-            name = unescape_name(name) if found.group("escaped") else name
-            entries.append((name, found.group("digest").decode().lower()))
+            escaped, tagged, digest, plain = found.groups()
+            name = tagged or plain or b""
+            entries.append((unescape_name(name) if escaped else name, digest.decode().lower()))
     return entries
 
 
@@ -3588,43 +3575,35 @@ ROLES = ("current", "previous", "latest")  # what a release may be called instea
 
 def check_version(text: str) -> str:
     """Return the text if it can be a version, which becomes part of a directory's name."""
-    if not _VERSION.match(text):
+    if not _VERSION.match(text) or text in ROLES:
         raise UsageError(
             f"--release-version {text!r} cannot be a version",
-            "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit")
-    if text in ROLES:
-        raise UsageError(f"--release-version {text!r} cannot be a version: {', '.join(ROLES)} "
-                         f"mean whichever release that is", "give it another name")
+            "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit; "
+            f"{', '.join(ROLES)} mean whichever release that is")
     return text
 
 
 def find_version(name: str, pattern: str, sha256: str) -> str:
     """Take the version from the artifact's name, by [artifact] match or by custom, else its digest.
 
-    Raises ArtifactRefused for a name that the pattern does not fit.
+    1.0.0-rc.1 of foo-1.0.0-rc.1.tgz; ArtifactRefused for a name that the pattern does not fit.
     """
-    if not pattern:
-        version = guess_version(name)
-        return version if _VERSION.match(version) else sha256[:12]
-    before, _, after = pattern.partition("@v")
-    found = re.match(re.escape(before) + "(.+)" + re.escape(after) + r"\Z", name)
-    version = found.group(1) if found else ""
-    if not _VERSION.match(version) or version in ROLES:
-        why = f"; {version!r} means whichever release that is" if version in ROLES else ""
-        raise ArtifactRefused(
-            f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}{why}",
-            "name the artifact by the pattern, or correct that, or give --release-version")
-    return version
-
-
-def guess_version(name: str) -> str:
-    """Take what follows the name proper: 1.0.0-rc.1 of foo-1.0.0-rc.1.tgz; empty for none."""
     stem = ARCHIVE_SUFFIX.sub("", name)
-    if name.lower().endswith(".whl") and stem.count("-") >= 4:
-        return stem.split("-")[1]  # PEP 427: name-version[-build]-python-abi-platform
-    stem = _PLATFORM.sub("", stem)
-    found = next(filter(None, (pattern.search(stem) for pattern in _IN_NAME)), None)
-    return found.group(1) if found else ""
+    if pattern:
+        found = re.match("(.+)".join(map(re.escape, pattern.partition("@v")[::2])) + r"\Z", name)
+    elif name.lower().endswith(".whl"):
+        found = re.match(r".*?-([^-]+)-.+-", stem)  # PEP 427: name-version[-build]-python-abi-platform
+    else:
+        stem = _PLATFORM.sub("", stem)
+        found = _IN_NAME[0].search(stem) or _IN_NAME[1].search(stem)
+    if found and _VERSION.match(found.group(1)) and not (pattern and found.group(1) in ROLES):
+        return found.group(1)
+    if pattern:
+        raise ArtifactRefused(
+            f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}, or what it "
+            f"has for a version cannot be one",
+            "name the artifact by the pattern, or give a version with --release-version")
+    return sha256[:12]
 
 
 # -- the manifest ------------------------------------------------------------
@@ -3986,117 +3965,89 @@ class Judge:
 # -- decoding: blocks of the file in, blocks of the archive out ----------------
 
 class Stream:
-    """Takes pieces of given sizes out of blocks of whatever size."""
+    """Takes pieces of given sizes out of blocks of whatever size; `view` is what is at hand."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
-        self._block = b""
-        self._view = memoryview(b"")
-        self._position = 0
-        self._base = 0
-
-    @property
-    def offset(self) -> int:
-        """How many bytes were taken so far."""
-        return self._base + self._position
+        self.view = memoryview(b"")
 
     def at_end(self) -> bool:
         """Tell whether nothing is left."""
-        if self._position == len(self._block):
-            self._base += len(self._block)
-            self._position, self._block = 0, next(self._blocks, b"")
-            self._view = memoryview(self._block)
-        return not self._block
+        if not self.view:
+            self.view = memoryview(next(self._blocks, b""))
+        return not self.view
 
-    def peek(self, size_bytes: int) -> bytes:
-        """Look at the next bytes, as many as there are at hand."""
-        return self._block[self._position:self._position + size_bytes]
-
-    def take(self, size_bytes: int) -> bytes:
-        """Take exactly so many bytes; ArtifactRefused when the archive ends before."""
-        end = self._position + size_bytes
-        if end <= len(self._block):
-            data = self._block[self._position:end]
-            self._position = end
-            return data
-        return b"".join(self._pieces(size_bytes))
-
-    def pieces(self, size_bytes: int) -> Iterable[memoryview]:
-        """Take so many bytes in pieces that are not copied; ArtifactRefused as in take()."""
-        start, end = self._position, self._position + size_bytes
-        if end > len(self._block):
-            return self._pieces(size_bytes)
-        self._position = end  # all at once, as with nearly every small file
-        return (self._view[start:end],) if size_bytes else ()
-
-    def _pieces(self, size_bytes: int) -> Iterator[memoryview]:
+    def pieces(self, size_bytes: int) -> Iterator[memoryview]:
+        """Take so many bytes in pieces that are not copied; ArtifactRefused when it ends before."""
         while size_bytes:
             if self.at_end():
-                raise damaged("it ends in the middle of a member")
-            piece = self._view[self._position:self._position + size_bytes]
-            self._position += len(piece)
+                raise damaged("it ends in the middle of a member, or before its end-of-archive block")
+            piece = self.view[:size_bytes]
+            self.view = self.view[size_bytes:]
             size_bytes -= len(piece)
             yield piece
 
-    def skip_to(self, offset: int) -> None:
-        """Pass over what nobody took."""
-        for _ in self.pieces(offset - self.offset):
-            pass
-
-    def rest(self) -> Iterator[memoryview]:
-        """Take all that is left."""
-        while not self.at_end():
-            yield self._view[self._position:]
-            self._position = len(self._block)
+    def take(self, size_bytes: int) -> bytes:
+        """Take so many bytes; ArtifactRefused as in pieces()."""
+        return b"".join(self.pieces(size_bytes))
 
 
-def gather(pieces: Iterator[Any], size_of: Callable[[Any], int] = len,
-           join: Callable[[List[Any]], Any] = b"".join) -> Iterator[Any]:
-    """Join small pieces: handing one to a thread or a program costs more than copying it."""
-    small: List[Any] = []
-    size_bytes = 0
-    for piece in pieces:
-        size_bytes += size_of(piece)
-        small.append(piece)
-        if size_bytes >= BLOCK_BYTES // 4:
-            yield join(small)
-            small, size_bytes = [], 0
-    if size_bytes:
-        yield join(small)
+def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode a file's blocks; ImportError and ArtifactRefused for what is not installed, at once."""
+    if kind == "tar":
+        return blocks
+    if kind == "tar.gz":
+        return decode_streams(blocks, lambda: zlib.decompressobj(31), zlib.error)
+    if kind == "tar.bz2":
+        import bz2
+        return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
+    if kind == "tar.xz":
+        import lzma
+        return decode_streams(
+            blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES), lzma.LZMAError)
+    try:
+        from compression import zstd  # type: ignore
+    except ImportError:
+        import shutil
+        # PATH must not choose what decodes an artifact.
+        program = shutil.which("zstd", path=EXTRA_PATH)
+        if not program:
+            raise ArtifactRefused("this Python and this host cannot read zstd",
+                                  "install zstd, or deploy a .tar.gz")
+        return run_filter([program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"],
+                          zstd_frames(Stream(blocks)))
+    options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
+    return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
 
 
-def decode_piece(decoder: Any, data: bytes) -> Iterator[bytes]:
-    """Decode what these data hold, in pieces that are bounded; of zlib, bz2, lzma or zstd."""
-    while True:
-        piece = decoder.decompress(data, BLOCK_BYTES)
-        yield piece
-        data = getattr(decoder, "unconsumed_tail", b"")  # zlib's; the others keep it themselves
-        if decoder.eof or not data and len(piece) < BLOCK_BYTES:
-            return
-
-
-def decode_streams(blocks: Iterator[bytes], make: Callable[[], Any],
-                   errors: Any) -> Iterator[bytes]:
+def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
+                   most_streams: int = MAX_STREAMS) -> Iterator[bytes]:
     """Decode streams that follow each other, zeros between them; each must be complete."""
-    decoder, streams = None, 0
+    decoder: Any = None
+    streams = 0
     # Cut smaller, which bounds what a decoder copies when a stream ends within one.
     slices = (block[start:start + SLICE_BYTES] for block in blocks
               for start in range(0, len(block), SLICE_BYTES))
     try:
         for data in slices:
-            while data:
+            is_full = False
+            while data or is_full:
                 if decoder is None:
-                    data = data.lstrip(b"\0") if streams else data
+                    data = bytes(data).lstrip(b"\0") if streams else data
                     if not data:
                         break
                     decoder, streams = make(), streams + 1
-                    if streams > MAX_STREAMS:
+                    if streams > most_streams:
                         raise ArtifactRefused(
-                            f"the archive is cut into more than {MAX_STREAMS:,} compressed "
-                            f"streams, one after the other", "pack it in one: gzip, not bgzip")
-                yield from decode_piece(decoder, data)
-                data = decoder.unused_data if decoder.eof else b""
-                decoder = None if decoder.eof else decoder
+                            f"the archive is cut into more than {most_streams:,} compressed streams, "
+                            f"one after the other", "pack it in one: gzip, not bgzip")
+                piece = decoder.decompress(data, BLOCK_BYTES)
+                yield piece
+                is_full = len(piece) == BLOCK_BYTES
+                # What zlib has not read it hands back; the others keep it, and are asked again.
+                data = getattr(decoder, "unconsumed_tail", b"")
+                if decoder.eof:
+                    data, decoder, is_full = decoder.unused_data, None, False
     except errors as error:
         raise decoding_failed(str(error))
     if decoder is not None:
@@ -4107,210 +4058,134 @@ def decoding_failed(why: str) -> ArtifactRefused:
     """Make the error for what a decoder says: it needs too much memory, or the data are damaged."""
     if not re.search(r"(?i)memory|window", why):
         return damaged(why)
-    most = format_size(MAX_DECODER_BYTES)
     return ArtifactRefused(
-        f"decoding the archive needs more memory than the {most} that it may take ({why})",
+        f"decoding needs more memory than the {format_size(MAX_DECODER_BYTES)} it may take ({why})",
         "pack it with a smaller dictionary or window: xz -9, zstd -19 without --ultra or --long")
 
 
-def decode_bzip2(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Decode bzip2 streams."""
-    import bz2
-    return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
-
-
-def decode_xz(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Decode xz streams whose dictionary fits into the memory a deployment may take."""
-    import lzma
-    return decode_streams(blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES),
-                          lzma.LZMAError)
-
-
-def decode_zstd(blocks: Iterator[bytes], stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Decode zstd frames with Python 3.14's module, else with the zstd program."""
-    try:
-        from compression import zstd  # type: ignore
-    except ImportError:
-        import shutil
-        # PATH must not choose what decodes an artifact.
-        program = shutil.which("zstd", path=EXTRA_PATH)
-        if not program:
-            raise ArtifactRefused("this Python and this host cannot read zstd",
-                                  "install zstd, or deploy a .tar.gz")
-        argv = [program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"]
-        return run_filter(argv, gather(only_zstd(Stream(blocks))), stopped)
-    options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
-    return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
-
-
-def only_zstd(stream: Stream) -> Iterator[bytes]:
-    """Pass a stream on frame by frame (RFC 8878): the program would decode gzip and xz as well."""
+def zstd_frames(stream: Stream) -> Iterator[bytes]:
+    """Pass on zstd frames (RFC 8878) and nothing else: the program would decode gzip, xz, lz4 too."""
     while not stream.at_end():
         magic = stream.take(4)
-        yield magic
-        if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # skippable
-            size = stream.take(4)
-            yield size
-            yield from map(bytes, stream.pieces(int.from_bytes(size, "little")))
+        if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # to be skipped
+            stream.take(int.from_bytes(stream.take(4), "little"))
             continue
         if magic != b"\x28\xb5\x2f\xfd":
             raise damaged("something that is no zstd frame follows one")
-        head = stream.take(1)
         # Window, dictionary and content size, each as long as the flags say.
+        head = stream.take(1)
         flags, single = head[0], head[0] >> 5 & 1
-        yield head + stream.take(
-            1 - single + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6])
-        is_last = False
-        while not is_last:
+        sizes = (1 - single, (0, 1, 2, 4)[flags & 3], (single, 2, 4, 8)[flags >> 6])
+        yield magic + head + stream.take(sum(sizes))
+        block = 0
+        while not block & 1:  # which marks the last one
             head = stream.take(3)
-            number = int.from_bytes(head, "little")
-            is_last = bool(number & 1)
-            repeats_one_byte = number >> 1 & 3 == 1
-            yield head + stream.take(1 if repeats_one_byte else number >> 3)
+            block = int.from_bytes(head, "little")
+            yield head + stream.take(1 if block & 6 == 2 else block >> 3)  # or a byte to repeat
         yield stream.take(flags & 4)  # a checksum, or nothing
 
 
-def run_filter(argv: Sequence[str], blocks: Iterator[bytes],
-               stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """Feed blocks to a program and read its output in turns: neither waits for the other."""
+def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Feed blocks to a program and read its output in turns, so that neither waits for the other."""
     import select
     try:
         process = start_filter(argv, BLOCK_BYTES, 2 * MAX_DECODER_BYTES)
     except OSError as error:
         raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}",
                               "repair it, or deploy a .tar.gz")
-    streams = process.stdin, process.stdout, process.stderr
-    feeding, output, errors = [stream.fileno() for stream in streams]
+    feeding, output = process.stdin.fileno(), process.stdout.fileno()
     os.set_blocking(feeding, False)
-    reading, writing, data, complaint = [output, errors], [feeding], memoryview(b""), b""
-    ends_seconds = time.monotonic() + FILTER_STALL_SECONDS
+    data, piece, writing = memoryview(b""), b"none yet", [feeding]
     try:
-        while reading and not stopped():
-            readable, writable, _ = select.select(reading, writing, [], WATCH_SECONDS)
-            if readable or writable:
-                ends_seconds = time.monotonic() + FILTER_STALL_SECONDS
-            elif time.monotonic() > ends_seconds:
+        while piece:
+            readable, writable, _ = select.select([output], writing, [], FILTER_STALL_SECONDS)
+            if not readable and not writable:
                 raise damaged(f"{argv[0]} made no progress")
-            for descriptor in readable:
-                piece = os.read(descriptor, BLOCK_BYTES)
-                if not piece:
-                    reading.remove(descriptor)
-                elif descriptor == output:
-                    yield piece
-                else:
-                    complaint = (complaint + piece)[:4096]
             if writable:
                 data = data or memoryview(next(blocks, b""))
-                is_over = not data
-                try:
-                    data = data[os.write(feeding, data):]
-                except BrokenPipeError:  # its exit code says whether it has seen enough
-                    is_over = True
-                if is_over:
+                sent_bytes = 0
+                with suppress(BrokenPipeError):  # its exit code says whether it has seen enough
+                    sent_bytes = os.write(feeding, data)
+                data = data[sent_bytes:]
+                if not sent_bytes:
                     writing = []
                     process.stdin.close()
-        if not reading and process.wait() != 0:
-            raise decoding_failed(complaint.decode("utf-8", "replace").strip()
-                                  or f"{argv[0]} exited with code {process.returncode}")
+            if readable:
+                piece = os.read(output, BLOCK_BYTES)
+                yield piece
+        process.stdin.close()  # it may still wait for more, though it gave up
+        complaint = process.stderr.read(4096).decode("utf-8", "replace").strip()
+        if process.wait() != 0:
+            raise decoding_failed(complaint or f"{argv[0]} exited with code {process.returncode}")
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for stream in streams:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
             stream.close()
 
 
-DECODERS: Dict[str, Callable[[Iterator[bytes], Callable[[], bool]], Iterator[bytes]]] = {
-    "tar": lambda blocks, stopped: blocks,
-    "tar.gz": lambda blocks, stopped: decode_streams(
-        blocks, lambda: zlib.decompressobj(31), zlib.error),
-    "tar.bz2": decode_bzip2, "tar.xz": decode_xz, "tar.zst": decode_zstd}
+def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
+    """Read, hash and decode in a second thread while the caller judges and writes.
 
-
-class Pump:
-    """The second thread: reads, hashes and decodes while the main thread judges and writes.
-
-    What fails in the thread is raised from `blocks`, whole.  `close` ends the
-    thread wherever it is.
+    What fails in the thread is raised here, whole.  When it has ended, in
+    whatever way, so has the thread; `artifact.read_sha256` is set at the end.
     """
+    import queue
+    most_bytes, option = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
+    hasher, items = hashlib.sha256(), queue.Queue(QUEUE_BLOCKS)  # type: ignore
+    read_bytes, stopping = 0, False
 
-    def __init__(self, artifact: Artifact, settings: Settings, watch: Watch) -> None:
-        import queue
-        artifact.read_sha256 = ""
-        self._artifact = artifact
-        self._most = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
-        self._watch = watch
-        self._hasher = hashlib.sha256()
-        self._read_bytes = 0
-        self._decoded_bytes = 0
-        self._stopping = False
-        self._empty = queue.Empty
-        self._queue: Any = queue.Queue(QUEUE_BLOCKS)
-        self._worker = start_thread(self._run)
+    def read() -> Iterator[bytes]:
+        nonlocal read_bytes
+        for block in artifact.blocks():
+            if stopping:
+                return
+            hasher.update(block)
+            read_bytes += len(block)
+            yield block
 
-    def blocks(self) -> Iterator[Any]:
-        """Give what was decoded; afterwards the artifact knows what its bytes have."""
-        while True:
-            item = None
-            try:
-                item = self._queue.get(timeout=WATCH_SECONDS)
-            except self._empty:  # the disk or a decoder takes its time: a signal must not
+    def work() -> None:
+        raw, decoded_bytes = read(), 0
+        if artifact.format == "zip":
+            decoded: Any = decode_zip(artifact, Stream(raw))
+        else:
+            decoded = decompress(artifact.format, raw)
+        try:
+            for item in decoded:
+                decoded_bytes += len(item)  # of a zip its directory has said it
+                if decoded_bytes > most_bytes:
+                    raise exceeds(f"{artifact.name} expands to", format_size(most_bytes), option)
+                if item:
+                    items.put(item)
+                if stopping:
+                    return
+            for _ in raw:  # what trails is hashed as well
                 pass
-            self._watch(self._read_bytes)
+            items.put(b"")
+        except BaseException as error:
+            items.put(error)
+        finally:
+            decoded.close()
+
+    artifact.read_sha256 = ""
+    worker = start_thread(work)
+    item: Any = None
+    try:
+        while item is None or item:
+            item = None
+            with suppress(queue.Empty):  # the disk or a decoder takes its time: a signal must not
+                item = items.get(timeout=WATCH_SECONDS)
+            watch(read_bytes)
             if isinstance(item, BaseException):
                 raise item
             if item:
                 yield item
-            elif item is not None:
-                self._artifact.read_sha256 = self._hasher.hexdigest()
-                return
-
-    def close(self) -> None:
-        """Let the thread end, and wait for it."""
-        self._stopping = True
-        while not self._worker.wait(0):
-            try:
-                self._queue.get(timeout=0.01)
-            except self._empty:
-                pass
-
-    def _run(self) -> None:
-        raw = self._raw()
-        if self._artifact.format == "zip":
-            decoded: Any = decode_zip(self._artifact, Stream(raw), self._count)
-            # An entry without data costs as much as some data do.
-            batches = gather(decoded, lambda item: ENTRY_BYTES + len(item[1]), list)
-        else:
-            decoded = DECODERS[self._artifact.format](raw, lambda: self._stopping)
-            batches = gather(map(self._count, decoded))
-        try:
-            for batch in batches:
-                self._queue.put(batch)
-                if self._stopping:
-                    return
-            for _ in raw:  # what trails is hashed as well
-                pass
-            self._queue.put(b"")
-        except BaseException as error:  # raised again in the main thread
-            self._queue.put(error)
-        finally:
-            decoded.close()
-
-    def _raw(self) -> Iterator[bytes]:
-        for block in self._artifact.blocks():
-            if self._stopping:
-                return
-            self._hasher.update(block)
-            self._read_bytes += len(block)
-            yield block
-
-    def _count(self, block: bytes) -> bytes:
-        """Count what really comes out, against what may."""
-        self._decoded_bytes += len(block)
-        if self._decoded_bytes > self._most[0]:
-            raise exceeds(f"{self._artifact.name} expands to", format_size(self._most[0]),
-                          self._most[1])
-        return block
+        artifact.read_sha256 = hasher.hexdigest()
+    finally:
+        stopping = True
+        while not worker.wait(0):
+            with suppress(queue.Empty):
+                items.get(timeout=0.01)
 
 
 # -- tar ---------------------------------------------------------------------
@@ -4322,49 +4197,29 @@ TAR_KINDS = {
     b"D": "GNU dump directory", b"M": "continuation from another volume", b"V": "volume label",
     b"X": "Solaris extended header",
 }
-_NUMBER = re.compile(rb" *([0-7]*)(?:[ \0].*)?\Z", re.DOTALL)
-_PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
-_PAX_TIME = re.compile(rb"(-?)(\d{1,11})(?:\.(\d{1,9})\d*)?\Z")
-_TAR_HEADER = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x")
+_NO_NUMBER = -1 << 62
 
 
-def tar_number(field: bytes) -> Optional[int]:
-    """Read an octal field, empty for 0, or GNU's base-256; None for what is unreadable."""
+def tar_number(field: bytes) -> int:
+    """Read an octal field, empty for 0, or GNU's base-256; far below zero for what is unreadable."""
     digits = field.rstrip(b"\0 ")
-    if digits.isdigit():  # what nearly every field is, and four times as fast as the pattern
-        try:
-            return int(digits, 8)
-        except ValueError:
-            return None
-    if field[0] in (0x80, 0xff):
-        return int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
-    found = _NUMBER.match(field)
-    return int(found.group(1) or b"0", 8) if found else None
+    if not digits.isdigit():  # as nearly every field is, which saves three quarters of the time
+        if field[0] in (0x80, 0xff):
+            return int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
+        found = re.match(rb" *([0-7]*)(?:[ \0].*)?\Z", field, re.DOTALL)
+        digits = found.group(1) or b"0" if found else b"9"
+    try:
+        return int(digits, 8)
+    except ValueError:
+        return _NO_NUMBER
 
 
 def checksum_holds(header: bytes) -> bool:
     """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
-    field = header[148:156]
-    claimed = tar_number(field)
+    claimed, blanked = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
     # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
-    if (zlib.adler32(header) & 0xffff) - (zlib.adler32(field) & 0xffff) + 256 == claimed:
-        return True
-    total = sum(header) - sum(field) + 256
-    # Old tars added signed bytes.
-    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
-    return claimed in (total, signed)
-
-
-def check_is_tar(head: bytes) -> None:
-    """Say what a compressed stream holds that is no tar, by the bytes it begins with."""
-    inner = format_of(head)
-    if inner not in ("", "tar"):
-        raise ArtifactRefused(f"the archive holds another archive where a tar should be: a {inner}",
-                              "it is packed twice: decompress it once, and deploy the result")
-    if not inner and len(head) == TAR_BLOCK_BYTES and head[257:262] != b"ustar" and any(head):
-        raise ArtifactRefused(f"what is compressed here is no tar, or its first header has a wrong "
-                              f"checksum: it begins with {show(head[:60])}",
-                              "deploy a tar, compressed: tar -czf app.tar.gz .")
+    return claimed == zlib.adler32(blanked) - 1 & 0xffff or claimed in (
+        sum(blanked), sum(struct.unpack("512b", blanked)))  # as old tars added signed bytes
 
 
 def read_tar(artifact: Artifact, stream: Stream) -> Members:
@@ -4373,26 +4228,22 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     Raises ArtifactRefused for bad checksums, contradicting headers and an
     archive without its end (CVE-2025-8194: no size is negative here).
     """
+    split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
     special: Dict[bytes, bytes] = {}
-    extensions = extension_bytes = 0
+    extensions = extension_bytes = padding = 0
     if not stream.at_end():
-        check_is_tar(stream.peek(TAR_BLOCK_BYTES))
+        check_is_tar(bytes(stream.view[:TAR_BLOCK_BYTES]))
     while True:
-        if stream.at_end():
-            raise damaged("its end-of-archive block is missing")
-        header = stream.take(TAR_BLOCK_BYTES)
-        if not header[0] and not any(header):
+        header = stream.take(padding + TAR_BLOCK_BYTES)[padding:]
+        if not any(header):
             break
-        name, mode_field, size_field, time_field, flag, target, magic, prefix = \
-            _TAR_HEADER.unpack(header)
+        name, mode_field, size_field, time_field, flag, target, magic, prefix = split(header)
         name = name.partition(b"\0")[0]
         if not checksum_holds(header):
             raise refuse(name, "its header has a wrong checksum", COPY_AGAIN)
         size_bytes, mode, seconds = map(tar_number, (size_field, mode_field, time_field))
-        if size_bytes is None or mode is None or size_bytes < 0 or mode < 0:
-            raise refuse(name, "its header has a negative or unreadable number",
-                         "build the archive again")
-        start = stream.offset
+        if size_bytes < 0 or mode < 0:
+            raise refuse(name, "its header has a negative or unreadable number")
         if flag in b"xgLK":
             extensions, extension_bytes = extensions + 1, extension_bytes + size_bytes
             if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES \
@@ -4403,24 +4254,42 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
             if magic == b"ustar\0" and prefix[0]:
                 name = prefix.partition(b"\0")[0] + b"/" + name
             kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
-            mtime_ns = None
-            if seconds is not None and abs(seconds) < 1 << 36:
-                mtime_ns = seconds * 10 ** 9
+            mtime_ns = seconds * 10 ** 9 if abs(seconds) < 1 << 36 else None
             member = Member(name, kind, mode, size_bytes, mtime_ns, target.partition(b"\0")[0])
             if special:
-                member = specified(member, special)
+                member = extended(member, special)
                 special, size_bytes = {}, member.size_bytes
             if flag in b"0\0" and member.name.endswith(b"/"):
                 member = member._replace(kind=DIRECTORY)  # as tar wrote them before POSIX
-            yield member, stream.pieces(size_bytes)
+            pieces = stream.pieces(size_bytes)
+            yield member, pieces
+            for _ in pieces:  # what nobody took
+                pass
             extensions = 0
-        stream.skip_to(start + size_bytes + -size_bytes % TAR_BLOCK_BYTES)
+        padding = -size_bytes % TAR_BLOCK_BYTES
     if special or not stream.at_end() and any(stream.take(TAR_BLOCK_BYTES)):
         raise damaged("it has data after a single end-of-archive block")
-    # What fills up a tape record means nothing.
-    if [piece for piece in stream.rest() if bytes(piece).strip(b"\0")]:
-        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no "
-                              "part of the release")
+    is_filled = False
+    while not stream.at_end():  # what fills up a tape's record means nothing
+        is_filled = is_filled or bool(stream.view.tobytes().strip(b"\0"))
+        stream.view = stream.view[:0]
+    if is_filled:
+        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no part "
+                              "of the release")
+
+
+def check_is_tar(head: bytes) -> None:
+    """Say what a compressed stream holds that is no tar, by the bytes it begins with."""
+    inner = format_of(head)
+    what = f"another archive where a tar should be: a {inner}"
+    if not inner:
+        what = f"no tar, or its first header has a wrong checksum: it begins with {show(head[:60])}"
+        if len(head) < TAR_BLOCK_BYTES or head[257:262] == b"ustar" or not any(head):
+            return
+    if inner != "tar":
+        raise ArtifactRefused(f"what is compressed here is {what}",
+                              "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed twice "
+                              "must be decompressed once")
 
 
 def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
@@ -4431,10 +4300,10 @@ def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, b
         found = [(b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0"))]
         position = len(data)
     while position < len(data):
-        record = _PAX_RECORD.match(data, position)
+        record = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=").match(data, position)
         end = position + int(record.group(1)) if record else 0
         if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
-            raise refuse(name, "its pax header is malformed", "build the archive again")
+            raise refuse(name, "its pax header is malformed")
         found.append((record.group(2), data[record.end():end - 1]))
         position = end
     for key, value in found:
@@ -4442,18 +4311,17 @@ def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, b
             raise refuse(name, "it is a sparse file, which a release cannot hold",
                          "build the archive without --sparse")
         # A global header, as `git archive` writes for its commit, may not name or size members.
-        if key in (b"path", b"linkpath", b"size") and (key in special or flag == b"g"):
-            why = "a global pax header gives every member one name or size"
-            raise refuse(name, why if flag == b"g" else
-                         f"its extension headers give {key.decode()} twice")
+        if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
+            whose = "a global pax header gives" if flag == b"g" else "its extension headers give"
+            raise refuse(name, f"{whose} {key.decode()} to every member, or twice")
         if key in (b"path", b"linkpath", b"size", b"mtime") and flag != b"g":
             special[key] = value
 
 
-def specified(member: Member, special: Dict[bytes, bytes]) -> Member:
+def extended(member: Member, special: Dict[bytes, bytes]) -> Member:
     """Let extension headers replace what a header says; ArtifactRefused where they disagree."""
     name, kind, mode, size_bytes, mtime_ns, target = member
-    name, target = special.get(b"path", name), special.get(b"linkpath", target)
+    name = special.get(b"path", name)
     if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
         raise refuse(name, f"its extension header makes a link of it, its own header a {kind}")
     if b"size" in special:
@@ -4462,16 +4330,12 @@ def specified(member: Member, special: Dict[bytes, bytes]) -> Member:
         # It may only give what the field cannot hold.
         size = int(special[b"size"])
         if size != size_bytes and size < 8 << 30:
-            raise refuse(
-                name, f"its pax header says {size} bytes and its ustar header {size_bytes}")
+            raise refuse(name, f"its pax header says {size} bytes and its ustar header {size_bytes}")
         size_bytes = size
     if b"mtime" in special:
-        found = _PAX_TIME.match(special[b"mtime"])
-        mtime_ns = None
-        if found:
-            mtime_ns = int(found.group(2) + (found.group(3) or b"").ljust(9, b"0"))
-            mtime_ns = -mtime_ns if found.group(1) else mtime_ns
-    return Member(name, kind, mode, size_bytes, mtime_ns, target)
+        found = re.match(rb"(-?\d{1,11})(?:\.(\d*))?\Z", special[b"mtime"])
+        mtime_ns = int(found.group(1) + (found.group(2) or b"").ljust(9, b"0")[:9]) if found else None
+    return Member(name, kind, mode, size_bytes, mtime_ns, special.get(b"linkpath", target))
 
 
 # -- zip ---------------------------------------------------------------------
@@ -4482,65 +4346,52 @@ _ENCRYPTED = 0x2041
 _DESCRIBED_LATER = 0x0008
 _UTF8 = 0x0800
 _FULL = 0xffffffff
-_CENTRAL_HEADER = struct.Struct("<4sxB2xHHHHIIIHHHH2xII")
-_LOCAL_HEADER = struct.Struct("<4s2xHH4xIIIHH")
 
 
 class ZipEntry(NamedTuple):
-    """One entry of the central directory (APPNOTE 4.3.12)."""
+    """One entry of the central directory (APPNOTE 4.3.12), and what it is as a member."""
 
+    member: Member
     raw_name: bytes
-    name: bytes  # by the Unicode path field where there is one
-    is_known: bool  # in which encoding the name is
-    system: int
+    unicode_name: bytes  # the Unicode path field
     flags: int
     method: int
     crc: int
     packed_bytes: int
     size_bytes: int
-    attributes: int
     offset: int
-    mtime_ns: Optional[int]
-
-    def member(self) -> Member:
-        """Describe the entry as a member; Unix modes come from the external attributes."""
-        mode = self.attributes >> 16 if self.system == 3 else 0
-        is_directory = self.name.endswith(b"/")
-        kinds = {0: FILE, stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
-        kind = kinds.get(stat.S_IFMT(mode), "special file")
-        # Maven writes META-INF/maven/ with every bit of the type set.
-        if is_directory and (kind == FILE or stat.S_IFMT(mode) == 0o170000):
-            kind, mode = DIRECTORY, 0
-        if is_directory != (kind == DIRECTORY):
-            raise refuse(self.name, "its name and its attributes disagree about what it is")
-        default = _MODE_DIRECTORY if is_directory else _MODE_FILE
-        return Member(self.name, kind, mode & 0o7777 or default, self.size_bytes, self.mtime_ns)
 
 
 def read_central(artifact: Artifact, limits: Any) -> None:
-    """Read a zip's central directory, once; ArtifactRefused for one that is damaged or ambiguous.
-
-    Entries go in the order of their data, which is the directory's own order
-    in what the usual programs write.
-    """
+    """Read a zip's central directory, once; ArtifactRefused for one that is damaged or ambiguous."""
     start, size_bytes, number = find_central(artifact)
     if 0 < limits.max_files < number:
         raise exceeds(f"the zip has {number:,} entries,", f"{limits.max_files:,}", "max_files")
     artifact.tail = artifact.read_at(start, artifact.size_bytes - start)
-    central = artifact.tail[:size_bytes]
-    positions, offsets, position = [], [], 0
-    while position < size_bytes:
-        entry, after = zip_entry(central, position)
-        positions.append(position)
-        offsets.append(entry.offset)
-        artifact.expanded_bytes += entry.size_bytes
-        position = after
-    if len(positions) != number:
-        raise damaged(f"its central directory has {len(positions)} entries where {number} are "
+    central, position = artifact.tail[:size_bytes], 0
+    entries: List[Tuple[int, int]] = []
+    unknown: List[bytes] = []
+    try:
+        while position < size_bytes:
+            entry, end = zip_entry(central, position)
+            entries.append((entry.offset, position))
+            artifact.expanded_bytes += entry.size_bytes
+            if entry.member.name not in (entry.raw_name, entry.unicode_name[5:]):
+                unknown.append(entry.member.name)
+            position = end
+    except struct.error:
+        position = -1
+    if position != size_bytes or len(entries) != number:
+        raise damaged(f"its central directory is malformed, or has not the {number} entries that are "
                       f"announced")
-    if any(first >= second for first, second in zip(offsets, offsets[1:])):
-        positions = [position for _, position in sorted(zip(offsets, positions))]
-    artifact.entries = positions
+    if unknown:
+        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that it "
+                              f"does not tell; taken for cp437: {some_of(unknown)}")
+    artifact.files = number
+    # What the usual programs write is in order already.
+    artifact.entries = sorted(entries) + [(start, -1)]
+    if artifact.entries[0][0] != 0:
+        raise refuse(b"", "something is hidden before the first entry")
 
 
 def find_central(artifact: Artifact) -> Tuple[int, int, int]:
@@ -4548,33 +4399,29 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
     base = max(0, artifact.size_bytes - 22 - 65535)
     tail = artifact.read_at(base, artifact.size_bytes - base)
     ends, behind = [], b""
-    for found in re.finditer(b"PK\5\6", tail):
-        end = found.start() + 22
-        end += int.from_bytes(tail[end - 2:end], "little")
-        if end <= len(tail) and any(tail[end:]):
-            behind = tail[end:]
-        elif end <= len(tail):  # what follows fills up a tape's record
+    for found in re.finditer(rb"PK\x05\x06(?=.{16}(..))", tail, re.DOTALL):
+        rest_at = found.start() + 22 + int.from_bytes(found.group(1), "little")
+        if rest_at <= len(tail) and tail[rest_at:].strip(b"\0"):
+            behind = tail[rest_at:]
+        elif rest_at <= len(tail):  # what follows fills up a tape's record
             ends.append(found.start())
-    if not ends and behind:
-        raise damaged(f"{len(behind)} bytes that belong to no entry lie behind its end-of-central-"
-                      f"directory record: {show(behind[:60])}", "build it again, or cut them off")
     if len(ends) != 1:
-        raise damaged("its end-of-central-directory record is "
-                      + ("ambiguous" if ends else "missing"))
+        why = "ambiguous" if ends else "missing"
+        if behind and not ends:
+            why = f"not its end: {len(behind)} bytes of no entry lie behind it: {show(behind[:60])}"
+        raise damaged(f"its end-of-central-directory record is {why}")
     values = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
     end = base + ends[0]
-    if ends[0] >= 20 and tail[ends[0] - 20:ends[0] - 16] == b"PK\6\7":
-        # The zip64 record that this locator points to.
-        locator, short = end - 20, values
-        _, disk, end, disks = struct.unpack("<4sIQI", artifact.read_at(locator, 20))
-        if disk or disks > 1 or not 0 <= end <= locator - 56:
-            raise damaged("its zip64 locator points nowhere")
-        signature, record_bytes, *values = struct.unpack(  # type: ignore
-            "<4sQ4xIIQQQQ", artifact.read_at(end, 56))
-        if signature != b"PK\6\6" or end + 12 + record_bytes != locator:
-            raise damaged("its zip64 record is not where it should be")
-        if any(value not in (full, 0xffff, _FULL) for value, full in zip(short, values)):
+    if tail.startswith(b"PK\6\7", ends[0] - 20):
+        # A zip64 record and the locator that points to it stand before this one.
+        end -= 76
+        signature, record_bytes, *wide, _, disk, at, disks = struct.unpack(
+            "<4sQ4xIIQQQQ4sIQI", artifact.read_at(end, 76))
+        if (signature, record_bytes, disk, at) != (b"PK\6\6", 44, 0, end) or disks > 1:
+            raise damaged("its zip64 locator points nowhere, or its record is not where it should be")
+        if any(value not in (full, 0xffff, _FULL) for value, full in zip(values, wide)):
             raise damaged("its zip64 and zip records disagree")
+        values = tuple(wide)
     disk, first_disk, here, number, size_bytes, start = values
     if disk or first_disk or here != number:
         raise ArtifactRefused("the zip is split over several disks", "build it as one file")
@@ -4585,17 +4432,14 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
 
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
-    begin = position + 46
-    if begin > len(central):
-        raise damaged("its central directory is cut short")
     (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
-     extra_length, comment_length, disk, attributes, offset) = _CENTRAL_HEADER.unpack_from(
-         central, position)
-    raw_name = central[begin:begin + name_length]
-    begin += name_length + extra_length
-    if signature != b"PK\1\2" or disk not in (0, 0xffff) or begin + comment_length > len(central):
+     extra_length, comment_length, disk, attributes, offset) = struct.unpack_from(
+         "<4sxB2xHHHHIIIHHHH2xII", central, position)
+    name_end = position + 46 + name_length
+    raw_name = central[position + 46:name_end]
+    fields = extra_fields(central[name_end:name_end + extra_length])
+    if signature != b"PK\1\2" or disk not in (0, 0xffff):
         raise damaged("its central directory is malformed")
-    fields = extra_fields(central[begin - extra_length:begin])
     size_bytes, packed_bytes, offset = zip64_values(
         fields, (size_bytes, packed_bytes, offset), raw_name)
     if flags & _ENCRYPTED:
@@ -4603,9 +4447,18 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     if method not in (0, 8):
         raise refuse(raw_name, f"it is compressed by {ZIP_METHODS.get(method, f'method {method}')}",
                      "build the zip with deflate")
-    name, is_known = zip_name(raw_name, flags, system, fields)
-    return ZipEntry(raw_name, name, is_known, system, flags, method, crc, packed_bytes, size_bytes,
-                    attributes, offset, zip_time(fields, date, clock)), begin + comment_length
+    name = zip_name(raw_name, flags, system, fields.get(0x7075, b""))
+    # Unix modes come from the external attributes; Maven writes every bit of a directory's type.
+    mode = attributes >> 16 if system == 3 else 0
+    kind = _KINDS_ON_DISK.get(stat.S_IFMT(mode) or stat.S_IFREG, "special file")
+    if name.endswith(b"/") and kind in (FILE, "special file"):
+        kind, mode = DIRECTORY, 0
+    if name.endswith(b"/") != (kind == DIRECTORY):
+        raise refuse(name, f"its name and its attributes, of a {kind}, disagree about what it is")
+    mode = stat.S_IMODE(mode) or (_MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE)
+    member = Member(name, kind, mode, size_bytes, zip_time(fields.get(0x5455, b""), date, clock))
+    return ZipEntry(member, raw_name, fields.get(0x7075, b""), flags, method, crc, packed_bytes,
+                    size_bytes, offset), name_end + extra_length + comment_length
 
 
 def extra_fields(extra: bytes) -> Dict[int, bytes]:
@@ -4615,16 +4468,13 @@ def extra_fields(extra: bytes) -> Dict[int, bytes]:
     while position + 4 <= len(extra):
         kind, size_bytes = struct.unpack_from("<HH", extra, position)
         position += 4 + size_bytes
-        if position <= len(extra):
-            fields.setdefault(kind, extra[position - size_bytes:position])
+        fields.setdefault(kind, extra[position - size_bytes:position])
     return fields
 
 
 def zip64_values(fields: Dict[int, bytes], values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
     """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
     saturated = values.count(_FULL)
-    if not saturated:
-        return values
     field = fields.get(0x0001, b"")
     if len(field) < 8 * saturated:
         raise refuse(name, "its sizes are in a zip64 field that is missing")
@@ -4632,146 +4482,115 @@ def zip64_values(fields: Dict[int, bytes], values: Tuple[int, ...], name: bytes)
     return tuple(next(full) if value == _FULL else value for value in values)
 
 
-def zip_name(raw: bytes, flags: int, system: int, fields: Dict[int, bytes]) -> Tuple[bytes, bool]:
-    """Return a name in UTF-8, and whether its encoding is known.
+def zip_name(raw: bytes, flags: int, system: int, field: bytes) -> bytes:
+    """Return a name in UTF-8.
 
     The Unicode path field (APPNOTE 4.6.9) counts where its CRC says that it was
     made for this name.  Info-ZIP on Unix writes UTF-8 and leaves the flag out.
     """
-    field = fields.get(0x7075, b"")
+    if field[:5] == struct.pack("<BI", 1, zlib.crc32(raw)):
+        if flags & _UTF8 and field[5:] != raw:
+            raise refuse(raw, f"its Unicode path field has another name: {show(field[5:])}")
+        return field[5:]
     try:
-        if field[:1] == b"\1" and int.from_bytes(field[1:5], "little") == zlib.crc32(raw):
-            field[5:].decode("utf-8")
-            if flags & _UTF8 and field[5:] != raw:
-                raise refuse(raw, f"its Unicode path field has another name: {show(field[5:])}")
-            return field[5:], True
-        if not flags & _UTF8:
-            raw.decode("utf-8" if system == 3 else "ascii")
+        raw.decode("utf-8" if system == 3 or flags & _UTF8 else "ascii")
     except UnicodeDecodeError:
-        return raw.decode("cp437").encode("utf-8"), False
-    return raw, True
+        return raw.decode("cp437").encode("utf-8")
+    return raw
 
 
-def zip_time(fields: Dict[int, bytes], date: int, clock: int) -> Optional[int]:
+def zip_time(field: bytes, date: int, clock: int) -> Optional[int]:
     """Read when a file was changed, in nanoseconds: the extended timestamp, else the DOS time.
 
     That has no zone; as UTC it is the same on every host.
     """
-    field = fields.get(0x5455, b"")
     if len(field) >= 5 and field[0] & 1:
         return int.from_bytes(field[1:5], "little", signed=True) * 10 ** 9
-    from calendar import timegm
+    from datetime import datetime
     try:
-        return timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11, clock >> 5 & 63,
-                       2 * (clock & 31))) * 10 ** 9
+        since = datetime(1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11, clock >> 5 & 63,
+                         2 * (clock & 31)) - datetime(1970, 1, 1)
     except ValueError:
         return None
+    return int(since.total_seconds()) * 10 ** 9
 
 
-def decode_zip(artifact: Artifact, stream: Stream,
-               counted: Callable[[bytes], bytes]) -> Iterator[Tuple[ZipEntry, bytes]]:
+def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[List[Tuple[ZipEntry, Any]]]:
     """Unpack the entries' data one after the other, in one pass over the file; each begins empty.
 
     What the pass meets must be what the central directory said beforehand:
     local headers, sizes, checksums, no overlap and nothing in between.
     """
-    before = None
-    for position in artifact.entries:
+    batch: List[Tuple[ZipEntry, Any]] = []
+    batch_bytes = 0
+    for (offset, position), (end, _) in zip(artifact.entries, artifact.entries[1:]):
         entry, _ = zip_entry(artifact.tail, position)
-        check_gap(before, entry.offset, stream)
-        check_local_header(entry, stream)
-        yield entry, b""
+        gap_bytes = end - offset - local_header(entry, stream) - entry.packed_bytes
+        pieces: Iterator[Any] = stream.pieces(entry.packed_bytes)
+        if entry.method:
+            pieces = decode_streams(pieces, lambda: zlib.decompressobj(-15), zlib.error, 1)
         total_bytes = crc = 0
-        for piece in unpack_entry(entry, stream):
-            total_bytes += len(piece)
-            crc = zlib.crc32(piece, crc)
-            if total_bytes > entry.size_bytes:
-                break
-            yield entry, counted(piece)
-        if total_bytes != entry.size_bytes or crc != entry.crc:
-            raise refuse(entry.name, "its data have not the announced size or checksum", COPY_AGAIN)
-        before = entry
-    check_gap(before, artifact.size_bytes - len(artifact.tail), stream)
+        try:
+            for piece in itertools.chain([b""], pieces):
+                total_bytes += len(piece)
+                crc = zlib.crc32(piece, crc)
+                if total_bytes > entry.size_bytes:
+                    break
+                batch.append((entry, piece))
+                # One without data costs as much as some data do; handing each over costs more.
+                batch_bytes += 256 + len(piece)
+                if batch_bytes > SLICE_BYTES:
+                    yield batch
+                    batch, batch_bytes = [], 0
+        except ArtifactRefused as error:
+            raise refuse(entry.member.name, "its compressed data are damaged, or do not end where "
+                                            f"they should: {error.message}", COPY_AGAIN)
+        if (total_bytes, crc) != (entry.size_bytes, entry.crc):
+            raise refuse(entry.member.name, "its data have not the announced size or checksum",
+                         COPY_AGAIN)
+        # Only its data descriptor may lie between its data and what follows (APPNOTE 4.3.9), with
+        # or without signature, with sizes of 32 or 64 bits.
+        allowed = {b""}
+        if entry.flags & _DESCRIBED_LATER:
+            values = entry.crc, entry.packed_bytes, entry.size_bytes
+            forms = ["<IQQ"] if max(values) > _FULL else ["<IQQ", "<III"]
+            allowed = {mark + struct.pack(form, *values) for form in forms
+                       for mark in (b"", b"PK\7\x08")}
+        if not 0 <= gap_bytes <= 24 or stream.take(gap_bytes) not in allowed:
+            raise refuse(entry.member.name,
+                         "its data overlap another entry's, or something is hidden around them")
+    yield batch
 
 
-def check_local_header(entry: ZipEntry, stream: Stream) -> None:
-    """Hold an entry's local header (APPNOTE 4.3.7) against the central directory."""
+def local_header(entry: ZipEntry, stream: Stream) -> int:
+    """Hold an entry's local header (APPNOTE 4.3.7) against the central directory; return its size."""
     signature, flags, method, crc, packed_bytes, size_bytes, name_length, extra_length = \
-        _LOCAL_HEADER.unpack(stream.take(30))
+        struct.unpack("<4s2xHH4xIIIHH", stream.take(30))
     if signature != b"PK\3\4":
-        raise refuse(entry.name, "its data do not begin with a local header")
+        raise refuse(entry.member.name, "its data do not begin with a local header")
     name, fields = stream.take(name_length), extra_fields(stream.take(extra_length))
-    if entry.flags & _DESCRIBED_LATER:
-        # Any of the three may be left for the descriptor, which is held against them as well.
-        if (packed_bytes, size_bytes) == (_FULL, _FULL) and not crc:
-            packed_bytes = size_bytes = 0
-        crc = crc or entry.crc
-        packed_bytes = packed_bytes or entry.packed_bytes
-        size_bytes = size_bytes or entry.size_bytes
-    else:
+    # Any of the three may be left for the descriptor, which is held against them as well.
+    later = (0, _FULL) if entry.flags & _DESCRIBED_LATER else ()
+    if not later:
         size_bytes, packed_bytes = zip64_values(fields, (size_bytes, packed_bytes), name)
-    if 0x7075 in fields and zip_name(name, flags, 0, fields) not in (
-            (entry.name, True), (entry.name, False)):
-        name = b""
-    if (name, flags, method, crc, packed_bytes, size_bytes) != (entry.raw_name, *entry[4:9]):
-        raise refuse(entry.name, "its local header and the central directory disagree")
+    if (name, flags, method) != (entry.raw_name, entry.flags, entry.method) \
+            or crc not in (entry.crc, *later) or packed_bytes not in (entry.packed_bytes, *later) \
+            or size_bytes not in (entry.size_bytes, *later) \
+            or fields.get(0x7075, entry.unicode_name) != entry.unicode_name:
+        raise refuse(entry.member.name, "its local header and the central directory disagree")
+    return 30 + name_length + extra_length
 
 
-def unpack_entry(entry: ZipEntry, stream: Stream) -> Iterator[bytes]:
-    """Decode an entry's data: stored, or one raw deflate stream (RFC 1951) that ends with them."""
-    pieces = map(bytes, stream.pieces(entry.packed_bytes))
-    if not entry.method:
-        yield from pieces
-        return
-    decoder = zlib.decompressobj(-15)
-    try:
-        for data in pieces:
-            if not decoder.eof:  # else zlib would collect all that follows
-                yield from decode_piece(decoder, data)
-            elif data:
-                break
-        else:
-            if decoder.eof and not decoder.unused_data:
-                return
-    except zlib.error as error:
-        raise refuse(entry.name, f"its data are damaged: {error}", COPY_AGAIN)
-    raise refuse(entry.name, "its compressed data do not end where they should", COPY_AGAIN)
-
-
-def check_gap(entry: Optional[ZipEntry], end: int, stream: Stream) -> None:
-    """Pass from an entry's data to what follows; only its data descriptor may lie between.
-
-    That (APPNOTE 4.3.9) comes with or without signature, with sizes of 32 or
-    64 bits, and must agree.
-    """
-    allowed = {b""}
-    if entry and entry.flags & _DESCRIBED_LATER:
-        values = entry[6:9]
-        forms = ["<IQQ"] if max(values) > _FULL else ["<IQQ", "<III"]
-        allowed = {mark + struct.pack(form, *values) for form in forms
-                   for mark in (b"", b"PK\7\x08")}
-    gap_bytes = end - stream.offset
-    if not 0 <= gap_bytes <= 24 or stream.take(gap_bytes) not in allowed:
-        raise refuse(entry.name if entry else b"",
-                     "its data overlap another entry's, or something is hidden around them")
-
-
-def read_zip(artifact: Artifact, batches: Iterator[List[Tuple[ZipEntry, bytes]]]) -> Members:
+def read_zip(batches: Iterator[List[Tuple[ZipEntry, Any]]]) -> Members:
     """Go through the entries of a zip, as decode_zip has unpacked them."""
-    unknown = []
     entries = itertools.groupby(itertools.chain.from_iterable(batches), operator.itemgetter(0))
-    for entry, group in entries:
-        member, pieces = entry.member(), (piece for _, piece in group if piece)
-        if not entry.is_known:
-            unknown.append(entry.name)
+    for (member, *_), group in entries:
+        pieces = (piece for _, piece in group if piece)
         if member.kind == SYMLINK:
-            if entry.size_bytes > MAX_PATH_BYTES:
+            if member.size_bytes > MAX_PATH_BYTES:
                 raise refuse(member.name, "its symlink target is too long")
             member = member._replace(size_bytes=0, content=b"".join(pieces))
         yield member, pieces
-    if unknown:
-        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that "
-                              f"it does not tell; taken for cp437: {some_of(unknown)}")
 
 
 # -- trees on disk -----------------------------------------------------------
@@ -4940,11 +4759,11 @@ def members_of(artifact: Artifact, settings: Settings, watch: Watch,
     if artifact.format == "directory":
         yield from read_directory(artifact, watch, forbidden)
         return
-    with closing(Pump(artifact, settings, watch)) as pump:
+    with closing(pump(artifact, settings, watch)) as blocks:  # type: ignore
         if artifact.format == "zip":
-            yield from read_zip(artifact, pump.blocks())
+            yield from read_zip(blocks)
         else:
-            yield from read_tar(artifact, Stream(pump.blocks()))
+            yield from read_tar(artifact, Stream(blocks))
     artifact.compare(artifact.read_sha256)
 
 
@@ -5127,23 +4946,20 @@ PACKED_EPOCH = "315532800"  # 1980-01-01, the first that a zip could hold as wel
 def estimate_cost(artifact: Artifact) -> None:
     """Estimate what an artifact will take on disk without reading it through."""
     packed_bytes = artifact.size_bytes
-    if artifact.format == "zip":
-        artifact.files = len(artifact.entries)  # and read_central has added up the bytes
-    elif artifact.format == "directory":
+    if artifact.format == "directory":
         tree = reading(artifact, walk_tree(artifact.descriptor))
         sizes = [member.size_bytes for member, _, _ in tree]
         artifact.expanded_bytes, artifact.files = sum(sizes), len(sizes)
-    else:
-        artifact.expanded_bytes = packed_bytes * GUESSED_RATIO[artifact.format]
-        artifact.counted = artifact.exact = False
-        if artifact.format == "tar.gz" and packed_bytes >= 18:
-            # The trailer says it modulo 4 GiB (RFC 1952): believed where it must be near.
-            said_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
-            while said_bytes < packed_bytes and packed_bytes > 1 << 29:
-                said_bytes += 1 << 32
-            if packed_bytes <= said_bytes <= 1032 * packed_bytes:
-                artifact.expanded_bytes, artifact.exact = said_bytes, packed_bytes < 1 << 29
-        artifact.files = artifact.expanded_bytes // GUESSED_FILE_BYTES + 1
+    elif artifact.format != "zip":  # of which read_central has added it up
+        size_bytes = 0
+        if artifact.format == "tar.gz" and 4 <= packed_bytes < 1 << 29:
+            # What gzip's trailer says, modulo 4 GiB (RFC 1952).
+            size_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
+        artifact.exact = packed_bytes <= size_bytes <= 1032 * packed_bytes
+        if not artifact.exact:
+            size_bytes = packed_bytes * GUESSED_RATIO[artifact.format]
+        artifact.counted, artifact.expanded_bytes = False, size_bytes
+        artifact.files = size_bytes // GUESSED_FILE_BYTES + 1
 
 
 def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],

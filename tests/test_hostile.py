@@ -505,7 +505,7 @@ def descriptor(data: bytes, *lies: int) -> bytes:
     return b"PK\7\x08" + struct.pack("<III", *[value + lie for value, lie in zip(values, list(lies) + [0, 0, 0])])
 
 
-def described(*lies: int, **fields: int) -> bytes:
+def with_descriptor(*lies: int, **fields: int) -> bytes:
     """A zip with an entry whose sizes come after its data."""
     late = dict({"crc": 0, "packed": 0, "size": 0}, **fields)
     return zipped(RawEntry(b"a", PLAIN, **DESCRIBED).but("local", **late).followed_by(descriptor(PLAIN, *lies)), NEXT)
@@ -582,9 +582,9 @@ ZIP_NAMES = {
     "zip-symlink-leaves": Case(zipped(RawEntry(b"l", b"../../x", mode=0o120777)), "leaves", "'l'"),
     "zip-symlink-without-a-target": Case(zipped(RawEntry(b"l", b"", mode=0o120777)), "empty", "'l'"),
     "zip-symlink-of-2000-bytes": Case(zipped(RawEntry(b"l", b"./" * 1000, mode=0o120777)), "too long", "'l'"),
-    "zip-device": Case(zipped(RawEntry(b"d", mode=0o020644)), "special file", "'d'"),
-    "zip-fifo": Case(zipped(RawEntry(b"d", mode=0o010644)), "special file", "'d'"),
-    "zip-socket": Case(zipped(RawEntry(b"d", mode=0o140644)), "special file", "'d'"),
+    "zip-device": Case(zipped(RawEntry(b"d", mode=0o020644)), "character device", "'d'"),
+    "zip-fifo": Case(zipped(RawEntry(b"d", mode=0o010644)), "FIFO", "'d'"),
+    "zip-socket": Case(zipped(RawEntry(b"d", mode=0o140644)), "socket", "'d'"),
     "zip-directory-with-data": Case(zipped(RawEntry(b"d/", b"data", mode=0o040755)), "has data", "'d/'"),
     "zip-directory-name-of-a-symlink": Case(zipped(RawEntry(b"d/", b"x", mode=0o120777)), "disagree", "'d/'"),
     "zip-file-name-of-a-directory": Case(zipped(RawEntry(b"d", mode=0o040755)), "disagree", "'d'"),
@@ -630,10 +630,10 @@ ZIP_HEADERS = {
         zipped(RawEntry(b"a", PLAIN).but("central", offset=50), NEXT), "overlap|local header", "'a'|'innocent'"),
     "zip-offset-beyond-the-end": Case(
         zipped(RawEntry(b"a", PLAIN).but("central", offset=FULL - 1)), "hidden|middle", "'a'|'innocent'"),
-    "zip-descriptor-crc-differs": Case(described(1), "hidden|overlap", "'a'"),
-    "zip-descriptor-packed-size-differs": Case(described(0, 1), "hidden|overlap", "'a'"),
-    "zip-descriptor-size-differs": Case(described(0, 0, 1), "hidden|overlap", "'a'"),
-    "zip-described-later-and-lying-before": Case(described(size=3), "disagree", "'a'"),
+    "zip-descriptor-crc-differs": Case(with_descriptor(1), "hidden|overlap", "'a'"),
+    "zip-descriptor-packed-size-differs": Case(with_descriptor(0, 1), "hidden|overlap", "'a'"),
+    "zip-descriptor-size-differs": Case(with_descriptor(0, 0, 1), "hidden|overlap", "'a'"),
+    "zip-described-later-and-lying-before": Case(with_descriptor(size=3), "disagree", "'a'"),
     "zip-gap-before-the-first-entry": Case(hidden_first(), "hidden", "''"),
     "zip-gap-between-entries": Case(zipped(RawEntry(b"a", PLAIN).followed_by(b"hidden"), NEXT), "hidden", "'a'"),
     "zip-gap-before-the-central-directory": Case(zipped(NEXT, gap=b"hidden"), "hidden", "'next'"),
