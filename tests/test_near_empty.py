@@ -120,10 +120,10 @@ def live_a_life(directory: Path, executable: str, uid: int) -> None:
     """Every command that a deployment needs, with a hook, a service, a probe and a rollback."""
     with image(directory, executable, uid) as inside, server(inside) as port:
         ini, config = inside.volume / "deploy.ini", ("-c", "/srv/deploy.ini")
-        ini.write_text(CONFIG.format(python=inside.python.path, port=port, deadline="60s"))
-
-        # A first release, a second one, and back.
+        # A first release, of which nobody tells the server: nothing was live before; a second one, and back.
+        ini.write_text(CONFIG.format(python=inside.python.path, port=port, deadline="200ms\nrequired = no"))
         first = deploy(inside, "1.0")["release"]
+        ini.write_text(CONFIG.format(python=inside.python.path, port=port, deadline="60s"))
         second = deploy(inside, "1.1")["release"]
         assert inside.run("probe", *config, check=0).data["probes"][0]["ok"]
         assert inside.run("rollback", *config, check=0).data["release"] == first
