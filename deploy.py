@@ -4826,11 +4826,10 @@ def write_file(entry: Member, pieces: Iterable[Any], place: int,
         for piece in pieces:
             hasher.update(piece)
             # Through bytes: a memoryview is compared item by item, a hundred times as slow.
-            is_same = is_same and os.pread(descriptor, len(piece), offset) == bytes(piece)
-            offset += len(piece)
-            if is_same:
-                os.lseek(descriptor, offset, os.SEEK_SET)
+            if is_same and os.pread(descriptor, len(piece), offset) == bytes(piece):
+                offset = os.lseek(descriptor, len(piece), os.SEEK_CUR)
             else:
+                is_same = False
                 write_all(descriptor, piece)
         if entry.mtime_ns is not None:
             os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
