@@ -2945,7 +2945,8 @@ class Store:
         else:
             # Before the first line, only the release that this very entry made has a record.
             known = {name for name in self.names(RECORDS) if name[0] != "."}
-            made = {f"{entry.release}.json"} if entry.operation in ("deploy", "stage") else set()
+            makes = entry.operation in ("deploy", "stage", "adopt")
+            made = {f"{entry.release}.json"} if makes else set()
             self.chain = UNKNOWN_DIGEST if known - made else ""
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:

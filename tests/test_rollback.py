@@ -396,6 +396,7 @@ def test_what_capistrano_left_is_adopted_and_gone_back_to(app: App) -> None:
     app.run("adopt", "20260201120000", "-m", "taken over", check=0)
     app.run("adopt", "20260101120000", check=0)
     assert app.run("adopt", "current", check=0).data["changed"] is False
+    assert app.run("history", "--verify", check=0).data["warnings"] == []
     assert snapshot(app.root / "releases") == before and app.run("status", check=0).data["status"]["problems"] == []
     listed = app.run("releases", check=0).data["releases"]
     assert [(one["id"], one["version"], one["state"], one["created_at"]) for one in listed] == [
