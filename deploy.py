@@ -5090,31 +5090,18 @@ def spell(argv: Sequence[str]) -> str:
 
 # -- commands under the rules for hooks --------------------------------------
 
-class OperatorCommand(NamedTuple):
-    """A configured command; its program is looked for in the root, in a release, or both."""
+def commands(settings: Settings) -> List[Any]:
+    """List what is run under the rules for hooks: (section, key, argv, in_root, in_release).
 
-    section: str
-    key: str
-    argv: List[str]
-    in_root: bool
-    in_release: bool
-
-    @property
-    def where(self) -> str:
-        """Name the option, as errors do."""
-        return f"[{self.section}] {self.key}"
-
-
-def commands(settings: Settings) -> List[OperatorCommand]:
-    """List what is run under the rules for hooks."""
-    found = [OperatorCommand("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
+    Its program is looked for in the root, in a release, or both.
+    """
+    found = [("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
              for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
             early = kind == "notify" or getattr(section, "when", "after") != "after"
             if section.command:
-                found.append(OperatorCommand(f"{kind}:{name}", "command", section.command,
-                                             early, True))
+                found.append((f"{kind}:{name}", "command", section.command, early, True))
     return found
 
 
@@ -5157,28 +5144,24 @@ def how_to_run(program: str, directory: str = "/") -> str:
     return "see that its #! line names an interpreter that exists here"
 
 
-def missing_programs(settings: Settings, section: str) -> Iterator[Finding]:
+def missing_programs(settings: Settings, wanted: str) -> Iterator[Finding]:
     """Find the programs of such sections that are not there, as checks do."""
-    for command in commands(settings):
-        program = command.argv[0]
+    for section, key, (program, *_), _, _ in commands(settings):
         # What comes with the release, or is found in a PATH of [env], is not looked for.
         is_elsewhere = program[0] != "/" if "/" in program else "PATH" in settings.env
-        is_asked_for = f"{command.section}:".startswith(f"{section}:")
-        if is_asked_for and not is_elsewhere and not find_command(program):
-            yield ("fail", f"{command.where}: {program} is not found or not executable",
+        is_wanted = wanted in (section, section.partition(":")[0])
+        if is_wanted and not is_elsewhere and not find_command(program):
+            yield ("fail", f"[{section}] {key}: {program} is not found or not executable",
                    how_to_run(program))
 
 
 def foreign_program(settings: Settings, where: str, program: str,
                     directory: str) -> Dict[str, Problem]:
-    """Find what others could change on the way to a program that root is to run, by path.
-
-    Under run_as a program gets no more rights than its user has.
-    """
+    """Find what others could change on the way to a program that root is to run, by path."""
     places = program_places(native(program), directory, hook_path(settings))
     return {path: (f"{problem}, on the way to {program} of {where}",
                    f"{hint}; or [hooks] run_as = USER, so that root does not run it")
-            for place in places if not settings.hooks.run_as
+            for place in places if not settings.hooks.run_as  # then it has that user's rights
             for path, (problem, hint) in trust_problems(place).items()}
 
 
@@ -5362,7 +5345,7 @@ class Service:
             why = look()
             if why:
                 raise self.failed(why)
-            self.run.interrupts.wait(max(0.0, min(WATCH_SECONDS, left_seconds)))
+            self.run.interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
         if any(probe.release and probe.when != "before"
                for probe in self.run.settings.probe.values()):
             return  # it asks for the release itself: its word counts
@@ -5524,10 +5507,9 @@ class PidfileService(Service):
         try:
             if self.settings.action != "none":
                 self.look()
-        except LookupError as error:
-            yield "warn", f"service {self.settings.name}: {error}", "start it, or correct pidfile"
-        except ValueError as error:
-            yield "fail", f"service {self.settings.name}: {error}", "correct pidfile"
+        except (LookupError, ValueError) as error:
+            status = "warn" if isinstance(error, LookupError) else "fail"
+            yield status, f"service {self.settings.name}: {error}", "start it, or correct pidfile"
 
     def act(self, context: Context) -> str:
         """Send the signal, and see that the process stays up, under this id or another."""
@@ -5545,11 +5527,9 @@ class PidfileService(Service):
             os.kill(int(self.pid), signal.Signals["SIG" + number])
             signalled.add(name)
             self.settle(look, context)
-        except OSError as error:
-            raise self.failed(f"cannot send {number}: {reason(error)}")
-        except (LookupError, ValueError) as error:
-            if isinstance(error, ValueError) or name in signalled:
-                raise self.failed(str(error))
+        except (OSError, LookupError, ValueError) as error:
+            if not isinstance(error, LookupError) or name in signalled:
+                raise self.failed(f"sending {number}: {reason(error)}")
             # It was down before the switch: no reason to go back.
             self.run.console.warn(f"service {name}: {error}: start it")
             return "not signalled: it does not run"
@@ -5566,10 +5546,9 @@ class PidfileService(Service):
             with open_file(path, os.O_NOFOLLOW) as stream:
                 found = os.fstat(stream.fileno())
                 text = stream.read(65536).decode("utf-8", "replace")
-        except FileNotFoundError as missing:
-            raise LookupError(f"{path}: {reason(missing)}")
-        except OSError as other:
-            raise ValueError(f"{path}: {reason(other)}")
+        except OSError as error:
+            kind = LookupError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{path}: {reason(error)}")
         pid = self.pid = text.partition("\n")[0].strip()
         if not re.match(r"[0-9]{1,9}\Z", pid) or int(pid) <= 1:
             raise ValueError(f"{path} holds {pid[:40]!r} and not a process id")
@@ -5600,23 +5579,19 @@ def make_service(run: Run, name: str) -> Service:
 
 def describe_service(service: Any) -> str:
     """Say in one line what acting on a [service:NAME] section does."""
-    action, target = service.action, service_target(service)
-    if action == "none":
-        return f"leave {target} alone"
     if service.command:
         return f"run {spell(service.command)}"
+    text = f"{service.action} {service_target(service)}"
     if service.pidfile:
-        return f"send {service.signal} to {target}"
-    if action == "reload":
-        target += " (a reload keeps the old release's code and working directory)"
-    return f"{action} {target}"
+        return f"send {service.signal} to {service_target(service)}"
+    if service.action == "reload":
+        text += " (a reload keeps the old release's code and working directory)"
+    return text
 
 
 def service_target(service: Any) -> str:
     """Name what a [service:NAME] section acts on."""
-    if service.unit:
-        return f"unit {service.unit}"
-    return f"the process in {service.pidfile}" if service.pidfile else f"service {service.name}"
+    return f"unit {service.unit}" if service.unit else f"the process in {service.pidfile}"
 
 
 def services_in_order(settings: Settings) -> List[str]:
@@ -5693,9 +5668,10 @@ def parse_url(text: str) -> Url:
 
 def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional[str]:
     """Say which header cannot be sent, or which expected one no answer can have (RFC 9110, 5)."""
-    for key, name in [("header", name) for name in sent] + [("expect_header", n) for n in expected]:
-        if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
-            return f"{key}.{name}: {name!r} is not the name of a header"
+    for key, names in (("header", sent), ("expect_header", expected)):
+        for name in names:
+            if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+                return f"{key}.{name}: {name!r} is not the name of a header"
     for name, value in sent.items():
         if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # which may be private
             return f"the value of header.{name} holds a line break or a control character"
@@ -5703,10 +5679,7 @@ def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional
 
 
 def tls_context(tls: Any) -> Any:
-    """Make an ssl.SSLContext of tls_ca and, where a section has them, the other tls_* keys.
-
-    OSError or ValueError for what the files do not hold.
-    """
+    """Make an ssl.SSLContext of a section's tls_*; OSError or ValueError for unfit files."""
     import ssl
     context = ssl.create_default_context(cafile=tls.tls_ca or None)
     if not getattr(tls, "tls_verify", True):
@@ -5915,45 +5888,42 @@ def probe_kind(probe: Any) -> str:
 
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
-    kind, key, scheme, wrong = probe_kind(probe), "tcp", "", ""
+    kind, release, method = probe_kind(probe), probe.release, probe.method
+    key, scheme, wrong = "url", "", ""
     try:
+        scheme = parse_url(probe.url).scheme if probe.url else ""
         for key in ("tcp", "connect"):
             if getattr(probe, key):
                 split_address(getattr(probe, key))
-        key = "url"
-        scheme = parse_url(probe.url).scheme if probe.url else ""
     except ValueError as error:
         wrong = f"{key}: {error}"
-    in_header = probe.release.startswith("header:")
+    in_header = release.startswith("header:")
     needed = " and ".join(key for key in ("body", "json", "release") if getattr(probe, key)
                           and not (key == "release" and in_header))
     shortest_seconds = max(SHORTEST_WAIT_SECONDS, probe.period * (1 - probe.jitter))
     most = probe.deadline / shortest_seconds + 30  # those of the halved waits
     service = settings.service.get(probe.service)
     tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key") if scheme == "http" else ()
-    for is_wrong, why in (
-            (True, meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe")),
-            (not re.match(r"(json:.+|header:[!-9;-~]+|body|)\Z", probe.release),
-             f"release = {probe.release}: expected json:PATH, header:NAME or body"),
-            (probe.successes > most, f"successes = {probe.successes} cannot be reached within "
-                                     f"deadline = {format_seconds(probe.deadline)}"),
-            (needed and not probe.max_body, f"{needed} cannot be answered with max_body = 0"),
-            (needed and probe.method == "HEAD", f"{needed} cannot be answered with method = HEAD"),
-            (kind == "command" and in_header, "a command's output has no headers"),
-            (kind == "service" and service is None, f"there is no [service:{probe.service}]"),
-            (service and service.command,
-             f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
-            (True, wrong),
-            (not re.match(r"[A-Z]{1,20}\Z", probe.method),
-             f"method = {probe.method}: expected GET, HEAD, ..."),
-            (probe.redirects > MOST_REDIRECTS,
-             f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}"),
-            (True, meaningless(probe, tls_keys, "an http:// URL")),
-            (probe.tls_key and not probe.tls_cert,
-             "tls_key needs tls_cert, the certificate that it belongs to")):
-        if is_wrong and why:
-            return why
-    return wrong_header(probe.header, probe.expect_header)
+    return next(filter(None, [
+        meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe"),
+        release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
+        and f"release = {release}: expected json:PATH, header:NAME or body",
+        probe.successes > most and f"successes = {probe.successes} cannot be reached within "
+                                   f"deadline = {format_seconds(probe.deadline)}",
+        needed and not probe.max_body and f"{needed} cannot be answered with max_body = 0",
+        needed and method == "HEAD" and f"{needed} cannot be answered with method = HEAD",
+        kind == "command" and in_header and "a command's output has no headers",
+        kind == "service" and not service and f"there is no [service:{probe.service}]",
+        service and service.command
+        and f"whether [service:{probe.service}] is up cannot be known: it has only a command",
+        wrong,
+        not re.match(r"[A-Z]{1,20}\Z", method) and f"method = {method}: expected GET, HEAD, ...",
+        probe.redirects > MOST_REDIRECTS
+        and f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}",
+        meaningless(probe, tls_keys, "an http:// URL"),
+        probe.tls_key and not probe.tls_cert
+        and "tls_key needs tls_cert, the certificate that it belongs to",
+        wrong_header(probe.header, probe.expect_header)]), None)
 
 
 def probe_seconds(probe: Any) -> float:
@@ -6002,10 +5972,6 @@ class ProbeResult(NamedTuple):
     detail: str
     evidence: Answer
 
-    def to_json(self) -> Answer:
-        """Return what the history keeps and --json shows."""
-        return dict(self._asdict(), seconds=round(self.seconds, 3))
-
     def complaint(self) -> str:
         """Say that it failed: after how many tries, why, and how the answer began."""
         text = f"probe {self.name} failed after {count(self.tries, 'try', 'tries')}: {self.detail}"
@@ -6043,6 +6009,7 @@ class ProbeRun:
 
         `is_new`: whatever answers is the new release.
         """
+        import random
         probe, wait = self.probe, self.run.interrupts.wait
         healthy = failed = refused = 0
         is_soaking = False
@@ -6070,20 +6037,23 @@ class ProbeRun:
                 left_seconds = probe.soak
                 ends_seconds = time.monotonic() + left_seconds
             error = answer["error"]
+            steps = 0 if is_soaking else max(0, failed - 1)
+            pause_seconds = probe.period * min(100.0, probe.backoff) ** min(steps, 100)
+            pause_seconds = min(pause_seconds, max(probe.period, probe.period_max))
+            pause_seconds *= 1 + random.uniform(-probe.jitter, probe.jitter)
+            pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
             if is_soaking:
                 if failed >= probe.failures:
                     return f"failed {count(failed, 'time')} in a row after it was healthy: {error}"
                 # A soak does not end on a failed try: one more second must not make it a success.
                 if left_seconds <= 0 and not failed:
                     return ""
-                pause_seconds = self.pause_seconds(0)
                 wait(pause_seconds if failed else min(pause_seconds, left_seconds))
                 continue
             if refused >= probe.failures or answer["final"]:
                 return f"the new release itself failed: {error}"
             # Towards the deadline a further try is worth more than the whole of its wait.
-            pause_seconds = min(self.pause_seconds(max(0, failed - 1)),
-                                max(left_seconds / 2, SHORTEST_WAIT_SECONDS))
+            pause_seconds = min(pause_seconds, max(left_seconds / 2, SHORTEST_WAIT_SECONDS))
             if pause_seconds >= left_seconds:
                 if not error:
                     earlier = self.last_failure.get("error", "nothing")
@@ -6091,15 +6061,6 @@ class ProbeRun:
                              f"before that: {earlier}")
                 return f"not healthy within {format_seconds(probe.deadline)}: {error}"
             wait(pause_seconds)
-
-    def pause_seconds(self, steps: int) -> float:
-        """Return how long to wait before the next try, so many steps up the backoff."""
-        import random
-        probe = self.probe
-        period = probe.period * min(100.0, probe.backoff) ** min(steps, 100)
-        spread = 1 + random.uniform(-probe.jitter, probe.jitter)
-        return max(SHORTEST_WAIT_SECONDS,
-                   min(period, max(probe.period, probe.period_max)) * spread)
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
@@ -6119,31 +6080,36 @@ class ProbeRun:
         with Conversation(talk, limit_seconds) as asking:
             return asking.answer(self.run.interrupts)
 
+    def headers(self, url: Url) -> Dict[str, str]:
+        """Make our own headers of a request; OSError where auth_file cannot be read."""
+        import base64
+        probe, headers = self.probe, {"Accept": "*/*", "Accept-Encoding": "identity"}
+        if probe.method in ("POST", "PUT", "PATCH"):
+            headers["Content-Length"] = "0"
+        if self.run.traceparent:
+            headers["traceparent"] = self.run.traceparent
+        text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
+        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        if probe.auth_file and " " in text:  # Bearer ...
+            headers["Authorization"] = text
+        elif text:
+            headers["Authorization"] = f"Basic {encoded}"  # RFC 7617
+        for secret in (text, text.partition(" ")[2], text.partition(":")[2], encoded):
+            self.run.console.secrets.add(secret)
+        return headers
+
     def ask_url(self, limit_seconds: float) -> Answer:
         """Ask over HTTP or HTTPS."""
-        import base64
         try:  # once, and not anew in each process that asks; what is missing, that one tells
             import http.client  # noqa: F401
             import ssl  # noqa: F401
         except ImportError:
             pass
-        probe, secrets = self.probe, self.run.console.secrets
-        url = parse_url(probe.url)
-        headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
-        if probe.method in ("POST", "PUT", "PATCH"):
-            headers["Content-Length"] = "0"
-        if self.run.traceparent:
-            headers["traceparent"] = self.run.traceparent
+        probe, url = self.probe, parse_url(self.probe.url)
         try:
-            text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
+            headers = self.headers(url)
         except OSError as error:
             return {"error": f"reading auth_file: {reason(error)}"}
-        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
-        if text:
-            as_it_is = probe.auth_file and " " in text  # Bearer ...
-            headers["Authorization"] = text if as_it_is else f"Basic {encoded}"  # RFC 7617
-        for secret in (text, text.partition(" ")[2], text.partition(":")[2], encoded):
-            secrets.add(secret)
 
         def talk(asking: Conversation) -> Answer:
             from urllib.parse import urljoin
@@ -6154,50 +6120,53 @@ class ProbeRun:
                     return {"error": f"redirected to another origin, {address}"}
                 response = asking.request(probe.method, here, headers, probe)
                 location = response.getheader("Location")
-                is_redirect = response.status in (301, 302, 303, 307, 308) and location
-                if not is_redirect or not probe.redirects:
-                    return self.judge_response(asking, response)
+                status, is_last = response.status, not probe.redirects or not location
+                if is_last or status not in (301, 302, 303, 307, 308):
+                    break
                 response.close()
                 asking.socket.close()
                 address = urljoin(address, location)
-            times = count(probe.redirects, "redirect")
-            return {"error": f"more than {times}, the last to {address}"}
+            else:
+                times = count(probe.redirects, "redirect")
+                return {"error": f"more than {times}, the last to {address}"}
+            data = response.read(probe.max_body)
+            if len(data) < probe.max_body and response.length:
+                missing = count(response.length, "byte")
+                raise ConnectionError(f"it ended {missing} before its Content-Length")
+            text = data.decode("utf-8-sig", "replace")
+            asking.at(COMPARING, body=text[:8 * EVIDENCE_CHARACTERS], said=f"status {status}")
+            found = judge(probe, self.wanted, text, response.getheader)
+            if not any(low <= status <= high for low, high in probe.status):
+                ranges = ", ".join(f"{low}-{high}" for low, high in probe.status)
+                ranges = re.sub(r"\b(\d+)-\1\b", r"\1", ranges)
+                found["error"] = f"status {status}, expected {ranges}"
+            # 503 means not yet; a proxy says the others for a service that is on its way.
+            found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
+            return found
 
         return self.converse(talk, limit_seconds)
-
-    def judge_response(self, asking: Conversation, response: Any) -> Answer:
-        """Read a response and hold it against what is expected."""
-        probe, status = self.probe, response.status
-        data = response.read(probe.max_body)
-        if len(data) < probe.max_body and response.length:
-            missing = count(response.length, "byte")
-            raise ConnectionError(f"it ended {missing} before its Content-Length")
-        text = data.decode("utf-8-sig", "replace")
-        asking.at(COMPARING, body=text[:8 * EVIDENCE_CHARACTERS], said=f"status {status}")
-        found = judge(probe, self.wanted, text, response.getheader)
-        if not any(low <= status <= high for low, high in probe.status):
-            ranges = [str(low) if low == high else f"{low}-{high}" for low, high in probe.status]
-            found["error"] = f"status {status}, expected {', '.join(ranges)}"
-        # 503 means not yet; a proxy says the others for a service that is on its way.
-        found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
-        return found
 
     def ask_tcp(self, limit_seconds: float) -> Answer:
         """See whether somebody accepts a connection."""
         address = self.probe.tcp
-        found = self.converse(lambda asking: asking.connect(split_address(address)) or {},
-                              limit_seconds)
-        return dict(found, said=f"{address} accepts connections")
+
+        def talk(asking: Conversation) -> Answer:
+            asking.connect(split_address(address))
+            return {"said": f"{address} accepts connections"}
+
+        return self.converse(talk, limit_seconds)
 
     def ask_command(self, limit_seconds: float) -> Answer:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
         probe, ends_seconds = self.probe, time.monotonic() + limit_seconds
-        text = ""
+        lines: List[str] = []
+        left_characters = probe.max_body
 
         def keep(line: str) -> None:
-            nonlocal text
-            if len(text) < probe.max_body:
-                text += line + "\n"
+            nonlocal left_characters
+            if left_characters > 0:
+                lines.append(line)
+            left_characters -= len(line) + 1
 
         try:
             result = start_command(self.run, self.context, f"probe {probe.name}", probe.command,
@@ -6205,7 +6174,7 @@ class ProbeRun:
         except (UsageError, StepFailed) as error:
             return {"error": error.message}
         # Nothing was read of a command that could not be started; its tail says why.
-        text = text[:-1] or "\n".join(result.tail)
+        text = "\n".join(lines or result.tail)
 
         def compare(asking: Conversation) -> Answer:
             asking.at(COMPARING, status=result.exit_code, body=text[:8 * EVIDENCE_CHARACTERS])
@@ -6256,7 +6225,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
                                          if probe.service in ("", name)]))
     detail = error or f"{shown['said']} ({count(asked.tries, 'try', 'tries')})"
     return ProbeResult(probe.name, not error, probe.required, asked.tries,
-                       time.monotonic() - started_seconds, detail, evidence)
+                       round(time.monotonic() - started_seconds, 3), detail, evidence)
 
 
 # ============================================================================
@@ -6690,17 +6659,17 @@ def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
     releases = [coming, live] if os.path.isdir(live) else [coming]
     shared = tuple(f"{coming}/{path}/"
                    for path in settings.deploy.shared_dirs + settings.deploy.shared_files)
-    for command in commands(settings):
-        program, directories = command.argv[0], [root] if command.in_root else []
-        if command.in_release:
+    for section, key, (program, *_), in_root, in_release in commands(settings):
+        where, directories = f"[{section}] {key}", [root] if in_root else []
+        if in_release:
             directories += releases
         for directory in directories if root else ["/"]:
-            yield foreign_program(settings, command.where, program, directory)
+            yield foreign_program(settings, where, program, directory)
         for place in program_places(native(program), coming, hook_path(settings)):
             place = os.path.normpath(place)
             if root and (place + "/").startswith(shared):
                 place = place.replace(coming, f"{root}/shared", 1)
-                yield foreign_program(settings, command.where, place, "/")
+                yield foreign_program(settings, where, place, "/")
 
 
 def check_root(run: Run) -> Iterator[Finding]:
@@ -7582,8 +7551,9 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
     def verify(run: Run) -> str:
         differences = check_release(run, run.facts.records[release])
         problem = problems_of(differences)
-        inside = [(command.where, command.argv[0]) for command in commands(facts.settings)
-                  if command.in_release]
+        inside = [(f"[{section}] {key}", argv[0])
+                  for section, key, argv, _, in_release in commands(facts.settings)
+                  if in_release]
         refuse_foreign_programs(facts.settings, inside, f"{run.store.path}/releases/{release}")
         if problem and forced:
             run.console.warn(f"{release} is not what was staged: {problem}")
@@ -8923,7 +8893,7 @@ def command_probe(run: Run) -> None:
         status = "ok" if found.ok else "fail" if found.required else "warn"
         run.console.result(f"  {run.console.paint(status, f'{status:<5}')} {found.name:<16} "
                            f"{format_seconds(found.seconds):>7}  {found.detail}")
-    run.outcome.extra["probes"] = [found.to_json() for found in results]
+    run.outcome.extra["probes"] = [found._asdict() for found in results]
     failed = [found for found in results if not found.ok and found.required]
     run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:

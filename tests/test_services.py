@@ -134,7 +134,6 @@ def test_other_actions_may_leave_the_process_as_it_is(systemd, action):
 
 def test_action_none_does_nothing(systemd):
     service = unit(systemd, "action=none")
-    assert deploy.describe_service(service.settings) == "leave unit app.service alone"
     assert deploy.make_services("services", SimpleNamespace(settings=service.run.settings), None) == []
 
 
@@ -450,7 +449,6 @@ def test_preflight_looks_for_the_program(tmp_path):
     (["unit=a.service", "action=reload"], "reload unit a.service (a reload keeps the old release's code and working directory)"),
     (["pidfile=/run/a.pid", "signal=USR2"], "send USR2 to the process in /run/a.pid"),
     (["command=bin/restart 'a b'"], "run bin/restart 'a b'"),
-    (["command=x", "action=none"], "leave service app alone"),
 ])
 def test_describe(assignments, text):
     session = session_with(*[f"service:app.{each}" for each in assignments])
