@@ -77,7 +77,7 @@ for package in pygments==2.17.2 six==1.16.0 requests==2.31.0 certifi==2023.11.17
     wheel==0.42.0 PyYAML==6.0.1 MarkupSafe==2.1.3; do
     want wheel "${package/==/-}-*.whl" "$package"
 done
-for package in nano hello zlib patch dash bc; do
+for package in nano hello zlib sed dash bc; do
     want debian "${package}_*.orig.tar.*" "$package"
 done
 

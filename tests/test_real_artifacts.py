@@ -56,7 +56,7 @@ MORE_ARTIFACTS = {
     "wheel-binary-markupsafe": "MarkupSafe-*.whl",
     "debian-v7-gz-hello": "hello_*.orig.tar.gz",
     "debian-gnu-bz2-zlib": "zlib_*.orig.tar.bz2",
-    "debian-v7-xz-patch": "patch_*.orig.tar.xz",
+    "debian-v7-xz-sed": "sed_*.orig.tar.xz",
     "debian-v7-gz-dash": "dash_*.orig.tar.gz",
     "debian-v7-gz-bc": "bc_*.orig.tar.gz",
 }
