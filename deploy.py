@@ -3407,8 +3407,8 @@ class Artifact(Descriptor):
         elif not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
             why = "begins with zeros, as a tar does that has no members"
         raise ArtifactRefused(
-            f"artifact {self.path} {why}", "check the build or the copy that made it; deploy a .tar, "
-            ".tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
+            f"artifact {self.path} {why}", "check the build or the copy that made it; deploy a "
+            ".tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
@@ -3492,7 +3492,7 @@ class Artifact(Descriptor):
                     raise ArtifactRefused(f"{source} has no entry for {name}; it has {found}", hint)
             if len(digests) > 1:
                 raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different "
-                                      f"digests for {name}", "leave the right one, or give --sha256")
+                                      f"digests for {name}", "leave one, or give --sha256")
             if digests:
                 self.sha256, self.sha256_source = digests.pop(), source
                 return
@@ -3510,7 +3510,8 @@ class Artifact(Descriptor):
         """Raise ArtifactRefused when the bytes are not the ones that were promised."""
         if self.sha256 and actual != self.sha256:
             raise ArtifactRefused(
-                f"checksum mismatch for {self.name}: its SHA-256 is {actual}, expected {self.sha256}",
+                f"checksum mismatch for {self.name}: its SHA-256 is {actual}, expected "
+                f"{self.sha256}",
                 "copy the artifact again, or correct the digest; do not deploy it as it is")
 
 
@@ -3593,7 +3594,7 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
     if pattern:
         found = re.match("(.+)".join(map(re.escape, pattern.partition("@v")[::2])) + r"\Z", name)
     elif name.lower().endswith(".whl"):
-        found = re.match(r".*?-([^-]+)-.+-", stem)  # PEP 427: name-version[-build]-python-abi-platform
+        found = re.match(r"[^-]+-([^-]+)-.+-", stem)  # PEP 427: name-version-...-platform
     else:
         stem = _PLATFORM.sub("", stem)
         found = _IN_NAME[0].search(stem) or _IN_NAME[1].search(stem)
@@ -3982,7 +3983,7 @@ class Stream:
         """Take so many bytes in pieces that are not copied; ArtifactRefused when it ends before."""
         while size_bytes:
             if self.at_end():
-                raise damaged("it ends in the middle of a member, or before its end-of-archive block")
+                raise damaged("it ends in the middle of a member or before its end-of-archive block")
             piece = self.view[:size_bytes]
             self.view = self.view[size_bytes:]
             size_bytes -= len(piece)
@@ -3994,7 +3995,7 @@ class Stream:
 
 
 def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode a file's blocks; ImportError and ArtifactRefused for what is not installed, at once."""
+    """Decode a file's blocks; ImportError or ArtifactRefused, at once, for what is missing here."""
     if kind == "tar":
         return blocks
     if kind == "tar.gz":
@@ -4005,7 +4006,7 @@ def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
     if kind == "tar.xz":
         import lzma
         return decode_streams(
-            blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES), lzma.LZMAError)
+            blocks, lambda: lzma.LZMADecompressor(memlimit=MAX_DECODER_BYTES), lzma.LZMAError)
     try:
         from compression import zstd  # type: ignore
     except ImportError:
@@ -4040,8 +4041,8 @@ def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
                     decoder, streams = make(), streams + 1
                     if streams > most_streams:
                         raise ArtifactRefused(
-                            f"the archive is cut into more than {most_streams:,} compressed streams, "
-                            f"one after the other", "pack it in one: gzip, not bgzip")
+                            f"the archive is cut into more than {most_streams:,} compressed streams",
+                            "pack it in one: gzip, not bgzip")
                 piece = decoder.decompress(data, BLOCK_BYTES)
                 yield piece
                 is_full = len(piece) == BLOCK_BYTES
@@ -4065,7 +4066,7 @@ def decoding_failed(why: str) -> ArtifactRefused:
 
 
 def zstd_frames(stream: Stream) -> Iterator[bytes]:
-    """Pass on zstd frames (RFC 8878) and nothing else: the program would decode gzip, xz, lz4 too."""
+    """Pass on zstd frames (RFC 8878) alone: the program would decode gzip, xz, lz4 as well."""
     while not stream.at_end():
         magic = stream.take(4)
         if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # to be skipped
@@ -4087,7 +4088,7 @@ def zstd_frames(stream: Stream) -> Iterator[bytes]:
 
 
 def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Feed blocks to a program and read its output in turns, so that neither waits for the other."""
+    """Feed blocks to a program and read its output in turns: neither waits for the other."""
     import select
     try:
         process = start_filter(argv, BLOCK_BYTES, 2 * MAX_DECODER_BYTES)
@@ -4202,7 +4203,7 @@ _NO_NUMBER = -1 << 62
 
 
 def tar_number(field: bytes) -> int:
-    """Read an octal field, empty for 0, or GNU's base-256; far below zero for what is unreadable."""
+    """Read an octal field, empty for 0, or GNU's base-256; far below 0 for an unreadable one."""
     digits = field.rstrip(b"\0 ")
     if not digits.isdigit():  # as nearly every field is, which saves three quarters of the time
         if field[0] in (0x80, 0xff):
@@ -4275,8 +4276,8 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
         is_filled = is_filled or bool(stream.view.tobytes().strip(b"\0"))
         stream.view = stream.view[:0]
     if is_filled:
-        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no part "
-                              "of the release")
+        artifact.notes.append("what lies behind the end of the archive is not all zeros, and no "
+                              "part of the release")
 
 
 def check_is_tar(head: bytes) -> None:
@@ -4289,8 +4290,8 @@ def check_is_tar(head: bytes) -> None:
             return
     if inner != "tar":
         raise ArtifactRefused(f"what is compressed here is {what}",
-                              "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed twice "
-                              "must be decompressed once")
+                              "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed "
+                              "twice must be decompressed once")
 
 
 def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
@@ -4313,8 +4314,8 @@ def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, b
                          "build the archive without --sparse")
         # A global header, as `git archive` writes for its commit, may not name or size members.
         if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
-            whose = "a global pax header gives" if flag == b"g" else "its extension headers give"
-            raise refuse(name, f"{whose} {key.decode()} to every member, or twice")
+            raise refuse(name, f"its extension headers give {key.decode()} twice, or a global one "
+                               f"gives it to every member")
         if key in (b"path", b"linkpath", b"size", b"mtime") and flag != b"g":
             special[key] = value
 
@@ -4331,11 +4332,13 @@ def extended(member: Member, special: Dict[bytes, bytes]) -> Member:
         # It may only give what the field cannot hold.
         size = int(special[b"size"])
         if size != size_bytes and size < 8 << 30:
-            raise refuse(name, f"its pax header says {size} bytes and its ustar header {size_bytes}")
+            raise refuse(name, f"its pax header says {size} bytes, its ustar header {size_bytes}")
         size_bytes = size
     if b"mtime" in special:
         found = re.match(rb"(-?\d{1,11})(?:\.(\d*))?\Z", special[b"mtime"])
-        mtime_ns = int(found.group(1) + (found.group(2) or b"").ljust(9, b"0")[:9]) if found else None
+        mtime_ns = None
+        if found:
+            mtime_ns = int(found.group(1) + (found.group(2) or b"").ljust(9, b"0")[:9])
     return Member(name, kind, mode, size_bytes, mtime_ns, special.get(b"linkpath", target))
 
 
@@ -4364,7 +4367,7 @@ class ZipEntry(NamedTuple):
 
 
 def read_central(artifact: Artifact, limits: Any) -> None:
-    """Read a zip's central directory, once; ArtifactRefused for one that is damaged or ambiguous."""
+    """Read a zip's central directory, once; ArtifactRefused for a damaged or ambiguous one."""
     start, size_bytes, number = find_central(artifact)
     if 0 < limits.max_files < number:
         raise exceeds(f"the zip has {number:,} entries,", f"{limits.max_files:,}", "max_files")
@@ -4383,11 +4386,10 @@ def read_central(artifact: Artifact, limits: Any) -> None:
     except struct.error:
         position = -1
     if position != size_bytes or len(entries) != number:
-        raise damaged(f"its central directory is malformed, or has not the {number} entries that are "
-                      f"announced")
+        raise damaged(f"its central directory is malformed, or has not {number} entries")
     if unknown:
-        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that it "
-                              f"does not tell; taken for cp437: {some_of(unknown)}")
+        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that "
+                              f"it does not tell; taken for cp437: {some_of(unknown)}")
     artifact.files = number
     # What the usual programs write is in order already.
     artifact.entries = sorted(entries) + [(start, -1)]
@@ -4419,7 +4421,7 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
         signature, record_bytes, *wide, _, disk, at, disks = struct.unpack(
             "<4sQ4xIIQQQQ4sIQI", artifact.read_at(end, 76))
         if (signature, record_bytes, disk, at) != (b"PK\6\6", 44, 0, end) or disks > 1:
-            raise damaged("its zip64 locator points nowhere, or its record is not where it should be")
+            raise damaged("its zip64 locator points nowhere or its record not where it should be")
         if any(value not in (full, 0xffff, _FULL) for value, full in zip(values, wide)):
             raise damaged("its zip64 and zip records disagree")
         values = tuple(wide)
@@ -4509,8 +4511,8 @@ def zip_time(field: bytes, date: int, clock: int) -> Optional[int]:
         return int.from_bytes(field[1:5], "little", signed=True) * 10 ** 9
     from datetime import datetime
     try:
-        since = datetime(1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11, clock >> 5 & 63,
-                         2 * (clock & 31)) - datetime(1970, 1, 1)
+        since = datetime(1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
+                         clock >> 5 & 63, 2 * (clock & 31)) - datetime(1970, 1, 1)
     except ValueError:
         return None
     return int(since.total_seconds()) * 10 ** 9
@@ -4564,7 +4566,7 @@ def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[List[Tuple[ZipEnt
 
 
 def local_header(entry: ZipEntry, stream: Stream) -> int:
-    """Hold an entry's local header (APPNOTE 4.3.7) against the central directory; return its size."""
+    """Hold a local header (APPNOTE 4.3.7) against the central directory; return its size."""
     signature, flags, method, crc, packed_bytes, size_bytes, name_length, extra_length = \
         struct.unpack("<4s2xHH4xIIIHH", stream.take(30))
     if signature != b"PK\3\4":
