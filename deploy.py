@@ -3375,9 +3375,24 @@ class Artifact(Descriptor):
         self.status = os.fstat(self.descriptor)
         self.size_bytes = self.status.st_size
         try:
-            self._find_format()
-            if self.format == "directory":
+            mode, head = self.status.st_mode, b""
+            if stat.S_ISDIR(mode):
+                self.format = "directory"
                 return
+            if stat.S_ISREG(mode):
+                head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
+                self.format = format_of(head)
+            if not self.format:
+                why = f"has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})"
+                if not stat.S_ISREG(mode):
+                    why = "is neither a regular file nor a directory"
+                elif not head:
+                    why = "is empty"
+                elif not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
+                    why = "begins with zeros, as a tar does that has no members"
+                raise ArtifactRefused(
+                    f"artifact {self.path} {why}", "check the build or the copy; deploy a .tar, "
+                    ".tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
             if 0 < limits.max_artifact < self.size_bytes:
                 raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
                               format_size(limits.max_artifact), "max_artifact")
@@ -3389,26 +3404,6 @@ class Artifact(Descriptor):
         except BaseException:
             self.close()
             raise
-
-    def _find_format(self) -> None:
-        head = b""
-        if stat.S_ISDIR(self.status.st_mode):
-            self.format = "directory"
-        elif stat.S_ISREG(self.status.st_mode):
-            head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
-            self.format = format_of(head)
-        if self.format:
-            return
-        why = f"has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})"
-        if not stat.S_ISREG(self.status.st_mode):
-            why = "is neither a regular file nor a directory"
-        elif not head:
-            why = "is empty"
-        elif not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
-            why = "begins with zeros, as a tar does that has no members"
-        raise ArtifactRefused(
-            f"artifact {self.path} {why}", "check the build or the copy that made it; deploy a "
-            ".tar, .tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
@@ -3474,8 +3469,14 @@ class Artifact(Descriptor):
                 f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
         for source in (name + ".sha256", "SHA256SUMS"):
             path = os.path.join(directory, source)
+            entries: List[Tuple[bytes, str]] = []
             try:
-                entries = parse_digests(read_file(path, MAX_SIDECAR_BYTES))
+                data = read_file(path, MAX_SIDECAR_BYTES).lstrip(b"\xef\xbb\xbf")
+                for found in filter(None, map(_DIGEST_LINE.match, re.split(rb"\r?\n", data))):
+                    escaped, tagged, digest, plain = found.groups()
+                    entry = tagged or plain or b""
+                    entries.append((unescape_name(entry) if escaped else entry,
+                                    digest.decode().lower()))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except (OSError, ValueError) as error:
@@ -3488,8 +3489,8 @@ class Artifact(Descriptor):
             if source != "SHA256SUMS":
                 digests = digests or {digest for entry, digest in entries if not entry}
                 if not digests:
-                    found = some_of([entry for entry, _ in entries]) or "no digest"
-                    raise ArtifactRefused(f"{source} has no entry for {name}; it has {found}", hint)
+                    names = some_of([entry for entry, _ in entries]) or "no digest"
+                    raise ArtifactRefused(f"{source} has no entry for {name}; it has {names}", hint)
             if len(digests) > 1:
                 raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different "
                                       f"digests for {name}", "leave one, or give --sha256")
@@ -3523,7 +3524,8 @@ def format_of(head: bytes) -> str:
     return str(found.lastgroup).replace("_", ".") if found else ""
 
 
-# A digest alone, or as sha256sum, BSD sha256 and openssl write it: escaped, name, digest, name.
+# A digest alone, which has no name, or as sha256sum, BSD sha256 and openssl write it:
+# escaped, name, digest, name.
 _DIGEST_LINE = re.compile(rb"(\\?)(?:SHA(?:2-)?256 ?\((.+)\) ?= ?)?"
                           rb"\s*([0-9A-Fa-f]{64})(?: [ *]?(.*\S.*)|\s*)\Z", re.DOTALL)
 _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
@@ -3541,17 +3543,6 @@ def digest_line(sha256: str, name: bytes) -> bytes:
     """Write one line as sha256sum does; with an escaped name it starts with a backslash."""
     escaped = re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
     return b"%s%s  %s\n" % (b"\\" if escaped != name else b"", sha256.encode(), escaped)
-
-
-def parse_digests(data: bytes) -> List[Tuple[bytes, str]]:
-    """Read (name, SHA-256) from any form there is; a bare digest has no name."""
-    entries = []
-    for found in map(_DIGEST_LINE.match, re.split(rb"\r?\n", data.lstrip(b"\xef\xbb\xbf"))):
-        if found:
-            escaped, tagged, digest, plain = found.groups()
-            name = tagged or plain or b""
-            entries.append((unescape_name(name) if escaped else name, digest.decode().lower()))
-    return entries
 
 
 def check_given_digest(text: str) -> str:
@@ -3983,7 +3974,7 @@ class Stream:
         """Take so many bytes in pieces that are not copied; ArtifactRefused when it ends before."""
         while size_bytes:
             if self.at_end():
-                raise damaged("it ends in the middle of a member or before its end-of-archive block")
+                raise damaged("it ends in the middle of a member, or without its end-of-archive")
             piece = self.view[:size_bytes]
             self.view = self.view[size_bytes:]
             size_bytes -= len(piece)
@@ -4006,7 +3997,8 @@ def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
     if kind == "tar.xz":
         import lzma
         return decode_streams(
-            blocks, lambda: lzma.LZMADecompressor(memlimit=MAX_DECODER_BYTES), lzma.LZMAError)
+            blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES),
+            lzma.LZMAError)
     try:
         from compression import zstd  # type: ignore
     except ImportError:
@@ -4041,7 +4033,7 @@ def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
                     decoder, streams = make(), streams + 1
                     if streams > most_streams:
                         raise ArtifactRefused(
-                            f"the archive is cut into more than {most_streams:,} compressed streams",
+                            f"the archive is cut into more than {most_streams:,} streams",
                             "pack it in one: gzip, not bgzip")
                 piece = decoder.decompress(data, BLOCK_BYTES)
                 yield piece
@@ -4233,7 +4225,7 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
     special: Dict[bytes, bytes] = {}
     extensions = extension_bytes = padding = 0
-    if not stream.at_end():
+    if not stream.at_end() and format_of(bytes(stream.view[:TAR_BLOCK_BYTES])) != "tar":
         check_is_tar(bytes(stream.view[:TAR_BLOCK_BYTES]))
     while True:
         header = stream.take(padding + TAR_BLOCK_BYTES)[padding:]
@@ -4288,10 +4280,9 @@ def check_is_tar(head: bytes) -> None:
         what = f"no tar, or its first header has a wrong checksum: it begins with {show(head[:60])}"
         if len(head) < TAR_BLOCK_BYTES or head[257:262] == b"ustar" or not any(head):
             return
-    if inner != "tar":
-        raise ArtifactRefused(f"what is compressed here is {what}",
-                              "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed "
-                              "twice must be decompressed once")
+    raise ArtifactRefused(f"what is compressed here is {what}",
+                          "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed twice "
+                          "must be decompressed once")
 
 
 def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
