@@ -8602,6 +8602,8 @@ def is_untouched(run: Run) -> bool:
 def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
     flags, asked = run.flags, getattr(run.flags, "artifact", None) or ""
+    if run.note:
+        run.outcome.extra["note"] = run.note
     if is_untouched(run):
         if flags.command not in ("deploy", "stage", "adopt"):
             raise UsageError(f"nothing was ever deployed to {run.root}",
@@ -9101,7 +9103,7 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
             ("result", entry.result), ("release", entry.release or "-"),
             ("before", entry.previous or "-"), ("ended", entry.at),
             ("took", format_seconds(entry.seconds)), ("by", by), ("exit code", entry.exit_code),
-            ("message", entry.message or "-")]
+            ("message", entry.message or "-"), ("note", entry.note or "-")]
     lines = [f"  {name:<10} {value}" for name, value in rows]
     for step in entry.steps:
         name = f"{step.get('name')} [{step.get('status')}]"

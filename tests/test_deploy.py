@@ -668,7 +668,7 @@ def test_a_bad_artifact_stays_known_after_its_files_are_pruned(app: App) -> None
 
 KEYS = {"ok", "changed", "failed", "command", "exit_code", "msg", "application", "root", "release", "previous", "rolled_back",
         "deploy_id", "dry_run", "steps", "checks", "summary", "warnings", "error", "seconds"}
-OWN_KEYS = {"releases", "history", "plan", "probes", "config", "differences", "removed", "recovered", "artifact", "status", "total", "chain"}
+OWN_KEYS = {"releases", "history", "plan", "probes", "config", "differences", "removed", "recovered", "artifact", "status", "total", "chain", "note"}
 
 COMMANDS = {
     "deploy": (["deploy", "ARTIFACT"], 0), "deploy dry": (["-n", "deploy", "ARTIFACT"], 0),
@@ -890,7 +890,8 @@ def test_a_message_is_kept_in_record_and_history_and_told_to_hooks(app: App) -> 
     hook = fake_command(app.directory / "bin", "hook")
     configure(app, f"[hooks]\npost_deploy = {hook.path}\n")
     done = app.run("deploy", app.artifact("1.0"), "-m", "ticket 42: faster checkout", check=0).data
-    assert app.record(done["release"])["note"] == app.history()[-1]["note"] == "ticket 42: faster checkout"
+    assert app.record(done["release"])["note"] == app.history()[-1]["note"] == done["note"] == "ticket 42: faster checkout"
+    assert "ticket 42" in app.run("show", "latest", json=False, check=0).stdout
     assert hook.details()[0]["env"]["DEPLOY_NOTE"] == "ticket 42: faster checkout"
 
 
