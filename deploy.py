@@ -5298,6 +5298,7 @@ class Service:
         self.run = run
         self.settings = settings
         self.limit_seconds = settings.timeout
+        self.is_acting = False  # then an error brings the end of the unit's journal
         self.pid = ""  # of the process that was looked at last
         self.shown: Dict[str, str] = {}  # the state of a unit that was read last
 
@@ -5308,13 +5309,13 @@ class Service:
     def down(self) -> str:
         """Say why the service is not up now; nothing when it is, or when nobody can know."""
         try:
-            return self.look()
+            self.look()
         except (StepFailed, LookupError, ValueError) as error:
             return str(error)
-
-    def look(self) -> str:
-        """Say or raise why the service is not up now."""
         return ""
+
+    def look(self) -> None:
+        """Raise why the service is not up now."""
 
     def act(self, context: Context) -> str:
         """Do it and confirm that the service is healthy; StepFailed with evidence if not."""
@@ -5327,17 +5328,17 @@ class Service:
         hint = "look into its own log; pidfile must name a living process that follows `current`"
         if self.settings.unit:
             hint = "systemctl status {0}; journalctl -u {0}".format(self.settings.unit)
+        if self.is_acting:
+            evidence.update(journal_of(self.run, [self.settings]))
         return StepFailed(f"service {self.settings.name}: {why}", hint, evidence)
 
-    def settle(self, look: Callable[[], str], context: Context) -> None:
-        """Raise what goes wrong within the settle time, or that another release's process is up."""
+    def settle(self, look: Callable[[], None], context: Context) -> None:
+        """Look through the settle time; StepFailed where another release's process is up then."""
         ends_seconds = time.monotonic() + self.settings.settle
         left_seconds = 1.0
         while left_seconds > 0:
             left_seconds = ends_seconds - time.monotonic()
-            why = look()
-            if why:
-                raise self.failed(why)
+            look()
             self.run.interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
         if any(probe.release and probe.when != "before"
                for probe in self.run.settings.probe.values()):
@@ -5392,30 +5393,23 @@ class UnitService(Service):
             yield ("warn", f"unit {unit} is failed now (result {state['Result']})",
                    "see why before it is restarted: systemctl status, journalctl -u")
 
-    def look(self) -> str:
-        """Say why the unit is not up."""
+    def look(self) -> None:
+        """Raise why the unit is not up."""
         state = self.state()
         active, sub, kind = state["ActiveState"], state["SubState"], state["Type"]
         result, status = state["Result"], state["ExecMainStatus"]
         # A timer or socket has no Type and never is "running".
         if active == "active" and (sub == "running" or not kind) \
                 or kind == "oneshot" and result == "success" and sub in ("exited", "dead"):
-            return ""
+            return
         if result == "exit-code" and status:
             result += f" {status}{UNIT_STATUSES.get(status, '')}"
         result = f", result {result}" if result not in ("", "success") else ""
-        return f"unit {self.settings.unit} is {active} ({sub}{result})"
+        raise self.failed(f"unit {self.settings.unit} is {active} ({sub}{result})")
 
     def act(self, context: Context) -> str:
         """Restart, reload or start it, wait until it is there, and see that it stays so."""
-        try:
-            return self.restart(context)
-        except StepFailed as failed:
-            failed.evidence.update(journal_of(self.run, [self.settings]))
-            raise
-
-    def restart(self, context: Context) -> str:
-        """Do it; StepFailed without the journal."""
+        self.is_acting = True
         unit, action = self.settings.unit, self.settings.action
         before = self.state()
         if action == "reload" and before["ActiveState"] in ("inactive", "failed"):
@@ -5437,13 +5431,12 @@ class UnitService(Service):
             raise self.failed(f"unit {unit} was not restarted: its InvocationID is the one from "
                               "before")
 
-        def look() -> str:
-            why = self.look()
+        def look() -> None:
+            self.look()
             changed = [name for name in ("MainPID", "InvocationID", "NRestarts")
                        if self.shown[name] != first[name]]
-            if changed and not why:
-                why = f"unit {unit} did not stay up: its {' and '.join(changed)} changed"
-            return why
+            if changed:
+                raise self.failed(f"unit {unit} did not stay up: another {', '.join(changed)}")
 
         self.settle(look, context)
         process = f", process {self.pid}" if self.pid not in ("", "0") else ""
@@ -5510,10 +5503,10 @@ class PidfileService(Service):
         if not context.previous:
             return "nothing to signal: nothing was live before"
 
-        def look() -> str:
+        def look() -> None:
             if self.down():  # a re-exec leaves a moment between old process and new pidfile
                 self.run.interrupts.wait(WATCH_SECONDS)
-            return self.look()
+            self.look()
 
         try:
             self.look()
@@ -5528,7 +5521,7 @@ class PidfileService(Service):
             return "not signalled: it does not run"
         return f"{number} sent to process {self.pid}, which is up"
 
-    def look(self) -> str:
+    def look(self) -> None:
         """Raise LookupError where the process does not run, ValueError for a wrong pidfile.
 
         Whoever may write the pidfile must not choose which process of ours or of others is
@@ -5559,7 +5552,6 @@ class PidfileService(Service):
         if (by_group or found.st_mode & stat.S_IWOTH) and found.st_uid in (0, os.geteuid()):
             raise ValueError(f"{path} is writable by group or others (mode "
                              f"{stat.S_IMODE(found.st_mode):04o}), who could name any process")
-        return ""
 
 
 def make_service(run: Run, name: str) -> Service:
