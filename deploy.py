@@ -5104,18 +5104,17 @@ def check_size_of_commands(settings: Settings) -> None:
     left_bytes = max(128 << 10, os.sysconf("SC_ARG_MAX")) - (32 << 10)  # DEPLOY_* and the like
     variables = [("env", name, [f"{name}={value}"]) for name, value in settings.env.items()]
     for section, key, words in variables + [command[:3] for command in commands(settings)]:
-        sizes = [len(os.fsencode(native(word))) for word in words]
-        size_bytes = sum(sizes) + 9 * len(sizes)
-        why = "" if key else "cannot be the name of a variable"
-        if max(sizes) > longest:
-            why = f"has a word of more than the {longest} bytes that a program may be given"
+        sizes = [len(os.fsencode(native(word))) + 9 for word in words]
+        wrong = "" if key else "cannot be the name of a variable: write NAME = value"
+        if max(sizes) > longest + 9:
+            wrong = f"has a word of more than the {longest} bytes that a program may be given"
         elif section == "env":
-            left_bytes -= size_bytes
-        elif size_bytes > left_bytes:
-            why = "and [env] have more than a program may be given"
-        if why:
-            raise UsageError(f"{settings.origin(section, key)}: [{section}] {key} {why}",
-                             "put it into a file" if key else "write NAME = value")
+            left_bytes -= sum(sizes)
+        elif sum(sizes) > left_bytes:
+            wrong = "and [env] have more than a program may be given"
+        if wrong:
+            raise UsageError(f"{settings.origin(section, key)}: [{section}] {key} {wrong}",
+                             "put what is long into a file")
 
 
 def hook_path(settings: Settings) -> str:
@@ -5566,9 +5565,9 @@ def describe_service(service: Any) -> str:
     """Say in one line what acting on a [service:NAME] section does."""
     if service.command:
         return f"run {spell(service.command)}"
-    text = f"{service.action} {service_target(service)}"
     if service.pidfile:
         return f"send {service.signal} to {service_target(service)}"
+    text = f"{service.action} {service_target(service)}"
     if service.action == "reload":
         text += " (a reload keeps the old release's code and working directory)"
     return text
@@ -5737,11 +5736,9 @@ class Conversation(Forked):
 
     def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
                 body: bytes = b"") -> Any:
-        """Ask by HTTP/1.1 (RFC 9112) and return the response.
+        """Ask by HTTP/1.1 (RFC 9112), as the tls_*, connect and header keys of a section want it.
 
-        `settings` has the tls_*, header and connect keys; what the operator chose replaces our
-        `own` headers.  By http.client on a socket of our own: no proxy, cookie or redirect comes
-        into play.
+        By http.client on a socket of our own: no proxy, cookie or redirect comes into play.
         """
         import http.client
         address = getattr(settings, "connect", "")
@@ -5752,11 +5749,11 @@ class Conversation(Forked):
             self.at("in the TLS handshake")
             self.socket = context.wrap_socket(self.socket, server_hostname=url.host)
         self.at("sending the request")
-        own = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}", "Connection": "close",
-               **own}
-        chosen = {name.lower() for name in settings.header}
-        headers = {**{name: own[name] for name in own if name.lower() not in chosen},
-                   **settings.header}
+        always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}",
+                  "Connection": "close"}
+        by_name = {name.lower(): (name, value) for part in (always, own, settings.header)
+                   for name, value in part.items()}
+        headers = dict(by_name.values())
         wrong = wrong_header(headers)
         if wrong:  # http.client would say so with the value, which may be a secret
             raise ValueError(wrong)
@@ -5774,16 +5771,14 @@ class Conversation(Forked):
     def answer(self, interrupts: Interrupts) -> Answer:
         """Wait, and return what was found; its "error" says why that is not all."""
         found = dict(self.result(interrupts) or self.known)
-        if "error" in found:
-            return found
         limit, stage = format_seconds(self.limit_seconds), found["stage"]
-        found["error"] = f"no answer within {limit}, it was still {stage}"
+        why = f"no answer within {limit}, it was still {stage}"
         if not self.timed_out:
-            found["error"] = f"{stage}: the process that asks was not to be had (EAGAIN)"
+            why = f"{stage}: the process that asks was not to be had (EAGAIN)"
         elif stage == COMPARING:
-            found["error"] = (f"{COMPARING} did not end within {limit}: a regular expression that "
-                              "repeats what repeats, as (a+)+ does, may take for ever")
-        return found
+            why = (f"{COMPARING} did not end within {limit}: a regular expression that repeats "
+                   "what repeats, as (a+)+ does, may take for ever")
+        return {"error": why, **found}
 
 
 # -- probes: what is expected ------------------------------------------------
@@ -5844,13 +5839,11 @@ def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
     except (ValueError, RecursionError) as error:
         return None, f"the answer is not JSON: {error}"
     for key in path.split("."):
-        place: Any = key
         if isinstance(value, list):
-            place = int(key) if re.match(r"[0-9]{1,9}\Z", key) else -1
-            value = dict(enumerate(value))
-        if not isinstance(value, dict) or place not in value:
+            value = {str(index): item for index, item in enumerate(value)}
+        if not isinstance(value, dict) or key not in value:
             return None, f"the answer's JSON has no {path!r}: nothing at {key!r}"
-        value = value[place]
+        value = value[key]
     return value if isinstance(value, str) else json.dumps(value), ""
 
 
@@ -5919,12 +5912,12 @@ def probe_seconds(probe: Any) -> float:
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
     for text in assignments:
-        key, equals, _ = text.partition("=")
-        if not equals:
+        key = text.partition("=")[0].strip()
+        if "=" not in text:
             raise UsageError(f"--expect {text!r}: expected KEY=VALUE",
                              "for example --expect json.status=ok")
-        if not find_option("probe:ad-hoc", key.strip()):
-            raise unknown("probe:ad-hoc", key.strip(), "--expect")
+        if not find_option("probe:ad-hoc", key):
+            raise unknown("probe:ad-hoc", key, "--expect")
     given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
     return load_settings([], {}, given).probe["ad-hoc"]
 
@@ -5943,7 +5936,7 @@ PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
     ("cannot start ", "check that the program exists, is executable, and is on this filesystem"),
     ("", "look at the service's own log"))
 SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
-NO_ANSWER = {"status": None, "body": "", "named": None, "heard": False, "final": False}
+NO_ANSWER: Answer = {"status": None, "body": "", "named": None, "heard": False, "final": False}
 
 
 class ProbeResult(NamedTuple):
