@@ -4469,6 +4469,8 @@ def extra_fields(extra: bytes) -> Dict[int, bytes]:
 def zip64_values(fields: Dict[int, bytes], values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
     """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
     saturated = values.count(_FULL)
+    if not saturated:
+        return values
     field = fields.get(0x0001, b"")
     if len(field) < 8 * saturated:
         raise refuse(name, "its sizes are in a zip64 field that is missing")
