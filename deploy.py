@@ -2646,7 +2646,7 @@ class Store:
         return found is not None and stat.S_ISDIR(found.st_mode)
 
     def lock_used(self) -> int:
-        """Say when the lock was taken or given back last, in ns: meanwhile nobody changes a thing."""
+        """Say when the lock was taken or given back last, in ns."""
         found = self.status(LOCK)
         return found.st_mtime_ns if found else 0
 
@@ -2846,8 +2846,8 @@ class Store:
                 return f"its manifest is missing ({self.path}/{path})"
             size_bytes = record.tree.get(key, found.st_size)
             if found.st_size != size_bytes:
-                return f"its manifest is damaged: {self.path}/{path} has {found.st_size:,} bytes, " \
-                       f"not {size_bytes:,}"
+                return f"its manifest is damaged: {self.path}/{path} has " \
+                       f"{found.st_size:,} bytes, not {size_bytes:,}"
         return ""
 
     def write_manifest(self, release: str, manifest: Iterator[bytes],
@@ -3177,7 +3177,7 @@ class Run:
         """The root, absolute and without symlinks; UsageError where there is none that can be."""
         if not self.settings.deploy.root:
             raise UsageError("no root is given",
-                             "name it with --root DIR, or set root in [deploy] of the configuration")
+                             "name it with --root DIR, or set root in [deploy]")
         root = os.path.realpath(self.settings.deploy.root)
         if root == "/" or escape(root) != root:
             raise UsageError(f"{root!r} cannot be a root",
@@ -4090,11 +4090,15 @@ def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
     feeding, output = process.stdin.fileno(), process.stdout.fileno()
     os.set_blocking(feeding, False)
     data, piece, writing = memoryview(b""), b"none yet", [feeding]
+    idle_seconds = 0.0
     try:
         while piece:
-            readable, writable, _ = select.select([output], writing, [], FILTER_STALL_SECONDS)
-            if not readable and not writable:
+            readable, writable, _ = select.select([output], writing, [], WATCH_SECONDS)
+            idle_seconds = 0.0 if readable or writable else idle_seconds + WATCH_SECONDS
+            if idle_seconds > FILTER_STALL_SECONDS:
                 raise damaged(f"{argv[0]} made no progress")
+            if idle_seconds:
+                yield b""  # whoever has had enough can stop it
             if writable:
                 data = data or memoryview(next(blocks, b""))
                 sent_bytes = 0
@@ -4119,11 +4123,7 @@ def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
-    """Read, hash and decode in a second thread while the caller judges and writes.
-
-    What fails in the thread is raised here, whole.  When it has ended, in
-    whatever way, so has the thread; `artifact.read_sha256` is set at the end.
-    """
+    """Read, hash and decode in a second thread; `artifact.read_sha256` is set at the end."""
     import queue
     most_bytes, option = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
     hasher, items = hashlib.sha256(), queue.Queue(QUEUE_BLOCKS)  # type: ignore
@@ -9163,7 +9163,8 @@ def command_config(run: Run) -> None:
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
-        private = SECRET_NAME.search(key) and (section in ("env", "vars") or key.startswith("header."))
+        chosen = section in ("env", "vars") or key.startswith("header.")
+        private = chosen and SECRET_NAME.search(key)
         shown = MASK if private and text else text.replace("\n", " | ")
         rows.append((section, key, shown, origin))
     run.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}

@@ -7,19 +7,22 @@ import io
 import os
 import queue
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
 import pytest
 
 from archives import FORMATS, entry, folder, link, make_zip, pax, tar, zip_info, zstd
-from support import load_deploy, needs, once_in_ci
+from support import compress, fake_command, load_deploy, member, needs, once_in_ci, tar_bytes
 
 deploy = load_deploy()
 
@@ -842,3 +845,21 @@ def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path,
     with deploy.Directory(str(tmp_path)) as directory, deploy.early_sync(directory.descriptor) as used:
         work[0]()  # here, where an exception would be seen
         assert failed == [used]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python decodes zstd itself")
+def test_a_decoder_that_stands_still_holds_nobody_who_wants_to_stop(tmp_path: Path, monkeypatch: Any) -> None:
+    fake_command(tmp_path / "bin", "zstd", "import time\ntime.sleep(600)")
+    monkeypatch.setattr(deploy, "EXTRA_PATH", str(tmp_path / "bin"))
+    path = tmp_path / "app-1.0.tar.zst"
+    path.write_bytes(compress(tar_bytes([member("a", b"x" * 4096)]), "zst"))
+    settings, started = deploy.load_settings([], {}, []), time.monotonic()
+
+    def watch(done: int) -> None:
+        if time.monotonic() > started + 1:
+            raise deploy.Interrupted(signal.SIGTERM)
+
+    with deploy.Artifact(str(path), settings.limits) as artifact, pytest.raises(deploy.Interrupted):
+        for _ in deploy.pump(artifact, settings, watch):
+            pass
+    assert time.monotonic() < started + 20, "not the minute that a decoder may stand still"
