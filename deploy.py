@@ -4,7 +4,7 @@
 One file, standard library only, Python 3.6 to 3.14.  It checks the host,
 verifies and unpacks an artifact into a release of its own, points the symlink
 `current` at it in one atomic rename, restarts services, asks the running
-program whether it is well, rolls back by itself when it is not, and keeps a
+program whether it is healthy, rolls back by itself when it is not, and keeps a
 JSON record of everything it did.
 
 Words
@@ -18,7 +18,7 @@ Words
     activate     atomically point `current` at a release
     probe        a question put to the running service
     hook         an operator's command at a named point
-    step         one action with a description, an apply and an undo
+    step         one action with a description, a do and an undo
     plan         the ordered steps, computed before anything changes
     manifest     the SHA-256 of every file of a release
     record       the JSON rollback metadata of one release
@@ -8336,6 +8336,7 @@ A line for /etc/cron.d; cron mails whatever is printed:
     */15 * * * * root /usr/local/sbin/deploy.py -c /etc/deploy/shop.ini -q \
 deploy --splay 10m /var/lib/artifacts/shop.tar.gz
 
+A link shop.tar.gz has the version of what it points to (shop-1.4.2.tar.gz).
 `-q` prints nothing when nothing changed and nothing is wrong, and one block on
 stderr otherwise, with every step, its time and the way back.
 
@@ -8369,8 +8370,9 @@ Each runs under `timeout` in a process group of its own, stdin closed, with
 PATH, HOME, LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`,
 `DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`,
 `DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`,
-`DEPLOY_ID` and `DEPLOY_HOOK`. After a timeout the whole group is ended (TERM,
-then KILL). A background child that keeps stdout open is not waited for.
+`DEPLOY_ID`, `DEPLOY_HOOK` and, of `-m`, `DEPLOY_NOTE`. After a timeout the
+whole group is ended (TERM, then KILL). Nobody waits for a child in the
+background that keeps stdout open.
 
 `post_stage` may add to the release (dependencies, compiled assets); afterwards
 the release is sealed: the manifest is written, and later changes are found by
@@ -8382,7 +8384,6 @@ An INI file, `=` between key and value, one item a line in lists, comments on
 lines of their own. `deploy.py config --example` prints every option.
 
     [deploy]
-    application = shop
     root = /srv/shop
     shared_dirs =
         log
@@ -8390,10 +8391,6 @@ lines of their own. `deploy.py config --example` prints every option.
 
     [service:web]
     unit = shop-web.service
-
-    [probe:web]
-    url = http://127.0.0.1:8080/health
-    release = json:version
 
 Precedence: command line, then the environment (`DEPLOY_<SECTION>_<KEY>`, such
 as `DEPLOY_DEPLOY_ROOT`), then files, then the default; `deploy.py config`

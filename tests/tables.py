@@ -64,7 +64,7 @@ def options_table(deploy: Any, wanted: str) -> str:
             rows = [(f"`{option.key.replace('*', 'NAME')}`", option.takes,
                      f"`{option.default}`" if option.default else "", option.help)
                     for option in options.values()]
-            return f"### [{section.replace('*', 'NAME')}]: {text}\n\n" + markdown_table(("key", "takes", "default", "means"), rows)
+            return f"### [{section.replace('*', 'NAME')}]: {text}\n" + markdown_table(("key", "takes", "default", "means"), rows)
     raise KeyError(wanted)
 
 

@@ -81,28 +81,45 @@ def test_every_link_within_the_readme_leads_to_a_heading() -> None:
     assert links and links <= anchors
 
 
-def first_steps() -> List[Tuple[str, str]]:
-    """Each command line of the first steps, and what the README says it shows."""
-    section = readme().split("## From nothing to a first rollback")[1].split("\n## ")[0]
+def steps_of(heading: str) -> List[Tuple[str, str]]:
+    """Each command line of a section of the README, and what it says that this shows."""
+    section = readme().split(f"## {heading}")[1].split("\n## ")[0]
     code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
     steps = [step.partition("\n") for step in re.split(r"(?m)^\$ ", code)[1:]]
     return [(line, shown) for line, _, shown in steps]
 
 
-def test_the_first_steps_of_the_readme_run_and_show_what_it_says(tmp_path: Path) -> None:
-    assert len(first_steps()) > 8
-    binaries = tmp_path / "bin"
+def follow(heading: str, root: str, directory: Path) -> None:
+    """Run each command line of a section, with its root in a directory of the test's own, and compare what is shown."""
+    binaries = directory / "bin"
     binaries.mkdir()
     (binaries / "deploy.py").write_text(f"#!/bin/sh\nexec {sys.executable} {compiled()} \"$@\"\n")
     (binaries / "deploy.py").chmod(0o755)
-    environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    for line, shown in first_steps():
-        run = subprocess.run(["bash", "-c", line.replace("/srv/shop", str(tmp_path / "shop"))], cwd=str(tmp_path),
+    environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "HOME": str(directory)}
+    own = str(directory / Path(root).name)
+    for line, shown in steps_of(heading):
+        run = subprocess.run(["bash", "-c", line.replace(root, own)], cwd=str(directory),
                              env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        said = run.stdout.decode().replace(str(tmp_path / "shop"), "/srv/shop")
+        said = run.stdout.decode().replace(own, root)
         assert run.returncode == 0, f"$ {line}\n{said}"
         assert shape(said) == shape(shown), f"$ {line}"
+
+
+def test_the_first_steps_of_the_readme_run_and_show_what_it_says(tmp_path: Path) -> None:
+    heading = "From nothing to a first rollback"
+    assert len(steps_of(heading)) > 8
+    follow(heading, "/srv/shop", tmp_path)
     assert (tmp_path / "shop" / "current" / "index.html").read_text() == "<h1>shop 1.4.1</h1>\n"
+
+
+def test_a_root_of_capistrano_is_taken_over_as_the_readme_says(tmp_path: Path) -> None:
+    heading, releases = "Taking over from Capistrano or Deployer", tmp_path / "blog" / "releases"
+    for name in ("20251103091500", "20251121101500"):
+        (releases / name).mkdir(parents=True)
+        (releases / name / "index.html").write_text("<h1>blog 2.4</h1>\n")
+    (tmp_path / "blog" / "current").symlink_to(releases / name)
+    assert len(steps_of(heading)) > 2
+    follow(heading, "/srv/blog", tmp_path)
 
 
 def fenced_lines() -> List[str]:
