@@ -3756,6 +3756,8 @@ class Judge:
         self._limits = [(limits.max_files or MAX_SIZE_BYTES, "max_files"),
                         (limits.max_file or MAX_SIZE_BYTES, "max_file"),
                         expansion_limit(artifact.format, artifact.size_bytes, limits)]
+        # In a tar, a backslash is meant: systemd writes - in a unit's name as \x2d.
+        self._backslash_hint = WINDOWS_HINT if artifact.format == "zip" else REBUILD
         self._parent = b""  # a directory that was there when it was last looked for
         self._implied: Set[bytes] = set()
         self._members = 0
@@ -3801,7 +3803,8 @@ class Judge:
         elif kind == SYMLINK and len(target.translate(None, _UNSAFE_BYTES)) != len(target):
             problem = f"its symlink target {UNSAFE}"
         if problem:
-            raise refuse(member.name, problem, WINDOWS_HINT if b"\\" in member.name else REBUILD)
+            raise refuse(member.name, problem,
+                         self._backslash_hint if b"\\" in member.name else REBUILD)
         parent = above = name.rpartition(b"/")[0]
         missing = []
         while above != self._parent and above not in manifest and above:

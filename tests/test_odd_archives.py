@@ -254,6 +254,11 @@ def test_a_backslash_says_how_to_zip_on_windows(app: App) -> None:
     assert "2 members" in text and text.count("made on Windows") == 1 and "7-Zip" in text
 
 
+def test_a_backslash_in_a_tar_is_not_put_down_to_windows(app: App) -> None:
+    text = refused(app, tar(entry(b"system/system-shop\\x2dworker.slice", b"[Slice]\n")))
+    assert "backslash" in text and "Windows" not in text and "without it" in text
+
+
 def test_a_name_in_a_message_is_legible_and_short(app: App) -> None:
     text = refused(app, tar(entry(b"../caf\x8b", b"x")))
     assert r"'../caf\x8b'" in text and "udc" not in text
