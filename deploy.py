@@ -4214,6 +4214,8 @@ def tar_number(field: bytes) -> int:
 def checksum_holds(header: bytes) -> bool:
     """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
     claimed, blanked = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
+    if claimed <= 0:  # the blanks alone are 256
+        return False
     # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
     return claimed == zlib.adler32(blanked) - 1 & 0xffff or claimed in (
         sum(blanked), sum(struct.unpack("512b", blanked)))  # as old tars added signed bytes

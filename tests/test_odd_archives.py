@@ -273,6 +273,16 @@ def test_a_small_archive_of_similar_files_may_have_any_ratio(app: App) -> None:
     staged(app, data)
 
 
+def test_a_gzip_whose_first_bytes_add_up_to_nothing_is_no_tar(app: App) -> None:
+    # Where a tar's first header would have its checksum is 0, and signed bytes with 8 blanks there make 0.
+    head = b"\x1f\x8b\x08\x04" + bytes(6) + struct.pack("<H", 500)
+    field = bytes(500 - 171) + b"\xff" * 171
+    assert sum(struct.unpack("512b", head + field)) + 8 * ord(" ") == 0
+    data = head + field + gzip.compress(tar(entry(b"f", b"x")))[10:]
+    release, _ = staged(app, data)
+    assert os.listdir(str(release)) == ["f"]
+
+
 def test_zeros_behind_a_zip_s_end_are_padding(app: App) -> None:
     staged(app, raw_zip([RawEntry(b"f", b"x")]) + bytes(9000))
 
