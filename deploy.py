@@ -18,7 +18,7 @@ Words
     activate     atomically point `current` at a release
     probe        a question put to the running service
     hook         an operator's command at a named point
-    step         one action with a description, a do and an undo
+    step         one action with a description, an apply and an undo
     plan         the ordered steps, computed before anything changes
     manifest     the SHA-256 of every file of a release
     record       the JSON rollback metadata of one release
@@ -37,14 +37,17 @@ On disk
     ROOT/.deploy/history.jsonl      hash-chained, one JSON object a line
     ROOT/.deploy/releases/ID.json   the record
     ROOT/.deploy/manifests/ID       `sha256sum -c` reads it inside the release
-    ROOT/.deploy/trees/ID           what it cannot tell: directories, links, modes
-    ROOT/.deploy/cache, trash       swept by recovery
+    ROOT/.deploy/trees/ID           the rest of it: directories, links, modes
+    ROOT/.deploy/trash              swept by recovery
+    ROOT/.deploy/reserve            given up on a full disk
 
 A release's states
     staged --activate--> active --another goes live--> retired --prune--> gone
                            |  ^                           |
                            |  +---------rollback----------+
                            +--failure after activation--> bad --prune--> gone
+    What another tool left is adopted as active or retired.  A release that a
+    person rolled back from is retired, and refused by deploy as a bad one is.
 
 A deployment's phases, as the journal names them
     staging --> intent --> switched --> (journal removed: the verdict is in)
@@ -8454,7 +8457,7 @@ options:
   set: {type: dict, description: 'options: "section.key": value, or section: {key: value}'}
   sha256: {type: str, description: "digest the artifact must have"}
   release_version: {type: str, description: "version, instead of the one in the artifact's name"}
-  force: {type: bool, default: no, description: "try a bad artifact or release again"}
+  force: {type: bool, default: no, description: "insist, as on a bad or a changed release"}
   wait_lock: {type: str, description: "how long to wait for another run to finish, such as 5m"}
 """
 
