@@ -3955,10 +3955,14 @@ class Judge:
                 if fnmatchcase(place, glob)
                 and (b"**" in glob or glob.count(b"/") == place.count(b"/"))]
         if not fits and not (place + b"/").startswith(own):
-            target = show(self.manifest[name].content)
-            raise refuse(name, f"it is a symlink to {target}, which leaves the release"
-                         if top != b"/" else f"it is a symlink to the absolute path {target}",
-                         LINK_HINT)
+            target = self.manifest[name].content
+            if top != b"/":
+                where = f"{show(target)}, which leaves the release"
+            elif target.startswith(b"/"):
+                where = f"the absolute path {show(target)}"
+            else:
+                where = f"{show(target)}, which leads to the absolute path {show(place)}"
+            raise refuse(name, f"it is a symlink to {where}", LINK_HINT)
 
 
 # -- decoding: blocks of the file in, blocks of the archive out ----------------

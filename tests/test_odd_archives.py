@@ -164,6 +164,14 @@ def test_all_links_that_lead_outside_are_told_at_once_with_the_way(app: App) -> 
     assert all(word in text for word in ("allow_links", "venv --copies", "post_stage"))
 
 
+def test_a_link_that_leads_outside_by_another_is_told_with_what_to_allow(app: App) -> None:
+    data = tar(link(b"bin/python3", b"/opt/lib/../py/3.11"), link(b"bin/python", b"python3"), entry(b"f", b"x"))
+    text = refused(app, data)
+    assert "'bin/python3': it is a symlink to the absolute path '/opt/lib/../py/3.11'" in text
+    assert "'bin/python': it is a symlink to 'python3', which leads to the absolute path '/opt/py/3.11'" in text
+    staged(app, data, "--set", "artifact.allow_links=/opt/py/3.11")
+
+
 def test_twenty_offenders_are_named_and_the_others_counted(app: App) -> None:
     text = refused(app, tar(*[entry(b"../%02d" % number, b"x") for number in range(25)]))
     assert "25 members" in text and "'../19'" in text and "'../20'" not in text and "and 5 more" in text
