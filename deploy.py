@@ -55,7 +55,7 @@ A deployment's phases, as the journal names them
      undone     undone   rolling_back --> (journal removed)
 
 Exit codes
-    0 done or nothing to do         6 failed, and so did the rollback
+    0 done or nothing to do         6 failed, and not rolled back
     1 failed before activation      7 a read-only command found a problem
     2 usage or configuration        10 changed (with --detailed-exitcode)
     3 preflight failed              70 internal error
