@@ -1028,9 +1028,9 @@ class Directory(Descriptor):
         if not stat.S_ISDIR(found.st_mode):
             self.discard(name)
             return
-        if found.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
+        if found.st_mode & 0o700 != 0o700 and found.st_uid == os.geteuid() != 0:
             # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod
-            # follows a link swapped in.
+            # follows a link swapped in.  To a group's member, another's may be open all the same.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
@@ -1254,17 +1254,30 @@ def find_command(name: str) -> Optional[str]:
     return place if os.path.isfile(place) and os.access(place, os.X_OK) else None
 
 
+def account(kind: str, name: str, option: str) -> Any:
+    """Look a user or a group up; UsageError, which names the option, for one that is not there."""
+    import grp
+    import pwd
+    try:
+        return pwd.getpwnam(name) if kind == "user" else grp.getgrnam(name)
+    except KeyError:
+        raise UsageError(f"{kind} {name!r} does not exist on this host",
+                         f"create it, or correct {option}")
+
+
+def give_to_group(descriptor: int, group: int) -> None:
+    """Let a group write in a directory and have what is made there; nothing where it is -1."""
+    if group >= 0:
+        os.fchown(descriptor, -1, group)
+        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o2070)
+
+
 def become_user(name: str) -> Callable[[], None]:
     """Return a function that gives a child the identity of `name`, all groups included.
 
     Raises UsageError for an unknown user.
     """
-    import pwd
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        raise UsageError(f"user {name!r} does not exist on this host",
-                         "create it, or correct run_as in [hooks]")
+    entry = account("user", name, "run_as in [hooks]")
     # Looked up here: between fork and exec a name service must not be asked (it may lock, or
     # load libraries).
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
@@ -1815,9 +1828,14 @@ durable           bool       yes     sync every release to disk before it is pub
 mutable           list       -       globs of what the running service may write in a release, which
     then never counts as changed; * stays within a directory, ** does not, a directory covers what
     is below it
+group             name       -       group whose members share the root: all may deploy, root may not
+readable  owner|group|all  owner     who may look: status, releases, history, show, verify
+app_user          name       -       user that the directories of writable are given to (root only)
+writable          relatives  -       directories of a release that app_user may write in, made where
+    they are missing; they are mutable
 share_unchanged  no|reflink|hardlink  reflink  how a file that is the same in the live release takes
     no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a
-    post_stage hook); hard links are one file, so changing one by hand changes all
+    post_stage hook or writable); hard links are one file, so changing one by hand changes all
 
 [artifact] how artifacts are named and verified
 checksum  required|if-present|off  required  whether an artifact needs a SHA-256 to be compared with
@@ -2527,10 +2545,19 @@ class Store:
     application's own, its user could swap `.deploy` or `releases` for a link.
     """
 
-    def __init__(self, root: Directory, command_line: Callable[[str], str]) -> None:
+    def __init__(self, root: Directory, command_line: Callable[[str], str],
+                 group: str = "", readable: str = "owner") -> None:
         self.root = root
         self.path = root.path
         self.command_line = command_line
+        # Whose members deploy here, each what another deployed; -1 where only the owner does.
+        self.group = account("group", group, "[deploy] group").gr_gid if group else -1
+        # What the files and directories of .deploy are made with.
+        self.file_mode = {"owner": 0o600, "group": 0o640, "all": 0o644}[readable]
+        self.directory_mode = self.file_mode | (self.file_mode & 0o444) >> 2
+        if group:
+            self.file_mode |= 0o060
+            self.directory_mode |= 0o2070
         self._open: Dict[str, Directory] = {"": root}
         # Temporary links that `current` can become, by release.
         self._links: Dict[str, str] = {}
@@ -2544,7 +2571,8 @@ class Store:
         """Open a root for looking; None where there is no such directory."""
         path = os.path.realpath(settings.deploy.root)
         try:
-            return cls(Directory(path), settings.command_line)
+            return cls(Directory(path), settings.command_line, settings.deploy.group,
+                       settings.deploy.readable)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -2554,22 +2582,29 @@ class Store:
     @classmethod
     def create(cls, settings: Settings) -> "Store":
         """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
+        check_group(settings.deploy.group)
         path = os.path.realpath(settings.deploy.root)
         parent = os.path.dirname(path)
+        is_new = False
         try:
             with suppress(FileExistsError):
                 os.mkdir(path, 0o755)
+                is_new = True
                 with Directory(parent) as directory:
                     os.fsync(directory.descriptor)
-            store = cls(Directory(path), settings.command_line)
+            store = cls(Directory(path), settings.command_line, settings.deploy.group,
+                        settings.deploy.readable)
+            if is_new:
+                give_to_group(store.root.descriptor, store.group)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
             for name in ("releases", "shared") + PRIVATE_DIRECTORIES:
                 above, below = os.path.split(name)
-                mode = 0o700 if name in PRIVATE_DIRECTORIES else 0o755
+                mode = store.directory_mode if name in PRIVATE_DIRECTORIES else 0o755
                 with suppress(FileExistsError):
                     os.mkdir(below, mode, dir_fd=store.directory(above).descriptor)
+                    give_to_group(store.directory(name).descriptor, store.group)
             os.fsync(store.root.descriptor)
             return store
         except OSError as error:
@@ -2598,7 +2633,8 @@ class Store:
                     f"{path} belongs to uid {found.st_uid}, and its contents would be believed",
                     f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...; or, if nobody "
                     f"has changed anything in it: chown -R root {path}")
-            if found.st_mode & 0o022:
+            others = 0o002 if found.st_gid == self.group else 0o022
+            if found.st_mode & others:
                 raise StateError(f"{path} is writable by group or others "
                                  f"(mode {stat.S_IMODE(found.st_mode):04o})",
                                  f"chmod -R go-w {self.path}/.deploy")
@@ -2670,7 +2706,7 @@ class Store:
         path = JOURNAL if isinstance(value, Journal) else f"{RECORDS}/{value.id}.json"
         above, name = os.path.split(path)
         data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
-        self.directory(above).write(name, data)
+        self.directory(above).write(name, data, self.file_mode)
 
     def forget(self, *paths: str) -> None:
         """Remove files durably, where they are there."""
@@ -2739,9 +2775,10 @@ class Store:
         name = temporary_name(STAGING_PREFIX[1:] + "release")
         os.mkdir(name, 0o777, dir_fd=self.directory("releases").descriptor)
         tree = self.directory(f"releases/{name}").descriptor
+        give_to_group(tree, self.group)  # any member may have to remove it
         # What umask, setgid bit and default ACL made of it is what it is to have at the end.
         self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
-        os.fchmod(tree, self._published_mode & ~0o077)
+        os.fchmod(tree, self._published_mode & ~(0o077 if self.group < 0 else 0o007))
         return name
 
     def publish(self, staging: str, release: str) -> None:
@@ -2805,7 +2842,8 @@ class Store:
         if keep and free_bytes >= RESERVE_SHARE * RESERVE_BYTES and self.status(RESERVE) is None:
             with suppress(OSError):  # the next run tries again
                 # Of zeros, a filesystem that compresses would keep next to nothing.
-                self.directory(".deploy").write("reserve", os.urandom(RESERVE_BYTES))
+                filler = os.urandom(RESERVE_BYTES)
+                self.directory(".deploy").write("reserve", filler, self.file_mode)
 
     # -- records, manifests and the journal ----------------------------------
 
@@ -2861,7 +2899,7 @@ class Store:
             # 200,000 lines are never in memory as a whole.
             blocks = iter(lambda: b"".join(itertools.islice(lines, 1000)), b"")
             hasher = hashlib.sha256()
-            self.directory(path).write(release, blocks, hasher=hasher)
+            self.directory(path).write(release, blocks, self.file_mode, hasher=hasher)
             written[name + "_sha256"] = hasher.hexdigest()
             written[name + "_bytes"] = self.status(f"{path}/{release}").st_size  # type: ignore
         return written
@@ -2954,7 +2992,7 @@ class Store:
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:
             # Its name is sure before its first line counts.
-            self.directory(".deploy").write("history.jsonl", b"")
+            self.directory(".deploy").write("history.jsonl", b"", self.file_mode)
         line = json.dumps(seal(encode(entry))).encode("ascii")
         with self._writing_history() as descriptor:
             write_all(descriptor, line + b"\n")
@@ -2992,6 +3030,17 @@ class Store:
         return problems, notes
 
 
+def check_group(group: str) -> None:
+    """Refuse to deploy for a group as root, who would believe its members, or as none of them."""
+    if group and os.geteuid() == 0:
+        raise StateError(f"the members of [deploy] group = {group} could change what root believes",
+                         "run it as one of them, or remove group")
+    if group and account("group", group, "[deploy] group").gr_gid not in (
+            os.getegid(), *os.getgroups()):
+        raise StateError(f"{user_name()} is not in the group {group}, whose members deploy here",
+                         f"usermod -aG {group} {user_name()}, then log in again")
+
+
 # -- the lock ------------------------------------------------------------------
 
 # Whoever only tests the lock holds it for microseconds, unless the machine stands still just then.
@@ -3008,7 +3057,10 @@ def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
     file of that name.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    # Whatever is readable: who can open it can hold it.
     descriptor = os.open("lock", flags, 0o600, dir_fd=store.directory(".deploy").descriptor)
+    if store.group >= 0 and os.fstat(descriptor).st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o660)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
     try:
         while not try_lock(descriptor, fcntl.LOCK_EX):
@@ -3045,6 +3097,13 @@ def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
     """
     try:
         descriptor = os.open("lock", _READ_FLAGS, dir_fd=store.directory(".deploy").descriptor)
+    except PermissionError:
+        # Who may only look is told by the kernel, which knows it by its inode.
+        with suppress(OSError):
+            held = f"FLOCK .* WRITE .*:{store.status(LOCK).st_ino} "  # type: ignore
+            if re.search(held.encode("ascii"), read_file("/proc/locks", MAX_STATE_BYTES)):
+                return {}
+        return None
     except OSError:
         return None
     try:
@@ -4793,7 +4852,7 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
         for member, pieces in members:
             entry = judge.admit(member)
             for name in judge.fresh:
-                os.mkdir(name, _MODE_DIRECTORY, dir_fd=place)
+                os.mkdir(name, _MODE_DIRECTORY | status.st_mode & 0o020, dir_fd=place)
             del judge.fresh[:]
             if entry and not judge.refused:
                 digest = write_file(entry, pieces, place, sharer)
@@ -6367,6 +6426,8 @@ def check_release(run: Run, record: Record) -> Differences:
     """Hold a release against its manifest; StateError when that is missing or damaged."""
     release, store = record.id, run.store
     again = "stage the artifact again: deploy.py deploy --force ARTIFACT"
+    # What the interpreter and the service write there says nothing against the release.
+    written = mutable_pattern(run.settings.deploy)
     try:
         total = int(record.tree.get("bytes") or 0)
         with run.console.progress("verify", total) as progress, \
@@ -6378,19 +6439,22 @@ def check_release(run: Run, record: Record) -> Differences:
                     raise StateError(f"{release} cannot be verified: "
                                      f"{store.path}/.deploy/{name}s/{release} was changed", again)
             with store.directory("releases").child(release) as directory:
-                found = compare_tree(directory, read_manifest(*streams), watching(run, progress))
+                manifest = read_manifest(*streams)
+                if run.settings.deploy.writable:  # of any size by now
+                    manifest = {name: member for name, member in manifest.items()
+                                if not written.match(os.fsdecode(name))}
+                found = compare_tree(directory, manifest, watching(run, progress))
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", again)
-    # What the interpreter and the service write there says nothing against the release.
-    written = mutable_pattern(run.settings.deploy.mutable)
     return {word: {name: why for name, why in names.items() if not written.match(name)}
             for word, names in found.items()}
 
 
-def mutable_pattern(globs: Sequence[str]) -> Any:
-    """Compile the names in a release that may change: bytecode, and what [deploy] mutable names."""
+def mutable_pattern(deploy: Any) -> Any:
+    """Compile the names in a release that may change: bytecode, [deploy] mutable and writable."""
     parts = [r"(?:.*/)?__pycache__(?:/|\Z)", r".*\.py[co]\Z"]
-    for glob in globs:
+    parts += [re.escape(path) + r"(?:/|\Z)" for path in deploy.writable]
+    for glob in deploy.mutable:
         words = re.split(r"(\*\*/?|\*|\?)", native(glob).strip("/"))
         known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
         parts.append("".join(known.get(word) or re.escape(word) for word in words) + r"(?:/|\Z)")
@@ -6399,7 +6463,7 @@ def mutable_pattern(globs: Sequence[str]) -> Any:
 
 def strangers(run: Run, record: Record) -> List[str]:
     """List what a release holds that the artifact did not bring, bytecode and `mutable` aside."""
-    written, top = mutable_pattern(run.settings.deploy.mutable), f"{run.store.path}/releases/"
+    written, top = mutable_pattern(run.settings.deploy), f"{run.store.path}/releases/"
     found, pending = [], [""]
     try:
         with run.store.open_manifest(record.id) as streams:
@@ -6410,7 +6474,9 @@ def strangers(run: Run, record: Record) -> List[str]:
             for entry in os.scandir(f"{top}{record.id}/{inside}"):
                 name = inside + entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append(name + "/")
+                    # What the application may write in, it could swap for a link.
+                    if not written.match(name + "/"):
+                        pending.append(name + "/")
                 elif name not in known and not written.match(name):
                     found.append(name)
     except (OSError, ValueError, StateError):
@@ -6591,28 +6657,44 @@ def check_configuration(run: Run) -> Iterator[Finding]:
         if os.geteuid() != 0:
             yield ("fail", f"[hooks] run_as = {settings.hooks.run_as} needs root",
                    "run as root, or remove run_as")
+    if settings.deploy.writable:
+        account("user", settings.deploy.app_user, "[deploy] app_user")
+        if os.geteuid() != 0:
+            yield ("fail", f"[deploy] writable is given to {settings.deploy.app_user}, which needs "
+                   "root", "run as root, or remove writable and app_user")
     yield "ok", ", ".join(settings.files) or "no file; defaults and command line", ""
 
 
 def check_trust(run: Run) -> Iterator[Finding]:
     """Could somebody else have written what is about to be believed?"""
     serious = "fail" if os.geteuid() == 0 else "warn"
+    check_group(run.settings.deploy.group)
     refused, accepted = untrusted(run.settings)
-    for problem, fix in refused.values():
-        yield serious, problem, fix
+    root = run.facts.root
+    for path, (problem, fix) in refused.items():
+        if not (f"{path}/".startswith(f"{root}/") and is_of_group(run.store, path)):
+            yield serious, problem, fix
     for problem, fix in accepted.values():
         yield "warn", problem, fix
-    private, releases = f"{run.facts.root}/.deploy", f"{run.facts.root}/releases"
+    private, releases = f"{root}/.deploy", f"{root}/releases"
     if run.store is not None:
         run.store.check_owner()
         mode = stat.S_IMODE(os.lstat(private).st_mode) if os.path.lexists(private) else 0
-        if mode & 0o077:
-            yield serious, f"{private} is open to others (mode {mode:04o})", f"chmod 0700 {private}"
+        if mode & 0o077 & ~run.store.directory_mode:
+            yield (serious, f"{private} is open to others (mode {mode:04o})",
+                   f"chmod {run.store.directory_mode:04o} {private}")
     found = trust_problems(releases).get(releases)
-    if found and releases not in refused and releases not in accepted:
+    if found and releases not in refused and releases not in accepted \
+            and not is_of_group(run.store, releases):
         # Nothing in there is run by root: what could be changed after it was verified is the
         # application's own risk.
         yield "warn", f"{found[0]}: a release could be changed after it was verified", found[1]
+
+
+def is_of_group(store: Optional[Store], path: str) -> bool:
+    """Tell whether none but the group that deploys here may write something."""
+    found = os.lstat(path)
+    return store is not None and found.st_gid == store.group and not found.st_mode & 0o002
 
 
 def untrusted(settings: Settings, *, files_only: bool = False
@@ -6668,8 +6750,11 @@ def check_root(run: Run) -> Iterator[Finding]:
     """The root exists, or can be made, and can be written."""
     root, parent = run.facts.root, os.path.dirname(run.facts.root)
     if run.store is not None and not os.access(root, os.W_OK | os.X_OK):
+        group = run.settings.deploy.group
+        give = f"chgrp {group} {root} && chmod g+rwxs {root}" if group else \
+            f"chown {user_name()} {root}"
         yield ("fail", f"{root} cannot be written by {user_name()}",
-               f"chown {user_name()} {root}, or mount it read-write")
+               f"{give}, or mount it read-write")
     if run.store is None and not os.access(f"{parent}/.", os.W_OK | os.X_OK):
         yield "fail", f"{root} does not exist, and {parent} cannot take it", f"mkdir -p {root}"
     yield "ok", root if run.store is not None else f"{root} will be made", ""
@@ -7036,7 +7121,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 #    done.
 # ============================================================================
 
-STAGE = "pre_stage unpack shared templates publish post_stage seal"
+STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
 GO = "pre_activate activate"
 AFTER = "post_activate services probes post_deploy"
 
@@ -7336,8 +7421,9 @@ def do_unpack(run: Run) -> str:
     with ExitStack() as stack:
         progress = stack.enter_context(run.console.progress("unpack", run.artifact.size_bytes))
         tree, sharer = run.store.directory(f"releases/{run.staging}"), None
-        # A post_stage hook may write to the files: hard links would reach into the live release.
-        if live and how != "no" and not (how == "hardlink" and run.settings.hooks.post_stage):
+        # Who may write to the files would reach into the live release through hard links.
+        written = run.settings.hooks.post_stage or run.settings.deploy.writable
+        if live and how != "no" and not (how == "hardlink" and written):
             release = stack.enter_context(run.store.directory("releases").child(live))
             sharer = stack.enter_context(Sharer(release, how))
         if run.settings.deploy.durable:
@@ -7458,6 +7544,25 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
     add_member(run.manifest, Member(path, FILE, mode, len(rendered), None, digest))
 
 
+def make_writable(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Give the application its own directories of the release, with all that is in them."""
+    paths, user = facts.settings.deploy.writable, facts.settings.deploy.app_user
+
+    def give(run: Run) -> str:
+        uid = account("user", user, "[deploy] app_user").pw_uid
+        tree = run.store.directory(f"releases/{run.staging}")
+        for path in paths:
+            with open_made(run, tree, path) as directory:
+                # Nobody else reaches the tree yet, and no link is followed even so.
+                for _, descriptor, _ in walk_tree(directory.descriptor):
+                    if descriptor >= 0:
+                        os.fchown(descriptor, uid, -1)
+                os.fchown(directory.descriptor, uid, -1)
+        return count(len(paths), "directory", "directories")
+
+    return [Step(word, f"give {', '.join(path + '/' for path in paths)} to {user}", give)]
+
+
 def make_publish(word: str, facts: Facts, move: Move) -> List[Step]:
     """Make the staged tree durable, then give it its name under releases/."""
     release = move.to_release
@@ -7468,6 +7573,7 @@ def make_publish(word: str, facts: Facts, move: Move) -> List[Step]:
         for name in reversed(names_of(run.manifest, DIRECTORY)):
             if run.manifest[name].mode != _MODE_DIRECTORY:
                 os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
+        open_to_group(run, tree)
         # Before the rename: a name must never lead to data that a power cut can take.
         if facts.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
@@ -7481,6 +7587,16 @@ def make_publish(word: str, facts: Facts, move: Move) -> List[Step]:
 
     sync = "sync to disk and " if facts.settings.deploy.durable else ""
     return [Step(word, f"{sync}move to releases/{release}", publish, remove)]
+
+
+def open_to_group(run: Run, tree: Directory) -> None:
+    """Let any member of a group's root prune a release: its directories are theirs to write."""
+    for name in names_of(run.manifest, DIRECTORY) if run.store.group >= 0 else ():
+        with tree.child(os.fsdecode(name)) as directory:
+            with suppress(PermissionError):  # of another user, as a hook made it
+                give_to_group(directory.descriptor, run.store.group)
+            mode = stat.S_IMODE(os.fstat(directory.descriptor).st_mode) & ~stat.S_ISGID
+        run.manifest[name] = run.manifest[name]._replace(mode=mode)
 
 
 def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
@@ -7528,6 +7644,7 @@ def rescan_release(run: Run, release: str) -> None:
         with run.console.progress("hash", total) as progress, \
                 run.store.directory("releases").child(release) as directory:
             run.manifest = scan_tree(directory, watching(run, progress))
+            open_to_group(run, directory)
     except ArtifactRefused as error:
         raise StepFailed(
             f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
@@ -7747,6 +7864,7 @@ MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "shared": (make_shared, lambda settings: settings.deploy.shared_dirs
                + settings.deploy.shared_files),
     "templates": (make_templates, lambda settings: settings.template),
+    "writable": (make_writable, lambda settings: settings.deploy.writable),
     "publish": (make_publish, None),
     "seal": (make_seal, None),
     "verify": (make_verify, None),
@@ -9978,6 +10096,12 @@ def check_settings(settings: Settings) -> None:
             problem = "" if f"[{kind}:{name}]" in wrong else check(values)
             if problem:
                 mistakes.append(settings.wrong(f"{kind}:{name}", problem))
+    deploy = settings.deploy
+    shared = tuple(place + "/" for place in deploy.shared_dirs + deploy.shared_files)
+    for path in deploy.writable:
+        if not deploy.app_user or f"{path}/".startswith(shared):
+            mistakes.append(settings.wrong(
+                "deploy", f"writable = {path} needs app_user, and a place that is not shared"))
     for name in set(settings.probe).intersection(settings.notify):
         # Two files of one name: one would send to its peer what was meant for the other's.
         notifier = settings.notify[name]
