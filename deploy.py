@@ -1828,7 +1828,7 @@ durable           bool       yes     sync every release to disk before it is pub
 mutable           list       -       globs of what the running service may write in a release, which
     then never counts as changed; * stays within a directory, ** does not, a directory covers what
     is below it
-group             name       -       group whose members share the root: all may deploy, root may not
+group             name       -       group whose members share the root; all but root may deploy
 readable  owner|group|all  owner     who may look: status, releases, history, show, verify
 app_user          name       -       user that the directories of writable are given to (root only)
 writable          relatives  -       directories of a release that app_user may write in, made where
@@ -2490,8 +2490,8 @@ def decode(kind: Any, data: bytes, what: str) -> Any:
         elif proper and name == "tree":
             proper = all(type(value.get(key, 0)) is int for key in TREE_NUMBERS)
         elif proper and name == "plan":
-            proper = all(isinstance(step, dict) and {"name", "description"} <= set(step)
-                         for step in value)
+            proper = all(isinstance(item, dict) and {"name", "description"} <= set(item)
+                         for item in value)
         if not proper:
             raise ValueError(f"{what} has no proper {name!r}")
     return kind(**values)
