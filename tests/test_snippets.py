@@ -40,6 +40,7 @@ KINDS = (
     ("tree", r"/srv/\w+/ +root$"),
     ("image", r"(RUN|HEALTHCHECK) "),  # run by test_near_empty.py
     ("rules", r"groups:$"),  # asked of promtool by test_metrics.py
+    ("handover", r"chgrp "),  # run by test_group.py
 )  # type: Tuple[Tuple[str, str], ...]
 
 
