@@ -110,6 +110,7 @@ try:
     import zlib
     from contextlib import ExitStack, closing, contextmanager, suppress
     from operator import attrgetter
+    from pathlib import Path
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
                         Optional, Sequence, Set, Tuple, Union)
@@ -3240,17 +3241,17 @@ class Run:
         if not self.settings.deploy.root:
             raise UsageError("no root is given",
                              "name it with --root DIR, or set root in [deploy]")
-        root = os.path.realpath(self.settings.deploy.root)
-        if root == "/" or escape(root) != root:
-            raise UsageError(f"{root!r} cannot be a root",
+        root = Path(os.path.realpath(self.settings.deploy.root))
+        if str(root) == root.anchor or escape(str(root)) != str(root):
+            raise UsageError(f"{str(root)!r} cannot be a root",
                              "name the application's own directory: --root DIR")
-        for found in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
-            above = root[:found.start()]
-            if os.path.isdir(f"{above}/.deploy"):
+        for above in root.parents:
+            below = root.relative_to(above).parts[0]
+            if below in ("releases", ".deploy") and os.path.isdir(above / ".deploy"):
                 # ROOT/current as well: what is written there would change a release.
                 raise UsageError(f"{root} cannot be a root: it lies inside another one",
                                  f"perhaps --root {above} is meant")
-        return root
+        return str(root)
 
 
 class Step(NamedTuple):
@@ -6365,11 +6366,11 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
     run.artifact = artifact = Artifact(path, settings.limits)
-    real = os.path.realpath(artifact.path)
-    for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
+    place = Path(artifact.path)
+    for own in (Path(facts.root, "releases"), Path(facts.root, ".deploy")):
         # A release has shared links and templates in it, and may be pruned while it is copied.
-        if (real + "/").startswith(own + "/"):
-            raise ArtifactRefused(f"artifact {real} lies inside {own}, which is deploy.py's own",
+        if own in (place, *place.parents):
+            raise ArtifactRefused(f"artifact {place} lies inside {own}, which is deploy.py's own",
                                   "name what the build made; a release goes live again by "
                                   + facts.command_line("activate RELEASE"))
     with console.progress("hash", artifact.size_bytes) as progress:
@@ -6939,13 +6940,13 @@ def each(key: str, is_there: Callable[[str], Any], problem: str, fix: str
 def check_shared(run: Run) -> Iterator[Finding]:
     """Shared files exist: an empty file in their place would be a lie."""
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
-    shared = f"{run.facts.root}/shared"
+    shared = Path(run.facts.root, "shared")
     for path in files:
-        if not os.path.isfile(f"{shared}/{path}"):
-            yield ("fail", f"{shared}/{path} is missing", f"put the real file at {shared}/{path}")
+        if not os.path.isfile(shared / path):
+            yield "fail", f"{shared / path} is missing", f"put the real file at {shared / path}"
     # What leads to a shared directory is walked by root later, and no symlink is followed.
-    places = {shared + f"/{path}"[:found.start()]
-              for path in directories for found in re.finditer(r"/|\Z", f"/{path}")}
+    places = {place for path in directories for place in (shared / path, *(shared / path).parents)
+              if shared in (place, *place.parents)}
     for place in sorted(places):
         if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
             what = "a symlink and " if os.path.islink(place) else ""
@@ -9238,7 +9239,7 @@ def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
     flags, outcome = run.flags, run.outcome
     directory, prefix = absolute(flags.directory), flags.prefix or ""
-    name = os.path.basename(directory)
+    name = Path(directory).name
     if flags.release_version:
         name += "-" + flags.release_version
     shown = flags.output or name + ".tar.gz"
@@ -10070,8 +10071,8 @@ def load(flags: Any) -> Settings:
     if not files and environment("DEPLOY_CONFIG"):
         files = [environment("DEPLOY_CONFIG")]
     elif not files:
-        places = "deploy.ini", "/etc/deploy/deploy.ini"
-        files = [path for path in places if os.path.exists(path)][:1]
+        places = Path("deploy.ini"), Path("/etc/deploy/deploy.ini")
+        files = [str(path) for path in places if os.path.exists(path)][:1]
     settings = load_settings(files, given, flags.set or [], refuse=False)
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
@@ -10163,11 +10164,10 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
     """
     log, root = settings.log, settings.deploy.root
     if root and log.file:
-        own = re.escape(os.path.realpath(root)) + r"/(\.deploy|releases)/"
-        inside = re.match(own, os.path.realpath(log.file))
-        if inside:
-            raise UsageError(f"the log file {log.file} lies inside {inside.group()}, which is "
-                             "deploy.py's own", "write it to another place, such as /var/log")
+        place, top = Path(os.path.realpath(log.file)), Path(os.path.realpath(root))
+        for own in {top / ".deploy", top / "releases"}.intersection(place.parents):
+            raise UsageError(f"the log file {log.file} lies inside {own}/, deploy.py's own place",
+                             "write it to another place, such as /var/log")
     if flags.dry_run:
         return
     if settings.files and os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
