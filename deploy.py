@@ -3749,6 +3749,7 @@ UNSAFE = "has a control character or a backslash"
 NO_NAME = "its name is empty, or strip_components leaves no name of it"
 WINDOWS_HINT = ("it was made on Windows by a program that writes \\ for /: make it with tar, 7-Zip "
                 "or PowerShell 7")
+HARD_LINK_HINT = "pack it with tar --hard-dereference, which stores each as a file"
 LINK_HINT = ("name targets that are meant in [artifact] allow_links, or leave them out: python3 -m "
              "venv --copies, or links that [hooks] post_stage makes")
 
@@ -3895,8 +3896,10 @@ class Judge:
             source_name, problem = judge_name(target, self._strip)
             source = manifest.get(source_name)
             if source is None or source.kind == DIRECTORY:
-                raise refuse(target if problem else member.name, problem or f"it is a hard link to "
-                             f"{show(target)}, which is no earlier file or symlink of the archive")
+                if problem:
+                    raise refuse(target, problem)
+                raise refuse(member.name, f"it is a hard link to {show(target)}, which is no "
+                             f"earlier file or symlink of the archive", HARD_LINK_HINT)
             manifest[name] = source._replace(name=name)
             # A symlink's copy is made with the symlinks.
             return Member(name, kind, *source[2:5], source_name) if source.kind == FILE else None

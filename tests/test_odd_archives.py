@@ -267,6 +267,13 @@ def test_a_backslash_in_a_tar_is_not_put_down_to_windows(app: App) -> None:
     assert "backslash" in text and "Windows" not in text and "without it" in text
 
 
+def test_a_hard_link_without_its_file_says_how_to_pack_without_such_links(app: App) -> None:
+    # As GNU tar --format=ustar makes them: it cuts a link's target of over 100 bytes off.
+    text = refused(app, tar(entry(b"d" * 99 + b"/f", b"x"), hard_link(b"g", b"d" * 99 + b"/")))
+    assert "no earlier file" in text and "--hard-dereference" in text
+    assert "--hard-dereference" not in refused(app, tar(entry(b"f", b"x"), hard_link(b"g", b"../f")))
+
+
 def test_a_name_in_a_message_is_legible_and_short(app: App) -> None:
     text = refused(app, tar(entry(b"../caf\x8b", b"x")))
     assert r"'../caf\x8b'" in text and "udc" not in text
