@@ -112,7 +112,6 @@ try:
     from contextlib import ExitStack, closing, contextmanager, suppress
     from functools import lru_cache
     from operator import attrgetter
-    from pathlib import Path
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
                         Optional, Sequence, Set, Tuple, Union)
@@ -208,7 +207,7 @@ METRICS = (
 
 # The label `result` of deploy_runs_total: events, and what is none.
 RUN_RESULTS = [name for name, _ in NOTIFY_EVENTS] + [
-    "pinned", "unpinned", "unchanged", "usage", "busy", "interrupted", "internal_error"]
+    "pinned", "unpinned", "adopted", "unchanged", "usage", "busy", "interrupted", "internal_error"]
 
 HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
               "post_deploy", "on_failure", "pre_rollback", "post_rollback")
@@ -3243,17 +3242,17 @@ class Run:
         if not self.settings.deploy.root:
             raise UsageError("no root is given",
                              "name it with --root DIR, or set root in [deploy]")
-        root = Path(os.path.realpath(self.settings.deploy.root))
-        if str(root) == root.anchor or escape(str(root)) != str(root):
-            raise UsageError(f"{str(root)!r} cannot be a root",
+        root = os.path.realpath(self.settings.deploy.root)
+        if root == "/" or escape(root) != root:
+            raise UsageError(f"{root!r} cannot be a root",
                              "name the application's own directory: --root DIR")
-        for above in root.parents:
-            below = root.relative_to(above).parts[0]
-            if below in ("releases", ".deploy") and os.path.isdir(above / ".deploy"):
+        for found in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
+            above = root[:found.start()]
+            if os.path.isdir(f"{above}/.deploy"):
                 # ROOT/current as well: what is written there would change a release.
                 raise UsageError(f"{root} cannot be a root: it lies inside another one",
                                  f"perhaps --root {above} is meant")
-        return str(root)
+        return root
 
 
 class Step(NamedTuple):
@@ -6400,11 +6399,10 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
     run.artifact = artifact = Artifact(path, settings.limits)
-    place = Path(artifact.path)
-    for own in (Path(facts.root, "releases"), Path(facts.root, ".deploy")):
+    for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.
-        if own in (place, *place.parents):
-            raise ArtifactRefused(f"artifact {place} lies inside {own}, which is deploy.py's own",
+        if (artifact.path + "/").startswith(own + "/"):
+            raise ArtifactRefused(f"artifact {artifact.path} lies inside {own}: deploy.py's own",
                                   "name what the build made; a release goes live again by "
                                   + facts.command_line("activate RELEASE"))
     with console.progress("hash", artifact.size_bytes) as progress:
@@ -6973,6 +6971,7 @@ def each(key: str, is_there: Callable[[str], Any], problem: str, fix: str
 
 def check_shared(run: Run) -> Iterator[Finding]:
     """Shared files exist: an empty file in their place would be a lie."""
+    from pathlib import Path
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
     shared = Path(run.facts.root, "shared")
     for path in files:
@@ -7783,6 +7782,8 @@ def make_probes(word: str, facts: Facts, move: Move) -> List[Step]:
 def make_health(word: str, facts: Facts, move: Move) -> List[Step]:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
     left = move.from_release
+    if is_under_way(facts.journal, left):
+        return []  # the rollback is the verdict of what was never seen to be healthy
     services = [name for name, service in facts.settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
     probes = [probe for probe in facts.settings.probe.values() if probe.when in ("after", "both")]
@@ -8777,6 +8778,9 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
             preflight(run)
         if flags.dry_run:
             show_plan(run, plan)
+            for step in plan.steps + plan.last:
+                if step.name == "verify":  # it only looks: what it would find is found now
+                    step.do(run)
         elif plan.steps + plan.last:
             Executor(run, plan).execute()
 
@@ -9148,8 +9152,9 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
             problems.append((f"{record.id} should be live, but {where}{gone}",
                              command_line(f"activate {record.id}" if there else "recover")))
         elif record.id == live and record.failure:
+            back = rollback_target(facts, live)
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
-                             command_line("rollback")))
+                             command_line("rollback") if back else "deploy a corrected version"))
     if live and live not in facts.records:
         problems.append((f"{live} is live but has no record",
                          f"make it known: {command_line(f'adopt {live}')}"))
@@ -9248,6 +9253,8 @@ def command_show(run: Run) -> None:
 def show_entry(run: Run, entry: HistoryEntry) -> None:
     """Show one line of the history, its steps, and what was seen where it failed."""
     by = f"{entry.by.get('user')} on {entry.by.get('host')}"
+    if entry.by.get("as") not in (None, entry.by.get("user")):
+        by += f", as {entry.by['as']}"
     rows = [("id", f"{entry.deploy_id} (entry {entry.sequence})"), ("operation", entry.operation),
             ("result", entry.result), ("release", entry.release or "-"),
             ("before", entry.previous or "-"), ("ended", entry.at),
@@ -9256,7 +9263,8 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
     lines = [f"  {name:<10} {value}" for name, value in rows]
     for step in entry.steps:
         name = f"{step.get('name')} [{step.get('status')}]"
-        lines.append(f"  {name:<32} {format_seconds(float(step.get('seconds', 0))):>7}")
+        seconds = format_seconds(float(step.get("seconds", 0)))
+        lines.append(f"  {name:<32} {seconds:>7}  {step.get('detail', '')}".rstrip())
     if entry.failure:
         lines.append(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
         evidence = entry.failure.get("evidence") or {}
@@ -9271,20 +9279,22 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
 
 def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
-    flags, outcome = run.flags, run.outcome
-    directory, prefix = absolute(flags.directory), flags.prefix or ""
-    name = Path(directory).name
-    if flags.release_version:
-        name += "-" + flags.release_version
-    shown = flags.output or name + ".tar.gz"
-    target = absolute(shown)
+    from pathlib import Path
+    flags, outcome, prefix = run.flags, run.outcome, run.flags.prefix or ""
+    directory = Path(absolute(flags.directory))
+    version = f"-{flags.release_version}" if flags.release_version else ""
+    shown = flags.output or f"{directory.name}{version}.tar.gz"
+    target = Path(absolute(shown))
+    if shown == "-":
+        raise UsageError("an artifact has a name, and its .sha256 beside it: it goes into a file",
+                         "name it: pack -o FILE")
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory",
                          "name the directory to pack: deploy.py pack DIRECTORY")
-    for path in (target, target + ".sha256"):
+    for path in (target, target.with_name(target.name + ".sha256")):
         # What is written is renamed into place: a device, or a link to one, would be gone.
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UsageError(f"{portable(path)} is no regular file, and would be replaced by one",
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise UsageError(f"{portable(str(path))} is no regular file, and would become one",
                              "name another file: pack -o FILE")
     problem = prefix and judge_name(os.fsencode(prefix))[1]
     if problem:
@@ -9297,10 +9307,10 @@ def command_pack(run: Run) -> None:
         outcome.message = f"would pack {directory} into {target}"
         run.console.result(outcome.message)
         return
-    made, warnings = pack(directory, target, prefix, run.settings,
+    made, warnings = pack(str(directory), str(target), prefix, run.settings,
                           lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
     outcome.changed = True
-    outcome.extra["artifact"] = dict(made, path=portable(target))
+    outcome.extra["artifact"] = dict(made, path=portable(str(target)))
     size = f"{count(made['files'], 'file')}, {format_size(made['size'])}"
     outcome.message = f"{portable(shown)}: {size}"
     run.console.result(f"{outcome.message}\n  sha256     {made['sha256']}")
@@ -9577,7 +9587,7 @@ NOTIFIERS = {
 
 # What `${name}` may stand for in a text, beside DEPLOY_*.
 NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "version",
-              "previous", "previous_version", "deploy_id", "exit_code", "seconds")
+              "previous", "previous_version", "deploy_id", "exit_code", "seconds", "note")
 
 
 def check_notifier(settings: Any) -> Optional[str]:
@@ -10105,8 +10115,8 @@ def load(flags: Any) -> Settings:
     if not files and environment("DEPLOY_CONFIG"):
         files = [environment("DEPLOY_CONFIG")]
     elif not files:
-        places = Path("deploy.ini"), Path("/etc/deploy/deploy.ini")
-        files = [str(path) for path in places if os.path.exists(path)][:1]
+        places = "deploy.ini", "/etc/deploy/deploy.ini"
+        files = [path for path in places if os.path.exists(path)][:1]
     settings = load_settings(files, given, flags.set or [], refuse=False)
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
@@ -10198,6 +10208,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
     """
     log, root = settings.log, settings.deploy.root
     if root and log.file:
+        from pathlib import Path
         place, top = Path(os.path.realpath(log.file)), Path(os.path.realpath(root))
         for own in {top / ".deploy", top / "releases"}.intersection(place.parents):
             raise UsageError(f"the log file {log.file} lies inside {own}/, deploy.py's own place",

@@ -256,7 +256,7 @@ def test_history_verify_finds_what_was_done_to_it(name: str, tamper: Callable[[L
 def test_show_has_a_timeline_with_every_step(busy: App) -> None:
     shown = busy.run("show", "1.1", json=False, check=0).stdout
     for word in ("unpack", "publish", "seal", "activate"):
-        assert re.search(rf"(?m)^ +{word} \[done\] +[ #]+ +\d+\.\d+s$", shown), shown
+        assert re.search(rf"(?m)^ +{word} \[done\] +\d+\.\d+s  \S", shown), shown
     assert busy.current in shown and "deployed" in shown  # type: ignore
 
 

@@ -251,7 +251,8 @@ def test_a_changed_release_is_gone_back_to_by_force_alone_and_the_differences_ar
     first = deploy_all(app, "1.0", "1.1")[0]
     with open(str(app.root / "releases" / first / "VERSION"), "a") as version:
         version.write("and more\n")
-    refused = app.run("rollback", check=1).data["error"]
+    for words in (["-n", "rollback"], ["rollback"]):
+        refused = app.run(*words, check=1).data["error"]
     assert "VERSION" in refused["message"] and "--force" in refused["hint"] and app.version == "1.1"
     done = app.run("rollback", "--force", check=0).data
     assert app.current == first and any("VERSION" in warning for warning in done["warnings"])
