@@ -16,7 +16,8 @@ from support import DEPLOY, once_in_ci
 
 LONGEST = 60
 # What the whole file may have: lowered as it shrinks, never raised to fit.
-CEILINGS = {"lines": 12500, "bytes": 609000, "columns": 145, "functions": 910, "classes": 123, "nodes": 99500}
+CEILINGS = {"lines": 10400, "bytes": 511000, "columns": 100, "functions": 530, "classes": 57,
+            "nodes": 84500}
 MOST_POSITIONAL = 5
 DRY_RUN_SECTIONS = {5, 13, 14, 15}
 FORBIDDEN_TEXTS = [
