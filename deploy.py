@@ -1792,7 +1792,7 @@ def read_value(kind: str, text: str) -> Any:
 def read_table(columns: int, text: str) -> Iterator[List[str]]:
     """Read rows of cells two or more spaces apart, `-` for none; an indented line continues."""
     for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
-        cells = re.split(r" {2,}", row, columns - 1)
+        cells = re.split(r" {2,}", row, maxsplit=columns - 1)
         yield ["" if cell == "-" else cell.replace("  ", " ") for cell in cells]
 
 
