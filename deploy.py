@@ -4182,7 +4182,8 @@ def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
             if idle_seconds:
                 yield b""  # whoever has had enough can stop it
             if writable:
-                data = data or memoryview(next(blocks, b""))
+                # Frames come in small blocks, and each writing costs.
+                data = data or memoryview(b"".join(itertools.islice(blocks, 16)))
                 sent_bytes = 0
                 with suppress(BrokenPipeError):  # its exit code says whether it has seen enough
                     sent_bytes = os.write(feeding, data)
