@@ -63,17 +63,19 @@ Exit codes
     5 failed and rolled back        130, 143 interrupted, undone
 
 Sections, each using only what stands above it
-     1 Constants and exit codes      9 Facts and preflight
-     2 Errors                       10 Operations
-     3 Console                      11 Executor
-     4 System                       12 Reference
-     5 Options                      13 Commands
-     6 State                        14 Reports
-     7 Artifact                     15 Command line and main
-     8 Hooks, services, probes, templates
+     1 Constants and exit codes     10 Policy
+     2 Errors                       11 Source
+     3 Console                      12 Facts and preflight
+     4 System                       13 Operations
+     5 Options                      14 Executor
+     6 State                        15 Reference
+     7 Signatures                   16 Commands
+     8 Artifact                     17 Reports
+     9 Hooks, services, probes, templates
+    18 Command line and main
 
-To follow a deployment, read the table of operations in section 10, then
-`transact` in section 13: observe, plan, check, execute.
+To follow a deployment, read the table of operations in section 13, then
+`transact` in section 16: observe, plan, check, execute.
 """
 
 import sys
@@ -3294,7 +3296,14 @@ class Plan(NamedTuple):
 
 
 # ============================================================================
-# 7  Artifact
+# 7  Signatures
+#    Who signed these bytes: minisign, signify, SSH, cosign and DSSE in pure
+#    Python.  Takes bytes and digests; opens nothing but key files.
+# ============================================================================
+
+
+# ============================================================================
+# 8  Artifact
 #    Digest, archive, manifest.  The artifact is opened once; the bytes that
 #    are hashed are the bytes that are unpacked, and nothing is written that
 #    the Judge has not admitted.  The rest of the file uses Artifact, unpack,
@@ -5163,7 +5172,7 @@ PACK_WARNINGS = (
 
 
 # ============================================================================
-# 8  Hooks, services, probes, templates
+# 9  Hooks, services, probes, templates
 #    What runs the operator's commands and asks whether the program is healthy.
 #    Every wait ends, whatever a command, a service or a server does.
 # ============================================================================
@@ -6315,7 +6324,21 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
 
 
 # ============================================================================
-# 9  Facts and preflight
+# 10  Policy
+#    When, by whom and after what a release may go live: pure judgements over
+#    bytes and times, which rows of the checks table ask for.
+# ============================================================================
+
+
+# ============================================================================
+# 11  Source
+#    Where the host fetches its releases by itself: the index, the download, and
+#    what of both was seen before.
+# ============================================================================
+
+
+# ============================================================================
+# 12  Facts and preflight
 #    What is true before anything changes, and a table of checks over it.
 #    Reads everything, changes nothing.
 # ============================================================================
@@ -7149,7 +7172,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 
 
 # ============================================================================
-# 10  Operations
+# 13  Operations
 #    What each operation does, in which order: one table of words, and a maker
 #    of steps for each word.  A plan is made of settings and facts alone;
 #    nothing here looks at the disk, the clock or the network before a step is
@@ -7918,7 +7941,7 @@ MAKERS.update({hook: (make_hook, lambda settings, hook=hook: getattr(settings.ho
 
 
 # ============================================================================
-# 11  Executor
+# 14  Executor
 #    Runs a plan: journals each phase before its first step, undoes before the
 #    switch, takes the way back after it, and ends every run in one place.
 #    Recovery is the same table and the same functions.
@@ -8457,7 +8480,7 @@ def agree_with_disk(run: Run) -> List[str]:
 
 
 # ============================================================================
-# 12  Reference
+# 15  Reference
 #    What the program says about itself: pages of help, the script that completes
 #    its words, what ansible-doc reads.  Texts alone.
 # ============================================================================
@@ -8657,7 +8680,7 @@ diff: {type: dict, returned: in diff mode, description: "what current points to,
 
 
 # ============================================================================
-# 13  Commands
+# 16  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
 #    the Outcome; what they say goes through the Console.
 # ============================================================================
@@ -9403,7 +9426,7 @@ def command_completion(run: Run) -> None:
 
 
 # ============================================================================
-# 14  Reports
+# 17  Reports
 #    What a run tells once it has ended: metrics, notifications, the summary, the
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
@@ -9793,7 +9816,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 
 
 # ============================================================================
-# 15  Command line and main
+# 18  Command line and main
 #    Parses, loads, runs one command, and turns whatever happens into an exit
 #    code, two lines of error, or one JSON object.
 # ============================================================================

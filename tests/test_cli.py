@@ -35,7 +35,7 @@ GLOBAL_OPTIONS = ("-c", "--config", "--root", "-n", "--dry-run", "--json", "-v",
 
 
 def wrong_with(result: Result) -> List[str]:
-    """What the one JSON object of a run lacks or contradicts, by DESIGN.md section 3."""
+    """What the one JSON object of a run lacks or contradicts."""
     data = result.data
     problems = [f"no {name}" for name in sorted(KEYS - set(data))]
     if problems:
