@@ -3301,6 +3301,483 @@ class Plan(NamedTuple):
 #    Python.  Takes bytes and digests; opens nothing but key files.
 # ============================================================================
 
+# Edwards25519 (RFC 8032, 5.1): its field, the order of its base point, d, and the base point.
+_P = (1 << 255) - 19
+_L = (1 << 252) + 27742317777372353535851937790883648493
+_D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
+_BASE = (0x216936d3cd6e53fec0a4e231fdd6dc5c692cc7609525a7b2c9562d608f25d51a,
+         0x6666666666666666666666666666666666666666666666666666666666666658, 1,
+         0x67875f0fd78b766566ea4e8e64abe37d20f09f80775152f56dde8ab3a5b7dda3)
+# NIST's curves (SP 800-186), a = -3: the field; the order and the base point's x and y, in a row.
+_CURVES = {
+    "nistp256": (
+        (1 << 256) - (1 << 224) + (1 << 192) + (1 << 96) - 1,
+        "ffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc6325516b17d1f2e12c4247f8bce6e563"
+        "a440f277037d812deb33a0f4a13945d898c2964fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6"
+        "406837bf51f5"),
+    "nistp384": (
+        (1 << 384) - (1 << 128) - (1 << 96) + (1 << 32) - 1,
+        "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196acc"
+        "c52973aa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a54"
+        "5e3872760ab73617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e81"
+        "9d7a431d7c90ea0e5f"),
+    "nistp521": (
+        (1 << 521) - 1,
+        "01fffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffa51868783bf2f966b7fcc01"
+        "48f709a5d03bb5c9b8899c47aebb6fb71e9138640900c6858e06b70404e9cd9e3ecb662395b4429c648139053f"
+        "b521f828af606b4d3dbaa14b5e77efe75928fe1dc127a2ffa8de3348b3c1856a429bf97e7e31c2e5bd66011839"
+        "296a789a3bc0045c8a5fb42c7d1bd998f54449579b446817afbd17273e662c97ee72995ef42640c550b9013fad"
+        "0761353c7086a272c24088be94769fd16650"),
+}
+# kind of key: the hash that goes with it, and how its PEM begins (RFC 3279, 5480, 8410).
+_KINDS = {
+    "rsa": ("sha256", "300d06092a864886f70d01010105000382"),
+    "ed25519": ("sha512", "302a300506032b6570032100"),
+    "nistp256": ("sha256", "3059301306072a8648ce3d020106082a8648ce3d030107034200"),
+    "nistp384": ("sha384", "3076301006072a8648ce3d020106052b81040022036200"),
+    "nistp521": ("sha512", "30819b301006072a8648ce3d020106052b8104002303818600")}
+_SSH_KIND = re.compile(
+    rb"(?:sk-)?(?:ssh|ecdsa-sha2)-(rsa|ed25519|nistp256|nistp384|nistp521)(?:@openssh\.com)?\Z")
+_ARMOR = re.compile(
+    rb"\s*-----BEGIN (PUBLIC KEY|SSH SIGNATURE)-----\s([\w+/=\s]+)-----END \1-----\s*\Z")
+_MINISIGN = re.compile(rb"untrusted comment:[^\n]*\n(\S{100})\r?\n"
+                       rb"(?:trusted comment: ([^\r\n]*)\r?\n(\S{88})\s*)?\Z")
+# As ssh-keygen(1) has it, but for certificates, and times that are local.
+_SIGNER = re.compile(
+    r'\s*(?:#.*|(?P<principals>"[^"]+"|[^\s"]+)\s+(?i:(?:namespaces="(?P<namespaces>[^"]*)"|'
+    r'valid-after="(?P<after>\d{8}(?:\d{4}(?:\d\d)?)?)Z"|'
+    r'valid-before="(?P<before>\d{8}(?:\d{4}(?:\d\d)?)?)Z"|,(?=\S))+\s+)?'
+    r"(?:ssh|ecdsa|sk)-\S+\s+(?P<key>\S+)(?:\s.*)?)?\Z")
+COPY_BOTH = "copy artifact and signature again from where they were made; do not deploy it as it is"
+KEY_HINT = "give a minisign or signify public key, its file, or what openssl pkey -pubout writes"
+IN_TOTO = b"application/vnd.in-toto+json"
+SIGNER_HINT = "write PRINCIPALS [namespaces=\"deploy\",valid-before=\"20301231Z\"] TYPE KEY"
+Point = Tuple[int, ...]
+
+
+def add_edwards(one: Point, two: Point) -> Point:
+    """Add any two points in extended coordinates (RFC 8032, 5.1.4)."""
+    (x1, y1, z1, t1), (x2, y2, z2, t2) = one, two
+    a, b = (y1 - x1) * (y2 - x2) % _P, (y1 + x1) * (y2 + x2) % _P
+    c, d = 2 * t1 * t2 * _D % _P, 2 * z1 * z2 % _P
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % _P, g * h % _P, f * g % _P, e * h % _P
+
+
+def read_edwards(data: bytes) -> Point:
+    """Decode a point (RFC 8032, 5.1.3); ValueError for any other encoding, and for small order."""
+    number = int.from_bytes(data, "little")
+    sign, y = number >> 255, number & (1 << 255) - 1
+    square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
+    x = pow(square, (_P + 3) // 8, _P)
+    if (x * x - square) % _P:
+        x = x * pow(2, (_P - 1) // 4, _P) % _P
+    x = x if x & 1 == sign else _P - x
+    point = eightfold = (x, y, 1, x * y % _P)
+    for _ in range(3):
+        eightfold = add_edwards(eightfold, eightfold)
+    if len(data) != 32 or y >= _P or (x * x - square) % _P or not eightfold[0]:
+        raise ValueError("it holds no point of Edwards25519, or one that anybody can sign for")
+    return point
+
+
+def add_jacobian(one: Point, two: Point) -> Point:
+    """Add any two points of a curve with a = -3 in Jacobian coordinates; z = 0 is infinity."""
+    (x1, y1, z1, p), (x2, y2, z2, _) = one, two
+    if not z1 or not z2:
+        return one if z1 else two
+    square1, square2 = z1 * z1 % p, z2 * z2 % p
+    u, s = x1 * square2 % p, y1 * z2 * square2 % p
+    h, r = (x2 * square1 - u) % p, (y2 * z1 * square1 - s) % p
+    cube, v, z = h * h * h % p, u * h * h % p, h * z1 * z2 % p
+    s = s * cube % p
+    if not h and not r:  # the same point twice
+        square = y1 * y1 % p
+        r, s = 3 * (x1 - square1) * (x1 + square1) % p, 8 * square * square % p
+        v, z = 4 * x1 * square % p, 2 * y1 * z1 % p
+    x = (r * r - cube - 2 * v) % p
+    return x, (r * (v - x) - s) % p, z, p
+
+
+def combine(add: Callable[[Point, Point], Point], *terms: Tuple[int, Point]) -> Point:
+    """Add multiples of points; nothing here is secret, so it may take whatever time it takes."""
+    found: Point = ()
+    for bit in range(max(number.bit_length() for number, _ in terms) - 1, -1, -1):
+        found = found and add(found, found)
+        for number, point in terms:
+            if number >> bit & 1:
+                found = add(found, point) if found else point
+    return found
+
+
+def read_curve(kind: str) -> List[int]:
+    """Return a curve's field, order, and the base point's x and y."""
+    p, text = _CURVES[kind]
+    width = len(text) // 3
+    return [p] + [int(text[start:start + width], 16) for start in range(0, len(text), width)]
+
+
+class PublicKey(NamedTuple):
+    """A key: n and e of RSA, x and y on a curve, or the 32 bytes of Ed25519; its fingerprint.
+
+    `id` is what minisign and signify call it by, empty for any other.
+    """
+
+    kind: str
+    numbers: Any
+    fingerprint: str
+    id: bytes = b""
+
+    def begin(self, signature: Any, message: bytes = b"", name: str = "") -> Any:
+        """Return the hash of what was signed, to be fed the message, or the rest of it."""
+        prefix = signature[:32] + self.numbers if self.kind == "ed25519" else b""
+        return hashlib.new(name or _KINDS[self.kind][0], prefix + message)
+
+    def holds(self, signature: Any, hasher: Any) -> bool:
+        """Say whether it signed what was hashed; of ECDSA give r and s.
+
+        ValueError for what is no signature.
+        RFC 8032, 5.1.7; RFC 8017, 8.2.2, the one right encoding compared whole; FIPS 186-5, 6.4.2.
+        """
+        digest = hasher.digest()
+        number = int.from_bytes(digest, "big")
+        if self.kind == "rsa":
+            n, e = self.numbers
+            size, number = (n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+            right = "0030%02x300d060960864801650304020%d050004%02x%s" % (
+                17 + len(digest), {32: 1, 64: 3}[len(digest)], len(digest), digest.hex())
+            return len(signature) == size and number < n \
+                and pow(number, e, n) == int("1" + right.rjust(2 * size - 4, "f"), 16)
+        if self.kind == "ed25519":
+            s, number = (int.from_bytes(text, "little") for text in (signature[32:], digest))
+            (x, y, _, t), wanted = map(read_edwards, (self.numbers, signature[:32]))
+            x, y, z, _ = combine(add_edwards, (s, _BASE), (number % _L, (_P - x, y, 1, _P - t)))
+            return len(signature) == 64 and s < _L \
+                and not (wanted[0] * z - x) % _P and not (wanted[1] * z - y) % _P
+        (r, s), (p, order, *base) = signature, read_curve(self.kind)
+        number >>= max(0, 8 * len(digest) - order.bit_length())
+        inverse = pow(s, order - 2, order)
+        x, _, z, _ = combine(add_jacobian, (number * inverse % order, (*base, 1, p)),
+                             (r * inverse % order, (*self.numbers, 1, p)))
+        return 0 < r < order and 0 < s < order and z != 0 \
+            and x * pow(z * z, p - 2, p) % p % order == r
+
+
+def make_key(kind: str, value: Any, blob: bytes, id: bytes = b"") -> PublicKey:
+    """Make a key of its numbers or its point, and of the bytes that stand for it; ValueError."""
+    if kind == "rsa":
+        n, e = value
+        if not 2048 <= n.bit_length() <= 8192 or not n & e & 1 or e < 3:
+            raise ValueError("an RSA key needs 2048 to 8192 bits and an odd exponent, 3 or more")
+    elif kind == "ed25519":
+        read_edwards(value)
+    else:
+        p, _, x1, y1 = read_curve(kind)
+        size = (p.bit_length() + 7) // 8
+        x, y = (int.from_bytes(part, "big") for part in (value[1:1 + size], value[1 + size:]))
+        if len(value) != 1 + 2 * size or value[0] != 4 or max(x, y) >= p \
+                or (y * y - x ** 3 + 3 * x - y1 * y1 + x1 ** 3 - 3 * x1) % p:
+            raise ValueError(f"it holds no uncompressed point of {kind}")
+        value = x, y
+    digest = binascii.b2a_base64(hashlib.sha256(blob).digest(), newline=False)
+    return PublicKey(kind, value, "SHA256:" + digest.decode("ascii").rstrip("="), id)
+
+
+def read_base64(text: bytes) -> bytes:
+    """Decode base64 that is written in the one right way, white space aside; ValueError."""
+    data = binascii.a2b_base64(text)
+    if binascii.b2a_base64(data, newline=False) != b"".join(text.split()):
+        raise ValueError("its base64 is damaged")
+    return data
+
+
+def read_number(data: bytes) -> int:
+    """Read a positive number in the one way in which DER and SSH write it; ValueError."""
+    if not data or data[0] > 127 or data[0] == 0 and data[1:2] < b"\x80":
+        raise ValueError("a number in it is not positive, or not written as it must be")
+    return int.from_bytes(data, "big")
+
+
+def read_pair(data: bytes) -> List[int]:
+    """Read two numbers in strict DER: r and s of ECDSA, n and e of RSA; ValueError, IndexError."""
+    found = []
+    for place, tag in enumerate((0x30, 2, 2)):
+        size, start = data[1], 2
+        if size > 127:
+            start += size - 128
+            size = int.from_bytes(data[2:start], "big")
+        value, behind = data[start:start + size], data[start + size:]
+        if data[0] != tag or len(value) < size or bool(behind) != (place == 1) \
+                or start > 2 and (size < 128 or not data[2]):
+            raise ValueError("it is no strict DER")
+        found.append(value)
+        data = behind or value
+    return [read_number(value) for value in found[1:]]
+
+
+def ssh_strings(data: bytes) -> List[bytes]:
+    """Split what holds nothing but strings (RFC 4251, 5); ValueError."""
+    found = []
+    while data:
+        end = 4 + int.from_bytes(data[:4], "big")
+        if len(data) < max(4, end):
+            raise ValueError("it ends too early")
+        found.append(data[4:end])
+        data = data[end:]
+    return found
+
+
+def read_ssh_key(data: bytes) -> PublicKey:
+    """Read SSH's form of a key (RFC 4253, 5656, 8709; PROTOCOL.u2f for sk-); ValueError."""
+    name, *fields = ssh_strings(data)
+    kind = _SSH_KIND.match(name)
+    if not kind:
+        raise ValueError(f"a key of type {name.decode('ascii', 'backslashreplace')} is not taken")
+    value: Any = fields[0 if kind.group(1) == b"ed25519" else 1]
+    if kind.group(1) == b"rsa":
+        value = read_number(fields[1]), read_number(fields[0])
+    return make_key(kind.group(1).decode(), value, data)
+
+
+@contextmanager
+def blaming(kind: Any, where: str, hint: str) -> Iterator[None]:
+    """Turn what cannot be read into the error that says where."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        why = reason(error) if isinstance(error, (OSError, ValueError)) else "it is damaged"
+        raise kind(f"{where}: {why}", hint)
+
+
+def read_key(text: str) -> PublicKey:
+    """Read a minisign or signify public key, as such or in a file, or a PEM; UsageError."""
+    where, data = f"key {text}", text.encode("utf-8", "surrogateescape")
+    with blaming(UsageError, where, KEY_HINT):
+        if not re.match(r"RW[\w+/=]{40,}\Z", text):
+            data = read_file(text, MAX_CONFIG_BYTES)
+            where = f"{text} line {1 + data.startswith(b'untrusted comment:')}"
+    with blaming(UsageError, where, KEY_HINT):
+        pem = _ARMOR.match(data)
+        blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
+        for kind, (_, mark) in _KINDS.items() if pem else ():
+            _, found, value = blob.partition(binascii.unhexlify(mark))
+            if found:
+                return make_key(kind, read_pair(value[3:]) if kind == "rsa" else value, blob)
+        if pem or len(blob) != 42 or blob[:2] != b"Ed":
+            raise ValueError("it is no key of minisign, signify or openssl")
+        return make_key("ed25519", blob[10:], blob, blob[2:10])
+
+
+def read_signers(path: str) -> Iterator[Tuple[str, Dict[str, str]]]:
+    """Read allowed_signers: each key's fingerprint, and what its line says; UsageError."""
+    with blaming(UsageError, path, SIGNER_HINT):
+        lines = read_file(path, MAX_CONFIG_BYTES).decode("utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        with blaming(UsageError, f"{path} line {number}", SIGNER_HINT):
+            found = _SIGNER.match(line)
+            if not found:
+                raise ValueError("it is no line that can stand there")
+            if found.group("key"):
+                key = read_ssh_key(read_base64(found.group("key").encode()))
+                yield key.fingerprint, found.groupdict("")
+
+
+def fits(name: str, patterns: str) -> bool:
+    """Match a list of patterns with * and ?, of which a leading ! refuses (ssh_config(5))."""
+    found = [pattern[:1] for pattern in patterns.strip('"').split(",") if re.fullmatch(
+        re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name)]
+    return bool(found) and "!" not in found
+
+
+class Verification:
+    """A signature that is being verified: it is fed the bytes once, and says who signed them."""
+
+    def __init__(self, name: str, hashers: List[Any],
+                 conclude: Callable[[int], Optional[Dict[str, Any]]]) -> None:
+        self._name = name
+        self._hashers = hashers
+        self._conclude = conclude
+        self._size_bytes = 0
+
+    def feed(self, chunk: Any) -> None:
+        """Take the next bytes."""
+        self._size_bytes += len(chunk)
+        for hasher in self._hashers:
+            hasher.update(chunk)
+
+    def finish(self) -> Dict[str, Any]:
+        """Return {scheme, signer, key, at}; ArtifactRefused where other bytes were signed."""
+        with blaming(ArtifactRefused, self._name, COPY_BOTH):
+            found = self._conclude(self._size_bytes)
+            if not found:
+                raise ValueError("it is not the signature of these bytes")
+            return found
+
+
+class Verifier:
+    """Says who signed bytes, by keys of minisign, signify and openssl, and SSH's allowed_signers.
+
+    Of SSH's signatures the namespace counts, and of the principals any, if none are given.
+    `legacy` takes minisign's old form.  UsageError names the file and line of a damaged key.
+    """
+
+    def __init__(self, keys: Sequence[str], allowed_signers: str, *, namespace: str,
+                 principals: Sequence[str], legacy: bool) -> None:
+        self.keys = [read_key(text) for text in keys]
+        self.signers = list(read_signers(allowed_signers)) if allowed_signers else []
+        self.namespace = namespace
+        self.principals = principals
+        self.legacy = legacy
+
+    def verify(self, data: bytes, signature: bytes, name: str) -> Dict[str, Any]:
+        """Verify what is at hand; `name` is what the signature is called in errors."""
+        found = self.begin(signature, name)
+        found.feed(data)
+        return found.finish()
+
+    check = verify
+
+    def begin(self, signature: bytes, name: str) -> Verification:
+        """Read a signature by what it holds, and return what is to be fed; ArtifactRefused."""
+        with blaming(ArtifactRefused, name, COPY_BOTH):
+            if signature.startswith(b"untrusted comment:"):
+                return Verification(name, *self._minisign(signature))
+            if b"-----BEGIN SSH" in signature[:99]:
+                return Verification(name, *self._ssh(signature))
+            if signature.lstrip().startswith(b"{"):
+                return Verification(name, *self._dsse(signature, name))
+            tries = [(key, value, key.begin(value))
+                     for key, value in self._matching(read_base64(signature))]
+
+        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
+            for key, value, hasher in tries:
+                with suppress(ValueError):
+                    if key.holds(value, hasher):
+                        return {"scheme": "cosign", "signer": key.fingerprint,
+                                "key": key.fingerprint, "at": None}
+            return None
+        return Verification(name, [hasher for _, _, hasher in tries], conclude)
+
+    def _matching(self, data: bytes) -> List[Tuple[PublicKey, Any]]:
+        """Return the keys of openssl's that may have made this, each with the signature read."""
+        found = []
+        for key in self.keys:
+            with suppress(ValueError, IndexError):
+                if not key.id:
+                    found.append((key, read_pair(data) if key.kind in _CURVES else data))
+        if not found:
+            raise ValueError("no key of openssl's in [signature] keys makes such a signature")
+        return found
+
+    def statements(self, envelopes: bytes, name: str) -> List[Tuple[PublicKey, Any]]:
+        """Return in-toto statements that one of the keys has signed (DSSE 1.0, one a line)."""
+        found = []
+        with blaming(ArtifactRefused, name, COPY_BOTH):
+            for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
+                envelope = json.loads(line.decode("utf-8"))
+                kind = envelope["payloadType"].encode("utf-8")
+                payload = read_base64(envelope["payload"].encode("utf-8"))
+                message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+                for given in envelope["signatures"]:
+                    data = read_base64(given["sig"].encode("utf-8"))
+                    for key, value in self._matching(data):
+                        with suppress(ValueError):
+                            if key.holds(value, key.begin(value, message)) and kind == IN_TOTO:
+                                found.append((key, json.loads(payload.decode("utf-8"))))
+            if not found:
+                raise ValueError("no key of [signature] keys has signed a statement in it")
+        return found
+
+    def _dsse(self, signature: bytes, name: str) -> Tuple[List[Any], Any]:
+        found, hasher = self.statements(signature, name), hashlib.sha256()
+
+        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
+            for key, statement in found:
+                if any(subject["digest"].get("sha256") == hasher.hexdigest()
+                       for subject in statement["subject"]):
+                    return {"scheme": "dsse", "signer": key.fingerprint, "key": key.fingerprint,
+                            "at": None}
+            return None
+        return [hasher], conclude
+
+    def _minisign(self, signature: bytes) -> Tuple[List[Any], Any]:
+        found = _MINISIGN.match(signature)
+        if not found:
+            raise ValueError("it has not the four lines of minisign, nor the two of signify")
+        comment, blob = found.group(2), read_base64(found.group(1))
+        algorithm, value, shown = blob[:2], blob[10:], blob[9:1:-1].hex().upper()
+        key = next((key for key in self.keys if key.id == blob[2:10]), None)
+        if not key:
+            raise ValueError(f"it is by key {shown}, which is not in [signature] keys")
+        if comment is not None:
+            last = read_base64(found.group(3))
+            if not key.holds(last, key.begin(last, value + comment)):
+                raise ValueError("its trusted comment was changed")
+        is_hashed = algorithm == b"ED" and comment is not None
+        if not is_hashed and (algorithm != b"Ed" or comment is not None and not self.legacy):
+            raise ValueError("it is of minisign's old form, which [signature] legacy = yes takes")
+        hasher = hashlib.blake2b() if is_hashed else key.begin(value)
+
+        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
+            # The two letters are signed by nobody: a hash could stand for the file (64 bytes).
+            digest = key.begin(value, hasher.digest()) if is_hashed else hasher
+            if size_bytes == 64 and not is_hashed or not key.holds(value, digest):
+                return None
+            at = re.search(rb"(?<!\S)timestamp:(\d{1,10})(?!\S)", comment or b"")
+            return {"scheme": "signify" if comment is None else "minisign", "signer": shown,
+                    "key": key.fingerprint, "at": format_time(int(at.group(1))) if at else None}
+        return [hasher], conclude
+
+    def _ssh(self, signature: bytes) -> Tuple[List[Any], Any]:
+        found = _ARMOR.match(signature)
+        blob = read_base64(found.group(2) if found else b"")
+        if not blob.startswith(b"SSHSIG\0\0\0\1"):
+            raise ValueError("it is no SSHSIG of version 1")
+        public, namespace, reserved, name, inner = ssh_strings(blob[10:])
+        key, (key_type, *_, application) = read_ssh_key(public), ssh_strings(public)
+        flags = inner[-5:] if key_type.startswith(b"sk-") else b""
+        kind, data = ssh_strings(inner[:len(inner) - len(flags)])
+        if namespace != self.namespace.encode():
+            raise ValueError(f"it is for the namespace {namespace!r}, not for {self.namespace}")
+        if name not in (b"sha256", b"sha512") or kind not in (
+                (b"rsa-sha2-256", b"rsa-sha2-512") if key.kind == "rsa" else (key_type,)):
+            raise ValueError(f"its algorithms {name!r} and {kind!r} are not taken")
+        if flags and not flags[0] & 1:
+            raise ValueError("nobody touched the security key")
+        signer, hasher = self._principal(key), hashlib.new(name.decode())
+        value = [read_number(item) for item in ssh_strings(data)] if key.kind in _CURVES else data
+
+        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
+            message = b"SSHSIG"
+            for field in (namespace, reserved, name, hasher.digest()):
+                message += len(field).to_bytes(4, "big") + field
+            if flags:
+                message = hashlib.sha256(application).digest() + flags \
+                    + hashlib.sha256(message).digest()
+            digest = key.begin(value, message, "sha512" if kind == b"rsa-sha2-512" else "")
+            if not key.holds(value, digest):
+                return None
+            return {"scheme": "ssh", "signer": signer, "key": key.fingerprint, "at": None}
+        return [hasher], conclude
+
+    def _principal(self, key: PublicKey) -> str:
+        """Say whose key it is, by allowed_signers; ValueError."""
+        why, now = "is in no line of allowed_signers", time.strftime("%Y%m%d%H%M%S", time.gmtime())
+        for fingerprint, line in self.signers:
+            wanted = [name for name in self.principals if fits(name, line["principals"])]
+            after, before = line["after"].ljust(14, "0"), (line["before"] or "9999").ljust(14, "0")
+            if fingerprint != key.fingerprint:
+                continue
+            if not after <= now <= before:
+                why = f"is valid from {after} to {before} only"
+            elif line["namespaces"] and not fits(self.namespace, line["namespaces"]):
+                why = f"may not sign for the namespace {self.namespace}"
+            elif self.principals and not wanted:
+                why = f"is that of {line['principals']}"
+            else:
+                return wanted[0] if wanted else line["principals"].strip('"').split(",")[0]
+        raise ValueError(f"the key {key.fingerprint} {why}")
+
 
 # ============================================================================
 # 8  Artifact
