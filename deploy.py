@@ -1606,6 +1606,7 @@ _PORT = (r"(?!0)(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0
          r"|6553[0-5])")
 _ADDRESS = rf"(?:([^\s,]*):)?({_PORT})(?![^\s,])"
 _STATUS = r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?"
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
 QUOTES = " '\"[](){}"
 # What stands in quotes, or behind a backslash, is nothing to a shell either.
@@ -1624,6 +1625,17 @@ def _duration(text: str) -> float:
     if seconds > LONGEST_SECONDS:
         raise ValueError(f"expected at most {LONGEST_SECONDS // 3600}h")
     return seconds
+
+
+def _moment(text: str) -> Callable[[float, int], float]:
+    """Read a point in time; what is returned makes it of now and of which way a duration goes."""
+    if text[-1] not in _SPANS:
+        import calendar
+        form = "%Y-%m-%dT%H:%M:%SZ"
+        seconds = calendar.timegm(time.strptime(text + "0000-00-00T00:00:00Z"[len(text):], form))
+        return lambda now_seconds, sign: float(seconds)
+    span_seconds = float(text[:-1]) * _SPANS[text[-1]]
+    return lambda now_seconds, sign: now_seconds + sign * span_seconds
 
 
 def _plain(text: str) -> str:
@@ -1756,6 +1768,8 @@ KINDS = {
     "duration": ("duration", "a duration such as 500ms, 3s, 2m or 1h", _TIME, _duration),
     "limit": ("duration", "a duration such as 500ms, 3s, 2m or 1h, and more than 0s",
               rf"(?=.*[1-9]){_TIME}", _duration),
+    "moment": ("time", "a time such as 2026-11-30T06:00:00Z or 2026-11-30, or a duration such as "
+               "12h or 7d", r"[0-9]{1,6}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8}Z)?", _moment),
     "bool": ("yes or no", "yes or no", r"(?i)yes|true|on|1|no|false|off|0",
              lambda text: text.lower() in ("yes", "true", "on", "1")),
     "mode": ("file mode", "a file mode such as 0640", r"0?[0-7]{3}", lambda text: int(text, 8)),
@@ -1997,6 +2011,11 @@ prune       --set deploy.keep_releases=3 -n prune  delete what keep_releases no 
 pin         pin 1.4.1  protect a release from pruning
 adopt       adopt 20261121101500  make a release known that another tool left: a rollback target
 unpin       unpin 1.4.1  let a release be pruned again
+hold        hold -m 'the sale is on' --until 12h  let nothing but rollback change what is live
+unhold      unhold  let deployments change what is live again
+flags       flags new_checkout=25%  show the feature flags, or set some: on, off, a share, a text
+diff        diff previous  compare two releases by their manifests, the second is what is live
+logs        logs web  show what the services wrote to the journal since the release went live
 recover     recover  finish or undo what a crash left; --to settles what cannot be decided
 pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
     pack a directory into a reproducible .tar.gz, with its .sha256 beside it
@@ -2045,6 +2064,12 @@ release              RELEASE      activate pin unpin  RELEASES
 release              RELEASE      adopt  name of a directory in releases/, or current
 release              [RELEASE]    rollback  RELEASES; default: the previous good one
 release              [RELEASE]    verify  RELEASES; default: current
+release              RELEASE      diff  RELEASES
+other                [RELEASE]    diff  RELEASES; default: current
+service              [SERVICE]    logs  a configured service; default: all of them
+-f --follow          -            logs  go on showing what they write
+--until              TIME         hold  2026-11-30T06:00:00Z, or a duration; default: until unhold
+assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 --sha256             HEX          deploy stage preflight  digest the artifact must have
 --release-version    V            deploy stage preflight pack  version, instead of the name's
 --allow-downgrade    -            deploy stage preflight
@@ -2054,7 +2079,8 @@ release              [RELEASE]    verify  RELEASES; default: current
 --splay              DURATION     deploy stage activate rollback prune recover
     wait first, this host's own share of DURATION: always the same, evenly spread over hosts
 names                [NAME...]    probe  configured probes; default: all
---url                URL          probe  ask this URL, without a configuration
+--url                URL          probe config
+    ask this URL, without a configuration; with config --minimal: its probe's
 --tcp                ADDRESS      probe  connect to host:port or unix:/path
 --command=probe_command  PROGRAM  probe  run this program, with its arguments
 --expect             KEY=VALUE...  probe
@@ -2062,14 +2088,21 @@ names                [NAME...]    probe  configured probes; default: all
 --wait               DURATION     probe  try until it is healthy, so long at most; default: one try
 --unhealthy-exit-code  N          probe  exit code when a probe fails, 1 to 255; default: 7
 --verify             -            history  check the hash chain
+--since              TIME         history  2026-11-30, or a duration back, such as 7d
+--failed             -            history  only what failed
+--operation          NAME         history  only this operation, such as deploy
 --limit              N            history  newest entries to show, 20 without; 0 means all
-id                   ID           show  deployment id, its prefix or number, or a release
+id                   [ID]         show
+    deployment id, its prefix or number, or a release; default: the last one
+--all                -            status  of every root in /etc/deploy/*.ini
 --to                 RELEASE      recover  settle on this release, whatever the journal says
 directory            DIRECTORY    pack  directory to pack
 -o --output          FILE         pack  file to write; default: NAME[-V].tar.gz here
 --prefix             NAME         pack  directory to put everything under
 --keep-mtimes        -            pack  keep the files' own times, instead of one for all
 --example            -            config  print a configuration file with every option
+--minimal            -            config  print one of ten lines, to begin with
+--unit               UNIT         config  its service, with --minimal
 topic                [TOPIC]      help  systemd, cron, hooks, config, or a command
 shell                SHELL        completion  bash or zsh
 --root=deploy.root   DIR          -  -
@@ -2077,8 +2110,8 @@ shell                SHELL        completion  bash or zsh
 --log-file=log.file  FILE         -  -
 --log-format=log.format  text|json  -  -
 """
-FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int",
-              "unhealthy_exit_code": "exit_code"}
+FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int", "until": "moment",
+              "since": "moment", "unhealthy_exit_code": "exit_code"}
 
 
 def read_flags(text: str) -> Iterator[Flag]:
@@ -2417,8 +2450,8 @@ class HistoryEntry(NamedTuple):
     result: deployed, staged, activated, rolled_back (`automatic`: it failed after
     activation; earlier versions wrote reverted), failed (undone before
     activation), left_live, rollback_failed, refused (preflight or the artifact),
-    pruned, pinned, unpinned, aborted (found half done) or recovered (settled by
-    hand).
+    pruned, pinned, unpinned, adopted, held, unheld, flagged, aborted (found half
+    done) or recovered (settled by hand).
     `previous_sha256` is the SHA-256 of the line before, without its newline;
     empty in the first, `unknown` where what came before was lost.
     """
@@ -2512,6 +2545,8 @@ JOURNAL = ".deploy/journal.json"
 HISTORY = ".deploy/history.jsonl"
 LOCK = ".deploy/lock"
 RESERVE = ".deploy/reserve"
+HOLD = ".deploy/hold.json"
+FLAGS_FILE = "shared/flags.json"
 # What is being unpacked lies beside where it will stand: the group, setgid bit, default ACL and
 # label of releases/ reach it as they reach whatever is made there.
 STAGING_PREFIX = ".new-"
@@ -2711,6 +2746,22 @@ class Store:
         above, name = os.path.split(path)
         data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
         self.directory(above).write(name, data, self.file_mode)
+
+    def load_json(self, path: str) -> Dict[str, Any]:
+        """Read an object that nobody sealed, empty where there is none; StateError says why not."""
+        above, name = os.path.split(path)
+        try:
+            found = json.loads(read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW,
+                                         self.directory(above).descriptor).decode("utf-8"))
+            if isinstance(found, dict):
+                return found
+            why = "it is no JSON object"
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            why = reason(error)
+        raise StateError(f"{self.path}/{path} cannot be read: {why}",
+                         "correct it, or move it out of the way")
 
     def forget(self, *paths: str) -> None:
         """Remove files durably, where they are there."""
@@ -5311,23 +5362,29 @@ def scan_tree(directory: Directory, watch: Watch) -> Manifest:
 Differences = Dict[str, Dict[str, str]]
 
 
+def difference(was: Member, now: Member) -> Optional[str]:
+    """Say how a path differs from what it was: empty for its bytes, None if it does not."""
+    if (now.kind, now.mode, now.content) == (was.kind, was.mode, was.content):
+        return None
+    if now.kind != was.kind:
+        return f"is a {now.kind}, was a {was.kind}"
+    if now.mode != was.mode and now.content == was.content:
+        return f"has mode {now.mode:04o}, was {was.mode:04o}"
+    if now.kind == SYMLINK:
+        return f"leads to {os.fsdecode(now.content)}, was {os.fsdecode(was.content)}"
+    return ""
+
+
 def compare_tree(directory: Directory, manifest: Manifest, watch: Watch) -> Differences:
     """Hash a tree and name every path that is not as the manifest has it."""
     found: Differences = {"changed": {}, "missing": {}, "added": {}}
     unseen = set(manifest)
     for now in hash_tree(directory, watch, manifest):
-        was, name, why = manifest.get(now.name), os.fsdecode(now.name), ""
+        was, name = manifest.get(now.name), os.fsdecode(now.name)
         unseen.discard(now.name)
-        if was is None:
-            found["added"][name] = ""
-        elif (now.kind, now.mode, now.content) != (was.kind, was.mode, was.content):
-            if now.kind != was.kind:
-                why = f"is a {now.kind}, was a {was.kind}"
-            elif now.mode != was.mode and now.content == was.content:
-                why = f"has mode {now.mode:04o}, was {was.mode:04o}"
-            elif now.kind == SYMLINK:
-                why = f"leads to {os.fsdecode(now.content)}, was {os.fsdecode(was.content)}"
-            found["changed"][name] = why
+        why = "" if was is None else difference(was, now)
+        if why is not None:
+            found["added" if was is None else "changed"][name] = why
     found["missing"] = dict.fromkeys(sorted(map(os.fsdecode, unseen)), "")
     return found
 
@@ -6045,10 +6102,8 @@ class UnitService(Service):
 
     def systemctl(self, verb: str, *arguments: str) -> CommandResult:
         """Run systemctl; StepFailed where it does not succeed and has to."""
-        # What `systemctl --user` needs beside the small environment of every child.
-        runtime = environment("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
         done = run_command([*self.settings.systemctl, verb, *arguments],
-                           environ=dict(base_environment(), XDG_RUNTIME_DIR=runtime),
+                           environ=manager_environment(),
                            timeout_seconds=self.limit_seconds, interrupts=self.run.interrupts)
         if done.ok or verb == "reset-failed":
             return done
@@ -6059,6 +6114,12 @@ class UnitService(Service):
         if done.timed_out:
             failed.hint += "; or give it more time with `timeout`"
         raise failed
+
+
+def manager_environment() -> Dict[str, str]:
+    """Return what `systemctl --user` needs beside the small environment of every child."""
+    runtime = environment("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return dict(base_environment(), XDG_RUNTIME_DIR=runtime)
 
 
 def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
@@ -6838,6 +6899,7 @@ class Facts(NamedTuple):
     in_use: Dict[str, str]  # by release, who runs from it: only what prunes looks
     journal: Optional[Journal]
     holder: Optional[Dict[str, Any]]
+    hold: Dict[str, Any]  # by, note, since, until; empty where nobody holds, or its time is over
     artifact: Optional[Artifact]
     refusal: Optional[DeployError]
 
@@ -6881,6 +6943,11 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         journal = store.read_journal() if store else None
     except StateError as error:
         problems.append(error.message)
+    hold: Dict[str, Any] = {}
+    try:
+        hold = store.load_json(HOLD) if store else {}
+    except StateError as error:
+        problems.append(error.message)
     names = store.names("releases") if store else []
     releases = {name for name in names if not name.startswith(STAGING_PREFIX)
                 and store.is_release(name)}
@@ -6893,6 +6960,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         state_problems=problems, on_disk=releases,
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
         journal=journal, holder=lock_holder(store) if store and not locked else None,
+        hold=hold if str(hold.get("until") or "9") > format_time(time.time()) else {},
         artifact=None, refusal=None)
 
 
@@ -7328,6 +7396,17 @@ def check_application(run: Run) -> Iterator[Finding]:
                "name the right root, or take it over: --force")
 
 
+def check_hold(run: Run) -> Iterator[Finding]:
+    """Nobody has asked that what is live stays live; only a rollback may pass then."""
+    hold, by = run.facts.hold, run.facts.hold.get("by") or {}
+    if run.flags.command != "rollback":
+        until = f" until {hold['until']}" if hold.get("until") else ""
+        yield ("warn" if run.flags.command == "stage" else "fail",
+               f"{by.get('user')} on {by.get('host')} holds what is live, since "
+               f"{hold.get('since')}{until}: {hold.get('note')}",
+               f"wait, or ask whoever it was: {run.settings.command_line('unhold')}")
+
+
 def check_state(run: Run) -> Iterator[Finding]:
     """Records and journal can be read."""
     serious, fix = "fail", "restore the file from a backup, or move it away: its release is then " \
@@ -7581,6 +7660,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("current", check_current, True, "", ""),
     ("state", check_state, True, "", ""),
     ("application", check_application, True, "settings.deploy.application", ""),
+    ("hold", check_hold, True, "facts.hold", "nobody holds what is live"),
     ("recovery", check_recovery, True, "facts.journal", "nothing to recover"),
     ("lock", check_lock, True, "", ""),
     ("clock", check_clock, False, "", ""),
@@ -7670,6 +7750,9 @@ ORDER = {
     "pin": ("", "", "pin"),
     "adopt": ("", "", "adopt"),
     "unpin": ("", "", "pin"),
+    "hold": ("", "", "hold"),
+    "unhold": ("", "", "hold"),
+    "flags": ("", "", "flags"),
     # recover --to: a person has decided, so only a damaged release stops it.
     "recover": ("", "", "verify activate services? probes? sweep"),
 }
@@ -7679,8 +7762,10 @@ WAY_BACK = "pre_rollback? activate services probes post_rollback?"
 # What the history calls an operation that went through.
 RESULTS = {"stage": "staged", "deploy": "deployed", "activate": "activated",
            "rollback": "rolled_back", "prune": "pruned", "pin": "pinned", "unpin": "unpinned",
-           "adopt": "adopted",
+           "adopt": "adopted", "hold": "held", "unhold": "unheld", "flags": "flagged",
            "recover": "recovered"}
+# What only writes something down: every release stays what it is.
+NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 
 KEPT_BAD_RELEASES = 1
 KEPT_BAD_RECORDS = 50
@@ -7832,7 +7917,11 @@ def plan_operation(facts: Facts) -> Plan:
             raise UsageError(f"there is no release directory {release!r} in {facts.root}/releases",
                              "name one that another tool left there, or current")
         nothing_to_do = release in facts.records
-    elif operation != "prune":
+    elif operation in ("hold", "unhold"):
+        if operation == "hold" and not facts.note:
+            raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
+        nothing_to_do = operation == "unhold" and not facts.hold
+    elif operation not in ("prune", "flags"):
         named = asked.to if operation == "recover" else asked.release
         target = select_release(facts, named) if named else choose_rollback(facts)
         release = target.id
@@ -8395,6 +8484,67 @@ def make_pin(word: str, facts: Facts, move: Move) -> List[Step]:
     return [Step(move.operation, f"{move.operation} {record.id}", write)]
 
 
+def make_hold(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Write down that what is live stays live, who says so and why; or that it may change again."""
+    until, wanted = None, facts.request.until
+    if wanted:
+        until = format_time(read_value("moment", wanted)(facts.now_seconds, 1))
+        if until <= format_time(facts.now_seconds):
+            raise UsageError(f"--until {wanted} is past", "name a time to come, or a duration: 12h")
+
+    def write(run: Run) -> str:
+        if move.operation == "unhold":
+            run.store.forget(HOLD)
+            return "deployments may go live again"
+        hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": until}
+        run.store.directory(".deploy").write(
+            "hold.json", json.dumps(hold).encode("ascii"), run.store.file_mode)
+        return f"until {until or 'unhold'}: {run.note}"
+
+    return [Step(move.operation, f"{move.operation} {move.to_release or 'what is live'}", write)]
+
+
+def flag_value(text: str) -> Any:
+    """Read a feature flag: on, off, a share of those who ask, or a text; None removes it."""
+    if text.endswith("%") and not re.match(r"(?:100|[0-9]{1,2})%\Z", text):
+        raise UsageError(f"{text} is no share", "give 0% to 100%, in whole numbers")
+    if text.endswith("%"):
+        return {"percent": int(text[:-1])}
+    return {"on": True, "off": False, "": None}.get(text, text)
+
+
+def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Set feature flags in shared/flags.json, at once: applications read it without a lock."""
+    wanted = {}
+    for text in facts.request.assignments:
+        name, is_set, value = text.partition("=")
+        if not is_set or not re.match(r"[A-Za-z0-9_.-]{1,100}\Z", name):
+            raise UsageError(f"{text!r} sets no flag", "write NAME=on, NAME=off, NAME=25%, "
+                             "NAME=TEXT, or NAME= to remove it; letters, digits, . _ -")
+        wanted[name] = flag_value(value)
+
+    def write(run: Run) -> str:
+        flags = run.store.load_json(FLAGS_FILE)
+        said = []
+        for name, value in wanted.items():
+            said.append(f"{name}: {show_flag(flags.pop(name, None))} -> {show_flag(value)}")
+            if value is not None:
+                flags[name] = value
+        data = json.dumps(flags, indent=2, sort_keys=True).encode("ascii") + b"\n"
+        run.store.directory("shared").write("flags.json", data, 0o644)
+        run.outcome.extra["flags"] = flags
+        return ", ".join(said)
+
+    return [Step(word, "set " + ", ".join(facts.request.assignments), write)]
+
+
+def show_flag(value: Any) -> str:
+    """Write a feature flag as it is set on the command line."""
+    if isinstance(value, dict):
+        return f"{value.get('percent')}%"
+    return {True: "on", False: "off", None: "none"}.get(value, str(value))
+
+
 # word of the table -> what makes its steps, and what must be configured for it
 MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "unpack": (make_unpack, None),
@@ -8412,6 +8562,8 @@ MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "prune": (make_prune, None),
     "pin": (make_pin, None),
     "adopt": (make_adopt, None),
+    "hold": (make_hold, None),
+    "flags": (make_flags, None),
     "sweep": (make_sweep, None)}
 MAKERS.update({hook: (make_hook, lambda settings, hook=hook: getattr(settings.hooks, hook))
                for hook in HOOK_NAMES})
@@ -8736,7 +8888,7 @@ def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], 
     proven = failure and not executor.blameless and not failure.get("interrupted")
     changed = []
     if result == "left_live" or failure is None and result not in ("staged", "pruned"):
-        if plan.operation in ("pin", "unpin", "adopt"):
+        if plan.operation in NOTING:
             return []
         # The new release is active and knows the way back; every other one retires.
         for old in records.values():
@@ -9376,17 +9528,17 @@ def show_plan(run: Run, plan: Plan) -> None:
 # What the summary says of the release then.
 MOVED = {"deploy": "is live", "stage": "is staged", "activate": "is live",
          "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned",
-         "adopt": "is known"}
+         "adopt": "is known", "hold": "is held", "unhold": "may be replaced again"}
 
 
 def command_move(run: Run) -> None:
     """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
     command, outcome, result = run.flags.command, run.outcome, run.console.result
-    pins = command in ("pin", "unpin", "adopt")
+    pins = command in NOTING
     transact(run, checks=not pins)
     if run.flags.dry_run:
         return
-    outcome.message = f"{outcome.release} {MOVED[command]}"
+    outcome.message = f"{outcome.release or 'nothing'} {MOVED[command]}"
     if not outcome.steps and not pins:
         outcome.message += " already; nothing to do"
     if not outcome.steps or pins:
@@ -9503,11 +9655,7 @@ def command_verify(run: Run) -> None:
         release = select_release(observe(run, locked=False), run.flags.release or "current")
         run.outcome.release = release.id
         found = check_release(run, release)
-    lists = {word: list(map(portable, names)) for word, names in found.items()}
-    run.outcome.extra["differences"] = lists
-    for word, names in found.items():
-        for name, why in names.items():
-            run.console.result(f"  {word:<8} {portable(name)}  {portable(why)}".rstrip())
+    lists = show_differences(run, found)
     total, files = sum(map(len, lists.values())), count(release.tree.get("files", 0), "file")
     verdict = count(total, "difference") if total else "all as staged"
     run.outcome.message = f"{release.id}: {files}, {verdict}"
@@ -9517,6 +9665,96 @@ def command_verify(run: Run) -> None:
                          for word, names in lists.items() if names)
         raise ProblemFound(f"{run.outcome.message}: {some}",
                            "deploy the artifact again with --force, or roll back")
+
+
+def show_differences(run: Run, found: Differences) -> Dict[str, List[str]]:
+    """Show every difference, also in the object of --json; return the names."""
+    for word, names in found.items():
+        for name, why in names.items():
+            run.console.result(f"  {word:<8} {portable(name)}  {portable(why)}".rstrip())
+    lists = {word: list(map(portable, names)) for word, names in found.items()}
+    run.outcome.extra["differences"] = lists
+    return lists
+
+
+def command_diff(run: Run) -> None:
+    """Compare two releases by their manifests; nothing of them is read again."""
+    trees, ids = [], []
+    with looking(run) as store:
+        facts = observe(run, locked=False)
+        for name in (run.flags.release, run.flags.other or "current"):
+            ids.append(select_release(facts, name).id)
+            with store.open_manifest(ids[-1]) as streams:
+                try:
+                    trees.append(read_manifest(*streams))
+                except ValueError as error:
+                    raise ProblemFound(f"{ids[-1]} cannot be compared: {error}",
+                                       facts.command_line(f"verify {ids[-1]}"))
+    old, new = trees
+    found: Differences = {"added": {}, "missing": {}, "changed": {}}
+    for path in sorted({*old, *new}):
+        word = "changed" if path in old and path in new else "missing" if path in old else "added"
+        why = difference(old[path], new[path]) if word == "changed" else ""
+        if why is not None:
+            found[word][os.fsdecode(path)] = why
+    lists = show_differences(run, found)
+    run.outcome.release, run.outcome.previous = ids[1], ids[0]
+    counts = ", ".join(f"{len(names)} {word}" for word, names in lists.items())
+    run.outcome.message = f"from {ids[0]} to {ids[1]}: {counts}"
+    run.console.result(run.outcome.message)
+
+
+def command_logs(run: Run) -> None:
+    """Show what the services that are units wrote to the journal since the release went live."""
+    wanted, services = run.flags.service, run.settings.service
+    if wanted and wanted not in services:
+        raise UsageError(f"there is no service {wanted!r}",
+                         nearest(wanted, services) or f"there are {', '.join(services) or 'none'}")
+    ways: Dict[Tuple[str, ...], List[str]] = {}
+    for service in services.values():
+        if service.unit and wanted in (None, service.name):
+            way = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
+            ways.setdefault(tuple(way), []).extend(["-u", service.unit])
+    if not ways:
+        raise UsageError(f"{wanted or 'no service'} is {'no' if wanted else 'a'} systemd unit, and "
+                         "only units have a journal", "set `unit` in [service:NAME], or look where "
+                         "the service logs to")
+    if run.flags.follow and (run.flags.json or len(ways) > 1):
+        raise UsageError("--follow has no end, and shows one journal",
+                         "name one service, without --json")
+    with looking(run):
+        facts = observe(run, locked=False)
+    live = facts.release(facts.current.release or "")
+    if not live or not live.activated_at:
+        raise ProblemFound("nothing is known to be live, so that nobody can say since when",
+                           f"see {facts.command_line('status')}")
+    since_seconds, lines = read_value("moment", live.activated_at)(0.0, 1), []
+    for way, units in ways.items():
+        argv = [*way, "--no-pager", f"--since=@{since_seconds:.0f}", *units]
+        if run.flags.follow:
+            argv.append("--follow")
+        done = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
+                           timeout_seconds=UNLIMITED_SECONDS, mask=run.console.secrets.mask,
+                           on_line=lines.append if run.flags.json else run.console.result)
+        if not done.ok:
+            raise ProblemFound(f"{spell(argv)} {done.verdict()}: {' '.join(done.tail[-3:])}",
+                               "run it as a user who may read the journal, or as root")
+    run.outcome.release, run.outcome.extra["logs"] = live.id, lines
+    run.outcome.message = f"since {live.activated_at}"
+
+
+def command_flags(run: Run) -> None:
+    """Show the feature flags, or set some of them."""
+    if run.flags.assignments:
+        transact(run, checks=False)
+    else:
+        with looking(run) as store:
+            run.outcome.extra["flags"] = store.load_json(FLAGS_FILE)
+    found = run.outcome.extra.get("flags", {})
+    run.outcome.message = count(len(found), "flag")
+    if not run.flags.dry_run:
+        rows = [(name, show_flag(value)) for name, value in sorted(found.items())]
+        run.console.result(render_table(("FLAG", "VALUE"), rows) if rows else "no flags")
 
 
 def command_probe(run: Run) -> None:
@@ -9581,7 +9819,46 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     return probes
 
 
+CONFIG_DIRECTORY = "/etc/deploy"
+
+
+def configurations() -> List[str]:
+    """List the configurations of this host's applications."""
+    there = os.path.isdir(CONFIG_DIRECTORY)
+    return [f"{CONFIG_DIRECTORY}/{name}" for name in sorted(os.listdir(CONFIG_DIRECTORY))
+            if name.endswith(".ini")] if there else []
+
+
 def command_status(run: Run) -> None:
+    """Show the state of one root, or of every one that has a configuration in /etc/deploy."""
+    if not run.flags.all:
+        show_status(run)
+        return
+    rows, problems = [], []
+    found = run.outcome.extra["roots"] = []
+    for path in configurations():
+        problem, one = "", run
+        try:
+            settings = load_settings([path], {}, [])
+            one = Run(settings, Console(), run.interrupts, run.flags)
+            one.console.quiet = True
+            show_status(one)
+        except FAILURES as error:
+            problem = step_error(error, "status").message
+            problems.append(f"{path}: {problem}")
+        known = one is not run
+        found.append({"configuration": path, "application": one.application if known else None,
+                      "root": one.settings.deploy.root if known else None, "problem": problem,
+                      "release": one.outcome.release if known else None, "ok": not problem})
+        rows.append((found[-1]["application"] or "-", found[-1]["root"] or "-",
+                     found[-1]["release"] or "-", problem or "ok"))
+    run.outcome.message = count(len(rows), "root")
+    run.console.result(render_table(("APPLICATION", "ROOT", "CURRENT", "STATE"), rows))
+    if problems:
+        raise ProblemFound("; ".join(problems), "deploy.py -c FILE status tells more of each")
+
+
+def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     last, outcome = None, run.outcome
     with looking(run) as store:
@@ -9603,7 +9880,8 @@ def command_status(run: Run) -> None:
         "current": encode(current) if current else None, "lock": facts.holder,
         "previous": encode(previous) if previous else None, "releases": len(known),
         "journal": encode(facts.journal) if facts.journal else None,
-        "last": encode(last) if last else None, "problems": [problem for problem, _ in problems]}
+        "last": encode(last) if last else None, "problems": [problem for problem, _ in problems],
+        "hold": facts.hold or None, "configuration": run.settings.files}
     state = "; ".join(problem for problem, _ in problems) or "ok"
     live = facts.current.release or "nothing is live"
     if current:
@@ -9612,13 +9890,16 @@ def command_status(run: Run) -> None:
         live = f"{current.id}  version {current.version}, live{since}"
     back = f"{previous.id}  version {previous.version}" if previous else "none to roll back to"
     holder = "free" if facts.holder is None else f"held by {describe_holder(facts.holder)}"
-    rows = [("application", facts.application), ("root", facts.root), ("current", live)]
+    rows = [("application", facts.application), ("root", facts.root), ("current", live),
+            ("configured", ", ".join(run.settings.files) or "by no file")]
     if current and current.failure:
         rows.append(("failure", str(current.failure.get("reason", ""))))
     rows += [("previous", back), ("releases", f"{len(known)} on disk")]
     if last:
         rows.append(("last run", f"{last.operation} {last.result} at {last.at} by "
                                  f"{last.by.get('user')}, {format_seconds(last.seconds)}"))
+    if facts.hold:
+        rows.append(("hold", next(iter(check_hold(run)))[1]))
     rows += [("lock", holder), ("state", state)]
     run.console.result("\n".join(f"  {name:<12} {text}" for name, text in rows))
     outcome.message = f"{facts.current.release or 'nothing'} is live; state: {state}"
@@ -9694,6 +9975,15 @@ def command_history(run: Run) -> None:
             verify_history(run)
             return
         entries, run.outcome.extra["chain"] = store.history(), store.chain
+    flags, since = run.flags, ""
+    if flags.since:
+        since = format_time(read_value("moment", flags.since)(time.time(), -1))
+    if flags.operation and flags.operation not in RESULTS:
+        raise UsageError(f"there is no operation {flags.operation!r}",
+                         nearest(flags.operation, RESULTS) or f"one of {', '.join(RESULTS)}")
+    entries = [entry for entry in entries
+               if entry.at >= since and flags.operation in (None, entry.operation)
+               and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
     limit = 0 if run.flags.json else 20
     if run.flags.limit is not None:
         limit = int(run.flags.limit)
@@ -9702,7 +9992,10 @@ def command_history(run: Run) -> None:
     run.outcome.extra["history"] = [encode(entry) for entry in shown]
     rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
              format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in shown]
-    run.outcome.message = count(len(rows), "entry", "entries")
+    run.outcome.message = count(len(entries), "entry", "entries")
+    if len(rows) < len(entries):
+        run.outcome.message += f", the newest {len(rows)} of them shown; --limit 0 shows all"
+        run.console.say(run.outcome.message)
     headers = ("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY")
     run.console.result(render_table(headers, rows) if rows else "no history yet")
 
@@ -9728,7 +10021,7 @@ def command_show(run: Run) -> None:
     """Show one deployment with its steps, and the evidence where it failed."""
     with looking(run) as store:
         entries, live = store.history(), store.current().release
-    text = live if run.flags.id == "current" and live else run.flags.id
+    text = live if run.flags.id == "current" and live else run.flags.id or "latest"
     moves = [entry for entry in entries if entry.operation not in ("pin", "unpin")]
     # The first rule that finds something counts; of a release, its last move.
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
@@ -9833,6 +10126,16 @@ def command_config(run: Run) -> None:
                 lines.append(f"# {option.help} ({option.takes})")
                 lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
         run.console.raw_result("\n".join(lines) + "\n")
+        return
+    if run.flags.minimal:
+        name = run.settings.deploy.application or "shop"
+        root, unit, url = run.settings.deploy.root or f"/srv/{name}", run.flags.unit, run.flags.url
+        mark = ("" if unit else "#"), ("" if url else "#")
+        run.console.raw_result(
+            f"[deploy]\napplication = {name}\nroot = {root}\n\n"
+            f"{mark[0]}[service:{name}]\n{mark[0]}unit = {unit or name + '.service'}\n\n"
+            f"{mark[1]}[probe:{name}]\n"
+            f"{mark[1]}url = {url or 'http://127.0.0.1:8080/health'}\n{mark[1]}deadline = 30s\n")
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
@@ -10252,7 +10555,7 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
 # -- all of it -------------------------------------------------------------------
 
 WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "adopt",
-           "recover")
+           "hold", "unhold", "flags", "recover")
 
 
 def report(run: Run, exit_code: int, seconds: float) -> None:
@@ -10302,16 +10605,17 @@ COMMANDS = {
     "deploy": command_move, "stage": command_move, "activate": command_move,
     "rollback": command_move, "preflight": command_preflight, "probe": command_probe,
     "verify": command_verify, "status": command_status, "releases": command_releases,
-    "history": command_history, "show": command_show, "prune": command_prune, "pin": command_move,
-    "adopt": command_move,
-    "unpin": command_move, "recover": command_recover, "pack": command_pack,
-    "config": command_config, "help": command_help, "completion": command_completion,
+    "history": command_history, "show": command_show, "diff": command_diff, "logs": command_logs,
+    "prune": command_prune, "pin": command_move, "unpin": command_move, "adopt": command_move,
+    "hold": command_move, "unhold": command_move, "flags": command_flags,
+    "recover": command_recover, "pack": command_pack, "config": command_config,
+    "help": command_help, "completion": command_completion,
 }
 
 # Commands that tell about the program itself: they read no configuration, a broken one stops none.
 TELLING = ("help", "completion")
 # Commands that run nothing and follow no setting but the root.
-LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify")
+LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify", "diff")
 
 
 class HelpAsked(Exception):
@@ -10616,13 +10920,37 @@ def load(flags: Any) -> Settings:
     if not files and environment("DEPLOY_CONFIG"):
         files = [environment("DEPLOY_CONFIG")]
     elif not files:
-        places = "deploy.ini", "/etc/deploy/deploy.ini"
-        files = [path for path in places if os.path.exists(path)][:1]
+        files, root = find_configuration()
+        asked = [text for text in flags.set or [] if text.startswith("deploy.root=")]
+        if root and not asked and not environment("DEPLOY_DEPLOY_ROOT"):
+            given.setdefault(("deploy", "root"), root)
     settings = load_settings(files, given, flags.set or [], refuse=False)
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
     settings.refuse_mistakes()
     return settings
+
+
+def find_configuration() -> Tuple[List[str], str]:
+    """Find the configuration that nobody named, and the root that the working directory lies in.
+
+    Of a root that has one in /etc/deploy it is that one: without it no service would be restarted.
+    """
+    if os.path.exists("deploy.ini"):
+        return ["deploy.ini"], ""
+    here = ""
+    with suppress(OSError):  # it may be gone
+        here = os.getcwd()
+    while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
+        here = os.path.dirname(here)
+    for path in configurations() if here.strip("/") else ():
+        root = load_settings([path], {}, [], refuse=False).deploy.root
+        if root and os.path.realpath(root) == here:
+            return [path], ""
+    default = f"{CONFIG_DIRECTORY}/deploy.ini"
+    if here.strip("/"):
+        return [], here
+    return [default] if os.path.exists(default) else [], ""
 
 
 def check_settings(settings: Settings) -> None:
@@ -10777,7 +11105,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
         if flags.splay:
             wait_splay(run)
         COMMANDS[command](run)
-        if command == "config" and not flags.example:
+        if command == "config" and not (flags.example or flags.minimal):
             check_settings(settings)  # after they were shown
     except (Exception, KeyboardInterrupt) as error:
         outcome.error = failure_of(error, command, console, flags.debug)
