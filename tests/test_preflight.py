@@ -182,6 +182,12 @@ def wrong_digest(app: App) -> Broken:
     return Broken()
 
 
+def held(app: App) -> Broken:
+    """Somebody said that nothing may change what is live."""
+    app.run("hold", "-m", "the sale is on", check=0)
+    return Broken()
+
+
 def known_bad(app: App) -> Broken:
     """The artifact failed before."""
     app.run("deploy", app.directory / "artifacts" / "myapp-1.1.tar.gz", "--set", "hooks.post_activate=false", check=5)
@@ -355,6 +361,7 @@ CAUSES = [
     (current_dangles, "current", "fail", "does not exist", "rm ", 3),
     (damaged_record, "current state", "fail", "checksum", "backup", 3),
     (another_application, "application", "fail", "this root is myapp's", "--force", 3),
+    (held, "hold", "fail", "the sale is on", "unhold", 3),
     (held_lock, "lock", "fail", "held by pid", "--wait-lock", 75),
     (clock_behind, "clock", "warn", "2999", "time", 0),
     (missing_digest, "artifact", "fail", "SHA-256", "sha256sum", 4),
