@@ -2016,6 +2016,8 @@ unhold      unhold  let deployments change what is live again
 flags       flags new_checkout=25%  show the feature flags, or set some: on, off, a share, a text
 diff        diff previous  compare two releases by their manifests, the second is what is live
 logs        logs web  show what the services wrote to the journal since the release went live
+report      report --since 90d --format html -o report.html
+    show how often it was deployed, how many failed, how long it took to recover
 recover     recover  finish or undo what a crash left; --to settles what cannot be decided
 pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
     pack a directory into a reproducible .tar.gz, with its .sha256 beside it
@@ -2088,7 +2090,9 @@ names                [NAME...]    probe  configured probes; default: all
 --wait               DURATION     probe  try until it is healthy, so long at most; default: one try
 --unhealthy-exit-code  N          probe  exit code when a probe fails, 1 to 255; default: 7
 --verify             -            history  check the hash chain
---since              TIME         history  2026-11-30, or a duration back, such as 7d
+--since              TIME         history report
+    2026-11-30, or a duration back, such as 7d
+--format             FORMAT       report  text, csv, json or html
 --failed             -            history  only what failed
 --operation          NAME         history  only this operation, such as deploy
 --limit              N            history  newest entries to show, 20 without; 0 means all
@@ -2097,7 +2101,8 @@ id                   [ID]         show
 --all                -            status  of every root in /etc/deploy/*.ini
 --to                 RELEASE      recover  settle on this release, whatever the journal says
 directory            DIRECTORY    pack  directory to pack
--o --output          FILE         pack  file to write; default: NAME[-V].tar.gz here
+-o --output          FILE         pack report
+    file to write; default: NAME[-V].tar.gz here, and stdout for a report
 --prefix             NAME         pack  directory to put everything under
 --keep-mtimes        -            pack  keep the files' own times, instead of one for all
 --example            -            config  print a configuration file with every option
@@ -2111,7 +2116,7 @@ shell                SHELL        completion  bash or zsh
 --log-format=log.format  text|json  -  -
 """
 FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int", "until": "moment",
-              "since": "moment", "unhealthy_exit_code": "exit_code"}
+              "since": "moment", "format": "text|csv|json|html", "unhealthy_exit_code": "exit_code"}
 
 
 def read_flags(text: str) -> Iterator[Flag]:
@@ -9734,7 +9739,7 @@ def command_logs(run: Run) -> None:
         if run.flags.follow:
             argv.append("--follow")
         done = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
-                           timeout_seconds=UNLIMITED_SECONDS, mask=run.console.secrets.mask,
+                           timeout_seconds=LONGEST_SECONDS, mask=run.console.secrets.mask,
                            on_line=lines.append if run.flags.json else run.console.result)
         if not done.ok:
             raise ProblemFound(f"{spell(argv)} {done.verdict()}: {' '.join(done.tail[-3:])}",
@@ -10067,6 +10072,179 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
                 lines.append(f"    {name:<12} {line}")
                 name = ""
     run.console.result("\n".join(lines))
+
+
+# -- how deployments went over time --------------------------------------------
+
+NEEDED_A_PERSON = ("left_live", "rollback_failed")
+
+
+def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Dict[str, Any]:
+    """Work out the four keys of DORA, and rework, from the history between two times in RFC 3339.
+
+    A deployment is what went live; it failed where it was rolled back, by itself or by hand later,
+    or was left to a person.  Recovery counts from going live to well again, lead time from the
+    build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
+    """
+    def seconds(text: str) -> float:
+        return float(read_value("moment", text)(0.0, 1))
+
+    runs: List[Dict[str, Any]] = []
+    for entry in entries:
+        last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
+        if entry.operation == "rollback" and entry.result == "rolled_back" and \
+                last.get("release") == entry.previous:
+            last["failed"] = True
+        if last.get("failed") and last["well_at"] is None and entry.result in GOES_LIVE and \
+                entry.result not in NEEDED_A_PERSON and entry.deploy_id != last["deploy_id"]:
+            last["well_at"] = entry.at
+        if entry.operation not in ("deploy", "activate", "sync") or not automatic and \
+                entry.result not in ("deployed", "activated", "synced", *NEEDED_A_PERSON):
+            continue
+        switch = [step for step in entry.steps if step.get("name") == "activate"][:1]
+        live_at = str(switch[0].get("started_at") or entry.at) if switch else entry.at
+        runs.append({
+            "at": live_at, "deploy_id": entry.deploy_id, "operation": entry.operation,
+            "result": entry.result, "release": entry.release, "version": entry.version,
+            "failed": automatic or entry.result in NEEDED_A_PERSON,
+            "rework": last.get("failed", False),
+            "well_at": entry.at if automatic else None, "by": entry.by.get("user"),
+            "note": entry.note, "built_at": entry.built_at})
+    runs = [run for run in runs if since <= run["at"] <= until]
+    for run in runs:
+        live, well, built = [seconds(run[key]) if run[key] else None
+                             for key in ("at", "well_at", "built_at")]
+        run["recovery_seconds"] = well - live if run["failed"] and well else None
+        run["lead_seconds"] = live - built if built else None
+
+    def median(key: str) -> Optional[float]:
+        values = sorted(run[key] for run in runs if run[key] is not None)
+        middle = values[(len(values) - 1) // 2:len(values) // 2 + 1]
+        return sum(middle) / len(middle) if middle else None
+
+    def rate(key: str) -> Optional[float]:
+        return round(sum(run[key] for run in runs) / len(runs), 4) if runs else None
+
+    days = max(1.0, (seconds(until) - seconds(since)) / 86400)
+    return {"since": since, "until": until, "deployments": len(runs),
+            "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs),
+            "change_fail_rate": rate("failed"), "recovery_seconds": median("recovery_seconds"),
+            "lead_seconds": median("lead_seconds"), "rework_rate": rate("rework"), "runs": runs}
+
+
+def command_report(run: Run) -> None:
+    """Show how often it was deployed, how many failed, how long it took to recover, to go live."""
+    import csv
+    import io
+    flags, now_seconds = run.flags, time.time()
+    since = format_time(read_value("moment", flags.since or "90d")(now_seconds, -1))
+    with looking(run) as store:
+        found = measure(store.history(), since, format_time(now_seconds))
+    run.outcome.extra["report"] = found
+    run.outcome.message = f"{count(found['deployments'], 'deployment')}, {found['failed']} failed"
+    rows = report_rows(found)
+    form = flags.format or "text"
+    text = "\n".join(f"  {name:<18} {value}" for name, value in rows) + "\n"
+    if form == "json":
+        text = json.dumps(found, indent=2) + "\n"
+    elif form == "csv":
+        table = io.StringIO()
+        columns = ["at", "deploy_id", "operation", "result", "release", "version", "failed",
+                   "rework", "recovery_seconds", "lead_seconds", "by", "note"]
+        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found["runs"])
+        text = table.getvalue()
+    elif form == "html":
+        text = report_page(run.application, found, rows)
+    text = run.console.secrets.mask(text)
+    if not flags.output:
+        run.console.raw_result(text)
+        return
+    directory, name = os.path.split(absolute(flags.output))
+    try:
+        with Directory(os.path.realpath(directory)) as place:
+            place.write(name, text.encode("utf-8", "backslashreplace"), 0o644)
+    except OSError as error:
+        raise UsageError(f"cannot write {flags.output}: {reason(error)}", "name another: -o FILE")
+    run.console.result(f"{run.outcome.message}: {flags.output}")
+
+
+def report_rows(found: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """Write the measures for people; `-` for what nobody can know."""
+    def share(key: str) -> str:
+        return "-" if found[key] is None else f"{100 * found[key]:.0f}%"
+
+    def middle(key: str) -> str:
+        return "-" if found[key] is None else f"{format_seconds(found[key])} (median)"
+
+    return [("from", f"{found['since']} to {found['until']}"),
+            ("deployments", f"{found['deployments']}, {found['per_day']:g} a day"),
+            ("failed", f"{found['failed']}, {share('change_fail_rate')}"),
+            ("time to recover", middle("recovery_seconds")),
+            ("build to live", middle("lead_seconds")), ("rework", share("rework_rate"))]
+
+
+REPORT_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}: deployments</title>
+<style>
+:root {{ color-scheme: light dark; --text: #1b1f24; --page: #fff; --line: #d0d7de;
+  --good: #1a7f37; --bad: #cf222e }}
+@media (prefers-color-scheme: dark) {{ :root {{ --text: #e6edf3; --page: #0d1117; --line: #30363d;
+  --good: #3fb950; --bad: #f85149 }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
+  max-width: 1100px; margin: 2rem auto; padding: 0 1rem }}
+dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1rem }}
+dt {{ opacity: .75 }}
+dd {{ margin: 0; font-weight: 600; overflow-wrap: anywhere }}
+svg {{ width: 100%; height: 64px }}
+div {{ overflow-x: auto }}
+table {{ border-collapse: collapse; width: 100%; font-size: 14px }}
+th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }}
+.good {{ fill: var(--good); color: var(--good) }}
+.bad {{ fill: var(--bad); color: var(--bad) }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+<dl>
+{measures}
+</dl>
+<svg viewBox="0 0 1000 64" preserveAspectRatio="none" role="img" aria-label="Timeline">
+<line x1="0" y1="32" x2="1000" y2="32" style="stroke: var(--line)"/>
+{marks}
+</svg>
+<div><table>
+<tr><th>live since</th><th>version</th><th>result</th><th>by</th><th>note</th></tr>
+{runs}
+</table></div>
+</body>
+</html>
+"""
+
+
+def report_page(application: str, found: Dict[str, Any], rows: Iterable[Tuple[str, str]]) -> str:
+    """Write the report as one page that needs nothing else; the same on every Python."""
+    from html import escape as quote
+    first, last = [read_value("moment", found[key])(0.0, 1) for key in ("since", "until")]
+    marks, lines = [], []
+    for run in found["runs"]:
+        kind = "bad" if run["failed"] else "good"
+        at = read_value("moment", run["at"])(0.0, 1)
+        cells = [quote(str(run[key] or "-")) for key in ("at", "version", "result", "by", "note")]
+        place = 990 * (at - first) / max(1.0, last - first)
+        marks.append(f'<rect class="{kind}" x="{place:.1f}" y="12" width="6" height="40">'
+                     f'<title>{cells[0]}: {cells[1]} {cells[2]}</title></rect>')
+        cells[2] = f'<span class="{kind}">{cells[2]}</span>'
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    measures = [f"<div><dt>{quote(name)}</dt><dd>{quote(value)}</dd></div>" for name, value in rows]
+    return REPORT_PAGE.format(name=quote(application), measures="\n".join(measures),
+                              marks="\n".join(marks), runs="\n".join(reversed(lines)))
 
 
 # -- commands beside a root ----------------------------------------------------
@@ -10608,6 +10786,7 @@ COMMANDS = {
     "history": command_history, "show": command_show, "diff": command_diff, "logs": command_logs,
     "prune": command_prune, "pin": command_move, "unpin": command_move, "adopt": command_move,
     "hold": command_move, "unhold": command_move, "flags": command_flags,
+    "report": command_report,
     "recover": command_recover, "pack": command_pack, "config": command_config,
     "help": command_help, "completion": command_completion,
 }
@@ -10615,7 +10794,7 @@ COMMANDS = {
 # Commands that tell about the program itself: they read no configuration, a broken one stops none.
 TELLING = ("help", "completion")
 # Commands that run nothing and follow no setting but the root.
-LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify", "diff")
+LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify", "diff", "report")
 
 
 class HelpAsked(Exception):
