@@ -921,6 +921,15 @@ def open_file(path: str, flags: int = 0, dir_fd: Optional[int] = None) -> Any:
     return os.fdopen(descriptor, "rb")
 
 
+def open_own_file(path: str) -> int:
+    """Open a regular file that has no other name, following no link; UsageError for all else."""
+    with suppress(OSError), Directory(os.path.dirname(path)) as place:
+        with open_file(os.path.basename(path), os.O_NOFOLLOW, place.descriptor) as stream:
+            if os.fstat(stream.fileno()).st_nlink == 1:
+                return os.dup(stream.fileno())
+    raise UsageError(f"{path} is no regular file of one name", "copy the artifact itself there")
+
+
 def read_file(path: str, limit_bytes: int, flags: int = 0, dir_fd: Optional[int] = None) -> bytes:
     """Read a regular file, never waiting; OSError(EFBIG) for one beyond the limit."""
     with open_file(path, flags, dir_fd) as stream:
@@ -1147,13 +1156,33 @@ def process_is_alive(pid: int) -> bool:
 Problem = Tuple[str, str]  # what is wrong, and what to do about it
 
 
-def trust_problems(path: str) -> Dict[str, Problem]:
+def owner_problem(path: str, found: os.stat_result, owners: Sequence[int] = (), *,
+                  spare_root: bool = False) -> Dict[str, Problem]:
+    """Say why others could have written a file; with `spare_root` those of root's group may."""
+    mode, others = stat.S_IMODE(found.st_mode), 0o022
+    with suppress(OSError, AttributeError):
+        # Under an access list the group's bits are the most that anybody named in it may do.
+        if spare_root and found.st_gid == 0 and \
+                "system.posix_acl_access" not in os.listxattr(path, follow_symlinks=False):
+            others = 0o002
+    if found.st_uid not in (owners or (0, os.geteuid())):
+        return {path: (
+            f"{path} belongs to uid {found.st_uid}",
+            f"chown root {path}, or run as its owner: sudo -u '#{found.st_uid}' deploy.py ...")}
+    is_sticky = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX
+    if mode & others and not is_sticky and not stat.S_ISLNK(found.st_mode):
+        return {path: (f"{path} is writable by group or others (mode {mode:04o})",
+                       f"chmod go-w {path}")}
+    return {}
+
+
+def trust_problems(path: str, owners: Sequence[int] = (), *,
+                   spare_root: bool = False) -> Dict[str, Problem]:
     """Say why a file that root is about to believe could have been written by somebody else.
 
-    Goes the way that the kernel goes, and looks at every directory, link and
-    file on it: each must belong to root or the effective user and not be
-    writable by group or others (a sticky directory such as /tmp may be).
-    Returns the problems by path.
+    Goes the way that the kernel goes, and looks at every directory, link and file on it: each
+    must belong to its `owners` (root or the effective user) and not be writable by group or others
+    (a sticky directory such as /tmp may be).  Returns the problems by path.
     """
     problems: Dict[str, Problem] = {}
     here = "/"
@@ -1166,15 +1195,7 @@ def trust_problems(path: str) -> Dict[str, Problem]:
             found = os.lstat(here)
         except OSError:
             continue  # not there, for others to see to, or out of reach
-        mode = stat.S_IMODE(found.st_mode)
-        is_sticky = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX
-        if found.st_uid not in (0, os.geteuid()):
-            problems[here] = (
-                f"{here} belongs to uid {found.st_uid}",
-                f"chown root {here}, or run as its owner: sudo -u '#{found.st_uid}' deploy.py ...")
-        elif mode & 0o022 and not is_sticky and not stat.S_ISLNK(found.st_mode):
-            problems[here] = (f"{here} is writable by group or others (mode {mode:04o})",
-                              f"chmod go-w {here}")
+        problems.update(owner_problem(here, found, owners, spare_root=spare_root))
         if stat.S_ISLNK(found.st_mode) and links < MAX_JUDGED_LINKS:
             links += 1
             target = os.readlink(here)
@@ -1851,6 +1872,8 @@ readable  owner|group|all  owner     who may look: status, releases, history, sh
 app_user          name       -       user that the directories of writable are given to (root only)
 writable          relatives  -       directories of a release that app_user may write in, made where
     they are missing; they are mutable
+delegated         names      -       commands that --delegate lets a person run; see there
+inbox             path       -       directory of artifacts for it: who may write there may deploy
 share_unchanged  no|reflink|hardlink  reflink  how a file that is the same in the live release takes
     no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a
     post_stage hook or writable); hard links are one file, so changing one by hand changes all
@@ -2059,6 +2082,7 @@ FLAG_TABLE = """\
 --set  SECTION.KEY=VALUE...       -  set one option; may repeat
 --detailed-exitcode  -            -  exit 10 when something changed
 --debug              -            -  show tracebacks
+--delegate           FILE         -  must stand first: what root's FILE lets a person do, no more
 -m --message         TEXT         -  why: kept in record and history, told to hooks and notifiers
 artifact             ARTIFACT     deploy stage  archive or directory
 artifact             [ARTIFACT]   preflight  archive or directory
@@ -2198,6 +2222,7 @@ class Settings:
     def __init__(self, given: Layer, files: List[str]) -> None:
         self.given = given
         self.files = files
+        self.delegate: Optional[str] = None  # the file of --delegate
         self.mistakes: List[UsageError] = []
         self.rows: List[Tuple[str, str, str, str]] = []  # section, key, text, origin of all
         by_option: Dict[Tuple[str, str], Dict[str, Given]] = {}
@@ -2275,6 +2300,8 @@ class Settings:
         """Write the command line that does something with this root under this configuration."""
         import shlex
         words = ["deploy.py"] + [f"-c {shlex.quote(absolute(path))}" for path in self.files]
+        if self.delegate:
+            words = [f"sudo deploy.py --delegate {shlex.quote(self.delegate)}"]
         if self.deploy.root and self.origin("deploy", "root") not in self.files:
             words.append(f"--root {shlex.quote(os.path.realpath(self.deploy.root))}")
         return " ".join(words + [text])
@@ -3962,17 +3989,21 @@ class Artifact(Descriptor):
     central_bytes = 0
     positions: Sequence[int] = ()
 
-    def __init__(self, path: str, limits: Any) -> None:
+    def __init__(self, path: str, limits: Any, *, delegated: bool = False) -> None:
         """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`."""
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
             raise ArtifactRefused(f"artifact {path} is a URL, and no file of this host",
                                   "download it first, with its .sha256 beside it")
-        # A link is followed now and once; O_NOFOLLOW then holds for the result.
-        self.path = os.path.realpath(absolute(path))
+        # A link is followed now and once; O_NOFOLLOW then holds for the result.  None at all is
+        # where a person chose it who may not read what we may.
+        self.given = absolute(path)
+        self.path = self.given if delegated else os.path.realpath(self.given)
+        self.links = os.O_NOFOLLOW if delegated else 0
         self.name = os.path.basename(self.path)
         self.notes: List[str] = []
         try:
-            self.descriptor = os.open(self.path, _READ_FLAGS)
+            self.descriptor = open_own_file(self.path) if delegated else os.open(
+                self.path, _READ_FLAGS)
         except (OSError, ValueError) as error:
             missing = isinstance(error, FileNotFoundError)
             why = "does not exist" if missing else f"cannot be opened: {reason(error)}"
@@ -3990,7 +4021,9 @@ class Artifact(Descriptor):
                 head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
                 self.format = format_of(head)
             if not self.format:
-                why = f"has an unknown format; its first bytes are {head[:8].hex()} ({head[:8]!r})"
+                why = "has an unknown format"
+                if not delegated and who()["uid"] == os.geteuid():  # who may have read it anyway
+                    why += f"; its first bytes are {head[:8].hex()} ({head[:8]!r})"
                 if not stat.S_ISREG(mode):
                     why = "is neither a regular file nor a directory"
                 elif not head:
@@ -4078,7 +4111,7 @@ class Artifact(Descriptor):
             path = os.path.join(directory, source)
             entries: List[Tuple[bytes, str]] = []
             try:
-                data = read_file(path, MAX_SIDECAR_BYTES).lstrip(b"\xef\xbb\xbf")
+                data = read_file(path, MAX_SIDECAR_BYTES, self.links).lstrip(b"\xef\xbb\xbf")
                 for found in filter(None, map(_DIGEST_LINE.match, re.split(rb"\r?\n", data))):
                     escaped, tagged, digest, plain = found.groups()
                     entry = tagged or plain or b""
@@ -6972,7 +7005,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
-    run.artifact = artifact = Artifact(path, settings.limits)
+    run.artifact = artifact = Artifact(path, settings.limits, delegated=bool(flags.delegate))
     for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.
         if (artifact.path + "/").startswith(own + "/"):
@@ -7461,6 +7494,30 @@ def check_artifact(run: Run) -> Iterator[Finding]:
                f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
 
 
+def check_origin(run: Run) -> Iterator[Finding]:
+    """Nobody else could have written the artifact, its digest, or what leads there."""
+    artifact, inbox = run.facts.artifact, run.settings.deploy.inbox
+    place = os.path.dirname(artifact.path)
+    is_meant = run.flags.sha256 or inbox and place == os.path.realpath(inbox)
+    if is_meant or os.geteuid() and not run.settings.hooks.run_as:
+        return
+    found: Dict[str, Problem] = {}
+    for path in (artifact.given, f"{artifact.path}.sha256", f"{place}/SHA256SUMS"):
+        found.update(trust_problems(path, spare_root=True))
+    inside = walk_tree(artifact.descriptor) if artifact.format == "directory" else ()
+    for member, _, status in inside:
+        path = os.path.join(artifact.path, os.fsdecode(member.name))
+        for why, fix in owner_problem(path, status, spare_root=True).values():
+            found.setdefault(artifact.path, (f"{artifact.path}: {why}", fix))
+    # It may have been somebody's link, which was gone when it was looked at.
+    if not os.path.samestat(artifact.status, os.stat(artifact.given)):
+        yield "fail", f"{artifact.given} was replaced while it was looked at", "run it again"
+    for path, (why, fix) in found.items():
+        yield ("warn" if path in run.settings.preflight.accept_risk else "fail", why,
+               f"{fix}; or give its digest from where it was built: --sha256; or accept the risk: "
+               f"{accepting(run.settings, found)}")
+
+
 def check_bad(run: Run) -> Iterator[Finding]:
     """The artifact is not one that failed before, nor one that a person went back from."""
     bad = refused_record(run.facts, run.facts.artifact.sha256)
@@ -7670,6 +7727,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("lock", check_lock, True, "", ""),
     ("clock", check_clock, False, "", ""),
     ("artifact", check_artifact, False, "facts.artifact facts.refusal", "no artifact given"),
+    ("origin", check_origin, False, "facts.artifact", "no artifact given"),
     ("known-bad", check_bad, False, "facts.artifact", "no artifact given"),
     ("downgrade", check_downgrade, False, "facts.artifact", "no artifact given"),
     ("space", check_room, False, "", ""),
@@ -10905,6 +10963,9 @@ def parse_command_line(argv: List[str]) -> Any:
                 read_value(flag.kind, getattr(flags, flag.dest))
             except ValueError as error:
                 raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
+    if flags.delegate:
+        raise UsageError("--delegate FILE stands first, as two words, and once",
+                         "deploy.py --delegate FILE COMMAND ...")
     if not flags.command:
         raise UsageError("no command is given",
                          f"one of {', '.join(COMMANDS)}; see deploy.py --help")
@@ -10922,7 +10983,8 @@ def parse_command_line(argv: List[str]) -> Any:
 # Ansible starts a module that says WANT_JSON with one argument: a JSON file of the parameters.
 
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
-NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_exitcode", "debug")
+NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_exitcode", "debug",
+                 "delegate")
 # What state and history are made of: no_log cannot hide it.
 NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root",
               "config")
@@ -11104,6 +11166,7 @@ def load(flags: Any) -> Settings:
         if root and not asked and not environment("DEPLOY_DEPLOY_ROOT"):
             given.setdefault(("deploy", "root"), root)
     settings = load_settings(files, given, flags.set or [], refuse=False)
+    settings.delegate = flags.delegate
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
     settings.refuse_mistakes()
@@ -11150,6 +11213,8 @@ def check_settings(settings: Settings) -> None:
             if problem:
                 mistakes.append(settings.wrong(f"{kind}:{name}", problem))
     deploy = settings.deploy
+    for name in sorted(set(deploy.delegated) - DELEGABLE):
+        mistakes.append(settings.wrong("deploy", f"delegated = {name}: no command for others"))
     shared = tuple(place + "/" for place in deploy.shared_dirs + deploy.shared_files)
     for path in deploy.writable:
         if not deploy.app_user or f"{path}/".startswith(shared):
@@ -11238,11 +11303,48 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
         console.debug(f"the log goes to syslog, facility {log.facility}")
 
 
+# -- what root lets a person do ----------------------------------------------------
+
+DELEGATED_FLAGS = "-n --json -q -v -m --sha256 --release-version --wait-lock".split()
+DELEGABLE = set(COMMANDS) - {"pack", *TELLING}  # pack reads any directory
+
+
+def parse_delegated(argv: List[str]) -> Any:
+    """Read a command line that begins with --delegate FILE; UsageError for all it may not hold."""
+    path, words = absolute("".join(argv[1:2])), argv[2:]
+    for problem, hint in trust_problems(path, owners=(0,)).values():
+        raise UsageError(f"--delegate {path}: {problem}", hint)
+    try:
+        flags = parse_command_line(words)
+    except HelpAsked:
+        raise UsageError("a delegated run shows no help", "deploy.py --help, without sudo")
+    refused = [name for name in environment_names() if name.startswith("DEPLOY_")]
+    refused += [word.partition("=")[0] for word in words if re.match(r"[@{]|--\Z|--.*=", word)]
+    refused += [flag.names[-1] for flag in FLAGS if getattr(flags, flag.dest)
+                and not flag.is_argument and not set(flag.names).intersection(DELEGATED_FLAGS)]
+    for name in refused:
+        raise UsageError(f"a delegated run takes no {name}",
+                         f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
+                         "word; no variable DEPLOY_*, and no word that begins with @ or {")
+    flags.config, flags.delegate = [path], path
+    deploy = load(flags).deploy
+    if flags.command not in deploy.delegated:
+        raise UsageError(f"{flags.command} is not delegated by {path}",
+                         f"delegated: {', '.join(deploy.delegated) or 'nothing'}")
+    artifact = getattr(flags, "artifact", None)
+    if artifact:
+        if ".." in artifact.split("/") or os.path.dirname(absolute(artifact)) != deploy.inbox:
+            raise UsageError(f"{artifact} is not directly in [deploy] inbox",
+                             f"put the artifact itself there: {deploy.inbox}/NAME")
+        os.close(open_own_file(absolute(artifact)))
+    return flags
+
+
 # -- one run -----------------------------------------------------------------------
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     """Run one command to its exit code; the command's errors become the outcome."""
-    flags = parse_command_line(argv)
+    flags = parse_delegated(argv) if argv[:1] == ["--delegate"] else parse_command_line(argv)
     is_terminal = bool(sys.stderr) and sys.stderr.isatty()
     plain = flags.no_color or environment("NO_COLOR") or environment("TERM") == "dumb"
     console.json_mode = bool(flags.json)
@@ -11334,7 +11436,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             console.json_result(dict(result_object(None), msg=str(asked), help=shown))
         return EXIT_FAILED if console.is_result_lost else EXIT_OK
     except (Exception, KeyboardInterrupt) as error:
-        failure = failure_of(error, "deploy.py", console, "--debug" in argv)
+        debug = "--debug" in argv and argv[:1] != ["--delegate"]
+        failure = failure_of(error, "deploy.py", console, debug)
         console.error(failure.message, failure.hint)
     if console.json_mode:
         console.json_result(result_object(failure, exit_code=failure.exit_code))

@@ -102,6 +102,12 @@ def config_of_another_user(app: App) -> Broken:
     return Broken()
 
 
+def artifact_of_another_user(app: App) -> Broken:
+    """Somebody else may write what is to be deployed."""
+    os.chown(str(app.directory / "artifacts" / "myapp-1.1.tar.gz"), 61234, -1)
+    return Broken()
+
+
 def state_open_to_others(app: App) -> Broken:
     """.deploy can be read by anybody."""
     (app.root / ".deploy").chmod(0o755)
@@ -351,7 +357,7 @@ CAUSES = [
     (wrong_user, "user", "fail", "somebody-else", "sudo -u somebody-else", 3),
     (unknown_run_as, "configuration", "fail", "no-such-user", "run_as", 3),
     (config_writable_by_others, "permissions", "fail", "deploy.ini", "chmod go-w", 3),
-    (config_directory_writable_by_others, "permissions", "fail", "writable by", "chmod go-w", 3),
+    (config_directory_writable_by_others, "permissions origin", "fail", "writable by", "chmod go-w", 3),
     (config_of_another_user, "permissions", "fail", "61234", "chown", 3),
     (state_open_to_others, "permissions", "fail", "open to others", "chmod 0700", 3),
     (root_without_a_parent, "root space inodes", "fail", "no/such", "mkdir -p", 3),
@@ -366,6 +372,7 @@ CAUSES = [
     (clock_behind, "clock", "warn", "2999", "time", 0),
     (missing_digest, "artifact", "fail", "SHA-256", "sha256sum", 4),
     (wrong_digest, "artifact", "fail", "0000000000", "", 4),
+    (artifact_of_another_user, "origin", "fail", "myapp-1.1.tar.gz belongs to uid 61234", "--sha256", 3),
     (known_bad, "known-bad", "fail", "marked bad", "--force", 4),
     (known_bad_forced, "known-bad", "warn", "tried again", "", 0),
     (older, "downgrade", "fail", "older than 1.0", "--allow-downgrade", 4),
@@ -420,7 +427,7 @@ def test_sections_that_do_not_go_together_are_a_configuration_error(
 @pytest.mark.parametrize("cause,check,status,detail,hint,deploy_exit", CAUSES, ids=[row[0].__name__ for row in CAUSES])
 def test_a_check_finds_its_cause_and_stops_a_deployment(
         cause: Callable[[App], Broken], check: str, status: str, detail: str, hint: str, deploy_exit: int, deployed: App) -> None:
-    if os.geteuid() != 0 and (cause is config_of_another_user or check == "permissions"):
+    if os.geteuid() != 0 and check.split()[0] in ("permissions", "origin"):
         pytest.skip("needs root")
     artifact = deployed.artifact("1.1", {"conf.in": "${known} ${unknown}\n"})
     broken = cause(deployed)
