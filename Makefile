@@ -7,7 +7,7 @@ SHARES = 1
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 
-.PHONY: help demo test test-all test-others test-crash fuzz bench lint example clean
+.PHONY: help demo test test-all test-others test-crash fuzz bench lint example release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
@@ -43,6 +43,14 @@ example: ## write deploy.ini.example and what the README shows of deploy.py agai
 	mv deploy.ini.example.new deploy.ini.example
 	$(PYTHON) tests/tables.py
 
+release: ## write deploy.py.sha256, and say how to sign and publish it
+	@sha256sum deploy.py > deploy.py.sha256
+	@cat deploy.py.sha256
+	@echo "sign:    minisign -S -s minisign.key -m deploy.py.sha256"
+	@echo "check:   minisign -V -p minisign.pub -m deploy.py.sha256 && sha256sum -c deploy.py.sha256"
+	@echo "publish: git tag -s v$$(sed -n 's/^VERSION = "\(.*\)"$$/\1/p' deploy.py), and under that tag deploy.py, deploy.py.sha256 and deploy.py.sha256.minisig;"
+	@echo "         minisign.pub where it was found before, and nowhere beside them"
+
 clean: ## remove what make made
-	rm -rf .venv .venvs .cache .pytest_cache deploy.ini.example.new
+	rm -rf .venv .venvs .cache .pytest_cache deploy.ini.example.new deploy.py.sha256
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

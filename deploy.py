@@ -10381,8 +10381,13 @@ def command_config(run: Run) -> None:
         rows.append((section, key, shown, origin))
     run.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
                                    for section, key, text, origin in rows}
+    given = [name.partition(":")[0] for name, _ in run.settings.given] + [
+        "deploy", "artifact", "limits"]
+    inert = run.outcome.extra["inert"] = [name.replace("*", "NAME") for name, _, _ in SECTIONS
+                                          if name.partition(":")[0] not in given]
     run.outcome.message = count(len(rows), "option")
     run.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
+    run.console.result(render_table(("NOT CONFIGURED: NOTHING OF IT RUNS",), [[", ".join(inert)]]))
 
 
 def share_of(host: str, application: str) -> float:
@@ -11199,7 +11204,8 @@ def check_settings(settings: Settings) -> None:
     """Raise UsageError for all that is wrong, also what does not go together."""
     mistakes = settings.mistakes
     wrong = " ".join(mistake.message for mistake in mistakes)
-    for check_all in (check_size_of_commands, services_in_order):
+    every = (check_size_of_commands, services_in_order)
+    for check_all in every if settings.service else every[:1]:
         try:
             check_all(settings)
         except UsageError as error:

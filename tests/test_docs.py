@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
-from support import TESTS, TOP, compiled, load_deploy, run_deploy, shape
+from support import DEPLOY, TESTS, TOP, compiled, load_deploy, needs, run_deploy, sha256_of, shape
 from tables import README, with_tables
 
 EXAMPLE, MAKEFILE = TOP / "deploy.ini.example", TOP / "Makefile"
@@ -135,6 +136,22 @@ def test_every_make_command_of_the_readme_exists() -> None:
             for word in line.split("#")[0].split()[1:] if "=" not in word and not word.startswith("-")}
     assert used, "the README shows no make command"
     assert used <= targets
+
+
+def test_make_release_writes_the_digest_and_says_how_to_sign_and_check_it(tmp_path: Path) -> None:
+    for path in (MAKEFILE, DEPLOY):
+        shutil.copy(str(path), str(tmp_path))
+
+    def run(*argv: str) -> str:
+        return subprocess.run(argv, cwd=str(tmp_path), stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
+
+    said = run(needs("make"), "-s", "release")
+    assert f"{sha256_of(DEPLOY)}  deploy.py\n" == (tmp_path / "deploy.py.sha256").read_text() and f"v{deploy.VERSION}," in said
+    run(needs("minisign"), "-G", "-W", "-p", "minisign.pub", "-s", "minisign.key")
+    for word in ("sign", "check"):
+        shown = re.search(rf"(?m)^{word}: +(.*)$", said).group(1)  # type: ignore
+        checked = run("/bin/sh", "-ec", shown.replace("minisign -S", "minisign -S -W"))
+    assert "deploy.py: OK" in checked
 
 
 # -- options and tests -------------------------------------------------------
