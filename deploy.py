@@ -197,6 +197,8 @@ METRICS = (
      "When the last deploy, activate or rollback ended, since the epoch [command]."),
     ("deploy_last_deployment_success", "gauge",
      "Whether the last deploy, activate or rollback succeeded (1) or not (0) [command]."),
+    ("deploy_last_deployment_exit_code", "gauge",
+     "Exit code of the last deploy, activate or rollback; 6: a person is needed [command]."),
     ("deploy_last_deployment_duration_seconds", "gauge",
      "How long the last deploy, activate or rollback took [command]."),
     ("deploy_step_duration_seconds", "gauge", "How long a step of the last run took [step]."),
@@ -353,7 +355,8 @@ _SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
     (_SECRET_WORDS, r"(?i)(?<![\w.-])"
      # What is called ..._file holds a path, which errors must be able to name; LoadCredential= in
      # a unit file names one as well, and tests_pass: 12 counts.
-     r"(?!LoadCredential=|[\w.-]*(?:[_-]file|tls_key|public[_-]key)(?![\w.-])"
+     r"(?!LoadCredential=|[\w.-]*(?:[_-]file|tls_key|public[_-]key"
+     r"|\.(?:tar|t?gz|bz2|xz|zst|zip|sha256))(?![\w.-])"
      r"|(?:test|check|spec|case)s?[_-]pass[\"']?[ \t]*[=:][ \t]*[0-9]+(?!\S))"
      rf"(?=[\w.-]*(?:{_ANY_SECRET_WORD}))"
      r"([\w.-]+[\"']?[ \t]*[=:][ \t]*"
@@ -970,16 +973,22 @@ class Directory(Descriptor):
         self.path = path
         self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
 
-    def child(self, path: str, *, make: bool = False) -> "Directory":
-        """Open a directory below, component by component, making what is missing if asked to."""
+    def child(self, path: str, *, make: bool = False, group: int = -1) -> "Directory":
+        """Open a directory below, component by component, making what is missing if asked to.
+
+        What is made is the group's to write; of nobody's but its owner where it is -1.
+        """
         here = Directory(self.path, os.dup(self.descriptor))
         for name in path.split("/"):
             with here:
-                if make:
+                is_new = make and here.status(name) is None
+                if is_new:
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o755, dir_fd=here.descriptor)
                 here = Directory(f"{here.path}/{name}", os.open(
                     name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
+                if is_new:
+                    give_to_group(here.descriptor, group)
         return here
 
     def status(self, name: str) -> Optional[os.stat_result]:
@@ -2817,7 +2826,8 @@ class Store:
             return Current(None, f"{link} is not a symlink",
                            f"move it out of the way: mv {link} {link}.old")
         directory, release = os.path.split(os.path.normpath(os.path.join(self.path, target)))
-        if directory != f"{self.path}/releases":
+        # Other tools write the path as they were given it: some directory above may be a link.
+        if os.path.realpath(directory) != f"{self.path}/releases":
             return Current(None, f"{link} points outside releases/: {target}",
                            f"remove the link: rm {link}")
         if not self.is_release(release):
@@ -4846,9 +4856,11 @@ TAR_BLOCK_BYTES = 512
 TAR_KINDS = {
     b"0": FILE, b"\0": FILE, b"7": FILE, b"1": HARD_LINK, b"2": SYMLINK, b"3": "character device",
     b"4": "block device", b"5": DIRECTORY, b"6": "FIFO", b"S": "sparse file",
-    b"D": "GNU dump directory", b"M": "continuation from another volume", b"V": "volume label",
-    b"X": "Solaris extended header",
+    b"D": "part of an incremental archive (tar -g)", b"M": "continuation from another volume",
+    b"V": "volume label", b"X": "Solaris extended header",
 }
+PAX_REFUSED = ((b"GNU.sparse", "a sparse file", "--sparse"),
+               (b"GNU.dumpdir", "part of an incremental archive", "-g"))
 _NO_NUMBER = -1 << 62
 
 
@@ -4960,9 +4972,10 @@ def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, b
         found.append((record.group(2), data[record.end():end - 1]))
         position = end
     for key, value in found:
-        if key.startswith(b"GNU.sparse"):
-            raise refuse(name, "it is a sparse file, which a release cannot hold",
-                         "build the archive without --sparse")
+        for start, what, option in PAX_REFUSED:
+            if key.startswith(start):
+                raise refuse(name, f"it is {what}, which a release cannot hold",
+                             f"build the archive without {option}")
         # A global header, as `git archive` writes for its commit, may not name or size members.
         if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
             raise refuse(name, f"its extension headers give {key.decode()} twice, or a global one "
@@ -5372,14 +5385,17 @@ def hash_pieces(pieces: Iterable[Any]) -> bytes:
     return hasher.digest()
 
 
-def hash_tree(directory: Directory, watch: Watch,
-              known: Optional[Manifest] = None) -> Iterator[Member]:
+def hash_tree(directory: Directory, watch: Watch, known: Optional[Manifest] = None,
+              mutable: Any = None) -> Iterator[Member]:
     """Go through a tree on disk as a manifest has it; of what is `known`, hash only that.
 
-    Otherwise ArtifactRefused for what a release cannot hold.
+    Otherwise ArtifactRefused for what a release cannot hold.  Files that are `mutable` are
+    passed over: whoever writes there could make one without end.
     """
     done_bytes = 0
     for member, descriptor, _ in walk_tree(directory.descriptor):
+        if mutable and member.kind != DIRECTORY and mutable.match(os.fsdecode(member.name)):
+            continue
         if known is None and member.kind not in (FILE, DIRECTORY, SYMLINK):
             raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
         watch(done_bytes)
@@ -5390,9 +5406,9 @@ def hash_tree(directory: Directory, watch: Watch,
         done_bytes += member.size_bytes
 
 
-def scan_tree(directory: Directory, watch: Watch) -> Manifest:
+def scan_tree(directory: Directory, watch: Watch, mutable: Any) -> Manifest:
     """Make the manifest of a tree on disk."""
-    return {member.name: member for member in hash_tree(directory, watch)}
+    return {member.name: member for member in hash_tree(directory, watch, None, mutable)}
 
 
 # How a tree differs from its manifest: changed, missing, added -> a name as the os module gives
@@ -6028,8 +6044,9 @@ class Service:
             left_seconds = ends_seconds - time.monotonic()
             look()
             self.run.interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
-        if any(probe.release and probe.when != "before"
-               for probe in self.run.settings.probe.values()):
+        if answers_naming(self.run, context) and any(
+                probe.release and probe.when != "before"
+                for probe in self.run.settings.probe.values()):
             return  # it asks for the release itself: its word counts
         releases = os.path.realpath(f"{context.root}/releases") + "/"
         for link in ("cwd", "exe"):
@@ -6481,6 +6498,18 @@ class Conversation(Forked):
 VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?(?:{})(?![^\W_]|~|[.+_-]\w)"
 
 
+def answers_naming(run: Run, context: Context) -> List[str]:
+    """List what an answer may call a release: its version or id; nothing where it has no version.
+
+    What was adopted has a name and no version, and of a digest no program knows.
+    """
+    record = run.facts and run.facts.records.get(context.release)
+    if record and record.version in (record.id, record.sha256[:12]):
+        return []
+    return [re.sub(r"\A[vV](?=\d)", "", word)
+            for word in (context.version, context.release) if word]
+
+
 def judge(probe: Any, wanted: List[str], text: str,
           header: Callable[[str], Optional[str]]) -> Answer:
     """Hold an answer's text and headers against what is expected.
@@ -6530,7 +6559,7 @@ def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return None, f"the answer is not JSON: {error}"
+        return None, f"the answer is not JSON: {error if text.strip() else 'it is empty'}"
     for key in path.split("."):
         if isinstance(value, list):
             value = {str(index): item for index, item in enumerate(value)}
@@ -6880,8 +6909,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     `restarted`: this run has just acted on the services.
     """
     started_seconds = time.monotonic()
-    wanted = [re.sub(r"\A[vV](?=\d)", "", word)
-              for word in (context.version, context.release) if word and expect_release]
+    wanted = answers_naming(run, context) if expect_release else []
     services = run.settings.service
     # Where this run has restarted whatever could answer, the new release answers.
     is_new = restarted and bool(services) and all(
@@ -7090,9 +7118,9 @@ def check_release(run: Run, record: Record) -> Differences:
             for word, names in found.items()}
 
 
-def mutable_pattern(deploy: Any) -> Any:
+def mutable_pattern(deploy: Any, *, bytecode: bool = True) -> Any:
     """Compile the names in a release that may change: bytecode, [deploy] mutable and writable."""
-    parts = [r"(?:.*/)?__pycache__(?:/|\Z)", r".*\.py[co]\Z"]
+    parts = [r"(?:.*/)?__pycache__(?:/|\Z)", r".*\.py[co]\Z"] if bytecode else [r"(?!)"]
     parts += [re.escape(path) + r"(?:/|\Z)" for path in deploy.writable]
     for glob in deploy.mutable:
         words = re.split(r"(\*\*/?|\*|\?)", native(glob).strip("/"))
@@ -7122,6 +7150,17 @@ def strangers(run: Run, record: Record) -> List[str]:
     except (OSError, ValueError, StateError):
         pass  # no manifest, or too deep a tree: what was found so far is enough
     return sorted(found)
+
+
+KEPT_DIFFERENCES = 200  # lines of them in the history
+
+
+def name_differences(run: Run, found: Differences) -> List[str]:
+    """Put all that differs into the result; returns a line for each."""
+    run.outcome.extra["differences"] = {
+        word: list(map(portable, names)) for word, names in found.items()}
+    return [f"{word:<8} {portable(name)}  {portable(why)}".rstrip()
+            for word, names in found.items() for name, why in names.items()]
 
 
 def problems_of(differences: Differences) -> str:
@@ -7882,7 +7921,14 @@ def select_release(facts: Facts, text: str) -> Record:
             f"there is no release {text!r} among those that can be read: {'; '.join(unreadable)}",
             "restore the file from a backup, or name another release")
     raise UsageError(f"there is no release {text!r}",
-                     f"the releases are {names}" if names else "none is there: deploy an artifact")
+                     f"the releases are {names}" if names else unrecorded(facts))
+
+
+def unrecorded(facts: Facts) -> str:
+    """Say how to come to a release where none is known."""
+    names = ", ".join(sorted(facts.on_disk - set(facts.records))[-9:])
+    adopt = facts.command_line("adopt RELEASE")
+    return f"{adopt}: {names}" if names else "none is there: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[Record]:
@@ -7978,7 +8024,7 @@ def plan_operation(facts: Facts) -> Plan:
         release = asked.release if asked.release != "current" else live or ""
         if release not in facts.on_disk:
             raise UsageError(f"there is no release directory {release!r} in {facts.root}/releases",
-                             "name one that another tool left there, or current")
+                             unrecorded(facts))
         nothing_to_do = release in facts.records
     elif operation in ("hold", "unhold"):
         if operation == "hold" and not facts.note:
@@ -8144,7 +8190,8 @@ def do_shared(run: Run) -> str:
     replaced = []
     live, tree = f"{run.facts.root}/current", run.store.directory(f"releases/{run.staging}")
     for path in directories:
-        with run.store.root.child(f"shared/{path}", make=True) as directory:
+        with run.store.root.child(
+                f"shared/{path}", make=True, group=run.store.group) as directory:
             if not os.listdir(directory.descriptor) and not os.path.islink(f"{live}/{path}") \
                     and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
                 target = f"{run.facts.root}/shared/{path}/"
@@ -8330,7 +8377,8 @@ def rescan_release(run: Run, release: str) -> None:
         total = count_members(run.manifest)["bytes"]
         with run.console.progress("hash", total) as progress, \
                 run.store.directory("releases").child(release) as directory:
-            run.manifest = scan_tree(directory, watching(run, progress))
+            run.manifest = scan_tree(directory, watching(run, progress),
+                                     mutable_pattern(run.settings.deploy, bytecode=False))
             open_to_group(run, directory)
     except ArtifactRefused as error:
         raise StepFailed(
@@ -8346,7 +8394,10 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
 
     def verify(run: Run) -> str:
         differences = check_release(run, run.facts.records[release])
-        problem = problems_of(differences)
+        problem, lines = problems_of(differences), name_differences(run, differences)
+        run.output = lines[:KEPT_DIFFERENCES]
+        if lines[KEPT_DIFFERENCES:]:
+            run.output.append(f"and {len(lines) - KEPT_DIFFERENCES:,} more")
         inside = [(f"[{section}] {key}", argv[0])
                   for section, key, argv, _, in_release in commands(facts.settings)
                   if in_release]
@@ -8359,8 +8410,7 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
                 f"{release} is not what was staged: {problem}",
                 f"see all of it: {facts.command_line(f'verify {release}')}; then deploy the "
                 "artifact again, or go there all the same: --force; what the service may write "
-                "belongs into [deploy] mutable", {"differences": {
-                    word: list(names) for word, names in differences.items()}})
+                "belongs into [deploy] mutable")
         added = list(differences["added"])
         if added:
             run.console.warn(f"{release} holds {count(len(added), 'file')} that the "
@@ -8509,9 +8559,11 @@ def make_adopt(word: str, facts: Facts, move: Move) -> List[Step]:
         try:
             with run.console.progress("hash") as progress, \
                     store.directory("releases").child(release) as directory:
-                manifest = scan_tree(directory, watching(run, progress))
+                manifest = scan_tree(directory, watching(run, progress),
+                                     mutable_pattern(run.settings.deploy, bytecode=False))
         except ArtifactRefused as error:
-            raise StepFailed(f"{release} cannot be adopted: {error.message}", error.hint)
+            raise StepFailed(f"{release} cannot be adopted: {error.message.partition(': ')[2]}",
+                             "remove it, or name its place in [deploy] mutable")
         digests = store.write_manifest(release, digest_lines(manifest), tree_lines(manifest))
         records, counts = run.facts.records, count_members(manifest)
         sequence = 1 + max([record.sequence for record in records.values()
@@ -9473,7 +9525,8 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
     if is_untouched(run):
         if flags.command not in ("deploy", "stage", "adopt"):
             raise UsageError(f"nothing was ever deployed to {run.root}",
-                             "name another root with --root DIR, or deploy something first")
+                             "name another root with --root DIR, deploy something first, or adopt "
+                             "what another tool left there")
         if not flags.dry_run and flags.command != "adopt":
             # Before a root is made, everything else must be right: it may be a slip of the pen.
             with looking(run, must_exist=False):
@@ -9732,12 +9785,9 @@ def command_verify(run: Run) -> None:
 
 def show_differences(run: Run, found: Differences) -> Dict[str, List[str]]:
     """Show every difference, also in the object of --json; return the names."""
-    for word, names in found.items():
-        for name, why in names.items():
-            run.console.result(f"  {word:<8} {portable(name)}  {portable(why)}".rstrip())
-    lists = {word: list(map(portable, names)) for word, names in found.items()}
-    run.outcome.extra["differences"] = lists
-    return lists
+    for line in name_differences(run, found):
+        run.console.result(f"  {line}")
+    return run.outcome.extra["differences"]  # type: ignore
 
 
 def command_diff(run: Run) -> None:
@@ -10025,7 +10075,8 @@ def command_releases(run: Run) -> None:
              format_size(int(record.tree.get("bytes") or 0))) for record in newest]
     run.outcome.message = count(len(rows), "release")
     headers = ("", "RELEASE", "VERSION", "STATE", "ACTIVATED", "SIZE")
-    run.console.result(render_table(headers, rows) if rows else "no releases yet")
+    run.console.result(render_table(headers, rows) if rows else
+                       f"no releases yet: {unrecorded(facts)}")
     if facts.state_problems:
         raise ProblemFound("; ".join(facts.state_problems),
                            "restore the file from a backup, or move it away")
@@ -10122,6 +10173,7 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
         name = f"{step.get('name')} [{step.get('status')}]"
         seconds = format_seconds(float(step.get("seconds", 0)))
         lines.append(f"  {name:<32} {seconds:>7}  {step.get('detail', '')}".rstrip())
+        lines += [f"    | {line}" for line in step.get("output", ())]
     if entry.failure:
         lines.append(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
         evidence = entry.failure.get("evidence") or {}
@@ -10584,13 +10636,15 @@ def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float,
     # One that found nothing to do is no news, unless the one before had failed.
     is_news = run.outcome.changed or not succeeded or \
         not all(samples.get("deploy_last_deployment_success", {}).values())
-    is_deployment = command in ("deploy", "activate", "rollback") and is_news
+    # A recovery that brings one to its end is its verdict.
+    is_deployment = is_news and (command in ("deploy", "activate", "rollback")
+                                 or command == "recover" and run.outcome.result)
     key = label(run, command=command)
     for family in ("run", "deployment") if is_deployment else ("run",):
         samples[f"deploy_last_{family}_timestamp_seconds"] = {key: ended_seconds}
         samples[f"deploy_last_{family}_success"] = {key: succeeded}
+        samples[f"deploy_last_{family}_exit_code"] = {key: exit_code}
         samples[f"deploy_last_{family}_duration_seconds"] = {key: seconds}
-    samples["deploy_last_run_exit_code"] = {key: exit_code}
     if succeeded:
         samples["deploy_last_success_timestamp_seconds"] = {label(run): ended_seconds}
     steps = samples["deploy_step_duration_seconds"] = {}

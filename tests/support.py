@@ -95,7 +95,10 @@ def compiled() -> str:
     identity = hashlib.sha256(f"{DEPLOY} {os.stat(str(DEPLOY)).st_mtime_ns}".encode()).hexdigest()
     path = os.path.join(_home, identity[:12], "deploy.pyc")
     if not os.path.exists(path):
-        py_compile.compile(str(DEPLOY), path, dfile=str(DEPLOY), doraise=True)
+        # Under a name of this process: py_compile's own temporary name may be the same in two that were forked.
+        own = f"{path}.{os.getpid()}"
+        py_compile.compile(str(DEPLOY), own, dfile=str(DEPLOY), doraise=True)
+        os.replace(own, path)
     return path
 
 

@@ -101,6 +101,15 @@ def test_a_group_may_write_its_state_and_the_directories_of_releases_and_nobody_
     assert (app.root / "releases").stat().st_mode & 0o7777 == 0o2775
 
 
+def test_what_one_of_a_group_makes_in_shared_is_the_others_to_write(app: App) -> None:
+    of_group(app, "shared_dirs = var/lib/one\n")
+    run_as(ALICE, app, "deploy", app.artifact("1.0", FILES))
+    app.configure(f"durable = no\ngroup = {GROUP}\nshared_dirs = var/lib/two\n")
+    run_as(BOB, app, "deploy", app.artifact("1.1", FILES))
+    made = [app.root / "shared" / name for name in ("var", "var/lib", "var/lib/one", "var/lib/two")]
+    assert [path.stat().st_mode & 0o7777 for path in made] == [0o2775] * 4
+
+
 def test_a_directory_that_an_artifact_closes_can_still_be_pruned_by_the_others(app: App) -> None:
     of_group(app, "keep_releases = 1\n")
     tree = app.directory / "tree-1.0"
@@ -331,6 +340,17 @@ def test_a_huge_file_that_the_application_made_there_does_not_hold_up_a_rollback
     os.truncate(str(app.root / "current" / "storage" / "db"), 1 << 42)
     app.deploy("1.1", STORED)
     app.run("rollback", check=0, timeout=60)
+
+
+def test_nothing_that_the_application_makes_there_holds_up_what_post_stage_is_followed_by(app: App) -> None:
+    """The directories are the application's already while the hook runs."""
+    app.configure(WRITABLE + "[hooks]\npost_stage = sh -c 'mkfifo storage/pipe; truncate -s 4T storage/huge; echo made > made'\n")
+    release = app.run("deploy", app.artifact("1.0", STORED), check=0, timeout=60).data["release"]
+    manifest = (app.root / ".deploy" / "manifests" / release).read_text()
+    assert "  made\n" in manifest and "storage/" not in manifest
+    app.run("verify", check=0, timeout=60)
+    (app.root / "current" / "made").write_text("changed")
+    assert app.run("verify", check=7).data["differences"]["changed"] == ["made"]
 
 
 @pytest.mark.parametrize("how", ["reflink", "hardlink"])

@@ -212,6 +212,20 @@ def test_what_tells_of_the_last_deployment_stays_until_the_next_one(app):
     assert read(app)["deploy_last_deployment_timestamp_seconds"] == moved_at, "it found nothing to do"
 
 
+def test_that_a_person_is_needed_stays_known_until_it_is_settled(app):
+    """A pin closed the alert of a release that was left live although it had failed."""
+    app.deploy("1.0")
+    configure(app, "[hooks]\npost_activate = false\n")
+    app.run("--set", "deploy.auto_rollback=no", "deploy", app.artifact("2.0"), check=6)
+    configure(app)
+    for words in (["pin", "1.0"], ["recover"], ["prune"], ["stage", app.artifact("3.0")]):
+        app.run(*words, check=0)
+        assert read(app)["deploy_last_deployment_exit_code"] == 6 and read(app)["deploy_last_run_exit_code"] == 0
+    app.run("recover", "--to", "2.0", check=0)
+    assert read(app)["deploy_last_deployment_exit_code"] == 0 and read(app)["deploy_last_deployment_success"] == 1
+    assert "deploy_last_deployment_exit_code == 6" in section("Monitoring")
+
+
 # -- several runs ------------------------------------------------------------------
 
 def test_a_run_that_lost_the_lock_or_was_mistyped_is_only_counted(app):

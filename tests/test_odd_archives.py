@@ -7,6 +7,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import struct
 import subprocess
 import tarfile
@@ -272,6 +273,16 @@ def test_a_hard_link_without_its_file_says_how_to_pack_without_such_links(app: A
     text = refused(app, tar(entry(b"d" * 99 + b"/f", b"x"), hard_link(b"g", b"d" * 99 + b"/")))
     assert "no earlier file" in text and "--hard-dereference" in text
     assert "--hard-dereference" not in refused(app, tar(entry(b"f", b"x"), hard_link(b"g", b"../f")))
+
+
+@pytest.mark.parametrize("options", [[], ["--format=posix"]], ids=["gnu", "posix"])
+def test_an_incremental_archive_is_no_release_and_says_how_to_pack_one(options: List[str], app: App) -> None:
+    """The second one holds what has changed since the first, and nothing more."""
+    make_tree(app.directory / "tree", {"VERSION": "1.0", "lib/x": "x"})
+    argv = [needs("tar"), *options, "-g", str(app.directory / "snapshot"), "-cf", "-", "-C", str(app.directory / "tree"), "."]
+    for _ in range(2):
+        text = refused(app, subprocess.run(argv, stdout=subprocess.PIPE, check=True).stdout)
+        assert "part of an incremental archive" in text and re.search("tar -g|without -g", text)
 
 
 def test_a_name_in_a_message_is_legible_and_short(app: App) -> None:

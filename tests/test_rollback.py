@@ -256,7 +256,32 @@ def test_a_changed_release_is_gone_back_to_by_force_alone_and_the_differences_ar
     assert "VERSION" in refused["message"] and "--force" in refused["hint"] and app.version == "1.1"
     done = app.run("rollback", "--force", check=0).data
     assert app.current == first and any("VERSION" in warning for warning in done["warnings"])
-    assert any("VERSION" in step["detail"] for step in app.history()[-1]["steps"])
+    assert done["differences"] == {"changed": ["VERSION"], "missing": [], "added": []}
+    assert app.history()[-1]["steps"][0]["output"] == ["changed  VERSION"]
+
+
+def test_all_that_differs_is_kept_two_hundred_by_name(app: App) -> None:
+    files = {f"assets/{number:03}.js": "x" for number in range(250)}
+    app.deploy("1.0", files)
+    first = app.current
+    app.deploy("1.1")
+    top = app.root / "releases" / str(first)
+    for name in sorted(files)[10:]:
+        (top / name).unlink()
+    for name in sorted(files)[:10]:
+        (top / name).write_text("rewritten")
+    (top / "bin" / "run").chmod(0o644)
+    (top / "by-hand").write_text("")
+    refused = app.run("rollback", check=1).data
+    done = app.run("rollback", "--force", check=0).data
+    for found in (refused, done):
+        assert [len(found["differences"][word]) for word in ("changed", "missing", "added")] == [11, 240, 1]
+        kept = next(step["output"] for step in found["steps"] if step["name"] == "verify")
+        assert (len(kept), kept[0], kept[10], kept[11], kept[-1]) == (
+            201, "changed  assets/000.js", "changed  bin/run  has mode 0644, was 0755", "missing  assets/010.js", "and 52 more")
+    assert app.history()[-1]["steps"][0]["output"] == app.history()[-2]["steps"][0]["output"] == kept
+    shown = app.run("show", "latest", json=False, check=0).stdout
+    assert [line.strip(" |") for line in shown.splitlines() if line.startswith("    | ")] == kept
 
 
 @pytest.mark.parametrize("path, mutable, exit_code", [
