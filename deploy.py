@@ -211,7 +211,8 @@ METRICS = (
 
 # The label `result` of deploy_runs_total: events, and what is none.
 RUN_RESULTS = [name for name, _ in NOTIFY_EVENTS] + [
-    "pinned", "unpinned", "adopted", "unchanged", "usage", "busy", "interrupted", "internal_error"]
+    "pinned", "unpinned", "adopted", "held", "unheld", "flagged", "unchanged", "usage",
+    "busy", "interrupted", "internal_error"]
 
 HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
               "post_deploy", "on_failure", "pre_rollback", "post_rollback")
@@ -1814,6 +1815,8 @@ KINDS = {
     "syslog": ("/dev/log or udp://HOST:PORT",
                "/dev/log, another socket's path, or udp://HOST:PORT",
                rf"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):{_PORT}", _syslog),
+    "collector": ("URL, or environment", "http://HOST:PORT, https://HOST/... or environment",
+                  r"environment|https?://[^\s/@]+(/[^\s@]*)?", str),
     "events": ("events", "", _ANY, _events),
     "pattern": ("text", "@v where the version stands", r".*@v.*", _plain),
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
@@ -1981,18 +1984,20 @@ period_max        duration   10s     longest wait between tries
 jitter            share      0.1     random share added to or taken from each wait
 required          bool       yes     no: a failure is only a warning
 
-[notify:*] somebody who is told how a run ended: by webhook, slack, email or a command
-type  webhook|slack|email|command  webhook  how it is told
+[notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
+type  webhook|slack|teams|discord|email|command  webhook  how it is told
 events  events  DEFAULT_EVENTS       what it is told of
 text  text  ${application} on ${host}: ${event}: ${message}
     what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}
-url               text       -       HTTP or HTTPS URL to post to (webhook, slack)
-url_file          private    -       file with the url, which is a secret itself (slack); a
+body              text       -       what is posted instead, for any other receiver (webhook);
+    ${name} as in text, escaped as JSON where it is JSON
+url               text       -       HTTP or HTTPS URL to post to (webhook and chats)
+url_file          private    -       file with the url, which is a secret itself; a
     credential from systemd that has the notifier's NAME goes before it
 token_file        private    -       file with a token that is sent as such (Bearer; webhook); a
     credential from systemd that has the notifier's NAME goes before it
-header.*          text       -       request header (webhook)
-tls_ca            path       -       CAs to trust instead of the system's (webhook, slack)
+header.*          text       -       request header, ${name} as in text (webhook)
+tls_ca            path       -       CAs to trust instead of the system's (webhook and chats)
 to                list       -       addresses to write to (email)
 from              text       -       address to write from (email); default: deploy@HOST
 smtp  text  localhost:25             host:port of a mail server that needs no login (email)
@@ -2000,6 +2005,10 @@ command           argv       -       command to run, under the rules for hooks (
 
 [metrics] numbers for Prometheus
 textfile_dir      path       -       node_exporter's textfile directory, for deploy_APPLICATION.prom
+
+[trace] spans of each run that writes, for OpenTelemetry
+otlp              collector  -       base URL of a collector that takes OTLP over HTTP, such as
+    http://127.0.0.1:4318; or environment: what OTEL_EXPORTER_OTLP_ENDPOINT says
 
 [log] where everything that is said is kept: a file, syslog, or both
 file              path       -       log file to append to
@@ -3246,7 +3255,7 @@ class StepResult(NamedTuple):
     seconds: float
     detail: str
     output: Sequence[str] = ()
-    started_at: str = ""
+    started_at: float = 0.0  # seconds since the epoch
 
     def to_json(self) -> Dict[str, Any]:
         """Return what the history keeps and --json shows; `output` only where there is some."""
@@ -3311,7 +3320,10 @@ class Run:
         self.interrupts = interrupts
         self.flags = flags
         self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
+        # What children are handed: the caller's trace, else one of our own where it is kept.
         self.traceparent = traceparent(os.urandom(8).hex())
+        if settings.trace.otlp and not self.traceparent:
+            self.traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
         self.by = who()
         self.note = console.secrets.mask(getattr(flags, "message", None) or "")
         root = settings.deploy.root and os.path.realpath(settings.deploy.root)
@@ -8786,7 +8798,7 @@ class Executor:
         finally:
             seconds, mask = time.monotonic() - started_seconds, console.secrets.mask_json
             run.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
-                                                mask(run.output), format_time(started_at)))
+                                                mask(run.output), started_at))
             console.say(f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
                         {"event": f"step_{status}", "result": status},
                         status="warn" if status == "failed" and step.optional else status)
@@ -8833,7 +8845,7 @@ class Executor:
             run, found, error, deploy_id=self.deploy_id, operation=plan.operation, result=result,
             release=plan.to_release or None, previous=plan.from_release, exit_code=exit_code,
             seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
-            steps=mask([dict(step.to_json(), started_at=step.started_at)
+            steps=mask([dict(step.to_json(), started_at=format_time(step.started_at))
                         for step in run.outcome.steps]),
             automatic=automatic if result == "rolled_back" else None)
         run.outcome.extra["chain"] = run.store.chain
@@ -10288,7 +10300,7 @@ def report_rows(found: Dict[str, Any]) -> List[Tuple[str, str]]:
     def middle(key: str) -> str:
         return "-" if found[key] is None else f"{format_seconds(found[key])} (median)"
 
-    return [("from", f"{found['since']} to {found['until']}"),
+    return [("from", f"{found['since'][:10]} to {found['until'][:10]}"),
             ("deployments", f"{found['deployments']}, {found['per_day']:g} a day"),
             ("failed", f"{found['failed']}, {share('change_fail_rate')}"),
             ("time to recover", middle("recovery_seconds")),
@@ -10678,8 +10690,10 @@ NOTIFY_GRACE_SECONDS = 0.3  # what a command that was told to end has left befor
 
 # type: the keys of which exactly one must be given, and the others that mean something to it.
 NOTIFIERS = {
-    "webhook": (("url",), ("token_file", "header", "tls_ca")),
+    "webhook": (("url", "url_file"), ("token_file", "header", "tls_ca", "body")),
     "slack": (("url", "url_file"), ("tls_ca",)),
+    "teams": (("url", "url_file"), ("tls_ca",)),
+    "discord": (("url", "url_file"), ("tls_ca",)),
     "email": (("to",), ("from", "smtp")),
     "command": (("command",), ()),
 }
@@ -10699,10 +10713,18 @@ def check_notifier(settings: Any) -> Optional[str]:
     if sum(bool(getattr(settings, key)) for key in needs) != 1:
         return f"type = {settings.type} needs {' or '.join(needs)}"
     names = [*NOTE_WORDS, *Context("", "", "", "", "", "", "").variables()]
-    for escaped, name in PLACEHOLDER.findall(settings.text):
-        if not escaped and name not in names:
-            return (f"text: nothing stands behind ${{{name}}}; "
-                    + (nearest(name, names) or "there are " + ", ".join(names)))
+    templates = {"text": settings.text, "body": settings.body}
+    templates.update({f"header.{name}": value for name, value in settings.header.items()})
+    for key, template in templates.items():
+        for escaped, name in PLACEHOLDER.findall(template):
+            if not escaped and name not in names:
+                return (f"{key}: nothing stands behind ${{{name}}}; "
+                        + (nearest(name, names) or "there are " + ", ".join(names)))
+    if is_json(settings.body):
+        try:
+            json.loads(render_template(settings.body, dict.fromkeys(names, "1"), "body"))
+        except ValueError as error:
+            return f"body begins as JSON, and is none: {error}"
     if settings.url and wrong_target(settings.url):
         return f"url: {wrong_target(settings.url)}"
     sender = getattr(settings, "from")
@@ -10765,7 +10787,8 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[
         import html
         # Or a value would call everybody in the channel (<!channel>), or pass for a link.
         words = {name: html.escape(value, quote=False) for name, value in words.items()}
-    text = render_template(settings.text, words, f"[notify:{settings.name}] text")
+    where = f"[notify:{settings.name}]"
+    text = render_template(settings.text, words, f"{where} text")
     if settings.type == "email":
         subject = "{application} on {host}: {event}".format(**words)
         return send_mail(asked, settings, subject, text)
@@ -10788,13 +10811,43 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[
     target = settings.url or secrets["url_file"]
     if wrong_target(target):
         return {"error": f"{settings.url_file or 'url'} holds no https:// URL"}
-    content = {"event": event, "text": text, "result": result}
-    body = json.dumps({"text": text} if settings.type == "slack" else content).encode("ascii")
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    content: Dict[str, Any] = {"text": text}
+    if settings.type == "webhook":
+        content.update(event=event, result=result)
+    elif settings.type == "discord":
+        content = {"content": text[:2000], "allowed_mentions": {"parse": []}}  # all it takes
+    elif settings.type == "teams":
+        # An Adaptive Card, as a Workflows webhook takes it.
+        card = {"type": "AdaptiveCard", "version": "1.4",
+                "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+                "body": [{"type": "TextBlock", "text": text, "wrap": True}]}
+        content = {"type": "message", "attachments": [{
+            "contentType": "application/vnd.microsoft.card.adaptive", "content": card}]}
+    body, headers = json.dumps(content), {"Content-Type": "application/json"}
+    if settings.body:
+        if is_json(settings.body):
+            words = {name: json.dumps(value)[1:-1] for name, value in words.items()}
+        else:
+            headers["Content-Type"] = "text/plain; charset=utf-8"
+        body = render_template(settings.body, words, f"{where} body")
+    own = {name: render_template(value, words, f"{where} header.{name}")
+           for name, value in settings.header.items()}
     if secrets["token_file"]:
         headers["Authorization"] = f"Bearer {secrets['token_file']}"
-    url = parse_url(target)
-    response = asked.request("POST", url, headers, settings, body)
+    return post(asked, target, headers, SimpleNamespace(header=own, tls_ca=settings.tls_ca), body)
+
+
+def is_json(body: str) -> bool:
+    """Say whether a body is meant as JSON, so that what stands in it is escaped."""
+    return body.lstrip().startswith(("{", "["))
+
+
+def post(asked: Conversation, target: str, headers: Dict[str, str], settings: Any,
+         body: str) -> Dict[str, Any]:
+    """Post a body; returns {"error": why} where it was not taken, nothing where it was."""
+    data = body.encode("utf-8", "backslashreplace")
+    headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}
+    response = asked.request("POST", parse_url(target), headers, settings, data)
     if 200 <= response.status < 300:
         return {}
     answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
@@ -10847,6 +10900,63 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Di
     return {"error": f"the mail server refused {', '.join(refused)}"} if refused else {}
 
 
+# -- traces ----------------------------------------------------------------------
+
+def send_trace(run: Run, exit_code: int, seconds: float) -> None:
+    """Send a span for the run and one for each step by OTLP/HTTP in JSON; at worst a warning."""
+    ended_seconds, error, mask = time.time(), run.outcome.error, run.console.secrets.mask
+    _, trace, span, sampled = run.traceparent.split("-")
+    target = run.settings.trace.otlp
+    if target == "environment":
+        target = environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or \
+            environment("OTEL_EXPORTER_OTLP_ENDPOINT")
+    own = environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") == target
+    if not target or not int(sampled, 16) & 1 or environment("OTEL_SDK_DISABLED") == "true":
+        return
+    if not own and not target.endswith("/v1/traces"):
+        target = target.rstrip("/") + "/v1/traces"
+
+    def attributes(**values: Any) -> List[Any]:
+        return [{"key": key.replace("_", ".", 1), "value": {
+            "intValue" if isinstance(value, int) else "stringValue": mask(str(value))}}
+            for key, value in values.items() if value is not None]
+
+    def describe(name: str, begun_seconds: float, taken_seconds: float, why: str,
+                 **fields: Any) -> Dict[str, Any]:
+        begun_ns = int(begun_seconds * 10 ** 9)
+        return {"traceId": trace, "name": name, "kind": 1, "startTimeUnixNano": str(begun_ns),
+                "endTimeUnixNano": str(begun_ns + int(taken_seconds * 10 ** 9)),
+                "status": {"code": 2, "message": mask(why)} if why else {"code": 1}, **fields}
+
+    outcome, incoming = run.outcome, traceparent()
+    parent = {"parentSpanId": incoming.split("-")[2]} if incoming else {}
+    spans = [describe(
+        f"deploy.py {run.flags.command}", ended_seconds - seconds, seconds,
+        error.message if error else "", spanId=span, **parent, attributes=attributes(
+            deploy_id=run.deploy_id, deploy_release=outcome.release, deploy_exit_code=exit_code,
+            deploy_result=run_result(run, exit_code)))]
+    spans += [describe(
+        step.name, step.started_at, step.seconds, step.detail if step.status == "failed" else "",
+        spanId=os.urandom(8).hex(), parentSpanId=span, attributes=attributes(
+            deploy_status=step.status, deploy_detail=step.detail))
+        for step in outcome.steps if step.started_at]
+    resource = attributes(
+        service_name=environment("OTEL_SERVICE_NAME") or run.application,
+        host_name=os.uname().nodename)
+    content = {"resourceSpans": [{
+        "resource": {"attributes": resource},
+        "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION}, "spans": spans}]}]}
+    from urllib.parse import unquote
+    pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
+    settings = SimpleNamespace(header={name: unquote(value.strip()) for name, value in pairs},
+                               tls_ca=environment("OTEL_EXPORTER_OTLP_CERTIFICATE"))
+    with Conversation(lambda asked: post(asked, target, {}, settings, json.dumps(content)),
+                      NOTIFY_SECONDS) as asked:
+        why = mask(asked.answer(run.interrupts)["error"])
+    if why:
+        run.console.warn(f"trace: not sent: {why[:2 * EVIDENCE_CHARACTERS]}")
+
+
 # -- all of it -------------------------------------------------------------------
 
 WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "adopt",
@@ -10863,7 +10973,8 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
     if not dry_run and run.is_believed and run.flags.command in WRITING:
         for name, send, is_wanted in (
                 ("metrics", write_metrics, settings.metrics.textfile_dir and settings.deploy.root),
-                ("notify", notify, settings.notify)):
+                ("notify", notify, settings.notify),
+                ("trace", send_trace, settings.trace.otlp)):
             try:
                 if is_wanted:
                     send(run, exit_code, seconds)
@@ -11421,15 +11532,15 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
-    run, trace = Run(settings, console, interrupts, flags), traceparent()
+    run = Run(settings, console, interrupts, flags)
     console.log_context = {"deploy_id": run.deploy_id, "command": flags.command}
     if settings.deploy.root:
         console.log_context["application"] = escape(run.application)
-    if trace:
-        console.log_context["trace_id"] = trace.split("-")[1]
+    if run.traceparent:
+        console.log_context["trace_id"] = run.traceparent.split("-")[1]
     console.supervisor = environment("NOTIFY_SOCKET")
     open_log(flags, settings, console)
-    if environment("TRACEPARENT") and not trace:
+    if environment("TRACEPARENT") and not traceparent():
         console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not "
                       "00-TRACE-PARENT-FLAGS (W3C trace context)")
     outcome, command = run.outcome, flags.command

@@ -542,7 +542,7 @@ def test_an_unknown_name_in_set_is_refused_and_the_nearest_one_suggested(text: s
 def test_a_section_without_keys_is_declared_all_the_same(app: App) -> None:
     app.configure("[notify:ops]\n")
     message = app.run("deploy", app.artifact("1.0"), check=2).data["error"]["message"]
-    assert message == f"{app.config}: [notify:ops] type = webhook needs url"
+    assert message == f"{app.config}: [notify:ops] type = webhook needs url or url_file"
     path = write(app.directory / "more.ini", "[probe:web]\n")
     found = config_of(config=path, env={"DEPLOY_PROBE_WEB_URL": "http://127.0.0.1:1/"})
     assert found["probe:web.url"]["origin"] == "environment DEPLOY_PROBE_WEB_URL"

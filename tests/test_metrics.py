@@ -388,3 +388,28 @@ def test_promtool_takes_the_rules_of_the_page():
     assert "SUCCESS: 3 rules found" in promtool("rules", re.sub("(?m)^    ", "", rules).encode("ascii"))
     used = set(re.findall(r"deploy_\w+", rules))
     assert used and used <= {name for name, _, _ in deploy.METRICS}
+
+
+@once_in_ci
+def test_the_rules_of_the_page_fire_when_they_should_and_not_before(tmp_path):
+    """By promtool's own unit tests: three hours of metrics as a failed deployment, mended an hour later, leaves them."""
+    rules = re.search(r"(?m)^    groups:\n(?:    .*\n)+", section("Monitoring")).group()
+    (tmp_path / "rules.yml").write_text(re.sub("(?m)^    ", "", rules))
+    (tmp_path / "tests.yml").write_text("""
+rule_files: [rules.yml]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'deploy_last_deployment_success{app="shop",command="deploy"}'
+        values: '1x60 0x60 1x60'
+    alert_rule_test:
+      - {eval_time: 30m, alertname: DeployFailed}
+      - eval_time: 90m
+        alertname: DeployFailed
+        exp_alerts: [{exp_labels: {app: shop, command: deploy}}]
+      - {eval_time: 150m, alertname: DeployFailed}
+""")
+    done = subprocess.run([needs("promtool"), "test", "rules", str(tmp_path / "tests.yml")], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and b"SUCCESS" in done.stdout, done.stdout.decode()

@@ -491,7 +491,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown_instead(app, receive, tmp_path, 
 
 
 @pytest.mark.parametrize("section, message", [
-    ("type = pigeon", "type = 'pigeon': expected webhook, slack, email or command"),
+    ("type = pigeon", "type = 'pigeon': expected webhook, slack, teams, discord, email or command"),
     ("url = http://x/\nevents=deployed, gone", "expected some of deployed, activated, rolled_back, failed, left_live, rollback_failed, "
      "refused, recovered, staged, pruned, not 'gone'"),
     ("url = http://x/\nevents =", "expected some of deployed"),
@@ -523,8 +523,8 @@ def test_the_configuration_of_the_page_is_a_proper_one(app):
     blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    \[))+", page)
     app.configure("".join(re.sub("(?m)^    ", "", block) for block in blocks if block.strip().startswith("[")))
     settings = deploy.load_settings([str(app.config)], {}, [])
-    assert sorted(notifier.type for notifier in settings.notify.values()) == sorted(deploy.NOTIFIERS)
-    assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [None] * 4
+    assert {notifier.type for notifier in settings.notify.values()} == set(deploy.NOTIFIERS)
+    assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [None] * len(settings.notify)
     assert settings.metrics.textfile_dir == "/var/lib/prometheus/node-exporter"
     words = set(re.findall(r"\$\{(\w+)\}", page.split("In `text` stand")[1].split("\n\n")[0]))
     assert words == set(deploy.NOTE_WORDS)
@@ -581,3 +581,56 @@ def test_no_secret_is_told_shown_or_logged(app, receive, mail_server, tmp_path):
     assert [name for name, value in canaries.items() if value in everything] == []
     assert "status 500: no: [masked] [masked]" in failed.data["warnings"][0]
     assert broken.posts[0]["path"] == f"/{canaries['path']}?key={canaries['query']}", "it did get there"
+
+
+# -- chats and receivers of one's own ---------------------------------------------
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """A receiver that takes everything."""
+    made = Receiver()
+    yield made
+    made.stop()
+
+
+def test_discord_mentions_nobody_and_gets_what_it_takes(app: App, receiver: Receiver) -> None:
+    app.configure(f"[notify:chat]\ntype = discord\nurl = {receiver.url}\ntext = ${{note}} {'x' * 3000}")
+    app.run("deploy", app.artifact("1.0"), "-m", "@everyone look", check=0)
+    body = receiver.posts[0]["body"]
+    assert set(body) == {"content", "allowed_mentions"} and body["allowed_mentions"] == {"parse": []}
+    assert body["content"].startswith("@everyone look x") and len(body["content"]) == 2000
+
+
+def test_teams_gets_an_adaptive_card(app: App, receiver: Receiver) -> None:
+    app.configure(f"[notify:chat]\ntype = teams\nurl = {receiver.url}\ntext = ${{application}} is ${{event}}")
+    app.deploy("1.0")
+    body = receiver.posts[0]["body"]
+    [attachment] = body["attachments"]
+    assert body["type"] == "message" and attachment["contentType"] == "application/vnd.microsoft.card.adaptive"
+    card = attachment["content"]
+    assert (card["type"], card["version"]) == ("AdaptiveCard", "1.4")
+    assert card["body"] == [{"type": "TextBlock", "text": "myapp is deployed", "wrap": True}]
+
+
+def test_a_body_of_ones_own_is_escaped_as_json_and_headers_are_templates(app: App, receiver: Receiver) -> None:
+    app.configure(f"""[notify:events]
+url = {receiver.url}
+header.ce-type = dev.cdevents.service.${{event}}.0.2.0
+header.ce-id = ${{deploy_id}}
+header.Content-Type = application/cloudevents+json
+body = {{"title": "${{application}}", "what": ["${{note}}", "$${{literal}}"],
+    "severity": "error"}}""")
+    done = app.run("deploy", app.artifact("1.0"), "-m", 'a "quoted" \\ backslash', check=0)
+    [post] = receiver.posts
+    assert post["body"] == {"title": "myapp", "what": ['a "quoted" \\ backslash', "${literal}"], "severity": "error"}
+    headers = {name.lower(): value for name, value in post["headers"].items()}
+    assert headers["ce-type"] == "dev.cdevents.service.deployed.0.2.0" and headers["ce-id"] == done.data["deploy_id"]
+    assert headers["content-type"] == "application/cloudevents+json"
+
+
+@pytest.mark.parametrize("text, said", [
+    ('body = {"title": ${event}', "body begins as JSON, and is none"), ("body = ${evnt}", "body: nothing stands behind ${evnt}"),
+    ("header.x-a = ${evnt}", "header.x-a: nothing stands behind"), ("type = discord\nbody = x", "body means nothing to type = discord")])
+def test_a_body_that_cannot_be_right_is_usage(text: str, said: str, app: App) -> None:
+    app.configure(f"[notify:own]\nurl = http://127.0.0.1:9/\n{text}")
+    assert said in app.run("deploy", app.artifact("1.0"), check=2).data["msg"]
