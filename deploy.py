@@ -965,9 +965,8 @@ class Descriptor:
 class Directory(Descriptor):
     """A directory held open by descriptor.
 
-    Every name is a single component and no symlink is followed, so that a
-    local user who swaps a path between a check and its use gains nothing.
-    Methods raise OSError as the system gives it.
+    Every name is a single component and no symlink is followed, so that a local user who swaps a
+    path between a check and its use gains nothing.  Methods raise OSError as the system gives it.
     """
 
     def __init__(self, path: str, descriptor: int = -1) -> None:
@@ -1395,9 +1394,8 @@ _F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
 def start_filter(argv: Sequence[str], pipe_bytes: int, memory_bytes: int = 0) -> Any:
     """Start a decompressor as a subprocess.Popen with pipes at all three ends.
 
-    They hold `pipe_bytes` where the system lets them, so that it need not stop
-    after every 64 KiB.  It may take `memory_bytes` of memory, if given.
-    Raises OSError when it cannot start.
+    They hold `pipe_bytes` where the system lets them, so that it need not stop after every 64 KiB.
+    It may take `memory_bytes` of memory, if given.  Raises OSError when it cannot start.
     """
     import resource
     import subprocess
@@ -1572,9 +1570,8 @@ def syslog_addresses(host: str, port: int) -> List[Tuple[int, Any]]:
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, where stopping is safe.
 
-    A signal sets a number and wakes a `wait`; `check` raises.  While it
-    `is_closed` signals change nothing, as the way back is not interrupted;
-    what came meanwhile counts after that.
+    A signal sets a number and wakes a `wait`; `check` raises.  While it `is_closed` signals change
+    nothing, as the way back is not interrupted; what came meanwhile counts after that.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -3966,9 +3963,8 @@ def exceeds(what: str, most: str, option: str) -> ArtifactRefused:
 class Member(NamedTuple):
     """What an archive says of one member, or a manifest of one path.
 
-    `content` is a link's target; in a manifest it is a file's SHA-256.
-    `mtime_ns` is None where no time is known.  Names are bytes, in a manifest
-    relative and without `./`.
+    `content` is a link's target; in a manifest it is a file's SHA-256.  `mtime_ns` is None where no
+    time is known.  Names are bytes, in a manifest relative and without `./`.
     """
 
     name: bytes
@@ -5303,8 +5299,7 @@ def walk_tree(directory: int,
               prefix: bytes = b"") -> Iterator[Tuple[Member, int, os.stat_result]]:
     """Go through a tree by descriptors, names sorted: members, open while they are handed out.
 
-    The descriptor is -1 for a symlink, which is not followed, and for what
-    cannot be opened.
+    The descriptor is -1 for a symlink, which is not followed, and for what cannot be opened.
     """
     for base in sorted(map(os.fsencode, os.listdir(directory))):
         name, target, descriptor = prefix + base, b"", -1
@@ -5350,8 +5345,7 @@ def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] 
                    skipped: Iterable[Tuple[int, int]] = ()) -> Members:
     """Go through a directory's members; ArtifactRefused for what cannot be read, or changes.
 
-    `forbidden` is a (device, inode) that must not lie inside, `skipped` are
-    files to leave out.
+    `forbidden` is a (device, inode) that must not lie inside, `skipped` are files to leave out.
     """
     done_bytes = 0
     for member, descriptor, status in reading(artifact, walk_tree(artifact.descriptor)):
@@ -5718,10 +5712,9 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
          keep_mtimes: bool = False) -> Tuple[Dict[str, Any], List[str]]:
     """Write a directory as a reproducible .tar.gz and its .sha256; return what it is, and warnings.
 
-    The same tree gives the same bytes: names sorted, owners root, modes 0644
-    and 0755, one time ($SOURCE_DATE_EPOCH, else 1980-01-01).  What could not be
-    deployed is refused (ArtifactRefused); nothing is left at `target` then, nor
-    where `watch` raises.
+    The same tree gives the same bytes: names sorted, owners root, modes 0644 and 0755, one time
+    ($SOURCE_DATE_EPOCH, else 1980-01-01).  What could not be deployed is refused (ArtifactRefused);
+    nothing is left at `target` then, nor where `watch` raises.
     """
     epoch = environment("SOURCE_DATE_EPOCH") or PACKED_EPOCH
     if not re.match(r"\d{1,11}\Z", epoch):
@@ -6422,7 +6415,7 @@ class Conversation(Forked):
     """
 
     def __init__(self, talk: Callable[["Conversation"], Answer], limit: float) -> None:
-        import socket  # noqa: F401  where it is missing, the caller shall learn it
+        __import__("socket")  # where it is missing, the caller shall learn it
         self.limit_seconds = limit
         self.known: Answer = {"stage": "starting"}
         self.socket: Any = None
@@ -6812,11 +6805,9 @@ class ProbeRun:
 
     def ask_url(self, limit_seconds: float) -> Answer:
         """Ask over HTTP or HTTPS."""
-        try:  # once, and not anew in each process that asks; what is missing, that one tells
-            import http.client  # noqa: F401
-            import ssl  # noqa: F401
-        except ImportError:
-            pass
+        with suppress(ImportError):  # what is missing, the process that asks tells
+            __import__("http.client")  # once, and not anew in each such process
+            __import__("ssl")
         probe, url = self.probe, parse_url(self.probe.url)
         try:
             headers = self.headers(url)
@@ -7126,7 +7117,15 @@ def check_release(run: Run, record: Record) -> Differences:
                 found = compare_tree(directory, manifest, watching(run, progress))
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", again)
-    return {word: {name: why for name, why in names.items() if not written.match(name)}
+    except PermissionError as error:
+        raise StateError(f"{release} cannot be verified: {user_name()} may not read "
+                         f"{portable(os.fsdecode(error.filename))}", "run it as the owner of that "
+                         "file; pack the next artifact with none that its owner alone may read")
+    # A directory that was made for what is mutable counts no more; what else it holds is told.
+    made = {name[:slash.start()] for name in found["added"] if written.match(name)
+            for slash in re.finditer("/", name)}
+    return {word: {name: why for name, why in names.items()
+                   if not written.match(name) and not (word == "added" and name in made)}
             for word, names in found.items()}
 
 
@@ -7202,10 +7201,9 @@ def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = 
 def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
     """Say of each release from which a process runs which one (pid and user); None without /proc.
 
-    Its working directory or executable is in there.  Only processes of root, of
-    the release's owner or of a configured service (of its unit, or started by
-    what a pidfile names) count: otherwise any user could keep a release for
-    ever by a `cd` into it.
+    Its working directory or executable is in there.  Only processes of root, of the release's owner
+    or of a configured service (of its unit, or started by what a pidfile names) count: otherwise
+    any user could keep a release for ever by a `cd` into it.
     """
     inside, found = os.path.realpath(f"{root}/releases") + "/", {}
     services = settings.service.values()
@@ -7392,8 +7390,8 @@ def untrusted(settings: Settings, *, files_only: bool = False
               ) -> Tuple[Dict[str, Problem], Dict[str, Problem]]:
     """Find what somebody else could have changed: what is refused, and what the operator accepts.
 
-    Both by path.  A configuration that others may write cannot accept its own
-    risk.  `files_only` looks at the configuration alone.
+    Both by path.  A configuration that others may write cannot accept its own risk.  `files_only`
+    looks at the configuration alone.
     """
     refused: Dict[str, Problem] = {}
     for path in settings.files:
@@ -10758,7 +10756,9 @@ def notify(run: Run, exit_code: int, seconds: float) -> None:
     if ended in ("interrupted", "internal_error"):
         ended = "failed"
     events = ["recovered"] if run.outcome.extra.get("recovered") else []
-    if ended in dict(NOTIFY_EVENTS) and ended not in events and not run.outcome.is_repeated:
+    # Before there is a root nothing remembers a refusal, and a timer would tell it at every tick.
+    is_repeated = run.outcome.is_repeated or ended == "refused" and is_untouched(run)
+    if ended in dict(NOTIFY_EVENTS) and ended not in events and not is_repeated:
         events.append(ended)
     result = run.console.secrets.mask_json(
         result_object(run.outcome.error, run, exit_code, seconds))

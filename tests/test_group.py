@@ -110,6 +110,19 @@ def test_what_one_of_a_group_makes_in_shared_is_the_others_to_write(app: App) ->
     assert [path.stat().st_mode & 0o7777 for path in made] == [0o2775] * 4
 
 
+def test_a_file_for_its_owner_alone_is_named_where_another_of_the_group_cannot_verify_it(app: App) -> None:
+    of_group(app)
+    made = run_as(ALICE, app, "deploy", app.artifact("1.0", dict(FILES, **{"conf/key": file("x", mode=0o600)})))
+    assert "'conf/key'" in made["warnings"][0]
+    run_as(ALICE, app, "verify")
+    error = run_as(BOB, app, "verify", check=7)["error"]
+    assert f"{made['release']} cannot be verified: {BOB} may not read conf/key" in error["message"] and "owner" in error["hint"]
+    run_as(BOB, app, "deploy", app.artifact("1.1", FILES))
+    error = run_as(BOB, app, "rollback", check=3)["error"]
+    assert "conf/key" in error["message"]
+    run_as(ALICE, app, "rollback")
+
+
 def test_a_directory_that_an_artifact_closes_can_still_be_pruned_by_the_others(app: App) -> None:
     of_group(app, "keep_releases = 1\n")
     tree = app.directory / "tree-1.0"

@@ -361,6 +361,21 @@ def test_verify_names_what_is_different(name: str, change: Callable[[Path], Any]
     assert path in result.data["error"]["message"] and result.data["error"]["hint"]
 
 
+def test_a_directory_made_for_what_is_mutable_is_no_difference(app: App) -> None:
+    app.configure("mutable =\n  cache/**/*.php\n  log/*.txt\n")
+    app.deploy("1.0")
+    top = app.root / "current"
+    (top / "cache" / "deep" / "er").mkdir(parents=True)
+    for name in ("cache/deep/er/a.php", "log/x.txt"):
+        (top / name).write_text("x")
+    assert app.run("verify", check=0).data["differences"] == {"changed": [], "missing": [], "added": []}
+    (top / "cache" / "deep" / "b.html").write_text("x")
+    (top / "cache" / "empty").mkdir()
+    (top / "log").chmod(0o700)
+    found = app.run("verify", check=7).data["differences"]
+    assert (found["added"], found["changed"]) == (["cache/deep/b.html", "cache/empty"], ["log"])
+
+
 def test_verify_finds_nothing_on_a_release_as_staged(app: App) -> None:
     app.configure("shared_dirs = log\n[template:v]\nsource = VERSION\ntarget = etc/v\nmode = 0600")
     app.deploy("1.0")

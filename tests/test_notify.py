@@ -357,6 +357,21 @@ def test_a_refusal_without_a_digest_is_told_once_a_day(app, receive):
     assert [entry["note"] for entry in app.history()] == [None, "by the timer", "by the timer"]
 
 
+def test_a_refusal_before_there_is_a_root_is_told_to_nobody_as_nothing_would_remember_it(app, receive):
+    receiver = receive()
+    told = f"[notify:x]\nurl = {receiver.url}\n"
+    app.root.rmdir()
+    app.configure(f"{told}[preflight]\nuser = nobody-else\n")
+    for _ in range(2):
+        app.run("deploy", app.artifact("1.0"), check=3)
+    app.configure(told)
+    app.run("deploy", "/nonexistent", check=4)
+    assert receiver.events == [] and not app.root.exists()
+    app.run("deploy", app.artifact("1.0"), check=0)
+    app.run("deploy", "/nonexistent", check=4)
+    assert receiver.events == ["deployed", "refused"]
+
+
 def test_an_archive_that_is_refused_while_it_is_unpacked_is_told_once(app, receive):
     receiver = receive()
     configure(app, f"url = {receiver.url}")
