@@ -112,7 +112,7 @@ try:
     import time
     import zlib
     from contextlib import ExitStack, closing, contextmanager, suppress
-    from functools import lru_cache
+    from functools import lru_cache, partial
     from operator import attrgetter
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
@@ -905,6 +905,32 @@ def reason(error: Exception) -> str:
     name = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     text = getattr(error, "strerror", None) or str(error)
     return f"{text} ({name})" if name else text
+
+
+@contextmanager
+def blaming(kind: Any, where: str, hint: str) -> Iterator[None]:
+    """Turn what cannot be read into the error that says where."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise kind(f"{where}: {reason(error)}", hint)
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise kind(f"{where}: it is damaged", hint)
+
+
+def read_base64(text: bytes) -> bytes:
+    """Decode base64 that is written in the one right way, white space aside; ValueError."""
+    data = binascii.a2b_base64(text)
+    if binascii.b2a_base64(data, newline=False) != b"".join(text.split()):
+        raise ValueError("its base64 is damaged")
+    return data
+
+
+def fits(name: str, patterns: str) -> bool:
+    """Match a list of patterns with * and ?, of which a leading ! refuses (ssh_config(5))."""
+    found = [pattern[:1] for pattern in patterns.strip('"').split(",") if re.fullmatch(
+        re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name)]
+    return bool(found) and "!" not in found
 
 
 # -- files -------------------------------------------------------------------
@@ -1767,6 +1793,8 @@ def _events(text: str) -> List[str]:
             raise ValueError(f"expected some of {', '.join(known)}, not {word!r}")
     return words
 
+
+KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anything else is a path
 
 # kind: (what the documentation calls it, what was expected where its text does not fit, the pattern
 # of the whole text, how it is read).  What the reading cannot do raises ValueError with words of
@@ -3403,34 +3431,23 @@ class Plan(NamedTuple):
 #    Python.  Takes bytes and digests; opens nothing but key files.
 # ============================================================================
 
-# Edwards25519 (RFC 8032, 5.1): its field, the order of its base point, d, and the base point.
+# Edwards25519 (RFC 8032, 5.1): its field, the order of its base point, and d.
 _P = (1 << 255) - 19
 _L = (1 << 252) + 27742317777372353535851937790883648493
 _D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
-_BASE = (0x216936d3cd6e53fec0a4e231fdd6dc5c692cc7609525a7b2c9562d608f25d51a,
-         0x6666666666666666666666666666666666666666666666666666666666666658, 1,
-         0x67875f0fd78b766566ea4e8e64abe37d20f09f80775152f56dde8ab3a5b7dda3)
-# NIST's curves (SP 800-186), a = -3: the field; the order and the base point's x and y, in a row.
+# NIST's curves (SP 800-186), a = -3: the field; the order and the base point's x and y in base64.
 _CURVES = {
-    "nistp256": (
-        (1 << 256) - (1 << 224) + (1 << 192) + (1 << 96) - 1,
-        "ffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc6325516b17d1f2e12c4247f8bce6e563"
-        "a440f277037d812deb33a0f4a13945d898c2964fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6"
-        "406837bf51f5"),
-    "nistp384": (
-        (1 << 384) - (1 << 128) - (1 << 96) + (1 << 32) - 1,
-        "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196acc"
-        "c52973aa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a54"
-        "5e3872760ab73617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e81"
-        "9d7a431d7c90ea0e5f"),
-    "nistp521": (
-        (1 << 521) - 1,
-        "01fffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffa51868783bf2f966b7fcc01"
-        "48f709a5d03bb5c9b8899c47aebb6fb71e9138640900c6858e06b70404e9cd9e3ecb662395b4429c648139053f"
-        "b521f828af606b4d3dbaa14b5e77efe75928fe1dc127a2ffa8de3348b3c1856a429bf97e7e31c2e5bd66011839"
-        "296a789a3bc0045c8a5fb42c7d1bd998f54449579b446817afbd17273e662c97ee72995ef42640c550b9013fad"
-        "0761353c7086a272c24088be94769fd16650"),
-}
+    "nistp256": ((1 << 256) - (1 << 224) + (1 << 192) + (1 << 96) - 1,
+        "/////wAAAAD//////////7zm+q2nF56E87nKwvxjJVFrF9Hy4SxCR/i85uVjpEDydwN9gS3rM6D0oTlF2JjClk/jQu"
+        "L+Gn+bjufrSnwPnhYrzjNXazFezsu2QGg3v1H1"),
+    "nistp384": ((1 << 384) - (1 << 128) - (1 << 96) + (1 << 32) - 1,
+        "////////////////////////////////x2NNgfQ3Ld9YGg2ySLCneuzsGWrMxSlzqofKIr6LBTeOscce8yCtdG4dO2"
+        "KLp5uYWfdB4IJUKjhVAvJdv1UpbDpUXjhydgq3NhfeSpYmLG9dnpi/kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6B"
+        "nXpDHXyQ6g5f"),
+    "nistp521": ((1 << 521) - 1,
+        "Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtvtx6ROGQJAM"
+        "aFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1mARg5"
+        "KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ")}
 # kind of key: the hash that goes with it, and how its PEM begins (RFC 3279, 5480, 8410).
 _KINDS = {
     "rsa": ("sha256", "300d06092a864886f70d01010105000382"),
@@ -3438,27 +3455,19 @@ _KINDS = {
     "nistp256": ("sha256", "3059301306072a8648ce3d020106082a8648ce3d030107034200"),
     "nistp384": ("sha384", "3076301006072a8648ce3d020106052b81040022036200"),
     "nistp521": ("sha512", "30819b301006072a8648ce3d020106052b8104002303818600")}
-_SSH_KIND = re.compile(
-    rb"(?:sk-)?(?:ssh|ecdsa-sha2)-(rsa|ed25519|nistp256|nistp384|nistp521)(?:@openssh\.com)?\Z")
-_ARMOR = re.compile(
-    rb"\s*-----BEGIN (PUBLIC KEY|SSH SIGNATURE)-----\s([\w+/=\s]+)-----END \1-----\s*\Z")
+_ARMOR = re.compile(rb"-----BEGIN ([A-Z ]+)-----\s([\w+/=\s]+)-----END \1-----\s*\Z")
 _MINISIGN = re.compile(rb"untrusted comment:[^\n]*\n(\S{100})\r?\n"
                        rb"(?:trusted comment: ([^\r\n]*)\r?\n(\S{88})\s*)?\Z")
-# As ssh-keygen(1) has it, but for certificates, and times that are local.
+# A line of allowed_signers (ssh-keygen(1)): no certificates, and no times that are local.
 _SIGNER = re.compile(
-    r'\s*(?:#.*|(?P<principals>"[^"]+"|[^\s"]+)\s+(?i:(?:namespaces="(?P<namespaces>[^"]*)"|'
-    r'valid-after="(?P<after>\d{8}(?:\d{4}(?:\d\d)?)?)Z"|'
-    r'valid-before="(?P<before>\d{8}(?:\d{4}(?:\d\d)?)?)Z"|,(?=\S))+\s+)?'
-    r"(?:ssh|ecdsa|sk)-\S+\s+(?P<key>\S+)(?:\s.*)?)?\Z")
-COPY_BOTH = "copy artifact and signature again from where they were made; do not deploy it as it is"
-KEY_HINT = "give a minisign or signify public key, its file, or what openssl pkey -pubout writes"
-IN_TOTO = b"application/vnd.in-toto+json"
-SIGNER_HINT = "write PRINCIPALS [namespaces=\"deploy\",valid-before=\"20301231Z\"] TYPE KEY"
+    r'\s*(?:#.*|("[^"]+"|[^\s"]+)\s+(?i:(?:namespaces="([^"]*)"|'
+    r'valid-after="(\d{8}|\d{12}|\d{14})Z"|valid-before="(\d{8}|\d{12}|\d{14})Z"|,(?=\S))+\s+)?'
+    r"(?:ssh|ecdsa|sk)-\S+\s+(\S+)(?:\s.*)?)?\Z")
+SUSPECT = "copy both again, or make known a key that you know is right; do not deploy it as it is"
 Point = Tuple[int, ...]
 
 
-def add_edwards(one: Point, two: Point) -> Point:
-    """Add any two points in extended coordinates (RFC 8032, 5.1.4)."""
+def _add_edwards(one: Point, two: Point) -> Point:
     (x1, y1, z1, t1), (x2, y2, z2, t2) = one, two
     a, b = (y1 - x1) * (y2 - x2) % _P, (y1 + x1) * (y2 + x2) % _P
     c, d = 2 * t1 * t2 * _D % _P, 2 * z1 * z2 % _P
@@ -3466,43 +3475,18 @@ def add_edwards(one: Point, two: Point) -> Point:
     return e * f % _P, g * h % _P, f * g % _P, e * h % _P
 
 
-def read_edwards(data: bytes) -> Point:
-    """Decode a point (RFC 8032, 5.1.3); ValueError for any other encoding, and for small order."""
-    number = int.from_bytes(data, "little")
-    sign, y = number >> 255, number & (1 << 255) - 1
-    square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
-    x = pow(square, (_P + 3) // 8, _P)
-    if (x * x - square) % _P:
-        x = x * pow(2, (_P - 1) // 4, _P) % _P
-    x = x if x & 1 == sign else _P - x
-    point = eightfold = (x, y, 1, x * y % _P)
-    for _ in range(3):
-        eightfold = add_edwards(eightfold, eightfold)
-    if len(data) != 32 or y >= _P or (x * x - square) % _P or not eightfold[0]:
-        raise ValueError("it holds no point of Edwards25519, or one that anybody can sign for")
-    return point
+def _add_projective(one: Point, two: Point) -> Point:
+    # Any two of a curve with a = -3 (Renes, Costello, Batina 2016, algorithm 4).
+    (x1, y1, z1, b, p), (x2, y2, z2, _, _) = one, two
+    xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
+    xy, yz, xz = (x1 * y2 + x2 * y1) % p, (y1 * z2 + y2 * z1) % p, (x1 * z2 + x2 * z1) % p
+    u, v, w = 3 * (b * zz - xz) % p, 3 * (b * xz - xx - 3 * zz) % p, 3 * (xx - zz) % p
+    return ((xy * (yy - u) - yz * v) % p, ((yy + u) * (yy - u) + w * v) % p,
+            (yz * (yy + u) + xy * w) % p, b, p)
 
 
-def add_jacobian(one: Point, two: Point) -> Point:
-    """Add any two points of a curve with a = -3 in Jacobian coordinates; z = 0 is infinity."""
-    (x1, y1, z1, p), (x2, y2, z2, _) = one, two
-    if not z1 or not z2:
-        return one if z1 else two
-    square1, square2 = z1 * z1 % p, z2 * z2 % p
-    u, s = x1 * square2 % p, y1 * z2 * square2 % p
-    h, r = (x2 * square1 - u) % p, (y2 * z1 * square1 - s) % p
-    cube, v, z = h * h * h % p, u * h * h % p, h * z1 * z2 % p
-    s = s * cube % p
-    if not h and not r:  # the same point twice
-        square = y1 * y1 % p
-        r, s = 3 * (x1 - square1) * (x1 + square1) % p, 8 * square * square % p
-        v, z = 4 * x1 * square % p, 2 * y1 * z1 % p
-    x = (r * r - cube - 2 * v) % p
-    return x, (r * (v - x) - s) % p, z, p
-
-
-def combine(add: Callable[[Point, Point], Point], *terms: Tuple[int, Point]) -> Point:
-    """Add multiples of points; nothing here is secret, so it may take whatever time it takes."""
+def _combine(add: Callable[[Point, Point], Point], *terms: Tuple[int, Point]) -> Point:
+    # Multiples of points; nothing here is secret, so it may take whatever time it takes.
     found: Point = ()
     for bit in range(max(number.bit_length() for number, _ in terms) - 1, -1, -1):
         found = found and add(found, found)
@@ -3512,216 +3496,185 @@ def combine(add: Callable[[Point, Point], Point], *terms: Tuple[int, Point]) -> 
     return found
 
 
-def read_curve(kind: str) -> List[int]:
-    """Return a curve's field, order, and the base point's x and y."""
+def _read_edwards(data: bytes) -> Point:
+    # RFC 8032, 5.1.3, and no small order, which anybody can sign for.
+    sign, y = divmod(int.from_bytes(data, "little"), 1 << 255)
+    square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
+    x = pow(square, (_P + 3) // 8, _P)
+    x = x if x * x % _P == square else x * pow(2, (_P - 1) // 4, _P) % _P
+    x = x if x & 1 == sign else _P - x
+    point = (x, y, 1, x * y % _P)
+    if len(data) != 32 or y >= _P or x * x % _P != square \
+            or not _combine(_add_edwards, (8, point))[0]:
+        raise ValueError("it holds no Ed25519 key, or a weak one")
+    return point
+
+
+def _read_curve(kind: str) -> Tuple[int, Point]:
     p, text = _CURVES[kind]
-    width = len(text) // 3
-    return [p] + [int(text[start:start + width], 16) for start in range(0, len(text), width)]
+    data, size = binascii.a2b_base64(text), len(text) // 4
+    order, x, y = (int.from_bytes(data[at:at + size], "big") for at in range(0, 3 * size, size))
+    return order, (x, y, 1, (y * y - x ** 3 + 3 * x) % p, p)
+
+
+def _read_number(data: bytes) -> int:
+    # A positive one, in the one way in which DER and SSH write it.
+    if not data or data[0] > 127 or data[0] == 0 and data[1:2] < b"\x80":
+        raise ValueError("a number in it is not written as it must be")
+    return int.from_bytes(data, "big")
+
+
+def _read_der(data: bytes) -> List[bytes]:
+    # r and s of ECDSA in the one right way to write them (RFC 3279, 2.2.3).
+    start = 5 if data[1] == 0x81 else 4
+    first = data[start:start + data[start - 1]]
+    second = data[start + len(first) + 2:][:127]
+    body = b"\2%c%s\2%c%s" % (len(first), first, len(second), second)
+    if data != (b"0\x81%c" if len(body) > 127 else b"0%c") % len(body) + body:
+        raise ValueError("it is no strict DER")
+    return [first, second]
+
+
+def _read_strings(data: bytes) -> List[bytes]:
+    end = 4 + int.from_bytes(data[:4], "big")
+    if 0 < len(data) < max(4, end):
+        raise ValueError("it ends too early")
+    return [data[4:end]] + _read_strings(data[end:]) if data else []
 
 
 class PublicKey(NamedTuple):
-    """A key: n and e of RSA, x and y on a curve, or the 32 bytes of Ed25519; its fingerprint.
-
-    `id` is what minisign and signify call it by, empty for any other.
-    """
+    """A key: n and e of RSA, a point on a curve, the 32 bytes of Ed25519; `id` is minisign's."""
 
     kind: str
     numbers: Any
     fingerprint: str
-    id: bytes = b""
+    id: bytes
 
-    def begin(self, signature: Any, message: bytes = b"", name: str = "") -> Any:
+    @classmethod
+    def make(cls, kind: str, data: bytes, fields: List[bytes], id: bytes = b"") -> "PublicKey":
+        """Make it of the bytes that stand for it and of its numbers or point; ValueError."""
+        numbers: Any = fields[-1]
+        if kind == "rsa":
+            n, e = numbers = tuple(map(_read_number, fields))
+            if not 2048 <= n.bit_length() <= 8192 or not n & e & 1 or e < 3:
+                raise ValueError("an RSA key needs 2048 to 8192 bits and an odd exponent from 3 on")
+        elif kind == "ed25519":
+            _read_edwards(numbers)
+        else:
+            size, (_, _, _, b, p) = len(numbers) // 2, _read_curve(kind)[1]
+            x, y = (int.from_bytes(half, "big") for half in (numbers[1:-size], numbers[-size:]))
+            if numbers[0] != 4 or max(x, y) >= p or (y * y - x ** 3 + 3 * x - b) % p:
+                raise ValueError(f"it holds no uncompressed point of {kind}")
+            numbers = x, y, 1, b, p
+        digest = binascii.b2a_base64(hashlib.sha256(data).digest(), newline=False).decode("ascii")
+        return cls(kind, numbers, "SHA256:" + digest.rstrip("="), id)
+
+    @classmethod
+    def of_ssh(cls, data: bytes) -> "PublicKey":
+        """Read SSH's form of one (RFC 4253, 5656, 8709; PROTOCOL.u2f for sk-); ValueError."""
+        name, *fields = _read_strings(data)
+        kind = re.sub(rb"\A(sk-)?(ssh|ecdsa-sha2)-|@openssh\.com\Z", b"", name).decode("ascii")
+        if kind not in _KINDS:
+            raise ValueError(f"a key of type {name.decode('ascii')} is not taken")
+        # Of RSA e comes first; of others there may be a curve before, or an application behind.
+        fields = fields[::-1] if kind == "rsa" else fields[:1 + (kind in _CURVES)]
+        return cls.make(kind, data, fields)
+
+    def begin(self, signature: Any, message: bytes = b"") -> Any:
         """Return the hash of what was signed, to be fed the message, or the rest of it."""
         prefix = signature[:32] + self.numbers if self.kind == "ed25519" else b""
-        return hashlib.new(name or _KINDS[self.kind][0], prefix + message)
+        return hashlib.new(_KINDS[self.kind][0], prefix + message)
 
     def holds(self, signature: Any, hasher: Any) -> bool:
-        """Say whether it signed what was hashed; of ECDSA give r and s.
-
-        ValueError for what is no signature.
-        RFC 8032, 5.1.7; RFC 8017, 8.2.2, the one right encoding compared whole; FIPS 186-5, 6.4.2.
-        """
-        digest = hasher.digest()
-        number = int.from_bytes(digest, "big")
+        """Say whether it signed what was hashed; ValueError or IndexError for no signature."""
+        digest, number = hasher.digest(), int.from_bytes(hasher.digest(), "big")
         if self.kind == "rsa":
-            n, e = self.numbers
-            size, number = (n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+            (n, e), given = self.numbers, int.from_bytes(signature, "big")
+            size = (n.bit_length() + 7) // 8
+            # The one right encoding, which is compared whole (RFC 8017, 9.2).
             right = "0030%02x300d060960864801650304020%d050004%02x%s" % (
                 17 + len(digest), {32: 1, 64: 3}[len(digest)], len(digest), digest.hex())
-            return len(signature) == size and number < n \
-                and pow(number, e, n) == int("1" + right.rjust(2 * size - 4, "f"), 16)
+            return len(signature) == size and given < n \
+                and pow(given, e, n) == int("1" + right.rjust(2 * size - 4, "f"), 16)
         if self.kind == "ed25519":
             s, number = (int.from_bytes(text, "little") for text in (signature[32:], digest))
-            (x, y, _, t), wanted = map(read_edwards, (self.numbers, signature[:32]))
-            x, y, z, _ = combine(add_edwards, (s, _BASE), (number % _L, (_P - x, y, 1, _P - t)))
+            (x, y, _, t), wanted, base = map(
+                _read_edwards, (self.numbers, signature[:32], b"X" + 31 * b"f"))
+            x, y, z, _ = _combine(_add_edwards, (s, base), (number % _L, (_P - x, y, 1, _P - t)))
             return len(signature) == 64 and s < _L \
                 and not (wanted[0] * z - x) % _P and not (wanted[1] * z - y) % _P
-        (r, s), (p, order, *base) = signature, read_curve(self.kind)
+        order, base = _read_curve(self.kind)
+        r, s = map(_read_number, signature if isinstance(signature, list) else _read_der(signature))
         number >>= max(0, 8 * len(digest) - order.bit_length())
         inverse = pow(s, order - 2, order)
-        x, _, z, _ = combine(add_jacobian, (number * inverse % order, (*base, 1, p)),
-                             (r * inverse % order, (*self.numbers, 1, p)))
+        x, _, z, _, p = _combine(_add_projective, (number * inverse % order, base),
+                                 (r * inverse % order, self.numbers))
         return 0 < r < order and 0 < s < order and z != 0 \
-            and x * pow(z * z, p - 2, p) % p % order == r
-
-
-def make_key(kind: str, value: Any, blob: bytes, id: bytes = b"") -> PublicKey:
-    """Make a key of its numbers or its point, and of the bytes that stand for it; ValueError."""
-    if kind == "rsa":
-        n, e = value
-        if not 2048 <= n.bit_length() <= 8192 or not n & e & 1 or e < 3:
-            raise ValueError("an RSA key needs 2048 to 8192 bits and an odd exponent, 3 or more")
-    elif kind == "ed25519":
-        read_edwards(value)
-    else:
-        p, _, x1, y1 = read_curve(kind)
-        size = (p.bit_length() + 7) // 8
-        x, y = (int.from_bytes(part, "big") for part in (value[1:1 + size], value[1 + size:]))
-        if len(value) != 1 + 2 * size or value[0] != 4 or max(x, y) >= p \
-                or (y * y - x ** 3 + 3 * x - y1 * y1 + x1 ** 3 - 3 * x1) % p:
-            raise ValueError(f"it holds no uncompressed point of {kind}")
-        value = x, y
-    digest = binascii.b2a_base64(hashlib.sha256(blob).digest(), newline=False)
-    return PublicKey(kind, value, "SHA256:" + digest.decode("ascii").rstrip("="), id)
-
-
-def read_base64(text: bytes) -> bytes:
-    """Decode base64 that is written in the one right way, white space aside; ValueError."""
-    data = binascii.a2b_base64(text)
-    if binascii.b2a_base64(data, newline=False) != b"".join(text.split()):
-        raise ValueError("its base64 is damaged")
-    return data
-
-
-def read_number(data: bytes) -> int:
-    """Read a positive number in the one way in which DER and SSH write it; ValueError."""
-    if not data or data[0] > 127 or data[0] == 0 and data[1:2] < b"\x80":
-        raise ValueError("a number in it is not positive, or not written as it must be")
-    return int.from_bytes(data, "big")
-
-
-def read_pair(data: bytes) -> List[int]:
-    """Read two numbers in strict DER: r and s of ECDSA, n and e of RSA; ValueError, IndexError."""
-    found = []
-    for place, tag in enumerate((0x30, 2, 2)):
-        size, start = data[1], 2
-        if size > 127:
-            start += size - 128
-            size = int.from_bytes(data[2:start], "big")
-        value, behind = data[start:start + size], data[start + size:]
-        if data[0] != tag or len(value) < size or bool(behind) != (place == 1) \
-                or start > 2 and (size < 128 or not data[2]):
-            raise ValueError("it is no strict DER")
-        found.append(value)
-        data = behind or value
-    return [read_number(value) for value in found[1:]]
-
-
-def ssh_strings(data: bytes) -> List[bytes]:
-    """Split what holds nothing but strings (RFC 4251, 5); ValueError."""
-    found = []
-    while data:
-        end = 4 + int.from_bytes(data[:4], "big")
-        if len(data) < max(4, end):
-            raise ValueError("it ends too early")
-        found.append(data[4:end])
-        data = data[end:]
-    return found
-
-
-def read_ssh_key(data: bytes) -> PublicKey:
-    """Read SSH's form of a key (RFC 4253, 5656, 8709; PROTOCOL.u2f for sk-); ValueError."""
-    name, *fields = ssh_strings(data)
-    kind = _SSH_KIND.match(name)
-    if not kind:
-        raise ValueError(f"a key of type {name.decode('ascii', 'backslashreplace')} is not taken")
-    value: Any = fields[0 if kind.group(1) == b"ed25519" else 1]
-    if kind.group(1) == b"rsa":
-        value = read_number(fields[1]), read_number(fields[0])
-    return make_key(kind.group(1).decode(), value, data)
-
-
-@contextmanager
-def blaming(kind: Any, where: str, hint: str) -> Iterator[None]:
-    """Turn what cannot be read into the error that says where."""
-    try:
-        yield
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        why = reason(error) if isinstance(error, (OSError, ValueError)) else "it is damaged"
-        raise kind(f"{where}: {why}", hint)
+            and x * pow(z, p - 2, p) % p % order == r
 
 
 def read_key(text: str) -> PublicKey:
     """Read a minisign or signify public key, as such or in a file, or a PEM; UsageError."""
-    where, data = f"key {text}", text.encode("utf-8", "surrogateescape")
-    with blaming(UsageError, where, KEY_HINT):
-        if not re.match(r"RW[\w+/=]{40,}\Z", text):
+    hint = "give a minisign or signify public key, its file, or what openssl pkey -pubout writes"
+    data, where = text.encode("utf-8", "surrogateescape"), f"key {text}"
+    if not KEY_LITERAL.match(text):
+        with blaming(UsageError, where, hint):
             data = read_file(text, MAX_CONFIG_BYTES)
-            where = f"{text} line {1 + data.startswith(b'untrusted comment:')}"
-    with blaming(UsageError, where, KEY_HINT):
+        where = f"{text} line {1 + data.startswith(b'untrusted comment:')}"
+    with blaming(UsageError, where, hint):
         pem = _ARMOR.match(data)
         blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
         for kind, (_, mark) in _KINDS.items() if pem else ():
             _, found, value = blob.partition(binascii.unhexlify(mark))
+            size = int.from_bytes(value[9:11], "big")
             if found:
-                return make_key(kind, read_pair(value[3:]) if kind == "rsa" else value, blob)
+                return PublicKey.make(kind, blob, [value] if kind != "rsa" else [
+                    value[11:11 + size], value[13 + size:]])
         if pem or len(blob) != 42 or blob[:2] != b"Ed":
-            raise ValueError("it is no key of minisign, signify or openssl")
-        return make_key("ed25519", blob[10:], blob, blob[2:10])
+            raise ValueError("it is no public key of minisign, signify or openssl")
+        return PublicKey.make("ed25519", blob, [blob[10:]], blob[2:10])
 
 
-def read_signers(path: str) -> Iterator[Tuple[str, Dict[str, str]]]:
-    """Read allowed_signers: each key's fingerprint, and what its line says; UsageError."""
-    with blaming(UsageError, path, SIGNER_HINT):
-        lines = read_file(path, MAX_CONFIG_BYTES).decode("utf-8").split("\n")
+def read_signers(path: str) -> Iterator[Tuple[str, ...]]:
+    """Read allowed_signers: principals, namespaces, since, until, fingerprint; UsageError."""
+    hint = "a line is PRINCIPALS [namespaces=\"deploy\",valid-before=\"20301231Z\"] TYPE KEY"
+    with blaming(UsageError, path, hint):
+        lines = read_file(path, MAX_CONFIG_BYTES).decode().split("\n")
     for number, line in enumerate(lines, 1):
-        with blaming(UsageError, f"{path} line {number}", SIGNER_HINT):
-            found = _SIGNER.match(line)
-            if not found:
-                raise ValueError("it is no line that can stand there")
-            if found.group("key"):
-                key = read_ssh_key(read_base64(found.group("key").encode()))
-                yield key.fingerprint, found.groupdict("")
+        with blaming(UsageError, f"{path} line {number}", hint):
+            *rest, key = _SIGNER.match(line).groups("")  # type: ignore
+            if key:
+                yield (*rest, PublicKey.of_ssh(read_base64(key.encode())).fingerprint)
 
 
-def fits(name: str, patterns: str) -> bool:
-    """Match a list of patterns with * and ?, of which a leading ! refuses (ssh_config(5))."""
-    found = [pattern[:1] for pattern in patterns.strip('"').split(",") if re.fullmatch(
-        re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name)]
-    return bool(found) and "!" not in found
-
-
-class Verification:
+class Verification(NamedTuple):
     """A signature that is being verified: it is fed the bytes once, and says who signed them."""
 
-    def __init__(self, name: str, hashers: List[Any],
-                 conclude: Callable[[int], Optional[Dict[str, Any]]]) -> None:
-        self._name = name
-        self._hashers = hashers
-        self._conclude = conclude
-        self._size_bytes = 0
+    name: str
+    claims: List[Any]  # key, hash to be fed, and what says of that whether the key signed it
+    result: Dict[str, Any]
+    sizes: List[int]
 
     def feed(self, chunk: Any) -> None:
         """Take the next bytes."""
-        self._size_bytes += len(chunk)
-        for hasher in self._hashers:
+        self.sizes.append(len(chunk))
+        for _, hasher, _ in self.claims:
             hasher.update(chunk)
 
     def finish(self) -> Dict[str, Any]:
-        """Return {scheme, signer, key, at}; ArtifactRefused where other bytes were signed."""
-        with blaming(ArtifactRefused, self._name, COPY_BOTH):
-            found = self._conclude(self._size_bytes)
-            if not found:
-                raise ValueError("it is not the signature of these bytes")
-            return found
+        """Return {scheme, signer, key, at}; ArtifactRefused where these bytes were not signed."""
+        for key, hasher, signed in self.claims:
+            with suppress(ValueError, LookupError, TypeError, AttributeError):
+                # Nobody has signed that minisign's is over a file, and not over a hash of 64 bytes.
+                may_be_hash = key.id and hasher.name == "sha512" and sum(self.sizes) == 64
+                if signed(hasher) and not may_be_hash:
+                    return {"signer": key.fingerprint, "key": key.fingerprint, "at": None,
+                            **self.result}
+        raise ArtifactRefused(f"{self.name}: no known key signed these bytes", SUSPECT)
 
 
 class Verifier:
-    """Says who signed bytes, by keys of minisign, signify and openssl, and SSH's allowed_signers.
-
-    Of SSH's signatures the namespace counts, and of the principals any, if none are given.
-    `legacy` takes minisign's old form.  UsageError names the file and line of a damaged key.
-    """
+    """Says who signed bytes, by keys of minisign, signify and openssl, and allowed_signers."""
 
     def __init__(self, keys: Sequence[str], allowed_signers: str, *, namespace: str,
                  principals: Sequence[str], legacy: bool) -> None:
@@ -3741,144 +3694,93 @@ class Verifier:
 
     def begin(self, signature: bytes, name: str) -> Verification:
         """Read a signature by what it holds, and return what is to be fed; ArtifactRefused."""
-        with blaming(ArtifactRefused, name, COPY_BOTH):
+        with blaming(ArtifactRefused, name, SUSPECT):
             if signature.startswith(b"untrusted comment:"):
-                return Verification(name, *self._minisign(signature))
-            if b"-----BEGIN SSH" in signature[:99]:
-                return Verification(name, *self._ssh(signature))
-            if signature.lstrip().startswith(b"{"):
-                return Verification(name, *self._dsse(signature, name))
-            tries = [(key, value, key.begin(value))
-                     for key, value in self._matching(read_base64(signature))]
+                claims, result = self._minisign(signature)
+            elif signature.startswith(b"-----BEGIN SSH"):
+                claims, result = self._ssh(signature)
+            elif signature.startswith(b"{"):
+                claims, result = [(
+                    key, hashlib.sha256(), lambda hasher, subjects=statement["subject"]: any(
+                        hasher.hexdigest() == subject["digest"].get("sha256")
+                        for subject in subjects)
+                ) for key, statement in self.statements(signature)], {"scheme": "dsse"}
+            else:
+                data, result = read_base64(signature), {"scheme": "cosign"}
+                claims = [(key, key.begin(data), partial(key.holds, data))
+                          for key in self.keys if not key.id]
+        return Verification(name, claims, result, [])
 
-        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
-            for key, value, hasher in tries:
-                with suppress(ValueError):
-                    if key.holds(value, hasher):
-                        return {"scheme": "cosign", "signer": key.fingerprint,
-                                "key": key.fingerprint, "at": None}
-            return None
-        return Verification(name, [hasher for _, _, hasher in tries], conclude)
-
-    def _matching(self, data: bytes) -> List[Tuple[PublicKey, Any]]:
-        """Return the keys of openssl's that may have made this, each with the signature read."""
+    def statements(self, envelopes: bytes) -> List[Tuple[PublicKey, Any]]:
+        """Return the in-toto statements that a key signed, with that (DSSE 1.0); ValueError."""
         found = []
-        for key in self.keys:
-            with suppress(ValueError, IndexError):
-                if not key.id:
-                    found.append((key, read_pair(data) if key.kind in _CURVES else data))
-        if not found:
-            raise ValueError("no key of openssl's in [signature] keys makes such a signature")
+        for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
+            envelope = json.loads(line.decode())
+            kind = envelope["payloadType"].encode()
+            payload = read_base64(envelope["payload"].encode())
+            message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+            for key, given in itertools.product(self.keys, envelope["signatures"]):
+                data = read_base64(given["sig"].encode())
+                with suppress(ValueError, IndexError):
+                    if not key.id and kind == b"application/vnd.in-toto+json" \
+                            and key.holds(data, key.begin(data, message)):
+                        found.append((key, json.loads(payload.decode())))
         return found
 
-    def statements(self, envelopes: bytes, name: str) -> List[Tuple[PublicKey, Any]]:
-        """Return in-toto statements that one of the keys has signed (DSSE 1.0, one a line)."""
-        found = []
-        with blaming(ArtifactRefused, name, COPY_BOTH):
-            for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
-                envelope = json.loads(line.decode("utf-8"))
-                kind = envelope["payloadType"].encode("utf-8")
-                payload = read_base64(envelope["payload"].encode("utf-8"))
-                message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
-                for given in envelope["signatures"]:
-                    data = read_base64(given["sig"].encode("utf-8"))
-                    for key, value in self._matching(data):
-                        with suppress(ValueError):
-                            if key.holds(value, key.begin(value, message)) and kind == IN_TOTO:
-                                found.append((key, json.loads(payload.decode("utf-8"))))
-            if not found:
-                raise ValueError("no key of [signature] keys has signed a statement in it")
-        return found
-
-    def _dsse(self, signature: bytes, name: str) -> Tuple[List[Any], Any]:
-        found, hasher = self.statements(signature, name), hashlib.sha256()
-
-        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
-            for key, statement in found:
-                if any(subject["digest"].get("sha256") == hasher.hexdigest()
-                       for subject in statement["subject"]):
-                    return {"scheme": "dsse", "signer": key.fingerprint, "key": key.fingerprint,
-                            "at": None}
-            return None
-        return [hasher], conclude
-
-    def _minisign(self, signature: bytes) -> Tuple[List[Any], Any]:
-        found = _MINISIGN.match(signature)
-        if not found:
-            raise ValueError("it has not the four lines of minisign, nor the two of signify")
-        comment, blob = found.group(2), read_base64(found.group(1))
-        algorithm, value, shown = blob[:2], blob[10:], blob[9:1:-1].hex().upper()
+    def _minisign(self, signature: bytes) -> Tuple[List[Any], Dict[str, Any]]:
+        first, comment, last = _MINISIGN.match(signature).groups()  # type: ignore
+        blob, moment = read_base64(first), re.search(rb"\btimestamp:(\d{1,10})\b", comment or b"")
+        algorithm, value, signer = blob[:2], blob[10:], blob[9:1:-1].hex().upper()
         key = next((key for key in self.keys if key.id == blob[2:10]), None)
         if not key:
-            raise ValueError(f"it is by key {shown}, which is not in [signature] keys")
-        if comment is not None:
-            last = read_base64(found.group(3))
-            if not key.holds(last, key.begin(last, value + comment)):
-                raise ValueError("its trusted comment was changed")
-        is_hashed = algorithm == b"ED" and comment is not None
-        if not is_hashed and (algorithm != b"Ed" or comment is not None and not self.legacy):
+            raise ValueError(f"it is by key {signer}, which is not in [signature] keys")
+        if last and not key.holds(read_base64(last), key.begin(read_base64(last), value + comment)):
+            raise ValueError("its trusted comment was changed")
+        result = {"scheme": "minisign" if last else "signify", "signer": signer,
+                  "at": format_time(int(moment.group(1))) if moment else None}
+        is_hashed = algorithm == b"ED" and last
+        if not is_hashed and (algorithm != b"Ed" or last and not self.legacy):
             raise ValueError("it is of minisign's old form, which [signature] legacy = yes takes")
-        hasher = hashlib.blake2b() if is_hashed else key.begin(value)
+        try:
+            hasher = hashlib.blake2b() if is_hashed else key.begin(value)
+        except (AttributeError, ValueError):
+            raise ValueError("it needs BLAKE2, which this Python has not got (FIPS mode?)")
+        return [(key, hasher, lambda hasher: key.holds(
+            value, key.begin(value, hasher.digest()) if is_hashed else hasher))], result
 
-        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
-            # The two letters are signed by nobody: a hash could stand for the file (64 bytes).
-            digest = key.begin(value, hasher.digest()) if is_hashed else hasher
-            if size_bytes == 64 and not is_hashed or not key.holds(value, digest):
-                return None
-            at = re.search(rb"(?<!\S)timestamp:(\d{1,10})(?!\S)", comment or b"")
-            return {"scheme": "signify" if comment is None else "minisign", "signer": shown,
-                    "key": key.fingerprint, "at": format_time(int(at.group(1))) if at else None}
-        return [hasher], conclude
-
-    def _ssh(self, signature: bytes) -> Tuple[List[Any], Any]:
-        found = _ARMOR.match(signature)
-        blob = read_base64(found.group(2) if found else b"")
-        if not blob.startswith(b"SSHSIG\0\0\0\1"):
-            raise ValueError("it is no SSHSIG of version 1")
-        public, namespace, reserved, name, inner = ssh_strings(blob[10:])
-        key, (key_type, *_, application) = read_ssh_key(public), ssh_strings(public)
+    def _ssh(self, signature: bytes) -> Tuple[List[Any], Dict[str, Any]]:
+        blob = read_base64(_ARMOR.match(signature).group(2))  # type: ignore
+        public, namespace, reserved, algorithm, inner = _read_strings(blob[10:])
+        key, (key_type, *_, application) = PublicKey.of_ssh(public), _read_strings(public)
         flags = inner[-5:] if key_type.startswith(b"sk-") else b""
-        kind, data = ssh_strings(inner[:len(inner) - len(flags)])
+        kind, value = _read_strings(inner[:len(inner) - len(flags)])
+        kinds = (b"rsa-sha2-256", b"rsa-sha2-512") if key.kind == "rsa" else (key_type,)
+        if blob[:10] != b"SSHSIG\0\0\0\1" or algorithm not in (b"sha256", b"sha512") \
+                or kind not in kinds or flags and not flags[0] & 1:
+            raise ValueError(f"it is by {kind!r} over {algorithm!r}, or nobody touched the key")
         if namespace != self.namespace.encode():
             raise ValueError(f"it is for the namespace {namespace!r}, not for {self.namespace}")
-        if name not in (b"sha256", b"sha512") or kind not in (
-                (b"rsa-sha2-256", b"rsa-sha2-512") if key.kind == "rsa" else (key_type,)):
-            raise ValueError(f"its algorithms {name!r} and {kind!r} are not taken")
-        if flags and not flags[0] & 1:
-            raise ValueError("nobody touched the security key")
-        signer, hasher = self._principal(key), hashlib.new(name.decode())
-        value = [read_number(item) for item in ssh_strings(data)] if key.kind in _CURVES else data
 
-        def conclude(size_bytes: int) -> Optional[Dict[str, Any]]:
-            message = b"SSHSIG"
-            for field in (namespace, reserved, name, hasher.digest()):
-                message += len(field).to_bytes(4, "big") + field
+        def signed(hasher: Any) -> bool:
+            parts = (namespace, reserved, algorithm, hasher.digest())
+            text = b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
             if flags:
-                message = hashlib.sha256(application).digest() + flags \
-                    + hashlib.sha256(message).digest()
-            digest = key.begin(value, message, "sha512" if kind == b"rsa-sha2-512" else "")
-            if not key.holds(value, digest):
-                return None
-            return {"scheme": "ssh", "signer": signer, "key": key.fingerprint, "at": None}
-        return [hasher], conclude
+                text = hashlib.sha256(application).digest() + flags + hashlib.sha256(text).digest()
+            data = _read_strings(value) if key.kind in _CURVES else value
+            is_long = kind == b"rsa-sha2-512"
+            return key.holds(data, hashlib.sha512(text) if is_long else key.begin(data, text))
 
-    def _principal(self, key: PublicKey) -> str:
-        """Say whose key it is, by allowed_signers; ValueError."""
-        why, now = "is in no line of allowed_signers", time.strftime("%Y%m%d%H%M%S", time.gmtime())
-        for fingerprint, line in self.signers:
-            wanted = [name for name in self.principals if fits(name, line["principals"])]
-            after, before = line["after"].ljust(14, "0"), (line["before"] or "9999").ljust(14, "0")
-            if fingerprint != key.fingerprint:
-                continue
-            if not after <= now <= before:
-                why = f"is valid from {after} to {before} only"
-            elif line["namespaces"] and not fits(self.namespace, line["namespaces"]):
-                why = f"may not sign for the namespace {self.namespace}"
-            elif self.principals and not wanted:
-                why = f"is that of {line['principals']}"
-            else:
-                return wanted[0] if wanted else line["principals"].strip('"').split(",")[0]
-        raise ValueError(f"the key {key.fingerprint} {why}")
+        now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
+        for patterns, namespaces, since, until, fingerprint in self.signers:
+            names = [name for name in self.principals or re.findall("[^!,][^,]*", patterns)
+                     if not self.principals or fits(name, patterns)]
+            if names and fingerprint == key.fingerprint \
+                    and fits(self.namespace, namespaces or "*") \
+                    and since.ljust(14, "0") <= now <= (until or "9").ljust(14, "0"):
+                claims = [(key, hashlib.new(algorithm.decode()), signed)]
+                return claims, {"scheme": "ssh", "signer": names[0]}
+        raise ValueError(f"allowed_signers lets {key.fingerprint} sign nothing for {self.namespace}"
+                         + "".join(f" as {name}" for name in self.principals))
 
 
 # ============================================================================
