@@ -880,6 +880,21 @@ def environment_names() -> List[str]:
     return list(os.environ)
 
 
+def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
+    """Return the time on the wall in a zone; to the C library one without its file is UTC."""
+    path, before = f"/usr/share/zoneinfo/{zone}", os.environ.copy()
+    if zone != "UTC" and not (os.path.isfile(path) and read_file(path, 1 << 20)[:4] == b"TZif"):
+        raise PreflightFailed(f"timezone {zone} is unknown here: there is no {path}",
+                              "correct [policy] timezone, or install tzdata")
+    os.environ["TZ"] = "UTC0" if zone == "UTC" else path
+    time.tzset()
+    found = time.localtime(seconds_since_epoch)
+    os.environ.pop("TZ")
+    os.environ.update(before)
+    time.tzset()
+    return found
+
+
 def absolute(path: str) -> str:
     """Make a path absolute; UsageError for a relative one where the working directory is gone."""
     try:
@@ -1358,9 +1373,9 @@ DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full
 def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str = "/",
                 environ: Optional[Dict[str, str]] = None, timeout_seconds: float = 60.0,
                 kill_after_seconds: float = KILL_AFTER_SECONDS, run_as: str = "",
-                on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str
-                ) -> CommandResult:
-    """Run a command to its end, without a shell, stdin closed, in a session of its own.
+                on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str,
+                stdin: Any = None) -> CommandResult:
+    """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
     `environ` is the whole environment (its PATH leads to the program); without it a minimal one
     is made.  When its time is up, on a signal or any error, its whole group is killed.  `mask` is
@@ -1374,7 +1389,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
     try:
         process: Any = subprocess.Popen(
             result.argv, bufsize=0, env=environ or base_environment(), cwd=directory,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=change)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         result.tail = [f"cannot start {argv[0]}: {reason(error)}"]
@@ -1757,6 +1772,31 @@ def _argv(text: str) -> List[str]:
     return words
 
 
+_DAY = "(?:mon|tue|wed|thu|fri|sat|sun)"
+_HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_DATE = "[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_WINDOW = (rf"(?:allow|deny)(?:\s+({_DAY}(?:[,-]{_DAY})*))?(?:\s+({_HOUR})-({_HOUR}|24:00))?"
+           rf"(?:\s+({_DATE})\.\.({_DATE}))?\s*(?:#.*)?\Z")
+
+
+def _window(text: str) -> Tuple[str, Callable[[Any, int], bool]]:
+    """Read a window: its line, and what tells whether it is open at a minute of a day."""
+    found = re.match(_WINDOW, text)
+    if not found or (found[4] or "") > (found[5] or ""):
+        raise ValueError("expected allow|deny [mon-fri] [HH:MM-HH:MM] [date..date] [# why], not "
+                         + text)
+    days, begin, end, first, last = found.groups()
+    week = re.findall("[a-z]{3}", _DAY)
+    spans = [(week.index(part[:3]), week.index(part[-3:]))
+             for part in (days or "mon-sun").split(",")]
+    opens, closes = (int(clock[:2]) * 60 + int(clock[3:])
+                     for clock in (begin or "00:00", end or "24:00"))
+    closes += 1440 if closes <= opens else 0  # over midnight
+    return text, lambda day, minute: (
+        opens <= minute < closes and (first or "") <= day.isoformat() <= (last or "9999")
+        and any((day.weekday() - low) % 7 <= (high - low) % 7 for low, high in spans))
+
+
 def _regex(text: str) -> str:
     import warnings
     try:
@@ -1844,10 +1884,11 @@ KINDS = {
                   r"environment|https?://[^\s/@]+(/[^\s@]*)?", str),
     "events": ("events", "", _ANY, _events),
     "pattern": ("text", "@v where the version stands", r".*@v.*", _plain),
+    "windows": ("windows, one a line", "", _ANY, _lines(_window, r"\A\Z")),
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
-LISTS = ("names", "list", "paths", "relatives", "argv", "commands", "addresses")
+LISTS = ("names", "list", "windows", "paths", "relatives", "argv", "commands", "addresses")
 
 
 def read_value(kind: str, text: str) -> Any:
@@ -2009,6 +2050,13 @@ period_max        duration   10s     longest wait between tries
 jitter            share      0.1     random share added to or taken from each wait
 required          bool       yes     no: a failure is only a warning
 
+[policy] when, by whom and after what a release may go live; never asked on a way back
+environment       name       -       what this host is part of, such as production
+windows           windows    -       when; deny wins, and an allow means only then
+timezone          name       UTC     zone of the windows, such as Europe/Berlin
+judge             argv       -       command that may say no, under the rules for hooks
+override          bool       no      --override WHY may pass windows
+
 [notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
 type  webhook|slack|teams|discord|email|command  webhook  how it is told
 events  events  DEFAULT_EVENTS       what it is told of
@@ -2145,6 +2193,8 @@ assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
     accept a version older than the one that is live
 -f --force           -            deploy stage preflight activate rollback prune
     insist: a bad or changed release, another application's root, pruning what was written to
+--override           WHY          deploy activate preflight
+    pass windows where [policy] lets you; it is recorded and told
 --splay              DURATION     deploy stage activate rollback prune recover
     wait first, this host's own share of DURATION: always the same, evenly spread over hosts
 names                [NAME...]    probe  configured probes; default: all
@@ -2494,6 +2544,11 @@ class Record(NamedTuple):
     def sha256(self) -> str:
         """The digest of the artifact this release was made from."""
         return str(self.artifact.get("sha256", ""))
+
+    @property
+    def path(self) -> str:
+        """Where that artifact was when it was staged."""
+        return native(str(self.artifact.get("source", "")))
 
 
 class Journal(NamedTuple):
@@ -3351,6 +3406,8 @@ class Run:
             self.traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
         self.by = who()
         self.note = console.secrets.mask(getattr(flags, "message", None) or "")
+        if getattr(flags, "override", None):
+            self.note += console.secrets.mask(f"{self.note and '; '}override: {flags.override}")
         root = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(root) or "application"
         self.outcome = Outcome(flags.command)
@@ -3358,6 +3415,7 @@ class Run:
         self.store: Any = None
         self.facts: Any = None
         self.artifact: Any = None
+        self.plan: Any = None
         # What the steps hand on: the staged tree's name and manifest, a command's last lines.
         self.staging = ""
         self.manifest: Any = None
@@ -5702,6 +5760,8 @@ def commands(settings: Settings) -> List[Any]:
     """
     found = [("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
              for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
+    if settings.policy.judge:
+        found.append(("policy", "judge", settings.policy.judge, True, False))
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
             early = kind == "notify" or getattr(section, "when", "after") != "after"
@@ -6838,6 +6898,73 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
 #    bytes and times, which rows of the checks table ask for.
 # ============================================================================
 
+JUDGE_SECONDS = 30.0
+
+
+def rule(judge: Callable[[Run, Any], Finding], *,
+         passable: bool = False) -> Callable[[Run], List[Finding]]:
+    """Make the check of a rule, which judges an artifact or its record, and raises for a no.
+
+    `stage` is only warned, and so is --override where it is `passable` and the policy lets it.
+    """
+    def check(run: Run) -> List[Finding]:
+        command, policy = run.flags.command, run.settings.policy
+        found = run.facts.artifact or run.plan and run.facts.records.get(run.plan.to_release)
+        if command == "rollback" or command == "activate" and (not found or found.activated_at) \
+                or not found and judge is not judge_windows:
+            return [("skip", "nothing is to go live for the first time", "")]
+        try:
+            return [judge(run, found)]
+        except (UsageError, PreflightFailed, ArtifactRefused, StepFailed) as error:
+            lets = passable and policy.override
+            status = "warn" if command == "stage" or lets and run.flags.override else "fail"
+            return [(status, error.message, error.hint + ("; or --override WHY" if lets else ""))]
+    return check
+
+
+def judge_windows(run: Run, found: Any) -> Finding:
+    """No window denies now and, where there are some that allow, one of them is open."""
+    from datetime import date, timedelta
+    policy = run.settings.policy
+    now = local_time(policy.timezone, run.facts.now_seconds)
+    today, minute = date(*now[:3]), now.tm_hour * 60 + now.tm_min
+    open_now = [line for line, is_open in policy.windows
+                if is_open(today, minute) or is_open(today - timedelta(1), minute + 1440)]
+    allowing = [line for line, _ in policy.windows if line.startswith("allow")]
+    why = [line for line in open_now if line not in allowing]
+    if not why and not set(allowing).intersection(open_now):
+        why = [f"outside of {line}" for line in allowing]
+    said = "; ".join([time.strftime("%a %Y-%m-%d %H:%M %Z", now), *why])
+    if why:
+        raise PreflightFailed(said, "wait for a time that is allowed")
+    return "ok", said, ""
+
+
+def judge_by_command(run: Run, found: Any) -> Finding:
+    """The command of [policy] judge exits with 0 in time; its first line is the reason."""
+    import tempfile
+    facts, policy, said = run.facts, run.settings.policy, []
+    live = facts.records.get(facts.current.release or "")
+    before = facts.records.get(live.previous or "") if live else None
+    asked = run.console.secrets.mask_json({
+        "schema": SCHEMA, "operation": run.plan.operation, "application": run.application,
+        "environment": policy.environment, "host": run.by["host"], "by": run.by,
+        "now": format_time(facts.now_seconds), "override": run.flags.override,
+        "artifact": {"name": portable(os.path.basename(found.path)), "version": found.version,
+                     "source": portable(found.path), "sha256": found.sha256},
+        "current": live and encode(live), "previous": before and encode(before),
+        "plan": run.plan.to_json(), "checks": [check._asdict() for check in run.outcome.checks]})
+    context = Context(run.application, facts.root, "", "", facts.root, "", run.deploy_id)
+    with tempfile.TemporaryFile() as stream:
+        stream.write(json.dumps(asked).encode("ascii"))
+        stream.seek(0)
+        done = start_command(run, context, "policy judge", policy.judge, stdin=stream,
+                             timeout_seconds=JUDGE_SECONDS, on_line=said.append)
+    why = "".join(said[:1] or done.tail[:1]) or "it said nothing"
+    if not done.ok:
+        raise PreflightFailed(f"{spell(done.argv)} {done.verdict()}: {why}", "it is to decide")
+    return "ok", why, ""
+
 
 # ============================================================================
 # 11  Source
@@ -7700,6 +7827,11 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("hooks", lambda run: missing_programs(run.settings, "hooks"), False, HOOKS, ""),
     ("templates", check_templates, False, "settings.template", ""),
     ("probes", check_probes, False, "settings.probe", ""),
+    ("windows", rule(judge_windows, passable=True), True, "settings.policy.windows", ""),
+    ("override", lambda run: [] if run.settings.policy.override else [
+        ("fail", "[policy] override = no", "go without --override")], True, "flags.override", ""),
+    # The last: it is told what the others found.
+    ("judge", rule(judge_by_command), True, "settings.policy.judge", ""),
 )
 
 # What nobody knows where .deploy cannot be looked at.
@@ -7707,13 +7839,14 @@ STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 # A check that fails for one of these reasons refuses the artifact, not the host.
 ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
 # These run what is configured: not where somebody else could have written it.
-ACTING_CHECKS = ("services", "probes")
+ACTING_CHECKS = ("services", "probes", "judge")
 
 
 def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
     """Run every check, whatever the others found; each becomes one result, its worst finding."""
     results: List[CheckResult] = []
     failed: Set[str] = set()
+    run.outcome.checks = results
     for name, check, guards_way_back, about, otherwise in CHECKS:
         if going_back and not guards_way_back:
             continue
@@ -9442,9 +9575,10 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
         if not flags.dry_run and flags.command != "adopt":
             # Before a root is made, everything else must be right: it may be a slip of the pen.
             with looking(run, must_exist=False):
-                observe(run, locked=True, artifact=asked)
+                facts = observe(run, locked=True, artifact=asked)
+                run.plan = None if facts.refusal else plan_operation(facts)
                 preflight(run, show=False)
-            run.facts = None
+            run.facts = run.plan = None
     opened = changing(run, recover_first=recover_first)
     if flags.dry_run:
         opened = looking(run, must_exist=False)
@@ -9453,10 +9587,10 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken and recover_first:
             preflight(run)
-        plan = plan_operation(facts)
+        plan = run.plan = plan_operation(facts)
         describe_ends(run, plan)
-        if checks and not broken and plan.steps + plan.last:
-            preflight(run)
+        if checks and plan.steps + plan.last:
+            preflight(run, show=not broken)
         if flags.dry_run:
             show_plan(run, plan)
             for step in plan.steps + plan.last:
@@ -9655,6 +9789,9 @@ def command_preflight(run: Run) -> None:
             unseen, store, run.store, run.facts = error, run.store, None, None
             facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
             run.store = store
+        if facts.artifact:
+            release = facts.artifact.release or new_release_id(facts, facts.artifact.version)
+            run.plan = make_plan(facts, Move("deploy", facts.current.release, release))
         results = run_checks(run)
     if unseen:
         results = [CheckResult(result.name, "fail", unseen.message, unseen.hint)
@@ -10267,8 +10404,6 @@ def report_page(application: str, found: Dict[str, Any], rows: Iterable[Tuple[st
     measures = [f"<div><dt>{quote(name)}</dt><dd>{quote(value)}</dd></div>" for name, value in rows]
     return REPORT_PAGE.format(name=quote(application), measures="\n".join(measures),
                               marks="\n".join(marks), runs="\n".join(reversed(lines)))
-
-
 # -- commands beside a root ----------------------------------------------------
 
 def command_pack(run: Run) -> None:
@@ -10577,10 +10712,8 @@ def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float,
         sha256 = record.sha256 if record else ""
         samples["deploy_release_info"] = {label(run, release=portable(release), sha256=sha256): 1}
     if record and record.activated_at:
-        import calendar
-        activated = time.strptime(record.activated_at, "%Y-%m-%dT%H:%M:%SZ")
         samples["deploy_release_activated_timestamp_seconds"] = {
-            label(run): calendar.timegm(activated)}
+            label(run): int(read_value("moment", record.activated_at)(0, 1))}
 
 
 # -- notifications -------------------------------------------------------------
@@ -10768,6 +10901,8 @@ def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Contex
     lines = [result["msg"]]
     if event == "recovered":
         lines = outcome.extra.get("recovered") or lines  # nothing where a person settled it
+    if run.flags.override:
+        lines.append(run.note)
     words = dict(
         context.variables(), **context._asdict(), event=event, message="; ".join(lines),
         host=os.uname().nodename, command=result["command"], exit_code=str(result["exit_code"]),

@@ -352,6 +352,15 @@ def sick_before(app: App) -> Broken:
     return Broken()
 
 
+def policy(name: str, text: str, *args: str) -> Callable[[App], Broken]:
+    """A rule of [policy] that says no."""
+    def cause(app: App) -> Broken:
+        app.configure(f"[policy]\n{text}")
+        return Broken(list(args))
+    cause.__name__ = name
+    return cause
+
+
 CAUSES = [
     # cause, checks (what the same cause spoils for others included), status of those, what detail and hint say, how deploy ends
     (wrong_user, "user", "fail", "somebody-else", "sudo -u somebody-else", 3),
@@ -396,6 +405,9 @@ CAUSES = [
     (service_without_pidfile, "services", "warn", "service app: /no/such.pid: No such file or directory (ENOENT)", "start it", 0),
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
+    (policy("closed", "windows = deny # the sale is on"), "windows", "fail", "deny # the sale is on", "wait", 3),
+    (policy("overridden", "override = no", "--override", "because"), "override", "fail", "override = no", "without", 3),
+    (policy("judged", "judge = sh -c 'echo never; exit 1'"), "judge", "fail", "never", "decide", 3),
     (sick_before, "probes", "fail", "database", "before deploying", 3),
 ]
 
