@@ -1840,19 +1840,20 @@ KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anythin
 # of the whole text, how it is read).  What the reading cannot do raises ValueError with words of
 # its own, or KeyError.  A kind that is not here is a choice, written `one|two|three`.
 _ANY = r"(?s).*"
+SEVERAL = r",|\A- "  # what lists look like elsewhere
 _TIME = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
 KINDS = {
     "text": ("text", "", _ANY, str),
     "name": ("text", "", _ANY, _plain),
     "names": ("one a line", "", _ANY, _lines(_plain, r"[\s,]")),
-    "list": ("one a line", "", _ANY, _lines(_plain, ",")),
+    "list": ("one a line", "", _ANY, _lines(_plain, SEVERAL)),
     "unit": ("systemd unit", "the name of one unit; another one is another [service:NAME]",
              r"(?!-)[^,/*?\[]*", _plain),
     "path": ("path", "", _ANY, _path),
     "private": ("path", "", _ANY, _path),
-    "paths": ("paths, one a line", "", _ANY, _lines(_path, ",")),
+    "paths": ("paths, one a line", "", _ANY, _lines(_path, SEVERAL)),
     "relative": ("relative path", "", _ANY, _relative),
-    "relatives": ("relative paths, one a line", "", _ANY, _lines(_relative, ",")),
+    "relatives": ("relative paths, one a line", "", _ANY, _lines(_relative, SEVERAL)),
     "int": ("number", "a whole number, 0 or more, of at most 18 digits", r"[0-9]{1,18}", int),
     "times": ("number", "a whole number, 1 or more", r"0*[1-9][0-9]{0,17}", int),
     "exit_code": ("number", "1 to 255", r"[1-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5]", int),
@@ -2689,6 +2690,7 @@ LEFTOVERS = {
 # Set aside for the day when the disk is full, as long as so many times as much is free.
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
+DEPLOY_AGAIN = "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
 # Stands where a line would name the one before it, and nobody knows that one any more.
 UNKNOWN_DIGEST = "unknown"
 
@@ -3060,8 +3062,7 @@ class Store:
                         release, os.O_NOFOLLOW, self.directory(path).descriptor)))
                 except FileNotFoundError:
                     raise StateError(f"{release} cannot be verified: "
-                                     f"{self.path}/{path}/{release} is missing",
-                                     "stage the artifact again: deploy.py deploy --force ARTIFACT")
+                                     f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
             yield found[0], found[1]
 
     def manifest_problem(self, record: Record) -> str:
@@ -4601,6 +4602,14 @@ class Stream:
             self.view = memoryview(next(self._blocks, b""))
         return not self.view
 
+    def peek(self, size_bytes: int) -> bytes:
+        """Return so many bytes, which are not taken; fewer where it ends before."""
+        for block in self._blocks if len(self.view) < size_bytes else ():
+            self.view = memoryview(bytes(self.view) + block)
+            if len(self.view) >= size_bytes:
+                break
+        return bytes(self.view[:size_bytes])
+
     def pieces(self, size_bytes: int) -> Iterator[memoryview]:
         """Take so many bytes in pieces that are not copied; ArtifactRefused when it ends before."""
         while size_bytes:
@@ -4865,8 +4874,9 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
     special: Dict[bytes, bytes] = {}
     extensions = extension_bytes = padding = 0
-    if not stream.at_end() and format_of(bytes(stream.view[:TAR_BLOCK_BYTES])) != "tar":
-        check_is_tar(bytes(stream.view[:TAR_BLOCK_BYTES]))
+    head = stream.peek(TAR_BLOCK_BYTES)
+    if format_of(head) != "tar":
+        check_is_tar(head)
     while True:
         header = stream.take(padding + TAR_BLOCK_BYTES)[padding:]
         if not any(header):
@@ -4918,7 +4928,7 @@ def check_is_tar(head: bytes) -> None:
     what = f"another archive where a tar should be: a {inner}"
     if not inner:
         what = f"no tar, or its first header has a wrong checksum: it begins with {show(head[:60])}"
-        if len(head) < TAR_BLOCK_BYTES or head[257:262] == b"ustar" or not any(head):
+        if head[257:262] == b"ustar" or head and not any(head):
             return
     raise ArtifactRefused(f"what is compressed here is {what}",
                           "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed twice "
@@ -5372,7 +5382,7 @@ def hash_tree(directory: Directory, watch: Watch, known: Optional[Manifest] = No
         done_bytes += member.size_bytes
 
 
-def scan_tree(directory: Directory, watch: Watch, mutable: Any) -> Manifest:
+def scan_tree(directory: Directory, watch: Watch, mutable: Any = None) -> Manifest:
     """Make the manifest of a tree on disk."""
     return {member.name: member for member in hash_tree(directory, watch, None, mutable)}
 
@@ -7125,7 +7135,6 @@ def watching(run: Run, progress: Any) -> Callable[[int], None]:
 def check_release(run: Run, record: Record) -> Differences:
     """Hold a release against its manifest; StateError when that is missing or damaged."""
     release, store = record.id, run.store
-    again = "stage the artifact again: deploy.py deploy --force ARTIFACT"
     # What the interpreter and the service write there says nothing against the release.
     written = mutable_pattern(run.settings.deploy)
     try:
@@ -7137,7 +7146,8 @@ def check_release(run: Run, record: Record) -> Differences:
                 stream.seek(0)
                 if digest != record.tree.get(f"{name}_sha256"):
                     raise StateError(f"{release} cannot be verified: "
-                                     f"{store.path}/.deploy/{name}s/{release} was changed", again)
+                                     f"{store.path}/.deploy/{name}s/{release} was changed",
+                                     DEPLOY_AGAIN)
             with store.directory("releases").child(release) as directory:
                 manifest = read_manifest(*streams)
                 if run.settings.deploy.writable:  # of any size by now
@@ -7145,7 +7155,7 @@ def check_release(run: Run, record: Record) -> Differences:
                                 if not written.match(os.fsdecode(name))}
                 found = compare_tree(directory, manifest, watching(run, progress))
     except ValueError as error:
-        raise StateError(f"{release} cannot be verified: {error}", again)
+        raise StateError(f"{release} cannot be verified: {error}", DEPLOY_AGAIN)
     except PermissionError as error:
         raise StateError(f"{release} cannot be verified: {user_name()} may not read "
                          f"{portable(os.fsdecode(error.filename))}", "run it as the owner of that "
@@ -8453,9 +8463,9 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
         if problem:
             raise StepFailed(
                 f"{release} is not what was staged: {problem}",
-                f"see all of it: {facts.command_line(f'verify {release}')}; then deploy the "
-                "artifact again, or go there all the same: --force; what the service may write "
-                "belongs into [deploy] mutable")
+                f"see all of it: {facts.command_line(f'verify {release}')}; then {DEPLOY_AGAIN}, "
+                "or go there all the same: --force; what the service may write belongs into "
+                "[deploy] mutable")
         added = list(differences["added"])
         if added:
             run.console.warn(f"{release} holds {count(len(added), 'file')} that the "
@@ -9317,7 +9327,8 @@ deploy --splay 10m /var/lib/artifacts/shop.tar.gz
 
 A link shop.tar.gz has the version of what it points to (shop-1.4.2.tar.gz).
 `-q` prints nothing when nothing changed and nothing is wrong, and one block on
-stderr otherwise, with every step, its time and the way back.
+stderr otherwise, with every step, its time and the way back. What is refused
+for a reason that was told before prints nothing again, and exits as before.
 
 `--splay 10m` (of deploy, stage, activate, rollback, prune and recover) waits
 first: a share of ten minutes that host name and application alone decide, so
@@ -9829,7 +9840,7 @@ def command_verify(run: Run) -> None:
         some = ", ".join(f"{word}: {', '.join(names[:5])}"
                          for word, names in lists.items() if names)
         raise ProblemFound(f"{run.outcome.message}: {some}",
-                           "deploy the artifact again with --force, or roll back")
+                           f"{DEPLOY_AGAIN}, or roll back")
 
 
 def show_differences(run: Run, found: Differences) -> Dict[str, List[str]]:
@@ -10105,8 +10116,7 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
     for record in (facts.release(live or ""), rollback_target(facts, live)):
         problem = store.manifest_problem(record) if record else ""
         if problem:
-            problems.append((f"{record.id} cannot be verified: {problem}",
-                             "deploy its artifact again with --force"))
+            problems.append((f"{record.id} cannot be verified: {problem}", DEPLOY_AGAIN))
     return problems
 
 
@@ -11030,7 +11040,9 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
         console.say(f"{text} in {format_seconds(seconds)}", None if error else end)
     elif not error and run.flags.command in WRITING:
         console.say(outcome.message, end, shown="")
-    if error:
+    if error and console.quiet and outcome.is_repeated:
+        console.say(error.message, end, level="error", shown="")  # cron has mailed it before
+    elif error:
         console.error(error.message, error.hint, end)
     elif (outcome.changed or console.warnings) and not dry_run:
         console.release_held()

@@ -367,6 +367,7 @@ HABITS = [
     ("comment-on-a-name", "deploy", "application", "shop # mine", "write shop"),
     ("commas", "deploy", "shared_dirs", "log, tmp", "expected one a line; write log and tmp on a line of its own each"),
     ("commas-in-names", "preflight", "require_commands", "git,curl", "write git and curl"),
+    ("yaml", "deploy", "shared_dirs", "\n    - log\n    - tmp", "expected one a line; write log on a line of its own"),
     ("spaces-in-names", "service:web", "after", "a b", "write a and b"),
     ("brackets", "preflight", "require_files", "[/a, /b]", "write /a and /b"),
     ("bracket", "deploy", "shared_files", "['.env']", "write .env"),

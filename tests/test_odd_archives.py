@@ -317,7 +317,8 @@ def test_zeros_behind_a_zip_s_end_are_padding(app: App) -> None:
     (gzip.compress(gzip.compress(tar(entry(b"f", b"x")))), ["tar.gz", "packed twice"]),
     (gzip.compress(lzma.compress(tar(entry(b"f", b"x")))), ["tar.xz", "packed twice"]),
     (bz2.compress(b"#!/bin/sh\necho hello\n" * 50), ["no tar", "#!/bin/sh", "tar -czf"]),
-], ids=["gzip in gzip", "xz in gzip", "a script"])
+    (gzip.compress(b"{}\n"), ["no tar", r"{}\n"]), (gzip.compress(b""), ["no tar", "begins with ''"]),
+], ids=["gzip in gzip", "xz in gzip", "a script", "next to nothing", "nothing"])
 def test_what_is_compressed_and_no_tar_is_called_what_it_is(app: App, data: bytes, words: List[str]) -> None:
     text = refused(app, data)
     assert all(word in text for word in words) and "checksum" not in text.split("or its")[0]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,12 @@ def test_what_verify_finds_is_mended_by_what_it_hints(app: App) -> None:
     assert "--force" in app.run("verify", check=7).data["error"]["hint"]
     app.run("deploy", "--force", artifact, check=0)
     app.run("verify", check=0)
+    # An older one as well, which a rollback refuses.
+    (app.root / "current" / "VERSION").write_text("else")
+    app.deploy("2.0")
+    hint = app.run("rollback", check=1).data["error"]["hint"]
+    words = re.search("deploy.py (deploy .*) ARTIFACT", hint).group(1).split()
+    assert app.run(*words, artifact, check=0) and app.version == "1.0"
 
 
 @pytest.mark.parametrize("key, value", [("auth_file", "/nonexistent"), ("tls_ca", "/nonexistent"), ("tls_cert", "/nonexistent")])
