@@ -8315,10 +8315,12 @@ def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]
                              f"correct [template:{template.name}] source")
     text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
     rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
-    names = [name for _, name in PLACEHOLDER.findall(data.decode("utf-8", "replace"))]
     chosen = run.settings.origin(f"template:{template.name}", "mode") != "default"
-    if not chosen and any(map(SECRET_NAME.search, names)):
-        mode = 0o640  # what is secret is not for every user of the host
+    for escaped, name in PLACEHOLDER.findall(data.decode("utf-8", "replace")):
+        # A query is masked as well, and need not be secret.
+        value = run.console.secrets.mask(values.get(name, "")).replace("?" + MASK, "")
+        if not (chosen or escaped) and (SECRET_NAME.search(name) or MASK in value):
+            mode = 0o640  # what is secret is not for every user of the host
     parent, _, name = template.target.rpartition("/")
     path = os.fsencode(template.target)
     with open_made(run, tree, parent) as directory:
@@ -9646,7 +9648,7 @@ def preflight(run: Run, *, show: bool = True) -> None:
     for result in results if show or failed else []:
         if result.status == "warn":
             console.warn(f"{result.name}: {result.detail}")
-        elif result.status == "fail":
+        elif result.status == "fail" and len(failed) > 1:  # a single one is what the error says
             console.say(f"{result.name}: {result.detail}", status="fail")
         else:
             console.debug(f"{result.status:<5} {result.name}: {result.detail}")

@@ -365,6 +365,13 @@ def test_an_error_is_one_line_however_the_name_looks(tmp_path: Path) -> None:
     assert_two_lines(result)
 
 
+def test_a_refusal_stands_there_once_and_several_by_name(app: App) -> None:
+    one = app.run("deploy", "/nonexistent/a.tar.gz", json=False, check=4).stderr
+    assert one.count("/nonexistent/a.tar.gz does not exist") == 1
+    both = app.run("--set", "preflight.require_commands=nosuch", "deploy", "/nonexistent/a.tar.gz", json=False, check=4).stderr
+    assert "  fail    commands: nosuch is not found\n" in both and "  fail    artifact: " in both
+
+
 # -- quiet, verbose, exit code ------------------------------------------------
 
 def test_quiet_is_silent_when_nothing_changes(live: App) -> None:

@@ -319,6 +319,15 @@ def test_a_rendered_file_with_a_secret_is_not_for_every_user_unless_mode_says_so
         assert (app.root / "current" / "app.conf").stat().st_mode & 0o777 == expected
 
 
+@pytest.mark.parametrize("value, text, expected", [
+    ("postgres://shop:s3cret@db/shop", "${where}", 0o640), ("https://shop.example.com/?page=1", "${where}", 0o644),
+    ("x", "$${db_password} ${where}", 0o644)], ids=["a password in a URL", "a query", "a name that is kept"])
+def test_it_is_the_value_that_is_secret_or_its_name(value: str, text: str, expected: int, app: App) -> None:
+    app.configure(f"[vars]\nwhere = {value}\n[template:conf]\nsource = app.conf.in\ntarget = app.conf\n")
+    app.deploy("1.0", {"app.conf.in": text})
+    assert (app.root / "current" / "app.conf").stat().st_mode & 0o777 == expected
+
+
 def test_a_new_shared_directory_that_hides_what_is_live_is_told_with_the_copy_command(app: App) -> None:
     app.deploy("1.0", {"uploads": None})
     (app.root / "current" / "uploads" / "p.jpg").write_text("p")
