@@ -197,8 +197,7 @@ METRICS = (
      "When the last deploy, activate or rollback ended, since the epoch [command]."),
     ("deploy_last_deployment_success", "gauge",
      "Whether the last deploy, activate or rollback succeeded (1) or not (0) [command]."),
-    ("deploy_last_deployment_exit_code", "gauge",
-     "Exit code of the last deploy, activate or rollback; 6: a person is needed [command]."),
+    ("deploy_last_deployment_exit_code", "gauge", "Its exit code: 6 needs a person [command]."),
     ("deploy_last_deployment_duration_seconds", "gauge",
      "How long the last deploy, activate or rollback took [command]."),
     ("deploy_step_duration_seconds", "gauge", "How long a step of the last run took [step]."),
@@ -326,8 +325,7 @@ FAILURES = (DeployError, OSError, ImportError, MemoryError)
 
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides:
 # what can move a cursor, forge a log line or hide text.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 MASK = "[masked]"
 # What the name of something private holds (an option, a variable, a header, what a command prints),
 # and what must follow for it to mean that.
@@ -1015,10 +1013,7 @@ class Directory(Descriptor):
         self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
 
     def child(self, path: str, *, make: bool = False, group: int = -1) -> "Directory":
-        """Open a directory below, component by component, making what is missing if asked to.
-
-        What is made is the group's to write; of nobody's but its owner where it is -1.
-        """
+        """Open a directory below, name by name; make what is missing if asked to, for a group."""
         here = Directory(self.path, os.dup(self.descriptor))
         for name in path.split("/"):
             with here:
@@ -1069,10 +1064,8 @@ class Directory(Descriptor):
 
     def discard(self, name: str) -> None:
         """Remove a file or symlink if it is there."""
-        try:
+        with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
-        except FileNotFoundError:
-            pass
 
     def remove_tree(self, name: str) -> None:
         """Remove an entry and all below it, never following a symlink; nothing there is fine.
@@ -1167,17 +1160,13 @@ def who() -> Dict[str, Any]:
     """
     import pwd
     uid = os.geteuid()
-    try:
+    with suppress(OSError, ValueError):
         login = int(read_file("/proc/self/loginuid", 64))
         if login != (1 << 32) - 1:  # a service's
             uid = login
-    except (OSError, ValueError):
-        pass
-    try:
+    with suppress(KeyError):
         if os.geteuid() == 0:
             uid = pwd.getpwnam(environment("SUDO_USER")).pw_uid
-    except KeyError:
-        pass
     started_by = [("ansible", os.path.basename(sys.argv[0]).startswith("AnsiballZ_")),
                   ("systemd", environment("INVOCATION_ID")),
                   ("ssh", environment("SSH_CONNECTION")),
@@ -1196,10 +1185,8 @@ def process_is_alive(pid: int) -> bool:
     """Tell whether a process exists, whoever owns it."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return error.errno == errno.EPERM
     return True
 
 
@@ -1448,10 +1435,8 @@ def start_filter(argv: Sequence[str], pipe_bytes: int, memory_bytes: int = 0) ->
         list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, preexec_fn=limit if memory_bytes else None)
     for pipe in (process.stdin, process.stdout):
-        try:
+        with suppress(OSError):  # pipe-max-size, or too many pages in this user's pipes (pipe(7))
             fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)
-        except OSError:
-            pass  # over pipe-max-size, or this user's pipes have too many pages (pipe(7))
     return process
 
 
@@ -2578,13 +2563,12 @@ class Journal(NamedTuple):
 class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
 
-    result: deployed, staged, activated, rolled_back (`automatic`: it failed after
-    activation; earlier versions wrote reverted), failed (undone before
-    activation), left_live, rollback_failed, refused (preflight or the artifact),
-    pruned, pinned, unpinned, adopted, held, unheld, flagged, aborted (found half
-    done) or recovered (settled by hand).
-    `previous_sha256` is the SHA-256 of the line before, without its newline;
-    empty in the first, `unknown` where what came before was lost.
+    result: deployed, staged, activated, rolled_back (`automatic`: it failed after activation;
+    earlier versions wrote reverted), failed (undone before activation), left_live, rollback_failed,
+    refused (preflight or the artifact), pruned, pinned, unpinned, adopted, held, unheld, flagged,
+    aborted (found half done) or recovered (settled by hand). `previous_sha256` is the SHA-256 of
+    the line before, without its newline; empty in the first, `unknown` where what came before was
+    lost.
     """
 
     sequence: int
@@ -2864,8 +2848,7 @@ class Store:
         """Read a record or the journal; None where there is none, ValueError for a damaged one."""
         above, name = os.path.split(path)
         try:
-            data = read_file(
-                name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
+            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -3431,8 +3414,7 @@ class Run:
     def root(self) -> str:
         """The root, absolute and without symlinks; UsageError where there is none that can be."""
         if not self.settings.deploy.root:
-            raise UsageError("no root is given",
-                             "name it with --root DIR, or set root in [deploy]")
+            raise UsageError("no root is given", "name it with --root DIR, or set root in [deploy]")
         root = os.path.realpath(self.settings.deploy.root)
         if root == "/" or escape(root) != root:
             raise UsageError(f"{root!r} cannot be a root",
@@ -3668,8 +3650,7 @@ class PublicKey(NamedTuple):
         inverse = pow(s, order - 2, order)
         x, _, z, _, p = _combine(_add_projective, (number * inverse % order, base),
                                  (r * inverse % order, self.numbers))
-        return 0 < r < order and 0 < s < order and z != 0 \
-            and x * pow(z, p - 2, p) % p % order == r
+        return 0 < r < order and 0 < s < order and z != 0 and x * pow(z, p - 2, p) % p % order == r
 
 
 def read_key(text: str) -> PublicKey:
@@ -3945,10 +3926,9 @@ Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which ma
 class Artifact(Descriptor):
     """An archive or a directory, opened once and never again by name.
 
-    `sha256` is what its bytes must have once `identify` has found it, and
-    `read_sha256` what they had when they were last read to the end.  What it
-    takes on disk is `exact` where it says so itself, `counted` where its files
-    could be counted.  `notes` are for the operator.
+    `sha256` is what its bytes must have once `identify` has found it, and `read_sha256` what they
+    had when they were last read to the end.  What it takes on disk is `exact` where it says so
+    itself, `counted` where its files could be counted.  `notes` are for the operator.
     """
 
     format = ""
@@ -4357,11 +4337,10 @@ _MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
 class Judge:
     """Admits members one by one, or refuses the archive; needs no disk.
 
-    What it has admitted is its `manifest`, the map by which later members and
-    symlinks are judged; whoever writes them puts the digests in.  Directories
-    that became necessary are appended to `fresh`, parents first.  Members that
-    are refused are collected, so that `check` names them all; a limit that is
-    exceeded ends it at once.
+    What it has admitted is its `manifest`, the map by which later members and symlinks are judged;
+    whoever writes them puts the digests in.  Directories that became necessary are appended to
+    `fresh`, parents first.  Members that are refused are collected, so that `check` names them all;
+    a limit that is exceeded ends it at once.
     """
 
     def __init__(self, settings: Settings, artifact: Artifact) -> None:
@@ -5265,8 +5244,7 @@ _KINDS_ON_DISK = {
     stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
 
 
-def walk_tree(directory: int,
-              prefix: bytes = b"") -> Iterator[Tuple[Member, int, os.stat_result]]:
+def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Tuple[Member, int, os.stat_result]]:
     """Go through a tree by descriptors, names sorted: members, open while they are handed out.
 
     The descriptor is -1 for a symlink, which is not followed, and for what cannot be opened.
@@ -5365,8 +5343,8 @@ def hash_tree(directory: Directory, watch: Watch, known: Optional[Manifest] = No
               mutable: Any = None) -> Iterator[Member]:
     """Go through a tree on disk as a manifest has it; of what is `known`, hash only that.
 
-    Otherwise ArtifactRefused for what a release cannot hold.  Files that are `mutable` are
-    passed over: whoever writes there could make one without end.
+    Otherwise ArtifactRefused for what a release cannot hold.  Files that are `mutable`, which may
+    have no end, are passed over.
     """
     done_bytes = 0
     for member, descriptor, _ in walk_tree(directory.descriptor):
@@ -5443,11 +5421,10 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
            sharer: Optional["Sharer"] = None) -> Tuple[Manifest, List[str]]:
     """Hash, judge and unpack in one pass into an empty directory nobody else can reach.
 
-    Returns the manifest and notes for the operator.  Names need no check
-    against the disk: every directory on the way was made here, and symlinks are
-    made when no file will follow.  Raises ArtifactRefused, also where the bytes
-    have not the digest that was found for them, and OSError from writing (a
-    full disk) as the system gives it.
+    Returns the manifest and notes for the operator.  Names need no check against the disk: every
+    directory on the way was made here, and symlinks are made when no file will follow.  Raises
+    ArtifactRefused, also where the bytes have not the digest that was found for them, and OSError
+    from writing (a full disk) as the system gives it.
     """
     place, judge = destination.descriptor, Judge(settings, artifact)
     manifest, status = judge.manifest, os.fstat(place)
@@ -5565,17 +5542,14 @@ class Sharer(Descriptor):
                     dst_dir_fd=place, follow_symlinks=False)
         except OSError:
             return False
-        try:
-            with Descriptor() as twin:
-                twin.descriptor = os.open(temporary, _READ_FLAGS, dir_fd=place)
-                found = os.fstat(twin.descriptor)
-                is_same = (found.st_mode, found.st_size, found.st_uid) == (
-                    stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid()) \
-                    and entry.mtime_ns in (None, found.st_mtime_ns) \
-                    and not has_attributes(twin.descriptor) and digest == hash_pieces(
-                        iter(lambda: os.read(twin.descriptor, BLOCK_BYTES), b""))
-        except OSError:  # a symlink, which was not followed
-            pass
+        with suppress(OSError), Descriptor() as twin:  # a symlink, which was not followed
+            twin.descriptor = os.open(temporary, _READ_FLAGS, dir_fd=place)
+            found = os.fstat(twin.descriptor)
+            is_same = (found.st_mode, found.st_size, found.st_uid) == (
+                stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid()) \
+                and entry.mtime_ns in (None, found.st_mtime_ns) \
+                and not has_attributes(twin.descriptor) and digest == hash_pieces(
+                    iter(lambda: os.read(twin.descriptor, BLOCK_BYTES), b""))
         if is_same:
             os.rename(temporary, entry.name, src_dir_fd=place, dst_dir_fd=place)
         else:
@@ -6476,10 +6450,7 @@ VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?(?:{})(?![^\W_]|~|[.+_-]\w)"
 
 
 def answers_naming(run: Run, context: Context) -> List[str]:
-    """List what an answer may call a release: its version or id; nothing where it has no version.
-
-    What was adopted has a name and no version, and of a digest no program knows.
-    """
+    """List what an answer may call a release; none can know a digest, or an adopted one's name."""
     record = run.facts and run.facts.records.get(context.release)
     if record and record.version in (record.id, record.sha256[:12]):
         return []
@@ -7099,8 +7070,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
         if before or confirm:
             # What is still the file that it was unpacked from need not be read again.
             is_same = before and before.artifact.get("identity") == artifact.identity()
-            artifact.confirm(
-                run.settings, watch, before.sha256 if before and is_same else "")
+            artifact.confirm(run.settings, watch, before.sha256 if before and is_same else "")
     if before and before.id != live:
         try:
             changed = problems_of(check_release(run, before))
@@ -7200,9 +7170,6 @@ def strangers(run: Run, record: Record) -> List[str]:
     except (OSError, ValueError, StateError):
         pass  # no manifest, or too deep a tree: what was found so far is enough
     return sorted(found)
-
-
-KEPT_DIFFERENCES = 200  # lines of them in the history
 
 
 def name_differences(run: Run, found: Differences) -> List[str]:
@@ -7926,6 +7893,7 @@ NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 
 KEPT_BAD_RELEASES = 1
 KEPT_BAD_RECORDS = 50
+KEPT_DIFFERENCES = 200  # lines of them in the history
 
 
 class Move(NamedTuple):
@@ -8245,8 +8213,7 @@ def do_shared(run: Run) -> str:
     replaced = []
     live, tree = f"{run.facts.root}/current", run.store.directory(f"releases/{run.staging}")
     for path in directories:
-        with run.store.root.child(
-                f"shared/{path}", make=True, group=run.store.group) as directory:
+        with run.store.root.child(f"shared/{path}", make=True, group=run.store.group) as directory:
             if not os.listdir(directory.descriptor) and not os.path.islink(f"{live}/{path}") \
                     and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
                 target = f"{run.facts.root}/shared/{path}/"
@@ -8452,9 +8419,8 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
     def verify(run: Run) -> str:
         differences = check_release(run, run.facts.records[release])
         problem, lines = problems_of(differences), name_differences(run, differences)
-        run.output = lines[:KEPT_DIFFERENCES]
-        if lines[KEPT_DIFFERENCES:]:
-            run.output.append(f"and {len(lines) - KEPT_DIFFERENCES:,} more")
+        more = [f"and {len(lines) - KEPT_DIFFERENCES:,} more"] if lines[KEPT_DIFFERENCES:] else []
+        run.output = lines[:KEPT_DIFFERENCES] + more
         inside = [(f"[{section}] {key}", argv[0])
                   for section, key, argv, _, in_release in commands(facts.settings)
                   if in_release]
@@ -9566,10 +9532,8 @@ def is_untouched(run: Run) -> bool:
     """Say whether nothing was ever deployed to the root."""
     try:
         os.lstat(f"{run.root}/.deploy")
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass  # whoever opens the root says what is wrong with it
+    except OSError as error:  # whoever opens the root says what else is wrong with it
+        return error.errno == errno.ENOENT
     return False
 
 
@@ -9841,8 +9805,7 @@ def command_verify(run: Run) -> None:
     if total:
         some = ", ".join(f"{word}: {', '.join(names[:5])}"
                          for word, names in lists.items() if names)
-        raise ProblemFound(f"{run.outcome.message}: {some}",
-                           f"{DEPLOY_AGAIN}, or roll back")
+        raise ProblemFound(f"{run.outcome.message}: {some}", f"{DEPLOY_AGAIN}, or roll back")
 
 
 def show_differences(run: Run, found: Differences) -> Dict[str, List[str]]:
