@@ -1427,13 +1427,11 @@ def start_filter(argv: Sequence[str], pipe_bytes: int, memory_bytes: int = 0) ->
     """
     import resource
     import subprocess
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-
     process: Any = subprocess.Popen(
         list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=limit if memory_bytes else None)
+        stderr=subprocess.PIPE)
+    if memory_bytes and hasattr(resource, "prlimit"):
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     for pipe in (process.stdin, process.stdout):
         with suppress(OSError):  # pipe-max-size, or too many pages in this user's pipes (pipe(7))
             fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)
