@@ -6486,7 +6486,7 @@ def judge(probe: Any, wanted: List[str], text: str,
         value, why = header(name), f"the answer has no header {name} that names its version"
         if where == "json":
             value, why = json_value(text, name)
-        named = re.sub(r"\A[vV](?=\d)", "", value or "") in wanted
+        named = None if value is None else re.sub(r"\A[vV](?=\d)", "", value) in wanted
         why = why if value is None else f"answered with version {value}"
     if not named:
         errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
@@ -6688,6 +6688,8 @@ class ProbeRun:
             pause_seconds = min(pause_seconds, max(probe.period, probe.period_max))
             pause_seconds *= 1 + random.uniform(-probe.jitter, probe.jitter)
             pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
+            if answer["final"] or refused >= probe.failures and not is_soaking:
+                return f"the new release itself failed: {error}"
             if is_soaking:
                 if failed >= probe.failures:
                     return f"failed {count(failed, 'time')} in a row after it was healthy: {error}"
@@ -6696,8 +6698,6 @@ class ProbeRun:
                     return ""
                 wait(pause_seconds if failed else min(pause_seconds, left_seconds))
                 continue
-            if refused >= probe.failures or answer["final"]:
-                return f"the new release itself failed: {error}"
             # Towards the deadline a further try is worth more than the whole of its wait.
             pause_seconds = min(pause_seconds, max(left_seconds / 2, SHORTEST_WAIT_SECONDS))
             if pause_seconds >= left_seconds:
@@ -6838,10 +6838,11 @@ class ProbeRun:
         restarts = int(state.get("NRestarts") or 0)
         if self.restarts < 0:
             self.restarts = restarts
-        final = restarts - self.restarts >= self.probe.failures \
-            or state.get("ActiveState") == "failed"
-        return {"error": error, "said": f"{service_target(service.settings)} is up",
-                "final": error and final}
+        target, restarts = service_target(service.settings), restarts - self.restarts
+        if restarts >= self.probe.failures:  # in a crash loop it is up at most looks
+            error = error or f"{target} was restarted {count(restarts, 'time')}"
+        final = restarts >= self.probe.failures or state.get("ActiveState") == "failed"
+        return {"error": error, "said": f"{target} is up", "final": error and final}
 
 
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,

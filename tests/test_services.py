@@ -616,6 +616,17 @@ def test_what_a_restarted_unit_answers_is_the_new_release(app, systemd, server, 
     assert evidence["journal"] == ["journal of -u app.service -n 10 --no-pager"]
 
 
+@pytest.mark.parametrize("version, early", [("", True), ("0.9", False)])
+def test_what_a_restarted_unit_answers_without_a_version_is_the_new_release(app, systemd, server, version, early):
+    """An error page names none; another version is another process's."""
+    systemd.write()
+    server.status, server.body = 500, json.dumps({"version": version} if version else {}).encode()
+    app.configure(f"durable = no\n[service:app]\nunit = app.service\nsettle = 0s\n{PROBE}url = {server.url}\nrelease = json:version\n"
+                  f"deadline = {'600s' if early else '500ms'}\n")
+    app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
+    assert (app.history()[-1]["failure"]["evidence"]["tries"] == 3) is early
+
+
 def test_a_service_probe_ends_when_its_unit_has_failed(app, systemd):
     systemd.on["restart"]["then"] = [{}, {}, {}, {"ActiveState": "failed", "SubState": "failed", "Result": "exit-code"}]
     systemd.write()
@@ -624,6 +635,17 @@ def test_a_service_probe_ends_when_its_unit_has_failed(app, systemd):
     app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
     failure = app.history()[-1]["failure"]
     assert failure["step"] == "probe:web" and "is failed" in failure["reason"] and failure["evidence"]["tries"] < 10
+
+
+@pytest.mark.parametrize("more", ["", "soak = 600s\n"])
+def test_a_crash_loop_is_found_though_every_look_finds_the_unit_up(app, systemd, more):
+    systemd.on["restart"]["then"] = [{}, {}, {}] + [{"NRestarts": str(number // 2)} for number in range(40)]
+    systemd.write()
+    successes = "successes = 1" if more else "successes = 100"
+    app.configure(f"durable = no\n[service:app]\nunit = app.service\nsettle = 0s\n{PROBE.replace('successes = 1', successes)}"
+                  f"service = app\ndeadline = 600s\n{more}")
+    app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
+    assert "unit app.service was restarted 3 times" in app.history()[-1]["failure"]["reason"]
 
 
 def test_a_service_probe_ends_when_its_unit_has_restarted_too_often(app, systemd):
