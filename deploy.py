@@ -420,13 +420,11 @@ class Secrets(List[str]):
 
 def format_size(size_bytes: float) -> str:
     """Write a byte count for people: 999 B, 1.4 MB (powers of 1000, as disks are sold)."""
-    if abs(size_bytes) < 999.5:
-        return f"{size_bytes:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        size_bytes /= 1000
-        if abs(size_bytes) < 999.5 or unit == "TB":
-            break
-    return f"{size_bytes:.1f} {unit}"
+    unit, digits = "B", 0
+    for larger in ("kB", "MB", "GB", "TB"):
+        if abs(size_bytes) >= 999.5:
+            size_bytes, unit, digits = size_bytes / 1000, larger, 1
+    return f"{size_bytes:.{digits}f} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -1019,8 +1017,7 @@ class Directory(Descriptor):
             with here:
                 is_new = make and here.status(name) is None
                 if is_new:
-                    with suppress(FileExistsError):
-                        os.mkdir(name, 0o755, dir_fd=here.descriptor)
+                    os.mkdir(name, 0o755, dir_fd=here.descriptor)
                 here = Directory(f"{here.path}/{name}", os.open(
                     name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
                 if is_new:
@@ -1125,10 +1122,9 @@ def sync_filesystem(descriptor: int) -> None:
 
 def boot_id() -> str:
     """Return the kernel's id of this boot, or an empty string where there is none."""
-    try:
+    with suppress(OSError):
         return read_file("/proc/sys/kernel/random/boot_id", 64).decode("ascii").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def user_name(uid: int = -1) -> str:
@@ -3365,7 +3361,7 @@ class Outcome:
         self.previous: Optional[str] = None
         self.message = ""
         self.result = ""  # what the history calls it, where it has a line there
-        self.is_repeated = False  # a refusal that the history has already: nobody is notified again
+        self.is_repeated = False  # what was told before: nobody is notified again
         self.steps: List[StepResult] = []
         self.checks: List[CheckResult] = []
         self.error: Optional[DeployError] = None
@@ -7949,8 +7945,8 @@ def select_release(facts: Facts, text: str) -> Record:
 def unrecorded(facts: Facts) -> str:
     """Say how to come to a release where none is known."""
     names = ", ".join(sorted(facts.on_disk - set(facts.records))[-9:])
-    adopt = facts.command_line("adopt RELEASE")
-    return f"{adopt}: {names}" if names else "none is there: deploy an artifact"
+    line = f"{facts.command_line('adopt RELEASE')}: {names}"
+    return line if names else "none is there: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[Record]:
@@ -9132,12 +9128,12 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         return f"{what} ends here: the rollback is its verdict"
     before = ", before the last boot" if journal.boot_id != boot_id() else ""
     run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
-    move = Move(journal.operation, journal.from_release, journal.to_release)
-    plan = make_plan(run.facts, move)
+    plan = make_plan(run.facts, Move(journal.operation, journal.from_release, journal.to_release))
     if journal.phase == PHASE_STAGING or \
             journal.phase == PHASE_INTENT and live == journal.from_release:
         return abort(run, plan, journal)
     if journal.recoveries >= MAX_RECOVERIES:
+        run.outcome.is_repeated = True  # a person was called when it failed
         raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
                              f"live now: {live or 'nothing'}", by_hand(store))
     # The link says how far the run came; the journal may be one write behind it.
@@ -9502,7 +9498,7 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                     observe(run, locked=True)
                     done = outcome.extra["recovered"] = recover(run)
                 finally:
-                    run.outcome = outcome
+                    outcome.is_repeated, run.outcome = run.outcome.is_repeated, outcome
                 for line in done:
                     run.console.say(f"recovered: {line}")
                 if done:
@@ -9546,8 +9542,7 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
     if is_untouched(run):
         if flags.command not in ("deploy", "stage", "adopt"):
             raise UsageError(f"nothing was ever deployed to {run.root}",
-                             "name another root with --root DIR, deploy something first, or adopt "
-                             "what another tool left there")
+                             "name another root: --root DIR; or deploy or adopt something first")
         if not flags.dry_run and flags.command != "adopt":
             # Before a root is made, everything else must be right: it may be a slip of the pen.
             with looking(run, must_exist=False):
@@ -11004,7 +10999,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
         console.say(f"{text} in {format_seconds(seconds)}", None if error else end)
     elif not error and run.flags.command in WRITING:
         console.say(outcome.message, end, shown="")
-    if error and console.quiet and outcome.is_repeated:
+    if error and console.quiet and outcome.is_repeated and outcome.result == "refused":
         console.say(error.message, end, level="error", shown="")  # cron has mailed it before
     elif error:
         console.error(error.message, error.hint, end)

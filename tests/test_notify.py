@@ -350,6 +350,25 @@ def test_a_refusal_is_told_and_written_once_until_another_release_goes_live(app,
     assert receiver.events[5:] == ["deployed", "refused"]
 
 
+def test_a_person_is_called_when_it_fails_and_not_at_every_tick_after_that(app, receive):
+    """After two recoveries that failed nothing is tried any more: the next run says so, and calls nobody again."""
+    receiver = receive()
+    down = app.directory / "down"
+    configure(app, f"url = {receiver.url}", before=f"[service:web]\ncommand = test ! -e {down}")
+    app.run("deploy", app.artifact("1.0"), check=0)
+    down.write_text("")
+    artifact = app.artifact("2.0")
+    for _ in range(5):
+        quiet = app.run("-q", "deploy", artifact, check=6, json=False)
+        assert "recover --to" in quiet.stderr
+    assert receiver.events == ["deployed"] + ["rollback_failed"] * 3
+    down.unlink()
+    app.run("recover", "--to", "1.0", check=0)
+    down.write_text("")
+    app.run("deploy", app.artifact("3.0"), check=6)
+    assert receiver.events[4:] == ["recovered", "rollback_failed"]
+
+
 def test_a_refusal_without_a_digest_is_told_once_a_day(app, receive):
     receiver = receive()
     configure(app, f"url = {receiver.url}")
