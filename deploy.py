@@ -141,6 +141,7 @@ finally:
 #    Names for every number and word that is a promise.  Uses nothing.
 # ============================================================================
 
+Json = Dict[str, Any]  # an object
 VERSION = "1.0.0"
 SCHEMA = 1
 
@@ -245,7 +246,7 @@ class DeployError(Exception):
     exit_code = EXIT_FAILED
 
     def __init__(self, message: str, hint: str = "",
-                 evidence: Optional[Dict[str, Any]] = None) -> None:
+                 evidence: Optional[Json] = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -405,8 +406,10 @@ class Secrets(List[str]):
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, dict):
+            # A key's fingerprint is for everybody.
             return {key: MASK if isinstance(item, str) and item and SECRET_NAME.search(str(key))
-                    else self.mask_json(item) for key, item in value.items()}
+                    and not item.startswith("SHA256:") else self.mask_json(item)
+                    for key, item in value.items()}
         if not isinstance(value, (list, tuple)):
             return value
         items = [self.mask_json(item) for item in value]
@@ -729,7 +732,7 @@ class Console:
         if not self.json_mode:
             self._write(sys.stdout, text)
 
-    def json_result(self, value: Dict[str, Any]) -> None:
+    def json_result(self, value: Json) -> None:
         """The one object of --json; ASCII, so that any reader and any locale takes it."""
         self._write(sys.stdout, json.dumps(self.secrets.mask_json(value)) + "\n")
 
@@ -939,7 +942,7 @@ def read_base64(text: bytes) -> bytes:
 
 def fits(name: str, patterns: str) -> bool:
     """Match a list of patterns with * and ?, of which a leading ! refuses (ssh_config(5))."""
-    found = [pattern[:1] for pattern in patterns.strip('"').split(",") if re.fullmatch(
+    found = [pattern[:1] for pattern in patterns.split(",") if re.fullmatch(
         re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name)]
     return bool(found) and "!" not in found
 
@@ -1147,7 +1150,7 @@ def traceparent(parent: str = "") -> str:
     return f"{found[1]}{parent or found[2]}{found[3]}" if found else ""
 
 
-def who() -> Dict[str, Any]:
+def who() -> Json:
     """Say who runs this and as whom, where, what started it, and the trace it is part of.
 
     The person is sudo's (which anybody but root may have invented), else the login's, else ours.
@@ -1831,6 +1834,8 @@ KINDS = {
     "path": ("path", "", _ANY, _path),
     "private": ("path", "", _ANY, _path),
     "paths": ("paths, one a line", "", _ANY, _lines(_path, SEVERAL)),
+    "keys": ("keys or their files, one a line", "", _ANY, _lines(
+        lambda text: text if KEY_LITERAL.match(text) else _path(text), SEVERAL)),
     "relative": ("relative path", "", _ANY, _relative),
     "relatives": ("relative paths, one a line", "", _ANY, _lines(_relative, SEVERAL)),
     "int": ("number", "a whole number, 0 or more, of at most 18 digits", r"[0-9]{1,18}", int),
@@ -1868,7 +1873,7 @@ KINDS = {
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
-LISTS = ("names", "list", "windows", "paths", "relatives", "argv", "commands", "addresses")
+LISTS = ("names", "list", "windows", "paths", "keys", "relatives", "argv", "commands", "addresses")
 
 
 def read_value(kind: str, text: str) -> Any:
@@ -1944,6 +1949,17 @@ symlinks  inside|refuse|any  inside  whether it may hold symlinks, and whether t
 allow_links       list       -       globs of targets outside that are meant, such as
     /usr/bin/python3*; * stays within a directory, ** does not; the root's own current/ and shared/
     are always allowed
+
+[signature] who must have signed an artifact
+verify  required|if-present|off  -   whether it needs a signature; default: required, once there are
+    keys, allowed_signers or a command
+keys              keys       -       public keys of minisign, signify or openssl (cosign, DSSE)
+allowed_signers   path       -       who may sign with ssh-keygen -Y, and with which key
+namespace         name       deploy  what such a signature must have been made for
+principal         names      -       whose of allowed_signers counts; default: anybody's
+command           argv       -       gets the bytes on stdin and their signature's path as
+    $DEPLOY_SIGNATURE, exits with 0 for yes; under the rules for hooks
+legacy            bool       no      take what minisign signed without hashing it first
 
 [limits] what an archive may cost
 max_artifact      size       4G      largest artifact; 0 is no limit, here and below
@@ -2084,6 +2100,7 @@ SECTIONS = tuple(read_options(OPTION_TABLES.replace("FACILITIES", "|".join(FACIL
 OPTIONS = tuple(option for _, _, options in SECTIONS for option in options.values())
 _OPTIONS_OF = {section: options for section, _, options in SECTIONS}
 
+TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
 # Exactly one of these keys must be given in every such section.
 ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command service",),
           "template": ("source", "target")}
@@ -2168,6 +2185,7 @@ service              [SERVICE]    logs  a configured service; default: all of th
 --until              TIME         hold  2026-11-30T06:00:00Z, or a duration; default: until unhold
 assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 --sha256             HEX          deploy stage preflight  digest the artifact must have
+--signature          FILE         deploy stage preflight  its signature, wherever that lies
 --release-version    V            deploy stage preflight pack  version, instead of the name's
 --allow-downgrade    -            deploy stage preflight
     accept a version older than the one that is live
@@ -2348,8 +2366,9 @@ class Settings:
                 f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
                 f"{option.key}: {option.help}"))
             return self._value(option, section, key, Given(option.default, "default", ""))
-        if option.kind == "paths":
-            return [absolute(os.path.join(given.directory, path)) for path in value]
+        if option.kind in ("paths", "keys"):
+            return [path if KEY_LITERAL.match(path) else
+                    absolute(os.path.join(given.directory, path)) for path in value]
         if option.kind in ("path", "private"):
             value = absolute(os.path.join(given.directory, value))
         if option.kind == "private":
@@ -2428,6 +2447,9 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
             given[section, key] = Given(value.strip(), "command line (--set)", "")
     settings = Settings(given, list(files))
     settings.mistakes[:0] = mistakes
+    if not settings.signature.verify:
+        trusted = TRUSTED.intersection(settings.signature.given)
+        settings.signature.verify = "required" if trusted else "off"
     if refuse:
         settings.refuse_mistakes()
     return settings
@@ -2503,15 +2525,15 @@ class Record(NamedTuple):
     version: str
     state: str
     pinned: bool
-    artifact: Dict[str, Any]
-    tree: Dict[str, Any]
+    artifact: Json
+    tree: Json
     created_at: str
     activated_at: Optional[str]
     deactivated_at: Optional[str]
     previous: Optional[str]
-    by: Dict[str, Any]
-    rollback: Dict[str, Any]
-    failure: Optional[Dict[str, Any]]
+    by: Json
+    rollback: Json
+    failure: Optional[Json]
     rolled_back_at: Optional[str]
     pruned_at: Optional[str]
     note: Optional[str] = None
@@ -2549,8 +2571,8 @@ class Journal(NamedTuple):
     recoveries: int
     plan: List[Any]
     done: List[Any]
-    failure: Optional[Dict[str, Any]]
-    by: Dict[str, Any]
+    failure: Optional[Json]
+    by: Json
     chain: str = ""
 
 
@@ -2576,9 +2598,9 @@ class HistoryEntry(NamedTuple):
     exit_code: int
     seconds: float
     message: str
-    by: Dict[str, Any]
+    by: Json
     steps: List[Any]
-    failure: Optional[Dict[str, Any]]
+    failure: Optional[Json]
     previous_sha256: str
     artifact_sha256: Optional[str] = None
     built_at: Optional[str] = None
@@ -2589,8 +2611,8 @@ class HistoryEntry(NamedTuple):
 _NULL = type(None)
 # What JSON a field may hold, by its annotation; others hold what they are annotated with.
 JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
-    float: (float, int), List[Any]: (list,), Dict[str, Any]: (dict,), Optional[str]: (str, _NULL),
-    Optional[bool]: (bool, _NULL), Optional[Dict[str, Any]]: (dict, _NULL)}
+    float: (float, int), List[Any]: (list,), Json: (dict,), Optional[str]: (str, _NULL),
+    Optional[bool]: (bool, _NULL), Optional[Json]: (dict, _NULL)}
 # `from` cannot be the name of a field.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
 # What a text must be: ids become file names.  What another tool made in releases/ may have any.
@@ -2600,13 +2622,13 @@ TEXT_FORMS = {"id": ANY_NAME, "to": ANY_NAME, "previous": ANY_NAME, "from": ANY_
 TREE_NUMBERS = ("files", "bytes", "manifest_bytes", "tree_bytes")
 
 
-def encode(value: Any) -> Dict[str, Any]:
+def encode(value: Any) -> Json:
     """Make of a record, journal or history entry what is written to disk and shown by --json."""
     data = {JSON_NAMES.get(field, field): part for field, part in value._asdict().items()}
     return dict(data, schema=SCHEMA)
 
 
-def seal(data: Dict[str, Any]) -> Dict[str, Any]:
+def seal(data: Json) -> Json:
     """Add the checksum by which a changed or cut-off file is told from a whole one."""
     plain = {key: value for key, value in data.items() if key != "checksum"}
     text = json.dumps(plain, sort_keys=True)
@@ -2856,7 +2878,7 @@ class Store:
         data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
         self.directory(above).write(name, data, self.file_mode)
 
-    def load_json(self, path: str) -> Dict[str, Any]:
+    def load_json(self, path: str) -> Json:
         """Read an object that nobody sealed, empty where there is none; StateError says why not."""
         above, name = os.path.split(path)
         try:
@@ -3056,9 +3078,9 @@ class Store:
         return ""
 
     def write_manifest(self, release: str, manifest: Iterator[bytes],
-                       tree: Iterator[bytes]) -> Dict[str, Any]:
+                       tree: Iterator[bytes]) -> Json:
         """Write a release's two manifests durably; returns what its record says of them."""
-        written: Dict[str, Any] = {}
+        written: Json = {}
         for path, name, lines in ((TREES, "tree", tree), (MANIFESTS, "manifest", manifest)):
             # 200,000 lines are never in memory as a whole.
             blocks = iter(lambda: b"".join(itertools.islice(lines, 1000)), b"")
@@ -3212,7 +3234,7 @@ LOOK_SECONDS = 5.0
 
 
 @contextmanager
-def lock(store: Store, wait_seconds: float, holder: Dict[str, Any],
+def lock(store: Store, wait_seconds: float, holder: Json,
          interrupts: Interrupts) -> Iterator[None]:
     """Hold the kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
 
@@ -3254,7 +3276,7 @@ def try_lock(descriptor: int, operation: int) -> bool:
     return True
 
 
-def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
+def lock_holder(store: Store) -> Optional[Json]:
     """Say who holds the lock, without having it for longer than the question; None if nobody.
 
     Empty where the holder has written nothing (proper) about itself.
@@ -3281,13 +3303,13 @@ def lock_holder(store: Store) -> Optional[Dict[str, Any]]:
         os.close(descriptor)
 
 
-def busy(holder: Dict[str, Any]) -> Busy:
+def busy(holder: Json) -> Busy:
     """Make the error that names who holds the lock."""
     return Busy(f"another run holds the lock: {describe_holder(holder)}",
                 "wait for it with --wait-lock 5m, or look at what it does")
 
 
-def describe_holder(holder: Dict[str, Any]) -> str:
+def describe_holder(holder: Json) -> str:
     """Write a lock's holder for people."""
     if not holder:
         return "an unknown process"
@@ -3315,7 +3337,7 @@ class StepResult(NamedTuple):
     output: Sequence[str] = ()
     started_at: float = 0.0  # seconds since the epoch
 
-    def to_json(self) -> Dict[str, Any]:
+    def to_json(self) -> Json:
         """Return what the history keeps and --json shows; `output` only where there is some."""
         kept = self._fields[:5] if self.output else self._fields[:4]
         return {name: getattr(self, name) for name in kept}
@@ -3365,7 +3387,7 @@ class Outcome:
         self.steps: List[StepResult] = []
         self.checks: List[CheckResult] = []
         self.error: Optional[DeployError] = None
-        self.extra: Dict[str, Any] = {}  # what this command adds to the object of --json
+        self.extra: Json = {}  # what this command adds to the object of --json
 
 
 class Run:
@@ -3466,23 +3488,29 @@ class Plan(NamedTuple):
 #    Python.  Takes bytes and digests; opens nothing but key files.
 # ============================================================================
 
-# Edwards25519 (RFC 8032, 5.1): its field, the order of its base point, and d.
+# Curves in Weierstrass form (SP 800-186): the field, a; the order, b, and x and y of the base point
+# in base64.  Edwards25519 is carried over to it (RFC 7748, 4.1) by d, a shift and a scale.
 _P = (1 << 255) - 19
-_L = (1 << 252) + 27742317777372353535851937790883648493
 _D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
-# NIST's curves (SP 800-186), a = -3: the field; the order and the base point's x and y in base64.
+_SHIFT = 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaad2451
+_SCALE = 0x0f26edf460a006bbd27b08dc03fc4f7ec5a1d3d14b7d1a82cc6e04aaff457e06
 _CURVES = {
-    "nistp256": ((1 << 256) - (1 << 224) + (1 << 192) + (1 << 96) - 1,
-        "/////wAAAAD//////////7zm+q2nF56E87nKwvxjJVFrF9Hy4SxCR/i85uVjpEDydwN9gS3rM6D0oTlF2JjClk/jQu"
-        "L+Gn+bjufrSnwPnhYrzjNXazFezsu2QGg3v1H1"),
-    "nistp384": ((1 << 384) - (1 << 128) - (1 << 96) + (1 << 32) - 1,
-        "////////////////////////////////x2NNgfQ3Ld9YGg2ySLCneuzsGWrMxSlzqofKIr6LBTeOscce8yCtdG4dO2"
-        "KLp5uYWfdB4IJUKjhVAvJdv1UpbDpUXjhydgq3NhfeSpYmLG9dnpi/kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6B"
-        "nXpDHXyQ6g5f"),
-    "nistp521": ((1 << 521) - 1,
-        "Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtvtx6ROGQJAM"
-        "aFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1mARg5"
-        "KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ")}
+    "ed25519": (_P, 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa984914a144, """
+EAAAAAAAAAAAAAAAAAAAABTe+d6i95zWWBJjGlz10+0= e0Je0Je0Je0Je0Je0Je0Je0Je0Je0Je0JgtenHcQyGQ=
+KqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqtJFo= X1HmXkdfeUsf4SLTiLcus23CsoGSg55N1hY6XYExLBQ="""),
+    "nistp256": ((1 << 256) - (1 << 224) + (1 << 192) + (1 << 96) - 1, -3, """
+/////wAAAAD//////////7zm+q2nF56E87nKwvxjJVE= WsY12Ko6k+ez671VdpiGvGUdBrDMU7D2O848PifSYEs=
+axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY= T+NC4v4af5uO5+tKfA+eFivOM1drMV7Oy7ZAaDe/UfU="""),
+    "nistp384": ((1 << 384) - (1 << 128) - (1 << 96) + (1 << 32) - 1, -3, """
+////////////////////////////////x2NNgfQ3Ld9YGg2ySLCneuzsGWrMxSlz
+szEvp+I+5+SYjgVr4/gtGRgdnG7+gUESAxQIj1ATh1rGVjmNii7RnSqFyO3T7Crv
+qofKIr6LBTeOscce8yCtdG4dO2KLp5uYWfdB4IJUKjhVAvJdv1UpbDpUXjhydgq3
+NhfeSpYmLG9dnpi/kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6BnXpDHXyQ6g5f"""),
+    "nistp521": ((1 << 521) - 1, -3, """
+Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtvtx6ROGQJ
+AFGVPrlhjhyaH5KaIaC2hUDuotpyW5mzFfO4tImRjvEJ4VYZOVHsfpN7FlLAvTuxvwc1c9+IPSw08e9FH9RrUD8A
+AMaFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1m
+ARg5KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ""")}
 # kind of key: the hash that goes with it, and how its PEM begins (RFC 3279, 5480, 8410).
 _KINDS = {
     "rsa": ("sha256", "300d06092a864886f70d01010105000382"),
@@ -3490,6 +3518,8 @@ _KINDS = {
     "nistp256": ("sha256", "3059301306072a8648ce3d020106082a8648ce3d030107034200"),
     "nistp384": ("sha384", "3076301006072a8648ce3d020106052b81040022036200"),
     "nistp521": ("sha512", "30819b301006072a8648ce3d020106052b8104002303818600")}
+_DIGEST_INFO = {32: "003031300d060960864801650304020105000420",
+                64: "003051300d060960864801650304020305000440"}
 _ARMOR = re.compile(rb"-----BEGIN ([A-Z ]+)-----\s([\w+/=\s]+)-----END \1-----\s*\Z")
 _MINISIGN = re.compile(rb"untrusted comment:[^\n]*\n(\S{100})\r?\n"
                        rb"(?:trusted comment: ([^\r\n]*)\r?\n(\S{88})\s*)?\Z")
@@ -3502,33 +3532,31 @@ SUSPECT = "copy both again, or make known a key that you know is right; do not d
 Point = Tuple[int, ...]
 
 
-def _add_edwards(one: Point, two: Point) -> Point:
-    (x1, y1, z1, t1), (x2, y2, z2, t2) = one, two
-    a, b = (y1 - x1) * (y2 - x2) % _P, (y1 + x1) * (y2 + x2) % _P
-    c, d = 2 * t1 * t2 * _D % _P, 2 * z1 * z2 % _P
-    e, f, g, h = b - a, d - c, d + c, b + a
-    return e * f % _P, g * h % _P, f * g % _P, e * h % _P
-
-
-def _add_projective(one: Point, two: Point) -> Point:
-    # Any two of a curve with a = -3 (Renes, Costello, Batina 2016, algorithm 4).
-    (x1, y1, z1, b, p), (x2, y2, z2, _, _) = one, two
+def _add(curve: Any, one: Point, two: Point) -> Point:
+    # Projective, complete: any two (Renes, Costello, Batina 2016, algorithm 1).
+    (p, a, b), (x1, y1, z1), (x2, y2, z2) = curve, one, two
     xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
     xy, yz, xz = (x1 * y2 + x2 * y1) % p, (y1 * z2 + y2 * z1) % p, (x1 * z2 + x2 * z1) % p
-    u, v, w = 3 * (b * zz - xz) % p, 3 * (b * xz - xx - 3 * zz) % p, 3 * (xx - zz) % p
-    return ((xy * (yy - u) - yz * v) % p, ((yy + u) * (yy - u) + w * v) % p,
-            (yz * (yy + u) + xy * w) % p, b, p)
+    u, v, w = a * xz + 3 * b * zz, a * (xx - a * zz) + 3 * b * xz, 3 * xx + a * zz
+    return (xy * (yy - u) - yz * v) % p, ((yy + u) * (yy - u) + w * v) % p, (
+        yz * (yy + u) + xy * w) % p
 
 
-def _combine(add: Callable[[Point, Point], Point], *terms: Tuple[int, Point]) -> Point:
-    # Multiples of points; nothing here is secret, so it may take whatever time it takes.
-    found: Point = ()
-    for bit in range(max(number.bit_length() for number, _ in terms) - 1, -1, -1):
-        found = found and add(found, found)
+def _combine(curve: Any, *terms: Any) -> Point:
+    # Multiples of points, in any time: nothing here is secret.
+    found = 0, 1, 0
+    for bit in range(max(terms)[0].bit_length() - 1, -1, -1):
+        found = _add(curve, found, found)
         for number, point in terms:
             if number >> bit & 1:
-                found = add(found, point) if found else point
+                found = _add(curve, found, point)
     return found
+
+
+def _read_curve(kind: str) -> Any:
+    p, a, text = _CURVES[kind]
+    order, b, x, y = (int.from_bytes(binascii.a2b_base64(word), "big") for word in text.split())
+    return order, (p, a, b), (x, y, 1)
 
 
 def _read_edwards(data: bytes) -> Point:
@@ -3538,18 +3566,12 @@ def _read_edwards(data: bytes) -> Point:
     x = pow(square, (_P + 3) // 8, _P)
     x = x if x * x % _P == square else x * pow(2, (_P - 1) // 4, _P) % _P
     x = x if x & 1 == sign else _P - x
-    point = (x, y, 1, x * y % _P)
+    slope = (1 + y) * pow(x * (1 - y), _P - 2, _P)
+    point = (slope * x + _SHIFT) % _P, slope * _SCALE % _P, 1
     if len(data) != 32 or y >= _P or x * x % _P != square \
-            or not _combine(_add_edwards, (8, point))[0]:
+            or not _combine(_read_curve("ed25519")[1], (8, point))[2]:
         raise ValueError("it holds no Ed25519 key, or a weak one")
     return point
-
-
-def _read_curve(kind: str) -> Tuple[int, Point]:
-    p, text = _CURVES[kind]
-    data, size = binascii.a2b_base64(text), len(text) // 4
-    order, x, y = (int.from_bytes(data[at:at + size], "big") for at in range(0, 3 * size, size))
-    return order, (x, y, 1, (y * y - x ** 3 + 3 * x) % p, p)
 
 
 def _read_number(data: bytes) -> int:
@@ -3559,7 +3581,7 @@ def _read_number(data: bytes) -> int:
     return int.from_bytes(data, "big")
 
 
-def _read_der(data: bytes) -> List[bytes]:
+def _read_der(data: bytes) -> Any:
     # r and s of ECDSA in the one right way to write them (RFC 3279, 2.2.3).
     start = 5 if data[1] == 0x81 else 4
     first = data[start:start + data[start - 1]]
@@ -3570,7 +3592,7 @@ def _read_der(data: bytes) -> List[bytes]:
     return [first, second]
 
 
-def _read_strings(data: bytes) -> List[bytes]:
+def _read_strings(data: bytes) -> Any:
     end = 4 + int.from_bytes(data[:4], "big")
     if 0 < len(data) < max(4, end):
         raise ValueError("it ends too early")
@@ -3596,11 +3618,11 @@ class PublicKey(NamedTuple):
         elif kind == "ed25519":
             _read_edwards(numbers)
         else:
-            size, (_, _, _, b, p) = len(numbers) // 2, _read_curve(kind)[1]
+            size, (p, a, b) = len(numbers) // 2, _read_curve(kind)[1]
             x, y = (int.from_bytes(half, "big") for half in (numbers[1:-size], numbers[-size:]))
-            if numbers[0] != 4 or max(x, y) >= p or (y * y - x ** 3 + 3 * x - b) % p:
+            if numbers[0] != 4 or max(x, y) >= p or (y * y - x ** 3 - a * x - b) % p:
                 raise ValueError(f"it holds no uncompressed point of {kind}")
-            numbers = x, y, 1, b, p
+            numbers = x, y, 1
         digest = binascii.b2a_base64(hashlib.sha256(data).digest(), newline=False).decode("ascii")
         return cls(kind, numbers, "SHA256:" + digest.rstrip("="), id)
 
@@ -3612,13 +3634,18 @@ class PublicKey(NamedTuple):
         if kind not in _KINDS:
             raise ValueError(f"a key of type {name.decode('ascii')} is not taken")
         # Of RSA e comes first; of others there may be a curve before, or an application behind.
-        fields = fields[::-1] if kind == "rsa" else fields[:1 + (kind in _CURVES)]
+        fields = fields[::-1] if kind == "rsa" else fields[:1 + kind.startswith("nist")]
         return cls.make(kind, data, fields)
 
-    def begin(self, signature: Any, message: bytes = b"") -> Any:
+    def begin(self, signature: Any, message: bytes = b"", name: str = "") -> Any:
         """Return the hash of what was signed, to be fed the message, or the rest of it."""
         prefix = signature[:32] + self.numbers if self.kind == "ed25519" else b""
-        return hashlib.new(_KINDS[self.kind][0], prefix + message)
+        return hashlib.new(name or _KINDS[self.kind][0], prefix + message)
+
+    def told(self, scheme: str, signer: str = "", at: Any = None) -> Json:
+        """Return what is kept of a signature by this key."""
+        return {"scheme": scheme, "signer": signer or self.fingerprint, "key": self.fingerprint,
+                "at": at}
 
     def holds(self, signature: Any, hasher: Any) -> bool:
         """Say whether it signed what was hashed; ValueError or IndexError for no signature."""
@@ -3627,24 +3654,22 @@ class PublicKey(NamedTuple):
             (n, e), given = self.numbers, int.from_bytes(signature, "big")
             size = (n.bit_length() + 7) // 8
             # The one right encoding, which is compared whole (RFC 8017, 9.2).
-            right = "0030%02x300d060960864801650304020%d050004%02x%s" % (
-                17 + len(digest), {32: 1, 64: 3}[len(digest)], len(digest), digest.hex())
-            return len(signature) == size and given < n \
-                and pow(given, e, n) == int("1" + right.rjust(2 * size - 4, "f"), 16)
+            right = (_DIGEST_INFO[len(digest)] + digest.hex()).rjust(2 * size - 4, "f")
+            return len(signature) == size and given < n and pow(given, e, n) == int("1" + right, 16)
+        order, curve, base = _read_curve(self.kind)
+        p = curve[0]
         if self.kind == "ed25519":
             s, number = (int.from_bytes(text, "little") for text in (signature[32:], digest))
-            (x, y, _, t), wanted, base = map(
-                _read_edwards, (self.numbers, signature[:32], b"X" + 31 * b"f"))
-            x, y, z, _ = _combine(_add_edwards, (s, base), (number % _L, (_P - x, y, 1, _P - t)))
-            return len(signature) == 64 and s < _L \
-                and not (wanted[0] * z - x) % _P and not (wanted[1] * z - y) % _P
-        order, base = _read_curve(self.kind)
+            (x, y, _), wanted = map(_read_edwards, (self.numbers, signature[:32]))
+            x, y, z = _combine(curve, (s, base), (number % order, (x, -y, 1)))
+            return len(signature) == 64 and s < order and z != 0 \
+                and (wanted[0] * z - x) % p == (wanted[1] * z - y) % p == 0
         r, s = map(_read_number, signature if isinstance(signature, list) else _read_der(signature))
-        number >>= max(0, 8 * len(digest) - order.bit_length())
         inverse = pow(s, order - 2, order)
-        x, _, z, _, p = _combine(_add_projective, (number * inverse % order, base),
-                                 (r * inverse % order, self.numbers))
-        return 0 < r < order and 0 < s < order and z != 0 and x * pow(z, p - 2, p) % p % order == r
+        x, _, z = _combine(curve, (number * inverse % order, base),
+                           (r * inverse % order, self.numbers))
+        return 0 < r < order and 0 < s < order and z != 0 \
+            and x * pow(z, p - 2, p) % p % order == r
 
 
 def read_key(text: str) -> PublicKey:
@@ -3669,41 +3694,40 @@ def read_key(text: str) -> PublicKey:
         return PublicKey.make("ed25519", blob, [blob[10:]], blob[2:10])
 
 
-def read_signers(path: str) -> Iterator[Tuple[str, ...]]:
+def read_signers(path: str) -> Iterator[Any]:
     """Read allowed_signers: principals, namespaces, since, until, fingerprint; UsageError."""
     hint = "a line is PRINCIPALS [namespaces=\"deploy\",valid-before=\"20301231Z\"] TYPE KEY"
     with blaming(UsageError, path, hint):
         lines = read_file(path, MAX_CONFIG_BYTES).decode().split("\n")
     for number, line in enumerate(lines, 1):
         with blaming(UsageError, f"{path} line {number}", hint):
-            *rest, key = _SIGNER.match(line).groups("")  # type: ignore
+            who, *rest, key = _SIGNER.match(line).groups("")  # type: ignore
             if key:
-                yield (*rest, PublicKey.of_ssh(read_base64(key.encode())).fingerprint)
+                yield (who.strip('"'), *rest, PublicKey.of_ssh(read_base64(key.encode()))[2])
 
 
 class Verification(NamedTuple):
-    """A signature that is being verified: it is fed the bytes once, and says who signed them."""
+    """A signature that is being verified: it is fed the bytes once, and says who signed them.
+
+    A claim is what to say, a hash to be fed, and what tells of that whether it is true.
+    """
 
     name: str
-    claims: List[Any]  # key, hash to be fed, and what says of that whether the key signed it
-    result: Dict[str, Any]
+    claims: Any
     sizes: List[int]
 
     def feed(self, chunk: Any) -> None:
         """Take the next bytes."""
         self.sizes.append(len(chunk))
-        for _, hasher, _ in self.claims:
+        for _, hasher, *_ in self.claims:
             hasher.update(chunk)
 
-    def finish(self) -> Dict[str, Any]:
+    def finish(self) -> Json:
         """Return {scheme, signer, key, at}; ArtifactRefused where these bytes were not signed."""
-        for key, hasher, signed in self.claims:
-            with suppress(ValueError, LookupError, TypeError, AttributeError):
-                # Nobody has signed that minisign's is over a file, and not over a hash of 64 bytes.
-                may_be_hash = key.id and hasher.name == "sha512" and sum(self.sizes) == 64
-                if signed(hasher) and not may_be_hash:
-                    return {"signer": key.fingerprint, "key": key.fingerprint, "at": None,
-                            **self.result}
+        for found, hasher, is_true, *_ in self.claims:
+            with suppress(ValueError, LookupError):
+                if is_true(hasher):
+                    return dict(found)
         raise ArtifactRefused(f"{self.name}: no known key signed these bytes", SUSPECT)
 
 
@@ -3718,7 +3742,7 @@ class Verifier:
         self.principals = principals
         self.legacy = legacy
 
-    def verify(self, data: bytes, signature: bytes, name: str) -> Dict[str, Any]:
+    def verify(self, data: bytes, signature: bytes, name: str) -> Json:
         """Verify what is at hand; `name` is what the signature is called in errors."""
         found = self.begin(signature, name)
         found.feed(data)
@@ -3728,25 +3752,27 @@ class Verifier:
 
     def begin(self, signature: bytes, name: str) -> Verification:
         """Read a signature by what it holds, and return what is to be fed; ArtifactRefused."""
+        sizes: Any = []
         with blaming(ArtifactRefused, name, SUSPECT):
             if signature.startswith(b"untrusted comment:"):
-                claims, result = self._minisign(signature)
+                claims = [self._minisign(signature, sizes)]
             elif signature.startswith(b"-----BEGIN SSH"):
-                claims, result = self._ssh(signature)
+                claims = [self._ssh(signature)]
             elif signature.startswith(b"{"):
-                claims, result = [(
-                    key, hashlib.sha256(), lambda hasher, subjects=statement["subject"]: any(
-                        hasher.hexdigest() == subject["digest"].get("sha256")
-                        for subject in subjects)
-                ) for key, statement in self.statements(signature)], {"scheme": "dsse"}
+                claims = self.statements(signature)
             else:
-                data, result = read_base64(signature), {"scheme": "cosign"}
-                claims = [(key, key.begin(data), partial(key.holds, data))
+                data = read_base64(signature)
+                claims = [(key.told("cosign"), key.begin(data), partial(key.holds, data))
                           for key in self.keys if not key.id]
-        return Verification(name, claims, result, [])
+            if not claims:
+                raise ValueError("no known key makes such a signature")
+        return Verification(name, claims, sizes)
 
-    def statements(self, envelopes: bytes) -> List[Tuple[PublicKey, Any]]:
-        """Return the in-toto statements that a key signed, with that (DSSE 1.0); ValueError."""
+    def statements(self, envelopes: bytes) -> List[Any]:
+        """Return a claim for each in-toto statement that a key signed, the statement behind it.
+
+        DSSE 1.0, an envelope a line; ValueError and the like for what is none.
+        """
         found = []
         for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
             envelope = json.loads(line.decode())
@@ -3755,13 +3781,17 @@ class Verifier:
             message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
             for key, given in itertools.product(self.keys, envelope["signatures"]):
                 data = read_base64(given["sig"].encode())
-                with suppress(ValueError, IndexError):
+                with suppress(ValueError, LookupError, TypeError, AttributeError):
                     if not key.id and kind == b"application/vnd.in-toto+json" \
                             and key.holds(data, key.begin(data, message)):
-                        found.append((key, json.loads(payload.decode())))
+                        statement = json.loads(payload.decode())
+                        digests = [subject["digest"].get("sha256")
+                                   for subject in statement["subject"]]
+                        found.append((key.told("dsse"), hashlib.sha256(), lambda hasher, of=digests:
+                                      hasher.hexdigest() in of, statement))
         return found
 
-    def _minisign(self, signature: bytes) -> Tuple[List[Any], Dict[str, Any]]:
+    def _minisign(self, signature: bytes, sizes: Any) -> Any:
         first, comment, last = _MINISIGN.match(signature).groups()  # type: ignore
         blob, moment = read_base64(first), re.search(rb"\btimestamp:(\d{1,10})\b", comment or b"")
         algorithm, value, signer = blob[:2], blob[10:], blob[9:1:-1].hex().upper()
@@ -3770,8 +3800,6 @@ class Verifier:
             raise ValueError(f"it is by key {signer}, which is not in [signature] keys")
         if last and not key.holds(read_base64(last), key.begin(read_base64(last), value + comment)):
             raise ValueError("its trusted comment was changed")
-        result = {"scheme": "minisign" if last else "signify", "signer": signer,
-                  "at": format_time(int(moment.group(1))) if moment else None}
         is_hashed = algorithm == b"ED" and last
         if not is_hashed and (algorithm != b"Ed" or last and not self.legacy):
             raise ValueError("it is of minisign's old form, which [signature] legacy = yes takes")
@@ -3779,42 +3807,47 @@ class Verifier:
             hasher = hashlib.blake2b() if is_hashed else key.begin(value)
         except (AttributeError, ValueError):
             raise ValueError("it needs BLAKE2, which this Python has not got (FIPS mode?)")
-        return [(key, hasher, lambda hasher: key.holds(
-            value, key.begin(value, hasher.digest()) if is_hashed else hasher))], result
 
-    def _ssh(self, signature: bytes) -> Tuple[List[Any], Dict[str, Any]]:
+        def is_true(hasher: Any) -> bool:
+            # Its two letters are signed by nobody: what has 64 bytes may be a hash.
+            if is_hashed:
+                hasher = key.begin(value, hasher.digest())
+            return key.holds(value, hasher) and bool(is_hashed or sum(sizes) != 64)
+
+        at = format_time(int(moment.group(1))) if moment else None
+        return key.told("minisign" if last else "signify", signer, at), hasher, is_true
+
+    def _ssh(self, signature: bytes) -> Any:
         blob = read_base64(_ARMOR.match(signature).group(2))  # type: ignore
         public, namespace, reserved, algorithm, inner = _read_strings(blob[10:])
         key, (key_type, *_, application) = PublicKey.of_ssh(public), _read_strings(public)
         flags = inner[-5:] if key_type.startswith(b"sk-") else b""
         kind, value = _read_strings(inner[:len(inner) - len(flags)])
-        kinds = (b"rsa-sha2-256", b"rsa-sha2-512") if key.kind == "rsa" else (key_type,)
-        if blob[:10] != b"SSHSIG\0\0\0\1" or algorithm not in (b"sha256", b"sha512") \
-                or kind not in kinds or flags and not flags[0] & 1:
+        data = _read_strings(value) if key.kind.startswith("nist") else value
+        # Never ssh-rsa, which is over SHA-1.
+        name = {key_type: "", b"rsa-sha2-256": "sha256", b"rsa-sha2-512": "sha512"}[kind]
+        if blob[:10] != b"SSHSIG\0\0\0\1" or key.kind == "rsa" and not name \
+                or algorithm not in (b"sha256", b"sha512") or flags and not flags[0] & 1:
             raise ValueError(f"it is by {kind!r} over {algorithm!r}, or nobody touched the key")
         if namespace != self.namespace.encode():
-            raise ValueError(f"it is for the namespace {namespace!r}, not for {self.namespace}")
+            raise ValueError(f"it is for {namespace!r}, not for {self.namespace}")
 
-        def signed(hasher: Any) -> bool:
-            parts = (namespace, reserved, algorithm, hasher.digest())
-            text = b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+        def is_true(hasher: Any) -> bool:
+            text = b"SSHSIG"
+            for part in (namespace, reserved, algorithm, hasher.digest()):
+                text += len(part).to_bytes(4, "big") + part
             if flags:
                 text = hashlib.sha256(application).digest() + flags + hashlib.sha256(text).digest()
-            data = _read_strings(value) if key.kind in _CURVES else value
-            is_long = kind == b"rsa-sha2-512"
-            return key.holds(data, hashlib.sha512(text) if is_long else key.begin(data, text))
+            return key.holds(data, key.begin(data, text, name))
 
         now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
         for patterns, namespaces, since, until, fingerprint in self.signers:
-            names = [name for name in self.principals or re.findall("[^!,][^,]*", patterns)
-                     if not self.principals or fits(name, patterns)]
-            if names and fingerprint == key.fingerprint \
-                    and fits(self.namespace, namespaces or "*") \
-                    and since.ljust(14, "0") <= now <= (until or "9").ljust(14, "0"):
-                claims = [(key, hashlib.new(algorithm.decode()), signed)]
-                return claims, {"scheme": "ssh", "signer": names[0]}
-        raise ValueError(f"allowed_signers lets {key.fingerprint} sign nothing for {self.namespace}"
-                         + "".join(f" as {name}" for name in self.principals))
+            names = [name for name in self.principals or patterns.split(",")[:1]
+                     if fits(name, patterns)]
+            if fingerprint == key.fingerprint and names and since <= now <= (until or "9") \
+                    and fits(self.namespace, namespaces or "*"):
+                return key.told("ssh", names[0]), hashlib.new(algorithm.decode()), is_true
+        raise ValueError(f"allowed_signers does not let {key.fingerprint} sign this")
 
 
 # ============================================================================
@@ -3915,7 +3948,14 @@ Manifest = Dict[bytes, Member]
 Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which may be left untaken
 
 
-# -- the artifact and its digest ---------------------------------------------
+# -- the artifact, its digest and its signature --------------------------------
+
+def verifier_of(settings: Settings) -> Verifier:
+    """Make what verifies by [signature]; UsageError for a damaged key."""
+    wanted = settings.signature
+    return Verifier(wanted.keys, wanted.allowed_signers, namespace=wanted.namespace,
+                    principals=wanted.principal, legacy=wanted.legacy)
+
 
 class Artifact(Descriptor):
     """An archive or a directory, opened once and never again by name.
@@ -3929,6 +3969,14 @@ class Artifact(Descriptor):
     sha256 = ""
     sha256_source = ""
     read_sha256 = ""
+    # Its signature's file, the SHA256SUMS that is signed instead of it, what begins to verify it;
+    # who signed, and why that does not count, or not yet.
+    signature_file = ""
+    listing = b""
+    is_approved = True  # by [signature] command
+    verify: Any = None
+    signature: Optional[Json] = None
+    distrust: Optional[ArtifactRefused] = None
     version = ""
     # The release that was made from the same bytes in the same way and is whole, if any.
     release: Optional[str] = None
@@ -3943,7 +3991,10 @@ class Artifact(Descriptor):
     positions: Sequence[int] = ()
 
     def __init__(self, path: str, limits: Any, *, delegated: bool = False) -> None:
-        """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`."""
+        """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`.
+
+        Without limits nothing is judged: it may be anything.
+        """
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
             raise ArtifactRefused(f"artifact {path} is a URL, and no file of this host",
                                   "download it first, with its .sha256 beside it")
@@ -3969,6 +4020,7 @@ class Artifact(Descriptor):
             mode, head = self.status.st_mode, b""
             if stat.S_ISDIR(mode):
                 self.format = "directory"
+            if stat.S_ISDIR(mode) or limits is None:
                 return
             if stat.S_ISREG(mode):
                 head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
@@ -4016,11 +4068,67 @@ class Artifact(Descriptor):
         return data
 
     def blocks(self) -> Iterator[bytes]:
-        """Read the whole file; a zip's central directory is not read again after it was judged."""
-        end = self.size_bytes - len(self.tail)
-        for offset in range(0, end, BLOCK_BYTES):
-            yield self.read_at(offset, min(BLOCK_BYTES, end - offset))
-        yield self.tail
+        """Read the whole file, which gives `read_sha256` and verifies the signature.
+
+        A zip's central directory is not read again after it was judged.
+        """
+        end, hasher, self.read_sha256 = self.size_bytes - len(self.tail), hashlib.sha256(), ""
+        verification = self.verify() if self.verify and self.is_approved else None
+        pieces = (self.read_at(offset, min(BLOCK_BYTES, end - offset))
+                  for offset in range(0, end, BLOCK_BYTES))
+        for block in itertools.chain(pieces, [self.tail]):
+            hasher.update(block)
+            if verification:
+                verification.feed(block)
+            yield block
+        self.read_sha256 = hasher.hexdigest()
+        try:
+            if verification:
+                self.signature = dict({"of": "artifact"}, **verification.finish())
+                self.distrust = None
+        except ArtifactRefused as error:
+            self.distrust = error
+
+    def find_signature(self, settings: Settings, given: str) -> None:
+        """Read the first signature that there is; `distrust` says why it does not count yet."""
+        sums = os.path.join(os.path.dirname(self.path), "SHA256SUMS")
+        places = [self.path + ".minisig", self.path + ".sig", self.path + ".intoto.jsonl",
+                  sums + ".minisig", sums + ".sig"]
+        found = [absolute(given)] if given else list(filter(os.path.lexists, places))
+        if not found and settings.signature.verify == "if-present":
+            return
+        self.distrust = ArtifactRefused(
+            f"{self.name} has no signature: no .minisig, .sig or .intoto.jsonl of its name, nor "
+            "SHA256SUMS.minisig or .sig", "have it signed, or SHA256SUMS; pack a directory")
+        if not found or self.format == "directory":
+            return
+        self.signature_file, self.is_approved = found[0], not settings.signature.command
+        try:
+            with blaming(ArtifactRefused, found[0], SUSPECT):
+                self.verify = self._verification(settings, sums if found[0] in places[3:] else "")
+        except ArtifactRefused as error:
+            self.distrust = error
+
+    def _verification(self, settings: Settings, sums: str) -> Any:
+        """Make what verifies it, and notice what is wrong already; the same errors as blaming()."""
+        wanted, name = settings.signature, os.path.basename(self.signature_file)
+        signature = read_file(self.signature_file, MAX_SIDECAR_BYTES, self.links)
+        begin: Any = partial(verifier_of(settings).begin, signature, name)
+        if not wanted.keys and not wanted.allowed_signers:
+            claim = {"scheme": "command", "signer": wanted.command[0], "key": None, "at": None}
+            begin = lambda: Verification(name, [(claim, hashlib.sha256(), bool)], [])
+        verification = begin()
+        if not sums:
+            return begin
+        self.listing = read_file(sums, MAX_SIDECAR_BYTES, self.links)
+        digests = [digest for entry, digest in read_digests(self.listing)
+                   if os.path.basename(entry) == os.fsencode(self.name)]
+        if len(digests) != 1:
+            raise ValueError(f"SHA256SUMS does not list {self.name} once")
+        verification.feed(self.listing)
+        listed = dict(verification.finish(), of="SHA256SUMS")
+        return lambda: Verification(f"{name}: SHA256SUMS has another digest", [
+            (listed, hashlib.sha256(), lambda hasher: hasher.hexdigest() == digests[0])], [])
 
     def hash(self, settings: Settings, watch: Watch) -> str:
         """Return the SHA-256 of an archive's bytes, or of the tree that a directory becomes."""
@@ -4032,12 +4140,11 @@ class Artifact(Descriptor):
                     judge.manifest[entry.name] = entry._replace(content=hash_pieces(pieces))
             judge.check()
             return tree_digest(judge.manifest)
-        done_bytes, hasher = 0, hashlib.sha256()
+        done_bytes = 0
         for block in self.blocks():
-            hasher.update(block)
             done_bytes += len(block)
             watch(done_bytes)
-        return hasher.hexdigest()
+        return self.read_sha256
 
     def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
         """Find digest, version and cost; `sha256` and `version` are what the operator gave."""
@@ -4062,14 +4169,8 @@ class Artifact(Descriptor):
                 f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
         for source in (name + ".sha256", "SHA256SUMS"):
             path = os.path.join(directory, source)
-            entries: List[Tuple[bytes, str]] = []
             try:
-                data = read_file(path, MAX_SIDECAR_BYTES, self.links).lstrip(b"\xef\xbb\xbf")
-                for found in filter(None, map(_DIGEST_LINE.match, re.split(rb"\r?\n", data))):
-                    escaped, tagged, digest, plain = found.groups()
-                    entry = tagged or plain or b""
-                    entries.append((unescape_name(entry) if escaped else entry,
-                                    digest.decode().lower()))
+                entries = read_digests(read_file(path, MAX_SIDECAR_BYTES, self.links))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except (OSError, ValueError) as error:
@@ -4130,6 +4231,17 @@ def unescape_name(name: bytes) -> bytes:
         raise ValueError(f"unknown escape in the name {show(name)}")
     plain = {escaped: byte for byte, escaped in _ESCAPES.items()}
     return re.sub(rb"\\[\\nr]", lambda found: plain[found.group()], name)
+
+
+def read_digests(data: bytes) -> List[Tuple[bytes, str]]:
+    """Read the lines of a SHA256SUMS: name, empty where there is none, and digest; ValueError."""
+    entries = []
+    for found in filter(None, map(_DIGEST_LINE.match,
+                                  re.split(rb"\r?\n", data.lstrip(b"\xef\xbb\xbf")))):
+        escaped, tagged, digest, plain = found.groups()
+        entry = tagged or plain or b""
+        entries.append((unescape_name(entry) if escaped else entry, digest.decode().lower()))
+    return entries
 
 
 def digest_line(sha256: str, name: bytes) -> bytes:
@@ -4744,7 +4856,7 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
     """Read, hash and decode in a second thread; `artifact.read_sha256` is set at the end."""
     import queue
     most_bytes, option = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
-    hasher, items = hashlib.sha256(), queue.Queue(QUEUE_BLOCKS)  # type: ignore
+    items: Any = queue.Queue(QUEUE_BLOCKS)
     read_bytes, stopping = 0, False
 
     def read() -> Iterator[bytes]:
@@ -4752,7 +4864,6 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
         for block in artifact.blocks():
             if stopping:
                 return
-            hasher.update(block)
             read_bytes += len(block)
             yield block
 
@@ -4792,7 +4903,6 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
                 raise item
             if item:
                 yield item
-        artifact.read_sha256 = hasher.hexdigest()
     finally:
         stopping = True
         while not worker.wait(0):
@@ -5452,6 +5562,8 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     if artifact.format == "directory":
         artifact.read_sha256 = tree_digest(manifest)
         artifact.compare(artifact.read_sha256)
+    if artifact.distrust:
+        raise artifact.distrust
     return manifest, artifact.notes + notes
 
 
@@ -5647,7 +5759,7 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
 
 
 def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch, *,
-         keep_mtimes: bool = False) -> Tuple[Dict[str, Any], List[str]]:
+         keep_mtimes: bool = False) -> Tuple[Json, List[str]]:
     """Write a directory as a reproducible .tar.gz and its .sha256; return what it is, and warnings.
 
     The same tree gives the same bytes: names sorted, owners root, modes 0644 and 0755, one time
@@ -5715,7 +5827,8 @@ MOST_REDIRECTS = 20
 # A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
 # The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
 Finding = Tuple[str, str, str]
-Answer = Dict[str, Any]  # what is known of what was asked of a peer or a probe
+Findings = Iterator[Finding]
+Answer = Json  # what is known of what was asked of a peer or a probe
 
 
 def read_text(path: str) -> str:
@@ -5745,6 +5858,8 @@ def commands(settings: Settings) -> List[Any]:
             early = kind == "notify" or getattr(section, "when", "after") != "after"
             if section.command:
                 found.append((f"{kind}:{name}", "command", section.command, early, True))
+    if settings.signature.command:
+        found.append(("signature", "command", settings.signature.command, True, False))
     return found
 
 
@@ -5786,7 +5901,7 @@ def how_to_run(program: str, directory: str = "/") -> str:
     return "see that its #! line names an interpreter that exists here"
 
 
-def missing_programs(settings: Settings, wanted: str) -> Iterator[Finding]:
+def missing_programs(settings: Settings, wanted: str) -> Findings:
     """Find the programs of such sections that are not there, as checks do."""
     for section, key, (program, *_), _, _ in commands(settings):
         # What comes with the release, or is found in a PATH of [env], is not looked for.
@@ -5853,7 +5968,8 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str],
     if run.traceparent:
         environ["TRACEPARENT"] = run.traceparent
     environ = {**environ, **settings.env, **context.variables(),
-               "DEPLOY_HOOK": what.replace("hook ", "").replace(" ", ":")}
+               "DEPLOY_HOOK": what.replace("hook ", "").replace(" ", ":"),
+             **options.pop("variables", {})}
     environ = {name: native(value) for name, value in environ.items()}
     return run_command([native(word) for word in argv], environ=environ, directory=directory,
                        run_as=settings.hooks.run_as, interrupts=run.interrupts,
@@ -5865,7 +5981,7 @@ SHOWN_LINE_BYTES = 100  # what a line costs beside its text
 
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
-                    timeout_seconds: float) -> CommandResult:
+                    timeout_seconds: float, **options: Any) -> CommandResult:
     """Run an operator's command and show its output; StepFailed with its end when it fails."""
     left_bytes = SHOWN_BYTES
     output, directory = run.console.output, working_directory(context)
@@ -5878,7 +5994,8 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
 
     typed = spell(argv)
     run.console.debug(f"{what}: {typed} (in {directory})")
-    result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show)
+    result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show,
+                           **options)
     if left_bytes < 0:
         for line in ["... too much output: here is its end ...", *result.tail]:
             output(line)
@@ -5951,7 +6068,7 @@ class Service:
         self.pid = ""  # of the process that was looked at last
         self.shown: Dict[str, str] = {}  # the state of a unit that was read last
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Findings:
         """Find what is against acting on it on this host."""
         return missing_programs(self.run.settings, f"service:{self.settings.name}")
 
@@ -6019,7 +6136,7 @@ UNIT_PROPERTIES = (
 class UnitService(Service):
     """A systemd unit; systemctl's exit code proves nothing (Type=simple): its state is watched."""
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Findings:
         """Look for the unit, and refuse to restart the one that this program runs in."""
         unit, action = self.settings.unit, self.settings.action
         try:
@@ -6142,7 +6259,7 @@ def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
 class PidfileService(Service):
     """A process that writes its id to a file and takes a signal as the wish to reload."""
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Findings:
         """Look for the process; that it is down stops nothing."""
         try:
             if self.settings.action != "none":
@@ -6972,8 +7089,8 @@ class Facts(NamedTuple):
     on_disk: Set[str]
     in_use: Dict[str, str]  # by release, who runs from it: only what prunes looks
     journal: Optional[Journal]
-    holder: Optional[Dict[str, Any]]
-    hold: Dict[str, Any]  # by, note, since, until; empty where nobody holds, or its time is over
+    holder: Optional[Json]
+    hold: Json  # by, note, since, until; empty where nobody holds, or its time is over
     artifact: Optional[Artifact]
     refusal: Optional[DeployError]
 
@@ -7001,6 +7118,13 @@ def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False
                 artifact=observe_artifact(run, artifact, confirm=confirm))
         except (ArtifactRefused, UsageError) as error:
             run.facts = run.facts._replace(refusal=error)
+            if confirm and run.settings.signature.verify != "off":
+                with suppress(ArtifactRefused, UsageError):
+                    # What was refused for something else: its signature is judged all the same.
+                    found = run.artifact = run.artifact or Artifact(artifact, None)
+                    if not found.read_sha256:
+                        found.find_signature(run.settings, run.flags.signature or "")
+                        found.hash(run.settings, lambda done: run.interrupts.check())
         except ImportError as error:
             run.facts = run.facts._replace(refusal=ArtifactRefused(
                 f"the artifact cannot be read, {INCOMPLETE}: {error}", INSTALL))
@@ -7017,7 +7141,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         journal = store.read_journal() if store else None
     except StateError as error:
         problems.append(error.message)
-    hold: Dict[str, Any] = {}
+    hold: Json = {}
     try:
         hold = store.load_json(HOLD) if store else {}
     except StateError as error:
@@ -7048,6 +7172,10 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
             raise ArtifactRefused(f"artifact {artifact.path} lies inside {own}: deploy.py's own",
                                   "name what the build made; a release goes live again by "
                                   + facts.command_line("activate RELEASE"))
+    if settings.signature.verify != "off":
+        artifact.find_signature(settings, flags.signature or "")
+    elif flags.signature:
+        raise UsageError("--signature: no key is known", "set [signature] keys")
     with console.progress("hash", artifact.size_bytes) as progress:
         watch = watching(run, progress)
         artifact.identify(settings, watch, flags.sha256 or "", flags.release_version or "")
@@ -7065,7 +7193,12 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
         if before or confirm:
             # What is still the file that it was unpacked from need not be read again.
             is_same = before and before.artifact.get("identity") == artifact.identity()
+            is_same = is_same and not artifact.distrust  # which only reading it can end
             artifact.confirm(run.settings, watch, before.sha256 if before and is_same else "")
+    is_judged = before and (artifact.distrust or artifact.signature_file)
+    for status, why, hint in check_signature(run) if is_judged else ():
+        if status == "fail":
+            raise ArtifactRefused(why, hint)
     if before and before.id != live:
         try:
             changed = problems_of(check_release(run, before))
@@ -7082,11 +7215,11 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     return artifact
 
 
-def artifact_json(artifact: Artifact) -> Dict[str, Any]:
+def artifact_json(artifact: Artifact) -> Json:
     """Return what --json shows of an artifact."""
     return {"name": portable(artifact.name), "source": portable(artifact.path),
             "version": artifact.version, "format": artifact.format, "size": artifact.size_bytes,
-            "sha256": artifact.sha256}
+            "sha256": artifact.sha256, "signature": artifact.signature}
 
 
 def watching(run: Run, progress: Any) -> Callable[[int], None]:
@@ -7300,7 +7433,7 @@ SPARE_INODES = 64  # for what a deployment writes beside the release
 KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_key")
 
 
-def check_runtime(run: Run) -> Iterator[Finding]:
+def check_runtime(run: Run) -> Findings:
     """Which host, Python and user this is."""
     run.console.debug(f"python {sys.executable}, cwd {os.path.realpath('/proc/self/cwd')}, "
                       f"PATH {command_path()}")
@@ -7308,14 +7441,14 @@ def check_runtime(run: Run) -> Iterator[Finding]:
     yield "ok", f"{os.uname().nodename}, Python {python}, user {user_name()}", ""
 
 
-def check_user(run: Run) -> Iterator[Finding]:
+def check_user(run: Run) -> Findings:
     """[preflight] user."""
     wanted = run.settings.preflight.user
     if wanted not in (user_name(), str(os.geteuid())):
         yield "fail", f"run by {user_name()}, not by {wanted}", f"sudo -u {wanted} deploy.py ..."
 
 
-def check_configuration(run: Run) -> Iterator[Finding]:
+def check_configuration(run: Run) -> Findings:
     """What the configuration names is there: key files, programs of probes, the user for hooks."""
     settings = run.settings
     for name, probe in sorted(settings.probe.items()):
@@ -7355,7 +7488,7 @@ def check_configuration(run: Run) -> Iterator[Finding]:
     yield "ok", ", ".join(settings.files) or "no file; defaults and command line", ""
 
 
-def check_trust(run: Run) -> Iterator[Finding]:
+def check_trust(run: Run) -> Findings:
     """Could somebody else have written what is about to be believed?"""
     serious = "fail" if os.geteuid() == 0 else "warn"
     check_group(run.settings.deploy.group)
@@ -7412,7 +7545,9 @@ def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
     a run may go back, and on the way to the one that is not there yet.
     """
     root = os.path.realpath(settings.deploy.root) if settings.deploy.root else ""
-    paths = [settings.deploy.root, *[
+    signature = settings.signature
+    paths = [settings.deploy.root, signature.allowed_signers,
+             *itertools.filterfalse(KEY_LITERAL.match, signature.keys), *[
         getattr(asked, key, "") for key in KEY_FILES
         for asked in (*settings.probe.values(), *settings.notify.values())]]
     for service in settings.service.values():
@@ -7436,7 +7571,7 @@ def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
                 yield foreign_program(settings, where, place, "/")
 
 
-def check_root(run: Run) -> Iterator[Finding]:
+def check_root(run: Run) -> Findings:
     """The root exists, or can be made, and can be written."""
     root, parent = run.facts.root, os.path.dirname(run.facts.root)
     if run.store is not None and not os.access(root, os.W_OK | os.X_OK):
@@ -7450,7 +7585,7 @@ def check_root(run: Run) -> Iterator[Finding]:
     yield "ok", root if run.store is not None else f"{root} will be made", ""
 
 
-def check_filesystem(run: Run) -> Iterator[Finding]:
+def check_filesystem(run: Run) -> Findings:
     """One filesystem, or rename would fail half way (EXDEV)."""
     root, device = run.facts.root, os.stat(run.facts.root).st_dev
     for path in ("releases",) + PRIVATE_DIRECTORIES:
@@ -7462,7 +7597,7 @@ def check_filesystem(run: Run) -> Iterator[Finding]:
             yield "fail", f"{path} lies on another filesystem than the root", f"unmount {path}"
 
 
-def check_current(run: Run) -> Iterator[Finding]:
+def check_current(run: Run) -> Findings:
     """`current` is a symlink to a release, or nothing yet."""
     current = run.facts.current
     if current.problem:
@@ -7473,7 +7608,7 @@ def check_current(run: Run) -> Iterator[Finding]:
     yield "ok", current.release or "nothing is live yet", ""
 
 
-def check_application(run: Run) -> Iterator[Finding]:
+def check_application(run: Run) -> Findings:
     """No other application deploys to this root; compared where both were given a name."""
     ours, facts = run.settings.deploy.application, run.facts
     known = [record for record in facts.records.values() if record.application]
@@ -7484,7 +7619,7 @@ def check_application(run: Run) -> Iterator[Finding]:
                "name the right root, or take it over: --force")
 
 
-def check_hold(run: Run) -> Iterator[Finding]:
+def check_hold(run: Run) -> Findings:
     """Nobody has asked that what is live stays live; only a rollback may pass then."""
     hold, by = run.facts.hold, run.facts.hold.get("by") or {}
     if run.flags.command != "rollback":
@@ -7495,7 +7630,7 @@ def check_hold(run: Run) -> Iterator[Finding]:
                f"wait, or ask whoever it was: {run.settings.command_line('unhold')}")
 
 
-def check_state(run: Run) -> Iterator[Finding]:
+def check_state(run: Run) -> Findings:
     """Records and journal can be read."""
     serious, fix = "fail", "restore the file from a backup, or move it away: its release is then " \
         "unknown"
@@ -7507,7 +7642,7 @@ def check_state(run: Run) -> Iterator[Finding]:
         yield serious, problem, fix
 
 
-def check_recovery(run: Run) -> Iterator[Finding]:
+def check_recovery(run: Run) -> Findings:
     """Nothing is left over from an earlier run."""
     journal = run.facts.journal
     what = f"{journal.operation} of {journal.to_release}"
@@ -7518,14 +7653,14 @@ def check_recovery(run: Run) -> Iterator[Finding]:
                "the next writing command recovers it first")
 
 
-def check_lock(run: Run) -> Iterator[Finding]:
+def check_lock(run: Run) -> Findings:
     """No other run is at work."""
     if run.facts.holder is not None:
         yield ("fail", f"held by {describe_holder(run.facts.holder)}",
                "look again once it has ended; a real run waits for it with --wait-lock 5m")
 
 
-def check_clock(run: Run) -> Iterator[Finding]:
+def check_clock(run: Run) -> Findings:
     """The clock is not before the newest record."""
     now = format_time(run.facts.now_seconds)
     newest = max((record.created_at for record in run.facts.records.values()), default="")
@@ -7534,7 +7669,7 @@ def check_clock(run: Run) -> Iterator[Finding]:
                "check the host's time")
 
 
-def check_artifact(run: Run) -> Iterator[Finding]:
+def check_artifact(run: Run) -> Findings:
     """The artifact is there, readable, of a known format, and its digest is known."""
     found, refusal = run.facts.artifact, run.facts.refusal
     if refusal:
@@ -7544,11 +7679,54 @@ def check_artifact(run: Run) -> Iterator[Finding]:
                f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
 
 
-def check_origin(run: Run) -> Iterator[Finding]:
+def check_signature(run: Run) -> Findings:
+    """[signature]: who signed the artifact, as far as its bytes were read."""
+    artifact = run.artifact
+    if artifact is None:
+        yield "skip", "no artifact given", ""
+        return
+    if run.settings.signature.command and artifact.verify:
+        ask_command(run, artifact)
+    name, live = artifact.signature_file, run.facts.release(run.facts.current.release or "")
+    if artifact.verify and not artifact.read_sha256:
+        yield "ok", f"{name} is verified once the bytes are read", ""
+    elif artifact.distrust:
+        yield "fail", artifact.distrust.message, artifact.distrust.hint
+    elif artifact.signature:
+        yield "ok", f"{name}: by {artifact.signature['signer']}", ""
+    elif live and live.artifact.get("signature"):
+        yield ("warn", "it has no signature, and what is live has one",
+               "have it signed where it was built, or insist: [signature] verify = required")
+    else:
+        yield "skip", "it has no signature", ""
+
+
+def ask_command(run: Run, artifact: Artifact) -> None:
+    """Hand what was signed to [signature] command, which must agree with the keys, if any."""
+    import tempfile
+    artifact.is_approved = True
+    with tempfile.TemporaryFile() as copy:  # of which nobody has the name
+        copy.write(artifact.listing)
+        for block in artifact.blocks():
+            run.interrupts.check()
+            copy.write(b"" if artifact.listing else block)
+        artifact.compare(artifact.read_sha256)
+        copy.seek(0)
+        try:
+            perform_command(run, context_for(run.facts, None), "signature",
+                            run.settings.signature.command, 60.0, stdin=copy,
+                            variables={"DEPLOY_SIGNATURE": artifact.signature_file})
+        except StepFailed as error:
+            artifact.verify = artifact.signature = None
+            artifact.distrust = ArtifactRefused(error.message, error.hint)
+
+
+def check_origin(run: Run) -> Findings:
     """Nobody else could have written the artifact, its digest, or what leads there."""
     artifact, inbox = run.facts.artifact, run.settings.deploy.inbox
     place = os.path.dirname(artifact.path)
-    is_meant = run.flags.sha256 or inbox and place == os.path.realpath(inbox)
+    is_meant = run.flags.sha256 or artifact.signature_file \
+        or inbox and place == os.path.realpath(inbox)
     if is_meant or os.geteuid() and not run.settings.hooks.run_as:
         return
     found: Dict[str, Problem] = {}
@@ -7568,7 +7746,7 @@ def check_origin(run: Run) -> Iterator[Finding]:
                f"{accepting(run.settings, found)}")
 
 
-def check_bad(run: Run) -> Iterator[Finding]:
+def check_bad(run: Run) -> Findings:
     """The artifact is not one that failed before, nor one that a person went back from."""
     bad = refused_record(run.facts, run.facts.artifact.sha256)
     if bad and run.flags.force:
@@ -7599,7 +7777,7 @@ def bad_refusal(bad: Record) -> Problem:
             "deploy a corrected version, or insist with --force")
 
 
-def check_downgrade(run: Run) -> Iterator[Finding]:
+def check_downgrade(run: Run) -> Findings:
     """The artifact is not older than what is live, where the two can be compared."""
     live = run.facts.records.get(run.facts.current.release or "")
     if live is None or live.artifact.get("sha256_source") == "adopted":
@@ -7630,7 +7808,7 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
     return [int(number) for number in numbers.split(".")], not before, parts
 
 
-def check_room(run: Run, *, inodes: bool = False) -> Iterator[Finding]:
+def check_room(run: Run, *, inodes: bool = False) -> Findings:
     """Free bytes or inodes for what is still to be unpacked, and what must stay free on top."""
     root, artifact = run.facts.root, run.facts.artifact
     found = os.statvfs(root if run.store is not None else os.path.dirname(root))
@@ -7655,13 +7833,13 @@ def check_room(run: Run, *, inodes: bool = False) -> Iterator[Finding]:
 
 
 def each(key: str, is_there: Callable[[str], Any], problem: str, fix: str
-         ) -> Callable[[Run], Iterator[Finding]]:
+         ) -> Callable[[Run], Findings]:
     """Make the check of a list in [preflight]; problem and fix have {} for the name."""
     return lambda run: (("fail", problem.format(name), fix.format(name))
                         for name in getattr(run.settings.preflight, key) if not is_there(name))
 
 
-def check_shared(run: Run) -> Iterator[Finding]:
+def check_shared(run: Run) -> Findings:
     """Shared files exist: an empty file in their place would be a lie."""
     from pathlib import Path
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
@@ -7686,7 +7864,7 @@ def check_shared(run: Run) -> Iterator[Finding]:
             yield "fail", f"shared {one} lies inside shared {other}", "share only the outer one"
 
 
-def check_ports(run: Run) -> Iterator[Finding]:
+def check_ports(run: Run) -> Findings:
     """[preflight] free_ports: bound for an instant, the only proof that a port is free.
 
     Without a host: on every IPv6 and IPv4 address, as far as the host has them.
@@ -7713,13 +7891,13 @@ def check_ports(run: Run) -> Iterator[Finding]:
                 break
 
 
-def check_services(run: Run) -> Iterator[Finding]:
+def check_services(run: Run) -> Findings:
     """Every service is known to its manager; one that has failed already is named."""
     for name in services_in_order(run.settings):
         yield from make_service(run, name).check()
 
 
-def check_templates(run: Run) -> Iterator[Finding]:
+def check_templates(run: Run) -> Findings:
     """Templates are in the artifact and every placeholder has a value."""
     templates = run.settings.template
     if run.artifact is None or run.facts.artifact is None:
@@ -7740,7 +7918,7 @@ def check_templates(run: Run) -> Iterator[Finding]:
             yield "fail", error.message, error.hint
 
 
-def check_probes(run: Run) -> Iterator[Finding]:
+def check_probes(run: Run) -> Findings:
     """Probes with when = before or both: the database is down now, not because of us."""
     context, new = context_for(run.facts, None), run.facts.artifact
     for name, probe in sorted(run.settings.probe.items()):
@@ -7777,6 +7955,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("lock", check_lock, True, "", ""),
     ("clock", check_clock, False, "", ""),
     ("artifact", check_artifact, False, "facts.artifact facts.refusal", "no artifact given"),
+    ("signature", check_signature, False, "settings.signature.given", ""),
     ("origin", check_origin, False, "facts.artifact", "no artifact given"),
     ("known-bad", check_bad, False, "facts.artifact", "no artifact given"),
     ("downgrade", check_downgrade, False, "facts.artifact", "no artifact given"),
@@ -7809,9 +7988,9 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
 # What nobody knows where .deploy cannot be looked at.
 STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 # A check that fails for one of these reasons refuses the artifact, not the host.
-ARTIFACT_CHECKS = ("artifact", "known-bad", "downgrade")
+ARTIFACT_CHECKS = ("artifact", "signature", "known-bad", "downgrade")
 # These run what is configured: not where somebody else could have written it.
-ACTING_CHECKS = ("services", "probes", "judge")
+ACTING_CHECKS = ("signature", "services", "probes", "judge")
 
 
 def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
@@ -8061,6 +8240,10 @@ def plan_operation(facts: Facts) -> Plan:
             nothing_to_do = release == live
             if target.state == STATE_BAD and not nothing_to_do and not asked.force:
                 raise ArtifactRefused(*bad_refusal(target))
+            if operation == "activate" and facts.settings.signature.verify == "required" \
+                    and not (target.artifact.get("signature") or nothing_to_do or asked.force):
+                raise ArtifactRefused(f"{release} was staged without a signature", "deploy its "
+                                      "artifact, once it is signed, or insist with --force")
     if nothing_to_do:
         return Plan(operation, live, release, [], [], [])
     return make_plan(facts, Move(operation, live, release))
@@ -8368,7 +8551,8 @@ def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
             # What is not words is not masked: a secret such as 1234 may well stand in a digest.
             artifact={"name": mask(portable(found.name)), "source": mask(portable(found.path)),
                       "sha256_source": mask(found.sha256_source), "format": found.format,
-                      "size": found.size_bytes, "sha256": found.sha256, "signature": None,
+                      "size": found.size_bytes, "sha256": found.sha256,
+                      "signature": found.signature,
                       "strip_components": run.settings.artifact.strip_components,
                       "identity": None if found.format == "directory" else found.identity()},
             tree=dict(count_members(run.manifest), **digests), created_at=format_time(time.time()),
@@ -8379,6 +8563,7 @@ def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
         run.store.save(record)
         records[release] = record
         run.facts.on_disk.add(release)
+        run.outcome.extra["artifact"] = artifact_json(found)  # by now it is known who signed it
         return f"manifest {digests['manifest_sha256'][:12]}"
 
     def forget(run: Run) -> None:
@@ -8881,7 +9066,7 @@ class Executor:
                 f"the verdict could not be written: {step_error(problem, 'history').message}; "
                 "the next run recovers it")
 
-    def failure(self, error: DeployError) -> Dict[str, Any]:
+    def failure(self, error: DeployError) -> Json:
         """Describe a failure for record, history and journal; the first one stands."""
         if self.journal and self.journal.failure:
             return self.journal.failure
@@ -9012,7 +9197,7 @@ class Executor:
                                   + step_error(problem, "journal").message)
 
 
-def settled(executor: Executor, result: str, failure: Optional[Dict[str, Any]], *,
+def settled(executor: Executor, result: str, failure: Optional[Json], *,
             automatic: bool) -> List[Record]:
     """Return the records that change as a run ends; nothing is read or written here."""
     plan, records = executor.plan, executor.run.facts.records
@@ -10207,7 +10392,7 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
 NEEDED_A_PERSON = ("left_live", "rollback_failed")
 
 
-def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Dict[str, Any]:
+def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     """Work out the four keys of DORA, and rework, from the history between two times in RFC 3339.
 
     A deployment is what went live; it failed where it was rolled back, by itself or by hand later,
@@ -10217,7 +10402,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Dict[str
     def seconds(text: str) -> float:
         return float(read_value("moment", text)(0.0, 1))
 
-    runs: List[Dict[str, Any]] = []
+    runs: List[Json] = []
     for entry in entries:
         last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
         if entry.operation == "rollback" and entry.result == "rolled_back" and \
@@ -10298,7 +10483,7 @@ def command_report(run: Run) -> None:
     run.console.result(f"{run.outcome.message}: {flags.output}")
 
 
-def report_rows(found: Dict[str, Any]) -> List[Tuple[str, str]]:
+def report_rows(found: Json) -> List[Tuple[str, str]]:
     """Write the measures for people; `-` for what nobody can know."""
     def share(key: str) -> str:
         return "-" if found[key] is None else f"{100 * found[key]:.0f}%"
@@ -10356,7 +10541,7 @@ th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(-
 """
 
 
-def report_page(application: str, found: Dict[str, Any], rows: Iterable[Tuple[str, str]]) -> str:
+def report_page(application: str, found: Json, rows: Iterable[Tuple[str, str]]) -> str:
     """Write the report as one page that needs nothing else; the same on every Python."""
     from html import escape as quote
     first, last = [read_value("moment", found[key])(0.0, 1) for key in ("since", "until")]
@@ -10521,7 +10706,7 @@ def command_completion(run: Run) -> None:
 # ============================================================================
 
 def result_object(error: Optional[DeployError], run: Optional[Run] = None,
-                  exit_code: int = EXIT_OK, seconds: float = 0.0) -> Dict[str, Any]:
+                  exit_code: int = EXIT_OK, seconds: float = 0.0) -> Json:
     """Put together the one object of --json; without a run, where no command was run."""
     outcome, root, deploy_id, dry_run = Outcome(""), "", None, False
     warnings: List[str] = []
@@ -10783,8 +10968,8 @@ def notify(run: Run, exit_code: int, seconds: float) -> None:
                 run.console.debug(f"notify {settings.name}: told of {event}")
 
 
-def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[str, Any]
-         ) -> Dict[str, Any]:
+def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json
+         ) -> Json:
     """Report an event in a process of its own; returns {"error": why} where it was not taken."""
     context, words = describe_event(run, event, result)
     if settings.type == "slack":
@@ -10815,7 +11000,7 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Dict[
     target = settings.url or secrets["url_file"]
     if wrong_target(target):
         return {"error": f"{settings.url_file or 'url'} holds no https:// URL"}
-    content: Dict[str, Any] = {"text": text}
+    content: Json = {"text": text}
     if settings.type == "webhook":
         content.update(event=event, result=result)
     elif settings.type == "discord":
@@ -10847,7 +11032,7 @@ def is_json(body: str) -> bool:
 
 
 def post(asked: Conversation, target: str, headers: Dict[str, str], settings: Any,
-         body: str) -> Dict[str, Any]:
+         body: str) -> Json:
     """Post a body; returns {"error": why} where it was not taken, nothing where it was."""
     data = body.encode("utf-8", "backslashreplace")
     headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}
@@ -10858,7 +11043,7 @@ def post(asked: Conversation, target: str, headers: Dict[str, str], settings: An
     return {"error": f"status {response.status}: {answer}".rstrip(" :")}
 
 
-def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Context, Dict[str, str]]:
+def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[str, str]]:
     """Return the release that was to go live, and what stands in texts for `${name}`."""
     facts, outcome, before = run.facts, run.outcome, None
     root = os.path.realpath(run.settings.deploy.root)
@@ -10881,7 +11066,7 @@ def describe_event(run: Run, event: str, result: Dict[str, Any]) -> Tuple[Contex
         for name, value in words.items()}
 
 
-def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Dict[str, Any]:
+def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Json:
     """Hand the text to a mail server (RFC 5321)."""
     import smtplib
     from email.mime.text import MIMEText
@@ -10928,7 +11113,7 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
             for key, value in values.items() if value is not None]
 
     def describe(name: str, begun_seconds: float, taken_seconds: float, why: str,
-                 **fields: Any) -> Dict[str, Any]:
+                 **fields: Any) -> Json:
         begun_ns = int(begun_seconds * 10 ** 9)
         return {"traceId": trace, "name": name, "kind": 1, "startTimeUnixNano": str(begun_ns),
                 "endTimeUnixNano": str(begun_ns + int(taken_seconds * 10 ** 9)),
@@ -11079,7 +11264,7 @@ def add_flag(group: Any, flag: Flag) -> None:
         return
     # A common flag has no default: what stands before the command must not undo what stands behind.
     default = None if flag.commands else argparse.SUPPRESS
-    kind: Dict[str, Any] = {"metavar": shown} if shown else {"action": "store_true"}
+    kind: Json = {"metavar": shown} if shown else {"action": "store_true"}
     if flag.metavar.endswith("..."):
         values: List[str] = []  # one list of all: `append` begins anew behind the command
 
@@ -11172,7 +11357,7 @@ YAML_TYPES = {
     "json.*": (bool, int)}
 
 
-def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
+def read_parameters(argv: List[str]) -> Optional[Json]:
     """Read what Ansible hands over; None for a command line, nothing for JSON that is damaged."""
     # Only a path: a file that is named as a command must not become the command.
     if len(argv) != 1 or "/" not in argv[0] or argv[0].startswith("-"):
@@ -11192,7 +11377,7 @@ def read_parameters(argv: List[str]) -> Optional[Dict[str, Any]]:
 class ModuleConsole(Console):
     """What Ansible hears: one object on a stdout that is nobody else's; a terminal adds stderr."""
 
-    def __init__(self, parameters: Dict[str, Any]) -> None:
+    def __init__(self, parameters: Json) -> None:
         super().__init__()
         self.json_mode = True
         self._parameters = parameters
@@ -11207,7 +11392,7 @@ class ModuleConsole(Console):
         import traceback
         self._traceback = traceback.format_exc()
 
-    def json_result(self, value: Dict[str, Any]) -> None:
+    def json_result(self, value: Json) -> None:
         """Answer with the object of --json and what Ansible looks for; its `msg` has the hint."""
         answer = dict(value, rc=value["exit_code"])
         if self._parameters.get("_ansible_diff") and self.diff and not value["failed"]:
@@ -11230,7 +11415,7 @@ def parameters_of(command: str) -> Dict[str, Flag]:
             if command in (flag.commands or (command,)) and flag.dest not in NO_PARAMETERS}
 
 
-def module_argv(parameters: Dict[str, Any], secrets: Secrets) -> List[str]:
+def module_argv(parameters: Json, secrets: Secrets) -> List[str]:
     """Translate a task's parameters into the command line that does the same."""
     if not parameters:
         raise UsageError("the file with the parameters is no JSON object", "run the task again")
@@ -11377,10 +11562,12 @@ def check_settings(settings: Settings) -> None:
     """Raise UsageError for all that is wrong, also what does not go together."""
     mistakes = settings.mistakes
     wrong = " ".join(mistake.message for mistake in mistakes)
-    every = (check_size_of_commands, services_in_order)
-    for check_all in every if settings.service else every[:1]:
+    for check_all, is_needed in (
+            (check_size_of_commands, True), (services_in_order, settings.service),
+            (verifier_of, settings.signature.given)):
         try:
-            check_all(settings)
+            if is_needed:
+                check_all(settings)
         except UsageError as error:
             mistakes.append(error)
     checks = [("probe", lambda probe: check_probe(settings, probe)), ("notify", check_notifier),
@@ -11391,7 +11578,10 @@ def check_settings(settings: Settings) -> None:
             problem = "" if f"[{kind}:{name}]" in wrong else check(values)
             if problem:
                 mistakes.append(settings.wrong(f"{kind}:{name}", problem))
-    deploy = settings.deploy
+    deploy, signature = settings.deploy, settings.signature
+    if signature.verify != "off" and not TRUSTED.intersection(signature.given):
+        mistakes.append(settings.wrong("signature", f"verify = {signature.verify} needs keys, "
+                                       "allowed_signers or command"))
     for name in sorted(set(deploy.delegated) - DELEGABLE):
         mistakes.append(settings.wrong("deploy", f"delegated = {name}: no command for others"))
     shared = tuple(place + "/" for place in deploy.shared_dirs + deploy.shared_files)
@@ -11506,13 +11696,15 @@ def parse_delegated(argv: List[str]) -> Any:
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
     flags.config, flags.delegate = [path], path
-    deploy = load(flags).deploy
+    settings = load(flags)
+    deploy = settings.deploy
     if flags.command not in deploy.delegated:
         raise UsageError(f"{flags.command} is not delegated by {path}",
                          f"delegated: {', '.join(deploy.delegated) or 'nothing'}")
     artifact = getattr(flags, "artifact", None)
     if artifact:
-        if ".." in artifact.split("/") or os.path.dirname(absolute(artifact)) != deploy.inbox:
+        if settings.signature.verify != "required" and (
+                ".." in artifact.split("/") or os.path.dirname(absolute(artifact)) != deploy.inbox):
             raise UsageError(f"{artifact} is not directly in [deploy] inbox",
                              f"put the artifact itself there: {deploy.inbox}/NAME")
         os.close(open_own_file(absolute(artifact)))
