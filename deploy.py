@@ -6561,9 +6561,9 @@ VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?(?:{})(?![^\W_]|~|[.+_-]\w)"
 
 
 def answers_naming(run: Run, context: Context) -> List[str]:
-    """List what an answer may call a release; none can know a digest, or an adopted one's name."""
+    """List what an answer may call a release; none can know a digest, or what is no version."""
     record = run.facts and run.facts.records.get(context.release)
-    if record and record.version in (record.id, record.sha256[:12]):
+    if context.version in (context.release, record.sha256[:12] if record else ""):
         return []
     return [re.sub(r"\A[vV](?=\d)", "", word)
             for word in (context.version, context.release) if word]
@@ -7326,7 +7326,8 @@ def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = 
     record, live = facts.records.get(release or ""), facts.current.release
     if previous is None:
         previous = record.previous if record and release == live else live
-    version = record.version if record else facts.artifact.version if facts.artifact else ""
+    known = record or (None if release in facts.on_disk else facts.artifact)
+    version = known.version if known else release or ""
     path = f"{facts.root}/releases/{release}" if release else facts.root
     return Context(facts.application, facts.root, release or "", version, path, previous or "",
                    facts.deploy_id, failed, facts.note)
@@ -8189,8 +8190,9 @@ def choose_rollback(facts: Facts) -> Record:
     if is_under_way(facts.journal, live):
         target = facts.release(facts.journal.from_release or "") or target
     if target is None:
+        hint = f"see what there is: {facts.command_line('releases')}"
         raise PreflightFailed("there is no previous good release to roll back to",
-                              f"see what there is: {facts.command_line('releases')}")
+                              hint if facts.on_disk <= set(facts.records) else unrecorded(facts))
     return target
 
 

@@ -178,6 +178,22 @@ def test_the_first_release_after_capistrano_fails_and_what_was_live_comes_back(n
     assert '"version":"1.4"' in node.ask("/") and snapshot(app.root / "releases" / OLD) == before
 
 
+def test_a_release_that_nobody_adopted_comes_back_as_well_and_can_be_adopted_later(app: App, server: Any) -> None:
+    make_tree(app.root / "releases" / OLD, {"VERSION": "1.4"})
+    (app.root / "current").symlink_to(app.root / "releases" / OLD)
+    probe = f"[service:web]\ncommand = {server.restart_command.path}\n" \
+            f"[probe:web]\nurl = {server.url}\nrelease = json:version\nperiod = 0.05s\ndeadline = 10s\n"
+    configure(app, probe + "[hooks]\npost_deploy = false\npost_rollback = sh -c 'echo $DEPLOY_VERSION $DEPLOY_RELEASE'\n")
+    failed = app.deploy("2.0", check=5).data
+    assert app.current == OLD and failed["steps"][-1]["output"] == [f"{OLD} {OLD}"] and server.version == "1.4"
+    configure(app, probe)
+    app.deploy("2.1")
+    assert f"adopt RELEASE: {OLD}" in app.run("rollback", check=3).data["error"]["hint"]
+    app.run("adopt", OLD, check=0)
+    app.run("rollback", check=0)
+    assert app.current == OLD
+
+
 def test_a_release_whose_version_is_a_digest_can_be_gone_back_to_with_a_probe_that_asks_for_one(app: App, server: Any) -> None:
     configure(app)
     artifact = app.directory / "app.tar.gz"
