@@ -3950,6 +3950,8 @@ Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which ma
 
 # -- the artifact, its digest and its signature --------------------------------
 
+SIGNATURES = (".minisig", ".sig", ".intoto.jsonl")  # of an artifact, behind its name
+
 def verifier_of(settings: Settings) -> Verifier:
     """Make what verifies by [signature]; UsageError for a damaged key."""
     wanted = settings.signature
@@ -3998,8 +4000,7 @@ class Artifact(Descriptor):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
             raise ArtifactRefused(f"artifact {path} is a URL, and no file of this host",
                                   "download it first, with its .sha256 beside it")
-        # A link is followed now and once; O_NOFOLLOW then holds for the result.  None at all is
-        # where a person chose it who may not read what we may.
+        # A link is followed now and once, a delegate's never; O_NOFOLLOW then holds for the result.
         self.given = absolute(path)
         self.path = self.given if delegated else os.path.realpath(self.given)
         self.links = os.O_NOFOLLOW if delegated else 0
@@ -4092,8 +4093,7 @@ class Artifact(Descriptor):
     def find_signature(self, settings: Settings, given: str) -> None:
         """Read the first signature that there is; `distrust` says why it does not count yet."""
         sums = os.path.join(os.path.dirname(self.path), "SHA256SUMS")
-        places = [self.path + ".minisig", self.path + ".sig", self.path + ".intoto.jsonl",
-                  sums + ".minisig", sums + ".sig"]
+        places = [self.path + suffix for suffix in SIGNATURES] + [sums + ".minisig", sums + ".sig"]
         found = [absolute(given)] if given else list(filter(os.path.lexists, places))
         if not found and settings.signature.verify == "if-present":
             return
@@ -11348,8 +11348,7 @@ def parse_command_line(argv: List[str]) -> Any:
 # Ansible starts a module that says WANT_JSON with one argument: a JSON file of the parameters.
 
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
-NO_PARAMETERS = ("dry_run", "json", "verbose", "quiet", "no_color", "detailed_exitcode", "debug",
-                 "delegate")
+NO_PARAMETERS = "dry_run json verbose quiet no_color detailed_exitcode debug delegate".split()
 # What state and history are made of: no_log cannot hide it.
 NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root",
               "config")
@@ -11698,18 +11697,20 @@ def parse_delegated(argv: List[str]) -> Any:
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
     flags.config, flags.delegate = [path], path
-    settings = load(flags)
-    deploy = settings.deploy
-    if flags.command not in deploy.delegated:
+    settings, artifact = load(flags), getattr(flags, "artifact", None)
+    delegated, inbox = settings.deploy.delegated, settings.deploy.inbox
+    if flags.command not in delegated:
         raise UsageError(f"{flags.command} is not delegated by {path}",
-                         f"delegated: {', '.join(deploy.delegated) or 'nothing'}")
-    artifact = getattr(flags, "artifact", None)
+                         f"delegated: {', '.join(delegated) or 'nothing'}")
     if artifact:
-        if settings.signature.verify != "required" and (
-                ".." in artifact.split("/") or os.path.dirname(absolute(artifact)) != deploy.inbox):
+        place, name = os.path.split(absolute(artifact))
+        is_signed = settings.signature.verify == "required" and any(
+            os.path.lexists(f"{place}/{file}{suffix}")
+            for file in (name, "SHA256SUMS") for suffix in SIGNATURES)
+        if ".." in artifact.split("/") or place != inbox and not is_signed:
             raise UsageError(f"{artifact} is not directly in [deploy] inbox",
-                             f"put the artifact itself there: {deploy.inbox}/NAME")
-        os.close(open_own_file(absolute(artifact)))
+                             f"put the artifact itself there: {inbox}/NAME")
+        os.close(open_own_file(f"{place}/{name}"))
     return flags
 
 
