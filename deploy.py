@@ -2050,8 +2050,14 @@ required          bool       yes     no: a failure is only a warning
 environment       name       -       what this host is part of, such as production
 windows           windows    -       when; deny wins, and an allow means only then
 timezone          name       UTC     zone of the windows, such as Europe/Berlin
+approvals         int        0       how many must have approved of it, whoever runs this aside
+approvers         path       -       who may approve, in ssh-keygen's allowed_signers format
+promoted_from     name       -       environment in which it must have been live, by attestation
+promoted_after    moment     -       how long it must have been live there
+promoted_within   moment     -       how old the attestation may be
+attesters         path       -       whose attestations count, in the same format
 judge             argv       -       command that may say no, under the rules for hooks
-override          bool       no      --override WHY may pass windows
+override          bool       no      --override WHY may pass windows, approvals and promotion
 
 [notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
 type  webhook|slack|teams|discord|email|command  webhook  how it is told
@@ -2130,6 +2136,8 @@ logs        logs web  show what the services wrote to the journal since the rele
 report      report --since 90d --format html -o report.html
     show how often it was deployed, how many failed, how long it took to recover
 recover     recover  finish or undo what a crash left; --to settles what cannot be decided
+approve     approve shop-1.4.2.tar.gz --expires 24h  print what those sign who approve of it
+attest      attest current  print what this host signs: that a release was live here
 pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
     pack a directory into a reproducible .tar.gz, with its .sha256 beside it
 config      config --example  show every option with its value and where it came from
@@ -2172,12 +2180,12 @@ FLAG_TABLE = """\
 --debug              -            -  show tracebacks
 --delegate           FILE         -  must stand first: what root's FILE lets a person do, no more
 -m --message         TEXT         -  why: kept in record and history, told to hooks and notifiers
-artifact             ARTIFACT     deploy stage  archive or directory
+artifact             ARTIFACT     deploy stage approve  archive or directory
 artifact             [ARTIFACT]   preflight  archive or directory
 release              RELEASE      activate pin unpin  RELEASES
 release              RELEASE      adopt  name of a directory in releases/, or current
 release              [RELEASE]    rollback  RELEASES; default: the previous good one
-release              [RELEASE]    verify  RELEASES; default: current
+release              [RELEASE]    verify attest  RELEASES; default: current
 release              RELEASE      diff  RELEASES
 other                [RELEASE]    diff  RELEASES; default: current
 service              [SERVICE]    logs  a configured service; default: all of them
@@ -2192,7 +2200,8 @@ assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 -f --force           -            deploy stage preflight activate rollback prune
     insist: a bad or changed release, another application's root, pruning what was written to
 --override           WHY          deploy activate preflight
-    pass windows where [policy] lets you; it is recorded and told
+    pass windows, approvals and promotion where [policy] lets you; it is recorded and told
+--expires            TIME         approve  until when the approval counts; default: 7d
 --splay              DURATION     deploy stage activate rollback prune recover
     wait first, this host's own share of DURATION: always the same, evenly spread over hosts
 names                [NAME...]    probe  configured probes; default: all
@@ -2231,7 +2240,8 @@ shell                SHELL        completion  bash or zsh
 --log-format=log.format  text|json  -  -
 """
 FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int", "until": "moment",
-              "since": "moment", "format": "text|csv|json|html", "unhealthy_exit_code": "exit_code"}
+              "since": "moment", "format": "text|csv|json|html", "expires": "moment",
+              "unhealthy_exit_code": "exit_code"}
 
 
 def read_flags(text: str) -> Iterator[Flag]:
@@ -3735,7 +3745,7 @@ class Verifier:
     """Says who signed bytes, by keys of minisign, signify and openssl, and allowed_signers."""
 
     def __init__(self, keys: Sequence[str], allowed_signers: str, *, namespace: str,
-                 principals: Sequence[str], legacy: bool) -> None:
+                 principals: Sequence[str] = (), legacy: bool = False) -> None:
         self.keys = [read_key(text) for text in keys]
         self.signers = list(read_signers(allowed_signers)) if allowed_signers else []
         self.namespace = namespace
@@ -6992,6 +7002,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
 # ============================================================================
 
 JUDGE_SECONDS = 30.0
+DEPLOYMENT = "https://deploy.py/deployment/v1"
 
 
 def rule(judge: Callable[[Run, Any], Finding], *,
@@ -7030,6 +7041,74 @@ def judge_windows(run: Run, found: Any) -> Finding:
     said = "; ".join([time.strftime("%a %Y-%m-%d %H:%M %Z", now), *why])
     if why:
         raise PreflightFailed(said, "wait for a time that is allowed")
+    return "ok", said, ""
+
+
+def beside(path: str, hint: str) -> bytes:
+    """Read what lies beside the artifact; PreflightFailed where that cannot be."""
+    with blaming(PreflightFailed, path, hint):
+        return read_file(path, MAX_STATE_BYTES)
+
+
+def approval(run: Run, found: Any, expires: str) -> bytes:
+    """Write what approvers sign: six lines, the same bytes in any locale."""
+    name = portable(os.path.basename(found.path))
+    lines = ("deploy-approval 1", f"application {run.application}",
+             f"environment {run.settings.policy.environment}", f"artifact {name}",
+             f"sha256 {found.sha256}", f"expires {expires}")
+    return b"".join(escape(line).encode("ascii", "backslashreplace") + b"\n" for line in lines)
+
+
+def judge_approvals(run: Run, found: Any) -> Finding:
+    """So many have signed, each counted once, and not who runs this."""
+    import glob
+    place, policy, signed, others = f"{found.path}.approval", run.settings.policy, set(), set()
+    hint = f"{run.settings.command_line('approve')} {spell([found.path])} says what to sign"
+    verifier = Verifier([], policy.approvers, namespace="deploy-approval")
+    text = beside(place, hint)
+    with blaming(PreflightFailed, place, hint):
+        expires = text[-21:-1].decode("ascii")
+        if text != approval(run, found, expires):
+            raise ValueError(f"it is about something else: {text!r}")
+        if read_value("moment", expires)(0, 1) <= run.facts.now_seconds:
+            raise ValueError(f"it expired at {expires}")
+        for path in sorted(glob.glob(f"{glob.escape(place)}.*sig")):
+            try:
+                who = verifier.verify(text, beside(path, hint), path)["signer"]
+                is_own = run.by["user"] in (who, who.partition("@")[0])
+                (others if is_own else signed).add(who)
+            except ArtifactRefused as error:
+                others.add(error.message)
+        told = [", ".join(sorted(who)) or "nobody" for who in (signed, others)]
+        said = f"{len(signed)} of {policy.approvals}: {told[0]}; not counted: {told[1]}"
+        if len(signed) < policy.approvals:
+            raise ValueError(said)
+    return "ok", said, ""
+
+
+def judge_promotion(run: Run, found: Any) -> Finding:
+    """An attestation says that it was live elsewhere, for long enough and not too long ago."""
+    place, policy, now = f"{found.path}.attestation", run.settings.policy, run.facts.now_seconds
+    hint = f"on a host of {policy.promoted_from}: deploy.py attest, which says how to sign"
+    verifier = Verifier([], policy.attesters, namespace="deploy-attestation")
+    data, signature = (beside(path, hint) for path in (place, f"{place}.sig"))
+    who = verifier.verify(data, signature, f"{place}.sig")["signer"]
+    with blaming(PreflightFailed, place, hint):
+        text = data.decode("utf-8")
+        for path, right in (
+                ("predicateType", DEPLOYMENT), ("subject.0.digest.sha256", found.sha256),
+                ("predicate.application", run.application),
+                ("predicate.environment", policy.promoted_from)):
+            if json_value(text, path)[0] != right:
+                raise ValueError(f"its {path} is {json_value(text, path)[0]}, not {right}")
+        made = json.loads(text)["predicate"]
+        soaked, at = float(made["soakedSeconds"]), made["attestedAt"]
+        said = f"live in {policy.promoted_from} for {format_seconds(soaked)} at {at}, says {who}"
+        if policy.promoted_after and not soaked >= policy.promoted_after(0, 1):
+            raise ValueError(f"{said}; promoted_after is longer")
+        if policy.promoted_within and \
+                read_value("moment", at)(0, 1) < policy.promoted_within(now, -1):
+            raise ValueError(f"{said}; promoted_within is shorter ago")
     return "ok", said, ""
 
 
@@ -7546,8 +7625,8 @@ def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
     a run may go back, and on the way to the one that is not there yet.
     """
     root = os.path.realpath(settings.deploy.root) if settings.deploy.root else ""
-    signature = settings.signature
-    paths = [settings.deploy.root, signature.allowed_signers,
+    signature, policy = settings.signature, settings.policy
+    paths = [settings.deploy.root, signature.allowed_signers, policy.approvers, policy.attesters,
              *itertools.filterfalse(KEY_LITERAL.match, signature.keys), *[
         getattr(asked, key, "") for key in KEY_FILES
         for asked in (*settings.probe.values(), *settings.notify.values())]]
@@ -7980,6 +8059,8 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("templates", check_templates, False, "settings.template", ""),
     ("probes", check_probes, False, "settings.probe", ""),
     ("windows", rule(judge_windows, passable=True), True, "settings.policy.windows", ""),
+    ("approvals", rule(judge_approvals, passable=True), True, "settings.policy.approvals", ""),
+    ("promotion", rule(judge_promotion, passable=True), True, "settings.policy.promoted_from", ""),
     ("override", lambda run: [] if run.settings.policy.override else [
         ("fail", "[policy] override = no", "go without --override")], True, "flags.override", ""),
     # The last: it is told what the others found.
@@ -10560,6 +10641,55 @@ def report_page(application: str, found: Json, rows: Iterable[Tuple[str, str]]) 
     measures = [f"<div><dt>{quote(name)}</dt><dd>{quote(value)}</dd></div>" for name, value in rows]
     return REPORT_PAGE.format(name=quote(application), measures="\n".join(measures),
                               marks="\n".join(marks), runs="\n".join(reversed(lines)))
+def command_attest(run: Run) -> None:
+    """Print the statement that a release was live here, for this host's key to sign."""
+    with looking(run) as store:
+        facts = observe(run, locked=False)
+        record = select_release(facts, run.flags.release or "current")
+        entries = [entry for entry in store.history()
+                   if entry.release == record.id and entry.result in GOES_LIVE]
+        chain, now = store.chain, facts.now_seconds
+    run.outcome.release = record.id
+    if is_refused(record) or record.failure or not record.activated_at or not entries:
+        raise ProblemFound(f"{record.id} is {record.state}: it did not run here, or not well",
+                           f"name one that did: {facts.command_line('releases')}")
+    began, ended = (read_value("moment", text)(0, 1) if text else now
+                    for text in (record.activated_at, record.deactivated_at))
+    predicate = {
+        "application": run.application, "environment": run.settings.policy.environment,
+        "host": run.by["host"], "version": record.version, "release": record.id,
+        "activatedAt": record.activated_at, "attestedAt": format_time(now),
+        "soakedSeconds": max(0, int(ended - began)), "deployId": entries[-1].deploy_id,
+        "result": entries[-1].result, "manifestSha256": record.tree.get("manifest_sha256"),
+        "chain": chain}
+    name = os.path.basename(record.path)
+    subject = {"name": portable(name), "digest": {"sha256": record.sha256}}
+    statement = {"_type": "https://in-toto.io/Statement/v1", "subject": [subject],
+                 "predicateType": DEPLOYMENT, "predicate": predicate}
+    show_signable(run, json.dumps(statement) + "\n", f"{name}.attestation",
+                  "-n deploy-attestation -f /etc/ssh/ssh_host_ed25519_key")
+
+
+def command_approve(run: Run) -> None:
+    """Print what those sign who approve of an artifact."""
+    with Artifact(run.flags.artifact, run.settings.limits) as artifact, \
+            run.console.progress("hash", artifact.size_bytes) as progress:
+        artifact.identify(run.settings, watching(run, progress))
+        artifact.confirm(run.settings, watching(run, progress))
+    expires = format_time(read_value("moment", run.flags.expires or "7d")(time.time(), 1))
+    text = approval(run, artifact, expires)
+    show_signable(run, text.decode("ascii"), f"{artifact.name}.approval",
+                  "-n deploy-approval -f KEY")
+
+
+def show_signable(run: Run, text: str, name: str, how: str) -> None:
+    """Print the exact bytes that are to be signed, and on stderr how that is done."""
+    run.outcome.extra["text"], run.outcome.message = text, f"what {name} is to hold"
+    run.console.raw_result(text)
+    run.console.say(f"save it as {name}, beside the artifact; then: "
+                    f"ssh-keygen -Y sign {how} {spell([name])}")
+
+
 # -- commands beside a root ----------------------------------------------------
 
 def command_pack(run: Run) -> None:
@@ -11209,7 +11339,7 @@ COMMANDS = {
     "history": command_history, "show": command_show, "diff": command_diff, "logs": command_logs,
     "prune": command_prune, "pin": command_move, "unpin": command_move, "adopt": command_move,
     "hold": command_move, "unhold": command_move, "flags": command_flags,
-    "report": command_report,
+    "report": command_report, "approve": command_approve, "attest": command_attest,
     "recover": command_recover, "pack": command_pack, "config": command_config,
     "help": command_help, "completion": command_completion,
 }
@@ -11590,6 +11720,10 @@ def check_settings(settings: Settings) -> None:
         if not deploy.app_user or f"{path}/".startswith(shared):
             mistakes.append(settings.wrong(
                 "deploy", f"writable = {path} needs app_user, and a place that is not shared"))
+    for key, needed in (("approvals", "approvers"), ("promoted_from", "attesters"),
+                        ("promoted_after", "promoted_from"), ("promoted_within", "promoted_from")):
+        if key in settings.policy.given and not getattr(settings.policy, needed):
+            mistakes.append(settings.wrong("policy", f"{key} needs {needed}"))
     for name in set(settings.probe).intersection(settings.notify):
         # Two files of one name: one would send to its peer what was meant for the other's.
         notifier = settings.notify[name]

@@ -202,7 +202,7 @@ def test_every_command_answers_with_one_complete_object(app: App) -> None:
     runs = [
         ("preflight", app.artifact("1.0")), ("deploy", app.artifact("1.0")), ("deploy", app.artifact("1.0")),
         ("stage", app.artifact("1.1")), ("activate", "1.1"), ("rollback",), ("status",), ("releases",), ("history",), ("show", "1"),
-        ("verify",), ("probe",), ("pin", "1.1"), ("unpin", "1.1"), ("adopt", "current"),
+        ("verify",), ("approve", app.artifact("1.0")), ("attest", "1.0"), ("probe",), ("pin", "1.1"), ("unpin", "1.1"), ("adopt", "current"),
         ("diff", "1.0"), ("flags", "a=on"), ("hold", "-m", "why"), ("unhold",), ("report",), ("prune",), ("recover",), ("config",),
         ("config", "--example"), ("history", "--verify"), ("-n", "deploy", app.artifact("1.2")), ("-n", "recover"), ("-n", "prune"),
         ("pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"),

@@ -1,21 +1,52 @@
-"""[policy]: when, and by whose leave a release may go live."""
+"""[policy]: when, by whom and after what a release may go live, with real signatures of ssh-keygen."""
 
 import calendar
+import getpass
 import json
-import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 
-from support import DEPLOY, App, load_deploy
+from support import DEPLOY, App, load_deploy, make_artifact, needs, run_deploy
 
 deploy = load_deploy()
 NEVER = "windows = deny # closed"
+PEOPLE = ("alice", "bob", "carol", "web1")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: Any) -> Path:
+    """Keys of three people and a host, and `signers`: whose they are; alice has two."""
+    place = tmp_path_factory.mktemp("keys")
+    lines = []
+    for name in (*PEOPLE, "alice2", getpass.getuser(), "stranger"):
+        subprocess.run([needs("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(place / name)], check=True)
+        words = (place / f"{name}.pub").read_text().split()[:2]
+        if name != "stranger":
+            lines.append(" ".join([f"{name.rstrip('2')}@example.com", *words]))
+    (place / "signers").write_text("# who may sign\n" + "\n".join(lines) + "\n")
+    return place
+
+
+def sign(keys: Path, name: str, path: Path, namespace: str = "deploy-approval", to: str = "") -> Path:
+    """Sign a file as `name`, beside it, as `ssh-keygen -Y sign` does from stdin."""
+    signature = path.with_name(f"{path.name}{to}.sig")
+    with open(str(path), "rb") as text, open(str(signature), "wb") as out:
+        subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-n", namespace, "-f", str(keys / name)], stdin=text, stdout=out, check=True)
+    return signature
+
+
+def write(app: App, artifact: Path, *command: str) -> Path:
+    """Save beside the artifact what `approve` or `attest` prints."""
+    path = Path(f"{artifact}.{'approval' if command[0] == 'approve' else 'attestation'}")
+    path.write_text(app.run(*command, json=False, check=0).stdout)
+    return path
 
 
 def rows(result: Any) -> Dict[str, str]:
@@ -57,9 +88,9 @@ def test_a_window_is_judged_by_the_time_on_the_wall(lines: str, zone: str, at: s
 @pytest.mark.parametrize("line", ["permit mon", "allow mon-fr", "allow montue", "deny ,mon", "deny 25:00-26:00", "allow 09:00", "deny 24:00-06:00",
                                   "deny 2027-01-02..2026-12-20", "allow mon-fri, 09:00-16:00", "deny 2027-01-02"])
 def test_a_line_that_is_no_window_is_a_mistake_of_the_configuration(app: App, line: str) -> None:
-    app.configure(f"[policy]\nwindows =\n    allow\n    {line}")
+    app.configure(f"[policy]\nwindows =\n    allow\n    {line}\napprovals = 1\npromoted_after = 1d")
     message = app.run("deploy", app.artifact("1.0"), check=2).data["error"]["message"]
-    assert f"not {line}" in message
+    assert f"not {line}" in message and "approvals needs approvers" in message and "promoted_after needs promoted_from" in message
 
 
 def test_an_unknown_timezone_is_told_and_never_taken_for_utc(app: App) -> None:
@@ -117,18 +148,6 @@ def test_override_passes_what_it_may_is_recorded_and_told(app: App) -> None:
     app.run("rollback", *why, check=2)
 
 
-def test_without_a_policy_nothing_of_it_is_entered(app: App) -> None:
-    names = {"do_unpack", "local_time", *[name for name in dir(deploy) if name.startswith("judge_")]} - {"judge_name"}
-    script = (f"import os, runpy, sys\nsys.argv[:1] = []\nnames = {names}\n"
-              "def note(frame, event, argument):\n    if frame.f_code.co_name in names: os.write(2, f'<{frame.f_code.co_name}>'.encode())\n"
-              "sys.setprofile(note)\nrunpy.run_path(sys.argv[0], run_name='__main__')")
-    for policy, entered in (("", set()), ("[policy]\nwindows = allow", {"judge_windows", "local_time"})):
-        app.configure(policy)
-        done = subprocess.run([sys.executable, "-c", script, str(DEPLOY), "-c", str(app.config), "deploy", "-f", str(app.artifact("1.0"))],
-                              stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert set(re.findall(r"<(\w+)>", done.stderr.decode())) == entered | {"do_unpack"}
-
-
 # -- the judge ---------------------------------------------------------------------
 
 def test_the_judge_is_told_everything_and_its_first_line_is_the_reason(app: App) -> None:
@@ -162,3 +181,125 @@ def test_a_judge_that_is_late_is_a_no(app: App, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(hasty), "-c", str(app.config), "deploy", str(app.artifact("1.0"))],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
     assert done.returncode == 3 and b"sleep 60 timed out" in done.stderr
+
+
+# -- approvals ---------------------------------------------------------------------
+
+def test_each_approver_counts_once_and_who_runs_it_does_not(app: App, keys: Path) -> None:
+    app.configure(f"[policy]\nenvironment = production\napprovals = 2\napprovers = {keys}/signers")
+    artifact = app.artifact("1.0")
+
+    def refused() -> str:
+        result = app.run("preflight", artifact, check=3)
+        assert app.run("-n", "deploy", artifact, check=3).data["error"]["message"].startswith("preflight: approvals")
+        return rows(result)["approvals"]
+
+    assert "approval: No such file" in refused()
+    text = write(app, artifact, "approve", str(artifact))
+    assert "0 of 2: nobody; not counted: nobody" in refused()
+    sign(keys, "alice", text)
+    sign(keys, "alice2", text, to=".alice2")
+    assert "1 of 2: alice@example.com" in refused()
+    sign(keys, getpass.getuser(), text, to=".me")
+    assert f"1 of 2: alice@example.com; not counted: {getpass.getuser()}@example.com" in refused()
+    sign(keys, "bob", text, "deploy-attestation", to=".bob")
+    assert "namespace" in refused()
+    sign(keys, "stranger", text, to=".bob")
+    assert "sign nothing for deploy-approval" in refused()
+    sign(keys, "bob", text, to=".bob")
+    assert rows(app.run("deploy", artifact, check=0))["approvals"] == "ok: 2 of 2: alice@example.com, bob@example.com; not counted: " \
+        f"{getpass.getuser()}@example.com"
+
+
+@pytest.mark.parametrize("what", ["application", "environment", "sha256", "expired", "changed", "damaged"])
+def test_an_approval_is_of_one_artifact_for_one_place_and_time(app: App, keys: Path, what: str) -> None:
+    app.configure(f"[policy]\nenvironment = production\napprovals = 1\napprovers = {keys}/signers")
+    artifact, asked = app.artifact("1.0"), []  # type: Any
+    other = {"application": "deploy.application=other", "environment": "policy.environment=staging"}.get(what)
+    asked = ["--set", other] if other else ["--expires", "2020-01-01"] if what == "expired" else []
+    text = write(app, artifact, "approve", str(artifact), *asked)
+    signature = sign(keys, "alice", text)
+    if what == "sha256":
+        make_artifact(artifact.parent, "1.0", {"VERSION": "1.0", "more": "x"})
+    elif what == "changed":
+        text.write_text(text.read_text().replace("expires 20", "expires 21"))
+    elif what == "damaged":
+        signature.write_bytes(signature.read_bytes()[:-60])
+    said = rows(app.run("preflight", artifact, check=3))["approvals"]
+    assert {"expired": "it expired at 2020-01-01T00:00:00Z", "changed": "no known key signed these bytes", "damaged": "0 of 1"}.get(
+        what, "it is about something else: ") in said
+
+
+def test_what_is_signed_is_the_same_in_every_locale_and_stands_under_text(app: App) -> None:
+    artifact = Path(shutil.copy(str(app.artifact("1.0")), str(app.directory / "shöp\n-1.0.tar.gz")))
+    words = ["--set", "artifact.checksum=off", "approve", artifact, "--expires", "2030-01-01"]
+    texts = {app.run(*words, json=False, env={"LANG": locale}, check=0).stdout for locale in ("C", "C.UTF-8")}
+    assert texts == {app.run(*words, check=0).data["text"]}
+    lines = texts.pop().splitlines()
+    assert lines[3] == "artifact sh\\xf6p\\x0a-1.0.tar.gz" and lines[5] == "expires 2030-01-01T00:00:00Z" and len(lines) == 6
+
+
+def test_damaged_approvers_are_told_with_their_line(app: App, keys: Path) -> None:
+    (app.directory / "approvers").write_text("# nobody\nalice\n")
+    app.configure("[policy]\napprovals = 1\napprovers = approvers")
+    assert "approvers line 2" in app.run("deploy", app.artifact("1.0"), check=3).data["error"]["message"]
+
+
+# -- promotion ----------------------------------------------------------------------
+
+def test_what_did_not_run_in_staging_for_long_enough_does_not_run_in_production(tmp_path: Path, keys: Path) -> None:
+    staging, production = App(tmp_path / "staging"), App(tmp_path / "production")
+    staging.configure("[policy]\nenvironment = staging")
+    artifact = staging.artifact("1.0")
+
+    def promoted(after: str, attested: bool = True) -> Any:
+        if attested:
+            sign(keys, "web1", write(staging, artifact, "attest"), "deploy-attestation")
+        production.configure("[policy]\nenvironment = production\npromoted_from = staging\n"
+                             f"promoted_after = {after}\npromoted_within = 1d\nattesters = {keys}/signers")
+        return production.run("deploy", artifact)
+
+    assert "attestation: No such file" in promoted("1s", attested=False).data["error"]["message"]
+    staging.run("deploy", artifact, check=0)
+    result = promoted("1h")
+    assert result.exit_code == 3 and "promoted_after is longer" in result.data["error"]["message"] and production.releases() == []
+    statement = Path(f"{artifact}.attestation")
+    for good, bad, said in (("staging", "testing", "environment is testing"), ("myapp", "yours", "application is yours"),
+                            ('"attestedAt": "2', '"attestedAt": "1', "promoted_within"), ('"soakedSeconds": ', '"soakedSeconds": NaN, "x": ', "NaN"),
+                            (deploy.DEPLOYMENT, "x", "predicateType is x")):
+        write(staging, artifact, "attest")
+        statement.write_text(statement.read_text().replace(good, bad))
+        assert "no known key signed" in promoted("0s", attested=False).data["error"]["message"]
+        sign(keys, "web1", statement, "deploy-attestation")
+        assert said in promoted("0s", attested=False).data["error"]["message"]
+    sign(keys, "stranger", statement, "deploy-attestation")
+    assert promoted("0s", attested=False).exit_code == 3
+    deadline = time.monotonic() + 20
+    while promoted("1s").exit_code == 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert production.version == "1.0"
+    other = staging.artifact("1.1")
+    for suffix in ("", ".sig"):
+        shutil.copy(f"{artifact}.attestation{suffix}", f"{other}.attestation{suffix}")
+    assert "sha256 is" in production.run("deploy", other, check=3).data["error"]["message"]
+
+
+def test_an_attestation_is_of_what_ran_well_and_counts_only_its_time(app: App) -> None:
+    app.configure("[policy]\nenvironment = staging\n[probe:web]\ncommand = sh -c '! grep -q broken VERSION'\ndeadline = 1s\nsuccesses = 1")
+    app.deploy("1.0")
+    app.run("stage", app.artifact("1.1"), check=0)
+    app.run("attest", "1.1", check=7)
+    app.run("deploy", app.artifact("1.2", {"VERSION": "broken"}), check=5)
+    assert "1.2 is bad" in app.run("attest", "1.2", check=7).data["error"]["message"]
+    app.run("attest", "9.9", check=2)
+    app.run("activate", "1.1", check=0)
+    records = {record["version"]: record for record in map(app.record, app.releases())}
+    first = json.loads(app.run("attest", "1.0", check=0).data["text"])
+    made, record = first["predicate"], records["1.0"]
+    times = [calendar.timegm(time.strptime(record[name], "%Y-%m-%dT%H:%M:%SZ")) for name in ("activated_at", "deactivated_at")]
+    assert made["soakedSeconds"] == times[1] - times[0]
+    assert first["subject"] == [{"name": record["artifact"]["name"], "digest": {"sha256": record["artifact"]["sha256"]}}]
+    assert set(made) == {"application", "environment", "host", "version", "release", "activatedAt", "attestedAt", "soakedSeconds", "deployId",
+                         "result", "manifestSha256", "chain"}
+    assert (made["result"], made["deployId"]) == ("deployed", app.history()[0]["deploy_id"])
+    assert made["chain"] == app.run("history", check=0).data["chain"]

@@ -355,6 +355,7 @@ def sick_before(app: App) -> Broken:
 def policy(name: str, text: str, *args: str) -> Callable[[App], Broken]:
     """A rule of [policy] that says no."""
     def cause(app: App) -> Broken:
+        (app.directory / "signers").write_text("")
         app.configure(f"[policy]\n{text}")
         return Broken(list(args))
     cause.__name__ = name
@@ -406,6 +407,8 @@ CAUSES = [
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
     (policy("closed", "windows = deny # the sale is on"), "windows", "fail", "deny # the sale is on", "wait", 3),
+    (policy("unapproved", "approvals = 1\napprovers = signers"), "approvals", "fail", ".approval: No such file", "approve", 3),
+    (policy("unpromoted", "promoted_from = staging\nattesters = signers"), "promotion", "fail", ".attestation: No such file", "attest", 3),
     (policy("overridden", "override = no", "--override", "because"), "override", "fail", "override = no", "without", 3),
     (policy("judged", "judge = sh -c 'echo never; exit 1'"), "judge", "fail", "never", "decide", 3),
     (sick_before, "probes", "fail", "database", "before deploying", 3),
