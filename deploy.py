@@ -2057,6 +2057,12 @@ promoted_after    moment     -       how long it must have been live there
 promoted_within   moment     -       how old the attestation may be
 attesters         path       -       whose attestations count, in the same format
 judge             argv       -       command that may say no, under the rules for hooks
+sbom              bool       no      whether it needs an SBOM, in a signed SHA256SUMS
+deny_licenses     list       -       globs of licenses that nothing in it may have, such as AGPL-*
+deny_packages     names      -       globs of packages not to be in it: NAME, NAME@VERSION or purl
+unknown_licenses  allow|warn|deny  warn  what is done about a package without a known license
+builders          names      -       who may have built it, by signed provenance
+sources           names      -       repositories it may have been built from, by signed provenance
 override          bool       no      --override WHY may pass windows, approvals and promotion
 
 [notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
@@ -3990,6 +3996,7 @@ class Artifact(Descriptor):
     signature: Optional[Json] = None
     distrust: Optional[ArtifactRefused] = None
     version = ""
+    built_at: Optional[str] = None
     # The release that was made from the same bytes in the same way and is whole, if any.
     release: Optional[str] = None
     expanded_bytes = 0
@@ -7003,6 +7010,13 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
 
 JUDGE_SECONDS = 30.0
 DEPLOYMENT = "https://deploy.py/deployment/v1"
+# predicateType of SLSA's provenance: where that has the builder, the source, the end of the build.
+PROVENANCE = {
+    "https://slsa.dev/provenance/v1": (
+        "runDetails.builder.id", "buildDefinition.externalParameters.workflow.repository",
+        "runDetails.metadata.finishedOn"),
+    "https://slsa.dev/provenance/v0.2": (
+        "builder.id", "invocation.configSource.uri", "metadata.buildFinishedOn")}
 
 
 def rule(judge: Callable[[Run, Any], Finding], *,
@@ -7015,7 +7029,7 @@ def rule(judge: Callable[[Run, Any], Finding], *,
         command, policy = run.flags.command, run.settings.policy
         found = run.facts.artifact or run.plan and run.facts.records.get(run.plan.to_release)
         if command == "rollback" or command == "activate" and (not found or found.activated_at) \
-                or not found and judge is not judge_windows:
+                or not run.plan and judge is not judge_windows:
             return [("skip", "nothing is to go live for the first time", "")]
         try:
             return [judge(run, found)]
@@ -7110,6 +7124,88 @@ def judge_promotion(run: Run, found: Any) -> Finding:
                 read_value("moment", at)(0, 1) < policy.promoted_within(now, -1):
             raise ValueError(f"{said}; promoted_within is shorter ago")
     return "ok", said, ""
+
+
+def is_denied(terms: str, patterns: str) -> bool:
+    """Tell whether a license expression leaves no choice that is allowed (SPDX 2.3, annex D).
+
+    AND binds before OR; an exception (WITH) makes no other license of it.
+    """
+    def settle(found: Any) -> str:
+        choices = [re.split(r"\sand\s", choice) for choice in re.split(r"\sor\s", found[1])]
+        return "\0" if all(any("\0" in name or fits(name.partition(" with ")[0].strip(), patterns)
+                               for name in choice) for choice in choices) else ""
+
+    before, terms = "", f"({terms.lower()})"
+    while before != terms:
+        before, terms = terms, re.sub(r"\(([^()]*)\)", settle, terms)
+    return bool(terms)
+
+
+def judge_sbom(run: Run, found: Any) -> Finding:
+    """An SBOM in a signed SHA256SUMS, CycloneDX or SPDX 2, lists nothing that is denied."""
+    policy, place, denied, unknown = run.settings.policy, f"{found.path}.cdx.json", [], []
+    place = place if os.path.exists(place) else f"{found.path}.spdx.json"
+    sums = os.path.join(os.path.dirname(place), "SHA256SUMS")
+    signature = sums + (".minisig" if os.path.exists(f"{sums}.minisig") else ".sig")
+    hint = "let the build write it, list it in SHA256SUMS with the artifact, and sign that"
+    data, listing, signed = (beside(path, hint) for path in (place, sums, signature))
+    verifier_of(run.settings).verify(listing, signed, signature)
+    packages, licenses = (",".join(globs).lower()
+                          for globs in (policy.deny_packages, policy.deny_licenses))
+    with blaming(PreflightFailed, place, hint):
+        for path, sha256 in (found.path, found.sha256), (place, hashlib.sha256(data).hexdigest()):
+            if (os.fsencode(os.path.basename(path)), sha256) not in read_digests(listing):
+                raise ValueError(f"{sums} does not list {path} with its digest")
+        document = json.loads(data.decode("utf-8"))
+        parts = list(document["components" if "bomFormat" in document else "packages"])
+        for part in parts:
+            parts += part.get("components", [])  # come to in their turn
+            told = [entry.get("expression") or entry["license"].get("id")
+                    or entry["license"]["name"] for entry in part.get("licenses", [])]
+            told += [part.get("licenseConcluded"), part.get("licenseDeclared")]
+            terms = [text for text in told if text not in (None, "NONE", "NOASSERTION")]
+            name = f"{part['name']}@{part.get('version') or part.get('versionInfo')}"
+            names = [part["name"], name, part.get("purl") or name]
+            names += [other["referenceLocator"] for other in part.get("externalRefs", [])]
+            hits = [text for text in names if fits(text.lower(), packages)]
+            hits += [text for text in terms if is_denied(text, licenses)]
+            denied += [f"{name} ({hits[0]})"] if hits else []
+            unknown += [] if terms else [name]
+        if not parts:
+            raise ValueError("it lists no package")
+    for names, what, status in ((denied, "denied", "deny"), (
+            unknown, "of unknown license", policy.unknown_licenses)):
+        said = f"{count(len(names), 'package')} {what}: {', '.join(names[:5])}"
+        if names and status == "deny":
+            raise PreflightFailed(said, "build it without, or have it allowed")
+        if names and status == "warn":
+            return "warn", said, ""
+    return "ok", f"{count(len(parts), 'package')}, {count(len(unknown), 'license')} unknown", ""
+
+
+def judge_provenance(run: Run, found: Any) -> Finding:
+    """Signed SLSA provenance names a builder and a source that are allowed."""
+    policy, place = run.settings.policy, f"{found.path}.intoto.jsonl"
+    hint = "let an allowed builder write it, for this artifact, and sign it"
+    data = beside(place, hint)
+    with blaming(PreflightFailed, place, hint):
+        for *_, statement in verifier_of(run.settings).statements(data):
+            places = PROVENANCE.get(statement["predicateType"])
+            digests = [subject["digest"].get("sha256") for subject in statement["subject"]]
+            if not places or found.sha256 not in digests:
+                continue
+            text = json.dumps(statement["predicate"])
+            builder, uri, built_at = (json_value(text, path)[0] or "" for path in places)
+            source = re.sub(r"\Agit\+|@refs/.*", "", uri)
+            for names, allowed in ((builder,), policy.builders), ((source, uri), policy.sources):
+                if allowed and not set(names).intersection(allowed):
+                    raise ValueError(f"{names[0]} is none of {', '.join(allowed)}")
+            if run.facts.artifact and built_at:
+                ended = read_value("moment", re.sub(r"\.\d+", "", built_at))
+                run.facts.artifact.built_at = format_time(ended(0, 1))
+            return "ok", f"built by {builder} from {source}", ""
+        raise ValueError("no SLSA provenance of v1 or v0.2 in it is about this artifact")
 
 
 def judge_by_command(run: Run, found: Any) -> Finding:
@@ -7469,7 +7565,8 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
         "sequence": 0, "at": format_time(time.time()), "by": run.by, "previous_sha256": "",
         "message": run.console.secrets.mask(error.message) if error else "",
         "version": found.version if found else None, "note": run.note or None,
-        "artifact_sha256": found.sha256 if found else None}, **fields))
+        "artifact_sha256": found.sha256 if found else None,
+        "built_at": found.built_at if found else None}, **fields))
 
     def refused(refusal: HistoryEntry) -> Any:
         # What is free on the disk is another number at every tick.
@@ -8061,6 +8158,10 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("windows", rule(judge_windows, passable=True), True, "settings.policy.windows", ""),
     ("approvals", rule(judge_approvals, passable=True), True, "settings.policy.approvals", ""),
     ("promotion", rule(judge_promotion, passable=True), True, "settings.policy.promoted_from", ""),
+    ("sbom", rule(judge_sbom), True, "settings.policy.sbom settings.policy.deny_licenses "
+     "settings.policy.deny_packages", ""),
+    ("provenance", rule(judge_provenance), True,
+     "settings.policy.builders settings.policy.sources", ""),
     ("override", lambda run: [] if run.settings.policy.override else [
         ("fail", "[policy] override = no", "go without --override")], True, "flags.override", ""),
     # The last: it is told what the others found.
@@ -8642,7 +8743,7 @@ def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
             activated_at=None, deactivated_at=None, previous=None, by=run.by,
             rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
             pruned_at=None, note=run.note or None,
-            application=run.settings.deploy.application or None)
+            application=run.settings.deploy.application or None, built_at=found.built_at)
         run.store.save(record)
         records[release] = record
         run.facts.on_disk.add(release)

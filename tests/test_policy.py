@@ -1,7 +1,9 @@
 """[policy]: when, by whom and after what a release may go live, with real signatures of ssh-keygen."""
 
+import base64
 import calendar
 import getpass
+import hashlib
 import json
 import shutil
 import subprocess
@@ -166,6 +168,15 @@ def test_the_judge_is_told_everything_and_its_first_line_is_the_reason(app: App)
     assert {"name": "windows", "status": "ok"}.items() <= next(check for check in asked["checks"] if check["name"] == "windows").items()
 
 
+def test_a_judge_is_not_asked_where_nothing_can_be_planned(app: App) -> None:
+    app.deploy("1.0")
+    (app.root / ".deploy" / "releases" / f"{app.current}.json").write_text("{}")
+    app.configure("[policy]\njudge = true")
+    for words in (["deploy", app.artifact("1.1")], ["deploy", app.directory / "nothing.tar.gz"], ["preflight", app.directory / "nothing.tar.gz"]):
+        result = app.run(*words)
+        assert result.exit_code in (3, 4) and rows(result)["judge"].startswith("skip")
+
+
 @pytest.mark.parametrize("judge, said", [("sh -c 'echo no way; exit 3'", "exited with code 3: no way"), ("/nowhere/judge", "cannot start /nowhere/judge")])
 def test_a_judge_that_says_no_or_is_missing_is_a_no(app: App, judge: str, said: str) -> None:
     app.configure(f"[policy]\njudge = {judge}")
@@ -203,9 +214,9 @@ def test_each_approver_counts_once_and_who_runs_it_does_not(app: App, keys: Path
     sign(keys, getpass.getuser(), text, to=".me")
     assert f"1 of 2: alice@example.com; not counted: {getpass.getuser()}@example.com" in refused()
     sign(keys, "bob", text, "deploy-attestation", to=".bob")
-    assert "namespace" in refused()
+    assert "deploy-attestation" in refused()
     sign(keys, "stranger", text, to=".bob")
-    assert "sign nothing for deploy-approval" in refused()
+    assert "allowed_signers does not let" in refused()
     sign(keys, "bob", text, to=".bob")
     assert rows(app.run("deploy", artifact, check=0))["approvals"] == "ok: 2 of 2: alice@example.com, bob@example.com; not counted: " \
         f"{getpass.getuser()}@example.com"
@@ -303,3 +314,135 @@ def test_an_attestation_is_of_what_ran_well_and_counts_only_its_time(app: App) -
                          "result", "manifestSha256", "chain"}
     assert (made["result"], made["deployId"]) == ("deployed", app.history()[0]["deploy_id"])
     assert made["chain"] == app.run("history", check=0).data["chain"]
+
+
+# -- SBOM and provenance -------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: Any) -> Path:
+    """A key of openssl's, as cosign and builders have it, and its public half in `pem.pub`."""
+    path = tmp_path_factory.mktemp("pem") / "pem"
+    openssl = needs("openssl")
+    subprocess.run([openssl, "ecparam", "-genkey", "-noout", "-name", "prime256v1", "-out", str(path)], check=True)
+    subprocess.run([openssl, "ec", "-in", str(path), "-pubout", "-out", f"{path}.pub"], check=True, stderr=subprocess.DEVNULL)
+    return path
+
+
+def sign_raw(pem: Path, data: bytes) -> str:
+    done = subprocess.run(["openssl", "dgst", "-sha256", "-sign", str(pem)], input=data, stdout=subprocess.PIPE, check=True)
+    return base64.b64encode(done.stdout).decode()
+
+
+def list_signed(pem: Path, *paths: Path) -> None:
+    """Write SHA256SUMS of these files beside the first, and its signature."""
+    sums = paths[0].with_name("SHA256SUMS")
+    sums.write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths))
+    sums.with_name("SHA256SUMS.sig").write_text(sign_raw(pem, sums.read_bytes()))
+
+
+def cyclonedx(*parts: Any) -> Dict[str, Any]:
+    """A CycloneDX document of (name, version, license or None), each nested in the one before."""
+    found = []  # type: List[Any]
+    for name, version, license in reversed(parts):
+        kind = "expression" if license and " " in license else "id"
+        licenses = [{kind: license} if kind == "expression" else {"license": {"id": license}}] if license else []
+        found = [{"name": name, "version": version, "purl": f"pkg:npm/{name}@{version}", "licenses": licenses, "components": found}]
+    return {"bomFormat": "CycloneDX", "specVersion": "1.5", "components": found}
+
+
+def spdx(*parts: Any) -> Dict[str, Any]:
+    """The same as SPDX 2.3."""
+    return {"spdxVersion": "SPDX-2.3", "packages": [
+        {"name": name, "versionInfo": version, "licenseConcluded": "NOASSERTION", "licenseDeclared": license or "NONE",
+         "externalRefs": [{"referenceType": "purl", "referenceLocator": f"pkg:npm/{name}@{version}"}]} for name, version, license in parts]}
+
+
+FINE = ("left-pad", "1.3.0", "MIT")
+SBOMS = [
+    ([FINE], "warn", 0, "1 package"), ([], "warn", 3, "no package"), ([FINE, ("x", "1", "AGPL-3.0-only")], "warn", 3, "x@1 (AGPL-3.0-only)"),
+    ([("x", "1", "MIT OR AGPL-3.0-only")], "warn", 0, "ok"), ([("x", "1", "MIT AND AGPL-3.0-only")], "warn", 3, "x@1"),
+    ([("x", "1", "AGPL-3.0-only AND (MIT OR Apache-2.0)")], "warn", 3, "x@1"), ([("x", "1", "BSD-2-Clause AND (MIT OR AGPL-3.0-only)")], "warn", 0, "ok"),
+    ([("x", "1", "agpl-3.0-only WITH GCC-exception-3.1")], "warn", 3, "x@1"), ([FINE, ("event-stream", "3.3.6", "MIT")], "warn", 3, "event-stream@3.3.6"),
+    ([("event-stream", "3.3.5", "MIT")], "warn", 0, "ok"), ([("colors", "2", "MIT")], "warn", 3, "colors"),
+    ([FINE, ("y", "2", None)], "warn", 0, "warn: 1 package of unknown license: y@2"), ([FINE, ("y", "2", None)], "deny", 3, "y@2"),
+    ([FINE, ("y", "2", None)], "allow", 0, "ok: 2 packages"),
+]
+
+
+@pytest.mark.parametrize("write_sbom", [cyclonedx, spdx], ids=["cdx", "spdx"])
+def test_an_sbom_lists_nothing_that_is_denied(app: App, pem: Path, write_sbom: Any) -> None:
+    artifact = app.artifact("1.0")
+    sbom = Path(f"{artifact}.{'cdx' if write_sbom is cyclonedx else 'spdx'}.json")
+    for parts, unknown, code, said in SBOMS:
+        app.configure(f"[signature]\nverify = if-present\nkeys = {pem}.pub\n[policy]\ndeny_licenses = AGPL-*\n"
+                      f"deny_packages =\n    event-stream@3.3.6\n    pkg:npm/colors@*\nunknown_licenses = {unknown}")
+        sbom.write_text(json.dumps(write_sbom(*parts)))
+        list_signed(pem, artifact, sbom)
+        row = rows(app.run("preflight", artifact, check=code))["sbom"]
+        assert said in row, parts
+    assert app.run("deploy", artifact, check=0)
+
+
+def test_an_sbom_counts_only_where_a_signed_list_has_it_and_the_artifact(app: App, pem: Path) -> None:
+    app.configure(f"[signature]\nverify = if-present\nkeys = {pem}.pub\n[policy]\nsbom = yes")
+    artifact = app.artifact("1.0")
+    sbom, sums = Path(f"{artifact}.cdx.json"), artifact.with_name("SHA256SUMS")
+
+    def refused() -> str:
+        return rows(app.run("preflight", artifact, check=3))["sbom"]
+
+    assert "spdx.json: No such file" in refused()
+    sbom.write_text(json.dumps(cyclonedx(FINE)))
+    assert "SHA256SUMS: No such file" in refused()
+    list_signed(pem, artifact, sbom)
+    app.run("preflight", artifact, check=0)
+    sbom.write_text(json.dumps(cyclonedx(FINE, FINE)))
+    assert "does not list" in refused()
+    list_signed(pem, sbom)
+    assert "does not list" in refused()
+    list_signed(pem, artifact, sbom)
+    sums.write_text(sums.read_text() + "\n")
+    assert rows(app.run("preflight", artifact, check=3))["sbom"].startswith("fail: ")
+    for text in ("[]", "{", '{"bomFormat": "CycloneDX", "components": 3}', "[" * 5000):
+        sbom.write_text(text)
+        list_signed(pem, artifact, sbom)
+        assert refused().startswith("fail: ")
+    app.configure("[policy]\nsbom = yes\noverride = yes")
+    assert "sbom" in app.run("deploy", artifact, "--override", "because", check=3).data["error"]["message"]
+
+
+def provenance(artifact: Path, pem: Path, version: str, builder: str, uri: str, **more: Any) -> None:
+    """Write signed SLSA provenance beside the artifact."""
+    digest = more.get("sha256") or hashlib.sha256(artifact.read_bytes()).hexdigest()
+    predicate = {"builder": {"id": builder}, "invocation": {"configSource": {"uri": uri}},
+                 "metadata": {"buildFinishedOn": "2026-11-20T10:00:00.123Z"}}  # type: Dict[str, Any]
+    if version == "v1":
+        predicate = {"buildDefinition": {"externalParameters": {"workflow": {"repository": uri}}, "resolvedDependencies": [{"uri": "git+https://x/y"}]},
+                     "runDetails": {"builder": {"id": builder}, "metadata": {"finishedOn": "2026-11-20T10:00:00Z"}}}
+    statement = json.dumps({"_type": "https://in-toto.io/Statement/v1", "subject": [{"name": "x", "digest": {"sha256": digest}}],
+                            "predicateType": f"https://slsa.dev/provenance/{version}", "predicate": predicate}).encode()
+    kind = b"application/vnd.in-toto+json"
+    signature = sign_raw(pem, b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(statement), statement))
+    Path(f"{artifact}.intoto.jsonl").write_text(json.dumps({
+        "payloadType": kind.decode(), "payload": base64.b64encode(statement).decode(), "signatures": [{"sig": more.get("sig", signature)}]}) + "\n")
+
+
+@pytest.mark.parametrize("version", ["v1", "v0.2"])
+def test_provenance_names_a_builder_and_a_source_that_are_allowed(app: App, pem: Path, version: str) -> None:
+    builder, source = "https://ci.example.com/build@v2", "https://git.example.com/shop"
+    app.configure(f"[signature]\nkeys = {pem}.pub\n[policy]\nbuilders = {builder}\nsources = {source}")
+    artifact = app.artifact("1.0")
+
+    def refused() -> str:
+        return rows(app.run("preflight", artifact, check=3))["provenance"]
+
+    assert "No such file" in refused()
+    uri = f"git+{source}@refs/tags/v1" if version == "v0.2" else source
+    for wrong in ((f"{builder}x", uri), (builder, uri.replace("shop", "shopx")), (builder, "git+https://x/y")):
+        provenance(artifact, pem, version, *wrong)
+        assert "is none of" in refused()
+    provenance(artifact, pem, "v9", builder, uri)
+    assert "no SLSA provenance" in refused()
+    provenance(artifact, pem, version, builder, uri)
+    app.run("deploy", artifact, check=0)
+    assert app.record(app.current)["built_at"] == app.history()[-1]["built_at"] == "2026-11-20T10:00:00Z"

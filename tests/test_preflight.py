@@ -409,6 +409,8 @@ CAUSES = [
     (policy("closed", "windows = deny # the sale is on"), "windows", "fail", "deny # the sale is on", "wait", 3),
     (policy("unapproved", "approvals = 1\napprovers = signers"), "approvals", "fail", ".approval: No such file", "approve", 3),
     (policy("unpromoted", "promoted_from = staging\nattesters = signers"), "promotion", "fail", ".attestation: No such file", "attest", 3),
+    (policy("unlisted", "sbom = yes"), "sbom", "fail", ".spdx.json: No such file", "SHA256SUMS", 3),
+    (policy("unproven", "builders = ci"), "provenance", "fail", ".intoto.jsonl: No such file", "builder", 3),
     (policy("overridden", "override = no", "--override", "because"), "override", "fail", "override = no", "without", 3),
     (policy("judged", "judge = sh -c 'echo never; exit 1'"), "judge", "fail", "never", "decide", 3),
     (sick_before, "probes", "fail", "database", "before deploying", 3),
