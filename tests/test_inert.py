@@ -16,12 +16,12 @@ ALWAYS = {"deploy", "artifact", "limits"}
 SECTIONS = sorted({name.partition(":")[0] for name, _, _ in deploy.SECTIONS} - ALWAYS)
 
 # A section's functions are those with its name in theirs, and those under the headings of deploy.py that have it.  What goes by another name:
-STEMS = {"notify": "notif", "metrics": "metric", "slots": "slot", "migrate": "migrat", "signature": "signatures", "template": "template_|templates",
+STEMS = {"notify": "notif", "metrics": "metric", "slots": "slot", "migrate": "migrat", "signature": "_signature|signatures|verifier", "template": "template_|templates",
          "service": "services?_|_service|services", "probe": "probe|asking over the network", "trace": "otlp|send_trace|traces", "log": "logfile|syslog|the log",
          # These two are read by whatever runs a command or renders a template; [preflight] is a list of checks by other names.
          "env": r"\Z.", "vars": r"\Z.", "hooks": "run_hook|make_hook|missing_programs", "preflight": "check_user|check_ports"}
 # What another section asks for as well, or every run looks at: whether there is anything to do.
-SHARED = {"releases_in_use", "source"}
+SHARED = {"releases_in_use"}
 
 TRACER = """
 import importlib.util, json, os, sys
@@ -89,7 +89,8 @@ def test_a_run_without_a_section_enters_no_function_of_it(section: str, run: Set
 CONFIGURED = {
     "metrics": "[metrics]\ntextfile_dir = {0}\n", "notify": "[notify:x]\ntype = command\ncommand = true\n",
     "service": "[service:x]\ncommand = true\n", "probe": "[probe:x]\ncommand = true\nsuccesses = 1\n",
-    "trace": "[trace]\notlp = http://127.0.0.1:9\n", "template": "[template:x]\nsource = VERSION\ntarget = made\n", "log": "[log]\nfile = {0}/log\n", "hooks": "[hooks]\npre_stage = true\n",
+    "signature": "[signature]\nverify = if-present\ncommand = true\n",
+    "policy": "[policy]\nwindows = allow 00:00-24:00\n", "trace": "[trace]\notlp = http://127.0.0.1:9\n", "template": "[template:x]\nsource = VERSION\ntarget = made\n", "log": "[log]\nfile = {0}/log\n", "hooks": "[hooks]\npre_stage = true\n",
     "preflight": "[preflight]\nuser = {1}\n",
 }  # type: Dict[str, str]
 
