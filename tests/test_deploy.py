@@ -668,7 +668,7 @@ def test_a_bad_artifact_stays_known_after_its_files_are_pruned(app: App) -> None
 
 KEYS = {"ok", "changed", "failed", "command", "exit_code", "msg", "application", "root", "release", "previous", "rolled_back",
         "deploy_id", "dry_run", "steps", "checks", "summary", "warnings", "error", "seconds"}
-OWN_KEYS = {"releases", "history", "plan", "probes", "config", "differences", "removed", "recovered", "artifact", "status", "total", "chain", "note"}
+OWN_KEYS = {"releases", "history", "plan", "probes", "config", "differences", "removed", "recovered", "artifact", "status", "total", "chain", "note", "inert"}
 
 COMMANDS = {
     "deploy": (["deploy", "ARTIFACT"], 0), "deploy dry": (["-n", "deploy", "ARTIFACT"], 0),
