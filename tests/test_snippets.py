@@ -30,7 +30,7 @@ class Snippet(NamedTuple):
 # kind: how such a block begins, comments aside.
 SECTIONS = "|".join(sorted({option.section.partition(":")[0] for option in deploy.OPTIONS}))
 KINDS = (
-    ("transcript", r"\$ "),
+    ("transcript", r"\w*\$ "),
     ("ini", rf"\[({SECTIONS})(:\w+)?\]$"),
     ("unit", r"\[(Unit|Service|Timer|Path|Install)\]$"),
     ("crontab", r"([*/0-9,-]+ ){5}\w+ |[A-Z]+=\S*$"),
