@@ -7060,6 +7060,8 @@ def judge_windows(run: Run, found: Any) -> Finding:
 
 def beside(path: str, hint: str) -> bytes:
     """Read what lies beside the artifact; PreflightFailed where that cannot be."""
+    if "://" in path:
+        hint = "of an https source the artifact alone is read: deploy it from a directory"
     with blaming(PreflightFailed, path, hint):
         return read_file(path, MAX_STATE_BYTES)
 
@@ -10756,17 +10758,16 @@ def command_attest(run: Run) -> None:
                            f"name one that did: {facts.command_line('releases')}")
     began, ended = (read_value("moment", text)(0, 1) if text else now
                     for text in (record.activated_at, record.deactivated_at))
-    predicate = {
-        "application": run.application, "environment": run.settings.policy.environment,
-        "host": run.by["host"], "version": record.version, "release": record.id,
-        "activatedAt": record.activated_at, "attestedAt": format_time(now),
-        "soakedSeconds": max(0, int(ended - began)), "deployId": entries[-1].deploy_id,
-        "result": entries[-1].result, "manifestSha256": record.tree.get("manifest_sha256"),
-        "chain": chain}
-    name = os.path.basename(record.path)
-    subject = {"name": portable(name), "digest": {"sha256": record.sha256}}
-    statement = {"_type": "https://in-toto.io/Statement/v1", "subject": [subject],
-                 "predicateType": DEPLOYMENT, "predicate": predicate}
+    name = portable(os.path.basename(record.path))
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1", "predicateType": DEPLOYMENT,
+        "subject": [{"name": name, "digest": {"sha256": record.sha256}}], "predicate": {
+            "application": run.application, "environment": run.settings.policy.environment,
+            "host": run.by["host"], "version": record.version, "release": record.id,
+            "activatedAt": record.activated_at, "attestedAt": format_time(now),
+            "soakedSeconds": max(0, int(ended - began)), "deployId": entries[-1].deploy_id,
+            "result": entries[-1].result, "chain": chain,
+            "manifestSha256": record.tree.get("manifest_sha256")}}
     show_signable(run, json.dumps(statement) + "\n", f"{name}.attestation",
                   "-n deploy-attestation -f /etc/ssh/ssh_host_ed25519_key")
 

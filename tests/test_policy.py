@@ -250,6 +250,12 @@ def test_what_is_signed_is_the_same_in_every_locale_and_stands_under_text(app: A
     assert lines[3] == "artifact sh\\xf6p\\x0a-1.0.tar.gz" and lines[5] == "expires 2030-01-01T00:00:00Z" and len(lines) == 6
 
 
+def test_what_lies_beside_an_artifact_of_a_url_is_not_looked_for() -> None:
+    with pytest.raises(deploy.PreflightFailed) as refused:
+        deploy.beside("https://example.com/shop-1.0.tar.gz.approval", "approve")
+    assert "from a directory" in refused.value.hint
+
+
 def test_damaged_approvers_are_told_with_their_line(app: App, keys: Path) -> None:
     (app.directory / "approvers").write_text("# nobody\nalice\n")
     app.configure("[policy]\napprovals = 1\napprovers = approvers")
