@@ -1190,10 +1190,11 @@ def process_is_alive(pid: int) -> bool:
 
 
 Problem = Tuple[str, str]  # what is wrong, and what to do about it
+Problems = Dict[str, Problem]  # by path
 
 
 def owner_problem(path: str, found: os.stat_result, owners: Sequence[int] = (), *,
-                  spare_root: bool = False) -> Dict[str, Problem]:
+                  spare_root: bool = False) -> Problems:
     """Say why others could have written a file; with `spare_root` those of root's group may."""
     mode, others = stat.S_IMODE(found.st_mode), 0o022
     with suppress(OSError, AttributeError):
@@ -1213,14 +1214,14 @@ def owner_problem(path: str, found: os.stat_result, owners: Sequence[int] = (), 
 
 
 def trust_problems(path: str, owners: Sequence[int] = (), *,
-                   spare_root: bool = False) -> Dict[str, Problem]:
+                   spare_root: bool = False) -> Problems:
     """Say why a file that root is about to believe could have been written by somebody else.
 
     Goes the way that the kernel goes, and looks at every directory, link and file on it: each
     must belong to its `owners` (root or the effective user) and not be writable by group or others
     (a sticky directory such as /tmp may be).  Returns the problems by path.
     """
-    problems: Dict[str, Problem] = {}
+    problems: Problems = {}
     here = "/"
     links = 0
     ahead = os.path.abspath(path).split("/")[::-1]
@@ -3504,8 +3505,8 @@ class Plan(NamedTuple):
 #    Python.  Takes bytes and digests; opens nothing but key files.
 # ============================================================================
 
-# Curves in Weierstrass form (SP 800-186): the field, a; the order, b, and x and y of the base point
-# in base64.  Edwards25519 is carried over to it (RFC 7748, 4.1) by d, a shift and a scale.
+# Curves in Weierstrass form (SP 800-186): field and a; order, b, and the base point's x and y in
+# base64.  Edwards25519 is carried over to it (RFC 7748, 4.1) by d, a shift and a scale.
 _P = (1 << 255) - 19
 _D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
 _SHIFT = 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaad2451
@@ -3764,8 +3765,6 @@ class Verifier:
         found.feed(data)
         return found.finish()
 
-    check = verify
-
     def begin(self, signature: bytes, name: str) -> Verification:
         """Read a signature by what it holds, and return what is to be fed; ArtifactRefused."""
         sizes: Any = []
@@ -3785,10 +3784,7 @@ class Verifier:
         return Verification(name, claims, sizes)
 
     def statements(self, envelopes: bytes) -> List[Any]:
-        """Return a claim for each in-toto statement that a key signed, the statement behind it.
-
-        DSSE 1.0, an envelope a line; ValueError and the like for what is none.
-        """
+        """Return claims of in-toto statements that a key signed (DSSE 1.0), each with its own."""
         found = []
         for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
             envelope = json.loads(line.decode())
@@ -3987,8 +3983,8 @@ class Artifact(Descriptor):
     sha256 = ""
     sha256_source = ""
     read_sha256 = ""
-    # Its signature's file, the SHA256SUMS that is signed instead of it, what begins to verify it;
-    # who signed, and why that does not count, or not yet.
+    # Its signature's file, the SHA256SUMS that is signed instead, what begins to verify it; who
+    # signed, and why that does not count, or not yet.
     signature_file = ""
     listing = b""
     is_approved = True  # by [signature] command
@@ -4112,12 +4108,14 @@ class Artifact(Descriptor):
         sums = os.path.join(os.path.dirname(self.path), "SHA256SUMS")
         places = [self.path + suffix for suffix in SIGNATURES] + [sums + ".minisig", sums + ".sig"]
         found = [absolute(given)] if given else list(filter(os.path.lexists, places))
+        if self.format == "directory":
+            found = [given] if given else []
         if not found and settings.signature.verify == "if-present":
             return
         self.distrust = ArtifactRefused(
             f"{self.name} has no signature: no .minisig, .sig or .intoto.jsonl of its name, nor "
             "SHA256SUMS.minisig or .sig", "have it signed, or SHA256SUMS; pack a directory")
-        if not found or self.format == "directory":
+        if not found:
             return
         self.signature_file, self.is_approved = found[0], not settings.signature.command
         try:
@@ -5930,7 +5928,7 @@ def missing_programs(settings: Settings, wanted: str) -> Findings:
 
 
 def foreign_program(settings: Settings, where: str, program: str,
-                    directory: str) -> Dict[str, Problem]:
+                    directory: str) -> Problems:
     """Find what others could change on the way to a program that root is to run, by path."""
     places = program_places(native(program), directory, hook_path(settings))
     return {path: (f"{problem}, on the way to {program} of {where}",
@@ -5954,7 +5952,7 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
     `what` are (where it is configured, program).  Looked at just before as well: a release may
     hold links that only a hook has made.
     """
-    found: Dict[str, Problem] = {}
+    found: Problems = {}
     for where, program in what if os.geteuid() == 0 else ():
         found.update(foreign_program(settings, where, program, directory))
     for path in settings.preflight.accept_risk:
@@ -7700,13 +7698,13 @@ def is_of_group(store: Optional[Store], path: str) -> bool:
 
 
 def untrusted(settings: Settings, *, files_only: bool = False
-              ) -> Tuple[Dict[str, Problem], Dict[str, Problem]]:
+              ) -> Tuple[Problems, Problems]:
     """Find what somebody else could have changed: what is refused, and what the operator accepts.
 
     Both by path.  A configuration that others may write cannot accept its own risk.  `files_only`
     looks at the configuration alone.
     """
-    refused: Dict[str, Problem] = {}
+    refused: Problems = {}
     for path in settings.files:
         refused.update(trust_problems(path))
     own, risks = set(refused), settings.preflight.accept_risk
@@ -7717,7 +7715,7 @@ def untrusted(settings: Settings, *, files_only: bool = False
     return refused, {path: refused.pop(path) for path in risks if path in refused}
 
 
-def believed(settings: Settings) -> Iterator[Dict[str, Problem]]:
+def believed(settings: Settings) -> Iterator[Problems]:
     """Judge whatever root will act on or run beside its configuration, in the order to be told.
 
     What comes with the release is looked for in the one that is live, to which
@@ -7861,8 +7859,8 @@ def check_artifact(run: Run) -> Findings:
 def check_signature(run: Run) -> Findings:
     """[signature]: who signed the artifact, as far as its bytes were read."""
     artifact = run.artifact
-    if artifact is None:
-        yield "skip", "no artifact given", ""
+    if artifact is None or run.settings.signature.verify == "off":
+        yield "skip", "no artifact given, or verify = off", ""
         return
     if run.settings.signature.command and artifact.verify:
         ask_command(run, artifact)
@@ -7908,7 +7906,7 @@ def check_origin(run: Run) -> Findings:
         or inbox and place == os.path.realpath(inbox)
     if is_meant or os.geteuid() and not run.settings.hooks.run_as:
         return
-    found: Dict[str, Problem] = {}
+    found: Problems = {}
     for path in (artifact.given, f"{artifact.path}.sha256", f"{place}/SHA256SUMS"):
         found.update(trust_problems(path, spare_root=True))
     inside = walk_tree(artifact.descriptor) if artifact.format == "directory" else ()
