@@ -217,6 +217,8 @@ RUN_RESULTS = [name for name, _ in NOTIFY_EVENTS] + [
 HOOK_NAMES = ("pre_stage", "post_stage", "pre_activate", "post_activate",
               "post_deploy", "on_failure", "pre_rollback", "post_rollback")
 
+MIGRATE_NAMES = ("check", "backup", "up", "down")
+CLIENT_SECONDS = 10.0  # how long one visitor of `maintenance serve` may take
 EXTRA_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_STATE_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
@@ -1361,23 +1363,25 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
                 environ: Optional[Dict[str, str]] = None, timeout_seconds: float = 60.0,
                 kill_after_seconds: float = KILL_AFTER_SECONDS, run_as: str = "",
                 on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str,
-                stdin: Any = None) -> CommandResult:
+                stdin: Any = None, begun: Callable[[int], Any] = int) -> CommandResult:
     """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
     `environ` is the whole environment (its PATH leads to the program); without it a minimal one
     is made.  When its time is up, on a signal or any error, its whole group is killed.  `mask` is
     applied to each line before it is cut.  A program that cannot be started gives exit code 127
-    and says why in `tail`.  A child that still holds its stdout is not waited for.
+    and says why in `tail`.  A child that still holds its stdout is not waited for.  `begun` is
+    told the process group: in the child, before it becomes the program, and then here.
     """
     import subprocess
     result = CommandResult(argv, mask, on_line)
     change = become_user(run_as) if run_as else None
+    note_and_change = lambda: (begun(os.getpid()), change and change())
     started_seconds = time.monotonic()
     try:
         process: Any = subprocess.Popen(
             result.argv, bufsize=0, env=environ or base_environment(), cwd=directory,
             stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=change)
+            start_new_session=True, preexec_fn=change if begun is int else note_and_change)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         result.tail = [f"cannot start {argv[0]}: {reason(error)}"]
         return result
@@ -1386,6 +1390,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
     data = b"begins"
     pause_seconds = 0.001
     try:
+        begun(process.pid)
         while process.poll() is None and not result.timed_out:
             left_seconds = timeout_seconds - (time.monotonic() - started_seconds)
             result.timed_out = left_seconds <= 0
@@ -1414,6 +1419,24 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
         output.close()
     result.exit_code = -signal.SIGKILL if process.returncode is None else process.returncode
     return result
+
+
+def end_group(group: int, deploy_id: str, interrupts: "Interrupts") -> None:
+    """End what is left of a process group that a run started, and not what has its number now."""
+    mark = f"\0DEPLOY_ID={deploy_id}\0".encode("ascii")
+    polls = round(KILL_AFTER_SECONDS / POLL_SECONDS)
+    for poll in range(2 * polls):
+        is_left = False
+        for name in os.listdir("/proc"):
+            with suppress(OSError, ValueError):
+                environ = read_file(f"/proc/{name}/environ", MAX_STATE_BYTES)
+                is_left = is_left or mark in environ and os.getpgid(int(name)) == group
+        if not is_left:
+            return
+        if poll in (0, polls):
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL if poll else signal.SIGTERM)
+        interrupts.wait(POLL_SECONDS)
 
 
 _F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
@@ -1871,6 +1894,8 @@ KINDS = {
     "events": ("events", "", _ANY, _events),
     "pattern": ("text", "@v where the version stands", r".*@v.*", _plain),
     "windows": ("windows, one a line", "", _ANY, _lines(_window, r"\A\Z")),
+    "flag": ("file name", "one name of letters, digits, `.`, `_`, `-`, and none of deploy.py's own",
+             r"(?!(current|releases|shared|slots|\.deploy|\.\.?)\Z|\.current\.)[\w.-]{1,50}", str),
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
@@ -1992,6 +2017,19 @@ pre_rollback      commands   -       before the switch back
 post_rollback     commands   -       after the previous release is live again
 timeout           limit      10m     for each hook command; then TERM and KILL to its process group
 run_as            name       -       user that hooks and commands run as (root only)
+
+[migrate] the data follow the release; each command under the rules for hooks, in the release
+check             argv       -       exit code 0: nothing to migrate, 1: something; default: always
+backup            argv       -       saves the data, before up
+up                argv       -       migrates the data, before the switch
+down              argv       -       undoes it, in the release that is left
+on_rollback  down|keep  down         what rollback, and activate of an earlier release, do about it
+timeout           limit      1h      for each command; then TERM and KILL to its process group
+
+[maintenance] a flag file by which a web server shows its maintenance page
+during  never|migrate|switch  never  put up by a run from before backup, or from before the switch
+flag              flag       maintenance  its name in the root
+retry_after       int        120     seconds that `maintenance serve` asks visitors to wait
 
 [template:*] a file rendered into every release
 source            relative   -       template in the release; $${name} in it is kept as ${name}
@@ -2145,6 +2183,7 @@ report      report --since 90d --format html -o report.html
 recover     recover  finish or undo what a crash left; --to settles what cannot be decided
 approve     approve shop-1.4.2.tar.gz --expires 24h  print what those sign who approve of it
 attest      attest current  print what this host signs: that a release was live here
+maintenance  maintenance on -m "new disks"  put the maintenance flag up (on, off), or serve the page
 pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
     pack a directory into a reproducible .tar.gz, with its .sha256 beside it
 config      config --example  show every option with its value and where it came from
@@ -2231,6 +2270,10 @@ id                   [ID]         show
     deployment id, its prefix or number, or a release; default: the last one
 --all                -            status  of every root in /etc/deploy/*.ini
 --to                 RELEASE      recover  settle on this release, whatever the journal says
+action               ACTION       maintenance  on, off or serve
+--listen             HOST:PORT    maintenance  where `serve` listens
+--page               FILE         maintenance  HTML that `serve` shows; default: a line of text
+--health             PATH         maintenance  where `serve` answers 200; default: /healthz
 directory            DIRECTORY    pack  directory to pack
 -o --output          FILE         pack report
     file to write; default: NAME[-V].tar.gz here, and stdout for a report
@@ -2248,7 +2291,7 @@ shell                SHELL        completion  bash or zsh
 """
 FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int", "until": "moment",
               "since": "moment", "format": "text|csv|json|html", "expires": "moment",
-              "unhealthy_exit_code": "exit_code"}
+              "unhealthy_exit_code": "exit_code", "action": "on|off|serve", "listen": "addresses"}
 
 
 def read_flags(text: str) -> Iterator[Flag]:
@@ -2574,7 +2617,8 @@ class Journal(NamedTuple):
     """What is under way, `.deploy/journal.json`; it exists only while something is.
 
     `recoveries` counts the automatic recoveries that were begun, `done` names
-    the steps that were taken up, `chain` is where the history ended before.
+    the steps that were taken up, `chain` is where the history ended before.  `migration` says
+    which commands of [migrate] began, and the last one's process group and deploy_id.
     """
 
     deploy_id: str
@@ -2591,6 +2635,7 @@ class Journal(NamedTuple):
     failure: Optional[Json]
     by: Json
     chain: str = ""
+    migration: Dict[str, Any] = {}
 
 
 class HistoryEntry(NamedTuple):
@@ -2733,11 +2778,12 @@ class Store:
     application's own, its user could swap `.deploy` or `releases` for a link.
     """
 
-    def __init__(self, root: Directory, command_line: Callable[[str], str],
-                 group: str = "", readable: str = "owner") -> None:
+    def __init__(self, root: Directory, settings: Settings) -> None:
+        group, readable = settings.deploy.group, settings.deploy.readable
         self.root = root
         self.path = root.path
-        self.command_line = command_line
+        self.command_line = settings.command_line
+        self.flag: str = settings.maintenance.flag
         # Whose members deploy here, each what another deployed; -1 where only the owner does.
         self.group = account("group", group, "[deploy] group").gr_gid if group else -1
         # What the files and directories of .deploy are made with.
@@ -2759,8 +2805,7 @@ class Store:
         """Open a root for looking; None where there is no such directory."""
         path = os.path.realpath(settings.deploy.root)
         try:
-            return cls(Directory(path), settings.command_line, settings.deploy.group,
-                       settings.deploy.readable)
+            return cls(Directory(path), settings)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -2780,8 +2825,7 @@ class Store:
                 is_new = True
                 with Directory(parent) as directory:
                     os.fsync(directory.descriptor)
-            store = cls(Directory(path), settings.command_line, settings.deploy.group,
-                        settings.deploy.readable)
+            store = cls(Directory(path), settings)
             if is_new:
                 give_to_group(store.root.descriptor, store.group)
             store.status(RECORDS)  # says so where this user may not look at it
@@ -2911,6 +2955,13 @@ class Store:
         raise StateError(f"{self.path}/{path} cannot be read: {why}",
                          "correct it, or move it out of the way")
 
+    def maintenance(self) -> Dict[str, Any]:
+        """Read whose the maintenance flag is, a run's with its deploy_id; empty where none is."""
+        try:
+            return self.load_json(self.flag)
+        except StateError:
+            return {"by": "somebody"}  # a file of that name is enough
+
     def forget(self, *paths: str) -> None:
         """Remove files durably, where they are there."""
         for path in paths:
@@ -3020,8 +3071,11 @@ class Store:
         """
         found = []
         for path, pattern in LEFTOVERS.items():
+            pattern = pattern.replace("current", f"(?:current|{re.escape(self.flag)})")
             for name in self.names(path):
                 is_stray = path in (MANIFESTS, TREES) and known is not None and name not in known
+                if not path and name == self.flag:
+                    is_stray = "deploy_id" in self.maintenance()
                 if not is_stray and not re.match(pattern, name):
                     continue
                 shown = f"{path}/{name}".lstrip("/")
@@ -3437,6 +3491,9 @@ class Run:
         self.staging = ""
         self.manifest: Any = None
         self.output: List[str] = []
+        self.journal: Optional[Journal] = None  # as it was written last
+        self.migration: Dict[str, Any] = {}  # what is to be written there
+        self.down_failed = ""  # why, where a `down` did
         self.signalled: Set[str] = set()  # services whose process was there to be signalled
         self.left_is_healthy = False  # what a rollback leaves: only then is there a way back
         # For those who are notified: where it was to lead, and whether the settings count.
@@ -3464,15 +3521,15 @@ class Run:
 class Step(NamedTuple):
     """One action of a plan.
 
-    `do` returns a short detail and raises DeployError or OSError; `undo` takes it back, done,
-    half done or not begun.  `phase` is what the journal says meanwhile, `noted` the phase that
-    it names once the step is done, where a recovery must know of it.  A failure of an
-    `optional` step is a warning.  `seconds` is how long it may take.
+    `do` returns a short detail, None where it was not needed, and raises DeployError or OSError;
+    `undo` takes it back, done, half done or not begun.  `phase` is what the journal says meanwhile,
+    `noted` the phase that it names once the step is done, where a recovery must know of it.  A
+    failure of an `optional` step is a warning.  `seconds` is how long it may take.
     """
 
     name: str
     text: str
-    do: Callable[[Run], str]
+    do: Callable[[Run], Optional[str]]
     undo: Callable[[Run], None] = lambda run: None
     phase: str = ""
     optional: bool = False
@@ -5868,6 +5925,8 @@ def commands(settings: Settings) -> List[Any]:
              for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
     if settings.policy.judge:
         found.append(("policy", "judge", settings.policy.judge, True, False))
+    found += [("migrate", name, getattr(settings.migrate, name), False, True)
+              for name in MIGRATE_NAMES if getattr(settings.migrate, name)]
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
             early = kind == "notify" or getattr(section, "when", "after") != "after"
@@ -5916,12 +5975,12 @@ def how_to_run(program: str, directory: str = "/") -> str:
     return "see that its #! line names an interpreter that exists here"
 
 
-def missing_programs(settings: Settings, wanted: str) -> Findings:
+def missing_programs(settings: Settings, *wanted: str) -> Findings:
     """Find the programs of such sections that are not there, as checks do."""
     for section, key, (program, *_), _, _ in commands(settings):
         # What comes with the release, or is found in a PATH of [env], is not looked for.
         is_elsewhere = program[0] != "/" if "/" in program else "PATH" in settings.env
-        is_wanted = wanted in (section, section.partition(":")[0])
+        is_wanted = section in wanted or section.partition(":")[0] in wanted
         if is_wanted and not is_elsewhere and not find_command(program):
             yield ("fail", f"[{section}] {key}: {program} is not found or not executable",
                    how_to_run(program))
@@ -5996,8 +6055,8 @@ SHOWN_LINE_BYTES = 100  # what a line costs beside its text
 
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
-                    timeout_seconds: float, **options: Any) -> CommandResult:
-    """Run an operator's command and show its output; StepFailed with its end when it fails."""
+                    timeout_seconds: float, *, most: int = 0, **options: Any) -> CommandResult:
+    """Run an operator's command, show its output; StepFailed where it exits with over `most`."""
     left_bytes = SHOWN_BYTES
     output, directory = run.console.output, working_directory(context)
 
@@ -6014,7 +6073,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     if left_bytes < 0:
         for line in ["... too much output: here is its end ...", *result.tail]:
             output(line)
-    if result.ok:
+    if 0 <= result.exit_code <= most and not result.timed_out:
         return result
     hint = "its output says why; correct the command or the release, then run this again"
     if result.timed_out:
@@ -8113,7 +8172,7 @@ def check_probes(run: Run) -> Findings:
                    "correct what it asks for before deploying")
 
 
-HOOKS = " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES)
+HOOKS = " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES) + " settings.migrate.up"
 # name, check, whether it also guards activate and rollback (a way back must not wait for free
 # space or for a file that only the next release needs), what of the run it is about, and its
 # result where nothing of that is given.
@@ -8152,7 +8211,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("ports", check_ports, False, "settings.preflight.free_ports", ""),
     ("services", check_services, False, "settings.service", ""),
     # Those in the release can only be looked for once it is there.
-    ("hooks", lambda run: missing_programs(run.settings, "hooks"), False, HOOKS, ""),
+    ("hooks", lambda run: missing_programs(run.settings, "hooks", "migrate"), False, HOOKS, ""),
     ("templates", check_templates, False, "settings.template", ""),
     ("probes", check_probes, False, "settings.probe", ""),
     ("windows", rule(judge_windows, passable=True), True, "settings.policy.windows", ""),
@@ -8218,15 +8277,16 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 # ============================================================================
 
 STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
-GO = "pre_activate activate"
-AFTER = "post_activate services probes post_deploy"
+GO = "pre_activate check close_early backup up close activate"
+AFTER = "down post_activate services probes post_deploy"
 
 # operation: what is done before the switch, after it, and once the verdict is in.
 ORDER = {
     "stage": (STAGE, "", ""),
-    "deploy": (STAGE + " " + GO, AFTER, "prune"),
-    "activate": ("verify " + GO, AFTER, "prune"),
-    "rollback": ("verify health pre_rollback activate", "services probes post_rollback", ""),
+    "deploy": (STAGE + " " + GO, AFTER, "open? prune"),
+    "activate": ("verify " + GO, AFTER, "open? prune"),
+    "rollback": ("verify health pre_rollback check close_early backup up close activate",
+                 "down services probes post_rollback", "open?"),
     "prune": ("", "", "prune"),
     "pin": ("", "", "pin"),
     "adopt": ("", "", "adopt"),
@@ -8238,7 +8298,7 @@ ORDER = {
     "recover": ("", "", "verify activate services? probes? sweep"),
 }
 # After the switch a failure takes the way back; ? means that its own failure is a warning.
-WAY_BACK = "pre_rollback? activate services probes post_rollback?"
+WAY_BACK = "pre_rollback? activate down services probes post_rollback?"
 
 # What the history calls an operation that went through.
 RESULTS = {"stage": "staged", "deploy": "deployed", "activate": "activated",
@@ -8430,7 +8490,12 @@ def plan_operation(facts: Facts) -> Plan:
                                       "artifact, once it is signed, or insist with --force")
     if nothing_to_do:
         return Plan(operation, live, release, [], [], [])
-    return make_plan(facts, Move(operation, live, release))
+    move = Move(operation, live, release)
+    for name in facts.settings.migrate.down and migrations_left(facts, move) or ():
+        if name not in facts.on_disk:
+            raise PreflightFailed(f"{name} migrated the data and is gone: only it could undo that",
+                                  "leave the data as they are: --set migrate.on_rollback=keep")
+    return make_plan(facts, move)
 
 
 def make_plan(facts: Facts, move: Move) -> Plan:
@@ -8440,7 +8505,7 @@ def make_plan(facts: Facts, move: Move) -> Plan:
     steps = expand(before, PHASE_INTENT, facts, move)
     steps += expand(after, PHASE_SWITCHED, facts, move)
     # The way back ends once `current` is gone where nothing was live before.
-    way_back = WAY_BACK if move.from_release else "pre_rollback? activate post_rollback?"
+    way_back = WAY_BACK if move.from_release else "pre_rollback? activate down post_rollback?"
     switches = any(step.noted == PHASE_SWITCHED for step in steps)
     return Plan(move.operation, move.from_release, move.to_release or "", steps,
                 expand(last, "", facts, move),
@@ -8504,6 +8569,20 @@ def move_context(run: Run, move: Move) -> Context:
     """Describe the release that a move leads to; on the way back, the one that failed as well."""
     failed = move.from_release or "" if move.back else ""
     return context_for(run.facts, move.to_release, move.from_release or "", failed)
+
+
+def migrations_left(facts: Facts, move: Move) -> Optional[List[str]]:
+    """Name the releases whose migrations are to be undone where a person goes back, newest first.
+
+    None for a move forward: to what was never live, or is newer.
+    """
+    there, left = (facts.records.get(name or "") for name in (move.to_release, move.from_release))
+    if not there or not left or not there.activated_at or there.sequence > left.sequence:
+        return None
+    is_kept = facts.settings.migrate.on_rollback == "keep" or not facts.settings.migrate.down
+    newest_first = sorted(facts.records.values(), key=attrgetter("sequence"), reverse=True)
+    return [record.id for record in newest_first if record.migrated and not is_kept
+            and there.sequence < record.sequence <= left.sequence]
 
 
 # -- the makers: word -> steps ------------------------------------------------
@@ -8807,6 +8886,86 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
     return [Step(word, f"verify {release} against its manifest", verify)]
 
 
+def make_migrate(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Have the new release migrate the data; or have what others did to them undone by each."""
+    ahead = Move(move.operation, move.to_release, move.from_release) if move.back else move
+    settings, left = facts.settings.migrate, migrations_left(facts, ahead)
+    releases = [ahead.to_release] if left is None else []
+    if word == "down" and not move.back:
+        releases = left or []
+    text, undoing = " ".join(getattr(settings, word)), move._replace(back=True)
+    return [Step(f"migrate:{word}", f"run {text} in {release}",
+                 lambda run, release=release: migrate(run, word, release, move),
+                 lambda run, release=release: migrate(run, "down", release, undoing),
+                 optional=word == "down" and not move.back, seconds=float(settings.timeout))
+            for release in releases]
+
+
+def migrate(run: Run, word: str, release: str, move: Move) -> Optional[str]:
+    """Run a command of [migrate] in a release, where it is needed; a `down` that fails is noted."""
+    settings, state, records = run.settings.migrate, run.migration, run.facts.records
+    argv = getattr(settings, word)
+    if state.get("idle") or run.down_failed or move.back and not (state.get("up") and argv):
+        return None
+
+    def begun(group: int) -> None:
+        # Who finds this run killed must end the group, and undo what it did.
+        state.update({word: True, "group": group, "deploy_id": run.deploy_id})
+        run.store.save(run.journal._replace(migration=state))
+
+    try:
+        previous = records[release].previous if word == "down" else None
+        context = context_for(run.facts, release, previous)
+        result = perform_command(run, context, f"migrate {word}", argv, settings.timeout,
+                                 most=int(word == "check"), begun=begun)
+        if word in ("up", "down"):
+            records[release] = records[release]._replace(migrated=word == "up")
+            run.store.save(records[release])
+    except FAILURES as error:
+        if word != "down":
+            raise
+        saved = state.get("backup") or spell(settings.backup) or "there is none"
+        run.down_failed = f"{reason(error)}; the backup: {saved}"
+        raise RollbackFailed(run.down_failed, "correct the data, or put the backup back, then: "
+                             + run.settings.command_line("recover"))
+    run.output = result.tail
+    said = "".join(result.tail[-1:]) or f"its command {result.verdict()}"
+    state.update({word: said, "up": word == "up", "idle": word == "check" and result.ok})
+    if word == "down" and release == move.to_release:  # undone before the switch: no step of a plan
+        run.console.say(f"{'migrate:down':<20} {format_seconds(result.seconds):>7}  {said}",
+                        status="done")
+        run.outcome.steps.append(StepResult("migrate:down", "done", result.seconds, said,
+                                            result.tail, time.time() - result.seconds))
+    return said
+
+
+def make_maintenance(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Put the flag up before what visitors must not see, and down once the verdict is in."""
+    flag, during = facts.settings.maintenance.flag, facts.settings.maintenance.during
+    left = migrations_left(facts, move)
+    is_early = during == "migrate" and left is None
+
+    def put_up(run: Run) -> Optional[str]:
+        found = run.store.maintenance()
+        if is_early and run.migration.get("idle") or found and "deploy_id" not in found:
+            return None
+        whose = {"deploy_id": run.deploy_id, "since": format_time(time.time())}
+        run.store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
+        return f"{run.store.path}/{flag}"
+
+    def take_down(run: Run) -> Optional[str]:
+        if "deploy_id" not in run.store.maintenance():
+            return None  # a person's by now
+        run.store.forget(flag)
+        return f"{run.store.path}/{flag}"
+
+    if word == "open":
+        return [Step("maintenance:off", f"take {flag} down", take_down)]
+    if is_early if word == "close_early" else during == "switch" or left:
+        return [Step("maintenance:on", f"put {flag} up until the verdict is in", put_up)]
+    return []
+
+
 def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
     """Point `current` at a release in one atomic rename, or take it away."""
     target, source = move.to_release, move.from_release or facts.current.missing
@@ -8916,7 +9075,7 @@ def delete_release(run: Run, record: Record) -> str:
             "what the application writes belongs into shared_dirs, or into mutable")
     if on_disk:
         run.store.remove_release(record.id)
-    if on_disk and refused_record(run.facts, record.sha256) == record:
+    if on_disk and (record.migrated or refused_record(run.facts, record.sha256) == record):
         run.store.save(record._replace(pruned_at=format_time(time.time())))
     else:
         run.store.forget(f"{RECORDS}/{record.id}.json")
@@ -9069,6 +9228,10 @@ MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "sweep": (make_sweep, None)}
 MAKERS.update({hook: (make_hook, lambda settings, hook=hook: getattr(settings.hooks, hook))
                for hook in HOOK_NAMES})
+MAKERS.update({name: (make_migrate, lambda settings, name=name: getattr(settings.migrate, name))
+               for name in MIGRATE_NAMES})
+MAKERS.update({word: (make_maintenance, lambda settings: settings.maintenance.during != "never")
+               for word in ("close_early", "close", "open")})
 
 
 # ============================================================================
@@ -9096,6 +9259,10 @@ class Executor:
             # Under the id of what a person settles: its story ends here.
             self.deploy_id = run.facts.journal.deploy_id
         self.phase = journal.phase if journal else ""
+        run.journal, run.migration = journal, dict(journal.migration) if journal else {}
+        left = run.facts.journal.migration if run.facts.journal else {}
+        if left:
+            end_group(left["group"], left["deploy_id"], run.interrupts)
         self.done: List[Step] = []
         # What failed, if anything, says nothing against the release.
         self.blameless = False
@@ -9118,6 +9285,8 @@ class Executor:
                     f"{live.problem or live.release or 'current is gone'}",
                     "see which hook or other program changes `current`, then run again")
             self.blameless = True
+            if run.down_failed:
+                raise StepFailed(run.down_failed, "correct the data, or put the backup back")
             if self.phase:
                 self.end(RESULTS[plan.operation])
         except Exception as error:
@@ -9160,8 +9329,8 @@ class Executor:
         run.output, status, detail = [], "failed", "internal error"
         started_at, started_seconds = time.time(), time.monotonic()
         try:
-            detail = step.do(run)
-            status = "done"
+            found = step.do(run)
+            status, detail = ("skipped", "not needed") if found is None else ("done", found)
         except Interrupted:
             detail = "interrupted"
             raise
@@ -9175,7 +9344,7 @@ class Executor:
             run.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
                                                 mask(run.output), started_at))
             console.say(f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
-                        {"event": f"step_{status}", "result": status},
+                        {"event": f"step_{status}".replace("skipped", "done"), "result": status},
                         status="warn" if status == "failed" and step.optional else status)
             console.log_context.pop("step", None)
         if step.noted:
@@ -9195,8 +9364,8 @@ class Executor:
                 by=run.by, chain=run.store.chain)
         known = self.journal.done
         done = known + [step.name for step in self.done if step.name not in known]
-        self.journal = self.journal._replace(phase=phase, done=done)
-        self.phase = phase
+        self.journal = self.journal._replace(phase=phase, done=done, migration=run.migration)
+        run.journal, self.phase = self.journal, phase
         run.store.save(self.journal)
 
     # -- the end ---------------------------------------------------------------
@@ -9266,7 +9435,8 @@ class Executor:
         """Undo, leave it live, or take the way back; returns what the run ends with."""
         run, plan = self.run, self.plan
         run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
-        blind = plan.operation == "rollback" and not run.left_is_healthy
+        blind = run.migration.get("down") or \
+            plan.operation == "rollback" and not run.left_is_healthy
         if self.phase not in (PHASE_SWITCHED, PHASE_ROLLING_BACK):
             final = self.undo(error)
         elif self.phase == PHASE_SWITCHED and (blind or not run.settings.deploy.auto_rollback):
@@ -9284,7 +9454,7 @@ class Executor:
             final = self.go_back(error)
         if self.phase:
             move = Move(plan.operation, plan.from_release, plan.to_release)
-            for step in expand("on_failure?", "", run.facts, move):
+            for step in expand("open? on_failure?", "", run.facts, move):
                 self.take(step)
         if isinstance(final, RolledBack):
             # A timer that deploys one broken artifact after the other must not fill the disk.
@@ -9297,10 +9467,15 @@ class Executor:
         """Before the switch: take back every step, newest first; returns the error."""
         run, problems = self.run, []
         for step in reversed(self.done):
+            if problems and step.phase == PHASE_STAGING:
+                continue  # the next run finishes what could not be undone, and may need the release
             try:
                 step.undo(run)
             except Exception as problem:  # a defect as well: the others are undone all the same
                 problems.append(f"{step.name}: {step_error(problem, step.name).message}")
+                if isinstance(problem, RollbackFailed):
+                    problem.message = f"{error.message}; {problem.message}"
+                    error = problem
         self.mark_undone(self.done)
         run.outcome.release, run.outcome.previous = self.plan.from_release, None
         if problems:
@@ -9498,13 +9673,13 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     before = ", before the last boot" if journal.boot_id != boot_id() else ""
     run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
     plan = make_plan(run.facts, Move(journal.operation, journal.from_release, journal.to_release))
-    if journal.phase == PHASE_STAGING or \
-            journal.phase == PHASE_INTENT and live == journal.from_release:
-        return abort(run, plan, journal)
     if journal.recoveries >= MAX_RECOVERIES:
         run.outcome.is_repeated = True  # a person was called when it failed
         raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
                              f"live now: {live or 'nothing'}", by_hand(store))
+    if journal.phase == PHASE_STAGING or \
+            journal.phase == PHASE_INTENT and live == journal.from_release:
+        return abort(run, plan, journal._replace(recoveries=journal.recoveries + 1))
     # The link says how far the run came; the journal may be one write behind it.
     phase, failure = journal.phase, journal.failure
     if live != journal.to_release:
@@ -9536,13 +9711,16 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
 
 
 def abort(run: Run, plan: Plan, journal: Journal) -> str:
-    """Nothing was switched: a staged release that is whole stays, anything less is undone."""
+    """Nothing was switched: a staged release that is whole stays, anything less is undone.
+
+    That it was tried counts, and is noted, where it comes to a `down`, which may fail each time.
+    """
     made_here = journal.operation in ("deploy", "stage")
     sealed = made_here and run.store.status(f"{RECORDS}/{journal.to_release}.json")
+    executor = Executor(run, plan, journal)
     for step in reversed(plan.steps):
         if not (sealed and step.phase == PHASE_STAGING):
             step.undo(run)
-    executor = Executor(run, plan, journal)
     why = (journal.failure or {}).get("reason", "interrupted before activation")
     executor.end("aborted", StepFailed(str(why)), exit_code=EXIT_FAILED)
     what = "was not finished; the release stays staged" if sealed else \
@@ -9599,7 +9777,7 @@ def agree_with_disk(run: Run) -> List[str]:
         if state != record.state:
             done.append(f"{record.id} is {state}, not {record.state}")
         gone = not (there or record.pruned_at or record.id == live or facts.state_problems)
-        if gone and not is_refused(record):
+        if gone and not is_refused(record) and not record.migrated:
             store.forget(f"{RECORDS}/{record.id}.json")
         elif gone:
             store.save(record._replace(pruned_at=format_time(time.time())))
@@ -10364,6 +10542,7 @@ def show_status(run: Run) -> None:
     last, outcome = None, run.outcome
     with looking(run) as store:
         facts = observe(run, locked=False)
+        flag = store.maintenance() if store.status(store.flag) else None
         try:
             last = next(iter(store.history(1)), None)
         except PreflightFailed as error:
@@ -10379,6 +10558,7 @@ def show_status(run: Run) -> None:
     outcome.release, outcome.previous = facts.current.release, previous.id if previous else None
     outcome.extra["status"] = {
         "current": encode(current) if current else None, "lock": facts.holder,
+        "maintenance": flag,
         "previous": encode(previous) if previous else None, "releases": len(known),
         "journal": encode(facts.journal) if facts.journal else None,
         "last": encode(last) if last else None, "problems": [problem for problem, _ in problems],
@@ -10401,6 +10581,9 @@ def show_status(run: Run) -> None:
                                  f"{last.by.get('user')}, {format_seconds(last.seconds)}"))
     if facts.hold:
         rows.append(("hold", next(iter(check_hold(run)))[1]))
+    if flag:
+        why = flag.get("note") or flag.get("deploy_id") or "by hand"
+        rows.append(("maintenance", f"on since {flag.get('since')}: {why}"))
     rows += [("lock", holder), ("state", state)]
     run.console.result("\n".join(f"  {name:<12} {text}" for name, text in rows))
     outcome.message = f"{facts.current.release or 'nothing'} is live; state: {state}"
@@ -10424,6 +10607,9 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
         what = f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})"
         problems.append((what, command_line("recover --to RELEASE" if by_hand else "recover")))
     settled = not facts.current.problem and facts.holder is None and not journal
+    if settled and store.status(store.flag) and "deploy_id" in store.maintenance():
+        problems.append(("maintenance is on, and the run that wanted it has ended",
+                         command_line("recover")))
     if lost and settled:
         error = without_current(facts, lost)
         problems.append((error.message, error.hint))
@@ -10788,6 +10974,75 @@ def show_signable(run: Run, text: str, name: str, how: str) -> None:
     run.console.raw_result(text)
     run.console.say(f"save it as {name}, beside the artifact; then: "
                     f"ssh-keygen -Y sign {how} {spell([name])}")
+
+
+def command_maintenance(run: Run) -> None:
+    """Put the flag up or down by hand, without the lock, as a run may hang; or serve the page."""
+    flag, outcome, is_on = run.settings.maintenance.flag, run.outcome, run.flags.action == "on"
+    if run.flags.action == "serve":
+        serve_maintenance(run)
+        return
+    with looking(run) as store:
+        found = store.maintenance()
+        outcome.changed = not found or "deploy_id" in found if is_on else bool(found)
+        if outcome.changed and is_on and not run.flags.dry_run:
+            whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
+            store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
+        elif outcome.changed and not run.flags.dry_run:
+            store.forget(flag)
+    outcome.message = f"maintenance is {run.flags.action}: {run.root}/{flag}"
+    run.console.say(outcome.message, shown="")
+    run.console.result(outcome.message)
+
+
+def serve_maintenance(run: Run) -> None:
+    """Answer 503 and the page to everybody, and 200 where a balancer asks, up to a signal."""
+    import functools
+    import socket
+    path, page = run.flags.health or "/healthz", b"Down for maintenance.\n"
+    addresses = read_value("addresses", run.flags.listen or "")
+    if len(addresses) != 1 or path[0] != "/":
+        raise UsageError("maintenance serve needs one --listen HOST:PORT, and --health a /PATH",
+                         "such as --listen 127.0.0.1:8503 --health /healthz")
+    health = re.escape(os.fsencode(path))
+    if run.flags.page:
+        page = read_file(run.flags.page, MAX_CONFIG_BYTES)
+    busy = f"503 Service Unavailable\r\nRetry-After: {run.settings.maintenance.retry_after}"
+
+    def answer(client: Any) -> None:
+        ends_seconds, asked = time.monotonic() + CLIENT_SECONDS, b""
+
+        def receive() -> Any:
+            client.settimeout(max(0.001, ends_seconds - time.monotonic()))
+            return client.recv(READ_BYTES)
+
+        with client, suppress(OSError):  # it is gone, or too slow
+            while not re.search(rb"\n\r?\n", asked) and len(asked) < READ_BYTES:
+                asked += receive() or b"\n\n"
+            is_health = re.match(rb"(GET|HEAD) %b[ ?]" % health, asked)
+            status, body = ("200 OK", b"ok\n") if is_health else (busy, page)
+            head = f"HTTP/1.1 {status}\r\nContent-Type: text/html; charset=utf-8\r\n" \
+                f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close"
+            body = b"" if asked.startswith(b"HEAD ") else body
+            client.sendall(head.encode("ascii") + b"\r\n\r\n" + body)
+            client.shutdown(socket.SHUT_WR)
+            while receive():
+                pass  # closed with some of it unread, the answer could be lost
+
+    run.console.say(f"503 for everybody on {run.flags.listen}")
+    if run.flags.dry_run:
+        return
+    family = socket.AF_INET6 if ":" in addresses[0][0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener, suppress(Interrupted):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(addresses[0])
+        listener.listen(128)
+        while True:
+            run.interrupts.wait(LONGEST_SECONDS, listener.fileno())
+            try:
+                start_thread(functools.partial(answer, listener.accept()[0]))
+            except OSError:
+                run.interrupts.wait(0.1)  # too many at once
 
 
 # -- commands beside a root ----------------------------------------------------
@@ -11440,6 +11695,7 @@ COMMANDS = {
     "prune": command_prune, "pin": command_move, "unpin": command_move, "adopt": command_move,
     "hold": command_move, "unhold": command_move, "flags": command_flags,
     "report": command_report, "approve": command_approve, "attest": command_attest,
+    "maintenance": command_maintenance,
     "recover": command_recover, "pack": command_pack, "config": command_config,
     "help": command_help, "completion": command_completion,
 }
@@ -11809,6 +12065,8 @@ def check_settings(settings: Settings) -> None:
             problem = "" if f"[{kind}:{name}]" in wrong else check(values)
             if problem:
                 mistakes.append(settings.wrong(f"{kind}:{name}", problem))
+    if settings.migrate.given and not settings.migrate.up:
+        mistakes.append(settings.wrong("migrate", "needs up"))
     deploy, signature = settings.deploy, settings.signature
     if signature.verify != "off" and not TRUSTED.intersection(signature.given):
         mistakes.append(settings.wrong("signature", f"verify = {signature.verify} needs keys, "

@@ -3,6 +3,7 @@
 crash_matrix.py tries every point, the suite a sample of them.
 """
 
+import json
 import re
 import signal
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -25,7 +26,7 @@ class Scenario(NamedTuple):
 
     `before` is the version that is live when it begins, `after` those that may be live once one `recover` was run, the
     first of them where nothing stops the command; `tried` is one that may be live only until then, `given_up` one that
-    may be live where a call fails: a recovery that meets an error goes back.
+    may be live where a call fails: a recovery that meets an error goes back.  `judge` says what else is wrong then.
     """
 
     prepare: Callable[[App], List[Any]]
@@ -34,6 +35,7 @@ class Scenario(NamedTuple):
     exit_code: int = 0
     tried: Optional[str] = None
     given_up: Optional[str] = None
+    judge: Callable[[App], List[str]] = lambda app: []
 
 
 def killed(app: App, *arguments: Any) -> Result:
@@ -91,6 +93,45 @@ def everything(app: App) -> List[Any]:
     app.deploy("1.1", template)
     app.artifact(NEXT, template)
     return ["deploy", app.artifact("1.2", template)]
+
+
+DATA = "/bin/sh -c 'cd $DEPLOY_SHARED_PATH && "
+MIGRATE = (f"[migrate]\ncheck = {DATA}test ! -e data-$DEPLOY_VERSION || exit 0; exit 1'\nbackup = true\n"
+           f"up = {DATA}mkdir data-$DEPLOY_VERSION'\ndown = {DATA}rm -rf data-$DEPLOY_VERSION'\n[maintenance]\nduring = migrate\n")
+
+
+def migrating(app: App) -> List[Any]:
+    """A deployment that migrates the data, with the maintenance flag up."""
+    app.configure(MIGRATE)
+    app.deploy("1.1")
+    return ["deploy", app.artifact("1.2")]
+
+
+def migrating_back(app: App) -> List[Any]:
+    """One whose service does not start, so that 1.1 and its data come back."""
+    migrating(app)
+    app.configure(MIGRATE + SICK.partition("\n")[2])
+    return ["deploy", app.artifact("1.2")]
+
+
+def rollback_of_data(app: App) -> List[Any]:
+    """A rollback by hand over two releases that migrated the data."""
+    app.configure(MIGRATE)
+    for version in ("1.0", "1.1", "1.2"):
+        app.deploy(version)
+    return ["rollback", "1.0"]
+
+
+def wrong_data(app: App) -> List[str]:
+    """Whether the data are those of the releases whose record says that they have migrated them."""
+    records = [json.loads(path.read_text()) for path in (app.root / ".deploy" / "releases").glob("*.json")]
+    migrated = {f"data-{record['version']}" for record in records if record["migrated"]}
+    found = {path.name for path in (app.root / "shared").iterdir()}
+    # A person was told where no record could be written, and `down` may run once more.
+    is_told = app.history()[-1]["result"] == "left_live" and found < migrated
+    if (migrated == found or is_told) and f"data-{app.version}" in found:
+        return []
+    return [f"{app.version} is live, {sorted(migrated)} migrated, found are {sorted(found)}"]
 
 
 def stage(app: App) -> List[Any]:
@@ -176,6 +217,9 @@ SCENARIOS = {
     "deploy-first": Scenario(first, None, ["1.0", None]),
     "deploy-second": Scenario(second, "1.1", ["1.2", "1.1"]),
     "deploy-everything": Scenario(everything, "1.1", ["1.2", "1.1"]),
+    "deploy-migrating": Scenario(migrating, "1.1", ["1.2", "1.1"], judge=wrong_data),
+    "deploy-migrating-back": Scenario(migrating_back, "1.1", ["1.1"], 5, "1.2", judge=wrong_data),
+    "rollback-of-data": Scenario(rollback_of_data, "1.2", ["1.0", "1.2"], judge=wrong_data),
     "deploy-undone": Scenario(undone, "1.1", ["1.1"], 1),
     "deploy-failing": Scenario(failing, "1.1", ["1.1"], 5, "1.2"),
     "deploy-first-failing": Scenario(first_failing, None, [None], 5, "1.2"),
@@ -280,7 +324,7 @@ class Stage:
     def _recovered(self, versions: List[Optional[str]]) -> List[str]:
         if not (self.app.root / ".deploy").exists():
             return self._never_begun()
-        return recover_and_judge(self.app, versions) + self._asked()
+        return recover_and_judge(self.app, versions) + self._asked() + self.scenario.judge(self.app)
 
     def _never_begun(self) -> List[str]:
         """Nothing was made yet, or little more than the root: recover says so and changes nothing."""
@@ -292,7 +336,8 @@ class Stage:
         """The next deployment does what `recover` would have done."""
         result = self.app.run("deploy", self.next)
         problems = [] if result.exit_code == 0 else [f"the next deployment: {result.describe()}"]
-        return problems + recover_and_judge(self.app, [NEXT], lambda found: unchanged(found, problems)) + self._asked()
+        return problems + recover_and_judge(self.app, [NEXT], lambda found: unchanged(found, problems)) + self._asked() \
+            + self.scenario.judge(self.app)
 
     def _asked(self) -> List[str]:
         """What deploy.py itself finds wrong."""

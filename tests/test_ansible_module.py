@@ -189,7 +189,8 @@ def test_what_is_wrong_is_named_and_nothing_is_changed(module: Module) -> None:
 
 def plausible(name: str, metavar: str) -> Any:
     """A value that a parameter may have."""
-    known = {"sha256": "0" * 64, "log_format": "text", "format": "csv", "set": {"deploy.keep_releases": 3}}
+    known = {"sha256": "0" * 64, "action": "on", "listen": "127.0.0.1:8503", "log_format": "text", "format": "csv",
+             "set": {"deploy.keep_releases": 3}}
     return known.get(name) or {"": True, "N": 3, "DURATION": 3, "[NAME...]": ["x"]}.get(metavar, "1s")
 
 

@@ -206,7 +206,7 @@ def test_every_command_answers_with_one_complete_object(app: App) -> None:
         ("diff", "1.0"), ("flags", "a=on"), ("hold", "-m", "why"), ("unhold",), ("report",), ("prune",), ("recover",), ("config",),
         ("config", "--example"), ("history", "--verify"), ("-n", "deploy", app.artifact("1.2")), ("-n", "recover"), ("-n", "prune"),
         ("pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"),
-        ("-n", "pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"), ("-q", "status"), ("help",), ("completion", "zsh"),
+        ("-n", "pack", app.directory / "tree", "-o", app.directory / "tree.tar.gz"), ("-q", "status"), ("maintenance", "off"), ("help",), ("completion", "zsh"),
     ]
     # `logs` needs a journal, and has a test of its own.
     assert {word for run in runs for word in run} >= set(deploy.COMMANDS) - {"logs"}

@@ -91,7 +91,7 @@ CONFIGURED = {
     "service": "[service:x]\ncommand = true\n", "probe": "[probe:x]\ncommand = true\nsuccesses = 1\n",
     "signature": "[signature]\nverify = if-present\ncommand = true\n",
     "policy": "[policy]\nwindows = allow 00:00-24:00\n", "trace": "[trace]\notlp = http://127.0.0.1:9\n", "template": "[template:x]\nsource = VERSION\ntarget = made\n", "log": "[log]\nfile = {0}/log\n", "hooks": "[hooks]\npre_stage = true\n",
-    "preflight": "[preflight]\nuser = {1}\n",
+    "preflight": "[preflight]\nuser = {1}\n", "migrate": "[migrate]\nup = true\n", "maintenance": "[maintenance]\nduring = switch\n",
 }  # type: Dict[str, str]
 
 

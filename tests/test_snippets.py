@@ -43,6 +43,8 @@ KINDS = (
     ("handover", r"chgrp "),  # run by test_group.py
     ("signing", r"minisign |echo \"release@|said=\$\(gpgv"),  # other tools' commands; test_signatures.py runs their like
     ("pipeline", r"deploy:$|on:$|pipeline \{"),  # run by test_ci_snippets.py
+    ("nginx", r"error_page "),  # served by test_maintenance.py
+    ("haproxy", r"backend "),  # and this
     ("sudoers", r"%\w+ ALL="),  # asked of sudo by test_delegate.py
 )  # type: Tuple[Tuple[str, str], ...]
 
