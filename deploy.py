@@ -3955,6 +3955,7 @@ _MAGIC = re.compile(
 ARCHIVE_SUFFIX = re.compile(
     r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
 
+SIGNATURES = (".minisig", ".sig", ".intoto.jsonl")  # of an artifact, behind its name
 FILE = "file"
 DIRECTORY = "directory"
 SYMLINK = "symlink"
@@ -4019,8 +4020,6 @@ Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which ma
 
 # -- the artifact, its digest and its signature --------------------------------
 
-SIGNATURES = (".minisig", ".sig", ".intoto.jsonl")  # of an artifact, behind its name
-
 def verifier_of(settings: Settings) -> Verifier:
     """Make what verifies by [signature]; UsageError for a damaged key."""
     wanted = settings.signature
@@ -4062,7 +4061,7 @@ class Artifact(Descriptor):
     central_bytes = 0
     positions: Sequence[int] = ()
 
-    def __init__(self, path: str, limits: Any, *, delegated: bool = False) -> None:
+    def __init__(self, path: str, limits: Any, delegated: Optional[str] = None) -> None:
         """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`.
 
         Without limits nothing is judged: it may be anything.
@@ -7355,7 +7354,8 @@ def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False
             if confirm and run.settings.signature.verify != "off":
                 with suppress(ArtifactRefused, UsageError):
                     # What was refused for something else: its signature is judged all the same.
-                    found = run.artifact = run.artifact or Artifact(artifact, None)
+                    found = run.artifact = run.artifact or Artifact(
+                        artifact, None, delegated=run.flags.delegate)
                     if not found.read_sha256:
                         found.find_signature(run.settings, run.flags.signature or "")
                         found.hash(run.settings, lambda done: run.interrupts.check())
@@ -7399,7 +7399,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
-    run.artifact = artifact = Artifact(path, settings.limits, delegated=bool(flags.delegate))
+    run.artifact = artifact = Artifact(path, settings.limits, delegated=flags.delegate)
     for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.
         if (artifact.path + "/").startswith(own + "/"):
@@ -10958,7 +10958,7 @@ def command_attest(run: Run) -> None:
 
 def command_approve(run: Run) -> None:
     """Print what those sign who approve of an artifact."""
-    with Artifact(run.flags.artifact, run.settings.limits) as artifact, \
+    with Artifact(run.flags.artifact, run.settings.limits, run.flags.delegate) as artifact, \
             run.console.progress("hash", artifact.size_bytes) as progress:
         artifact.identify(run.settings, watching(run, progress))
         artifact.confirm(run.settings, watching(run, progress))
