@@ -247,8 +247,7 @@ class DeployError(Exception):
 
     exit_code = EXIT_FAILED
 
-    def __init__(self, message: str, hint: str = "",
-                 evidence: Optional[Json] = None) -> None:
+    def __init__(self, message: str, hint: str = "", evidence: Optional[Json] = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -3305,8 +3304,7 @@ LOOK_SECONDS = 5.0
 
 
 @contextmanager
-def lock(store: Store, wait_seconds: float, holder: Json,
-         interrupts: Interrupts) -> Iterator[None]:
+def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts) -> Iterator[None]:
     """Hold the kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
 
     Raises Busy, which names who holds it, once the time is up.  What stands inside the file is
@@ -3742,8 +3740,7 @@ class PublicKey(NamedTuple):
         inverse = pow(s, order - 2, order)
         x, _, z = _combine(curve, (number * inverse % order, base),
                            (r * inverse % order, self.numbers))
-        return 0 < r < order and 0 < s < order and z != 0 \
-            and x * pow(z, p - 2, p) % p % order == r
+        return 0 < r < order and 0 < s < order and z != 0 and x * pow(z, p - 2, p) % p % order == r
 
 
 def read_key(text: str) -> PublicKey:
@@ -11455,8 +11452,7 @@ def notify(run: Run, exit_code: int, seconds: float) -> None:
                 run.console.debug(f"notify {settings.name}: told of {event}")
 
 
-def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json
-         ) -> Json:
+def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
     """Report an event in a process of its own; returns {"error": why} where it was not taken."""
     context, words = describe_event(run, event, result)
     if settings.type == "slack":
