@@ -27,11 +27,11 @@ def keys(tmp_path_factory: Any) -> Path:
     """Keys of three people and a host, and `signers`: whose they are; alice has two."""
     place = tmp_path_factory.mktemp("keys")
     lines = []
-    for name in (*PEOPLE, "alice2", getpass.getuser(), "stranger"):
+    for name in (*PEOPLE, "alice2", "anybody", getpass.getuser(), "stranger"):
         subprocess.run([needs("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(place / name)], check=True)
         words = (place / f"{name}.pub").read_text().split()[:2]
         if name != "stranger":
-            lines.append(" ".join([f"{name.rstrip('2')}@example.com", *words]))
+            lines.append(" ".join(["*@example.com" if name == "anybody" else f"{name.rstrip('2')}@example.com", *words]))
     (place / "signers").write_text("# who may sign\n" + "\n".join(lines) + "\n")
     return place
 
@@ -213,6 +213,8 @@ def test_each_approver_counts_once_and_who_runs_it_does_not(app: App, keys: Path
     assert "1 of 2: alice@example.com" in refused()
     sign(keys, getpass.getuser(), text, to=".me")
     assert f"1 of 2: alice@example.com; not counted: {getpass.getuser()}@example.com" in refused()
+    sign(keys, "anybody", text, to=".bob")
+    assert "1 of 2: alice@example.com; not counted: *@example.com" in refused()
     sign(keys, "bob", text, "deploy-attestation", to=".bob")
     assert "deploy-attestation" in refused()
     sign(keys, "stranger", text, to=".bob")
