@@ -182,6 +182,11 @@ def missing_digest(app: App) -> Broken:
     return Broken()
 
 
+def unsigned(app: App) -> Broken:
+    """Nobody signed the artifact."""
+    return Broken(["--set", "signature.verify=required", "--set", "signature.command=/bin/true"])
+
+
 def wrong_digest(app: App) -> Broken:
     """The digest beside the artifact is another's."""
     (app.directory / "artifacts" / "myapp-1.1.tar.gz.sha256").write_text("0" * 64 + "  myapp-1.1.tar.gz\n")
@@ -381,6 +386,7 @@ CAUSES = [
     (held_lock, "lock", "fail", "held by pid", "--wait-lock", 75),
     (clock_behind, "clock", "warn", "2999", "time", 0),
     (missing_digest, "artifact", "fail", "SHA-256", "sha256sum", 4),
+    (unsigned, "signature", "fail", "no signature", "sign", 4),
     (wrong_digest, "artifact", "fail", "0000000000", "", 4),
     (artifact_of_another_user, "origin", "fail", "myapp-1.1.tar.gz belongs to uid 61234", "--sha256", 3),
     (known_bad, "known-bad", "fail", "marked bad", "--force", 4),
