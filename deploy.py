@@ -172,6 +172,7 @@ PHASES = (PHASE_STAGING, PHASE_INTENT, PHASE_SWITCHED, PHASE_ROLLING_BACK)
 # How a run ends that is worth a notification: the words of history, log and metrics.
 NOTIFY_EVENTS = (
     ("deployed", "deploy made a release live"),
+    ("synced", "sync made a release live"),
     ("activated", "activate made a release live"),
     ("rolled_back", "went back: by itself (exit 5), or by rollback"),
     ("failed", "failed before activation (exit 1), interrupted, or an internal error"),
@@ -1533,13 +1534,14 @@ class Forked(Descriptor):
     """A forked process that computes something, for work that nothing else could stop.
 
     Used in a `with` block, whose end kills and reaps it.  It has no descriptor
-    but its pipe: it must not hold the lock, which close-on-exec does not give
-    up.  SIGALRM ends it at its limit, whatever it is doing.
+    but its pipe and those to `keep`: it must not hold the lock, which close-on-exec
+    does not give up.  SIGALRM ends it at its limit, whatever it is doing.
     """
 
     HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
 
-    def __init__(self, work: Callable[[], Any], limit_seconds: float) -> None:
+    def __init__(self, work: Callable[[], Any], limit_seconds: float,
+                 keep: Sequence[int] = ()) -> None:
         import warnings
         self.timed_out = False
         self._pid = -1
@@ -1552,8 +1554,9 @@ class Forked(Descriptor):
             exit_code = EXIT_INTERNAL
             try:
                 signal.set_wakeup_fd(-1)  # its number may become a socket's
-                os.closerange(3, self._writing)
-                os.closerange(self._writing + 1, self.HIGHEST_DESCRIPTOR)
+                kept = sorted([self._writing, *keep])
+                for low, high in zip([2, *kept], [*kept, self.HIGHEST_DESCRIPTOR]):
+                    os.closerange(low + 1, high)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
                 signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
@@ -1567,24 +1570,27 @@ class Forked(Descriptor):
         """Say, in the process, what is known so far."""
         write_all(self._writing, json.dumps(value).encode("ascii") + b"\n")
 
-    def result(self, interrupts: "Interrupts") -> Any:
+    def result(self, interrupts: "Interrupts", heard: Callable[[Any], Any] = id) -> Any:
         """Wait for the end and return what the work returned.
 
-        Where it failed or ran out of time, what it told last, or None.
+        Where it failed or ran out of time, what it told last, or None.  `heard` is given what it
+        tells meanwhile.
         """
         if self._pid < 0:
             return None
-        told = b""
+        told, known = b"", None
         piece = b"begins"
         while piece:
             if interrupts.wait(LONGEST_SECONDS, self.descriptor):
                 piece = os.read(self.descriptor, 1 << 16)
-                told += piece
+                *lines, told = (told + piece).split(b"\n")
+                if lines:
+                    known = json.loads(lines[-1].decode("ascii"))
+                    heard(known)
         _, status = os.waitpid(self._pid, 0)
         self._pid = -1
         self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        lines = told.split(b"\n")[:-1]
-        return json.loads(lines[-1].decode("ascii")) if lines else None
+        return known
 
     def close(self) -> None:
         """End it, if it has not ended."""
@@ -2103,6 +2109,24 @@ builders          names      -       who may have built it, by signed provenance
 sources           names      -       repositories it may have been built from, by signed provenance
 override          bool       no      --override WHY may pass windows, approvals and promotion
 
+[source] where sync fetches releases from
+url               text       -       directory or https:// URL of the index, and of artifacts
+index             name       SHA256SUMS  name of the index there; one that ends in .json is JSON
+channel           name       -       channel of a JSON index, instead of the newest version
+order        semver|uapi     semver  which version is newer, where no channel says so
+prereleases       bool       no      take pre-releases too
+token_file        private    -       file with a token that is sent as such (Bearer) to the url's
+    host alone; a credential from systemd that is called source goes before it
+header.*          text       -       request header, to the url's host alone
+tls_ca            path       -       CA certificates to trust instead of the system's
+tls_cert          path       -       client certificate
+tls_key           path       -       key of the client certificate
+proxy             text       none    none, environment, or the http:// URL of a proxy
+timeout           limit      30s     longest time to wait for an answer, and for data after it
+min_rate          size       1k      fewer bytes a second than this, over timeout, end a try
+max_age           duration   -       longest time since the index was signed
+insecure          bool       no      allow http; only where a configuration file says so
+
 [notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
 type  webhook|slack|teams|discord|email|command  webhook  how it is told
 events  events  DEFAULT_EVENTS       what it is told of
@@ -2168,6 +2192,7 @@ status      status  show what is live, what it can go back to, and whether a per
 releases    releases  list the releases, newest first, `*` on the current one
 history     history --limit 5  list the deployments, oldest first; --verify checks the hash chain
 show        show latest  show one deployment with its steps, and the evidence where it failed
+sync        sync --splay 10m  fetch the newest artifact of [source], and deploy it; or only --check
 prune       --set deploy.keep_releases=3 -n prune  delete what keep_releases no longer keeps
 pin         pin 1.4.1  protect a release from pruning
 adopt       adopt 20261121101500  make a release known that another tool left: a rollback target
@@ -2240,15 +2265,17 @@ assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 --sha256             HEX          deploy stage preflight  digest the artifact must have
 --signature          FILE         deploy stage preflight  its signature, wherever that lies
 --release-version    V            deploy stage preflight pack  version, instead of the name's
---allow-downgrade    -            deploy stage preflight
+--allow-downgrade    -            deploy stage preflight sync
     accept a version older than the one that is live
--f --force           -            deploy stage preflight activate rollback prune
+-f --force           -            deploy stage preflight activate rollback prune sync
     insist: a bad or changed release, another application's root, pruning what was written to
---override           WHY          deploy activate preflight
+--override           WHY          deploy activate sync preflight
     pass windows, approvals and promotion where [policy] lets you; it is recorded and told
 --expires            TIME         approve  until when the approval counts; default: 7d
---splay              DURATION     deploy stage activate rollback prune recover
+--splay              DURATION     deploy stage activate rollback prune recover sync
     wait first, this host's own share of DURATION: always the same, evenly spread over hosts
+--check              -            sync  only look: exit 7 where something new waits, 0 where not
+--version            V            sync  this version of the source's, instead of the newest
 names                [NAME...]    probe  configured probes; default: all
 --url                URL          probe config
     ask this URL, without a configuration; with config --minimal: its probe's
@@ -2433,7 +2460,7 @@ class Settings:
         if option.kind == "private":
             # What systemd hands over (LoadCredential=) goes before.
             handed = os.path.join(environment("CREDENTIALS_DIRECTORY") or "/dev/null",
-                                  section.partition(":")[2])
+                                  section.rpartition(":")[2])
             value = handed if os.path.exists(handed) else value
         return value
 
@@ -2737,17 +2764,20 @@ JOURNAL = ".deploy/journal.json"
 HISTORY = ".deploy/history.jsonl"
 LOCK = ".deploy/lock"
 RESERVE = ".deploy/reserve"
+SOURCE = ".deploy/source.json"
+CACHE = ".deploy/cache"
 HOLD = ".deploy/hold.json"
 FLAGS_FILE = "shared/flags.json"
 # What is being unpacked lies beside where it will stand: the group, setgid bit, default ACL and
 # label of releases/ reach it as they reach whatever is made there.
 STAGING_PREFIX = ".new-"
-# The names that a crash leaves, by directory; staging, cache and history.head are version 1.0.0's.
+# The names that a crash leaves, by directory; staging and history.head are version 1.0.0's.
 _TEMPORARY = r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z"
 LEFTOVERS = {
     "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
     TREES: _TEMPORARY, "": _TEMPORARY.replace(".*", "current"),
-    ".deploy": _TEMPORARY + r"|staging\Z|cache\Z|history\.head\Z"}
+    ".deploy": _TEMPORARY + r"|staging\Z|history\.head\Z",
+    CACHE: r"(?![0-9a-f]{64}\.(?:part|etag)\Z)"}
 # Set aside for the day when the disk is full, as long as so many times as much is free.
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
@@ -3242,7 +3272,7 @@ class Store:
         else:
             # Before the first line, only the release that this very entry made has a record.
             known = {name for name in self.names(RECORDS) if name[0] != "."}
-            makes = entry.operation in ("deploy", "stage", "adopt")
+            makes = entry.operation in ("deploy", "stage", "adopt", "sync")
             made = {f"{entry.release}.json"} if makes else set()
             self.chain = UNKNOWN_DIGEST if known - made else ""
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
@@ -3485,6 +3515,9 @@ class Run:
         self.facts: Any = None
         self.artifact: Any = None
         self.plan: Any = None
+        # What sync found to deploy, and the directory that it fetches into, if it may.
+        self.offer: Any = None
+        self.cache: Any = None
         # What the steps hand on: the staged tree's name and manifest, a command's last lines.
         self.staging = ""
         self.manifest: Any = None
@@ -4370,6 +4403,22 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
             f"has for a version cannot be one",
             "name the artifact by the pattern, or give a version with --release-version")
     return sha256[:12]
+
+
+def version_key(version: str) -> Optional[Tuple[Any, ...]]:
+    """Return something to order versions by (numbers, then pre-release), or None for a guess."""
+    found = re.match(
+        r"v?(\d+(?:\.\d+)*)"
+        r"(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?(?:\+.*)?\Z",
+        version, re.IGNORECASE)
+    if not found or len(found.group(1)) > 40:
+        return None
+    numbers, before = found.groups()
+    # dev, alpha, beta, and behind them whatever else a candidate is called
+    parts = [int(part) if part.isdigit() else "dab".find(part[0]) % 4
+             for part in re.findall(r"[a-z]+|\d+", (before or "").lower())]
+    numbers = re.sub(r"(\.0+)+\Z", "", numbers)
+    return [int(number) for number in numbers.split(".")], not before, parts
 
 
 # -- the manifest ------------------------------------------------------------
@@ -6531,6 +6580,15 @@ def network_error(error: Exception) -> str:
     return reason(error) if getattr(error, "errno", None) else f"{type(error).__name__}: {error}"
 
 
+def proxy_for(url: Url, choice: str) -> Optional[Url]:
+    """Find the proxy for a URL: `none`, the `environment`'s (https_proxy, no_proxy), or a URL."""
+    if choice == "environment":
+        from urllib.request import getproxies_environment, proxy_bypass_environment
+        is_direct = proxy_bypass_environment(url.host)
+        choice = "none" if is_direct else getproxies_environment().get(url.scheme, "none")
+    return None if choice == "none" else parse_url(choice)
+
+
 COMPARING = "comparing the answer with what is expected"
 
 
@@ -6541,7 +6599,8 @@ class Conversation(Forked):
     expression without end can hold the run.  `talk` runs there and returns what it found (JSON).
     """
 
-    def __init__(self, talk: Callable[["Conversation"], Answer], limit: float) -> None:
+    def __init__(self, talk: Callable[["Conversation"], Answer], limit: float,
+                 keep: Sequence[int] = ()) -> None:
         __import__("socket")  # where it is missing, the caller shall learn it
         self.limit_seconds = limit
         self.known: Answer = {"stage": "starting"}
@@ -6552,9 +6611,13 @@ class Conversation(Forked):
                 found = talk(self)
                 return {**self.known, "error": "", **found}
             except Exception as error:  # whatever a peer makes the libraries raise is an answer
-                return dict(self.known, error=f"{self.known['stage']}: {network_error(error)}")
+                # A broken answer or a certificate is no better the next time.
+                is_final = isinstance(error, ValueError) or "CERTIFICATE" in str(error)
+                return dict(self.known, error=f"{self.known['stage']}: {network_error(error)}",
+                            again=isinstance(error, OSError) and not is_final or
+                            type(error).__name__ == "IncompleteRead")
 
-        super().__init__(work, limit)
+        super().__init__(work, limit, keep)
 
     def at(self, stage: str, **found: Any) -> None:
         """Tell what is going on, and what has been found: that is known if time runs out."""
@@ -6578,13 +6641,27 @@ class Conversation(Forked):
 
     def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
                 body: bytes = b"") -> Any:
-        """Ask by HTTP/1.1 (RFC 9112), as the tls_*, connect and header keys of a section want it.
+        """Ask by HTTP/1.1 (RFC 9112), as a section's tls_*, connect, proxy and header keys want it.
 
-        By http.client on a socket of our own: no proxy, cookie or redirect comes into play.
+        By http.client on a socket of our own: no cookie or redirect comes into play.
         """
         import http.client
-        address = getattr(settings, "connect", "")
-        self.connect(split_address(address) if address else (url.host, url.port))
+        address, target, login = getattr(settings, "connect", ""), url.target, {}
+        proxy = proxy_for(url, getattr(settings, "proxy", "none"))
+        if proxy and proxy.userinfo:
+            encoded = binascii.b2a_base64(proxy.userinfo.encode("utf-8")).decode("ascii")
+            login = {"Proxy-Authorization": f"Basic {encoded.rstrip()}"}
+        if proxy and url.scheme == "https":
+            self.at("asking the proxy for a tunnel")
+            tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
+            tunnel.set_tunnel(url.host, url.port, login)
+            tunnel.connect()
+            self.socket, login = tunnel.sock, {}
+        elif proxy:
+            target = f"http://{url.authority}{target}"
+            self.connect((proxy.host, proxy.port))
+        else:
+            self.connect(split_address(address) if address else (url.host, url.port))
         if url.scheme == "https":
             self.at("reading tls_ca, tls_cert and tls_key")
             context = tls_context(settings)
@@ -6592,7 +6669,7 @@ class Conversation(Forked):
             self.socket = context.wrap_socket(self.socket, server_hostname=url.host)
         self.at("sending the request")
         always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}",
-                  "Connection": "close"}
+                  "Connection": "close", **login}
         by_name = {name.lower(): (name, value) for part in (always, own, settings.header)
                    for name, value in part.items()}
         headers = dict(by_name.values())
@@ -6601,7 +6678,7 @@ class Conversation(Forked):
             raise ValueError(wrong)
         connection = http.client.HTTPConnection(url.host, url.port)
         connection.sock = self.socket
-        connection.putrequest(method, url.target, skip_host=True, skip_accept_encoding=True)
+        connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
         for name, value in headers.items():
             connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
         connection.endheaders(body or None)
@@ -6610,9 +6687,9 @@ class Conversation(Forked):
         self.at("reading the answer", status=response.status)
         return response
 
-    def answer(self, interrupts: Interrupts) -> Answer:
+    def answer(self, interrupts: Interrupts, heard: Callable[[Answer], Any] = id) -> Answer:
         """Wait, and return what was found; its "error" says why that is not all."""
-        found = dict(self.result(interrupts) or self.known)
+        found = dict(self.result(interrupts, heard) or self.known)
         limit, stage = format_seconds(self.limit_seconds), found["stage"]
         why = f"no answer within {limit}, it was still {stage}"
         if not self.timed_out:
@@ -7296,6 +7373,332 @@ def judge_by_command(run: Run, found: Any) -> Finding:
 #    what of both was seen before.
 # ============================================================================
 
+MAX_INDEX_BYTES = 2 << 20  # kept in source.json, where a byte may take six
+_MOMENT = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z)?"  # RFC 3339: such texts sort by time
+
+
+class Offer(Artifact):
+    """An artifact as the source tells of it, whose bytes may not be here yet."""
+
+    exact = counted = withdrawn = False
+    format, size_bytes, given = "not fetched yet", 0, ""
+
+    def __init__(self, **told: Any) -> None:
+        vars(self).update(told)
+
+
+def check_source(settings: Settings) -> None:
+    """Raise UsageError for what does not go together in [source]."""
+    source, is_json = settings.source, settings.source.index.endswith(".json")
+    in_file = settings.origin("source", "insecure") in settings.files
+    try:
+        is_url = source.proxy not in ("none", "environment")
+        is_http = source.url[:1] not in ("", "/") and parse_url(source.url).scheme == "http"
+        for is_wrong, what in (
+                (source.channel and not is_json, "channel needs an index in JSON"),
+                (settings.signature.command, "[signature] command verifies no index: keys do"),
+                (not is_json and not settings.artifact.match,
+                 "index = SHA256SUMS needs [artifact] match, which tells the version"),
+                (source.insecure and not in_file, "insecure counts in a configuration file alone"),
+                (is_http and not source.insecure, "url: expected https://HOST/..."),
+                (is_url and parse_url(source.proxy).scheme != "http",
+                 "proxy: expected none, environment, or http://HOST:PORT"),
+                (wrong_header(source.header), str(wrong_header(source.header)))):
+            if is_wrong:
+                raise ValueError(what)
+    except ValueError as error:
+        raise settings.wrong("source", str(error))
+
+
+def uapi_key(version: str) -> List[Any]:
+    """Order versions as systemd does (UAPI.10): 1~rc1, 1, 1-1, 1.1, 1a, 11."""
+    parts = re.findall(r"([~^.-])|([A-Za-z]+)|([0-9]+)", version)
+    return [("~\0-^.".find(mark) if mark else 5 + bool(digits), int(digits or 0), letters)
+            for mark, letters, digits in parts] + [(1, 0, "")]
+
+
+def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> Answer:
+    """GET a text into the answer's `body`, or what is missing of run.offer into `files`.
+
+    Those are its part and the ETag of that.  Follows five redirects, tries three times more what
+    may go better.  What the operator gave for the source's own host goes to no other.
+    """
+    source = run.settings.source
+    if address.startswith("/"):
+        with suppress(FileNotFoundError):
+            return {"status": 200, "body": read_file(address, MAX_INDEX_BYTES).decode("latin-1")}
+        return {"status": 404}
+    home, elsewhere = parse_url(source.url)[:3], SimpleNamespace(
+        header={}, tls_ca=source.tls_ca, proxy=source.proxy)
+    token = read_text(source.token_file).strip() if source.token_file else ""
+
+    def talk(asking: Conversation) -> Answer:
+        from urllib.parse import urljoin
+        asked, here, before = {"Accept-Encoding": "identity"}, address, ""
+        done = os.fstat(files[0]).st_size if files else 0
+        known = os.pread(files[1], 4096, 0).decode("latin-1") if done else etag
+        if known:
+            asked.update({"Range": f"bytes={done}-", "If-Range": known} if done else
+                         {"If-None-Match": known})
+        for _ in range(6):
+            url = parse_url(here)
+            own = {"Authorization": f"Bearer {token}"} if token and url[:3] == home else {}
+            if url.scheme == "http" and (not source.insecure or before == "https"):
+                return {"error": f"{here} is not https", "again": False}
+            signal.setitimer(signal.ITIMER_REAL, source.timeout)
+            response = asking.request(
+                "GET", url, {**asked, **own}, source if url[:3] == home else elsewhere)
+            location = response.getheader("Location")
+            if response.status not in (301, 302, 303, 307, 308) or not location:
+                return receive(run, asking, response, asked, files)
+            asking.socket.close()
+            here, before = urljoin(here, location), url.scheme
+        return {"error": f"more than 5 redirects, the last to {here}", "again": False}
+
+    with run.console.progress("fetch", run.offer.size_bytes if files else 0) as progress:
+        for pause in (1, 2, 4, 0):
+            with Conversation(talk, source.timeout, files) as asking:
+                answer = asking.answer(run.interrupts, lambda told: progress(
+                    told.get("done", 0), told.get("rate", told["stage"])))
+            error = answer["error"][:EVIDENCE_CHARACTERS]
+            if not (error and answer.get("again", True) and pause):
+                break
+            if re.match(r"\d{1,9}\Z", answer.get("wait", "")):
+                pause = min(int(answer["wait"]), 60)
+            run.console.say(f"{address}: {error}; again in {pause} s", status="warn")
+            run.interrupts.wait(pause)
+    if error and answer.get("status") != 404:
+        raise (ArtifactRefused if answer.get("wrong") else DeployError)(
+            f"cannot fetch {address}: {error}", "check [source], the network, and what is there")
+    return answer
+
+
+def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str],
+            files: Sequence[int]) -> Answer:
+    """Take an answer's body, as long as it keeps coming; refuse one to another question.
+
+    Its length is known, or it comes in chunks: whoever cuts it off is found out.
+    """
+    source, status, header = run.settings.source, response.status, response.getheader
+    done, total, part, etag = 0, response.length, header("Content-Range"), header("ETag") or ""
+    asking.at("reading the answer", etag=etag, wait=header("Retry-After") or "")
+    if status == 304 and "If-None-Match" in asked:
+        return {}
+    if status in (206, 416) and "Range" in asked:
+        done = os.fstat(files[0]).st_size
+        found = re.match(rf"bytes {done}-\d+/(\d{{1,15}})\Z", part or "")
+        if status == 416 or not found or etag != asked["If-Range"]:
+            os.ftruncate(files[0], 0)
+            return {"error": f"status {status}, and not the part that was asked for"}
+        total = int(found.group(1))
+    elif status != 200:
+        return {"error": f"status {status}", "again": status in (408, 425, 429) or status >= 500}
+    elif total is None and not response.chunked or part is not None:
+        return {"error": "status 200 with a Content-Range, or without a length", "again": False}
+    most_bytes, body, counted_bytes = MAX_INDEX_BYTES, [], done
+    if files:
+        most_bytes = run.offer.size_bytes or run.settings.limits.max_artifact or MAX_SIZE_BYTES
+        os.ftruncate(files[0], done)
+        os.lseek(files[0], done, os.SEEK_SET)
+        os.ftruncate(files[1], 0)
+        os.pwrite(files[1], re.sub("W/.*", "", etag).encode("latin-1"), 0)
+    began_bytes, began_seconds = done, time.monotonic()
+    for piece in iter(lambda: response.read1(min(1 << 16, (total or MAX_SIZE_BYTES) - done)), b""):
+        done += len(piece)
+        if done > most_bytes:
+            return {"error": f"more than {format_size(most_bytes)}", "again": False, "wrong": True}
+        rate = (done - began_bytes) / max(0.001, time.monotonic() - began_seconds)
+        left = f", {format_seconds((total - done) / rate)} left" if total else ""
+        # First of all: a process that has outlived its run ends here.
+        asking.at("receiving it", done=done, rate=f"{format_size(rate)}/s{left}")
+        if files:
+            write_all(files[0], piece)
+        else:
+            body.append(piece)
+        if done - counted_bytes >= source.min_rate * source.timeout:
+            signal.setitimer(signal.ITIMER_REAL, source.timeout)
+            counted_bytes = done
+    if total is not None and done < total:
+        return {"error": f"it ended {count(total - done, 'byte')} early"}
+    return {"body": b"".join(body).decode("latin-1")}
+
+
+def remember(run: Run, seen: Dict[str, Any], **found: Any) -> None:
+    """Write down what was seen of the source, unless this run only looks."""
+    seen.update(found)
+    if run.cache:
+        data = json.dumps(seal(seen), indent=2).encode("ascii") + b"\n"
+        run.store.directory(".deploy").write("source.json", data, run.store.file_mode)
+
+
+def read_source(run: Run, seen: Dict[str, Any]) -> Any:
+    """Bring index and signature in `seen` up to date, by one request where nothing is new.
+
+    They are verified again in any case: keys move.  Says who signed, None for nobody; DeployError
+    where the two do not fit together, ArtifactRefused the next time.
+    """
+    place = f"{run.settings.source.url.rstrip('/')}/{run.settings.source.index}"
+    verify = run.settings.signature.verify
+    for etag in (seen.get("etag", ""), ""):  # both once more, where only one was replaced yet
+        answer = fetch(run, place, etag)
+        if answer["status"] == 404:
+            raise DeployError(f"{place} does not exist", "correct [source] url and index")
+        if answer["status"] == 200:
+            seen.update(text=answer["body"], etag=answer.get("etag", ""), signature="")
+            for suffix in (".minisig", ".sig") if verify != "off" else ():
+                seen["signature"] = seen["signature"] or fetch(run, place + suffix).get("body", "")
+        data, signature = (seen[key].encode("latin-1") for key in ("text", "signature"))
+        if verify == "off" or verify == "if-present" and not signature:
+            return None
+        try:
+            return dict(verifier_of(run.settings).verify(data, signature, f"signature of {place}"),
+                        of=run.settings.source.index)
+        except ArtifactRefused as error:
+            problem = error
+    if not seen.get("unmatched"):
+        remember(run, seen, unmatched=True)
+        raise DeployError(f"{problem.message}; one of the two may still be on its way",
+                          "the next run looks again")
+    raise problem
+
+
+def read_index(run: Run, text: str) -> Tuple[Dict[str, Any], List[Offer]]:
+    """Read an index: what it says of itself, and what it offers; ArtifactRefused if damaged."""
+    from urllib.parse import quote, unquote, urljoin
+    source, head, offers = run.settings.source, {}, []
+    base, data = source.url.rstrip("/") + "/", text.encode("latin-1")
+    try:
+        if source.index.endswith(".json"):
+            head = json.loads(data.decode("utf-8"))
+            rows = head["releases"]
+            if head["schema"] != 1 or type(head["sequence"]) is not int \
+                    or not re.fullmatch(_MOMENT, head.get("expires") or ""):
+                raise ValueError("schema, sequence or expires")
+        else:
+            rows = [{"name": name.decode("utf-8", "surrogateescape"), "sha256": digest}
+                    for name, digest in read_digests(data)]
+            if not data.endswith(b"\n"):
+                raise ValueError("its last line has no end")
+        head["wanted"] = source.channel and head["channels"].get(source.channel, source.channel)
+        for row in rows:
+            name = row["name"].rpartition("/")[2]
+            if name.startswith("BEST-BEFORE-"):
+                head["expires"] = f"{name[12:]}T24"
+            with suppress(ArtifactRefused):  # a signature, or for another platform
+                row.setdefault("version", find_version(
+                    name, run.settings.artifact.match, row["sha256"]))
+            if "version" not in row:
+                continue
+            for key, form in (("version", _VERSION.pattern), ("sha256", "[0-9a-f]{64}"),
+                              ("built_at", _MOMENT)):
+                if not re.fullmatch(form, row.get(key) or ""):
+                    raise ValueError(f"{key} {row.get(key)!r} of {name!r}")
+            url = row.get("url") or quote(row["name"])
+            offers.append(Offer(
+                path=urljoin(base, url) if "://" in base else base + unquote(url), name=name,
+                version=row["version"], sha256=row["sha256"], size_bytes=int(row.get("size") or 0),
+                built_at=row.get("built_at") or None, withdrawn=bool(row.get("withdrawn"))))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactRefused(f"the index {base}{source.index} is damaged: "
+                              f"{type(error).__name__}: {error}", "publish it again, whole")
+    return head, offers
+
+
+def choose(run: Run, head: Dict[str, Any], offers: List[Offer], seen: Dict[str, Any]) -> Offer:
+    """Pick what the source wants live; ArtifactRefused for an index that is not to be believed.
+
+    TUF names the attacks: rollback, freeze, mix-and-match.  `head` is what the index says of
+    itself, which version is wanted, if any, and signed_at.
+    """
+    source, now_seconds, fitting = run.settings.source, run.facts.now_seconds, []
+    order = {"semver": version_key, "uapi": uapi_key}[source.order]
+    wanted = run.flags.version or head["wanted"]
+    for offer in offers:
+        key = order(offer.version) or ()
+        is_before = (0, 0, "") in key or False in key[1:2]
+        fits = offer.version == wanted if wanted else key and (source.prereleases or not is_before)
+        if fits and not offer.withdrawn:
+            fitting.append(offer)
+        elif not key:
+            run.console.say(f"{offer.name}: {offer.version} has no place in the order")
+    best = max(fitting, key=lambda offer: order(offer.version) or [], default=Offer(version=""))
+    ours, expires = run.settings.deploy.application, head.get("expires") or "9"
+    signed_at, last = head["signed_at"], seen.get("newest") or {"version": "", "sequence": 0}
+    pairs = {(offer.version, offer.sha256) for offer in offers}
+    goes_back = "releases" not in head and not wanted and fitting and last["version"] and \
+        order(best.version) < order(last["version"])
+    for wrong, what in (
+            (not fitting, f"has no {wanted or 'release'} that fits"),
+            (len(pairs) > len(dict(pairs)), "has two digests of one version"),
+            (ours and head.get("application", ours) != ours, f"is of {head.get('application')}"),
+            (expires < format_time(now_seconds), f"expired at {expires}"),
+            (head.get("sequence", 0) < last["sequence"], "has a lower sequence than before"),
+            (signed_at < seen.get("signed_at", ""), "was signed before the one before"),
+            (source.max_age and signed_at < format_time(now_seconds - (source.max_age or 0)),
+             f"was signed at {signed_at or 'an unknown time'}, longer ago than max_age"),
+            (goes_back, f"has {best.version} for its newest, and had {last['version']}"),
+            (fitting and best.version == last["version"] and best.sha256 != last["sha256"],
+             f"has other bytes of {best.version} than before")):
+        if wrong:
+            raise ArtifactRefused(f"the index of {source.url} {what}",
+                                  "publish a new one; to take what is there now: "
+                                  f"rm {run.root}/{SOURCE}")
+    return best
+
+
+def look(run: Run) -> Dict[str, Any]:
+    """Find out what the source wants live, which run.offer is then; returns what is seen of it."""
+    source, seen = run.settings.source, run.store.load_json(SOURCE) if run.store else {}
+    own = {"url": source.url, "index": source.index,
+           "channel": source.channel, "prereleases": source.prereleases}
+    if seen != seal(seen) or {key: seen.get(key) for key in own} != own:
+        seen = own
+    signed = read_source(run, seen)
+    head, offers = read_index(run, seen["text"])
+    head["signed_at"] = (signed or {}).get("at") or ""
+    run.offer = offer = choose(run, head, offers, seen)
+    offer.signature, offer.signature_file = signed, source.index if signed else ""
+    digest = hashlib.sha256(seen["text"].encode("latin-1")).hexdigest()
+    if digest != seen.get("index_sha256"):
+        seen["refused"] = {}
+    if not run.flags.version:
+        seen["newest"] = {"version": offer.version, "sha256": offer.sha256,
+                          "sequence": head.get("sequence", 0)}
+    remember(run, seen, index_sha256=digest, signed_at=head["signed_at"], unmatched=False,
+             checked_at=format_time(run.facts.now_seconds))
+    return seen
+
+
+def bring(run: Run) -> str:
+    """Fetch run.offer into the cache, from where an earlier run left it; returns its path there.
+
+    ArtifactRefused where it is another than the index says.
+    """
+    offer, files = run.offer, []
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with ExitStack() as stack:
+        for kind in ("part", "etag"):
+            files.append(os.open(f"{offer.sha256}.{kind}", flags, run.store.file_mode,
+                                 dir_fd=run.cache.descriptor))
+            stack.callback(os.close, files[-1])
+
+        def sha256() -> str:
+            offsets = range(0, os.fstat(files[0]).st_size, BLOCK_BYTES)
+            return hash_pieces(os.pread(files[0], BLOCK_BYTES, offset) for offset in offsets).hex()
+
+        actual, status = sha256(), 206
+        while actual != offer.sha256 and status == 206:  # what came in one piece is what there is
+            status = fetch(run, offer.path, files=files)["status"]
+            actual = sha256()
+            if actual != offer.sha256:
+                os.ftruncate(files[0], 0)
+        if status == 404:
+            raise DeployError(f"{offer.path} does not exist", "see what the index points to")
+        if actual != offer.sha256:
+            raise ArtifactRefused(f"checksum mismatch for {offer.name}: its SHA-256 is {actual}, "
+                                  f"the index says {offer.sha256}", "publish both again")
+    return f"{run.root}/{CACHE}/{offer.sha256}.part"
+
 
 # ============================================================================
 # 12  Facts and preflight
@@ -7382,7 +7785,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     releases = {name for name in names if not name.startswith(STAGING_PREFIX)
                 and store.is_release(name)}
     # Going through /proc costs more than all the rest.
-    prunes = store and run.flags.command in ("deploy", "activate", "prune")
+    prunes = store and run.flags.command in ("deploy", "sync", "activate", "prune")
     return Facts(
         settings=settings, request=run.flags, root=os.path.realpath(settings.deploy.root),
         application=run.application, command_line=settings.command_line, deploy_id=run.deploy_id,
@@ -7391,20 +7794,23 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
         journal=journal, holder=lock_holder(store) if store and not locked else None,
         hold=hold if str(hold.get("until") or "9") > format_time(time.time()) else {},
-        artifact=None, refusal=None)
+        artifact=run.offer, refusal=None)
 
 
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
     settings, facts, flags, console = run.settings, run.facts, run.flags, run.console
     run.artifact = artifact = Artifact(path, settings.limits, delegated=flags.delegate)
+    if run.offer:  # in the cache it has no name of its own
+        for key in ("name", "path", "built_at", "signature", "signature_file"):
+            setattr(artifact, key, getattr(run.offer, key))
     for own in (f"{facts.root}/releases", f"{facts.root}/.deploy"):
         # A release has shared links and templates in it, and may be pruned while it is copied.
         if (artifact.path + "/").startswith(own + "/"):
             raise ArtifactRefused(f"artifact {artifact.path} lies inside {own}: deploy.py's own",
                                   "name what the build made; a release goes live again by "
                                   + facts.command_line("activate RELEASE"))
-    if settings.signature.verify != "off":
+    if settings.signature.verify != "off" and not run.offer:  # the index is signed for all
         artifact.find_signature(settings, flags.signature or "")
     elif flags.signature:
         raise UsageError("--signature: no key is known", "set [signature] keys")
@@ -7608,7 +8014,7 @@ def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
 # -- refusals ------------------------------------------------------------------
 
 REMEMBERED_ENTRIES = 100
-GOES_LIVE = ("deployed", "activated", "rolled_back", "left_live", "recovered")
+GOES_LIVE = ("deployed", "synced", "activated", "rolled_back", "left_live", "recovered")
 
 
 def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: Any) -> None:
@@ -7783,7 +8189,7 @@ def believed(settings: Settings) -> Iterator[Problems]:
     paths = [settings.deploy.root, signature.allowed_signers, policy.approvers, policy.attesters,
              *itertools.filterfalse(KEY_LITERAL.match, signature.keys), *[
         getattr(asked, key, "") for key in KEY_FILES
-        for asked in (*settings.probe.values(), *settings.notify.values())]]
+        for asked in (*settings.probe.values(), *settings.notify.values(), settings.source)]]
     for service in settings.service.values():
         if service.unit:
             paths += program_places(service.systemctl[0], "/", command_path())
@@ -7959,12 +8365,16 @@ def check_origin(run: Run) -> Findings:
     """Nobody else could have written the artifact, its digest, or what leads there."""
     artifact, inbox = run.facts.artifact, run.settings.deploy.inbox
     place = os.path.dirname(artifact.path)
-    is_meant = run.flags.sha256 or artifact.signature_file \
+    beside = [artifact.given, f"{artifact.path}.sha256", f"{place}/SHA256SUMS"]
+    is_listed = run.offer and artifact.given == run.offer.path  # in a directory, by its index
+    if is_listed:
+        beside.append(f"{run.settings.source.url}/{run.settings.source.index}")
+    is_meant = run.flags.sha256 and not is_listed or artifact.signature_file \
         or inbox and place == os.path.realpath(inbox)
     if is_meant or os.geteuid() and not run.settings.hooks.run_as:
         return
     found: Problems = {}
-    for path in (artifact.given, f"{artifact.path}.sha256", f"{place}/SHA256SUMS"):
+    for path in beside:
         found.update(trust_problems(path, spare_root=True))
     inside = walk_tree(artifact.descriptor) if artifact.format == "directory" else ()
     for member, _, status in inside:
@@ -8024,22 +8434,6 @@ def check_downgrade(run: Run) -> Findings:
                f"{version} is older than {live.version}, which is live",
                "to go back use rollback or activate; to insist, --allow-downgrade")
     yield "ok", f"{live.version} -> {version}", ""
-
-
-def version_key(version: str) -> Optional[Tuple[Any, ...]]:
-    """Return something to order versions by (numbers, then pre-release), or None for a guess."""
-    found = re.match(
-        r"v?(\d+(?:\.\d+)*)"
-        r"(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?(?:\+.*)?\Z",
-        version, re.IGNORECASE)
-    if not found or len(found.group(1)) > 40:
-        return None
-    numbers, before = found.groups()
-    # dev, alpha, beta, and behind them whatever else a candidate is called
-    parts = [int(part) if part.isdigit() else "dab".find(part[0]) % 4
-             for part in re.findall(r"[a-z]+|\d+", (before or "").lower())]
-    numbers = re.sub(r"(\.0+)+\Z", "", numbers)
-    return [int(number) for number in numbers.split(".")], not before, parts
 
 
 def check_room(run: Run, *, inodes: bool = False) -> Findings:
@@ -8282,6 +8676,7 @@ AFTER = "down post_activate services probes post_deploy"
 ORDER = {
     "stage": (STAGE, "", ""),
     "deploy": (STAGE + " " + GO, AFTER, "open? prune"),
+    "sync": (STAGE + " " + GO, AFTER, "open? prune"),
     "activate": ("verify " + GO, AFTER, "open? prune"),
     "rollback": ("verify health pre_rollback check close_early backup up close activate",
                  "down services probes post_rollback", "open?"),
@@ -8299,7 +8694,7 @@ ORDER = {
 WAY_BACK = "pre_rollback? activate down services probes post_rollback?"
 
 # What the history calls an operation that went through.
-RESULTS = {"stage": "staged", "deploy": "deployed", "activate": "activated",
+RESULTS = {"stage": "staged", "deploy": "deployed", "sync": "synced", "activate": "activated",
            "rollback": "rolled_back", "prune": "pruned", "pin": "pinned", "unpin": "unpinned",
            "adopt": "adopted", "hold": "held", "unhold": "unheld", "flags": "flagged",
            "recover": "recovered"}
@@ -8439,7 +8834,7 @@ def choose_rollback(facts: Facts) -> Record:
 def is_under_way(journal: Optional[Journal], live: Optional[str]) -> bool:
     """Say whether a deployment had switched and came to no verdict: `rollback` is one."""
     return journal is not None and live == journal.to_release and \
-        journal.operation in ("deploy", "activate") and journal.phase != PHASE_ROLLING_BACK
+        journal.operation in ("deploy", "sync", "activate") and journal.phase != PHASE_ROLLING_BACK
 
 
 # -- the planner -------------------------------------------------------------
@@ -8452,12 +8847,12 @@ def plan_operation(facts: Facts) -> Plan:
     asked, live = facts.request, facts.current.release
     operation, artifact = asked.command, facts.artifact
     nothing_to_do, release = False, live or ""
-    if operation in ("deploy", "stage"):
+    if operation in ("deploy", "stage", "sync"):
         if artifact is None:
             raise facts.refusal or UsageError("no artifact was given", "name one: deploy ARTIFACT")
         release = artifact.release or new_release_id(facts, artifact.version)
         nothing_to_do = bool(artifact.release) and (operation == "stage" or release == live)
-        if operation == "deploy" and nothing_to_do and facts.records[release].failure:
+        if operation != "stage" and nothing_to_do and facts.records[release].failure:
             raise ArtifactRefused(*bad_refusal(facts.records[release]))
     elif operation == "adopt":
         release = asked.release if asked.release != "current" else live or ""
@@ -9713,7 +10108,7 @@ def abort(run: Run, plan: Plan, journal: Journal) -> str:
 
     That it was tried counts, and is noted, where it comes to a `down`, which may fail each time.
     """
-    made_here = journal.operation in ("deploy", "stage")
+    made_here = journal.operation in ("deploy", "stage", "sync")
     sealed = made_here and run.store.status(f"{RECORDS}/{journal.to_release}.json")
     executor = Executor(run, plan, journal)
     for step in reversed(plan.steps):
@@ -9735,9 +10130,9 @@ def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
     if not last or last[0].deploy_id != journal.deploy_id:
         return ""
     result, forward, back = last[0].result, journal.to_release, journal.from_release
-    ends = {"deployed": forward, "activated": forward, "left_live": forward, "staged": live,
+    ends = {"deployed": forward, "synced": forward, "activated": forward, "left_live": forward,
             "rolled_back": back if last[0].automatic else forward, "recovered": live,
-            "reverted": back, "failed": back, "refused": back, "aborted": back}
+            "staged": live, "reverted": back, "failed": back, "refused": back, "aborted": back}
     return result if result in ends and ends[result] == live else ""
 
 
@@ -10062,10 +10457,10 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
 
 def close_root(run: Run) -> None:
     """Close the artifact and the root."""
-    for opened in (run.artifact, run.store):
+    for opened in (run.artifact, run.store, run.cache):
         if opened is not None:
             opened.close()
-    run.artifact = run.store = None
+    run.artifact = run.store = run.cache = None
 
 
 def is_untouched(run: Run) -> bool:
@@ -10084,21 +10479,24 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
     flags, asked = run.flags, getattr(run.flags, "artifact", None) or ""
     if run.note:
         run.outcome.extra["note"] = run.note
+    flags.dry_run = flags.dry_run or flags.check
     if is_untouched(run):
-        if flags.command not in ("deploy", "stage", "adopt"):
+        if flags.command not in ("deploy", "stage", "adopt", "sync"):
             raise UsageError(f"nothing was ever deployed to {run.root}",
                              "name another root: --root DIR; or deploy or adopt something first")
         if not flags.dry_run and flags.command != "adopt":
             # Before a root is made, everything else must be right: it may be a slip of the pen.
             with looking(run, must_exist=False):
                 facts = observe(run, locked=True, artifact=asked)
-                run.plan = None if facts.refusal else plan_operation(facts)
+                run.plan = plan_operation(facts) if facts.artifact else None
                 preflight(run, show=False)
             run.facts = run.plan = None
     opened = changing(run, recover_first=recover_first)
     if flags.dry_run:
         opened = looking(run, must_exist=False)
     with opened:
+        if flags.command == "sync":
+            asked = find_new(run)
         facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken and recover_first:
@@ -10114,6 +10512,55 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
                     step.do(run)
         elif plan.steps + plan.last:
             Executor(run, plan).execute()
+            try:
+                if run.cache:
+                    run.store.directory(".deploy").remove_tree("cache")
+            except OSError as error:  # what is live is not undone by it; the next run tries again
+                run.console.warn(f"{CACHE} could not be emptied: {reason(error)}")
+
+
+def find_new(run: Run) -> str:
+    """Choose what the source wants live, and fetch it where it is not; returns where it lies."""
+    flags, store, source = run.flags, run.store, run.settings.source
+    if not source.url:
+        raise UsageError("there is no source to fetch from", "name it: [source] url")
+    facts = observe(run, locked=not flags.dry_run)
+    if not flags.dry_run:
+        run.cache = store.directory(".deploy").child("cache", make=True)
+        with suppress(PermissionError):  # another member's, who gave it
+            give_to_group(run.cache.descriptor, store.group)
+    seen = look(run)
+    offer, live = run.offer, facts.release(facts.current.release or "")
+    is_here = offer.path.startswith("/")
+    run.facts = facts._replace(artifact=offer)
+    flags.sha256, flags.release_version = offer.sha256, offer.version
+    if source.index.endswith(".json") or source.order == "uapi":
+        flags.allow_downgrade = True  # its sequence guards, and a channel may point back
+    for name in os.listdir(run.cache.descriptor) if run.cache else ():
+        if not name.startswith(offer.sha256):
+            run.cache.discard(name)
+    if live and live.sha256 == offer.sha256:
+        offer.release = live.id
+        return ""
+    bad, refused = refused_record(facts, offer.sha256), seen.get("refused") or {}
+    if bad and not flags.force:
+        raise ArtifactRefused(*bad_refusal(bad))
+    if refused.get("sha256") == offer.sha256 and not flags.force:
+        raise ArtifactRefused(refused["reason"], "publish it again, with its index")
+    if flags.check:
+        raise ProblemFound(f"{offer.version} is new: {offer.path}",
+                           f"deploy it: {run.settings.command_line('sync')}")
+    if flags.dry_run or is_here:
+        return offer.path if is_here else ""
+    run.plan = plan_operation(run.facts)
+    preflight(run, show=False)
+    try:
+        return bring(run)
+    except ArtifactRefused as error:
+        store.directory(".deploy").remove_tree("cache")
+        remember(run, seen, refused={"sha256": offer.sha256, "reason": error.message,
+                                     "at": format_time(time.time())})
+        raise
 
 
 def describe_ends(run: Run, plan: Plan) -> None:
@@ -10204,7 +10651,7 @@ def show_plan(run: Run, plan: Plan) -> None:
 
 
 # What the summary says of the release then.
-MOVED = {"deploy": "is live", "stage": "is staged", "activate": "is live",
+MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate": "is live",
          "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned",
          "adopt": "is known", "hold": "is held", "unhold": "may be replaced again"}
 
@@ -11323,7 +11770,7 @@ def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float,
     is_news = run.outcome.changed or not succeeded or \
         not all(samples.get("deploy_last_deployment_success", {}).values())
     # A recovery that brings one to its end is its verdict.
-    is_deployment = is_news and (command in ("deploy", "activate", "rollback")
+    is_deployment = is_news and (command in ("deploy", "sync", "activate", "rollback")
                                  or command == "recover" and run.outcome.result)
     key = label(run, command=command)
     for family in ("run", "deployment") if is_deployment else ("run",):
@@ -11634,7 +12081,7 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
 
 # -- all of it -------------------------------------------------------------------
 
-WRITING = ("deploy", "stage", "activate", "rollback", "prune", "pin", "unpin", "adopt",
+WRITING = ("deploy", "sync", "stage", "activate", "rollback", "prune", "pin", "unpin", "adopt",
            "hold", "unhold", "flags", "recover")
 
 
@@ -11690,6 +12137,7 @@ COMMANDS = {
     "verify": command_verify, "status": command_status, "releases": command_releases,
     "history": command_history, "show": command_show, "diff": command_diff, "logs": command_logs,
     "prune": command_prune, "pin": command_move, "unpin": command_move, "adopt": command_move,
+    "sync": command_move,
     "hold": command_move, "unhold": command_move, "flags": command_flags,
     "report": command_report, "approve": command_approve, "attest": command_attest,
     "maintenance": command_maintenance,
@@ -11765,8 +12213,8 @@ def build_parser(names: Iterable[str]) -> Parser:
     common = Parser()
     group = common.add_argument_group("global options, before or after the command")
     group.add_argument("-h", "--help", action="help", help="show how it is used")
-    group.add_argument("--version", action="version", version=f"deploy.py {VERSION}",
-                       help="show the version")
+    version = group.add_argument("--version", action="version", version=f"deploy.py {VERSION}",
+                                 help="show the version")
     for flag in FLAGS:
         if not flag.commands:
             add_flag(group, flag)
@@ -11782,10 +12230,12 @@ def build_parser(names: Iterable[str]) -> Parser:
         text, example = COMMAND_HELP[name]
         text = text.replace("`", "")
         command = commands.add_parser(
-            name, parents=[common], help=text, usage=f"deploy.py [global options] {usage}",
+            name, parents=[common], conflict_handler="resolve", help=text,
+            usage=f"deploy.py [global options] {usage}",
             description=f"{text[0].upper()}{text[1:]}\n\nexample:\n  deploy.py {example}")
         for flag in own:
             add_flag(command, flag)
+        version.option_strings = ["--version"]  # sync's own has taken its name away
     return parser
 
 
@@ -11793,7 +12243,8 @@ def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
     for word in itertools.takewhile(lambda word: word not in COMMANDS, argv):
         name = word.partition("=")[0]
-        if name[:1] == "-" and any(name in flag.names and flag.commands for flag in FLAGS):
+        if name[:1] == "-" and name != "--version" and any(
+                name in flag.names and flag.commands for flag in FLAGS):
             raise UsageError(f"{name} stands before the command; write it behind",
                              "deploy.py COMMAND --help shows what a command takes")
     # Making all parsers takes a third of a short run; --help alone needs those that are not named.
@@ -12048,7 +12499,7 @@ def check_settings(settings: Settings) -> None:
     wrong = " ".join(mistake.message for mistake in mistakes)
     for check_all, is_needed in (
             (check_size_of_commands, True), (services_in_order, settings.service),
-            (verifier_of, settings.signature.given)):
+            (verifier_of, settings.signature.given), (check_source, settings.source.given)):
         try:
             if is_needed:
                 check_all(settings)
@@ -12107,6 +12558,8 @@ def place_problem(settings: Settings, template: Any) -> str:
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     """Tell the console every private value, before a hook or a server can show it."""
     receivers = [*settings.probe.values(), *settings.notify.values()]
+    if settings.source.given:
+        receivers.append(settings.source)
     named = [(name, environment(name)) for name in environment_names()
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
     for values in [settings.env, settings.vars, *[receiver.header for receiver in receivers]]:

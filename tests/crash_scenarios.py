@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from crashes import (Call, QuickApp, Saved, damaged_files, find_call, inject, kill_at, record_calls, recover_and_judge,
                      script, unchanged_part)
-from support import FAILURES, App, Result
+from support import FAILURES, App, Result, sha256_of
 
 KILL = "/bin/sh -c 'kill -9 $PPID'"
 FAILS_FOR_1_2 = "/bin/sh -c 'test $DEPLOY_VERSION != 1.2'"
@@ -140,6 +140,19 @@ def stage(app: App) -> List[Any]:
     return ["stage", app.artifact("1.2")]
 
 
+def sync(app: App) -> List[Any]:
+    """A release is found in a directory with an index, where an older one was seen."""
+    app.artifact("1.1")
+    follow = f"[artifact]\nmatch = myapp-@v.tar.gz\n[source]\nurl = {app.directory / 'artifacts'}\n"
+    app.configure(follow)
+    for versions in (["1.1"], ["1.1", "1.2"]):
+        lines = [f"{sha256_of(app.artifact(version))}  myapp-{version}.tar.gz\n" for version in versions]
+        (app.directory / "artifacts" / "SHA256SUMS").write_text("".join(lines))
+        if versions == ["1.1"]:
+            app.run("sync", check=0)
+    return ["sync"]
+
+
 def activate(app: App) -> List[Any]:
     """A staged release goes live."""
     app.deploy("1.1")
@@ -224,6 +237,7 @@ SCENARIOS = {
     "deploy-failing": Scenario(failing, "1.1", ["1.1"], 5, "1.2"),
     "deploy-first-failing": Scenario(first_failing, None, [None], 5, "1.2"),
     "stage": Scenario(stage, "1.1", ["1.1"]),
+    "sync": Scenario(sync, "1.1", ["1.2", "1.1"]),
     "activate": Scenario(activate, "1.1", ["1.2", "1.1"]),
     "rollback": Scenario(rollback, "1.1", ["1.0", "1.1"]),
     "prune": Scenario(prune, "1.3", ["1.3"]),

@@ -206,8 +206,8 @@ def test_the_example_shows_every_option_with_its_default(tmp_path: Path) -> None
 
 
 def test_the_uncommented_plain_sections_still_mean_the_defaults(tmp_path: Path) -> None:
-    # [probe:NAME] and its like are left out: they must say what to probe.
-    plain = re.sub(r"(?ms)^\[\w+:NAME\].*?(?=^\[|\Z)", "", uncommented())
+    # [probe:NAME] and its like are left out, which must say what to probe, and keys that the operator names.
+    plain = re.sub(r"(?ms)^\[\w+:NAME\].*?(?=^\[|\Z)|^\w+\.NAME =.*?$", "", uncommented())
     path = tmp_path / "deploy.ini"
     path.write_text(plain, encoding="utf-8")
     settings, defaults = deploy.load_settings([str(path)], {}, []), deploy.load_settings([], {}, [])
