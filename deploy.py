@@ -3747,11 +3747,6 @@ class PublicKey(NamedTuple):
         prefix = signature[:32] + self.numbers if self.kind == "ed25519" else b""
         return hashlib.new(name or _KINDS[self.kind][0], prefix + message)
 
-    def told(self, scheme: str, signer: str = "", at: Any = None) -> Json:
-        """Return what is kept of a signature by this key."""
-        return {"scheme": scheme, "signer": signer or self.fingerprint, "key": self.fingerprint,
-                "at": at}
-
     def holds(self, signature: Any, hasher: Any) -> bool:
         """Say whether it signed what was hashed; ValueError or IndexError for no signature."""
         digest, number = hasher.digest(), int.from_bytes(hasher.digest(), "big")
@@ -3811,13 +3806,10 @@ def read_signers(path: str) -> Iterator[Any]:
 
 
 class Verification(NamedTuple):
-    """A signature that is being verified: it is fed the bytes once, and says who signed them.
-
-    A claim is what to say, a hash to be fed, and what tells of that whether it is true.
-    """
+    """A signature that is being verified: it is fed the bytes once, and says who signed them."""
 
     name: str
-    claims: Any
+    claims: Any  # what to say, a hash to be fed, and what tells of that whether it is true
     sizes: List[int]
 
     def feed(self, chunk: Any) -> None:
@@ -3831,7 +3823,7 @@ class Verification(NamedTuple):
         for found, hasher, is_true, *_ in self.claims:
             with suppress(ValueError, LookupError):
                 if is_true(hasher):
-                    return dict(found)
+                    return dict(zip(("scheme", "signer", "key", "at", "of"), found))
         raise ArtifactRefused(f"{self.name}: no known key signed these bytes", SUSPECT)
 
 
@@ -3864,8 +3856,8 @@ class Verifier:
                 claims = self.statements(signature)
             else:
                 data = read_base64(signature)
-                claims = [(key.told("cosign"), key.begin(data), partial(key.holds, data))
-                          for key in self.keys if not key.id]
+                claims = [(("cosign", key.fingerprint, key.fingerprint, None), key.begin(data),
+                           partial(key.holds, data)) for key in self.keys if not key.id]
             if not claims:
                 raise ValueError("no known key makes such a signature")
         return Verification(name, claims, sizes)
@@ -3886,8 +3878,9 @@ class Verifier:
                         statement = json.loads(payload.decode())
                         digests = [subject["digest"].get("sha256")
                                    for subject in statement["subject"]]
-                        found.append((key.told("dsse"), hashlib.sha256(), lambda hasher, of=digests:
-                                      hasher.hexdigest() in of, statement))
+                        found.append((
+                            ("dsse", key.fingerprint, key.fingerprint, None), hashlib.sha256(),
+                            lambda hasher, of=digests: hasher.hexdigest() in of, statement))
         return found
 
     def _minisign(self, signature: bytes, sizes: Any) -> Any:
@@ -3914,7 +3907,8 @@ class Verifier:
             return key.holds(value, hasher) and bool(is_hashed or sum(sizes) != 64)
 
         at = format_time(int(moment.group(1))) if moment else None
-        return key.told("minisign" if last else "signify", signer, at), hasher, is_true
+        scheme = "minisign" if last else "signify"
+        return (scheme, signer, key.fingerprint, at), hasher, is_true
 
     def _ssh(self, signature: bytes) -> Any:
         blob = read_base64(_ARMOR.match(signature).group(2))  # type: ignore
@@ -3945,7 +3939,8 @@ class Verifier:
                      if fits(name, patterns)]
             if fingerprint == key.fingerprint and names and since <= now <= (until or "9") \
                     and fits(self.namespace, namespaces or "*"):
-                return key.told("ssh", names[0]), hashlib.new(algorithm.decode()), is_true
+                hasher = hashlib.new(algorithm.decode())
+                return ("ssh", names[0], fingerprint, None), hasher, is_true
         raise ValueError(f"allowed_signers does not let {key.fingerprint} sign this")
 
 
@@ -4216,7 +4211,7 @@ class Artifact(Descriptor):
         signature = read_file(self.signature_file, MAX_SIDECAR_BYTES, self.links)
         begin: Any = partial(verifier_of(settings).begin, signature, name)
         if not wanted.keys and not wanted.allowed_signers:
-            claim = {"scheme": "command", "signer": wanted.command[0], "key": None, "at": None}
+            claim = "command", wanted.command[0], None, None
             begin = lambda: Verification(name, [(claim, hashlib.sha256(), bool)], [])
         verification = begin()
         if not sums:
@@ -4227,7 +4222,7 @@ class Artifact(Descriptor):
         if len(digests) != 1:
             raise ValueError(f"SHA256SUMS does not list {self.name} once")
         verification.feed(self.listing)
-        listed = dict(verification.finish(), of="SHA256SUMS")
+        listed = (*verification.finish().values(), "SHA256SUMS")
         return lambda: Verification(f"{name}: SHA256SUMS has another digest", [
             (listed, hashlib.sha256(), lambda hasher: hasher.hexdigest() == digests[0])], [])
 
@@ -6122,7 +6117,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
         return result
     hint = "its output says why; correct the command or the release, then run this again"
     if result.timed_out:
-        hint = "find out what it waits for, or give it more time with `timeout`"
+        hint = "find out what it waits for, or give it more time where there is a `timeout`"
     elif result.exit_code in (126, 127):
         hint = how_to_run(argv[0], directory)
     last = ": ".join(["", *result.tail[-1:]])
@@ -9025,6 +9020,8 @@ def do_unpack(run: Run) -> str:
     counts, shared = count_members(run.manifest), ""
     if sharer and sharer.shared_files:
         shared = f", {sharer.shared_files:,} shared with {live}"
+    if run.artifact.signature:
+        shared += f", signed by {run.artifact.signature['signer']}"
     return f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}{shared}"
 
 
