@@ -17,7 +17,7 @@ from support import App, Result, file, load_deploy, snapshot, start_deploy, wait
 
 # What a release brings: each version makes a table of its own, and notes it.  It tells what ran where, and what was live then.
 PROGRAM = f"""#!{sys.executable} -I
-import os, sqlite3, sys
+import json, os, sqlite3, sys
 word, version, live = sys.argv[1], os.environ["DEPLOY_VERSION"], os.environ["DEPLOY_CURRENT_PATH"] + "/VERSION"
 live = open(live).read().strip() if os.path.exists(live) else "-"
 own = open("VERSION").read().strip()
@@ -31,6 +31,8 @@ if word == "backup" and not fails:
         backup.write("\\n".join(data.iterdump()))
     print("saved", backup.name)
 if word == "up":
+    noted = json.load(open(os.environ["DEPLOY_ROOT"] + "/.deploy/journal.json"))["migration"]
+    assert noted["up"] and noted["group"] == os.getpgrp(), "noted before it starts"
     data.execute(f'CREATE TABLE "of {{version}}" (id INTEGER)')
     data.commit()
     if "HANGS" in os.environ:
