@@ -2126,6 +2126,8 @@ timeout           limit      30s     longest time to wait for an answer, and for
 min_rate          size       1k      fewer bytes a second than this, over timeout, end a try
 max_age           duration   -       longest time since the index was signed
 insecure          bool       no      allow http; only where a configuration file says so
+git               text       -       repository to take a commit of, instead of an index
+ref               text       main    its branch, or tags (refs/tags/v*) of which the newest counts
 
 [notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
 type  webhook|slack|teams|discord|email|command  webhook  how it is told
@@ -2777,7 +2779,7 @@ LEFTOVERS = {
     "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
     TREES: _TEMPORARY, "": _TEMPORARY.replace(".*", "current"),
     ".deploy": _TEMPORARY + r"|staging\Z|history\.head\Z",
-    CACHE: r"(?![0-9a-f]{64}\.(?:part|etag)\Z)"}
+    CACHE: r"(?!(?:[0-9a-f]{40}|[0-9a-f]{64})\.(?:part|etag)\Z)"}
 # Set aside for the day when the disk is full, as long as so many times as much is free.
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
@@ -7369,6 +7371,7 @@ def judge_by_command(run: Run, found: Any) -> Finding:
 # ============================================================================
 
 MAX_INDEX_BYTES = 2 << 20  # kept in source.json, where a byte may take six
+GIT_SECONDS = 3600.0
 _MOMENT = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z)?"  # RFC 3339: such texts sort by time
 
 
@@ -7376,7 +7379,7 @@ class Offer(Artifact):
     """An artifact as the source tells of it, whose bytes may not be here yet."""
 
     exact = counted = withdrawn = False
-    format, size_bytes, given = "not fetched yet", 0, ""
+    format, size_bytes, given, ref = "not fetched yet", 0, "", ""
 
     def __init__(self, **told: Any) -> None:
         vars(self).update(told)
@@ -7392,7 +7395,8 @@ def check_source(settings: Settings) -> None:
         for is_wrong, what in (
                 (source.channel and not is_json, "channel needs an index in JSON"),
                 (settings.signature.command, "[signature] command verifies no index: keys do"),
-                (not is_json and not settings.artifact.match,
+                (source.url and source.git, "url and git are two sources: leave one"),
+                (source.url and not is_json and not settings.artifact.match,
                  "index = SHA256SUMS needs [artifact] match, which tells the version"),
                 (source.insecure and not in_file, "insecure counts in a configuration file alone"),
                 (is_http and not source.insecure, "url: expected https://HOST/..."),
@@ -7635,7 +7639,7 @@ def choose(run: Run, head: Dict[str, Any], offers: List[Offer], seen: Dict[str, 
             (fitting and best.version == last["version"] and best.sha256 != last["sha256"],
              f"has other bytes of {best.version} than before")):
         if wrong:
-            raise ArtifactRefused(f"the index of {source.url} {what}",
+            raise ArtifactRefused(f"the index of {source.git or source.url} {what}",
                                   "publish a new one; to take what is there now: "
                                   f"rm {run.root}/{SOURCE}")
     return best
@@ -7644,17 +7648,17 @@ def choose(run: Run, head: Dict[str, Any], offers: List[Offer], seen: Dict[str, 
 def look(run: Run) -> Dict[str, Any]:
     """Find out what the source wants live, which run.offer is then; returns what is seen of it."""
     source, seen = run.settings.source, run.store.load_json(SOURCE) if run.store else {}
-    own = {"url": source.url, "index": source.index,
+    own = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
            "channel": source.channel, "prereleases": source.prereleases}
     if seen != seal(seen) or {key: seen.get(key) for key in own} != own:
         seen = own
-    signed = read_source(run, seen)
-    head, offers = read_index(run, seen["text"])
+    signed = None if source.git else read_source(run, seen)
+    head, offers = list_refs(run) if source.git else read_index(run, seen["text"])
     head["signed_at"] = (signed or {}).get("at") or ""
     run.offer = offer = choose(run, head, offers, seen)
     offer.signature, offer.signature_file = signed, source.index if signed else ""
-    digest = hashlib.sha256(seen["text"].encode("latin-1")).hexdigest()
-    if digest != seen.get("index_sha256"):
+    digest = hashlib.sha256(seen.get("text", "").encode("latin-1")).hexdigest()
+    if source.git or digest != seen.get("index_sha256"):
         seen["refused"] = {}
     if not run.flags.version:
         seen["newest"] = {"version": offer.version, "sha256": offer.sha256,
@@ -7669,11 +7673,11 @@ def bring(run: Run) -> str:
 
     ArtifactRefused where it is another than the index says.
     """
-    offer, files = run.offer, []
+    offer, stem, files = run.offer, run.offer.sha256, []
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with ExitStack() as stack:
         for kind in ("part", "etag"):
-            files.append(os.open(f"{offer.sha256}.{kind}", flags, run.store.file_mode,
+            files.append(os.open(f"{stem}.{kind}", flags, run.store.file_mode,
                                  dir_fd=run.cache.descriptor))
             stack.callback(os.close, files[-1])
 
@@ -7681,6 +7685,9 @@ def bring(run: Run) -> str:
             offsets = range(0, os.fstat(files[0]).st_size, BLOCK_BYTES)
             return hash_pieces(os.pread(files[0], BLOCK_BYTES, offset) for offset in offsets).hex()
 
+        if offer.ref:
+            archive(run, f"{stem}.part")
+            offer.sha256 = run.flags.sha256 = sha256()
         actual, status = sha256(), 206
         while actual != offer.sha256 and status == 206:  # what came in one piece is what there is
             status = fetch(run, offer.path, files=files)["status"]
@@ -7692,7 +7699,66 @@ def bring(run: Run) -> str:
         if actual != offer.sha256:
             raise ArtifactRefused(f"checksum mismatch for {offer.name}: its SHA-256 is {actual}, "
                                   f"the index says {offer.sha256}", "publish both again")
-    return f"{run.root}/{CACHE}/{offer.sha256}.part"
+    return f"{run.root}/{CACHE}/{stem}.part"
+
+
+def git(run: Run, *words: str) -> List[str]:
+    """Run git in the cache, where it can ask nobody for a password; returns what it prints."""
+    lines: List[str] = []
+    place = f"/proc/{os.getpid()}/fd/{run.cache.descriptor}" if run.cache else "/"
+    result = run_command(["git", *words], interrupts=run.interrupts, directory=place,
+                         environ=dict(base_environment(), GIT_TERMINAL_PROMPT="0"),
+                         timeout_seconds=GIT_SECONDS, on_line=lines.append)
+    if not result.ok:
+        raise DeployError(f"git {' '.join(words)} {result.verdict()}: {' '.join(lines[:2])}",
+                          "see [source] git and ref, and whether this user may read there")
+    return lines
+
+
+def list_refs(run: Run) -> Tuple[Dict[str, Any], List[Offer]]:
+    """Ask the repository what ref names; until it is here, the commit stands for the digest."""
+    from fnmatch import fnmatchcase
+    source, offers = run.settings.source, []
+    ref = source.ref if source.ref.startswith("refs/") else f"refs/heads/{source.ref}"
+    lines = [line.split("\t") for line in git(run, "ls-remote", "--", source.git, ref)]
+    commits = {words[1]: words[0] for words in lines if len(words) == 2}
+    for name in commits:
+        version = name[len("refs/tags/"):] if ref.startswith("refs/tags/") else commits[name][:12]
+        if fnmatchcase(name, ref) and _VERSION.match(version):
+            commit = commits.get(name + "^{}", commits[name])
+            offers.append(Offer(version=version, sha256=commit, path=f"{source.git}#{commit}",
+                                name=f"{run.application}-{version}.tar", ref=name))
+    is_branch = offers and not ref.startswith("refs/tags/")
+    return {"wanted": offers[0].version if is_branch else ""}, offers
+
+
+def archive(run: Run, file: str) -> None:
+    """Make run.offer's `git archive`, the same bytes on every host, once its signature holds."""
+    offer, wanted = run.offer, run.settings.signature
+    own = ["-C", "git", "-c", "tar.umask=0022", "-c", "core.autocrlf=false", "-c", "core.eol=lf",
+           "-c", "core.attributesFile=/dev/null", "-c", "gpg.program=false",
+           "-c", f"gpg.ssh.allowedSignersFile={wanted.allowed_signers}"]
+    run.cache.remove_tree("git")
+    git(run, "init", "-q", "--bare", "git")
+    git(run, *own, "fetch", "-q", "--depth=1", run.settings.source.git, f"+{offer.ref}:refs/it")
+    found, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
+    offer.built_at = format_time(int(seconds))
+    if found != offer.sha256:
+        raise DeployError(f"{offer.ref} has moved to {found} meanwhile", "run it again")
+    if wanted.verify != "off":
+        kind = git(run, *own, "cat-file", "-t", "refs/it")[0]
+        try:
+            said = " ".join(git(run, *own, f"verify-{kind}", "refs/it"))
+        except DeployError as error:
+            said = error.message
+        good = re.search(r'Good "git" signature for (\S+) with \S+ key (\S+)', said)
+        if not good or wanted.principal and good.group(1) not in wanted.principal:
+            raise ArtifactRefused(f"{offer.path} is not signed by whom [signature] names: {said}",
+                                  "have it signed by one of allowed_signers")
+        offer.signature = {"scheme": "ssh", "signer": good.group(1), "key": good.group(2),
+                           "at": None, "of": kind}
+    git(run, *own, "archive", "--format=tar", "-o", f"../{file}", found)
+    run.cache.remove_tree("git")
 
 
 # ============================================================================
@@ -10519,8 +10585,8 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
 def find_new(run: Run) -> str:
     """Choose what the source wants live, and fetch it where it is not; returns where it lies."""
     flags, store, source = run.flags, run.store, run.settings.source
-    if not source.url:
-        raise UsageError("there is no source to fetch from", "name it: [source] url")
+    if not source.url and not source.git:
+        raise UsageError("there is no source to fetch from", "name it: [source] url, or git")
     facts = observe(run, locked=not flags.dry_run)
     if not flags.dry_run:
         run.cache = store.directory(".deploy").child("cache", make=True)
@@ -10528,14 +10594,17 @@ def find_new(run: Run) -> str:
             give_to_group(run.cache.descriptor, store.group)
     seen = look(run)
     offer, live = run.offer, facts.release(facts.current.release or "")
-    is_here = offer.path.startswith("/")
+    is_here = offer.path.startswith("/") and not offer.ref
+    for record in facts.records.values() if offer.ref else ():
+        if record.artifact["source"] == run.console.secrets.mask(offer.path):
+            offer.sha256 = record.sha256
     run.facts = facts._replace(artifact=offer)
     flags.sha256, flags.release_version = offer.sha256, offer.version
     if source.index.endswith(".json") or source.order == "uapi":
         flags.allow_downgrade = True  # its sequence guards, and a channel may point back
     for name in os.listdir(run.cache.descriptor) if run.cache else ():
         if not name.startswith(offer.sha256):
-            run.cache.discard(name)
+            run.cache.remove_tree(name)
     if live and live.sha256 == offer.sha256:
         offer.release = live.id
         return ""

@@ -756,6 +756,80 @@ def test_a_tick_of_every_host_costs_one_small_request(app: App, origin: Source, 
     assert len(asked) == hosts and {(line[2], line[3]) for line in asked} == {("304", "0")}
 
 
+# -- git ----------------------------------------------------------------------------------
+
+def committed(repository: Path, version: str, *tag: str) -> str:
+    """Commit a version, and tag it; returns the commit."""
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "init.defaultBranch=main"]
+        return subprocess.run([needs("git"), "-C", str(repository), *own, *words], check=True, stdout=subprocess.PIPE,
+                              universal_newlines=True).stdout.strip()
+
+    if not repository.exists():
+        repository.mkdir()
+        git("init", "-q")
+    (repository / "VERSION").write_text(version + "\n")
+    (repository / ".gitattributes").write_text("*.txt eol=crlf\n")
+    git("add", "-A")
+    git("commit", "-q", "-m", version)
+    for words in tag:
+        git("tag", *words.split())
+    return git("rev-parse", "HEAD")
+
+
+def test_a_branch_of_a_repository_and_the_same_digest_on_every_host(app: App, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    follow = f"[source]\ngit = {repository}\n"
+    configure(app, follow)
+    assert "does not appear to be a git repository" in app.run("sync", check=1).data["msg"]
+    commit = committed(repository, "1.0")
+    assert commit[:12] in app.run("-n", "sync", json=False, check=0).stdout
+    app.run("sync", check=0)
+    record = app.record(app.current)
+    assert app.version == "1.0" and record["version"] == commit[:12] and record["built_at"].endswith("Z") and cache(app) == []
+    assert record["artifact"]["source"] == f"{repository}#{commit}"
+    assert app.run("sync", check=0).data["changed"] is False and app.run("sync", "--check", check=0)
+    other = App(tmp_path / "other")
+    configure(other, follow)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".gitconfig").write_text("[core]\nautocrlf = true\n[tar]\numask = 0077\n")
+    other.run("sync", env={"HOME": str(tmp_path / "home")}, check=0)
+    assert other.record(other.current)["artifact"]["sha256"] == record["artifact"]["sha256"]
+    committed(repository, "1.1")
+    app.run("sync", check=0)
+    app.run("rollback", check=0)
+    assert "rolled back from" in refused_once(app)
+
+
+def test_the_newest_tag_of_a_repository(app: App, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    configure(app, f"[source]\ngit = {repository}\nref = refs/tags/v*\n")
+    committed(repository, "1.9", "v1.9", "other-9", "v2.0-rc.1", "vx")
+    committed(repository, "1.10", "-a v1.10 -m ten")
+    app.run("sync", check=0)
+    assert app.version == "1.10" and app.record(app.current)["version"] == "v1.10"
+    subprocess.run(["git", "-C", str(repository), "tag", "-f", "v1.10", "v1.9"], check=True, stdout=subprocess.DEVNULL)
+    assert "other bytes" in refused_once(app)
+
+
+@pytest.mark.parametrize("ref", ["main", "refs/tags/v*"])
+def test_a_commit_or_tag_must_be_signed_where_signatures_are_asked_for(ref: str, app: App, keys: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    configure(app, f"[source]\ngit = {repository}\nref = {ref}\n[signature]\nallowed_signers = {keys}/signers\n")
+    committed(repository, "1.0", "-a v1.0 -m one")
+    assert "not signed" in refused_once(app) and cache(app) == []
+    for name, value in (("gpg.format", "ssh"), ("user.signingkey", str(keys / "ssh.pub")), ("commit.gpgsign", "true"),
+                        ("tag.gpgsign", "true")):
+        subprocess.run(["git", "-C", str(repository), "config", name, value], check=True)
+    committed(repository, "1.1", "-a v1.1 -m two")
+    app.run("sync", check=0)
+    found = app.record(app.current)["artifact"]["signature"]
+    assert (found["scheme"], found["signer"], found["of"]) == ("ssh", "me@example.org", "tag" if "tags" in ref else "commit")
+    configure(app, f"[source]\ngit = {repository}\nref = {ref}\n[signature]\nallowed_signers = {keys}/signers\nprincipal = you@example.org\n")
+    committed(repository, "1.2", "-a v1.2 -m three")
+    app.run("sync", check=4)
+
+
 # -- what the README shows ------------------------------------------------------------------
 
 def example(start: str) -> List[str]:
