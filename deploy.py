@@ -3856,6 +3856,9 @@ class Verifier:
                 claims = [self._ssh(signature)]
             elif signature.startswith(b"{"):
                 claims = self.statements(signature)
+            elif not re.match(rb"[\w+/=\s]+\Z", signature):
+                raise ValueError("it is not minisign's, signify's, SSH's, DSSE, nor base64 of what "
+                                 "openssl or cosign made; any other is for [signature] command")
             else:
                 data = read_base64(signature)
                 claims = [(("cosign", key.fingerprint, key.fingerprint, None), key.begin(data),

@@ -1,5 +1,6 @@
 """[signature]: which file decides, what it means for releases, the command, and what the configuration may say of it."""
 
+import base64
 import os
 import re
 import shutil
@@ -331,6 +332,13 @@ def test_a_signature_answers_for_where_an_artifact_comes_from_and_lets_a_delegat
         app.configure(text + "verify = off\n")
         assert "origin" in app.run("deploy", artifact, "--force", check=3).data["msg"]
         assert "inbox" in run_deploy(*delegated, json=False, check=2).stderr
+
+
+def test_a_signature_of_another_kind_is_told_from_a_damaged_one(app: App) -> None:
+    signed = Signed(app, "openssl-p256")
+    for data in (base64.b64decode(signed.signature), b"-----BEGIN PGP SIGNATURE-----\n\niQEz\n-----END PGP SIGNATURE-----\n", b""):
+        signed.path.write_bytes(data)
+        assert "any other is for [signature] command" in refused(app, signed.artifact)
 
 
 def test_an_unreadable_signature_or_one_that_never_ends_is_refused(mini: Signed) -> None:
