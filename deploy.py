@@ -7957,9 +7957,10 @@ def check_release(run: Run, record: Record) -> Differences:
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", DEPLOY_AGAIN)
     except PermissionError as error:
+        where = error.filename if isinstance(error.filename, (str, bytes)) else "part of it"
         raise StateError(f"{release} cannot be verified: {user_name()} may not read "
-                         f"{portable(os.fsdecode(error.filename))}", "run it as the owner of that "
-                         "file; pack the next artifact with none that its owner alone may read")
+                         f"{portable(os.fsdecode(where))}: {reason(error)}", "run it as the owner "
+                         "of that; pack the next artifact with nothing its owner alone may read")
     # A directory that was made for what is mutable counts no more; what else it holds is told.
     made = {name[:slash.start()] for name in found["added"] if written.match(name)
             for slash in re.finditer("/", name)}
