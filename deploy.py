@@ -142,7 +142,7 @@ finally:
 # ============================================================================
 
 Json = Dict[str, Any]  # an object
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 SCHEMA = 1
 
 EXIT_OK = 0
