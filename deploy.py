@@ -7683,6 +7683,8 @@ def bring(run: Run) -> str:
             files.append(os.open(f"{stem}.{kind}", flags, run.store.file_mode,
                                  dir_fd=run.cache.descriptor))
             stack.callback(os.close, files[-1])
+            with suppress(PermissionError):  # not ours: whoever made it has given it to the group
+                os.fchmod(files[-1], run.store.file_mode)
 
         def sha256() -> str:
             offsets = range(0, os.fstat(files[0]).st_size, BLOCK_BYTES)

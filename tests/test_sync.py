@@ -357,6 +357,9 @@ def test_a_token_goes_to_the_sources_own_host_alone_and_never_to_http(app: App, 
     app.run("sync", check=0)
     assert all("\r\nAuthorization: Bearer open-sesame\r\n" in asked and "\r\nX-Own: mine\r\n" in asked for asked in own.requests)
     assert len(own.requests) == 2 and len(other.requests) == 1 and not re.search("open-sesame|X-Own", other.requests[0])
+    (tmp_path / "source").write_text("from-systemd\n")
+    app.run("sync", env={"CREDENTIALS_DIRECTORY": str(tmp_path)}, check=0)
+    assert "\r\nAuthorization: Bearer from-systemd\r\n" in own.requests.pop()
     assert "open-sesame" not in (app.root / ".deploy" / "history.jsonl").read_text() + (app.root / ".deploy" / "source.json").read_text()
 
 
