@@ -847,6 +847,7 @@ def example(start: str) -> List[str]:
     ("github", "GitHub's releases", "https://github.com"), ("gitlab", "GitLab's", "https://gitlab.example.com"),
     ("s3", "S3,", "https://shop-releases.s3.eu-central-1.amazonaws.com")], ids=["github", "gitlab", "s3"])
 def test_a_source_of_the_readme(kind: str, start: str, url: str, app: App, certificate: Path, tmp_path: Path) -> None:
+    needs("curl"), needs("jq")
     text, shell = example(start)
     tls, work, bin_ = server_tls(certificate), tmp_path / "work", tmp_path / "bin"
     host = Host(kind, tls)
