@@ -7648,8 +7648,8 @@ def choose(run: Run, head: Dict[str, Any], offers: List[Offer], seen: Dict[str, 
     return best
 
 
-def look(run: Run) -> Dict[str, Any]:
-    """Find out what the source wants live, which run.offer is then; returns what is seen of it."""
+def look(run: Run) -> Tuple[Dict[str, Any], Set[str]]:
+    """Find out what the source wants live: run.offer; returns what is seen, and all digests."""
     source, seen = run.settings.source, run.store.load_json(SOURCE) if run.store else {}
     own = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
            "channel": source.channel, "prereleases": source.prereleases}
@@ -7668,7 +7668,7 @@ def look(run: Run) -> Dict[str, Any]:
                           "sequence": head.get("sequence", 0)}
     remember(run, seen, index_sha256=digest, signed_at=head["signed_at"], unmatched=False,
              checked_at=format_time(run.facts.now_seconds))
-    return seen
+    return seen, {offer.sha256 for offer in offers}
 
 
 def bring(run: Run) -> str:
@@ -10598,7 +10598,7 @@ def find_new(run: Run) -> str:
         run.cache = store.directory(".deploy").child("cache", make=True)
         with suppress(PermissionError):  # another member's, who gave it
             give_to_group(run.cache.descriptor, store.group)
-    seen = look(run)
+    seen, listed = look(run)
     offer, live = run.offer, facts.release(facts.current.release or "")
     is_here = offer.path.startswith("/") and not offer.ref
     for record in facts.records.values() if offer.ref else ():
@@ -10609,7 +10609,7 @@ def find_new(run: Run) -> str:
     if source.index.endswith(".json") or source.order == "uapi":
         flags.allow_downgrade = True  # its sequence guards, and a channel may point back
     for name in os.listdir(run.cache.descriptor) if run.cache else ():
-        if not name.startswith(offer.sha256):
+        if name.partition(".")[0] not in listed - {live.sha256 if live else ""}:
             run.cache.remove_tree(name)
     if live and live.sha256 == offer.sha256:
         offer.release = live.id

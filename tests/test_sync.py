@@ -607,9 +607,17 @@ def test_what_does_not_go_live_for_the_hosts_sake_is_not_fetched_twice(app: App,
     app.run("sync", check=1)
     app.run("sync", check=1)
     assert sum("myapp" in line for line in nginx.asked()) == 1 and len(cache(app)) == 2
+    # Another release is newer now: what is here stays for as long as the index has it.
+    origin.add("1.1")
+    origin.sums()
+    app.run("sync", check=1)
+    assert len(cache(app)) == 4
+    origin.sums(f"{sha256_of(origin.directory / 'myapp-1.1.tar.gz')}  myapp-1.1.tar.gz\n")
+    app.run("sync", check=1)
+    assert len(cache(app)) == 2
     follow(app, origin.url, f"tls_ca = {nginx.certificate}")  # type: ignore
     app.run("sync", check=0)
-    assert cache(app) == [] and app.version == "1.0"
+    assert cache(app) == [] and app.version == "1.1"
 
 
 def test_damaged_notes_of_the_source_are_begun_anew(app: App, beside: Source) -> None:
