@@ -2143,6 +2143,7 @@ token_file        private    -       file with a token that is sent as such (Bea
     credential from systemd that has the notifier's NAME goes before it
 header.*          text       -       request header, ${name} as in text (webhook)
 tls_ca            path       -       CAs to trust instead of the system's (webhook and chats)
+proxy   none|environment     none    whether https_proxy and no_proxy count (webhook and chats)
 to                list       -       addresses to write to (email)
 from              text       -       address to write from (email); default: deploy@HOST
 smtp  text  localhost:25             host:port of a mail server that needs no login (email)
@@ -3506,7 +3507,7 @@ class Run:
         if settings.trace.otlp and not self.traceparent:
             self.traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
         self.by = who()
-        self.note = console.secrets.mask(getattr(flags, "message", None) or "")
+        self.note = console.secrets.mask(portable(getattr(flags, "message", None) or ""))
         if getattr(flags, "override", None):
             self.note += console.secrets.mask(f"{self.note and '; '}override: {flags.override}")
         root = settings.deploy.root and os.path.realpath(settings.deploy.root)
@@ -6584,9 +6585,15 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
     """Find the proxy for a URL: `none`, the `environment`'s (https_proxy, no_proxy), or a URL."""
     if choice == "environment":
         from urllib.request import getproxies_environment, proxy_bypass_environment
-        is_direct = proxy_bypass_environment(url.host)
-        choice = "none" if is_direct else getproxies_environment().get(url.scheme, "none")
-    return None if choice == "none" else parse_url(choice)
+        found = getproxies_environment().get(url.scheme)
+        if not found or proxy_bypass_environment(url.host):
+            return None
+        choice = found if "://" in found else f"http://{found}"
+    if choice == "none":
+        return None
+    if not choice.startswith("http://"):  # without its text, which may hold a password
+        raise UsageError("the proxy is none that is spoken to in HTTP", "name an http:// one")
+    return parse_url(choice)
 
 
 COMPARING = "comparing the answer with what is expected"
@@ -7275,6 +7282,17 @@ def is_denied(terms: str, patterns: str) -> bool:
     return bool(terms)
 
 
+def note_built(run: Run, text: Any, *, is_best: bool = True) -> None:
+    """Note when the artifact was built (RFC 3339); what is no such time says nothing."""
+    artifact = run.facts.artifact
+    parts = re.match(r"(\S{10}T\S{8})(?:\.\d+)?(?:Z|([+-])(\d\d):(\d\d))\Z", str(text))
+    if artifact and parts and (is_best or not artifact.built_at):
+        at, sign, hours, minutes = parts.groups("0")
+        ahead_seconds = int(f"{sign}1") * (int(hours) * 60 + int(minutes)) * 60
+        with suppress(ValueError):
+            artifact.built_at = format_time(read_value("moment", f"{at}Z")(0, 1) - ahead_seconds)
+
+
 def judge_sbom(run: Run, found: Any) -> Finding:
     """An SBOM in a signed SHA256SUMS, CycloneDX or SPDX 2, lists nothing that is denied."""
     policy, place, denied, unknown = run.settings.policy, f"{found.path}.cdx.json", [], []
@@ -7291,6 +7309,8 @@ def judge_sbom(run: Run, found: Any) -> Finding:
             if (os.fsencode(os.path.basename(path)), sha256) not in read_digests(listing):
                 raise ValueError(f"{sums} does not list {path} with its digest")
         document = json.loads(data.decode("utf-8"))
+        for path in ("metadata.timestamp", "creationInfo.created"):
+            note_built(run, json_value(data.decode("utf-8"), path)[0], is_best=False)
         parts = list(document["components" if "bomFormat" in document else "packages"])
         for part in parts:
             parts += part.get("components", [])  # come to in their turn
@@ -7334,9 +7354,7 @@ def judge_provenance(run: Run, found: Any) -> Finding:
             for names, allowed in ((builder,), policy.builders), ((source, uri), policy.sources):
                 if allowed and not set(names).intersection(allowed):
                     raise ValueError(f"{names[0]} is none of {', '.join(allowed)}")
-            if run.facts.artifact and built_at:
-                ended = read_value("moment", re.sub(r"\.\d+", "", built_at))
-                run.facts.artifact.built_at = format_time(ended(0, 1))
+            note_built(run, built_at)
             return "ok", f"built by {builder} from {source}", ""
         raise ValueError("no SLSA provenance of v1 or v0.2 in it is about this artifact")
 
@@ -7791,6 +7809,7 @@ class Facts(NamedTuple):
     journal: Optional[Journal]
     holder: Optional[Json]
     hold: Json  # by, note, since, until; empty where nobody holds, or its time is over
+    flags: Json  # of features: what is in shared/flags.json; only for the command
     artifact: Optional[Artifact]
     refusal: Optional[DeployError]
 
@@ -7844,7 +7863,11 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         problems.append(error.message)
     hold: Json = {}
     try:
-        hold = store.load_json(HOLD) if store else {}
+        found = store.load_json(HOLD) if store else {}
+        until = found.get("until") or "9"
+        if found and not (isinstance(found.get("by"), dict) and isinstance(until, str)):
+            raise StateError(f"{store.path}/{HOLD} cannot be read: it says not who or until when")
+        hold = found if until > format_time(time.time()) else {}
     except StateError as error:
         problems.append(error.message)
     names = store.names("releases") if store else []
@@ -7859,8 +7882,8 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         state_problems=problems, on_disk=releases,
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
         journal=journal, holder=lock_holder(store) if store and not locked else None,
-        hold=hold if str(hold.get("until") or "9") > format_time(time.time()) else {},
-        artifact=run.offer, refusal=None)
+        flags=store.load_json(FLAGS_FILE) if store and run.flags.command == "flags" else {},
+        hold=hold, artifact=run.offer, refusal=None)
 
 
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
@@ -9284,7 +9307,8 @@ def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
             activated_at=None, deactivated_at=None, previous=None, by=run.by,
             rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
             pruned_at=None, note=run.note or None,
-            application=run.settings.deploy.application or None, built_at=found.built_at)
+            application=run.settings.deploy.application or None,
+            built_at=found.built_at or (found.signature or {}).get("at"))
         run.store.save(record)
         records[release] = record
         run.facts.on_disk.add(release)
@@ -9638,34 +9662,36 @@ def flag_value(text: str) -> Any:
 
 def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
     """Set feature flags in shared/flags.json, at once: applications read it without a lock."""
-    wanted = {}
-    for text in facts.request.assignments:
+    flags, said = dict(facts.flags), []
+    for text in map(portable, facts.request.assignments):
         name, is_set, value = text.partition("=")
         if not is_set or not re.match(r"[A-Za-z0-9_.-]{1,100}\Z", name):
             raise UsageError(f"{text!r} sets no flag", "write NAME=on, NAME=off, NAME=25%, "
                              "NAME=TEXT, or NAME= to remove it; letters, digits, . _ -")
-        wanted[name] = flag_value(value)
+        if re.search("[\ud800-\udfff]", value):  # other languages read no such JSON
+            raise UsageError(f"{text!r} is not UTF-8", "give it as UTF-8 text")
+        before, after = show_flag(flags.pop(name, None)), show_flag(flag_value(value))
+        if value:
+            flags[name] = flag_value(value)
+        if before != after:
+            said.append(f"{name}: {before} -> {after}")
 
     def write(run: Run) -> str:
-        flags = run.store.load_json(FLAGS_FILE)
-        said = []
-        for name, value in wanted.items():
-            said.append(f"{name}: {show_flag(flags.pop(name, None))} -> {show_flag(value)}")
-            if value is not None:
-                flags[name] = value
         data = json.dumps(flags, indent=2, sort_keys=True).encode("ascii") + b"\n"
         run.store.directory("shared").write("flags.json", data, 0o644)
-        run.outcome.extra["flags"] = flags
+        run.facts = run.facts._replace(flags=flags)
         return ", ".join(said)
 
-    return [Step(word, "set " + ", ".join(facts.request.assignments), write)]
+    return [Step(word, "set " + ", ".join(said), write)] if said else []
 
 
 def show_flag(value: Any) -> str:
-    """Write a feature flag as it is set on the command line."""
-    if isinstance(value, dict):
-        return f"{value.get('percent')}%"
-    return {True: "on", False: "off", None: "none"}.get(value, str(value))
+    """Write a feature flag as it is set on the command line; in JSON what cannot be set there."""
+    if isinstance(value, dict) and list(value) == ["percent"]:
+        return f"{value['percent']}%"
+    if value is None or isinstance(value, bool):
+        return {True: "on", False: "off"}.get(value, "none")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 # word of the table -> what makes its steps, and what must be configured for it
@@ -10944,9 +10970,9 @@ def command_flags(run: Run) -> None:
     if run.flags.assignments:
         transact(run, checks=False)
     else:
-        with looking(run) as store:
-            run.outcome.extra["flags"] = store.load_json(FLAGS_FILE)
-    found = run.outcome.extra.get("flags", {})
+        with looking(run):
+            observe(run, locked=False)
+    found = run.outcome.extra["flags"] = run.facts.flags
     run.outcome.message = count(len(found), "flag")
     if not run.flags.dry_run:
         rows = [(name, show_flag(value)) for name, value in sorted(found.items())]
@@ -11185,6 +11211,7 @@ def command_history(run: Run) -> None:
     if flags.operation and flags.operation not in RESULTS:
         raise UsageError(f"there is no operation {flags.operation!r}",
                          nearest(flags.operation, RESULTS) or f"one of {', '.join(RESULTS)}")
+    nothing = "nothing like that in the history" if entries else "no history yet"
     entries = [entry for entry in entries
                if entry.at >= since and flags.operation in (None, entry.operation)
                and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
@@ -11201,7 +11228,7 @@ def command_history(run: Run) -> None:
         run.outcome.message += f", the newest {len(rows)} of them shown; --limit 0 shows all"
         run.console.say(run.outcome.message)
     headers = ("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY")
-    run.console.result(render_table(headers, rows) if rows else "no history yet")
+    run.console.result(render_table(headers, rows) if rows else nothing)
 
 
 def verify_history(run: Run) -> None:
@@ -11287,29 +11314,38 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
     """
     def seconds(text: str) -> float:
-        return float(read_value("moment", text)(0.0, 1))
+        return float(read_value("moment", re.sub(r"\.[0-9]+", "", text))(0.0, 1))
 
     runs: List[Json] = []
+    by_release: Dict[str, Json] = {}
+    unwell: List[Json] = []
     for entry in entries:
         last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
-        if entry.operation == "rollback" and entry.result == "rolled_back" and \
-                last.get("release") == entry.previous:
-            last["failed"] = True
-        if last.get("failed") and last["well_at"] is None and entry.result in GOES_LIVE and \
-                entry.result not in NEEDED_A_PERSON and entry.deploy_id != last["deploy_id"]:
-            last["well_at"] = entry.at
-        if entry.operation not in ("deploy", "activate", "sync") or not automatic and \
-                entry.result not in ("deployed", "activated", "synced", *NEEDED_A_PERSON):
+        is_broken = entry.result in NEEDED_A_PERSON
+        # What a recovery made of a run has the run's own id.
+        is_end = entry.deploy_id == last.get("deploy_id")
+        left = by_release.get(entry.previous or "")
+        if left and entry.operation == "rollback" and not (automatic or left["failed"]) and \
+                entry.result in ("rolled_back", "left_live"):
+            left["failed"] = True
+            unwell.append(left)
+        if entry.result in GOES_LIVE and not is_broken and (is_end or not automatic):
+            for run in unwell:
+                run["well_at"] = entry.at
+            unwell = []
+        if is_end or entry.operation not in ("deploy", "activate", "sync") or not (
+                automatic or is_broken or entry.result in ("deployed", "activated", "synced")):
             continue
-        switch = [step for step in entry.steps if step.get("name") == "activate"][:1]
-        live_at = str(switch[0].get("started_at") or entry.at) if switch else entry.at
+        switched = [step.get("started_at") for step in entry.steps
+                    if step.get("name") == "activate"]
         runs.append({
-            "at": live_at, "deploy_id": entry.deploy_id, "operation": entry.operation,
-            "result": entry.result, "release": entry.release, "version": entry.version,
-            "failed": automatic or entry.result in NEEDED_A_PERSON,
-            "rework": last.get("failed", False),
-            "well_at": entry.at if automatic else None, "by": entry.by.get("user"),
-            "note": entry.note, "built_at": entry.built_at})
+            "at": str(switched and switched[0] or entry.at), "deploy_id": entry.deploy_id,
+            "operation": entry.operation, "result": entry.result, "release": entry.release,
+            "version": entry.version, "failed": automatic or is_broken,
+            "rework": last.get("failed", False), "well_at": entry.at if automatic else None,
+            "by": entry.by.get("user"), "note": entry.note, "built_at": entry.built_at})
+        by_release[entry.release or ""] = runs[-1]
+        unwell += runs[-1:] if is_broken else []
     runs = [run for run in runs if since <= run["at"] <= until]
     for run in runs:
         live, well, built = [seconds(run[key]) if run[key] else None
@@ -11330,6 +11366,14 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
             "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs),
             "change_fail_rate": rate("failed"), "recovery_seconds": median("recovery_seconds"),
             "lead_seconds": median("lead_seconds"), "rework_rate": rate("rework"), "runs": runs}
+
+
+def refuse_odd_files(*paths: str) -> None:
+    """Raise UsageError for a device or a link: a file that is renamed into place would end it."""
+    for path in paths:
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+            raise UsageError(f"{portable(path)} is no regular file, and would become one",
+                             "name another file: -o FILE")
 
 
 def command_report(run: Run) -> None:
@@ -11358,9 +11402,10 @@ def command_report(run: Run) -> None:
     elif form == "html":
         text = report_page(run.application, found, rows)
     text = run.console.secrets.mask(text)
-    if not flags.output:
+    if flags.output in (None, "", "-"):
         run.console.raw_result(text)
         return
+    refuse_odd_files(absolute(flags.output))
     directory, name = os.path.split(absolute(flags.output))
     try:
         with Directory(os.path.realpath(directory)) as place:
@@ -11578,11 +11623,7 @@ def command_pack(run: Run) -> None:
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory",
                          "name the directory to pack: deploy.py pack DIRECTORY")
-    for path in (target, target.with_name(target.name + ".sha256")):
-        # What is written is renamed into place: a device, or a link to one, would be gone.
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            raise UsageError(f"{portable(str(path))} is no regular file, and would become one",
-                             "name another file: pack -o FILE")
+    refuse_odd_files(str(target), f"{target}.sha256")
     problem = prefix and judge_name(os.fsencode(prefix))[1]
     if problem:
         raise UsageError(f"--prefix {prefix!r}: {problem}",
@@ -11881,10 +11922,10 @@ NOTIFY_GRACE_SECONDS = 0.3  # what a command that was told to end has left befor
 
 # type: the keys of which exactly one must be given, and the others that mean something to it.
 NOTIFIERS = {
-    "webhook": (("url", "url_file"), ("token_file", "header", "tls_ca", "body")),
-    "slack": (("url", "url_file"), ("tls_ca",)),
-    "teams": (("url", "url_file"), ("tls_ca",)),
-    "discord": (("url", "url_file"), ("tls_ca",)),
+    "webhook": (("url", "url_file"), ("token_file", "header", "tls_ca", "proxy", "body")),
+    "slack": (("url", "url_file"), ("tls_ca", "proxy")),
+    "teams": (("url", "url_file"), ("tls_ca", "proxy")),
+    "discord": (("url", "url_file"), ("tls_ca", "proxy")),
     "email": (("to",), ("from", "smtp")),
     "command": (("command",), ()),
 }
@@ -12026,7 +12067,8 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
            for name, value in settings.header.items()}
     if secrets["token_file"]:
         headers["Authorization"] = f"Bearer {secrets['token_file']}"
-    return post(asked, target, headers, SimpleNamespace(header=own, tls_ca=settings.tls_ca), body)
+    return post(asked, target, headers, SimpleNamespace(
+        header=own, tls_ca=settings.tls_ca, proxy=settings.proxy), body)
 
 
 def is_json(body: str) -> bool:

@@ -106,8 +106,10 @@ def test_a_hold_needs_a_reason_ends_by_itself_and_is_told_once(app: App) -> None
 
 
 def test_a_hold_that_is_damaged_stops_deployments_and_no_rollback(app: App) -> None:
-    (app.root / ".deploy" / "hold.json").write_text("{")
-    assert "hold.json cannot be read" in app.run("deploy", app.artifact("1.2"), check=3).data["msg"]
+    for text in ("{", "[]", '{"by": 3}', '{"by": {}, "until": 5}', '{"until": "2020-01-01T00:00:00Z"}'):
+        (app.root / ".deploy" / "hold.json").write_text(text)
+        assert "hold.json cannot be read" in app.run("deploy", app.artifact("1.2"), check=3).data["msg"], text
+        assert "hold.json cannot be read" in app.run("status", check=7).data["msg"], text
     app.run("rollback", check=0)
 
 
@@ -125,6 +127,34 @@ def test_flags_are_set_at_once_and_each_change_is_in_the_history(app: App) -> No
     assert (last["operation"], last["result"], last["note"]) == ("flags", "flagged", "half of them")
     assert last["steps"][0]["detail"] == "old: off -> none, search: 25% -> 50%"
     assert "search    50%" in app.run("flags", json=False, check=0).stdout
+
+
+def test_a_flag_that_is_set_already_is_no_change(app: App) -> None:
+    app.run("flags", "checkout=on", "search=25%", check=0)
+    lines = len(app.history())
+    planned = app.run("-n", "flags", "checkout=off", "search=25%", check=0).data
+    assert planned["plan"][0]["description"] == "set checkout: on -> off" and planned["flags"]["checkout"] is True
+    assert app.run("flags", "checkout=on", "gone=", check=0).data["changed"] is False
+    assert app.run("-q", "flags", "checkout=on", json=False, check=0).stdout == ""
+    assert len(app.history()) == lines
+
+
+def test_flags_that_somebody_else_wrote_are_shown_and_kept(app: App) -> None:
+    path = app.root / "shared" / "flags.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"list": [1, {"a": 2}], "odd": {"percent": 5, "of": "eu"}, "one": 1, "none": null}')
+    shown = app.run("flags", json=False, check=0).stdout
+    assert 'list  [1, {"a": 2}]' in shown and 'odd   {"percent": 5, "of": "eu"}' in shown and "one   1\n" in shown
+    app.run("flags", "one=on", check=0)
+    assert json.loads(path.read_text()) == {"list": [1, {"a": 2}], "odd": {"percent": 5, "of": "eu"}, "one": True, "none": None}
+
+
+def test_a_flag_is_utf8_text_whatever_the_locale(app: App) -> None:
+    for value, code in ((b"\xc3\xa9", 0), (b"\xff", 2)):
+        done = subprocess.run([sys.executable, str(DEPLOY), "--root", str(app.root), "flags", b"name=" + value],
+                              env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert done.returncode == code, done.stderr
+    assert json.loads((app.root / "shared" / "flags.json").read_text()) == {"name": "\u00e9"}
 
 
 @pytest.mark.parametrize("word", ["search", "search=101%", "a b=on", "=on"])
@@ -157,6 +187,7 @@ def test_history_is_filtered_and_says_how_many_there_are(app: App) -> None:
     assert app.run("history", "--operation", "pin", check=0).data["total"] == 1
     assert app.run("history", "--since", "1h", check=0).data["total"] == 4
     assert app.run("history", "--since", "2126-01-01", check=0).data["total"] == 0
+    assert app.run("history", "--operation", "sync", json=False, check=0).stdout == "nothing like that in the history\n"
     assert "did you mean 'deploy'?" in app.run("history", "--operation", "deplyo", check=2).data["error"]["hint"]
     assert "4 entries, the newest 1 of them shown" in app.run("history", "--limit", "1", json=False, check=0).stderr
 

@@ -22,6 +22,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
+import origins
 from archives import entry, tar
 from scenes import Gate
 from support import App, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy, wait_until
@@ -271,6 +272,27 @@ def test_a_command_runs_under_the_rules_for_hooks(app, tmp_path):
     assert environ["DEPLOY_EVENT"] == "deployed" and environ["DEPLOY_HOOK"] == "notify:n0" and environ["TEAM"] == "shop"
     assert environ["DEPLOY_TEXT"] == f"myapp on {os.uname().nodename}: deployed: {app.current} is live"
     assert environ["DEPLOY_RELEASE"] == app.current and "PYTHONPATH" not in environ
+
+
+def test_a_proxy_counts_where_it_is_chosen(app, receive, certificate):
+    plain, secure = receive(), receive(tls=tls(certificate))
+    ways = [(origins.tunnel(peer.http.server_address[1]), peer, kind) for peer, kind in ((plain, "http"), (secure, "https"))]
+    for choice, more, through in (("environment", {}, True), ("environment", {"no_proxy": "127.0.0.1"}, False), ("none", {}, False)):
+        configure(app, *(f"proxy={choice}\nurl = {peer.url}/a\ntls_ca = {certificate}" for _, peer, _ in ways))
+        env = {f"{kind}_proxy": proxy.url.replace("http://", "me:secret@") for proxy, _, kind in ways}
+        before = [len(proxy.requests) for proxy, _, _ in ways]
+        told = [len(peer.posts) for _, peer, _ in ways]
+        data = app.run("deploy", app.artifact(f"1.{len(app.history())}"), env={**env, **more}, check=0).data
+        assert not data["warnings"] and "secret" not in json.dumps(data)
+        assert [len(proxy.requests) - count for (proxy, _, _), count in zip(ways, before)] == [int(through)] * 2
+        assert [len(peer.posts) - count for (_, peer, _), count in zip(ways, told)] == [1, 1]
+    assert ways[0][0].requests[0].startswith(f"POST {plain.url}/a HTTP/1.1") and ways[1][0].requests[0].startswith("CONNECT ")
+
+
+def test_a_proxy_that_speaks_no_http_is_told_without_its_password(app):
+    configure(app, "url = http://127.0.0.1:9/\nproxy = environment")
+    data = app.run("deploy", app.artifact("1.0"), env={"http_proxy": "socks5://me:canary-9@127.0.0.1:9"}, check=0).data
+    assert "the proxy is none that is spoken to in HTTP" in data["warnings"][0] and "canary-9" not in json.dumps(data)
 
 
 def test_a_certificate_is_verified(app, receive, certificate):

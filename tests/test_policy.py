@@ -419,6 +419,19 @@ def test_an_sbom_counts_only_where_a_signed_list_has_it_and_the_artifact(app: Ap
     assert "sbom" in app.run("deploy", artifact, "--override", "because", check=3).data["error"]["message"]
 
 
+@pytest.mark.parametrize("write_sbom, at, built_at", [
+    (cyclonedx, "2026-11-20T12:30:00.5+02:00", "2026-11-20T10:30:00Z"), (spdx, "2026-11-20T10:00:00Z", "2026-11-20T10:00:00Z"),
+    (spdx, "yesterday", None), (cyclonedx, 3, None)])
+def test_an_sbom_says_when_it_was_built_where_nothing_better_does(app: App, pem: Path, write_sbom: Any, at: Any, built_at: Any) -> None:
+    app.configure(f"[signature]\nkeys = {pem}.pub\n[policy]\nsbom = yes")
+    artifact = app.artifact("1.0")
+    sbom = Path(f"{artifact}.{'cdx' if write_sbom is cyclonedx else 'spdx'}.json")
+    sbom.write_text(json.dumps(dict(write_sbom(FINE), metadata={"timestamp": at}, creationInfo={"created": at})))
+    list_signed(pem, artifact, sbom)
+    app.run("deploy", artifact, check=0)
+    assert app.record(app.current)["built_at"] == app.history()[-1]["built_at"] == built_at
+
+
 def provenance(artifact: Path, pem: Path, version: str, builder: str, uri: str, **more: Any) -> None:
     """Write signed SLSA provenance beside the artifact."""
     digest = more.get("sha256") or hashlib.sha256(artifact.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, List
 from xml.etree import ElementTree
@@ -65,6 +66,35 @@ def test_one_that_needed_a_person_has_not_recovered_until_something_goes_live(re
     assert measured(broken, entry(2, "deploy", "deployed", "b", "a"))["recovery_seconds"] == 86400 + 3600
 
 
+def test_one_that_a_person_left_after_another_had_failed_is_found_all_the_same() -> None:
+    found = measured(entry(1, "deploy", "deployed", "a"), entry(2, "deploy", "rolled_back", "b", "a", automatic=True),
+                     entry(3, "rollback", "left_live", "z", "a", exit_code=6), entry(4, "activate", "activated", "y", "z"))
+    assert [run["failed"] for run in found["runs"]] == [True, True, False]
+    assert [run["recovery_seconds"] for run in found["runs"]] == [3 * 86400 + 3600, 3600, None]
+
+
+def test_a_rollback_that_was_taken_back_fails_nothing() -> None:
+    found = measured(entry(1, "deploy", "deployed", "a"), entry(2, "rollback", "rolled_back", "z", "a", automatic=True, exit_code=5))
+    assert found["failed"] == 0
+
+
+def test_all_that_needed_a_person_have_recovered_together_and_by_no_way_back() -> None:
+    broken = [entry(1, "deploy", "left_live", "a"), entry(2, "deploy", "rollback_failed", "b", "a"),
+              entry(3, "deploy", "rolled_back", "c", "a", automatic=True)]
+    assert [run["well_at"] for run in measured(*broken)["runs"]] == [None, None, DAY.format(3)]
+    found = measured(*broken, entry(4, "recover", "recovered", "a"))
+    assert [run["well_at"] for run in found["runs"]] == [DAY.format(4), DAY.format(4), DAY.format(3)]
+
+
+def test_a_run_and_what_a_recovery_made_of_it_are_one_deployment() -> None:
+    found = measured(entry(1, "deploy", "rollback_failed", "a"), entry(2, "deploy", "rolled_back", "a", automatic=True, deploy_id="run1"))
+    assert (found["deployments"], found["failed"], found["recovery_seconds"]) == (1, 1, 86400 + 3600)
+
+
+def test_a_build_may_have_ended_within_a_second() -> None:
+    assert measured(entry(1, "sync", "synced", "a", built_at=DAY.format(1).replace("10:00:00", "08:00:00.125")))["lead_seconds"] == 3600
+
+
 def test_lead_time_is_the_median_from_build_to_live() -> None:
     runs = [entry(day, "deploy", "deployed", str(day), built_at=DAY.format(day).replace("10:", hour))
             for day, hour in ((1, "08:"), (2, "07:"), (3, "05:"))]
@@ -119,3 +149,13 @@ def test_the_page_is_whole_by_itself(app: App, tmp_path: Path) -> None:
     (["-o", "/nonexistent/report.html"], "cannot write")])
 def test_a_report_that_is_mistyped_is_usage(words: List[str], said: str, app: App) -> None:
     assert said in app.run("report", *words, check=2).data["msg"]
+
+
+def test_a_report_ends_no_device_and_no_link(app: App, tmp_path: Path) -> None:
+    link, fifo = tmp_path / "link", tmp_path / "fifo"
+    link.symlink_to(fifo)
+    os.mkfifo(fifo)
+    for path in (link, fifo):
+        assert "is no regular file" in app.run("report", "-o", path, check=2).data["msg"]
+    assert link.is_symlink() and fifo.is_fifo()
+    assert "deployments" in app.run("report", "-o", "-", json=False, check=0).stdout

@@ -34,6 +34,7 @@ def test_what_a_tool_signed_goes_live_and_what_was_changed_in_ten_ways_does_not(
     result = app.run("deploy", signed.artifact, check=0)
     found = app.record(app.current or "")["artifact"]["signature"]
     assert found == result.data["artifact"]["signature"] and set(found) == {"scheme", "signer", "key", "at", "of"}
+    assert app.record(app.current or "")["built_at"] == app.history()[-1]["built_at"] == found["at"]  # for want of better
     assert (found["scheme"], found["of"]) == (signed.scheme, "artifact") and found["key"].startswith("SHA256:")
     # The bytes, with a digest that agrees with them.
     signed.artifact.write_bytes(signed.artifact.read_bytes() + b"\0")
