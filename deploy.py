@@ -2780,6 +2780,7 @@ LEFTOVERS = {
     "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
     TREES: _TEMPORARY, "": _TEMPORARY.replace(".*", "current"),
     ".deploy": _TEMPORARY + r"|staging\Z|history\.head\Z",
+    "shared": _TEMPORARY.replace(".*", "flags.json"),
     CACHE: r"(?!(?:[0-9a-f]{40}|[0-9a-f]{64})\.(?:part|etag)\Z)"}
 # Set aside for the day when the disk is full, as long as so many times as much is free.
 RESERVE_BYTES = 1 << 20
@@ -3104,7 +3105,13 @@ class Store:
         found = []
         for path, pattern in LEFTOVERS.items():
             pattern = pattern.replace("current", f"(?:current|{re.escape(self.flag)})")
-            for name in self.names(path):
+            try:
+                names = self.names(path)
+            except StateError:
+                if path != "shared":
+                    raise
+                continue  # it is the application's, and may be a link elsewhere
+            for name in names:
                 is_stray = path in (MANIFESTS, TREES) and known is not None and name not in known
                 if not path and name == self.flag:
                     is_stray = "deploy_id" in self.maintenance()
@@ -9664,12 +9671,11 @@ def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
     """Set feature flags in shared/flags.json, at once: applications read it without a lock."""
     flags, said = dict(facts.flags), []
     for text in map(portable, facts.request.assignments):
-        name, is_set, value = text.partition("=")
-        if not is_set or not re.match(r"[A-Za-z0-9_.-]{1,100}\Z", name):
+        name, _, value = text.partition("=")
+        # Other languages read no JSON with half a surrogate pair.
+        if not re.match(r"[A-Za-z0-9_.-]{1,100}=[^\ud800-\udfff]*\Z", text):
             raise UsageError(f"{text!r} sets no flag", "write NAME=on, NAME=off, NAME=25%, "
-                             "NAME=TEXT, or NAME= to remove it; letters, digits, . _ -")
-        if re.search("[\ud800-\udfff]", value):  # other languages read no such JSON
-            raise UsageError(f"{text!r} is not UTF-8", "give it as UTF-8 text")
+                             "NAME=TEXT in UTF-8, or NAME= to remove it; letters, digits, . _ -")
         before, after = show_flag(flags.pop(name, None)), show_flag(flag_value(value))
         if value:
             flags[name] = flag_value(value)
@@ -9689,9 +9695,8 @@ def show_flag(value: Any) -> str:
     """Write a feature flag as it is set on the command line; in JSON what cannot be set there."""
     if isinstance(value, dict) and list(value) == ["percent"]:
         return f"{value['percent']}%"
-    if value is None or isinstance(value, bool):
-        return {True: "on", False: "off"}.get(value, "none")
-    return value if isinstance(value, str) else json.dumps(value)
+    words, text = {"true": "on", "false": "off", "null": "none"}, json.dumps(value)
+    return value if isinstance(value, str) else words.get(text, text)
 
 
 # word of the table -> what makes its steps, and what must be configured for it
@@ -10920,7 +10925,7 @@ def command_diff(run: Run) -> None:
         if why is not None:
             found[word][os.fsdecode(path)] = why
     lists = show_differences(run, found)
-    run.outcome.release, run.outcome.previous = ids[1], ids[0]
+    run.outcome.previous, run.outcome.release = ids
     counts = ", ".join(f"{len(names)} {word}" for word, names in lists.items())
     run.outcome.message = f"from {ids[0]} to {ids[1]}: {counts}"
     run.console.result(run.outcome.message)
@@ -11056,26 +11061,24 @@ def command_status(run: Run) -> None:
     if not run.flags.all:
         show_status(run)
         return
-    rows, problems = [], []
+    rows = []
     found = run.outcome.extra["roots"] = []
     for path in configurations():
-        problem, one = "", run
+        problem, one = "", None
         try:
-            settings = load_settings([path], {}, [])
-            one = Run(settings, Console(), run.interrupts, run.flags)
+            one = Run(load_settings([path], {}, []), Console(), run.interrupts, run.flags)
             one.console.quiet = True
             show_status(one)
         except FAILURES as error:
             problem = step_error(error, "status").message
-            problems.append(f"{path}: {problem}")
-        known = one is not run
-        found.append({"configuration": path, "application": one.application if known else None,
-                      "root": one.settings.deploy.root if known else None, "problem": problem,
-                      "release": one.outcome.release if known else None, "ok": not problem})
-        rows.append((found[-1]["application"] or "-", found[-1]["root"] or "-",
-                     found[-1]["release"] or "-", problem or "ok"))
+        row = ([one.application, one.settings.deploy.root, one.outcome.release] if one
+               else [None, None, None])
+        found.append(dict(zip(("application", "root", "release"), row), configuration=path,
+                          problem=problem, ok=not problem))
+        rows.append([*(cell or "-" for cell in row), problem or "ok"])
     run.outcome.message = count(len(rows), "root")
     run.console.result(render_table(("APPLICATION", "ROOT", "CURRENT", "STATE"), rows))
+    problems = [f"{row['configuration']}: {row['problem']}" for row in found if row["problem"]]
     if problems:
         raise ProblemFound("; ".join(problems), "deploy.py -c FILE status tells more of each")
 
@@ -11387,11 +11390,10 @@ def command_report(run: Run) -> None:
     run.outcome.extra["report"] = found
     run.outcome.message = f"{count(found['deployments'], 'deployment')}, {found['failed']} failed"
     rows = report_rows(found)
-    form = flags.format or "text"
     text = "\n".join(f"  {name:<18} {value}" for name, value in rows) + "\n"
-    if form == "json":
+    if flags.format == "json":
         text = json.dumps(found, indent=2) + "\n"
-    elif form == "csv":
+    elif flags.format == "csv":
         table = io.StringIO()
         columns = ["at", "deploy_id", "operation", "result", "release", "version", "failed",
                    "rework", "recovery_seconds", "lead_seconds", "by", "note"]
@@ -11399,7 +11401,7 @@ def command_report(run: Run) -> None:
         writer.writeheader()
         writer.writerows(found["runs"])
         text = table.getvalue()
-    elif form == "html":
+    elif flags.format == "html":
         text = report_page(run.application, found, rows)
     text = run.console.secrets.mask(text)
     if flags.output in (None, "", "-"):
@@ -12140,16 +12142,17 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Js
 
 def send_trace(run: Run, exit_code: int, seconds: float) -> None:
     """Send a span for the run and one for each step by OTLP/HTTP in JSON; at worst a warning."""
-    ended_seconds, error, mask = time.time(), run.outcome.error, run.console.secrets.mask
+    ended_seconds, outcome, mask = time.time(), run.outcome, run.console.secrets.mask
     _, trace, span, sampled = run.traceparent.split("-")
     target = run.settings.trace.otlp
     if target == "environment":
         target = environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or \
             environment("OTEL_EXPORTER_OTLP_ENDPOINT")
-    own = environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") == target
-    if not target or not int(sampled, 16) & 1 or environment("OTEL_SDK_DISABLED") == "true":
+    if not target or not int(sampled, 16) & 1 or \
+            environment("OTEL_SDK_DISABLED").lower() == "true":
         return
-    if not own and not target.endswith("/v1/traces"):
+    if environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") != target and \
+            not target.endswith("/v1/traces"):
         target = target.rstrip("/") + "/v1/traces"
 
     def attributes(**values: Any) -> List[Any]:
@@ -12164,11 +12167,11 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
                 "endTimeUnixNano": str(begun_ns + int(taken_seconds * 10 ** 9)),
                 "status": {"code": 2, "message": mask(why)} if why else {"code": 1}, **fields}
 
-    outcome, incoming = run.outcome, traceparent()
-    parent = {"parentSpanId": incoming.split("-")[2]} if incoming else {}
+    parent = {"parentSpanId": traceparent().split("-")[2]} if traceparent() else {}
     spans = [describe(
         f"deploy.py {run.flags.command}", ended_seconds - seconds, seconds,
-        error.message if error else "", spanId=span, **parent, attributes=attributes(
+        outcome.error.message if outcome.error else "", spanId=span, **parent,
+        attributes=attributes(
             deploy_id=run.deploy_id, deploy_release=outcome.release, deploy_exit_code=exit_code,
             deploy_result=run_result(run, exit_code)))]
     spans += [describe(
@@ -12176,11 +12179,10 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
         spanId=os.urandom(8).hex(), parentSpanId=span, attributes=attributes(
             deploy_status=step.status, deploy_detail=step.detail))
         for step in outcome.steps if step.started_at]
-    resource = attributes(
-        service_name=environment("OTEL_SERVICE_NAME") or run.application,
-        host_name=os.uname().nodename)
+    service = environment("OTEL_SERVICE_NAME") or run.application
     content = {"resourceSpans": [{
-        "resource": {"attributes": resource},
+        "resource": {"attributes": attributes(
+            service_name=service, host_name=os.uname().nodename)},
         "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION}, "spans": spans}]}]}
     from urllib.parse import unquote
     pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
@@ -12597,13 +12599,13 @@ def find_configuration() -> Tuple[List[str], str]:
         here = os.getcwd()
     while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
         here = os.path.dirname(here)
-    for path in configurations() if here.strip("/") else ():
-        root = load_settings([path], {}, [], refuse=False).deploy.root
-        if root and os.path.realpath(root) == here:
-            return [path], ""
-    default = f"{CONFIG_DIRECTORY}/deploy.ini"
     if here.strip("/"):
+        for path in configurations():
+            root = load_settings([path], {}, [], refuse=False).deploy.root
+            if root and os.path.realpath(root) == here:
+                return [path], ""
         return [], here
+    default = f"{CONFIG_DIRECTORY}/deploy.ini"
     return [default] if os.path.exists(default) else [], ""
 
 

@@ -174,6 +174,18 @@ def test_flags_follow_no_link_that_the_application_put_there(app: App, tmp_path:
     assert "hunter2" in secret.read_text()
 
 
+def test_what_a_kill_leaves_of_flags_is_swept_and_nothing_else_there(app: App) -> None:
+    shared = app.root / "shared"
+    shared.mkdir(exist_ok=True)
+    for name in (".flags.json.12.0123abcd.tmp", ".x.json.12.0123abcd.tmp"):
+        (shared / name).touch()
+    assert "removed shared/.flags.json.12.0123abcd.tmp" in app.run("recover", check=0).data["recovered"]
+    assert [path.name for path in shared.iterdir()] == [".x.json.12.0123abcd.tmp"]
+    shared.rename(app.root / "elsewhere")
+    shared.symlink_to("elsewhere")  # deploy.py has no business there
+    app.run("pin", "1.0", check=0)
+
+
 # -- history, show, status ----------------------------------------------------------
 
 def test_history_is_filtered_and_says_how_many_there_are(app: App) -> None:
