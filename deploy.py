@@ -7445,10 +7445,9 @@ def uapi_key(version: str) -> List[Any]:
 
 
 def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> Answer:
-    """GET a text into the answer's `body`, or what is missing of run.offer into `files`.
+    """GET a text into `body`, or what is missing of run.offer into `files`, its part and its ETag.
 
-    Those are its part and the ETag of that.  Follows five redirects, tries three times more what
-    may go better.  What the operator gave for the source's own host goes to no other.
+    What the operator gave for the source's own host goes to no other.
     """
     source = run.settings.source
     if address.startswith("/"):
@@ -7502,10 +7501,7 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
 
 def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str],
             files: Sequence[int]) -> Answer:
-    """Take an answer's body, as long as it keeps coming; refuse one to another question.
-
-    Its length is known, or it comes in chunks: whoever cuts it off is found out.
-    """
+    """Take a body, as long as it keeps coming; refuse one that could be cut off unseen."""
     source, status, header = run.settings.source, response.status, response.getheader
     done, total, part, etag = 0, response.length, header("Content-Range"), header("ETag") or ""
     asking.at("reading the answer", etag=etag, wait=header("Retry-After") or "")
@@ -7559,10 +7555,9 @@ def remember(run: Run, seen: Dict[str, Any], **found: Any) -> None:
 
 
 def read_source(run: Run, seen: Dict[str, Any]) -> Any:
-    """Bring index and signature in `seen` up to date, by one request where nothing is new.
+    """Bring index and signature in `seen` up to date, and verify them again: keys move.
 
-    They are verified again in any case: keys move.  Says who signed, None for nobody; DeployError
-    where the two do not fit together, ArtifactRefused the next time.
+    Says who signed, None for nobody; where they do not fit DeployError, then ArtifactRefused.
     """
     place = f"{run.settings.source.url.rstrip('/')}/{run.settings.source.index}"
     verify = run.settings.signature.verify
@@ -7634,8 +7629,7 @@ def read_index(run: Run, text: str) -> Tuple[Dict[str, Any], List[Offer]]:
 def choose(run: Run, head: Dict[str, Any], offers: List[Offer], seen: Dict[str, Any]) -> Offer:
     """Pick what the source wants live; ArtifactRefused for an index that is not to be believed.
 
-    TUF names the attacks: rollback, freeze, mix-and-match.  `head` is what the index says of
-    itself, which version is wanted, if any, and signed_at.
+    TUF names the attacks: rollback, freeze, mix-and-match.
     """
     source, now_seconds, fitting = run.settings.source, run.facts.now_seconds, []
     order = {"semver": version_key, "uapi": uapi_key}[source.order]
@@ -7697,10 +7691,7 @@ def look(run: Run) -> Tuple[Dict[str, Any], Set[str]]:
 
 
 def bring(run: Run) -> str:
-    """Fetch run.offer into the cache, from where an earlier run left it; returns its path there.
-
-    ArtifactRefused where it is another than the index says.
-    """
+    """Fetch run.offer into the cache, from where an earlier run left it; returns its path."""
     offer, stem, files = run.offer, run.offer.sha256, []
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with ExitStack() as stack:
