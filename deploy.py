@@ -259,6 +259,10 @@ class StepFailed(DeployError):
     """A step failed before activation; the steps before it are undone."""
 
 
+class ReleaseFailed(StepFailed):
+    """A release failed before it was live, by its own doing: it is bad, as if it had been."""
+
+
 class UsageError(DeployError):
     """The command line or the configuration is wrong."""
 
@@ -1363,14 +1367,15 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
                 environ: Optional[Dict[str, str]] = None, timeout_seconds: float = 60.0,
                 kill_after_seconds: float = KILL_AFTER_SECONDS, run_as: str = "",
                 on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str,
-                stdin: Any = None, begun: Callable[[int], Any] = int) -> CommandResult:
+                stdin: Any = None, begun: Callable[[int], Any] = int,
+                lasts: Optional[Callable[[Any], bool]] = None) -> CommandResult:
     """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
     `environ` is the whole environment (its PATH leads to the program); without it a minimal one
     is made.  When its time is up, on a signal or any error, its whole group is killed.  `mask` is
     applied to each line before it is cut.  A program that cannot be started gives exit code 127
-    and says why in `tail`.  A child that still holds its stdout is not waited for.  `begun` is
-    told the process group: in the child, before it becomes the program, and then here.
+    and says why in `tail`.  A child that still holds its stdout is not waited for, unless `lasts`
+    says so.  `begun` is told the process group: in the child, as it starts, and then here.
     """
     import subprocess
     result = CommandResult(argv, mask, on_line)
@@ -1391,7 +1396,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
     pause_seconds = 0.001
     try:
         begun(process.pid)
-        while process.poll() is None and not result.timed_out:
+        while (lasts(process) if lasts else process.poll() is None) and not result.timed_out:
             left_seconds = timeout_seconds - (time.monotonic() - started_seconds)
             result.timed_out = left_seconds <= 0
             if data == b"":  # it has closed its output
@@ -1409,10 +1414,8 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(kill_after_seconds)
-        for _ in range(DRAIN_READS):
-            data = output.read(READ_BYTES)
-            if not data:
-                break
+        left = iter(lambda: output.read(READ_BYTES) or b"", b"")
+        for data in itertools.islice(left, DRAIN_READS):
             result.take(data)
         if result.rest:
             result.take(b"\n")
@@ -1600,6 +1603,82 @@ class Forked(Descriptor):
             os.waitpid(self._pid, 0)
 
 
+def end_children() -> None:
+    """End all below this process, to which orphans fall: TERM to each group, KILL after 2 s."""
+    kills_seconds, told = time.monotonic() + 2.0, set()
+    with suppress(ChildProcessError):  # nothing is left
+        while time.monotonic() < kills_seconds + KILL_AFTER_SECONDS:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            number = signal.SIGTERM if time.monotonic() < kills_seconds else signal.SIGKILL
+            for process in filter(str.isdigit, os.listdir("/proc")):
+                with suppress(OSError):  # it has ended, or is another user's
+                    # Behind the name, which may hold anything: state, parent, group (proc(5)).
+                    fields = read_file(f"/proc/{process}/stat", 65536).rpartition(b")")[2].split()
+                    found = number, int(fields[2])
+                    if int(fields[1]) == os.getpid() and found not in told:
+                        told.add(found)
+                        os.killpg(found[1], number)
+            time.sleep(POLL_SECONDS)
+
+
+class Guard(Forked):
+    """A command that runs beside this process up to the end of a `with` block, and what it starts.
+
+    The forked process reads their output, and orphans fall to it, whatever their session.  It ends
+    all of them in time, once nothing listens, and when this process has died, by kill -9 too.
+    """
+
+    def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
+                 **options: Any) -> None:
+        import ctypes
+        self.ends_seconds = time.monotonic() + timeout_seconds
+        # In the end: whether it was started, why it had ended before, and what it wrote last.
+        self.found: Any = None
+        told, self._telling = os.pipe()
+        why, until_seconds = None, 0.0
+
+        def lasts(process: Any) -> bool:
+            nonlocal why, until_seconds
+            now_seconds, tables = time.monotonic(), b""
+            if process.poll() is not None:
+                try:
+                    os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    return False  # nothing is left
+                for path in filter(os.path.exists, ("/proc/net/tcp", "/proc/net/tcp6")):
+                    tables += read_file(path, 1 << 30)
+            # Of a daemon the first process may end before the last one listens (0A, proc(5)).
+            if process.poll() is None or re.search(rb":%04X \w+:\w+ 0A " % port, tables):
+                until_seconds = now_seconds + 2.0
+            if Interrupts().wait(0, told):
+                why = ""
+            elif now_seconds > self.ends_seconds + 0.5:  # a probe's deadline says more
+                why = "was not healthy in time"
+            elif now_seconds < until_seconds:
+                return True
+            end_children()
+            return False
+
+        def work() -> Tuple[bool, str, List[str]]:
+            os.setsid()  # who kills the group of the run does not kill its guard
+            if ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER, prctl(2)
+                return False, "was not started: the kernel allows no guard for it", []
+            result = run_command(argv, lasts=lasts, timeout_seconds=LONGEST_SECONDS,
+                                 **dict(options, interrupts=Interrupts()))
+            return result.seconds > 0, result.verdict() if why is None else why, result.tail
+
+        super().__init__(work, LONGEST_SECONDS, [told])
+        os.close(told)
+
+    def close(self) -> None:
+        """End all of it, if it has not ended."""
+        if not self.found:
+            os.close(self._telling)
+            self.found = self.result(Interrupts()) or (False, "lost its guard", [])
+        super().close()
+
+
 def syslog_addresses(host: str, port: int) -> List[Tuple[int, Any]]:
     """List where a syslog daemon listens as (family, address): a socket's path where port is 0.
 
@@ -1689,6 +1768,7 @@ _STATUS = r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?"
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
 QUOTES = " '\"[](){}"
+CANDIDATE_PORT = "${DEPLOY_CANDIDATE_PORT}"  # replaced in a command, and in what asks it
 # What stands in quotes, or behind a backslash, is nothing to a shell either.
 _QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
 _SHELL_SYNTAX = re.compile(
@@ -1760,14 +1840,14 @@ def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]
     return read_lines
 
 
-def _argv(text: str) -> List[str]:
+def _argv(text: str, filled_in: str = "\0") -> List[str]:
     """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
     words = shlex.split(text)
     first = words[0] if words else "-"
     # Of a word in double quotes a shell reads `$` and backquotes.
     bare = _QUOTED.sub(lambda quoted: "_" + "".join(
-        re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), text)
+        re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), text.replace(filled_in, ""))
     found = _SHELL_SYNTAX.search(bare)
     line = f"sh -c {shlex.quote(text)}"
     if not first:
@@ -1884,10 +1964,13 @@ KINDS = {
              lambda text: text.lower() in ("yes", "true", "on", "1")),
     "mode": ("file mode", "a file mode such as 0640", r"0?[0-7]{3}", lambda text: int(text, 8)),
     "argv": ("command", "", _ANY, _argv),
+    "filled": ("command", "", _ANY, lambda text: _argv(text, CANDIDATE_PORT)),
     "commands": ("commands, one a line", "", _ANY, _lines(_argv, r"\A\Z")),
     "regex": ("regular expression", "", _ANY, _regex),
     "statuses": ("status codes", "HTTP status codes such as 200-299, 301",
                  rf"\s*{_STATUS}(\s*,\s*{_STATUS})*\s*", _statuses),
+    "port": ("auto or a port", "auto or a port from 1 to 65535", f"auto|{_PORT}",
+             lambda text: int(text.replace("auto", "0"))),
     "addresses": ("[host:]port, one a line", "PORT or HOST:PORT", rf"[\s,]*({_ADDRESS}[\s,]*)*",
                   lambda text: [(host.strip("[]"), int(port))
                                 for host, port in re.findall(_ADDRESS, text)]),
@@ -1904,7 +1987,8 @@ KINDS = {
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
-LISTS = ("names", "list", "windows", "paths", "keys", "relatives", "argv", "commands", "addresses")
+LISTS = ("names", "list", "windows", "paths", "keys", "relatives", "argv", "filled", "commands",
+         "addresses")
 
 
 def read_value(kind: str, text: str) -> Any:
@@ -2044,6 +2128,11 @@ mode              mode       0644    file mode of the result
 [vars] values for templates
 *                 text       -       value for ${name} in templates
 
+[candidate] the new release, started on a port of its own and asked before the switch
+command           filled     -       starts it at ${DEPLOY_CANDIDATE_PORT}, by the rules for hooks
+port              port       auto    port that it listens on; auto is a free one
+timeout           limit      60s     longest time from its start to the verdict
+
 [service:*] a service restarted after each switch: unit, pidfile and signal, or command
 unit              unit       -       systemd unit to act on
 pidfile           path       -       file that holds the process id to signal
@@ -2058,7 +2147,7 @@ settle            duration   3s      time it must then stay up unchanged (system
 [probe:*] a question put to the running service: url, tcp, command or service
 url               text       -       HTTP or HTTPS URL to ask
 tcp               text       -       host:port or unix:/path to connect to
-command           argv       -       command that must exit with 0, under the rules for hooks
+command           filled     -       command that must exit with 0, under the rules for hooks
 service           name       -       name of a [service:NAME] that must be up
 connect           text       -       host:port or unix:/path to send the url's connection to
 status            statuses   200-299  HTTP status codes that are healthy
@@ -2076,7 +2165,7 @@ tls_verify        bool       yes     check the certificate and its name
 tls_ca            path       -       CA certificates to trust instead of the system's
 tls_cert          path       -       client certificate
 tls_key           path       -       key of the client certificate
-when  after|before|both  after       probe the new release, the host before any change, or both
+when  after|before|both|candidate  after  probe the new release, the host before, or the candidate
 initial_delay     duration   0s      wait before the first try
 period            duration   2s      wait between tries; shorter where the deadline is near
 timeout           limit      3s      longest time of one try
@@ -2180,7 +2269,7 @@ _OPTIONS_OF = {section: options for section, _, options in SECTIONS}
 TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
 # Exactly one of these keys must be given in every such section.
 ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command service",),
-          "template": ("source", "target")}
+          "template": ("source", "target"), "candidate": ("command",)}
 
 COMMAND_TABLE = """\
 deploy      deploy shop-1.4.2.tar.gz  preflight, stage, activate, probe; rolls back if that fails
@@ -2439,7 +2528,7 @@ class Settings:
             setattr(values, prefix.rstrip("."), read if is_chosen else read[""])
         for group in ONE_OF.get(kind, ()):
             present = [key for key in group.split() if key in values.given]
-            if len(present) != 1:
+            if len(present) != 1 and (name or values.given):
                 wanted = ("exactly one of " if " " in group else "") + group.replace(" ", ", ")
                 got = f", not {' and '.join(present)}" if present else ", and has none"
                 self.mistakes.append(self.wrong(section, f"needs {wanted}{got}"))
@@ -2513,7 +2602,9 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         except UsageError as error:
             mistakes.append(error)
     # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
-    variables = [name for name in environment_names() if name.startswith("DEPLOY_")]
+    # DEPLOY_CANDIDATE_PORT is one, but for what a candidate's run has started.
+    variables = [name for name in environment_names() if name.startswith("DEPLOY_")
+                 and not (name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK"))]
     sections = [section for section in _OPTIONS_OF if ":" not in section]
     for section in sections + sorted({section for section, _ in given if ":" in section}):
         prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
@@ -3464,6 +3555,7 @@ class Context(NamedTuple):
     deploy_id: str
     failed: str = ""
     note: str = ""
+    candidate_port: str = ""
 
     def variables(self) -> Dict[str, str]:
         """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
@@ -3475,6 +3567,8 @@ class Context(NamedTuple):
             "DEPLOY_SHARED_PATH": f"{self.root}/shared", "DEPLOY_PREVIOUS_RELEASE": self.previous}
         if self.note:
             names["DEPLOY_NOTE"] = self.note
+        if self.candidate_port:
+            names["DEPLOY_CANDIDATE_PORT"] = self.candidate_port
         if self.failed:
             names["DEPLOY_FAILED_RELEASE"] = self.failed
             names["DEPLOY_FAILED_PATH"] = f"{self.root}/releases/{self.failed}"
@@ -5980,9 +6074,11 @@ def commands(settings: Settings) -> List[Any]:
         found.append(("policy", "judge", settings.policy.judge, True, False))
     found += [("migrate", name, getattr(settings.migrate, name), False, True)
               for name in MIGRATE_NAMES if getattr(settings.migrate, name)]
+    if settings.candidate.command:
+        found.append(("candidate", "command", settings.candidate.command, False, True))
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
-            early = kind == "notify" or getattr(section, "when", "after") != "after"
+            early = kind == "notify" or getattr(section, "when", "") in ("before", "both")
             if section.command:
                 found.append((f"{kind}:{name}", "command", section.command, early, True))
     if settings.signature.command:
@@ -6080,11 +6176,11 @@ def working_directory(context: Context) -> str:
     return next(filter(os.path.isdir, (context.release_path, context.root, "/")))
 
 
-def start_command(run: Run, context: Context, what: str, argv: Sequence[str],
-                  **options: Any) -> CommandResult:
+def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
+                  start: Callable[..., Any] = run_command, **options: Any) -> Any:
     """Run an operator's command under the rules for hooks to its end, however it ends.
 
-    `what` is KIND NAME, such as `hook pre_stage`; `options` are those of run_command().
+    `what` is KIND NAME, such as `hook pre_stage`; `options` are those of what is to `start` it.
     StepFailed where root must not run it.
     """
     settings, directory = run.settings, working_directory(context)
@@ -6098,9 +6194,9 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str],
                "DEPLOY_HOOK": what.replace("hook ", "").replace(" ", ":"),
              **options.pop("variables", {})}
     environ = {name: native(value) for name, value in environ.items()}
-    return run_command([native(word) for word in argv], environ=environ, directory=directory,
-                       run_as=settings.hooks.run_as, interrupts=run.interrupts,
-                       mask=run.console.secrets.mask, **options)
+    return start([native(word) for word in argv], environ=environ, directory=directory,
+                 run_as=settings.hooks.run_as, interrupts=run.interrupts,
+                 mask=run.console.secrets.mask, **options)
 
 
 SHOWN_BYTES = 8 << 20  # of one command: a flood must fill neither the log nor memory
@@ -6182,6 +6278,11 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
     return rendered
 
 
+def filled(section: Any, port: str) -> Any:
+    """Copy a probe or [candidate] with ${DEPLOY_CANDIDATE_PORT} replaced, wherever it stands."""
+    return SimpleNamespace(**json.loads(json.dumps(vars(section)).replace(CANDIDATE_PORT, port)))
+
+
 # -- services ----------------------------------------------------------------
 
 class Service:
@@ -6234,7 +6335,7 @@ class Service:
             look()
             self.run.interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
         if answers_naming(self.run, context) and any(
-                probe.release and probe.when != "before"
+                probe.release and probe.when in ("after", "both")
                 for probe in self.run.settings.probe.values()):
             return  # it asks for the release itself: its word counts
         releases = os.path.realpath(f"{context.root}/releases") + "/"
@@ -6809,7 +6910,9 @@ def probe_kind(probe: Any) -> str:
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
     kind, release, method = probe_kind(probe), probe.release, probe.method
-    key, scheme, wrong = "url", "", ""
+    key, scheme, wrong, is_candidates = "url", "", "", probe.when == "candidate"
+    if is_candidates:
+        probe = filled(probe, "1")
     try:
         scheme = parse_url(probe.url).scheme if probe.url else ""
         for key in ("tcp", "connect"):
@@ -6826,6 +6929,11 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key") if scheme == "http" else ()
     return next(filter(None, [
         meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe"),
+        is_candidates and not settings.candidate.command
+        and "when = candidate needs a [candidate] with its command",
+        is_candidates and kind == "service" and "a candidate is no service",
+        CANDIDATE_PORT in " ".join([probe.url, probe.tcp, probe.connect, *probe.command])
+        and f"{CANDIDATE_PORT} is known while a candidate is asked, to when = candidate",
         release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
         and f"release = {release}: expected json:PATH, header:NAME or body",
         probe.successes > most and f"successes = {probe.successes} cannot be reached within "
@@ -6913,12 +7021,13 @@ class ProbeRun:
     """
 
     def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
-                 progress: Any) -> None:
+                 progress: Any, *, guard: Optional[Guard] = None) -> None:
         self.run = run
         self.probe = probe
         self.context = context
         self.wanted = wanted
         self.progress = progress
+        self.guard = guard  # of the candidate, whose end and time are the probe's as well
         self.tries = 0
         self.restarts = -1
         self.answer: Answer = {}
@@ -6930,12 +7039,15 @@ class ProbeRun:
         `is_new`: whatever answers is the new release.
         """
         import random
-        probe, wait = self.probe, self.run.interrupts.wait
+        probe, watched = self.probe, [self.guard.descriptor] if self.guard else []
         healthy = failed = refused = 0
         is_soaking = False
-        wait(probe.initial_delay)
-        ends_seconds = time.monotonic() + probe.deadline
+        pause_seconds = probe.initial_delay
+        ends_seconds = time.monotonic() + pause_seconds + probe.deadline
         while True:
+            if self.run.interrupts.wait(pause_seconds, *watched):
+                self.guard.close()
+                return f"the candidate {self.guard.found[1]}"
             last, left_seconds = self.answer, ends_seconds - time.monotonic()
             is_cut = not is_soaking and left_seconds < probe.timeout
             answer = self.attempt(left_seconds if is_cut else probe.timeout)
@@ -6970,7 +7082,7 @@ class ProbeRun:
                 # A soak does not end on a failed try: one more second must not make it a success.
                 if left_seconds <= 0 and not failed:
                     return ""
-                wait(pause_seconds if failed else min(pause_seconds, left_seconds))
+                pause_seconds = pause_seconds if failed else min(pause_seconds, left_seconds)
                 continue
             # Towards the deadline a further try is worth more than the whole of its wait.
             pause_seconds = min(pause_seconds, max(left_seconds / 2, SHORTEST_WAIT_SECONDS))
@@ -6980,7 +7092,6 @@ class ProbeRun:
                     error = (f"only {healthy} of {probe.successes} tries in a row were healthy, "
                              f"before that: {earlier}")
                 return f"not healthy within {format_seconds(probe.deadline)}: {error}"
-            wait(pause_seconds)
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
@@ -7120,30 +7231,43 @@ class ProbeRun:
 
 
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
-              once: bool = False, progress: Any = None, restarted: bool = False) -> ProbeResult:
+              once: bool = False, progress: Any = None, restarted: bool = False,
+              guard: Optional[Guard] = None) -> ProbeResult:
     """Ask until the verdict is in; a probe that fails gives ok=False, only a signal raises.
 
     `expect_release`: the answer must name the context's version or release.
     `once`: a single try without delay, deadline or soak.
-    `restarted`: this run has just acted on the services.
+    `restarted`: this run has just acted on the services.  `guard`: it is a candidate that is asked.
     """
     started_seconds = time.monotonic()
     wanted = answers_naming(run, context) if expect_release else []
     services = run.settings.service
     # Where this run has restarted whatever could answer, the new release answers.
-    is_new = restarted and bool(services) and all(
+    is_new = bool(guard) or restarted and bool(services) and all(
         service.unit and service.action == "restart" for service in services.values())
-    asked = ProbeRun(run, probe, context, wanted, progress)
+    asked = ProbeRun(run, probe, context, wanted, progress, guard=guard)
     error = asked.attempt(probe.timeout)["error"] if once else asked.full(is_new=is_new)
-    shown = asked.last_failure if error and asked.last_failure else asked.answer
+    shown = dict(NO_ANSWER, **(error and asked.last_failure or asked.answer))
     evidence = {"status": shown["status"], "body": shown["body"], "error": error,
                 "tries": asked.tries}
-    if error and not once and (expect_release or probe.service):
+    if error and not once and not guard and (expect_release or probe.service):
         evidence.update(journal_of(run, [service for name, service in services.items()
                                          if probe.service in ("", name)]))
     detail = error or f"{shown['said']} ({count(asked.tries, 'try', 'tries')})"
     return ProbeResult(probe.name, not error, probe.required, asked.tries,
                        round(time.monotonic() - started_seconds, 3), detail, evidence)
+
+
+def hold_port(host: str, port: int) -> Any:
+    """Bind a socket to a TCP port of an address, 0 for a free one; OSError where it is taken."""
+    import socket
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # As servers do: connections that linger in TIME_WAIT do not count as taken.
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if ":" in host:
+        held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    held.bind((host, port))
+    return held
 
 
 # ============================================================================
@@ -8580,27 +8704,30 @@ def check_shared(run: Run) -> Findings:
             yield "fail", f"shared {one} lies inside shared {other}", "share only the outer one"
 
 
-def check_ports(run: Run) -> Findings:
-    """[preflight] free_ports: bound for an instant, the only proof that a port is free.
+def check_candidate(run: Run) -> Findings:
+    """There is what starts a candidate and what ends it, and a fixed port is free."""
+    if run.flags.command not in ("stage", "rollback"):
+        port = run.settings.candidate.port
+        yield from missing_programs(run.settings, "candidate")
+        yield from check_ports("[candidate] port", [("", port)] if port else [])
+        if not os.path.isdir("/proc/self"):
+            yield "fail", "there is no /proc, by which all that it starts is found", "mount it"
+
+
+def check_ports(option: str, places: Sequence[Tuple[str, int]]) -> Findings:
+    """Ports are free: bound for an instant, the only proof that a port is free.
 
     Without a host: on every IPv6 and IPv4 address, as far as the host has them.
     """
-    import socket
-    for host, port in run.settings.preflight.free_ports:
-        for is_ipv6 in [":" in host] if host else [True, False]:
-            family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+    for host, port in places:
+        for address in [host] if host else ["::", "0.0.0.0"]:
             try:
-                with socket.socket(family, socket.SOCK_STREAM) as listener:
-                    # As servers do: connections that linger in TIME_WAIT do not count as taken.
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    if is_ipv6:
-                        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                    listener.bind((host, port))
+                hold_port(address, port).close()
             except (OSError, TypeError) as error:  # the latter for a name that cannot be one
                 code = getattr(error, "errno", 0)
                 if not host and code in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     continue
-                fix = "correct [preflight] free_ports, or run as a user who may listen there"
+                fix = f"correct {option}, or run as a user who may listen there"
                 if code == errno.EADDRINUSE:
                     fix = f"see who has it: ss -ltnp 'sport = :{port}'"
                 yield "fail", f"port {host}{':' if host else ''}{port}: {reason(error)}", fix
@@ -8642,7 +8769,7 @@ def check_probes(run: Run) -> Findings:
             yield ("fail", f"[probe:{name}] release: no answer can name {new.version}, the "
                    f"digest of {new.name}", "give the artifact a name with its version (see "
                    "[artifact] match), or --release-version VERSION")
-        if probe.when == "after":
+        if probe.when in ("after", "candidate"):
             continue
         run.console.working(f"probe {name}", probe_seconds(probe))
         with run.console.progress(f"probe {name}") as progress:
@@ -8688,7 +8815,9 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
                    "create {}, readable by the user who runs deploy.py"),
      False, "settings.preflight.require_files", ""),
     ("shared", check_shared, False, "settings.deploy.shared_dirs settings.deploy.shared_files", ""),
-    ("ports", check_ports, False, "settings.preflight.free_ports", ""),
+    ("ports", lambda run: check_ports("[preflight] free_ports", run.settings.preflight.free_ports),
+     False, "settings.preflight.free_ports", ""),
+    ("candidate", check_candidate, True, "settings.candidate.command", ""),
     ("services", check_services, False, "settings.service", ""),
     # Those in the release can only be looked for once it is there.
     ("hooks", lambda run: missing_programs(run.settings, "hooks", "migrate"), False, HOOKS, ""),
@@ -8757,7 +8886,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 # ============================================================================
 
 STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
-GO = "pre_activate check close_early backup up close activate"
+GO = "pre_activate check close_early backup up candidate close activate"
 AFTER = "down post_activate services probes post_deploy"
 
 # operation: what is done before the switch, after it, and once the verdict is in.
@@ -9370,6 +9499,44 @@ def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
     return [Step(word, f"verify {release} against its manifest", verify)]
 
 
+def make_candidate(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Ask the release on a port that no visitor knows: a bad one never goes live."""
+    asked = facts.settings.candidate
+    probes = [probe for probe in facts.settings.probe.values() if probe.when == "candidate"]
+    if not probes:
+        probes = [adhoc_probe("tcp", f"localhost:{CANDIDATE_PORT}", [
+            "deadline=480h", "successes=1", "period=100ms", "backoff=1"])]
+        probes[0].name = "port"
+
+    def ask(run: Run) -> str:
+        with hold_port("0.0.0.0", asked.port) as held:
+            port = str(held.getsockname()[1])
+        context = move_context(run, move)._replace(candidate_port=port)
+        with run.console.progress(word) as progress, start_command(
+                run, context, word, filled(asked, port).command, start=Guard, port=int(port),
+                timeout_seconds=asked.timeout) as guard:
+            for probe in probes:
+                probe = filled(probe, port)
+                probe.deadline = min(probe.deadline, guard.ends_seconds - time.monotonic())
+                found = run_probe(run, probe, context, expect_release=True, progress=progress,
+                                  guard=guard)
+                if not found.ok and found.required:
+                    break
+                if not found.ok:
+                    run.console.warn(found.complaint())
+        is_started, why, run.output = guard.found
+        for line in run.output:
+            run.console.output(line)
+        if not why and (found.ok or not found.required):
+            return found.detail
+        why = f"the candidate {why}" if why else found.complaint()
+        raise (ReleaseFailed if is_started else StepFailed)(
+            ": ".join([why, *run.output[-1:]]), "see what it wrote; then correct the release, "
+            "or what [candidate] and its probes say", dict(found.evidence, output=run.output))
+
+    names = ", ".join(probe.name for probe in probes)
+    return [Step(word, f"start {' '.join(asked.command)} on port {asked.port or 'auto'}, probe "
+                 f"{names}, end it", ask, seconds=asked.timeout + KILL_AFTER_SECONDS)]
 def make_migrate(word: str, facts: Facts, move: Move) -> List[Step]:
     """Have the new release migrate the data; or have what others did to them undone by each."""
     ahead = Move(move.operation, move.to_release, move.from_release) if move.back else move
@@ -9701,6 +9868,7 @@ MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "seal": (make_seal, None),
     "verify": (make_verify, None),
     "health": (make_health, lambda settings: settings.service or settings.probe),
+    "candidate": (make_candidate, lambda settings: settings.candidate.command),
     "activate": (make_activate, None),
     "services": (make_services, lambda settings: settings.service),
     "probes": (make_probes, lambda settings: settings.probe),
@@ -9864,7 +10032,8 @@ class Executor:
         mask = run.console.secrets.mask_json
         if error is not None:
             failure = self.failure(error)
-        for record in settled(self, result, failure, automatic=automatic):
+        for record in settled(self, result, failure,
+                              automatic=automatic or isinstance(error, ReleaseFailed)):
             run.store.save(record)
             run.facts.records[record.id] = record
         record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact
@@ -9940,7 +10109,7 @@ class Executor:
             move = Move(plan.operation, plan.from_release, plan.to_release)
             for step in expand("open? on_failure?", "", run.facts, move):
                 self.take(step)
-        if isinstance(final, RolledBack):
+        if isinstance(final, (RolledBack, ReleaseFailed)):
             # A timer that deploys one broken artifact after the other must not fill the disk.
             move = Move("prune", plan.from_release, plan.from_release)
             for step in expand("prune", "", run.facts, move):
@@ -9949,8 +10118,11 @@ class Executor:
 
     def undo(self, error: DeployError) -> DeployError:
         """Before the switch: take back every step, newest first; returns the error."""
-        run, problems = self.run, []
-        for step in reversed(self.done):
+        run, problems, steps = self.run, [], self.done
+        if isinstance(error, ReleaseFailed):  # it stays, as what failed after the switch does
+            steps = [step for step in steps if step.phase != PHASE_STAGING]
+            run.outcome.changed = True
+        for step in reversed(steps):
             if problems and step.phase == PHASE_STAGING:
                 continue  # the next run finishes what could not be undone, and may need the release
             try:
@@ -9960,7 +10132,7 @@ class Executor:
                 if isinstance(problem, RollbackFailed):
                     problem.message = f"{error.message}; {problem.message}"
                     error = problem
-        self.mark_undone(self.done)
+        self.mark_undone(steps)
         run.outcome.release, run.outcome.previous = self.plan.from_release, None
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
@@ -10079,7 +10251,8 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
                 state = STATE_RETIRED
             elif new.state != STATE_BAD and not proven:
                 state = STATE_STAGED
-            changed.append(new._replace(state=state, failure=failure, deactivated_at=now))
+            left_at = now if executor.phase == PHASE_ROLLING_BACK else new.deactivated_at
+            changed.append(new._replace(state=state, failure=failure, deactivated_at=left_at))
     return changed
 
 
@@ -11023,11 +11196,13 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
         raise UsageError(f"there is no probe {unknown[0]!r}", nearest(unknown[0], settings.probe)
                          or "configure [probe:NAME], or give --url, --tcp or --command")
     probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in adhoc] or \
-        [settings.probe[name] for name in flags.names or sorted(settings.probe)]
+        [settings.probe[name] for name in flags.names or sorted(settings.probe)
+         if name in flags.names or settings.probe[name].when != "candidate"]
     if not probes:
         raise UsageError("there is no probe to run",
                          "configure a [probe:NAME], or give --url, --tcp or --command")
     for probe in probes:
+        probe.when = "after"  # no candidate is started here
         if flags.wait is not None:
             probe.deadline = read_value("limit", flags.wait)
         problem = check_probe(settings, probe)
@@ -12546,7 +12721,7 @@ def parameter_assignments(name: str, value: Any) -> Iterator[str]:
     fine = YAML_TYPES.get(option.key, YAML_TYPES.get(option.kind, (int,)))
     items = value if isinstance(value, list) else [value]
     texts = [parameter_text(f"set: {name}", item, *fine) for item in items]
-    if items is value and option.kind == "argv":
+    if items is value and option.kind in ("argv", "filled"):
         texts = [spell(texts)]
     yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
 

@@ -6,6 +6,7 @@ crash_matrix.py tries every point, the suite a sample of them.
 import json
 import re
 import signal
+import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from crashes import (Call, QuickApp, Saved, damaged_files, find_call, inject, kill_at, record_calls, recover_and_judge,
@@ -134,6 +135,26 @@ def wrong_data(app: App) -> List[str]:
     return [f"{app.version} is live, {sorted(migrated)} migrated, found are {sorted(found)}"]
 
 
+def candidate(app: App) -> List[Any]:
+    """A deployment that starts its release on a port of its own first."""
+    app.deploy("1.1")
+    listen = script(app.directory / "listen", f"""exec {sys.executable} -IS -c 'import socket, sys
+listener = socket.socket()
+listener.bind(("127.0.0.1", int(sys.argv[1])))
+listener.listen(5)
+while True: listener.accept()' $1""")
+    app.configure(f"[candidate]\ncommand = {listen} ${{DEPLOY_CANDIDATE_PORT}}\n")
+    return ["deploy", app.artifact("1.2")]
+
+
+def candidate_failing(app: App) -> List[Any]:
+    """A deployment whose release ends at once there: it stays, and is bad."""
+    candidate(app)
+    refuse = script(app.directory / "refuse", f"test $DEPLOY_VERSION != 1.2 && exec {app.directory}/listen $1")
+    app.configure(f"keep_releases = 1\n[candidate]\ncommand = {refuse} ${{DEPLOY_CANDIDATE_PORT}}\n")
+    return ["deploy", app.artifact("1.2")]
+
+
 def stage(app: App) -> List[Any]:
     """A release is staged beside the live one."""
     app.deploy("1.1")
@@ -235,6 +256,8 @@ SCENARIOS = {
     "rollback-of-data": Scenario(rollback_of_data, "1.2", ["1.0", "1.2"], judge=wrong_data),
     "deploy-undone": Scenario(undone, "1.1", ["1.1"], 1),
     "deploy-failing": Scenario(failing, "1.1", ["1.1"], 5, "1.2"),
+    "deploy-candidate": Scenario(candidate, "1.1", ["1.2", "1.1"]),
+    "deploy-candidate-failing": Scenario(candidate_failing, "1.1", ["1.1"], 1),
     "deploy-first-failing": Scenario(first_failing, None, [None], 5, "1.2"),
     "stage": Scenario(stage, "1.1", ["1.1"]),
     "sync": Scenario(sync, "1.1", ["1.2", "1.1"]),

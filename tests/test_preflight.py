@@ -282,6 +282,21 @@ def taken_port_without_host(app: App) -> Broken:
     return Broken(keep=listener)
 
 
+def taken_port_of_a_candidate(app: App) -> Broken:
+    """Another process listens where the candidate is to."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1)
+    app.configure(f"[candidate]\ncommand = bin/run\nport = {listener.getsockname()[1]}")
+    return Broken(keep=listener)
+
+
+def candidate_without_its_program(app: App) -> Broken:
+    """What starts the candidate is not installed."""
+    app.configure("[candidate]\ncommand = no-such-program ${DEPLOY_CANDIDATE_PORT}")
+    return Broken()
+
+
 def unknown_unit(app: App) -> Broken:
     """systemd does not know the unit."""
     fake = fake_command(app.directory.parent / "bin", "systemctl", "print('LoadState=not-found')")
@@ -402,6 +417,8 @@ CAUSES = [
     (nested_shared, "shared", "fail", "inside", "outer", 3),
     (taken_port, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
     (taken_port_without_host, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (taken_port_of_a_candidate, "candidate", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (candidate_without_its_program, "candidate", "fail", "no-such-program is not found", "install no-such-program", 3),
     (unknown_unit, "services", "fail", "no-such.service", "", 3),
     (missing_hook, "hooks", "fail", "no-such-program", "install", 3),
     (hook_not_executable, "hooks", "fail", "hook.sh is not found or not executable", "make it executable: chmod +x", 3),
