@@ -9078,7 +9078,7 @@ def plan_operation(facts: Facts) -> Plan:
                              unrecorded(facts))
         nothing_to_do = release in facts.records
     elif operation in ("hold", "unhold"):
-        if operation == "hold" and not facts.note:
+        if operation == "hold" and not facts.note.strip():
             raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
         nothing_to_do = operation == "unhold" and not facts.hold
     elif operation not in ("prune", "flags"):
@@ -11475,6 +11475,13 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
 NEEDED_A_PERSON = ("left_live", "rollback_failed")
 
 
+def median(runs: List[Json], key: str) -> Optional[float]:
+    """Return the median of what is known, None where nothing is."""
+    values = sorted(run[key] for run in runs if run[key] is not None)
+    middle = values[(len(values) - 1) // 2:len(values) // 2 + 1]
+    return sum(middle) / len(middle) if middle else None
+
+
 def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     """Work out the four keys of DORA, and rework, from the history between two times in RFC 3339.
 
@@ -11482,8 +11489,10 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     or was left to a person.  Recovery counts from going live to well again, lead time from the
     build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
     """
+    from calendar import timegm
+
     def seconds(text: str) -> float:
-        return float(read_value("moment", re.sub(r"\.[0-9]+", "", text))(0.0, 1))
+        return float(timegm(tuple(map(int, re.findall("[0-9]+", text)[:6]))))
 
     runs: List[Json] = []
     by_release: Dict[str, Json] = {}
@@ -11522,19 +11531,15 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         run["recovery_seconds"] = well - live if run["failed"] and well else None
         run["lead_seconds"] = live - built if built else None
 
-    def median(key: str) -> Optional[float]:
-        values = sorted(run[key] for run in runs if run[key] is not None)
-        middle = values[(len(values) - 1) // 2:len(values) // 2 + 1]
-        return sum(middle) / len(middle) if middle else None
-
     def rate(key: str) -> Optional[float]:
         return round(sum(run[key] for run in runs) / len(runs), 4) if runs else None
 
     days = max(1.0, (seconds(until) - seconds(since)) / 86400)
     return {"since": since, "until": until, "deployments": len(runs),
             "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs),
-            "change_fail_rate": rate("failed"), "recovery_seconds": median("recovery_seconds"),
-            "lead_seconds": median("lead_seconds"), "rework_rate": rate("rework"), "runs": runs}
+            "change_fail_rate": rate("failed"), "rework_rate": rate("rework"),
+            "recovery_seconds": median(runs, "recovery_seconds"),
+            "lead_seconds": median(runs, "lead_seconds"), "runs": runs}
 
 
 def refuse_odd_files(*paths: str) -> None:
@@ -12268,7 +12273,7 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
     lines = [result["msg"]]
     if event == "recovered":
         lines = outcome.extra.get("recovered") or lines  # nothing where a person settled it
-    if run.flags.override:
+    if run.note:
         lines.append(run.note)
     words = dict(
         context.variables(), **context._asdict(), event=event, message="; ".join(lines),

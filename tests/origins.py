@@ -227,7 +227,11 @@ def tunnel(port: int) -> Liar:
     """A proxy that wants a password and leads to a port."""
     class Proxy(Liar):
         def _answer(self, connection: Any) -> None:
-            asked = connection.recv(65536).decode("latin-1")
+            asked = ""
+            for data in iter(lambda: connection.recv(65536), b""):  # Python 3.6 sends it line by line
+                asked += data.decode("latin-1")
+                if "\r\n\r\n" in asked:
+                    break
             self.requests.append(asked)
             if "\r\nProxy-Authorization: Basic bWU6c2VjcmV0\r\n" not in asked:
                 connection.sendall(head(407, 0))

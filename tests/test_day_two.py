@@ -92,6 +92,7 @@ def test_a_hold_lets_only_rollback_change_what_is_live(app: App) -> None:
 
 def test_a_hold_needs_a_reason_ends_by_itself_and_is_told_once(app: App) -> None:
     assert "reason" in app.run("hold", check=2).data["msg"]
+    assert "reason" in app.run("hold", "-m", " ", check=2).data["msg"]
     assert "is past" in app.run("hold", "-m", "why", "--until", "2020-01-01", check=2).data["msg"]
     assert "expected a time" in app.run("hold", "-m", "why", "--until", "tomorrow", check=2).data["msg"]
     app.run("hold", "-m", "lunch", "--until", "1h", check=0)

@@ -222,6 +222,9 @@ def test_slack_gets_a_text_in_which_a_value_calls_nobody(app, receive, tmp_path)
     text = receiver.posts[0]["body"]["text"]
     assert text.startswith("<https://wiki|how> hook pre_stage failed") and "&lt;!channel&gt; &amp; co" in text
     assert failed.data["warnings"] == []
+    configure(app, f"type = slack\nurl_file={url}")
+    app.run("deploy", app.artifact("1.1"), "-m", "<!here> for the sale", check=0)
+    assert receiver.posts[-1]["body"]["text"].endswith("; &lt;!here&gt; for the sale")
 
 
 def test_mail_is_handed_to_the_mail_server(app, mail_server):
