@@ -11384,9 +11384,7 @@ def command_history(run: Run) -> None:
     entries = [entry for entry in entries
                if entry.at >= since and flags.operation in (None, entry.operation)
                and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
-    limit = 0 if run.flags.json else 20
-    if run.flags.limit is not None:
-        limit = int(run.flags.limit)
+    limit = int(flags.limit or (0 if flags.json else 20))
     shown = entries[-limit:] if limit else entries
     run.outcome.extra["total"] = len(entries)
     run.outcome.extra["history"] = [encode(entry) for entry in shown]
