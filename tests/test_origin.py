@@ -177,7 +177,8 @@ def test_a_link_that_is_changed_once_it_was_followed_is_found_out(then: str, app
     link.symlink_to(real)
     settings = deploy.load_settings([], {}, [])
     with deploy.Artifact(str(link), settings.limits) as artifact:
-        run = SimpleNamespace(facts=SimpleNamespace(artifact=artifact), flags=SimpleNamespace(sha256=None), settings=settings)
+        run = SimpleNamespace(facts=SimpleNamespace(artifact=artifact), flags=SimpleNamespace(sha256=None), settings=settings,
+                              offer=None)
         assert list(deploy.check_origin(run)) == []
         link.unlink()
         if then == "gone":

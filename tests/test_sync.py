@@ -6,6 +6,7 @@ import re
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from origins import (Host, Liar, Nginx, Relay, Source, chunked, drip, endless, head, make_certificate, redirect, server_tls, sha256,
                      tunnel, whole)
 from scenes import configure
-from support import (DEPLOY, TOP, App, Result, compiled, fake_command, load_deploy, make_artifact, needs, sha256_of, snapshot, start_deploy,
+from support import (DEPLOY, TOP, App, Result, clean_environment, compiled, deploy_argv, fake_command, load_deploy, make_artifact, needs, sha256_of, snapshot, start_deploy,
                      wait_until)
 
 SUMS = "[artifact]\nmatch = myapp-@v.tar.gz\n"
@@ -290,6 +291,18 @@ CASES = {
 }  # type: Dict[str, Any]
 
 
+MEASURE = """
+import os, sys
+pid = os.fork()
+if not pid:
+    os.execv(sys.argv[2], sys.argv[2:])
+status, usage = os.wait4(pid, 0)[1:]
+with open(sys.argv[1], "w") as file:
+    file.write(str(usage.ru_maxrss))
+sys.exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 255)
+"""
+
+
 class Told:
     """How a run against a liar ended."""
 
@@ -310,12 +323,15 @@ def told(tmp_path_factory: Any) -> Dict[str, Told]:
         follow(app, liar.url, "index = index.json\ninsecure = yes\ntimeout = 1s\nmin_rate = 10k\nproxy = none", more="")
         with open(str(app.directory / "stdout"), "w+b") as stdout, open(str(app.directory / "stderr"), "w+b") as stderr:
             began = time.monotonic()
-            process = start_deploy("sync", config=app.config, stdout=stdout, stderr=stderr)
-            _, status, usage = os.wait4(process.pid, 0)
+            # By a small process between: whoever is forked begins with the memory of the one that forked it.
+            process = subprocess.Popen(
+                [sys.executable, "-c", MEASURE, str(app.directory / "memory"), *deploy_argv("sync", config=app.config)],
+                stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=clean_environment(), cwd="/")
+            code = process.wait()
             texts = [(stream.seek(0), stream.read().decode())[1] for stream in (stdout, stderr)]
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        memory_kib = int((app.directory / "memory").read_text())
         result = Result([name], code, texts[0], texts[1], json.loads(texts[0] or "{}"))
-        return Told(liar, app, result, time.monotonic() - began, usage.ru_maxrss)
+        return Told(liar, app, result, time.monotonic() - began, memory_kib)
 
     compiled()
     slow = sorted(CASES, key=lambda name: not re.search("drips|hangs|endless|no-answer", name))
