@@ -32,6 +32,8 @@ On disk
     ROOT/releases/ID/               exactly the artifact, plus shared links and
                                     rendered templates; unpacked as .new-*
     ROOT/shared/                    linked into every release
+    ROOT/slots/NAME                 the release in a slot; live.conf tells the
+                                    proxy which slot is live (only with [slots])
     ROOT/.deploy/lock               flock; never unlinked
     ROOT/.deploy/journal.json       only while something is under way
     ROOT/.deploy/history.jsonl      hash-chained, one JSON object a line
@@ -1195,6 +1197,14 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
+def sockets(port: int, state: str) -> List[str]:
+    """List the inodes of TCP sockets on a port, listening (0A) or established (01; proc(5))."""
+    tables = [read_file(f"/proc/net/{name}", MAX_STATE_BYTES).decode("ascii")
+              for name in {"tcp", "tcp6"}.intersection(os.listdir("/proc/net"))]
+    return re.findall(rf"(?m)^ *\d+: \w+:{port:04X} \S+ {state}(?: +\S+){{5}} +(\d+)",
+                      "".join(tables))
+
+
 Problem = Tuple[str, str]  # what is wrong, and what to do about it
 Problems = Dict[str, Problem]  # by path
 
@@ -1840,14 +1850,30 @@ def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]
     return read_lines
 
 
-def _argv(text: str, filled_in: str = "\0") -> List[str]:
+OF_SLOTS = ("${slot}", "${port}")
+
+
+def filled(section: Any, values: Dict[str, Any]) -> Any:
+    """Copy a section with these texts replaced by others, wherever they stand."""
+    text = json.dumps(vars(section))
+    for place, value in values.items():
+        text = text.replace(place, json.dumps(str(value))[1:-1])
+    return SimpleNamespace(**json.loads(text))
+
+
+def in_slot(section: Any, slot: Any) -> Any:
+    """Copy a section with a slot's name and port for `${slot}` and `${port}`."""
+    return filled(section, dict(zip(OF_SLOTS, (slot.name, slot.port))))
+
+
+def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
     """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
     words = shlex.split(text)
     first = words[0] if words else "-"
     # Of a word in double quotes a shell reads `$` and backquotes.
     bare = _QUOTED.sub(lambda quoted: "_" + "".join(
-        re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), text.replace(filled_in, ""))
+        re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), re.sub(filled_in, "", text))
     found = _SHELL_SYNTAX.search(bare)
     line = f"sh -c {shlex.quote(text)}"
     if not first:
@@ -1963,8 +1989,11 @@ KINDS = {
     "bool": ("yes or no", "yes or no", r"(?i)yes|true|on|1|no|false|off|0",
              lambda text: text.lower() in ("yes", "true", "on", "1")),
     "mode": ("file mode", "a file mode such as 0640", r"0?[0-7]{3}", lambda text: int(text, 8)),
+    "slot": ("port", "a port, 1 to 65535", _PORT, int),
     "argv": ("command", "", _ANY, _argv),
-    "filled": ("command", "", _ANY, lambda text: _argv(text, CANDIDATE_PORT)),
+    "filled": ("command", "", _ANY, lambda text: _argv(text, re.escape(CANDIDATE_PORT))),
+    "probe_argv": ("command", "", _ANY, lambda text: _argv(
+        text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS))))),
     "commands": ("commands, one a line", "", _ANY, _lines(_argv, r"\A\Z")),
     "regex": ("regular expression", "", _ANY, _regex),
     "statuses": ("status codes", "HTTP status codes such as 200-299, 301",
@@ -1987,8 +2016,8 @@ KINDS = {
     "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
                lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
 }
-LISTS = ("names", "list", "windows", "paths", "keys", "relatives", "argv", "filled", "commands",
-         "addresses")
+LISTS = ("names", "list", "windows", "paths", "keys", "relatives", "argv", "filled", "probe_argv",
+         "commands", "addresses")
 
 
 def read_value(kind: str, text: str) -> Any:
@@ -2144,10 +2173,21 @@ after             names      -       services that go first
 timeout           limit      60s     longest time the action may take
 settle            duration   3s      time it must then stay up unchanged (systemd units, pidfiles)
 
+[slots] the idle one of two slots starts the new release, then a proxy leads there
+*                 slot       -       a slot's name, and the port its unit listens on; exactly two
+unit              unit       -       a slot's systemd unit, such as shop@${slot}.service
+include           text       -       text of slots/live.conf; ${slot} and ${port} are the live one's
+reload            argv       -       has the proxy read it; under the rules for hooks, in the root
+drain             duration   30s     how long the slot that is left may take to end its requests
+systemctl         argv       systemctl  how to call it: sudo systemctl, systemctl --user
+timeout           limit      60s     longest time a unit may take to start or stop
+settle            duration   3s      time it must then stay up unchanged
+
 [probe:*] a question put to the running service: url, tcp, command or service
-url               text       -       HTTP or HTTPS URL to ask
+url               text       -       HTTP or HTTPS URL to ask; with ${slot} or ${port} in it, or in
+    tcp, connect or command, a slot is asked, before the proxy leads there
 tcp               text       -       host:port or unix:/path to connect to
-command           filled     -       command that must exit with 0, under the rules for hooks
+command           probe_argv  -      command that must exit with 0, under the rules for hooks
 service           name       -       name of a [service:NAME] that must be up
 connect           text       -       host:port or unix:/path to send the url's connection to
 status            statuses   200-299  HTTP status codes that are healthy
@@ -2269,7 +2309,8 @@ _OPTIONS_OF = {section: options for section, _, options in SECTIONS}
 TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
 # Exactly one of these keys must be given in every such section.
 ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command service",),
-          "template": ("source", "target"), "candidate": ("command",)}
+          "template": ("source", "target"), "candidate": ("command",),
+          "slots": ("unit", "include", "reload")}
 
 COMMAND_TABLE = """\
 deploy      deploy shop-1.4.2.tar.gz  preflight, stage, activate, probe; rolls back if that fails
@@ -2505,6 +2546,15 @@ class Settings:
                         for section in (declared if is_named else [table])
                         if section == table or section.startswith(f"{kind}:")}
             setattr(self, kind, sections if is_named else sections[""])
+        for probe in self.probe.values():
+            probe.of_slot = any(place in json.dumps(vars(probe)) for place in OF_SLOTS)
+        both, self.slots = self.slots, {}
+        both.include += "\n"
+        for name in filter(both.ports.get, both.ports):  # as a [service:NAME] with a unit is
+            vars(both).update(name=name, port=both.ports[name], action="restart", pidfile="",
+                              command=[])
+            self.slots[name] = in_slot(both, both)
+        self.has_slots = bool(both.given)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -2523,9 +2573,9 @@ class Settings:
                 read[key[len(prefix):]] = self._value(option, section, key, value)
                 if value.text != option.default and prefix.rstrip(".") not in values.given:
                     values.given.append(prefix.rstrip("."))
-            if not prefix:
+            if is_chosen and len(options) == 1:
                 return read
-            setattr(values, prefix.rstrip("."), read if is_chosen else read[""])
+            setattr(values, prefix.rstrip(".") or "ports", read if is_chosen else read[""])
         for group in ONE_OF.get(kind, ()):
             present = [key for key in group.split() if key in values.given]
             if len(present) != 1 and (name or values.given):
@@ -2610,7 +2660,8 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
         options = options_of(section)
         for name in variables:
-            key = name[len(prefix):] if "*" in options else name[len(prefix):].lower()
+            key = name[len(prefix):]
+            key = key.lower() if key.lower() in options or "*" not in options else key
             if name.startswith(prefix) and (key in options or "*" in options):
                 given[section, key] = Given(environment(name), f"environment {name}", "")
     for place, text in flags.items():
@@ -2955,7 +3006,8 @@ class Store:
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
-            for name in ("releases", "shared") + PRIVATE_DIRECTORIES:
+            slots = ("slots",) if settings.slots else ()
+            for name in ("releases", "shared") + slots + PRIVATE_DIRECTORIES:
                 above, below = os.path.split(name)
                 mode = store.directory_mode if name in PRIVATE_DIRECTORIES else 0o755
                 with suppress(FileExistsError):
@@ -3148,6 +3200,17 @@ class Store:
         self.root.rename(self._links[target], self.root, "current")
         del self._links[target]
         os.fsync(self.root.descriptor)
+
+    def put_in_slots(self, name: str, text: str) -> None:
+        """Replace live.conf by a text, or a slot's link by one to a release, durably."""
+        private, place = self.directory(".deploy"), self.directory("slots")
+        temporary = temporary_name(name)
+        if name == "live.conf":
+            private.write(temporary, text.encode("utf-8", "surrogateescape"), 0o644)
+        else:
+            os.symlink(f"../releases/{text}", temporary, dir_fd=private.descriptor)
+        private.rename(temporary, place, name)
+        os.fsync(place.descriptor)
 
     def new_staging(self) -> str:
         """Make an empty private directory in releases/ to unpack into, and return its name."""
@@ -3556,6 +3619,8 @@ class Context(NamedTuple):
     failed: str = ""
     note: str = ""
     candidate_port: str = ""
+    slot: Any = None  # where it is in one
+    directory: str = ""  # where commands run, unless that is the release
 
     def variables(self) -> Dict[str, str]:
         """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
@@ -3569,6 +3634,8 @@ class Context(NamedTuple):
             names["DEPLOY_NOTE"] = self.note
         if self.candidate_port:
             names["DEPLOY_CANDIDATE_PORT"] = self.candidate_port
+        if self.slot:
+            names.update(DEPLOY_SLOT=self.slot.name, DEPLOY_SLOT_PORT=str(self.slot.port))
         if self.failed:
             names["DEPLOY_FAILED_RELEASE"] = self.failed
             names["DEPLOY_FAILED_PATH"] = f"{self.root}/releases/{self.failed}"
@@ -6076,6 +6143,8 @@ def commands(settings: Settings) -> List[Any]:
               for name in MIGRATE_NAMES if getattr(settings.migrate, name)]
     if settings.candidate.command:
         found.append(("candidate", "command", settings.candidate.command, False, True))
+    found += [("slots", "reload", slot.reload, True, False)
+              for slot in settings.slots.values() if slot.reload]
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
             early = kind == "notify" or getattr(section, "when", "") in ("before", "both")
@@ -6173,7 +6242,8 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
 
 def working_directory(context: Context) -> str:
     """Return where commands run: the release, or the nearest thing to it that exists."""
-    return next(filter(os.path.isdir, (context.release_path, context.root, "/")))
+    places = context.directory, context.release_path, context.root, "/"
+    return next(filter(os.path.isdir, places))
 
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
@@ -6276,11 +6346,6 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
                          "the environment; write $${name} for a literal ${name}",
                          {"missing": sorted(missing)})
     return rendered
-
-
-def filled(section: Any, port: str) -> Any:
-    """Copy a probe or [candidate] with ${DEPLOY_CANDIDATE_PORT} replaced, wherever it stands."""
-    return SimpleNamespace(**json.loads(json.dumps(vars(section)).replace(CANDIDATE_PORT, port)))
 
 
 # -- services ----------------------------------------------------------------
@@ -6437,6 +6502,18 @@ class UnitService(Service):
         process = f", process {self.pid}" if self.pid not in ("", "0") else ""
         return f"{unit} is {first['ActiveState']} ({first['SubState']}{process})"
 
+    def at_boot(self, verb: str, before: str) -> None:
+        """Enable or disable it, where its file has an [Install] section."""
+        shown = self.systemctl("show", "-p", "UnitFileState", self.settings.unit).tail
+        if shown == [f"UnitFileState={before}"]:
+            self.systemctl(verb, self.settings.unit)
+
+    def stop(self) -> None:
+        """Stop it, at the next boot as well."""
+        self.systemctl("stop", self.settings.unit)
+        self.systemctl("reset-failed", self.settings.unit)  # as which it may have ended
+        self.at_boot("disable", "enabled")
+
     def state(self) -> Dict[str, str]:
         """Read the unit's state in one call, so that the properties belong together."""
         done = self.systemctl("show", "-p", ",".join(UNIT_PROPERTIES), self.settings.unit)
@@ -6453,7 +6530,7 @@ class UnitService(Service):
         if done.ok or verb == "reset-failed":
             return done
         why = f"systemctl {verb} {done.verdict()}: {' '.join(done.tail[-3:])}"
-        if verb not in ("show", "daemon-reload"):
+        if verb in ("start", self.settings.action):
             why = f"unit {self.settings.unit} did not come up: {why}"
         failed = self.failed(why, output=done.tail)
         if done.timed_out:
@@ -6909,10 +6986,12 @@ def probe_kind(probe: Any) -> str:
 
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
+    if probe.of_slot:
+        probe = in_slot(probe, SimpleNamespace(name="slot", port=1))
     kind, release, method = probe_kind(probe), probe.release, probe.method
     key, scheme, wrong, is_candidates = "url", "", "", probe.when == "candidate"
     if is_candidates:
-        probe = filled(probe, "1")
+        probe = filled(probe, {CANDIDATE_PORT: "1"})
     try:
         scheme = parse_url(probe.url).scheme if probe.url else ""
         for key in ("tcp", "connect"):
@@ -6934,6 +7013,8 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         is_candidates and kind == "service" and "a candidate is no service",
         CANDIDATE_PORT in " ".join([probe.url, probe.tcp, probe.connect, *probe.command])
         and f"{CANDIDATE_PORT} is known while a candidate is asked, to when = candidate",
+        probe.of_slot and (not settings.slots or probe.when != "after")
+        and "${slot} and ${port} need [slots], and when = after",
         release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
         and f"release = {release}: expected json:PATH, header:NAME or body",
         probe.successes > most and f"successes = {probe.successes} cannot be reached within "
@@ -7241,9 +7322,17 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     """
     started_seconds = time.monotonic()
     wanted = answers_naming(run, context) if expect_release else []
-    services = run.settings.service
-    # Where this run has restarted whatever could answer, the new release answers.
-    is_new = bool(guard) or restarted and bool(services) and all(
+    services, slot = run.settings.service, context.slot
+    if slot:
+        services = dict(services, **{slot.name: slot})
+    if probe.of_slot and not slot:
+        raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
+                           "deploy something first")
+    if probe.of_slot:
+        probe = in_slot(probe, slot)
+    # Where this run has restarted whatever could answer, the new release answers; a proxy may lead
+    # to the other slot yet.
+    is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
         service.unit and service.action == "restart" for service in services.values())
     asked = ProbeRun(run, probe, context, wanted, progress, guard=guard)
     error = asked.attempt(probe.timeout)["error"] if once else asked.full(is_new=is_new)
@@ -7934,6 +8023,9 @@ class Facts(NamedTuple):
     flags: Json  # of features: what is in shared/flags.json; only for the command
     artifact: Optional[Artifact]
     refusal: Optional[DeployError]
+    slots: Dict[str, str] = {}  # by release, the slot whose link names it
+    live_slot: str = ""  # that live.conf names; empty where that is none, or cannot be told
+    live_conf: str = ""
 
     def release(self, name: str) -> Optional[Record]:
         """Return the record of a release that is really there."""
@@ -7997,6 +8089,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
                 and store.is_release(name)}
     # Going through /proc costs more than all the rest.
     prunes = store and run.flags.command in ("deploy", "sync", "activate", "prune")
+    slots = observe_slots(settings, store.path) if store and settings.slots else {}
     return Facts(
         settings=settings, request=run.flags, root=os.path.realpath(settings.deploy.root),
         application=run.application, command_line=settings.command_line, deploy_id=run.deploy_id,
@@ -8005,7 +8098,31 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         in_use=(releases_in_use(settings, store.path) if prunes else None) or {},
         journal=journal, holder=lock_holder(store) if store and not locked else None,
         flags=store.load_json(FLAGS_FILE) if store and run.flags.command == "flags" else {},
-        hold=hold, artifact=run.offer, refusal=None)
+        hold=hold, artifact=run.offer, refusal=None, **slots)
+
+
+def observe_slots(settings: Settings, root: str) -> Dict[str, Any]:
+    """Look where the slots' links and live.conf lead."""
+    links = {os.path.basename(os.readlink(f"{root}/slots/{name}")): name
+             for name in settings.slots if os.path.islink(f"{root}/slots/{name}")}
+    path = f"{root}/slots/live.conf"
+    conf = read_text(path) if os.path.isfile(path) else ""
+    named = [name for name, slot in settings.slots.items() if conf == slot.include] or [
+        # Written before `include` was changed, it has the port in it all the same.
+        name for name, slot in settings.slots.items() if re.search(rf"\b{slot.port}\b", conf)]
+    return {"slots": links, "live_slot": "".join(named) if len(named) == 1 else "",
+            "live_conf": conf}
+
+
+def slot_problem(facts: Facts) -> Iterator[Problem]:
+    """Say where live.conf, the slots' links, `current` and its record do not agree."""
+    live, current = facts.live_slot or "no slot", facts.current.release or "nothing"
+    record = facts.records.get(current)
+    linked, recorded = facts.slots.get(current, "no slot"), record and record.slot or "no slot"
+    if not facts.journal and facts.holder is None and {linked, recorded} != {live}:
+        yield (f"slots/live.conf names {live}, and current {current}, whose link is that of "
+               f"{linked}, and which by its record is in {recorded}",
+               facts.command_line(f"recover --to {facts.current.release or 'RELEASE'}"))
 
 
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
@@ -8180,7 +8297,8 @@ def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = 
     version = known.version if known else release or ""
     path = f"{facts.root}/releases/{release}" if release else facts.root
     return Context(facts.application, facts.root, release or "", version, path, previous or "",
-                   facts.deploy_id, failed, facts.note)
+                   facts.deploy_id, failed, facts.note,
+                   slot=facts.settings.slots.get(facts.slots.get(release or "")))
 
 
 def releases_in_use(settings: Settings, root: str) -> Optional[Dict[str, str]]:
@@ -8402,7 +8520,7 @@ def believed(settings: Settings) -> Iterator[Problems]:
              *itertools.filterfalse(KEY_LITERAL.match, signature.keys), *[
         getattr(asked, key, "") for key in KEY_FILES
         for asked in (*settings.probe.values(), *settings.notify.values(), settings.source)]]
-    for service in settings.service.values():
+    for service in (*settings.service.values(), *settings.slots.values()):
         if service.unit:
             paths += program_places(service.systemctl[0], "/", command_path())
     yield from map(trust_problems, filter(None, paths))
@@ -8740,6 +8858,31 @@ def check_services(run: Run) -> Findings:
         yield from make_service(run, name).check()
 
 
+def check_slots(run: Run) -> Findings:
+    """Both units are known, the idle one's port is nobody else's, and all agree on the live one."""
+    facts = run.facts
+    for problem in slot_problem(facts):
+        yield ("fail", *problem)
+    yield from missing_programs(run.settings, "slots")
+    for name, slot in run.settings.slots.items():
+        unit = UnitService(run, slot)
+        yield from unit.check()
+        found = sockets(slot.port, "0A") if unit.down() else []
+        if found:
+            import glob
+            pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*")
+                    if os.path.exists(path) and str(os.stat(path).st_ino) in found]
+            yield ("fail", f"port {slot.port} of slot {name} is taken by process "
+                   f"{''.join(pids[:1]) or 'unknown'}, and {slot.unit} is down",
+                   "end that process, or correct [slots]")
+    if facts.current.release and not facts.live_conf:
+        yield ("warn", f"{facts.current.release} is live in no slot: what runs of it is left alone",
+               "stop it once the proxy leads to a slot")
+    if not any(probe.of_slot for probe in run.settings.probe.values()):
+        yield ("warn", "no probe asks a slot before the proxy leads there: its unit alone decides",
+               "put ${port} into what a [probe:NAME] asks")
+
+
 def check_templates(run: Run) -> Findings:
     """Templates are in the artifact and every placeholder has a value."""
     templates = run.settings.template
@@ -8819,6 +8962,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
      False, "settings.preflight.free_ports", ""),
     ("candidate", check_candidate, True, "settings.candidate.command", ""),
     ("services", check_services, False, "settings.service", ""),
+    ("slots", check_slots, True, "settings.slots", ""),
     # Those in the release can only be looked for once it is there.
     ("hooks", lambda run: missing_programs(run.settings, "hooks", "migrate"), False, HOOKS, ""),
     ("templates", check_templates, False, "settings.template", ""),
@@ -8841,7 +8985,7 @@ STATE_CHECKS = ("current", "state", "recovery", "lock", "clock", "known-bad")
 # A check that fails for one of these reasons refuses the artifact, not the host.
 ARTIFACT_CHECKS = ("artifact", "signature", "known-bad", "downgrade")
 # These run what is configured: not where somebody else could have written it.
-ACTING_CHECKS = ("signature", "services", "probes", "judge")
+ACTING_CHECKS = ("signature", "services", "slots", "probes", "judge")
 
 
 def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
@@ -8886,17 +9030,18 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 # ============================================================================
 
 STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
-GO = "pre_activate check close_early backup up candidate close activate"
+GO = "pre_activate check close_early backup up candidate slot close proxy activate"
 AFTER = "down post_activate services probes post_deploy"
 
-# operation: what is done before the switch, after it, and once the verdict is in.
+# operation: what is done before the switch, after it, and once the verdict is in; the journal stays
+# for what stands before a bar.
 ORDER = {
     "stage": (STAGE, "", ""),
-    "deploy": (STAGE + " " + GO, AFTER, "open? prune"),
-    "sync": (STAGE + " " + GO, AFTER, "open? prune"),
-    "activate": ("verify " + GO, AFTER, "open? prune"),
-    "rollback": ("verify health pre_rollback check close_early backup up close activate",
-                 "down services probes post_rollback", "open?"),
+    "deploy": (STAGE + " " + GO, AFTER, "open? drain | prune"),
+    "sync": (STAGE + " " + GO, AFTER, "open? drain | prune"),
+    "activate": ("verify " + GO, AFTER, "open? drain | prune"),
+    "rollback": ("verify health pre_rollback check close_early backup up slot close proxy activate",
+                 "down services probes post_rollback", "open? drain |"),
     "prune": ("", "", "prune"),
     "pin": ("", "", "pin"),
     "adopt": ("", "", "adopt"),
@@ -8905,10 +9050,10 @@ ORDER = {
     "unhold": ("", "", "hold"),
     "flags": ("", "", "flags"),
     # recover --to: a person has decided, so only a damaged release stops it.
-    "recover": ("", "", "verify activate services? probes? sweep"),
+    "recover": ("", "", "verify slot? proxy activate services? probes? drain sweep"),
 }
 # After the switch a failure takes the way back; ? means that its own failure is a warning.
-WAY_BACK = "pre_rollback? activate down services probes post_rollback?"
+WAY_BACK = "pre_rollback? proxy activate down services probes post_rollback? open? drain"
 
 # What the history calls an operation that went through.
 RESULTS = {"stage": "staged", "deploy": "deployed", "sync": "synced", "activate": "activated",
@@ -8918,6 +9063,8 @@ RESULTS = {"stage": "staged", "deploy": "deployed", "sync": "synced", "activate"
 # What only writes something down: every release stays what it is.
 NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 
+LEAST_DRAIN_SECONDS = 1.0  # in which the proxy reads live.conf
+DRAIN_LOOK_SECONDS = 0.2
 KEPT_BAD_RELEASES = 1
 KEPT_BAD_RECORDS = 50
 KEPT_DIFFERENCES = 200  # lines of them in the history
@@ -9110,15 +9257,16 @@ def plan_operation(facts: Facts) -> Plan:
 
 def make_plan(facts: Facts, move: Move) -> Plan:
     """Expand the words of an operation, and those of its way back."""
-    before, after, last = ORDER[move.operation]
+    before, after, ends = ORDER[move.operation]
+    closing, _, last = ends.rpartition("|")
     back = Move(move.operation, move.to_release, move.from_release, back=True)
     steps = expand(before, PHASE_INTENT, facts, move)
     steps += expand(after, PHASE_SWITCHED, facts, move)
     # The way back ends once `current` is gone where nothing was live before.
-    way_back = WAY_BACK if move.from_release else "pre_rollback? activate down post_rollback?"
+    way_back = WAY_BACK if move.from_release else re.sub("services|probes", "", WAY_BACK)
     switches = any(step.noted == PHASE_SWITCHED for step in steps)
     return Plan(move.operation, move.from_release, move.to_release or "", steps,
-                expand(last, "", facts, move),
+                expand(closing, PHASE_SWITCHED, facts, move) + expand(last, "", facts, move),
                 expand(way_back, PHASE_ROLLING_BACK, facts, back) if switches else [])
 
 
@@ -9167,7 +9315,7 @@ def prunable(facts: Facts, move: Move) -> List[Record]:
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
     arriving = 1 if live and live not in facts.records else 0
     gone = good[max(1, facts.settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
-    keep = {live, previous} | set(facts.in_use)
+    keep = {live, previous, *facts.in_use, *facts.slots}
     lost = lost_current(facts)
     if lost:
         keep |= {lost.id, lost.previous}
@@ -9513,10 +9661,10 @@ def make_candidate(word: str, facts: Facts, move: Move) -> List[Step]:
             port = str(held.getsockname()[1])
         context = move_context(run, move)._replace(candidate_port=port)
         with run.console.progress(word) as progress, start_command(
-                run, context, word, filled(asked, port).command, start=Guard, port=int(port),
-                timeout_seconds=asked.timeout) as guard:
+                run, context, word, filled(asked, {CANDIDATE_PORT: port}).command, start=Guard,
+                port=int(port), timeout_seconds=asked.timeout) as guard:
             for probe in probes:
-                probe = filled(probe, port)
+                probe = filled(probe, {CANDIDATE_PORT: port})
                 probe.deadline = min(probe.deadline, guard.ends_seconds - time.monotonic())
                 found = run_probe(run, probe, context, expect_release=True, progress=progress,
                                   guard=guard)
@@ -9647,6 +9795,106 @@ def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
     return [Step(word, text, switch, switch_back, noted=PHASE_SWITCHED)]
 
 
+def target_slot(facts: Facts, move: Move) -> str:
+    """Name the slot that a move leads to: that of the release, else the idle one.
+
+    None on the way back to what never was in one.
+    """
+    idle = next(name for name in facts.settings.slots if name != facts.live_slot)
+    return facts.slots.get(move.to_release or "", "" if move.back else idle)
+
+
+def make_slot(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Start the release in the idle slot, and ask it there: nobody else does yet."""
+    release, slots = move.to_release or "", facts.slots
+    slot = facts.settings.slots[target_slot(facts, move)]
+    before = [earlier for earlier, name in slots.items() if name == slot.name]
+
+    def start(run: Run) -> str:
+        unit, records = UnitService(run, slot), run.facts.records
+        records[release] = records[release]._replace(slot=slot.name)
+        if release in slots and not unit.down():
+            return f"{slot.unit} runs it already"
+        slots[release] = slot.name
+        run.store.put_in_slots(slot.name, release)
+        detail = unit.act(move_context(run, move))
+        unit.at_boot("enable", "disabled")
+        return detail
+
+    def stop(run: Run) -> None:
+        if release in slots:  # the link comes first
+            UnitService(run, slot).stop()
+            run.store.forget(f"slots/{slot.name}")
+            for earlier in before:
+                run.store.put_in_slots(slot.name, earlier)
+
+    text = f"start {slot.unit}, port {slot.port}, for {release}"
+    return [Step(f"slot:{slot.name}", text, start, stop), *make_probes(word, facts, move)]
+
+
+def make_proxy(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Have the proxy lead to the slot of the release; on the way back, where it led before."""
+    slots, target = facts.settings.slots, target_slot(facts, move)
+    reload = next(iter(slots.values())).reload
+    confs = {name: slot.include for name, slot in slots.items()}
+    confs[facts.live_slot] = facts.live_conf  # as it was before, if it comes to that
+
+    def lead(run: Run, name: str) -> str:
+        if confs.get(name):
+            run.store.put_in_slots("live.conf", confs[name])
+        else:
+            run.store.forget("slots/live.conf")
+        context = move_context(run, move)._replace(directory=run.root, slot=slots.get(name))
+        perform_command(run, context, "hook reload", reload, run.settings.hooks.timeout)
+        return f"it leads to {name or 'no slot'}"
+
+    def undo(run: Run) -> None:
+        # What a recovery takes back had not renamed live.conf, unless it was killed right here.
+        journal = run.facts.journal
+        if journal and not (facts.live_slot and journal.phase == PHASE_INTENT):
+            return
+        try:
+            lead(run, facts.live_slot)
+        except FAILURES as error:
+            raise RollbackFailed(f"and once more: {reason(error)}",
+                                 facts.command_line("recover"))
+
+    text = f"have slots/live.conf lead to {target or 'no slot'}; {spell(reload)}"
+    # A proxy may not be able to do without the file.
+    return [Step(word, text, lambda run: lead(run, target), undo, optional=not target)]
+
+
+def make_drain(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Stop the slot that is left, once nothing is asked of it any more or a signal has come."""
+    target, linked = target_slot(facts, move), facts.slots.values()
+    # One without a link never ran, unless it is this run that starts it.
+    left = [slot for name, slot in facts.settings.slots.items()
+            if name != target and (move.back or name in linked)]
+
+    def drain(run: Run) -> str:
+        interrupts, was_closed = run.interrupts, run.interrupts.is_closed
+        ends_seconds, quiet = time.monotonic() + slot.drain, 0
+        interrupts.is_closed = False
+        with suppress(Interrupted), run.console.progress(f"drain:{slot.name}") as progress:
+            interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
+            while quiet < 2 and time.monotonic() < ends_seconds:
+                with suppress(OSError):  # nobody can know: then the time counts
+                    found = sockets(slot.port, "01")
+                    quiet = 0 if found else quiet + 1
+                    progress(0, count(len(found), "connection"))
+                interrupts.wait(DRAIN_LOOK_SECONDS)
+        interrupts.is_closed = was_closed
+        UnitService(run, slot).stop()
+        return f"{slot.unit} is stopped"
+
+    if not left:
+        return []
+    slot = left[0]
+    text = f"stop {slot.unit} once nothing is asked of it any more, after " \
+        f"{format_seconds(slot.drain)} at the latest"
+    return [Step(f"drain:{slot.name}", text, drain, optional=True)]
+
+
 def make_services(word: str, facts: Facts, move: Move) -> List[Step]:
     """Bring each service onto the release that is live now, and see that it stays up."""
     steps = []
@@ -9676,7 +9924,9 @@ def make_probes(word: str, facts: Facts, move: Move) -> List[Step]:
                  lambda run, probe=probe: ask(run, probe), optional=not probe.required,
                  seconds=probe_seconds(probe))
             for name, probe in sorted(facts.settings.probe.items())
-            if probe.when in ("after", "both")]
+            if probe.when in ("after", "both") and (
+                probe.of_slot == (word == "slot")
+                or move.back and move.to_release in facts.slots)]
 
 
 def make_health(word: str, facts: Facts, move: Move) -> List[Step]:
@@ -9686,7 +9936,8 @@ def make_health(word: str, facts: Facts, move: Move) -> List[Step]:
         return []  # the rollback is the verdict of what was never seen to be healthy
     services = [name for name, service in facts.settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
-    probes = [probe for probe in facts.settings.probe.values() if probe.when in ("after", "both")]
+    probes = [probe for probe in facts.settings.probe.values() if probe.when in ("after", "both")
+              and (facts.live_slot or not probe.of_slot)]
     if not left or not services and not probes:
         return []
 
@@ -9870,6 +10121,9 @@ MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
     "health": (make_health, lambda settings: settings.service or settings.probe),
     "candidate": (make_candidate, lambda settings: settings.candidate.command),
     "activate": (make_activate, None),
+    "slot": (make_slot, attrgetter("slots")),
+    "proxy": (make_proxy, attrgetter("slots")),
+    "drain": (make_drain, attrgetter("slots")),
     "services": (make_services, lambda settings: settings.service),
     "probes": (make_probes, lambda settings: settings.probe),
     "prune": (make_prune, None),
@@ -9939,6 +10193,8 @@ class Executor:
             self.blameless = True
             if run.down_failed:
                 raise StepFailed(run.down_failed, "correct the data, or put the backup back")
+            # The verdict is in: signals from here on change nothing.
+            run.interrupts.is_closed = True
             if self.phase:
                 self.end(RESULTS[plan.operation])
         except Exception as error:
@@ -9953,11 +10209,10 @@ class Executor:
             if isinstance(error, FAILURES):
                 raise final
             raise  # a defect of this program: what it had begun is undone by now
-        # The verdict is in: signals from here on change nothing.
-        run.interrupts.is_closed = True
         try:
             for step in plan.last:
-                self.take(step)
+                if not step.phase:
+                    self.take(step)
             if not self.phase:
                 self.end(RESULTS[plan.operation])
         except FAILURES as error:
@@ -10051,6 +10306,8 @@ class Executor:
             run.outcome.release, run.outcome.previous = plan.to_release or None, plan.from_release
         if keep_journal:
             return
+        if error is None:
+            self.close()
         try:
             run.store.clear_journal()
         except OSError as problem:
@@ -10059,6 +10316,12 @@ class Executor:
             # The verdict is durable: from here on nothing may be taken back.
             run.console.warn(f"the journal could not be removed: {reason(problem)}; "
                              "the next run does it")
+
+    def close(self) -> None:
+        """Do what the verdict leaves to be done; the journal stays until then, for a recovery."""
+        for step in self.plan.last:
+            if step.phase:
+                self.take(step)
 
     def end_failed(self, result: str, error: DeployError, exit_code: int, *,
                    automatic: bool = False, keep_journal: bool = False) -> None:
@@ -10107,7 +10370,8 @@ class Executor:
             final = self.go_back(error)
         if self.phase:
             move = Move(plan.operation, plan.from_release, plan.to_release)
-            for step in expand("open? on_failure?", "", run.facts, move):
+            words = "on_failure?" if isinstance(final, RolledBack) else "open? on_failure?"
+            for step in expand(words, "", run.facts, move):
                 self.take(step)
         if isinstance(final, (RolledBack, ReleaseFailed)):
             # A timer that deploys one broken artifact after the other must not fill the disk.
@@ -10158,7 +10422,7 @@ class Executor:
                 self.take(step)
             except Exception as problem:  # a defect as well: what failed must not stay for it
                 problems.append(step_error(problem, step.name).message)
-                if step.name in ("activate", "deactivate"):
+                if step.name in ("proxy", "activate", "deactivate"):
                     break
         done = self.journal.done if self.journal else []
         started = [name[len("service:"):] for name in done if name.startswith("service:")]
@@ -10295,7 +10559,11 @@ def recover(run: Run) -> List[str]:
     if current.problem:
         raise StateError(current.problem, current.hint)
     if journal is not None:
-        done.append(settle_journal(run, journal, current.release))
+        ends = (journal.from_release, journal.to_release)
+        for live, name in run.facts.slots.items():
+            if name == run.facts.live_slot and live in ends and live != current.release:
+                store.switch(current.release, live)  # it follows live.conf
+        done.append(settle_journal(run, journal, store.current().release))
         run.facts = observe_root(run, locked=True)
     # Where a record cannot be read, what it may need stays.
     known = None if run.facts.state_problems else run.facts.on_disk
@@ -10308,14 +10576,16 @@ def recover(run: Run) -> List[str]:
 def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     """Bring the run that a journal tells of to its end; says how."""
     store, what = run.store, f"{journal.operation} of {journal.to_release}"
-    for release in (journal.from_release, journal.to_release):
+    for release in filter(None, (journal.from_release, journal.to_release)):
         # A record that cannot be read now must not pass for none.
-        there = release and store.status(f"{RECORDS}/{release}.json")
-        if there and release not in run.facts.records:
+        if release not in run.facts.records and store.status(f"{RECORDS}/{release}.json"):
             raise StateError(f"cannot recover the {what}: " + "; ".join(run.facts.state_problems),
                              by_hand(store))
-    verdict = verdict_of(store, journal, live)
+    move = Move(journal.operation, journal.from_release, journal.to_release)
+    plan, verdict = make_plan(run.facts, move), verdict_of(store, journal, live)
     if verdict:
+        if live == journal.to_release:
+            Executor(run, plan, journal).close()
         store.clear_journal()
         return f"{what} was finished ({verdict})"
     stray = stray_error(store, journal, live)
@@ -10323,13 +10593,11 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         raise stray
     if run.flags.command == "rollback" and is_under_way(journal, live):
         # No restart and probe of what is being left.  Its journal stays until the rollback's own.
-        plan = Plan(journal.operation, journal.from_release, journal.to_release, [], [], [])
         Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
                                          exit_code=EXIT_FAILED, keep_journal=True)
         return f"{what} ends here: the rollback is its verdict"
     before = ", before the last boot" if journal.boot_id != boot_id() else ""
     run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
-    plan = make_plan(run.facts, Move(journal.operation, journal.from_release, journal.to_release))
     if journal.recoveries >= MAX_RECOVERIES:
         run.outcome.is_repeated = True  # a person was called when it failed
         raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
@@ -10338,11 +10606,10 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
             journal.phase == PHASE_INTENT and live == journal.from_release:
         return abort(run, plan, journal._replace(recoveries=journal.recoveries + 1))
     # The link says how far the run came; the journal may be one write behind it.
-    phase, failure = journal.phase, journal.failure
+    phase = PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
+    failure = journal.failure
     if live != journal.to_release:
         phase = PHASE_ROLLING_BACK
-    elif phase == PHASE_INTENT:
-        phase = PHASE_SWITCHED
     if phase == PHASE_SWITCHED:
         failure = None  # what failed before a switch is past
     elif failure is None:
@@ -10350,11 +10617,12 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
                    "reason": "it led back, and why could not be noted"}
     journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1, failure=failure)
     store.save(journal)
-    run.outcome.changed = True
     # Restarting and probing again does no harm; a hook that ended is not run twice.
-    steps = [step for step in plan.steps if step.phase == PHASE_SWITCHED
-             and not (step.noted and step.name in journal.done)]
-    executor = Executor(run, plan._replace(steps=steps, last=[]), journal)
+    steps = expand("slot proxy", PHASE_SWITCHED, run.facts, move) + [
+        step for step in plan.steps if step.phase == PHASE_SWITCHED
+        and not (step.noted and step.name in journal.done)]
+    last = [step for step in plan.last if step.phase]
+    executor = Executor(run, plan._replace(steps=steps, last=last), journal)
     try:
         if phase == PHASE_ROLLING_BACK:
             raise executor.fail(StepFailed(str(failure.get("reason"))))
@@ -11288,6 +11556,12 @@ def show_status(run: Run) -> None:
     if current and current.failure:
         rows.append(("failure", str(current.failure.get("reason", ""))))
     rows += [("previous", back), ("releases", f"{len(known)} on disk")]
+    links = {name: release for release, name in facts.slots.items()}
+    for name, slot in run.settings.slots.items():
+        is_live, named = name == facts.live_slot, links.get(name)
+        outcome.extra["status"].setdefault("slots", {})[name] = {
+            "port": slot.port, "release": named, "live": is_live}
+        rows.append((f"slot {name}", f"{named or 'no release'}{', live' if is_live else ''}"))
     if last:
         rows.append(("last run", f"{last.operation} {last.result} at {last.at} by "
                                  f"{last.by.get('user')}, {format_seconds(last.seconds)}"))
@@ -11318,6 +11592,8 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
         by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
         what = f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})"
         problems.append((what, command_line("recover --to RELEASE" if by_hand else "recover")))
+    if facts.settings.slots:
+        problems += slot_problem(facts)
     settled = not facts.current.problem and facts.holder is None and not journal
     if settled and store.status(store.flag) and "deploy_id" in store.maintenance():
         problems.append(("maintenance is on, and the run that wanted it has ended",
@@ -12724,7 +13000,7 @@ def parameter_assignments(name: str, value: Any) -> Iterator[str]:
     fine = YAML_TYPES.get(option.key, YAML_TYPES.get(option.kind, (int,)))
     items = value if isinstance(value, list) else [value]
     texts = [parameter_text(f"set: {name}", item, *fine) for item in items]
-    if items is value and option.kind in ("argv", "filled"):
+    if items is value and option.kind in ("argv", "filled", "probe_argv"):
         texts = [spell(texts)]
     yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
 
@@ -12800,6 +13076,8 @@ def check_settings(settings: Settings) -> None:
                 mistakes.append(settings.wrong(f"{kind}:{name}", problem))
     if settings.migrate.given and not settings.migrate.up:
         mistakes.append(settings.wrong("migrate", "needs up"))
+    if settings.has_slots and "[slots]" not in wrong:
+        mistakes += slots_mistakes(settings)
     deploy, signature = settings.deploy, settings.signature
     if signature.verify != "off" and not TRUSTED.intersection(signature.given):
         mistakes.append(settings.wrong("signature", f"verify = {signature.verify} needs keys, "
@@ -12823,6 +13101,23 @@ def check_settings(settings: Settings) -> None:
                 f"notify:{name}", "its file and another would be the same credential, "
                                   f"{name}: give it another name than [probe:{name}]"))
     settings.refuse_mistakes()
+
+
+def slots_mistakes(settings: Settings) -> Iterator[UsageError]:
+    """Find where the two slots are not two, or not their own."""
+    slots = settings.slots.values()
+    if len(slots) != 2 or not all(map(re.compile(r"[\w-]+\Z").match, settings.slots)):
+        yield settings.wrong("slots", "needs exactly two names, of letters, digits, - and _, each "
+                             f"with a port, not {' and '.join(settings.slots) or 'none'}")
+    for key in ("port", "unit", "include"):
+        if len({getattr(slot, key) for slot in slots}) == 1:
+            yield settings.wrong("slots", f"{key} is the same for both: write ${{slot}} or "
+                                 "${port} into it")
+    units = [unit for slot in slots for unit in (slot.unit, slot.unit.replace(".service", ""))]
+    for name, service in settings.service.items():
+        if service.unit in units:
+            yield settings.wrong(f"service:{name}", "has the unit of a slot, which none but "
+                                 "[slots] may start")
 
 
 def place_problem(settings: Settings, template: Any) -> str:

@@ -155,6 +155,34 @@ def candidate_failing(app: App) -> List[Any]:
     return ["deploy", app.artifact("1.2")]
 
 
+def slots(app: App) -> List[Any]:
+    """A deployment into the idle one of two slots, whose units are always up."""
+    systemctl = script(app.directory / "systemctl", "case $3 in UnitFileState) echo $3=static ;; *) printf '%s\\n' LoadState=loaded "
+                       "ActiveState=active SubState=running Type=simple Result=success ;; esac")
+    app.configure(f"keep_releases = 1\n[slots]\nblue = 1\ngreen = 2\nunit = x@${{slot}}\ninclude = to ${{port}}\nreload = true\n"
+                  f"drain = 0s\nsettle = 0s\nsystemctl = {systemctl}\n[service:sick]\ncommand = {FAILS_FOR_1_2}\n")
+    for version in ("1.0", "1.1"):
+        app.deploy(version)
+    app.config.write_text(app.config.read_text().partition("[service:sick]")[0])
+    return ["deploy", app.artifact("1.2")]
+
+
+def slots_failing(app: App) -> List[Any]:
+    """The same with a service that fails behind the switch."""
+    arguments = slots(app)
+    app.config.write_text(app.config.read_text() + f"[service:sick]\ncommand = {FAILS_FOR_1_2}\n")
+    return arguments
+
+
+def recover_slots(app: App) -> List[Any]:
+    """The recovery of one that was killed by its own reload: live.conf is the new one, `current` is not."""
+    arguments, text = slots(app), app.config.read_text()
+    app.config.write_text(text.replace("reload = true", f"reload = {KILL}"))
+    killed(app, *arguments)
+    app.config.write_text(text)
+    return ["recover"]
+
+
 def stage(app: App) -> List[Any]:
     """A release is staged beside the live one."""
     app.deploy("1.1")
@@ -259,6 +287,9 @@ SCENARIOS = {
     "deploy-candidate": Scenario(candidate, "1.1", ["1.2", "1.1"]),
     "deploy-candidate-failing": Scenario(candidate_failing, "1.1", ["1.1"], 1),
     "deploy-first-failing": Scenario(first_failing, None, [None], 5, "1.2"),
+    "deploy-slots": Scenario(slots, "1.1", ["1.2", "1.1"]),
+    "deploy-slots-failing": Scenario(slots_failing, "1.1", ["1.1"], 5, "1.2"),
+    "recover-slots": Scenario(recover_slots, "1.1", ["1.2"], given_up="1.1"),
     "stage": Scenario(stage, "1.1", ["1.1"]),
     "sync": Scenario(sync, "1.1", ["1.2", "1.1"]),
     "activate": Scenario(activate, "1.1", ["1.2", "1.1"]),

@@ -314,7 +314,7 @@ def inconsistencies(app: App, versions: List[Optional[str]]) -> List[str]:
     """Everything that does not fit together under a root at rest; `versions` are those that may be live."""
     state, problems = app.root / ".deploy", [f"left over: {name}" for name in app.leftovers()]
     problems += [f"unknown: {name}" for name in os.listdir(str(app.root))
-                 if name not in ("current", "releases", "shared", ".deploy")]
+                 if name not in ("current", "releases", "shared", "slots", ".deploy")]
     if app.version not in versions:
         problems.append(f"live is {app.version} ({app.current}), not one of {versions}")
     on_disk = set(app.releases())
@@ -328,6 +328,13 @@ def inconsistencies(app: App, versions: List[Optional[str]]) -> List[str]:
     active = {name for name, record in records.items() if record["state"] == "active"}
     if active != ({app.current} if app.current else set()):
         problems.append(f"current is {app.current}, but active by record are {sorted(active)}")
+    if (app.root / "slots" / "live.conf").exists():
+        links = {path.name: path for path in (app.root / "slots").iterdir() if path.is_symlink()}
+        port = (app.root / "slots" / "live.conf").read_text()
+        named = links[{"to 1\n": "blue", "to 2\n": "green"}[port]]
+        problems += [f"slots/{name} leads nowhere" for name, path in links.items() if not path.exists()]
+        if named.resolve().name != app.current or records[str(app.current)]["slot"] != named.name:
+            problems.append(f"live.conf leads to {named.name}, of {named.resolve().name}, current is {app.current}")
     problems += [f"{name} is not whole" for name in on_disk & whole if not is_whole(app, name, records[name]["version"])]
     return problems + broken_chain(app)
 

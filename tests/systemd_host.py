@@ -1,6 +1,6 @@
 """A real systemd as PID 1 of namespaces of its own: its units, its journal, and what is run inside.
 
-It sees the host's files (its own /run, /tmp and /var/log aside) and has a
+It sees the host's files (its own /run, /tmp, /var/log and /etc/systemd/system aside) and has a
 cgroup of its own.  Ended by killing that PID 1: the kernel then ends the rest.
 """
 
@@ -24,8 +24,9 @@ umount -R /sys/fs/cgroup 2> /dev/null || umount -l /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for place in /run /tmp /var/tmp /var/log; do mount -t tmpfs -o mode=1777 tmpfs $place; done
 chmod 0755 /run /var/log
+mount -t tmpfs -o mode=0755 tmpfs /etc/systemd/system
 if [ -e /etc/machine-id ]; then mount --bind {top}/machine-id /etc/machine-id; fi
-exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=lxc SYSTEMD_UNIT_PATH={top}/units SYSTEMD_LOG_TARGET=journal \\
+exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=lxc SYSTEMD_UNIT_PATH={top}/units:/etc/systemd/system SYSTEMD_LOG_TARGET=journal \\
     {systemd} --system --unit=multi-user.target
 """
 

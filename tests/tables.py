@@ -101,7 +101,8 @@ def section(heading: str) -> str:
 
 def units() -> Dict[str, str]:
     """The unit files that the README shows, by the path that stands above each."""
-    code = "\n".join(line[4:] for line in section("systemd").splitlines() if line.startswith("    "))
+    text = section("No visitor notices") + section("systemd")
+    code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
     parts = re.split(r"(?m)^# (/etc/systemd/system/\S+)$\n", code)
     return dict(zip(parts[1::2], parts[2::2]))
 

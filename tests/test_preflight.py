@@ -304,6 +304,12 @@ def unknown_unit(app: App) -> Broken:
     return Broken(env=dict(fake.env))
 
 
+def slots_without_systemd(app: App) -> Broken:
+    """Two slots, and nothing that could start them."""
+    app.configure("[slots]\na = 1\nb = 2\nunit = x@${slot}\ninclude = ${port}\nreload = true\nsystemctl = false\n")
+    return Broken()
+
+
 def services_in_a_circle(app: App) -> Broken:
     """Each service wants the other one to go first."""
     app.configure("[service:a]\ncommand = true\nafter = b\n[service:b]\ncommand = true\nafter = a")
@@ -426,6 +432,7 @@ CAUSES = [
     (shared_twice, "shared", "fail", "shared var is named twice", "name it once", 3),
     (port_of_nobody, "ports", "fail", "Name or service not known", "correct [preflight] free_ports", 3),
     (port_of_no_name, "ports", "fail", "port ä..b:80: encoding of hostname failed", "correct [preflight] free_ports", 3),
+    (slots_without_systemd, "slots", "fail", "systemctl show exited with code 1", "systemctl must work here", 3),
     (service_without_pidfile, "services", "warn", "service app: /no/such.pid: No such file or directory (ENOENT)", "start it", 0),
     (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
     (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),

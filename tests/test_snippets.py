@@ -48,6 +48,7 @@ KINDS = (
     ("sudoers", r"%\w+ ALL="),  # asked of sudo by test_delegate.py
     ("index", r"\{\"schema\""),  # followed by test_sync.py
     ("publishing", r"(cp|sha256sum) shop-|api=|url="),  # and run by it
+    ("proxy", "include /srv/shop/slots/live.conf;$"),  # what test_slots.py asks through
 )  # type: Tuple[Tuple[str, str], ...]
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -209,6 +209,52 @@ def test_what_a_power_cut_left_is_recovered_at_boot(shop: Shop, host: Host) -> N
               f"ExecStart={host.deploy} -c {shop.config} recover\n")
     host.run("systemctl", "start", f"deploy-recover@{shop.name}.service")
     assert shop.leftovers() == [] and shop.version == "1.0"
+
+
+SERVER = """import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(open("VERSION", "rb").read())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@once_in_ci
+def test_two_slots_run_the_readmes_unit(shop: Shop, host: Host) -> None:
+    """Started from the README's own sandbox: a second release, one that crashes in its slot, and the way back by hand."""
+    blue, green = free_port(), free_port()
+    for slot, port in (("blue", blue), ("green", green)):
+        (shop.directory / f"{slot}.env").write_text(f"PORT={port}\n")
+    unit = tables.units()["/etc/systemd/system/shop@.service"]
+    host.unit(f"{shop.name}@.service", unit.replace("/etc/shop", str(shop.directory)).replace("/srv/shop", str(shop.root)))
+    shop.config.write_text(
+        f"[deploy]\nroot = {shop.root}\napplication = {shop.name}\n"
+        f"[slots]\nblue = {blue}\ngreen = {green}\nunit = {shop.name}@${{slot}}.service\ninclude = to ${{port}}\n"
+        "reload = true\ndrain = 2s\nsettle = 400ms\ntimeout = 30s\nsystemctl = systemctl\n"
+        "[probe:slot]\nurl = http://127.0.0.1:${port}/\nrelease = body\nperiod = 100ms\n")
+
+    def run(*words: Any, code: str = "0") -> None:
+        service = shop.units(*words)
+        host.run("systemctl", "start", service, check=None)
+        assert host.properties(service, "ExecMainStatus")["ExecMainStatus"] == code, host.journal(service)
+
+    def states() -> List[Tuple[str, str]]:
+        found = [host.properties(f"{shop.name}@{slot}.service", "ActiveState", "UnitFileState") for slot in ("blue", "green")]
+        return [(state["ActiveState"], state["UnitFileState"]) for state in found]
+
+    on, off = ("active", "enabled"), ("inactive", "disabled")
+    run("deploy", shop.artifact("1.0", {"server.py": SERVER}))
+    assert states() == [on, off] and shop.version == "1.0"
+    run("deploy", shop.artifact("1.1", {"server.py": SERVER}))
+    assert states() == [off, on] and shop.version == "1.1"
+    run("deploy", shop.artifact("1.2", {"server.py": "raise SystemExit('no database')"}), code="1")
+    assert states() == [off, on] and shop.version == "1.1" and shop.leftovers() == []
+    assert "no database" in (shop.root / ".deploy" / "history.jsonl").read_text()
+    run("rollback")
+    assert states() == [on, off] and shop.version == "1.0"
+    assert (shop.root / "slots" / "live.conf").read_text() == f"to {blue}\n"
 
 
 # -- its limits and its stops ---------------------------------------------------------
