@@ -16,8 +16,8 @@ from support import DEPLOY, once_in_ci
 
 LONGEST = 60
 # What the whole file may have: lowered as it shrinks, never raised to fit.
-CEILINGS = {"lines": 13400, "bytes": 680000, "columns": 100, "functions": 740, "classes": 80,
-            "nodes": 116000}
+CEILINGS = {"lines": 13350, "bytes": 679000, "columns": 100, "functions": 680, "classes": 62,
+            "nodes": 115600}
 MOST_POSITIONAL = 5
 DRY_RUN_SECTIONS = {5, 16, 17, 18}
 FORBIDDEN_TEXTS = [
