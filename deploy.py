@@ -9812,9 +9812,10 @@ def make_slot(word: str, facts: Facts, move: Move) -> List[Step]:
 
     def start(run: Run) -> str:
         unit, records = UnitService(run, slot), run.facts.records
-        records[release] = records[release]._replace(slot=slot.name)
         if release in slots and not unit.down():
             return f"{slot.unit} runs it already"
+        records[release] = records[release]._replace(slot=slot.name)
+        run.store.save(records[release])
         slots[release] = slot.name
         run.store.put_in_slots(slot.name, release)
         detail = unit.act(move_context(run, move))
@@ -9849,9 +9850,9 @@ def make_proxy(word: str, facts: Facts, move: Move) -> List[Step]:
         return f"it leads to {name or 'no slot'}"
 
     def undo(run: Run) -> None:
-        # What a recovery takes back had not renamed live.conf, unless it was killed right here.
-        journal = run.facts.journal
-        if journal and not (facts.live_slot and journal.phase == PHASE_INTENT):
+        # The journal of another run: it had not renamed live.conf, unless it was killed right here.
+        is_recovered = run.journal.deploy_id != run.deploy_id
+        if is_recovered and (run.journal.phase == PHASE_STAGING or not facts.live_slot):
             return
         try:
             lead(run, facts.live_slot)
@@ -9870,6 +9871,9 @@ def make_drain(word: str, facts: Facts, move: Move) -> List[Step]:
     # One without a link never ran, unless it is this run that starts it.
     left = [slot for name, slot in facts.settings.slots.items()
             if name != target and (move.back or name in linked)]
+    if not left:
+        return []
+    slot = left[0]
 
     def drain(run: Run) -> str:
         interrupts, was_closed = run.interrupts, run.interrupts.is_closed
@@ -9887,9 +9891,6 @@ def make_drain(word: str, facts: Facts, move: Move) -> List[Step]:
         UnitService(run, slot).stop()
         return f"{slot.unit} is stopped"
 
-    if not left:
-        return []
-    slot = left[0]
     text = f"stop {slot.unit} once nothing is asked of it any more, after " \
         f"{format_seconds(slot.drain)} at the latest"
     return [Step(f"drain:{slot.name}", text, drain, optional=True)]

@@ -124,6 +124,20 @@ def test_a_reload_that_fails_leaves_all_as_it_was(shop: Shop, tmp_path: Path) ->
     assert live(shop) == before and reload.details()[-1]["env"]["DEPLOY_SLOT"] == "blue"
 
 
+def test_a_rollback_that_is_a_killed_deployments_verdict_is_undone_as_well(shop: Shop, tmp_path: Path) -> None:
+    shop.deploy("1.0")
+    shop.configure("[hooks]\npost_activate = /bin/sh -c 'kill -9 $PPID'\n")
+    assert shop.app.run("deploy", shop.artifact("1.1"), json=False).exit_code == -signal.SIGKILL
+    reload = fake_command(tmp_path, "reload", f"sys.exit(os.environ['DEPLOY_SLOT'] == 'blue' and not os.path.exists({str(tmp_path / 'ok')!r}))")
+    shop.configure(reload=str(reload.path))
+    shop.app.run("rollback", check=1)
+    assert shop.app.version == "1.1" and shop.live_conf() == f"to {shop.ports['green']}\n" and shop.pid("green")
+    (tmp_path / "ok").write_text("")
+    assert shop.app.run("status").exit_code == 0
+    shop.app.run("rollback", check=0)
+    assert live(shop)["version"] == "1.0"
+
+
 def test_rollback_starts_what_has_stopped_and_only_leads_back_to_what_still_runs(shop: Shop, tmp_path: Path) -> None:
     sick = tmp_path / "sick"
     sick.write_text("none")
