@@ -88,7 +88,7 @@ class Shop:
 
     def configure(self, text: str = "", **keys: str) -> None:
         """Write deploy.ini; `keys` replace those of [slots], and `text` follows."""
-        values = {"unit": "shop@${slot}.service", "include": "to ${port}", "reload": "true", "drain": "300ms", "settle": "0s",
+        values = {"unit": "shop@${slot}.service", "include": "to ${port}", "reload": "true", "drain": "0s", "settle": "0s",
                   "systemctl": str(self.systemctl), **self.ports, **keys}  # type: Dict[str, Any]
         lines = "".join(f"{key} = {value}\n" for key, value in values.items())
         self.app.configure(f"durable = no\n[slots]\n{lines}[probe:slot]\nurl = http://127.0.0.1:${{port}}/health\nrelease = body\n"
