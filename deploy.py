@@ -1861,11 +1861,6 @@ def filled(section: Any, values: Dict[str, Any]) -> Any:
     return SimpleNamespace(**json.loads(text))
 
 
-def in_slot(section: Any, slot: Any) -> Any:
-    """Copy a section with a slot's name and port for `${slot}` and `${port}`."""
-    return filled(section, dict(zip(OF_SLOTS, (slot.name, slot.port))))
-
-
 def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
     """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
@@ -2553,7 +2548,9 @@ class Settings:
         for name in filter(both.ports.get, both.ports):  # as a [service:NAME] with a unit is
             vars(both).update(name=name, port=both.ports[name], action="restart", pidfile="",
                               command=[])
-            self.slots[name] = in_slot(both, both)
+            places = dict(zip(OF_SLOTS, (name, both.port)))
+            self.slots[name] = filled(both, places)
+            self.slots[name].places = places
         self.has_slots = bool(both.given)
 
     def __getattr__(self, name: str) -> Any:
@@ -6987,7 +6984,7 @@ def probe_kind(probe: Any) -> str:
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
     if probe.of_slot:
-        probe = in_slot(probe, SimpleNamespace(name="slot", port=1))
+        probe = filled(probe, dict.fromkeys(OF_SLOTS, "1"))
     kind, release, method = probe_kind(probe), probe.release, probe.method
     key, scheme, wrong, is_candidates = "url", "", "", probe.when == "candidate"
     if is_candidates:
@@ -7329,7 +7326,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
         raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
                            "deploy something first")
     if probe.of_slot:
-        probe = in_slot(probe, slot)
+        probe = filled(probe, slot.places)
     # Where this run has restarted whatever could answer, the new release answers; a proxy may lead
     # to the other slot yet.
     is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
@@ -9796,10 +9793,7 @@ def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
 
 
 def target_slot(facts: Facts, move: Move) -> str:
-    """Name the slot that a move leads to: that of the release, else the idle one.
-
-    None on the way back to what never was in one.
-    """
+    """Name the slot of the release, else the idle one; none on a way back to what had none."""
     idle = next(name for name in facts.settings.slots if name != facts.live_slot)
     return facts.slots.get(move.to_release or "", "" if move.back else idle)
 
