@@ -12550,7 +12550,7 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
         previous_version=before.version if before else "", seconds=f"{result['seconds']:.1f}")
     return context, {
         name: run.console.clean(value).encode("utf-8", "backslashreplace").decode("utf-8")
-        for name, value in words.items()}
+        for name, value in words.items() if isinstance(value, str)}
 
 
 def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Json:
