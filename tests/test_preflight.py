@@ -264,29 +264,31 @@ def nested_shared(app: App) -> Broken:
     return Broken()
 
 
+def listening(host: str = "127.0.0.1") -> socket.socket:
+    """Somebody who listens on a port."""
+    listener = socket.socket()
+    listener.bind((host, 0))
+    listener.listen(1)
+    return listener
+
+
 def taken_port(app: App) -> Broken:
     """Another process listens on a port that must be free."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1)
+    listener = listening()
     app.configure(f"[preflight]\nfree_ports =\n    127.0.0.1:{free_port()}\n    127.0.0.1:{listener.getsockname()[1]}")
     return Broken(keep=listener)
 
 
 def taken_port_without_host(app: App) -> Broken:
     """Another process listens on a port on every address."""
-    listener = socket.socket()
-    listener.bind(("0.0.0.0", 0))
-    listener.listen(1)
+    listener = listening("0.0.0.0")
     app.configure(f"[preflight]\nfree_ports = {listener.getsockname()[1]}")
     return Broken(keep=listener)
 
 
 def taken_port_of_a_candidate(app: App) -> Broken:
     """Another process listens where the candidate is to."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1)
+    listener = listening()
     app.configure(f"[candidate]\ncommand = bin/run\nport = {listener.getsockname()[1]}")
     return Broken(keep=listener)
 
