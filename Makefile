@@ -13,35 +13,35 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
 
 demo: ## deploy, fail, roll back: a real web application in a temporary directory
-	@$(PYTHON) tests/demo.py
+	@$(PYTHON) tests/demo/demo.py
 
 test: ## run the tests in .venv, which is made with pytest
-	$(PYTHON) tests/run_suite.py
+	$(PYTHON) tests/tools/run_suite.py
 
 test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
-	$(PYTHON) tests/run_suite.py --all --jobs $(JOBS) --shares $(SHARES)
+	$(PYTHON) tests/tools/run_suite.py --all --jobs $(JOBS) --shares $(SHARES)
 
 test-others: ## the same under every one but $(PYTHON), which `make test` takes
-	$(PYTHON) tests/run_suite.py --others --jobs $(JOBS) --shares $(SHARES)
+	$(PYTHON) tests/tools/run_suite.py --others --jobs $(JOBS) --shares $(SHARES)
 
 test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state
-	$(PYTHON) tests/crash_matrix.py --jobs $(JOBS)
-	$(PYTHON) tests/replay.py --states 10000 --jobs $(JOBS)
-	$(PYTHON) tests/test_damage.py --stride 5 --jobs $(JOBS)
+	$(PYTHON) tests/tools/crash_matrix.py --jobs $(JOBS)
+	$(PYTHON) tests/tools/replay.py --states 10000 --jobs $(JOBS)
+	$(PYTHON) tests/tools/damage.py --stride 5 --jobs $(JOBS)
 
 fuzz: ## unpack a million mutated archives
-	$(PYTHON) tests/fuzz.py --inputs 1000000 --jobs $(JOBS)
+	$(PYTHON) tests/tools/fuzz.py --inputs 1000000 --jobs $(JOBS)
 
 bench: ## measure the speed
-	$(PYTHON) tests/bench.py
+	$(PYTHON) tests/tools/bench.py
 
 lint: ## compile without warnings, Python 3.6 syntax, only permitted names at the top level
-	$(PYTHON) -W error tests/lint.py
+	$(PYTHON) -W error tests/tools/lint.py
 
 example: ## write deploy.ini.example and what the README shows of deploy.py again
 	$(PYTHON) deploy.py config --example > deploy.ini.example.new
 	mv deploy.ini.example.new deploy.ini.example
-	$(PYTHON) tests/tables.py
+	$(PYTHON) tests/tools/tables.py
 
 release: ## write deploy.py.sha256, and say how to sign and publish it
 	@sha256sum deploy.py > deploy.py.sha256

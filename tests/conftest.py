@@ -12,6 +12,8 @@ import pytest
 sys.dont_write_bytecode = True
 os.umask(0o022)
 
+sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("lib", "tools")]
+
 from support import App, Server  # noqa: E402  (no bytecode beside the sources)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Throw mutated archives at the unpacking code: each is unpacked, or refused, and nothing else may happen.
 
-Usage: python3 tests/fuzz.py [--inputs N] [--seed N] [--jobs N] [--only INDEX [--keep FILE]]
+Usage: python3 tests/tools/fuzz.py [--inputs N] [--seed N] [--jobs N] [--only INDEX [--keep FILE]]
 
 Inputs are made from a grammar (members, extension headers, zip records) and
 then damaged: fields that lie, headers moved and repeated, bytes turned, with
@@ -36,7 +36,7 @@ import traceback
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 sys.dont_write_bytecode = True
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
 
 from archives import BLOCK_BYTES, RawEntry, checksum, entry, gnu_long, header, patched, pax, raw_zip  # noqa: E402
 from archives import zip64_end, zstd  # noqa: E402

@@ -27,7 +27,7 @@ def failing_transcript() -> str:
 
 @once_in_ci
 def test_the_demo_runs_in_an_empty_environment_and_leaves_nothing(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-B", str(TESTS / "demo.py")], env={"TMPDIR": str(tmp_path)},
+    done = subprocess.run([sys.executable, "-B", str(TESTS / "demo" / "demo.py")], env={"TMPDIR": str(tmp_path)},
                           cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
     output = done.stdout.decode("utf-8", "replace")
     assert done.returncode == 0, output

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Stop deploy.py at every system call that changes something, and judge what is left.
 
-Usage: crash_matrix.py [--jobs N] [--only SCENARIO]... [kill | errno | read]
+Usage: python3 tests/tools/crash_matrix.py [--jobs N] [--only SCENARIO]... [kill | errno | read]
 
 kill   kills the run there; `current` is the old or the new release, complete,
        and one `recover`, or the next deployment, brings everything into line.
@@ -24,6 +24,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 sys.dont_write_bytecode = True
 os.umask(0o022)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
 
 from crash_scenarios import SCENARIOS, Stage  # noqa: E402  (no bytecode beside the sources)
 from crashes import same_place  # noqa: E402

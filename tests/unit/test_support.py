@@ -192,7 +192,7 @@ def test_fails_at_its_end(broken, tmp_path):
 def test_of_the_tests_own_directories_only_those_of_failures_are_left(tmp_path):
     make_tree(tmp_path / "suite", {"test_suite.py": TESTS_OF_A_SUITE})
     argv = [sys.executable, "-B", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "left"), "suite"]
-    done = subprocess.run(argv, cwd=str(tmp_path), env=clean_environment({"PYTHONPATH": str(TESTS)}), stdout=subprocess.PIPE)
+    done = subprocess.run(argv, cwd=str(tmp_path), env=clean_environment({"PYTHONPATH": f"{TESTS}:{TESTS}/lib"}), stdout=subprocess.PIPE)
     assert b"1 failed, 2 passed, 1 error" in done.stdout, done.stdout.decode()
     left = {path.parent.name for path in (tmp_path / "left").glob("*0/below")}
     assert left == {"test_fails0", "test_fails_at_its_end0"} and (tmp_path / "left" / "test_passes0").is_dir()

@@ -2,7 +2,7 @@
 # Fetch real release archives for test_real_artifacts.py, through the ordinary
 # clients of their registries.
 #
-# Usage: tests/fetch_artifacts.sh [DIRECTORY]
+# Usage: tests/tools/fetch_artifacts.sh [DIRECTORY]
 #
 # DIRECTORY is $DEPLOY_TEST_ARTIFACTS or .cache/artifacts unless given. What is
 # there already is not fetched again. Afterwards it holds some forty archives:
@@ -12,7 +12,7 @@
 # A client that is missing, or a fetch that fails, is named at the end: exit 1.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$0")/../.." && pwd)
 target=${1:-${DEPLOY_TEST_ARTIFACTS:-$here/.cache/artifacts}}
 python=${PYTHON:-python3}
 mkdir -p "$target"

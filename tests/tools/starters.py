@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Let many runs of deploy.py start at the same instant, round after round: exactly one may have the lock.
 
-Usage: python3 tests/starters.py [--starters 50] [--rounds 200] [--directory DIR]
+Usage: python3 tests/tools/starters.py [--starters 50] [--rounds 200] [--directory DIR]
 
 Each starter is a process of its own, forked from one that has loaded deploy.py
 already: what is left between the starting signal and the lock is the program's
@@ -24,8 +24,10 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
-from scenes import configure
-from support import App, load_deploy
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
+
+from scenes import configure  # noqa: E402
+from support import App, load_deploy  # noqa: E402
 
 VERSIONS = ("1.0", "1.1")
 PATIENCE_SECONDS = 120

@@ -15,7 +15,7 @@ MAY_BE_LEFT_OUT = r"second release | on (ext4|xfs|btrfs)\Z"
 
 def bench(*arguments: Any) -> str:
     """Run the measurements of the compiled program; returns what they print."""
-    argv = [sys.executable, str(TESTS / "bench.py"), "--program", compiled()] + [str(argument) for argument in arguments]
+    argv = [sys.executable, str(TESTS / "tools" / "bench.py"), "--program", compiled()] + [str(argument) for argument in arguments]
     return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True).stdout.decode("utf-8")
 
 

@@ -20,7 +20,7 @@ INPUTS = int(os.environ.get("DEPLOY_FUZZ_INPUTS") or 3000)
 
 
 def test_mutated_archives_are_unpacked_or_refused() -> None:
-    argv = [sys.executable, "-B", str(TESTS / "fuzz.py"), "--inputs", str(INPUTS), "--seed", str(SEED)]
+    argv = [sys.executable, "-B", str(TESTS / "tools" / "fuzz.py"), "--inputs", str(INPUTS), "--seed", str(SEED)]
     done = subprocess.run(argv, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=600 + INPUTS // 10)
     text = done.stdout.decode("utf-8", "replace")

@@ -48,7 +48,7 @@ def test_what_a_tool_signed_goes_live_and_what_was_changed_in_ten_ways_does_not(
 @pytest.mark.parametrize("name", ["ed25519", "ecdsa_secp256r1_sha256", "rsa_signature_2048_sha256"])
 def test_every_vector_has_the_verdict_that_it_should_have(tmp_path: Path, name: str) -> None:
     wrong, pem = [], tmp_path / "key.pem"
-    for group in json.loads((TESTS / "vectors.json").read_text())[name]:
+    for group in json.loads((TESTS / "lib" / "vectors.json").read_text())[name]:
         pem.write_text(f"-----BEGIN PUBLIC KEY-----\n{group['key']}\n-----END PUBLIC KEY-----\n")
         verifier = deploy.Verifier([str(pem)], "", namespace="deploy", principals=[], legacy=False)
         for number, message, signature, verdict in group["tests"]:

@@ -1,15 +1,19 @@
 #!/usr/bin/python3
 """Writes what the README shows of deploy.py: tables of its options, flags and commands, and the pages of `deploy.py help`.
 
-Usage: python3 tests/tables.py    (make example)
+Usage: python3 tests/tools/tables.py    (make example)
 
 Each stands between `<!-- table NAME -->` and `<!-- /table -->`, or `<!-- help NAME -->` and `<!-- /help -->`.
 """
 
+import os
 import re
+import sys
 from typing import Any, Dict, List, Sequence, Tuple
 
-from support import TOP, load_deploy
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
+
+from support import TOP, load_deploy  # noqa: E402
 
 README = TOP / "README.md"
 EXIT_CODES = {

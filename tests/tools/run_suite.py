@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Dict, List, NamedTuple, Tuple
 
-TESTS = os.path.dirname(os.path.abspath(__file__))
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOP = os.path.dirname(TESTS)
 VERSIONS = [(3, minor) for minor in range(6, 15)]
 PYTEST_OPTIONS = ["-p", "no:cacheprovider", "-q", "-ra", "--tb=short", "--strict-markers", "--rootdir", TOP, TESTS]

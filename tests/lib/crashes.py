@@ -86,7 +86,7 @@ class Warm:
     def __init__(self) -> None:
         # A child of init: a run looks who started it, and must find as many ancestors when the starter of these tests has ended.
         self._process = subprocess.Popen(
-            [needs("setsid"), "--fork", sys.executable, "-I", "-B", str(TESTS / "warm.py"), compiled()], env=clean_environment(),
+            [needs("setsid"), "--fork", sys.executable, "-I", "-B", str(TESTS / "lib" / "warm.py"), compiled()], env=clean_environment(),
             cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, *arguments: Any, config: Any, json: bool = True, check: Optional[int] = None, trace: Any = None,

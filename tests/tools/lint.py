@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Check what a linter would, with the standard library alone.
 
-Usage: python3 -W error tests/lint.py
+Usage: python3 -W error tests/tools/lint.py
 
 deploy.py and the tests compile without a warning, their syntax is that of
 Python 3.6, and the repository's top level holds only what it may.
@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from typing import List
 
-TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOP = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 PERMITTED = {"deploy.py", "tests", "deploy.ini.example", "Makefile", "README.md"}
 
 

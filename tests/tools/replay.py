@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Replay a recorded run as a disk could have kept it: what was not synced is lost, torn or out of order.
 
-Usage: python3 tests/replay.py [--states N] [--jobs N] [--seed N] [--scenario NAME]
+Usage: python3 tests/tools/replay.py [--states N] [--jobs N] [--seed N] [--scenario NAME]
 
 The model, from the POSIX promises that every journalled Linux filesystem keeps:
 
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
 
 from crashes import known_calls, recover_and_judge, strace, trace_of  # noqa: E402
 from support import App, Result, load_deploy  # noqa: E402  (no bytecode beside the sources)

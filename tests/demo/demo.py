@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 """A deployment from end to end, with a real web application, in a temporary directory.
 
-Usage: python3 tests/demo.py
+Usage: python3 tests/demo/demo.py
 
-Packs three versions of tests/demo_app, the last one broken, deploys them,
+Packs three versions of tests/demo/app, the last one broken, deploys them,
 lets the broken one roll back by itself, rolls back by hand, and looks at what
 deploy.py recorded.  Everything shown is real output, and checked: a demo that
 shows something wrong ends with an error.
@@ -21,8 +21,8 @@ import sys
 import tempfile
 from typing import Dict, List, Tuple
 
-TESTS = os.path.dirname(os.path.abspath(__file__))
-DEPLOY = os.path.join(os.path.dirname(TESTS), "deploy.py")
+HERE = os.path.dirname(os.path.abspath(__file__))
+DEPLOY = os.path.abspath(os.path.join(HERE, "..", "..", "deploy.py"))
 # Started with an empty environment, Python may not know where it lives.
 PYTHON = sys.executable or os.path.realpath("/proc/self/exe")
 
@@ -73,7 +73,7 @@ class Demo:
     def write_sources(self, version: str, files: Dict[str, str]) -> None:
         """Write the source directory of one version."""
         source = os.path.join(self.directory, f"shop-{version}")
-        shutil.copytree(os.path.join(TESTS, "demo_app"), source, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(os.path.join(HERE, "app"), source, ignore=shutil.ignore_patterns("__pycache__"))
         for name, text in dict(files, VERSION=version + "\n").items():
             with open(os.path.join(source, name), "w") as stream:
                 stream.write(text)
@@ -117,7 +117,7 @@ class Demo:
 
     def stop_server(self) -> None:
         """Stop the server, if one runs."""
-        subprocess.run([PYTHON, "-B", os.path.join(TESTS, "demo_app", "restart.py"), "--stop", self.directory],
+        subprocess.run([PYTHON, "-B", os.path.join(HERE, "app", "restart.py"), "--stop", self.directory],
                        timeout=30, check=True)
 
     def play(self) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Every bit of what deploy.py believes: flipped or cut off, it is refused or recovered, and never a wrong switch.
 
-Usage: python3 tests/test_damage.py [--stride N] [--jobs N] [--command NAME]
+Usage: python3 tests/tools/damage.py [--stride N] [--jobs N] [--command NAME]
 
 The journal, a record and the last line of the history are damaged one bit and
 one length at a time; each command then runs on that root.  The suite tries a
@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 sys.dont_write_bytecode = True
-
-import pytest  # noqa: E402  (no bytecode beside the sources)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
 
 import replay  # noqa: E402
 from crashes import Saved, find_call, inconsistencies, is_whole, kill_at, record_calls  # noqa: E402
 from replay import FastApp  # noqa: E402
-from support import App, Result, needs  # noqa: E402
+from support import App, Result  # noqa: E402
 
 # Every how many bits (and lengths) the suite tries one; no divisor of 8, or one bit of each byte would never be tried.
 STRIDE = int(os.environ.get("DEPLOY_TEST_DAMAGE_STRIDE", "397"))
@@ -239,44 +238,6 @@ def judge_end(app: FastApp, target: Target) -> List[str]:
     if again.exit_code or again.data["changed"]:
         problems.append(f"another recover found something: {again.describe()}")
     return problems
-
-
-# -- tests -------------------------------------------------------------------------
-
-@pytest.fixture(scope="module", autouse=True)
-def scenes(tmp_path_factory: Any) -> None:
-    """The scenes, played once."""
-    needs("strace")
-    set_scenes(tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_flipped_bit_and_no_cut_leads_to_a_wrong_switch(command: str) -> None:
-    items = damages(STRIDE, [command])
-    assert {item.target for item in items} >= {"history", "history with a journal"}
-    problems = replay.in_children(try_damage, items, JOBS, chunk=1 + len(items) // JOBS)
-    assert not problems, f"{len(problems)} problems\n" + "\n\n".join(problems[:5])
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_judge_lets_an_undamaged_root_pass(command: str) -> None:
-    """Without damage every command ends well: the problems above can only come from the damage."""
-    for scene in SCENES.values():
-        app = FastApp(scene.directory + "-undamaged", scene.directory + "/deploy.ini")
-        shutil.rmtree(str(app.directory), ignore_errors=True)
-        shutil.copytree(scene.directory + "/root", str(app.root), symlinks=True)
-        arguments = {"deploy": ["deploy", scene.artifact], "verify-history": ["history", "--verify"]}
-        result = app.run(*arguments.get(command, [command]))
-        assert result.exit_code in (0, 7 if command == "status" else 0), result.describe()
-        assert app.version == scene.ends[command]
-
-
-def test_the_judge_sees_a_file_that_is_believed(monkeypatch: Any) -> None:
-    target = TARGETS["record of current"]
-    damage = Damage(target.name, "rollback", None, len(target.data) - 1)
-    assert try_damage(damage) == [], "a missing last newline changes nothing"
-    monkeypatch.setattr(sys.modules[__name__], "same_meaning", lambda *_: False)
-    assert ["believed" in problem for problem in try_damage(damage)] == [True]
 
 
 def main() -> int:

@@ -158,7 +158,7 @@ def test_make_release_writes_the_digest_and_says_how_to_sign_and_check_it(tmp_pa
 
 def other_tests() -> str:
     """The text of every test but this one, with `\\n` in literals taken for a line's end."""
-    paths = [path for path in sorted(TESTS.glob("test_*.py")) if path.name != Path(__file__).name]
+    paths = [path for path in sorted(TESTS.glob("*/test_*.py")) if path.name != Path(__file__).name]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths).replace("\\n", "\n")
 
 

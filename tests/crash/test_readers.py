@@ -1,6 +1,6 @@
 """Whoever reads through `current` while it is switched finds every file, and all of one release.
 
-A short form of `python3 tests/readers.py`, which makes 10,000 switches under a
+A short form of `python3 tests/tools/readers.py`, which makes 10,000 switches under a
 million opens.
 """
 
@@ -59,7 +59,7 @@ def test_deploy_activate_and_rollback_from_the_command_line_keep_readers_content
 
 
 @pytest.mark.skipif(not os.environ.get("DEPLOY_TEST_FULL"), reason="minutes long: DEPLOY_TEST_FULL=1, or python3 "
-                                                                   "tests/readers.py")
+                                                                   "tests/tools/readers.py")
 def test_ten_thousand_switches_under_a_million_opens(tmp_path: Path) -> None:
     figures = readers.run(str(tmp_path), 10000, 1000000, readers=3)
     assert (figures.tally.missing, figures.tally.mixed) == (0, 0), figures.line()

@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 import pytest
 
 from support import (
-    DEPLOY, App, Result, clean_environment, decode_one_object, deploy_argv, free_port, load_deploy, make_artifact, needs,
+    DEPLOY, TESTS, App, Result, clean_environment, decode_one_object, deploy_argv, free_port, load_deploy, make_artifact, needs,
     run_deploy, start_deploy, wait_until, write_checksum)
 
 deploy = load_deploy()
@@ -443,7 +443,7 @@ def test_the_person_behind_a_run_is_named(uid: int, sudo_user: Optional[str], us
     login = Path("/proc/self/loginuid")
     if login.exists() and login.read_text() not in ("4294967295", "0") and sudo_user != "daemon":
         pytest.skip("this session has a login of its own")
-    done = subprocess.run([sys.executable, "-c", NAMED, str(Path(__file__).parent), str(uid)], stdout=subprocess.PIPE, check=True,
+    done = subprocess.run([sys.executable, "-c", NAMED, str(TESTS / "lib"), str(uid)], stdout=subprocess.PIPE, check=True,
                           stdin=subprocess.DEVNULL, env=clean_environment({"SUDO_USER": sudo_user}))
     by = json.loads(done.stdout.decode())
     assert (by["user"], by["uid"], by["as"]) == (user, pwd.getpwnam(user).pw_uid, effective)

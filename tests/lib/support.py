@@ -48,7 +48,7 @@ except ImportError:  # crash_matrix.py runs without it
     pytest = SimpleNamespace(fail=_end_without_pytest, skip=_end_without_pytest)
     FAILURES = (AssertionError,)
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent.parent
 TOP = TESTS.parent
 DEPLOY = TOP / "deploy.py"
 # Fork runs from a Python that has deploy.py loaded, but one in so many, which starts a Python of its own: the same suite in half the
@@ -466,7 +466,7 @@ def needs_artifact(pattern: str) -> Path:
     where = Path(os.environ.get("DEPLOY_TEST_ARTIFACTS") or str(TOP / ".cache" / "artifacts"))
     found = sorted(where.glob(pattern)) if where.is_dir() else []
     if not found:
-        missing(f"{pattern} in {where} (tests/fetch_artifacts.sh fetches it)")
+        missing(f"{pattern} in {where} (tests/tools/fetch_artifacts.sh fetches it)")
     return found[-1]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Switch `current` to and fro under processes that read through it without a pause, and count what they meet.
 
-Usage: python3 tests/readers.py [--switches 10000] [--opens 1000000] [--readers 3] [--directory DIR]
+Usage: python3 tests/tools/readers.py [--switches 10000] [--opens 1000000] [--readers 3] [--directory DIR]
 
 The switches are deploy.py's own (Store.switch).  A reader opens files through
 `current`, where none may ever be missing, and opens the directory itself once

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Measure deploy.py side by side with what an operator would type instead.
 
-Usage: python3 tests/bench.py [--scale 1] [--rounds 5] [--rows PATTERN] [--filesystems tmpfs,ext4]
+Usage: python3 tests/tools/bench.py [--scale 1] [--rounds 5] [--rows PATTERN] [--filesystems tmpfs,ext4]
                               [--directory DIR] [--cache DIR] [--json FILE] [--program FILE] [--list]
 
 A full run takes an hour or more and some gigabytes of memory; --rows picks, --scale shrinks.
@@ -41,7 +41,7 @@ import zipfile
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOP = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 # Part of the archives' names, so that what an older recipe made is not taken for what this one makes.
 RECIPE = 2
 MEMORY = "/dev/shm"
