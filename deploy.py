@@ -948,6 +948,11 @@ def read_base64(text: bytes) -> bytes:
     return data
 
 
+def write_base64(data: bytes) -> str:
+    """Encode in base64, as one line without its end."""
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
 def fits(name: str, patterns: str) -> bool:
     """Match a list of patterns with * and ?, of which a leading ! refuses (ssh_config(5))."""
     found = [pattern[:1] for pattern in patterns.split(",") if re.fullmatch(
@@ -3761,7 +3766,7 @@ class Plan(NamedTuple):
 #    Python.  Takes bytes and digests; opens nothing but key files.
 # ============================================================================
 
-# Curves in Weierstrass form (SP 800-186): field and a; order, b, and the base point's x and y in
+# Curves in Weierstrass form (SP 800-186): field and a; order and the base point's x and y in
 # base64.  Edwards25519 is carried over to it (RFC 7748, 4.1) by d, a shift and a scale.
 _P = (1 << 255) - 19
 _D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
@@ -3769,19 +3774,17 @@ _SHIFT = 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaad2451
 _SCALE = 0x0f26edf460a006bbd27b08dc03fc4f7ec5a1d3d14b7d1a82cc6e04aaff457e06
 _CURVES = {
     "ed25519": (_P, 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa984914a144, """
-EAAAAAAAAAAAAAAAAAAAABTe+d6i95zWWBJjGlz10+0= e0Je0Je0Je0Je0Je0Je0Je0Je0Je0Je0JgtenHcQyGQ=
-KqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqtJFo= X1HmXkdfeUsf4SLTiLcus23CsoGSg55N1hY6XYExLBQ="""),
+EAAAAAAAAAAAAAAAAAAAABTe+d6i95zWWBJjGlz10+0= KqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqtJFo=
+X1HmXkdfeUsf4SLTiLcus23CsoGSg55N1hY6XYExLBQ="""),
     "nistp256": ((1 << 256) - (1 << 224) + (1 << 192) + (1 << 96) - 1, -3, """
-/////wAAAAD//////////7zm+q2nF56E87nKwvxjJVE= WsY12Ko6k+ez671VdpiGvGUdBrDMU7D2O848PifSYEs=
-axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY= T+NC4v4af5uO5+tKfA+eFivOM1drMV7Oy7ZAaDe/UfU="""),
+/////wAAAAD//////////7zm+q2nF56E87nKwvxjJVE= axfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY=
+T+NC4v4af5uO5+tKfA+eFivOM1drMV7Oy7ZAaDe/UfU="""),
     "nistp384": ((1 << 384) - (1 << 128) - (1 << 96) + (1 << 32) - 1, -3, """
 ////////////////////////////////x2NNgfQ3Ld9YGg2ySLCneuzsGWrMxSlz
-szEvp+I+5+SYjgVr4/gtGRgdnG7+gUESAxQIj1ATh1rGVjmNii7RnSqFyO3T7Crv
 qofKIr6LBTeOscce8yCtdG4dO2KLp5uYWfdB4IJUKjhVAvJdv1UpbDpUXjhydgq3
 NhfeSpYmLG9dnpi/kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6BnXpDHXyQ6g5f"""),
     "nistp521": ((1 << 521) - 1, -3, """
 Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtvtx6ROGQJ
-AFGVPrlhjhyaH5KaIaC2hUDuotpyW5mzFfO4tImRjvEJ4VYZOVHsfpN7FlLAvTuxvwc1c9+IPSw08e9FH9RrUD8A
 AMaFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1m
 ARg5KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ""")}
 # kind of key: the hash that goes with it, and how its PEM begins (RFC 3279, 5480, 8410).
@@ -3801,11 +3804,10 @@ _SIGNER = re.compile(
     r'\s*(?:#.*|("[^"]+"|[^\s"]+)\s+(?i:(?:namespaces="([^"]*)"|'
     r'valid-after="(\d{8}|\d{12}|\d{14})Z"|valid-before="(\d{8}|\d{12}|\d{14})Z"|,(?=\S))+\s+)?'
     r"(?:ssh|ecdsa|sk)-\S+\s+(\S+)(?:\s.*)?)?\Z")
-SUSPECT = "copy both again, or make known a key that you know is right; do not deploy it as it is"
-Point = Tuple[int, ...]
+SUSPECT = "do not deploy it: copy both again, or correct [signature] (`command` is for other kinds)"
 
 
-def _add(curve: Any, one: Point, two: Point) -> Point:
+def _add(curve: Any, one: Any, two: Any) -> Any:
     # Projective, complete: any two (Renes, Costello, Batina 2016, algorithm 1).
     (p, a, b), (x1, y1, z1), (x2, y2, z2) = curve, one, two
     xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
@@ -3815,7 +3817,7 @@ def _add(curve: Any, one: Point, two: Point) -> Point:
         yz * (yy + u) + xy * w) % p
 
 
-def _combine(curve: Any, *terms: Any) -> Point:
+def _combine(curve: Any, *terms: Any) -> Any:
     # Multiples of points, in any time: nothing here is secret.
     found = 0, 1, 0
     for bit in range(max(terms)[0].bit_length() - 1, -1, -1):
@@ -3828,11 +3830,11 @@ def _combine(curve: Any, *terms: Any) -> Point:
 
 def _read_curve(kind: str) -> Any:
     p, a, text = _CURVES[kind]
-    order, b, x, y = (int.from_bytes(binascii.a2b_base64(word), "big") for word in text.split())
-    return order, (p, a, b), (x, y, 1)
+    order, x, y = (int.from_bytes(binascii.a2b_base64(word), "big") for word in text.split())
+    return order, p, (p, a, (y * y - x ** 3 - a * x) % p), (x, y, 1)
 
 
-def _read_edwards(data: bytes) -> Point:
+def _read_edwards(data: bytes) -> Any:
     # RFC 8032, 5.1.3, and no small order, which anybody can sign for.
     sign, y = divmod(int.from_bytes(data, "little"), 1 << 255)
     square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
@@ -3842,7 +3844,7 @@ def _read_edwards(data: bytes) -> Point:
     slope = (1 + y) * pow(x * (1 - y), _P - 2, _P)
     point = (slope * x + _SHIFT) % _P, slope * _SCALE % _P, 1
     if len(data) != 32 or y >= _P or x * x % _P != square \
-            or not _combine(_read_curve("ed25519")[1], (8, point))[2]:
+            or not _combine(_read_curve("ed25519")[2], (8, point))[2]:
         raise ValueError("it holds no Ed25519 key, or a weak one")
     return point
 
@@ -3854,61 +3856,43 @@ def _read_number(data: bytes) -> int:
     return int.from_bytes(data, "big")
 
 
-def _read_der(data: bytes) -> Any:
+def _read_der(data: bytes) -> List[bytes]:
     # r and s of ECDSA in the one right way to write them (RFC 3279, 2.2.3).
-    start = 5 if data[1] == 0x81 else 4
-    first = data[start:start + data[start - 1]]
-    second = data[start + len(first) + 2:][:127]
+    body = data[3 if data[1] == 0x81 else 2:]
+    first, second = body[2:2 + body[1]][:99], body[4 + body[1]:][:99]
     body = b"\2%c%s\2%c%s" % (len(first), first, len(second), second)
     if data != (b"0\x81%c" if len(body) > 127 else b"0%c") % len(body) + body:
         raise ValueError("it is no strict DER")
     return [first, second]
 
 
-def _read_strings(data: bytes) -> Any:
+def _read_strings(data: bytes) -> List[bytes]:
     end = 4 + int.from_bytes(data[:4], "big")
     if 0 < len(data) < max(4, end):
         raise ValueError("it ends too early")
     return [data[4:end]] + _read_strings(data[end:]) if data else []
 
 
-class PublicKey(NamedTuple):
+class PublicKey:
     """A key: n and e of RSA, a point on a curve, the 32 bytes of Ed25519; `id` is minisign's."""
 
-    kind: str
-    numbers: Any
-    fingerprint: str
-    id: bytes
-
-    @classmethod
-    def make(cls, kind: str, data: bytes, fields: List[bytes], id: bytes = b"") -> "PublicKey":
-        """Make it of the bytes that stand for it and of its numbers or point; ValueError."""
-        numbers: Any = fields[-1]
+    def __init__(self, kind: str, data: bytes, fields: List[bytes], id: bytes = b"") -> None:
+        self.kind = kind
+        self.id = id
+        self.numbers: Any = fields[-1]
+        self.fingerprint = "SHA256:" + write_base64(hashlib.sha256(data).digest()).rstrip("=")
         if kind == "rsa":
-            n, e = numbers = tuple(map(_read_number, fields))
+            n, e = self.numbers = tuple(map(_read_number, fields))
             if not 2048 <= n.bit_length() <= 8192 or not n & e & 1 or e < 3:
                 raise ValueError("an RSA key needs 2048 to 8192 bits and an odd exponent from 3 on")
         elif kind == "ed25519":
-            _read_edwards(numbers)
+            _read_edwards(self.numbers)
         else:
-            size, (p, a, b) = len(numbers) // 2, _read_curve(kind)[1]
-            x, y = (int.from_bytes(half, "big") for half in (numbers[1:-size], numbers[-size:]))
-            if numbers[0] != 4 or max(x, y) >= p or (y * y - x ** 3 - a * x - b) % p:
+            p, a, b = _read_curve(kind)[2]
+            x, y = divmod(int.from_bytes(fields[-1][1:], "big"), 1 << 8 * (len(fields[-1]) // 2))
+            if self.numbers[0] != 4 or max(x, y) >= p or (y * y - x ** 3 - a * x - b) % p:
                 raise ValueError(f"it holds no uncompressed point of {kind}")
-            numbers = x, y, 1
-        digest = binascii.b2a_base64(hashlib.sha256(data).digest(), newline=False).decode("ascii")
-        return cls(kind, numbers, "SHA256:" + digest.rstrip("="), id)
-
-    @classmethod
-    def of_ssh(cls, data: bytes) -> "PublicKey":
-        """Read SSH's form of one (RFC 4253, 5656, 8709; PROTOCOL.u2f for sk-); ValueError."""
-        name, *fields = _read_strings(data)
-        kind = re.sub(rb"\A(sk-)?(ssh|ecdsa-sha2)-|@openssh\.com\Z", b"", name).decode("ascii")
-        if kind not in _KINDS:
-            raise ValueError(f"a key of type {name.decode('ascii')} is not taken")
-        # Of RSA e comes first; of others there may be a curve before, or an application behind.
-        fields = fields[::-1] if kind == "rsa" else fields[:1 + kind.startswith("nist")]
-        return cls.make(kind, data, fields)
+            self.numbers = x, y, 1
 
     def begin(self, signature: Any, message: bytes = b"", name: str = "") -> Any:
         """Return the hash of what was signed, to be fed the message, or the rest of it."""
@@ -3924,8 +3908,7 @@ class PublicKey(NamedTuple):
             # The one right encoding, which is compared whole (RFC 8017, 9.2).
             right = (_DIGEST_INFO[len(digest)] + digest.hex()).rjust(2 * size - 4, "f")
             return len(signature) == size and given < n and pow(given, e, n) == int("1" + right, 16)
-        order, curve, base = _read_curve(self.kind)
-        p = curve[0]
+        order, p, curve, base = _read_curve(self.kind)
         if self.kind == "ed25519":
             s, number = (int.from_bytes(text, "little") for text in (signature[32:], digest))
             (x, y, _), wanted = map(_read_edwards, (self.numbers, signature[:32]))
@@ -3933,32 +3916,39 @@ class PublicKey(NamedTuple):
             return len(signature) == 64 and s < order and z != 0 \
                 and (wanted[0] * z - x) % p == (wanted[1] * z - y) % p == 0
         r, s = map(_read_number, signature if isinstance(signature, list) else _read_der(signature))
-        inverse = pow(s, order - 2, order)
-        x, _, z = _combine(curve, (number * inverse % order, base),
-                           (r * inverse % order, self.numbers))
+        w = pow(s, order - 2, order)
+        x, _, z = _combine(curve, (number * w % order, base), (r * w % order, self.numbers))
         return 0 < r < order and 0 < s < order and z != 0 and x * pow(z, p - 2, p) % p % order == r
+
+
+def _read_ssh_key(data: bytes) -> PublicKey:
+    # RFC 4253, 5656, 8709; PROTOCOL.u2f.  Of RSA e comes first; of others there may be a curve
+    # before, or an application behind.
+    name, *fields = _read_strings(data)
+    kind = re.sub(rb"\A(sk-)?(ssh|ecdsa-sha2)-|@openssh\.com\Z", b"", name).decode("ascii")
+    if kind not in _KINDS:
+        raise ValueError(f"a key of type {name.decode('ascii')} is not taken")
+    fields = fields[::-1] if kind == "rsa" else fields[:1 + kind.startswith("nist")]
+    return PublicKey(kind, data, fields)
 
 
 def read_key(text: str) -> PublicKey:
     """Read a minisign or signify public key, as such or in a file, or a PEM; UsageError."""
     hint = "give a minisign or signify public key, its file, or what openssl pkey -pubout writes"
-    data, where = text.encode("utf-8", "surrogateescape"), f"key {text}"
-    if not KEY_LITERAL.match(text):
-        with blaming(UsageError, where, hint):
-            data = read_file(text, MAX_CONFIG_BYTES)
-        where = f"{text} line {1 + data.startswith(b'untrusted comment:')}"
-    with blaming(UsageError, where, hint):
+    with blaming(UsageError, f"key {text}", hint):
+        data = text.encode() if KEY_LITERAL.match(text) else read_file(text, MAX_CONFIG_BYTES)
+    with blaming(UsageError, f"key {text} line {1 + data.startswith(b'untrusted')}", hint):
         pem = _ARMOR.match(data)
         blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
         for kind, (_, mark) in _KINDS.items() if pem else ():
             _, found, value = blob.partition(binascii.unhexlify(mark))
             size = int.from_bytes(value[9:11], "big")
             if found:
-                return PublicKey.make(kind, blob, [value] if kind != "rsa" else [
+                return PublicKey(kind, blob, [value] if kind != "rsa" else [
                     value[11:11 + size], value[13 + size:]])
         if pem or len(blob) != 42 or blob[:2] != b"Ed":
             raise ValueError("it is no public key of minisign, signify or openssl")
-        return PublicKey.make("ed25519", blob, [blob[10:]], blob[2:10])
+        return PublicKey("ed25519", blob, [blob[10:]], blob[2:10])
 
 
 def read_signers(path: str) -> Iterator[Any]:
@@ -3970,7 +3960,7 @@ def read_signers(path: str) -> Iterator[Any]:
         with blaming(UsageError, f"{path} line {number}", hint):
             who, *rest, key = _SIGNER.match(line).groups("")  # type: ignore
             if key:
-                yield (who.strip('"'), *rest, PublicKey.of_ssh(read_base64(key.encode()))[2])
+                yield (who.strip('"'), *rest, _read_ssh_key(read_base64(key.encode())).fingerprint)
 
 
 class Verification(NamedTuple):
@@ -3980,11 +3970,12 @@ class Verification(NamedTuple):
     claims: Any  # what to say, a hash to be fed, and what tells of that whether it is true
     sizes: List[int]
 
-    def feed(self, chunk: Any) -> None:
+    def feed(self, chunk: Any) -> "Verification":
         """Take the next bytes."""
         self.sizes.append(len(chunk))
         for _, hasher, *_ in self.claims:
             hasher.update(chunk)
+        return self
 
     def finish(self) -> Json:
         """Return {scheme, signer, key, at}; ArtifactRefused where these bytes were not signed."""
@@ -3995,22 +3986,18 @@ class Verification(NamedTuple):
         raise ArtifactRefused(f"{self.name}: no known key signed these bytes", SUSPECT)
 
 
-class Verifier:
+class Verifier(NamedTuple):
     """Says who signed bytes, by keys of minisign, signify and openssl, and allowed_signers."""
 
-    def __init__(self, keys: Sequence[str], allowed_signers: str, *, namespace: str,
-                 principals: Sequence[str] = (), legacy: bool = False) -> None:
-        self.keys = [read_key(text) for text in keys]
-        self.signers = list(read_signers(allowed_signers)) if allowed_signers else []
-        self.namespace = namespace
-        self.principals = principals
-        self.legacy = legacy
+    keys: Sequence[PublicKey]
+    signers: Sequence[Any]
+    namespace: str
+    principals: Sequence[str] = ()
+    legacy: bool = False
 
     def verify(self, data: bytes, signature: bytes, name: str) -> Json:
         """Verify what is at hand; `name` is what the signature is called in errors."""
-        found = self.begin(signature, name)
-        found.feed(data)
-        return found.finish()
+        return self.begin(signature, name).feed(data).finish()
 
     def begin(self, signature: bytes, name: str) -> Verification:
         """Read a signature by what it holds, and return what is to be fed; ArtifactRefused."""
@@ -4022,15 +4009,10 @@ class Verifier:
                 claims = [self._ssh(signature)]
             elif signature.startswith(b"{"):
                 claims = self.statements(signature)
-            elif not re.match(rb"[\w+/=\s]+\Z", signature):
-                raise ValueError("it is not minisign's, signify's, SSH's, DSSE, nor base64 of what "
-                                 "openssl or cosign made; any other is for [signature] command")
             else:
                 data = read_base64(signature)
                 claims = [(("cosign", key.fingerprint, key.fingerprint, None), key.begin(data),
                            partial(key.holds, data)) for key in self.keys if not key.id]
-            if not claims:
-                raise ValueError("no known key makes such a signature")
         return Verification(name, claims, sizes)
 
     def statements(self, envelopes: bytes) -> List[Any]:
@@ -4047,8 +4029,7 @@ class Verifier:
                     if not key.id and kind == b"application/vnd.in-toto+json" \
                             and key.holds(data, key.begin(data, message)):
                         statement = json.loads(payload.decode())
-                        digests = [subject["digest"].get("sha256")
-                                   for subject in statement["subject"]]
+                        digests = [part["digest"].get("sha256") for part in statement["subject"]]
                         found.append((
                             ("dsse", key.fingerprint, key.fingerprint, None), hashlib.sha256(),
                             lambda hasher, of=digests: hasher.hexdigest() in of, statement))
@@ -4057,14 +4038,14 @@ class Verifier:
     def _minisign(self, signature: bytes, sizes: Any) -> Any:
         first, comment, last = _MINISIGN.match(signature).groups()  # type: ignore
         blob, moment = read_base64(first), re.search(rb"\btimestamp:(\d{1,10})\b", comment or b"")
-        algorithm, value, signer = blob[:2], blob[10:], blob[9:1:-1].hex().upper()
+        value, signer = blob[10:], blob[9:1:-1].hex().upper()
         key = next((key for key in self.keys if key.id == blob[2:10]), None)
         if not key:
             raise ValueError(f"it is by key {signer}, which is not in [signature] keys")
         if last and not key.holds(read_base64(last), key.begin(read_base64(last), value + comment)):
             raise ValueError("its trusted comment was changed")
-        is_hashed = algorithm == b"ED" and last
-        if not is_hashed and (algorithm != b"Ed" or last and not self.legacy):
+        is_hashed = last and blob[:2] == b"ED"
+        if not is_hashed and (blob[:2] != b"Ed" or last and not self.legacy):
             raise ValueError("it is of minisign's old form, which [signature] legacy = yes takes")
         try:
             hasher = hashlib.blake2b() if is_hashed else key.begin(value)
@@ -4072,46 +4053,40 @@ class Verifier:
             raise ValueError("it needs BLAKE2, which this Python has not got (FIPS mode?)")
 
         def is_true(hasher: Any) -> bool:
-            # Its two letters are signed by nobody: what has 64 bytes may be a hash.
             if is_hashed:
-                hasher = key.begin(value, hasher.digest())
-            return key.holds(value, hasher) and bool(is_hashed or sum(sizes) != 64)
+                return key.holds(value, key.begin(value, hasher.digest()))
+            # Its two letters are signed by nobody: what has 64 bytes may be a hash.
+            return sum(sizes) != 64 and key.holds(value, hasher)
 
         at = format_time(int(moment.group(1))) if moment else None
-        scheme = "minisign" if last else "signify"
-        return (scheme, signer, key.fingerprint, at), hasher, is_true
+        return ("minisign" if last else "signify", signer, key.fingerprint, at), hasher, is_true
 
     def _ssh(self, signature: bytes) -> Any:
         blob = read_base64(_ARMOR.match(signature).group(2))  # type: ignore
         public, namespace, reserved, algorithm, inner = _read_strings(blob[10:])
-        key, (key_type, *_, application) = PublicKey.of_ssh(public), _read_strings(public)
+        key, (key_type, *_, application) = _read_ssh_key(public), _read_strings(public)
         flags = inner[-5:] if key_type.startswith(b"sk-") else b""
         kind, value = _read_strings(inner[:len(inner) - len(flags)])
         data = _read_strings(value) if key.kind.startswith("nist") else value
-        # Never ssh-rsa, which is over SHA-1.
-        name = {key_type: "", b"rsa-sha2-256": "sha256", b"rsa-sha2-512": "sha512"}[kind]
-        if blob[:10] != b"SSHSIG\0\0\0\1" or key.kind == "rsa" and not name \
-                or algorithm not in (b"sha256", b"sha512") or flags and not flags[0] & 1:
-            raise ValueError(f"it is by {kind!r} over {algorithm!r}, or nobody touched the key")
-        if namespace != self.namespace.encode():
-            raise ValueError(f"it is for {namespace!r}, not for {self.namespace}")
+        sha = {key_type: "", b"rsa-sha2-256": "sha256", b"rsa-sha2-512": "sha512"}[kind]  # no SHA-1
+        if blob[:10] != b"SSHSIG\0\0\0\1" or key.kind == "rsa" and not sha \
+                or algorithm not in (b"sha256", b"sha512") or flags and not flags[0] & 1 \
+                or namespace != self.namespace.encode():
+            raise ValueError(f"{kind!r} over {algorithm!r} for {namespace!r}, or nobody touched it")
 
         def is_true(hasher: Any) -> bool:
-            text = b"SSHSIG"
-            for part in (namespace, reserved, algorithm, hasher.digest()):
-                text += len(part).to_bytes(4, "big") + part
+            text = b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in (
+                namespace, reserved, algorithm, hasher.digest()))
             if flags:
                 text = hashlib.sha256(application).digest() + flags + hashlib.sha256(text).digest()
-            return key.holds(data, key.begin(data, text, name))
+            return key.holds(data, key.begin(data, text, sha))
 
         now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
-        for patterns, namespaces, since, until, fingerprint in self.signers:
-            names = [name for name in self.principals or patterns.split(",")[:1]
-                     if fits(name, patterns)]
-            if fingerprint == key.fingerprint and names and since <= now <= (until or "9") \
+        for globs, namespaces, since, until, known in self.signers:
+            who = [name for name in self.principals or globs.split(",")[:1] if fits(name, globs)]
+            if known == key.fingerprint and who and since <= now <= (until or "9") \
                     and fits(self.namespace, namespaces or "*"):
-                hasher = hashlib.new(algorithm.decode())
-                return ("ssh", names[0], fingerprint, None), hasher, is_true
+                return ("ssh", who[0], known, None), hashlib.new(algorithm.decode()), is_true
         raise ValueError(f"allowed_signers does not let {key.fingerprint} sign this")
 
 
@@ -4219,8 +4194,9 @@ Members = Iterator[Tuple[Member, Iterable[Any]]]  # each with its data, which ma
 def verifier_of(settings: Settings) -> Verifier:
     """Make what verifies by [signature]; UsageError for a damaged key."""
     wanted = settings.signature
-    return Verifier(wanted.keys, wanted.allowed_signers, namespace=wanted.namespace,
-                    principals=wanted.principal, legacy=wanted.legacy)
+    signers = list(read_signers(wanted.allowed_signers)) if wanted.allowed_signers else []
+    return Verifier(list(map(read_key, wanted.keys)), signers, wanted.namespace, wanted.principal,
+                    wanted.legacy)
 
 
 class Artifact(Descriptor):
@@ -6838,8 +6814,8 @@ class Conversation(Forked):
         address, target, login = getattr(settings, "connect", ""), url.target, {}
         proxy = proxy_for(url, getattr(settings, "proxy", "none"))
         if proxy and proxy.userinfo:
-            encoded = binascii.b2a_base64(proxy.userinfo.encode("utf-8")).decode("ascii")
-            login = {"Proxy-Authorization": f"Basic {encoded.rstrip()}"}
+            encoded = write_base64(proxy.userinfo.encode("utf-8"))
+            login = {"Proxy-Authorization": f"Basic {encoded}"}
         if proxy and url.scheme == "https":
             self.at("asking the proxy for a tunnel")
             tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
@@ -7191,14 +7167,13 @@ class ProbeRun:
 
     def headers(self, url: Url) -> Dict[str, str]:
         """Make our own headers of a request; OSError where auth_file cannot be read."""
-        import base64
         probe, headers = self.probe, {"Accept": "*/*", "Accept-Encoding": "identity"}
         if probe.method in ("POST", "PUT", "PATCH"):
             headers["Content-Length"] = "0"
         if self.run.traceparent:
             headers["traceparent"] = self.run.traceparent
         text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
-        encoded = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        encoded = write_base64(text.encode("utf-8"))
         if probe.auth_file and " " in text:  # Bearer ...
             headers["Authorization"] = text
         elif text:
@@ -7434,7 +7409,7 @@ def judge_approvals(run: Run, found: Any) -> Finding:
     import glob
     place, policy, signed, others = f"{found.path}.approval", run.settings.policy, set(), set()
     hint = f"{run.settings.command_line('approve')} {spell([found.path])} says what to sign"
-    verifier = Verifier([], policy.approvers, namespace="deploy-approval")
+    verifier = Verifier([], list(read_signers(policy.approvers)), "deploy-approval")
     text = beside(place, hint)
     with blaming(PreflightFailed, place, hint):
         expires = text[-21:-1].decode("ascii")
@@ -7461,7 +7436,7 @@ def judge_promotion(run: Run, found: Any) -> Finding:
     """An attestation says that it was live elsewhere, for long enough and not too long ago."""
     place, policy, now = f"{found.path}.attestation", run.settings.policy, run.facts.now_seconds
     hint = f"on a host of {policy.promoted_from}: deploy.py attest, which says how to sign"
-    verifier = Verifier([], policy.attesters, namespace="deploy-attestation")
+    verifier = Verifier([], list(read_signers(policy.attesters)), "deploy-attestation")
     data, signature = (beside(path, hint) for path in (place, f"{place}.sig"))
     who = verifier.verify(data, signature, f"{place}.sig")["signer"]
     with blaming(PreflightFailed, place, hint):

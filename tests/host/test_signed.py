@@ -338,7 +338,8 @@ def test_a_signature_of_another_kind_is_told_from_a_damaged_one(app: App) -> Non
     signed = Signed(app, "openssl-p256")
     for data in (base64.b64decode(signed.signature), b"-----BEGIN PGP SIGNATURE-----\n\niQEz\n-----END PGP SIGNATURE-----\n", b""):
         signed.path.write_bytes(data)
-        assert "any other is for [signature] command" in refused(app, signed.artifact)
+        refused(app, signed.artifact)
+        assert "`command` is for other kinds" in app.run("-n", "deploy", signed.artifact, check=4).data["error"]["hint"]
 
 
 def test_an_unreadable_signature_or_one_that_never_ends_is_refused(mini: Signed) -> None:

@@ -50,7 +50,7 @@ def test_every_vector_has_the_verdict_that_it_should_have(tmp_path: Path, name: 
     wrong, pem = [], tmp_path / "key.pem"
     for group in json.loads((TESTS / "lib" / "vectors.json").read_text())[name]:
         pem.write_text(f"-----BEGIN PUBLIC KEY-----\n{group['key']}\n-----END PUBLIC KEY-----\n")
-        verifier = deploy.Verifier([str(pem)], "", namespace="deploy", principals=[], legacy=False)
+        verifier = deploy.Verifier([deploy.read_key(str(pem))], [], "deploy")
         for number, message, signature, verdict in group["tests"]:
             try:
                 verifier.verify(base64.b64decode(message), signature.encode(), "vector")
@@ -62,6 +62,23 @@ def test_every_vector_has_the_verdict_that_it_should_have(tmp_path: Path, name: 
     assert not wrong
 
 
+def test_numbers_that_claim_to_be_longer_than_any_are_refused(tmp_path: Path) -> None:
+    openssl_keys(tmp_path, "p256")
+    for first, second in ((255, 255), (255, 1), (1, 255), (127, 127)):
+        body = b"\2" + bytes([first]) + b"\1" * first + b"\2" + bytes([second]) + b"\1" * second
+        data = base64.b64encode(b"0\x81" + bytes([len(body) % 256]) + body)
+        assert verdict(data=b"something", signature=data, keys=[tmp_path / "p256.pem"]).startswith("4 ")
+
+
+def test_the_readmes_cosign_line_leaves_what_is_taken(app: App) -> None:
+    line = next(line for line in (DEPLOY.parent / "README.md").read_text(encoding="utf-8").split("\n") if "cosign sign-blob --key" in line)
+    words = line.split()
+    signed = Signed(app, "openssl-p256")  # whose key is a PEM of P-256, as cosign's is
+    path = signed.artifact.with_name(words[words.index("--output-signature") + 1].replace(words[-1], signed.artifact.name))
+    path.write_bytes(signed.signature.strip())  # cosign ends it without a newline
+    assert path == signed.path and app.run("deploy", signed.artifact, check=0).data["changed"]
+
+
 # -- what a scheme invites to ------------------------------------------------------
 
 def verdict(*lines: str, data: bytes, signature: bytes, keys: Any = (), **fields: Any) -> str:
@@ -71,7 +88,8 @@ def verdict(*lines: str, data: bytes, signature: bytes, keys: Any = (), **fields
         signers.write_text("\n".join(lines) + "\n")
     given = dict({"namespace": "deploy", "principals": [], "legacy": True}, **fields)
     try:
-        verifier = deploy.Verifier([str(key) for key in keys], str(signers) if lines else "", **given)
+        known = list(deploy.read_signers(str(signers))) if lines else []
+        verifier = deploy.Verifier([deploy.read_key(str(key)) for key in keys], known, **given)
         return str(verifier.verify(data, signature, "it")["signer"])
     except deploy.DeployError as error:
         return f"{error.exit_code} {error.message}"
