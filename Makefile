@@ -1,13 +1,11 @@
-# PYTHON chooses the interpreter, JOBS how many suites `test-all` and `test-others` run at a time,
-# SHARES in how many parts the Pythons between the oldest and the newest share the tests (1: each runs them all),
+# PYTHON chooses the interpreter, JOBS how much runs at a time (the processors there are, unless it is said),
 # PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
 PYTHON = python3
-JOBS = 1
-SHARES = 1
+JOBS = $(shell nproc)
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 
-.PHONY: help demo test test-all test-others test-crash fuzz bench lint example release clean
+.PHONY: help demo test test-all test-crash fuzz bench lint example release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
@@ -15,19 +13,17 @@ help: ## list the targets
 demo: ## deploy, fail, roll back: a real web application in a temporary directory
 	@$(PYTHON) tests/demo/demo.py
 
-test: ## run the tests in .venv, which is made with pytest
-	$(PYTHON) tests/tools/run_suite.py
+test: ## run the tests, in virtual environments under .venvs, which are made with pytest
+	$(PYTHON) tests/tools/run_suite.py --jobs $(JOBS)
 
-test-all: ## run the tests under every Python 3.6 to 3.14 that pyenv has
-	$(PYTHON) tests/tools/run_suite.py --all --jobs $(JOBS) --shares $(SHARES)
+test-all: ## run every case of them, and the same tests under every other Python from 3.6 to 3.14 that pyenv has
+	$(PYTHON) tests/tools/run_suite.py --all --jobs $(JOBS)
 
-test-others: ## the same under every one but $(PYTHON), which `make test` takes
-	$(PYTHON) tests/tools/run_suite.py --others --jobs $(JOBS) --shares $(SHARES)
-
-test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state
+test-crash: ## kill it, fail it and cut the power at every system call; damage every file of its state; what takes minutes
 	$(PYTHON) tests/tools/crash_matrix.py --jobs $(JOBS)
 	$(PYTHON) tests/tools/replay.py --states 10000 --jobs $(JOBS)
 	$(PYTHON) tests/tools/damage.py --stride 5 --jobs $(JOBS)
+	DEPLOY_TEST_SET=proof $(PYTHON) tests/tools/run_suite.py --jobs 1 -- -k "fifty or million or visitor or tick or attack or killed"
 
 fuzz: ## unpack a million mutated archives
 	$(PYTHON) tests/tools/fuzz.py --inputs 1000000 --jobs $(JOBS)
@@ -52,5 +48,5 @@ release: ## write deploy.py.sha256, and say how to sign and publish it
 	@echo "         minisign.pub where it was found before, and nowhere beside them"
 
 clean: ## remove what make made
-	rm -rf .venv .venvs .cache .pytest_cache deploy.ini.example.new deploy.py.sha256
+	rm -rf .venvs .cache .pytest_cache deploy.ini.example.new deploy.py.sha256
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -22,7 +22,7 @@ from typing import Any, Dict, List, NamedTuple
 import pytest
 
 from archives import FORMATS, entry, folder, link, make_zip, pax, tar, zip_info, zstd
-from support import compress, fake_command, load_deploy, member, needs, once_in_ci, tar_bytes
+from support import compress, fake_command, load_deploy, member, needs, deep, tar_bytes
 
 deploy = load_deploy()
 
@@ -412,7 +412,7 @@ def test_zip_written_by_infozip_passes(bench):
     assert bench.read("d/a") == b"x" * 999
 
 
-@once_in_ci
+@deep
 def test_zip64_end_records_are_read(bench):
     data = make_zip(*[("f%05d" % number, b"") for number in range(66000)])
     assert bench.unpack(data).counts["files"] == 66000

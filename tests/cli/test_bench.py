@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, List
 
-from support import TESTS, compiled, needs, once_in_ci
+from support import TESTS, compiled, needs, deep
 
 # What a host may lack: the right to mount, the programs that make these filesystems, a deploy.py that shares files.
 MAY_BE_LEFT_OUT = r"second release | on (ext4|xfs|btrfs)\Z"
@@ -24,7 +24,7 @@ def names() -> List[str]:
     return bench("--list").splitlines()
 
 
-@once_in_ci
+@deep
 def test_every_row_is_measured_and_written_as_json(tmp_path: Path) -> None:
     for tool in ("tar", "gzip", "xz", "zstd", "unzip", "sha256sum", "sync"):
         needs(tool)

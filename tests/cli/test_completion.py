@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Set
 
 import pytest
 
-from support import load_deploy, needs, once_in_ci, run_deploy
+from support import load_deploy, needs, deep, run_deploy
 
 deploy = load_deploy()
 
@@ -137,7 +137,7 @@ def ask_zsh(place: Path) -> Dict[str, Set[str]]:
     return {line: offered(line, arguments) for line, arguments in answers.items()}
 
 
-@once_in_ci
+@deep
 @pytest.mark.parametrize("shell, ask", [
     ("bash", ask_bash), ("zsh", ask_zsh)], ids=SHELLS)
 def test_a_shell_offers_what_may_stand_there_and_nothing_else(shell: str, ask: Any, place: Path) -> None:

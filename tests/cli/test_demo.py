@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import List
 
-from support import TESTS, TOP, once_in_ci, shape
+from support import TESTS, TOP, deep, shape
 
 
 def command_lines() -> List[str]:
@@ -25,7 +25,7 @@ def failing_transcript() -> str:
     return "\n".join(line[4:] for line in section.split("    $ ")[1].splitlines() if line.startswith("    "))
 
 
-@once_in_ci
+@deep
 def test_the_demo_runs_in_an_empty_environment_and_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-B", str(TESTS / "demo" / "demo.py")], env={"TMPDIR": str(tmp_path)},
                           cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)

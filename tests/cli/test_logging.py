@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 
-from support import (App, clean_environment, compiled, described, in_namespace, load_deploy, needs, once_in_ci, run_deploy, snapshot,
+from support import (App, clean_environment, compiled, described, in_namespace, load_deploy, needs, deep, run_deploy, snapshot,
                      wait_until)
 
 deploy = load_deploy()
@@ -264,7 +264,7 @@ wait $journald
 """
 
 
-@once_in_ci
+@deep
 def test_a_real_journal_finds_the_events_by_the_deployments_id(app: App) -> None:
     needs("journalctl")
     app.configure(HOOK_FAILS)
@@ -462,7 +462,7 @@ LOGROTATE = """{log} {{
 """
 
 
-@once_in_ci
+@deep
 @pytest.mark.parametrize("how", ["nocreate", "create 0600"])
 def test_logrotate_may_move_the_file_under_a_run(how: str, app: App, tmp_path: Path) -> None:
     needs("logrotate")

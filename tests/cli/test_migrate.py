@@ -11,9 +11,9 @@ from typing import Any, List, Optional
 
 import pytest
 
-from crashes import recover_and_judge, wait_gone
+from crashes import recover_and_judge
 from scenes import Gate, alive, deploy_all
-from support import App, Result, file, load_deploy, snapshot, start_deploy, wait_until
+from support import App, Result, file, load_deploy, snapshot, start_deploy
 
 # What a release brings: each version makes a table of its own, and notes it.  It tells what ran where, and what was live then.
 PROGRAM = f"""#!{sys.executable} -I

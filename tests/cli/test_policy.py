@@ -15,7 +15,7 @@ from typing import Any, Dict, List
 
 import pytest
 
-from support import DEPLOY, App, load_deploy, make_artifact, needs, run_deploy
+from support import DEPLOY, App, load_deploy, make_artifact, needs
 
 deploy = load_deploy()
 NEVER = "windows = deny # closed"

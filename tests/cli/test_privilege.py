@@ -18,14 +18,12 @@ import pytest
 
 from crashes import script
 from scenes import configure
-from support import (DEPLOY, App, Result, clean_environment, described, file, load_deploy, make_tree, needs, open_to_others, run_as_another,
+from support import (DEPLOY, App, Result, clean_environment, described, file, load_deploy, make_tree, needs, open_to_others, run_as_another, sized,
                      run_deploy, snapshot)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NOBODY = 65534
-# Where a test has a time to fill: the suite gives it a moment, the full form a minute.
-ATTACK_SECONDS = float(os.environ.get("DEPLOY_TEST_ATTACK") or (
-    60 if os.environ.get("DEPLOY_TEST_FULL") else 1 if os.environ.get("DEPLOY_TEST_ONCE") == "0" else 3))
+ATTACK_SECONDS = sized(quick=1, whole=3, proof=60)
 
 
 # -- planted modules -------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 from crashes import script
 from scenes import configure, deploy_all
-from support import DEPLOY, App, clean_environment, deploy_argv, fake_command, load_deploy, make_tree, needs, once_in_ci, snapshot
+from support import DEPLOY, App, clean_environment, deploy_argv, fake_command, load_deploy, make_tree, needs, deep, snapshot
 
 
 deploy = load_deploy()
@@ -270,7 +270,7 @@ def disk_use(app: App) -> Dict[str, int]:
     return {name: found[2] for name, found in snapshot(app.root).items() if not name.startswith(".deploy/history")}
 
 
-@once_in_ci
+@deep
 def test_two_hundred_deployments_leave_no_more_than_a_few(app: App, tmp_path: Path) -> None:
     configure(app, "keep_releases = 3\n")
     builds = [app.artifact(f"1.{number}", {"noise": os.urandom(100)}, suffix=".tar") for number in range(200)]

@@ -1,6 +1,5 @@
 """A sample of what crash_matrix.py tries in full: deploy.py killed, or failing, at its system calls one after the other."""
 
-import os
 import sys
 from typing import Any, Dict, List
 
@@ -8,10 +7,10 @@ import pytest
 
 from crash_scenarios import SCENARIOS, Point, Stage, sample
 from crashes import Call, kill_at
-from support import needs
+from support import needs, sized
 
 # Every how many points one is tried, beside the first of each phase; crash_matrix.py tries them all.
-STRIDE = int(os.environ.get("DEPLOY_TEST_KILL_STRIDE", "29"))
+STRIDE = sized(quick=211, whole=37)
 # Each Python tries other points.
 OFFSET = 13 * sys.version_info[1]
 PHASES = {"", "staging", "intent", "switched", "rolling_back", "closed"}

@@ -1,9 +1,5 @@
-"""A few thousand mutated archives: each is unpacked or refused.  fuzz.py takes millions.
+"""A few thousand mutated archives: each is unpacked or refused.  tests/tools/fuzz.py takes millions."""
 
-DEPLOY_FUZZ_SEED and DEPLOY_FUZZ_INPUTS choose others.
-"""
-
-import os
 import subprocess
 import sys
 import time
@@ -13,10 +9,10 @@ from typing import Any
 import pytest
 
 import fuzz
-from support import TESTS, clean_environment, once_in_ci
+from support import TESTS, clean_environment, deep, sized
 
-SEED = int(os.environ.get("DEPLOY_FUZZ_SEED") or 1)
-INPUTS = int(os.environ.get("DEPLOY_FUZZ_INPUTS") or 3000)
+SEED = 1
+INPUTS = sized(quick=1000, whole=3000)
 
 
 def test_mutated_archives_are_unpacked_or_refused() -> None:
@@ -35,7 +31,7 @@ def test_inputs_depend_on_the_seed_and_the_index_alone(monkeypatch: Any) -> None
     assert fuzz.make_input(7, 1) != fuzz.make_input(8, 1)
 
 
-@once_in_ci
+@deep
 def test_many_refusals_and_many_acceptances_are_reached(tmp_path: Path) -> None:
     tally = fuzz.run(1, range(600), str(tmp_path / "ground"))
     assert tally.failures == [] and tally.outcomes["accepted"] > 60 and len(tally.outcomes) > 40
@@ -78,7 +74,7 @@ def wrong_numbers(monkeypatch: Any) -> None:
     monkeypatch.setattr(fuzz.deploy, "tar_number", lambda field: int(field.strip(b" \0") or b"0", 8))
 
 
-@once_in_ci
+@deep
 @pytest.mark.parametrize("sabotage,failure", [
     (unchecked_names, "FileExistsError"), (files_above, "written outside"), (unchecked_links, "leads outside"),
     (wide_modes, "Wrong"), (wrong_numbers, "ValueError"),

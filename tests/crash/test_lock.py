@@ -15,7 +15,7 @@ import pytest
 
 import starters
 from scenes import Gate, alive, configure, deploy_all
-from support import App, deploy_argv, fake_command, make_artifact, start_deploy, wait_until
+from support import SET, App, deploy_argv, fake_command, make_artifact, start_deploy, wait_until
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_runs_that_wait_go_one_after_the_other(app: App) -> None:
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(200, marks=pytest.mark.skipif(
-    not os.environ.get("DEPLOY_TEST_FULL"), reason="minutes long: DEPLOY_TEST_FULL=1, or python3 tests/tools/starters.py"))])
+    SET != "proof", reason="minutes long: make test-crash, or python3 tests/tools/starters.py"))])
 def test_of_fifty_that_start_at_once_one_owns_the_lock_and_the_others_give_way(rounds: int, tmp_path: Path) -> None:
     """Losers exit with 75 while the owner still holds the lock, having changed nothing and used little time of their own."""
     figures = starters.run(tmp_path, 50, rounds)

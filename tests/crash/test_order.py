@@ -16,12 +16,11 @@ import pytest
 
 import replay
 from replay import Disk, Op, Play, Trace, plain
-from support import needs, once_in_ci
+from support import deep, needs, sized
 
 STATE = "root/.deploy"
 # How many crash states the suite tries; tests/replay.py tries as many as it is told.
-STATES = int(os.environ.get("DEPLOY_TEST_REPLAY_STATES", "240"))
-JOBS = int(os.environ.get("DEPLOY_TEST_REPLAY_JOBS", "2"))
+STATES = sized(quick=80, whole=240)
 
 
 class Excuse(NamedTuple):
@@ -294,11 +293,11 @@ def test_every_sync_that_is_left_out_is_noticed_or_excused(plays: Dict[str, Play
 def test_a_sample_of_the_states_that_a_power_cut_leaves_is_recovered(plays: Dict[str, Play]) -> None:
     cases = replay.collect(list(plays.values()), STATES, seed=7)
     assert len(cases) == STATES and len({case.scenario for case in cases}) >= min(len(plays), STATES // 40)
-    problems = replay.in_children(replay.try_case, cases, JOBS)
+    problems = replay.in_children(replay.try_case, cases, 1)
     assert not problems, "\n\n".join(problems)
 
 
-@once_in_ci
+@deep
 @pytest.mark.parametrize("path, call, expected", [
     ("root/releases", "syncfs", "is not whole"),
     (STATE + "/.journal.json.tmp", "fsync", "the journal cannot be read"),
@@ -312,7 +311,7 @@ def test_the_replay_sees_a_sync_that_is_missing(plays: Dict[str, Play], path: st
     ends = next((at for at, op in enumerate(shorter.ops) if at >= number and op.syncs == "all"), len(shorter.ops))
     cases = replay.collect([play._replace(trace=shorter)], 300, seed=3)
     cases = [case for case in cases if number <= int((re.search(r"after (\d+) ", case.place) or [0, 0])[1]) <= ends][:40]
-    problems = replay.in_children(replay.try_case, cases, JOBS, chunk=20)
+    problems = replay.in_children(replay.try_case, cases, 1, chunk=20)
     assert any(re.search(expected, problem) for problem in problems), f"{len(cases)} states, {len(problems)} problems"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import readers
 from scenes import configure
-from support import App, load_deploy, wait_until
+from support import SET, App, load_deploy, wait_until
 
 # Of a switch that is not one rename (remove, then link) a reader notices within the first few hundred.
 SWITCHES, OPENS = 1000, 20000
@@ -58,8 +58,7 @@ def test_deploy_activate_and_rollback_from_the_command_line_keep_readers_content
     assert codes == [0, 0] and (tally.missing, tally.mixed, tally.seen) == (0, 0, ["1.0", "1.1"]), tally
 
 
-@pytest.mark.skipif(not os.environ.get("DEPLOY_TEST_FULL"), reason="minutes long: DEPLOY_TEST_FULL=1, or python3 "
-                                                                   "tests/tools/readers.py")
+@pytest.mark.skipif(SET != "proof", reason="minutes long: make test-crash, or python3 tests/tools/readers.py")
 def test_ten_thousand_switches_under_a_million_opens(tmp_path: Path) -> None:
     figures = readers.run(str(tmp_path), 10000, 1000000, readers=3)
     assert (figures.tally.missing, figures.tally.mixed) == (0, 0), figures.line()

@@ -5,15 +5,14 @@ test_crash_matrix.py goes call by call.
 
 import json
 import os
-import re
 import shutil
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 
 from crash_scenarios import KILL, killed
-from crashes import (Saved, content, find_call, inconsistencies, kill_at, known_calls, record_calls, recover_and_judge,
-                     script, strace, unchanged_part)
+from crashes import (Saved, content, find_call, inconsistencies, kill_at, record_calls, recover_and_judge, script,
+                     unchanged_part)
 from support import App, Result, load_deploy, snapshot
 
 

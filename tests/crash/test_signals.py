@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
 from crashes import Call, Saved, content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone, warm
-from support import DEPLOY, App, clean_environment, described, load_deploy, needs, start_deploy, wait_until
+from support import DEPLOY, App, clean_environment, described, load_deploy, needs, sized, start_deploy, wait_until
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 # Where a test goes through every place, one in so many is tried.
-STRIDE = int(os.environ.get("DEPLOY_TEST_SIGNAL_STRIDE", "1"))
+STRIDE = sized(quick=5, whole=1)
 by_signal = pytest.mark.parametrize("number, exit_code", SIGNALS, ids=[number.name for number, _ in SIGNALS])
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from run_suite import find_pythons
 from scenes import Gate
-from support import DEPLOY, App, Server, clean_environment, load_deploy, make_artifact, missing, once_in_ci, snapshot, TOP, wait_until
+from support import DEPLOY, App, Server, clean_environment, load_deploy, make_artifact, missing, deep, snapshot, TOP, wait_until
 from tables import result_keys, section
 
 deploy = load_deploy()
@@ -121,7 +121,7 @@ def recap(said: str) -> Dict[str, Dict[str, int]]:
             for name, rest in re.findall(r"(?m)^(h\d) +: (.*)$", said)}
 
 
-@once_in_ci
+@deep
 def test_a_second_run_is_all_ok_and_changes_nothing(fleet: Fleet) -> None:
     assert fleet.versions() == ["1.0"] * 6
     before = [snapshot(fleet.apps[name].root / "releases") for name in HOSTS]
@@ -130,7 +130,7 @@ def test_a_second_run_is_all_ok_and_changes_nothing(fleet: Fleet) -> None:
     assert [snapshot(fleet.apps[name].root / "releases") for name in HOSTS] == before
 
 
-@once_in_ci
+@deep
 def test_check_and_diff_show_what_would_change_and_change_nothing(fleet: Fleet) -> None:
     before = [snapshot(fleet.apps[name].root) for name in HOSTS]
     said = fleet.roll("2.0", "--check", "--diff")
@@ -140,7 +140,7 @@ def test_check_and_diff_show_what_would_change_and_change_nothing(fleet: Fleet) 
     assert f"--- before: {fleet.apps['h1'].root}/current" in said
 
 
-@once_in_ci
+@deep
 def test_a_probe_that_fails_on_the_third_host_stops_the_roll_and_leads_back(fleet: Fleet) -> None:
     well = fleet.servers["h3"].answer
     fleet.servers["h3"].answer = lambda: (503, b"") if fleet.servers["h3"].version == "3.0" else well()  # type: ignore
@@ -155,7 +155,7 @@ def test_a_probe_that_fails_on_the_third_host_stops_the_roll_and_leads_back(flee
     assert fleet.apps["h3"].history()[-1]["by"]["trigger"] == "ansible"
 
 
-@once_in_ci
+@deep
 def test_the_timeout_of_a_task_ends_no_run_and_busy_is_told_apart(fleet: Fleet, tmp_path: Path) -> None:
     gate, app, begun = Gate(tmp_path / "gates"), fleet.apps["h6"], tmp_path / "begun"
     artifact = make_artifact(tmp_path, "4.0", name="shop")
@@ -184,7 +184,7 @@ def test_the_timeout_of_a_task_ends_no_run_and_busy_is_told_apart(fleet: Fleet, 
     assert app.version == "4.0" and fleet.results("h6")[-1] == "deployed"
 
 
-@once_in_ci
+@deep
 def test_ad_hoc_arguments_are_texts(fleet: Fleet) -> None:
     app = fleet.apps["h1"]
     said = fleet.ansible.run("ansible", "h1", "-m", "deploy", "-a", f"command=history limit=1 verify=no config={app.config}")
@@ -196,20 +196,20 @@ def test_ad_hoc_arguments_are_texts(fleet: Fleet) -> None:
         assert said.count("SUCCESS") == 6
 
 
-@once_in_ci
+@deep
 def test_a_number_that_yaml_made_of_a_version_is_refused(fleet: Fleet) -> None:
     play = "- hosts: h1\n  gather_facts: no\n  tasks:\n    - deploy: {command: activate, root: /srv/shop, release: 1.10}\n"
     assert "the float 1.1 (hint: quote it" in fleet.ansible.play(play, rc=2)
 
 
-@once_in_ci
+@deep
 def test_a_secret_is_in_nothing_that_ansible_shows(fleet: Fleet) -> None:
     play = (f"- hosts: h1\n  gather_facts: no\n  tasks:\n    - deploy: {{command: status, config: {fleet.apps['h1'].config}, "
             "set: {vars.plain: not-to-be-seen}}\n      no_log: true\n")
     assert "not-to-be-seen" not in fleet.ansible.play(play, "-vvv")
 
 
-@once_in_ci
+@deep
 def test_the_examples_run(ansible: Ansible, fleet: Fleet, tmp_path: Path) -> None:
     app = fleet.apps["h2"]
     artifact = make_artifact(tmp_path, "5.0", name="shop")
@@ -220,7 +220,7 @@ def test_the_examples_run(ansible: Ansible, fleet: Fleet, tmp_path: Path) -> Non
     assert (tmp_path / "shop" / "current" / "VERSION").read_text() == "5.0\n"
 
 
-@once_in_ci
+@deep
 def test_ansible_doc_shows_the_main_parameters_and_warns_of_nothing(ansible: Ansible) -> None:
     said = ansible.run("ansible-doc", "-t", "module", "deploy", "-M", ansible.directory / "library")
     assert "WARNING" not in said and "DEPRECATION" not in said

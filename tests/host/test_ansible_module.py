@@ -15,7 +15,7 @@ import pytest
 
 import tables
 from scenes import Gate, configure
-from support import App, DEPLOY, Result, clean_environment, decode_one_object, load_deploy, run_deploy, snapshot, start_deploy, wait_until
+from support import App, DEPLOY, Result, clean_environment, decode_one_object, load_deploy, run_deploy, snapshot, start_deploy
 
 deploy = load_deploy()
 

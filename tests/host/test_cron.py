@@ -15,7 +15,7 @@ from typing import Any, Dict, List
 
 import pytest
 
-from support import (App, DEPLOY, clean_environment, deploy_argv, in_namespace, load_deploy, needs, once_in_ci, run_deploy, snapshot,
+from support import (App, DEPLOY, clean_environment, deploy_argv, in_namespace, load_deploy, needs, deep, run_deploy, snapshot,
                      start_deploy, wait_until)
 
 deploy = load_deploy()
@@ -50,7 +50,7 @@ run() {{
 """
 
 
-@once_in_ci
+@deep
 def test_cron_mails_nothing_for_a_no_op_and_one_block_for_a_change_or_a_failure(app: App, tmp_path: Path) -> None:
     # Where it is installed, not where PATH leads: that of a test need not hold /usr/sbin.
     needs("/usr/sbin/cron")

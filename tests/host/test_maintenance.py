@@ -13,7 +13,6 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 
 from crash_scenarios import KILL
-from crashes import script
 from scenes import Gate, configure, deploy_all
 from support import App, Server, free_port, needs, snapshot, start_deploy, wait_until
 from test_snippets import SNIPPETS, kind_of

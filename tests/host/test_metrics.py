@@ -15,7 +15,7 @@ from typing import Dict, Iterator, List, Tuple
 import pytest
 
 from scenes import Gate
-from support import DEPLOY, App, clean_environment, described, load_deploy, needs, once_in_ci, snapshot, start_deploy
+from support import DEPLOY, App, clean_environment, described, load_deploy, needs, deep, snapshot, start_deploy
 from tables import section
 
 deploy = load_deploy()
@@ -366,7 +366,7 @@ def promtool(what: str, data: bytes) -> str:
     return f"exit code {done.returncode}\n{done.stdout.decode()}"
 
 
-@once_in_ci
+@deep
 def test_promtool_has_nothing_to_say(app):
     app.deploy("1.0")
     configure(app, "[hooks]\npost_activate = false\n")
@@ -381,7 +381,7 @@ def test_promtool_has_nothing_to_say(app):
     assert promtool("metrics", data.replace(b" gauge", b" gouge")) != "exit code 0\n"
 
 
-@once_in_ci
+@deep
 def test_promtool_takes_the_rules_of_the_page():
     page = section("Monitoring")
     rules = re.search(r"(?m)^    groups:\n(?:    .*\n)+", page).group()
@@ -390,9 +390,10 @@ def test_promtool_takes_the_rules_of_the_page():
     assert used and used <= {name for name, _, _ in deploy.METRICS}
 
 
-@once_in_ci
+@deep
 def test_the_rules_of_the_page_fire_when_they_should_and_not_before(tmp_path):
-    """By promtool's own unit tests: three hours of metrics as a failed deployment, mended an hour later, leaves them."""
+    """By promtool's own unit tests, over three hours: a failed deployment that was put right an hour later, one that nobody could
+    put right by himself, and a timer that stopped after an hour."""
     rules = re.search(r"(?m)^    groups:\n(?:    .*\n)+", section("Monitoring")).group()
     (tmp_path / "rules.yml").write_text(re.sub("(?m)^    ", "", rules))
     (tmp_path / "tests.yml").write_text("""
@@ -403,12 +404,25 @@ tests:
     input_series:
       - series: 'deploy_last_deployment_success{app="shop",command="deploy"}'
         values: '1x60 0x60 1x60'
+      - series: 'deploy_last_deployment_exit_code{app="shop",command="deploy"}'
+        values: '0x30 5x30 6x60 0x60'
+      - series: 'deploy_last_run_timestamp_seconds{app="shop",command="sync"}'
+        values: '0+60x60 3600x120'
     alert_rule_test:
       - {eval_time: 30m, alertname: DeployFailed}
       - eval_time: 90m
         alertname: DeployFailed
         exp_alerts: [{exp_labels: {app: shop, command: deploy}}]
       - {eval_time: 150m, alertname: DeployFailed}
+      - {eval_time: 50m, alertname: DeployNeedsAPerson}
+      - eval_time: 90m
+        alertname: DeployNeedsAPerson
+        exp_alerts: [{exp_labels: {app: shop, command: deploy, severity: page}}]
+      - {eval_time: 150m, alertname: DeployNeedsAPerson}
+      - {eval_time: 115m, alertname: DeployDoesNotRun}
+      - eval_time: 125m
+        alertname: DeployDoesNotRun
+        exp_alerts: [{exp_labels: {app: shop, command: sync}}]
 """)
     done = subprocess.run([needs("promtool"), "test", "rules", str(tmp_path / "tests.yml")], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)

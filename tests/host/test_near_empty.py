@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 import pytest
 
 from images import UNKNOWN_UID, WHOLE, Image, Python, library_without, python_without
-from support import (App, DEPLOY, Result, Server, clean_environment, compiled, make_artifact, missing, needs, once_in_ci,
+from support import (App, DEPLOY, Result, Server, clean_environment, compiled, make_artifact, missing, needs, deep,
                      wait_until)
 from tables import section
 
@@ -163,7 +163,7 @@ def test_a_life_in_an_image_that_holds_nothing_but_python(tmp_path: Path) -> Non
     live_a_life(tmp_path, OWN, UNKNOWN_UID)
 
 
-once_or_oldest = once_in_ci if sys.version_info >= (3, 7) else (lambda test: test)
+once_or_oldest = deep if sys.version_info >= (3, 7) else (lambda test: test)
 
 
 @once_or_oldest
@@ -171,13 +171,13 @@ def test_a_life_as_root_in_an_image_that_holds_nothing_but_python(tmp_path: Path
     live_a_life(tmp_path, OWN, 0)
 
 
-@once_in_ci
+@deep
 @pytest.mark.parametrize("uid", [0, UNKNOWN_UID], ids=["root", "unknown-uid"])
 def test_a_life_in_an_image_that_holds_nothing_but_debians_python(tmp_path: Path, uid: int) -> None:
     live_a_life(tmp_path, DEBIAN, uid)
 
 
-@once_in_ci
+@deep
 def test_without_proc_nobody_elses_pidfile_chooses_what_root_signals(tmp_path: Path) -> None:
     with image(tmp_path, OWN, 0) as inside, server(inside):
         (inside.volume / "deploy.ini").write_text("[service:web]\npidfile = /srv/web.pid\n[probe:web]\nservice = web\n")
@@ -194,7 +194,7 @@ def instructions() -> Dict[str, List[str]]:
     return {name: json.loads(words) for name, words in re.findall(r"(?m)^    (RUN|HEALTHCHECK)(?: CMD)? (\[.*\])$", text)}
 
 
-@once_in_ci
+@deep
 def test_the_health_check_of_the_page_on_containers(tmp_path: Path) -> None:
     with image(tmp_path, DEBIAN, UNKNOWN_UID) as inside:
         def run(name: str, port: int) -> int:
@@ -209,7 +209,7 @@ def test_the_health_check_of_the_page_on_containers(tmp_path: Path) -> None:
         assert run("HEALTHCHECK", port) == 1
 
 
-@once_in_ci
+@deep
 def test_process_1_heeds_signals(tmp_path: Path) -> None:
     with image(tmp_path, OWN, 0) as inside:
         waits = "import time; open('/srv/waiting', 'w'); time.sleep(600)"
@@ -328,7 +328,7 @@ def test_a_module_that_is_missed_after_activation_leads_back(tmp_path: Path, app
     assert app.run("deploy", app.artifact("1.1"), check=0).data["changed"], "it is not called bad"
 
 
-@once_in_ci
+@deep
 def test_lzma_is_missed_where_there_is_no_xz_either(tmp_path: Path) -> None:
     python = Python.of(OWN)
     library = library_without(tmp_path / "python", python, ["lzma.py"], WHOLE)
@@ -339,7 +339,7 @@ def test_lzma_is_missed_where_there_is_no_xz_either(tmp_path: Path) -> None:
     assert not (inside.volume / "app" / "releases").exists() or not os.listdir(str(inside.volume / "app" / "releases"))
 
 
-@once_in_ci
+@deep
 def test_debians_minimal_python_is_told_what_it_lacks(tmp_path: Path) -> None:
     python = Python.of(DEBIAN)
     packages = [f"{prefix}{os.path.basename(python.library)}-minimal" for prefix in ("", "lib")]

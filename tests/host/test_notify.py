@@ -25,7 +25,7 @@ import pytest
 import origins
 from archives import entry, tar
 from scenes import Gate
-from support import App, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy, wait_until
+from support import App, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy
 from tables import section
 from test_metrics import run_defect
 

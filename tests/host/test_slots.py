@@ -14,9 +14,8 @@ import pytest
 from crashes import unchanged_part
 from scenes import Gate, alive
 from slots import Asked, Client, Proxy, Shop
-from support import App, fake_command, once_in_ci, start_deploy, wait_until
+from support import SET, App, fake_command, deep, start_deploy, wait_until
 
-FULL = os.environ.get("DEPLOY_TEST_FULL") == "1"
 # Fails for the version that stands in the file `sick`, once that is live, or to be.
 JUDGE = "sh -c 'test \"$DEPLOY_VERSION\" != \"$(cat {})\"'"
 
@@ -243,14 +242,14 @@ def test_killed_at_any_call_of_systemctl_one_recover_leaves_one_slot_that_runs(s
     shop.configure(f"[probe:web]\ncommand = {JUDGE.format(sick)}\nsuccesses = 1\ndeadline = 50ms\n", drain="0s")
     sick.write_text("none")
     shop.deploy("1.0")
-    for number in range(1 if FULL else {"before": 2, "after": 5}[how], 60, 1 if FULL else 6):
+    for number in range(1 if SET == "proof" else {"before": 2, "after": 5}[how], 60, 1 if SET == "proof" else 6):
         version = f"1.{number}"
         sick.write_text(version if ends == "back" else "none")
         (shop.directory / "kill").write_text(f"{number} {how}\n")
         code = shop.app.run("deploy", shop.artifact(version), json=False).exit_code
         (shop.directory / "kill").unlink()
         if code != -signal.SIGKILL:
-            assert code == {"well": 0, "back": 5}[ends] and killed >= (12 if FULL else 2)
+            assert code == {"well": 0, "back": 5}[ends] and killed >= (12 if SET == "proof" else 2)
             return
         killed += 1
         shop.app.run("recover", check=0)
@@ -397,10 +396,10 @@ def problems_of(answers: List[Asked], reported: List[Any]) -> List[str]:
 
 
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
-@once_in_ci
+@deep
 def test_no_visitor_notices(app: App, tmp_path: Path, name: str, record_property: Any) -> None:
     """Good deployments, bad ones of both kinds, and rollbacks, under clients that never stop asking."""
-    numbers, clients = (range(1, 41), 20) if FULL else ((3, 4), 4)
+    numbers, clients = (range(1, 41), 20) if SET == "proof" else ((3, 4), 4)
     shop = Shop(app)
     proxy = Proxy(name, shop, tmp_path / name)
     shop.configure(f"[probe:web]\nurl = http://127.0.0.1:{proxy.port}/health\nrelease = body\nperiod = 50ms\ndeadline = 10s\n",
@@ -434,7 +433,7 @@ def test_no_visitor_notices(app: App, tmp_path: Path, name: str, record_property
     print(figures)
     assert len(answers) > 50 * clients and threading.active_count() < 10
     assert problems_of(answers, reported) == [], figures
-    assert all(alive(pid) is False for pid in (shop.pid("blue"), shop.pid("green")) if pid)
+    wait_until(lambda: not any(alive(pid) for pid in (shop.pid("blue"), shop.pid("green")) if pid), 30, "both slots have ended")
 
 
 def test_the_judge_of_answers_sees_a_failure_and_a_wrong_version() -> None:

@@ -14,7 +14,7 @@ from typing import Any, List, NamedTuple, Tuple
 import pytest
 
 import tables
-from support import DEPLOY, load_deploy, needs, once_in_ci
+from support import DEPLOY, load_deploy, needs, deep
 from tables import README
 
 deploy = load_deploy()
@@ -133,7 +133,7 @@ def test_a_configuration_is_understood(snippet: Snippet, tmp_path: Path) -> None
     assert settings.given
 
 
-@once_in_ci
+@deep
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
     """All of them at once, with the real program in its place, as verify looks for it."""
     blocks = [snippet.text for snippet in SNIPPETS if kind_of(snippet) == "unit"]

@@ -17,7 +17,7 @@ import pytest
 from origins import (Host, Liar, Nginx, Relay, Source, chunked, drip, endless, head, make_certificate, redirect, server_tls, sha256,
                      tunnel, whole)
 from scenes import configure
-from support import (DEPLOY, TOP, App, Result, clean_environment, compiled, deploy_argv, fake_command, load_deploy, make_artifact, needs, sha256_of, snapshot, start_deploy,
+from support import (DEPLOY, TOP, App, Result, clean_environment, compiled, deploy_argv, fake_command, load_deploy, make_artifact, needs, sha256_of, sized, snapshot, start_deploy,
                      wait_until)
 
 SUMS = "[artifact]\nmatch = myapp-@v.tar.gz\n"
@@ -768,7 +768,7 @@ def test_the_nginx_of_the_readme(app: App, nginx: Nginx, keys: Path, tmp_path: P
 # -- a fleet ------------------------------------------------------------------------------
 
 def test_a_tick_of_every_host_costs_one_small_request(app: App, origin: Source, nginx: Nginx, tmp_path: Path) -> None:
-    hosts = 200 if os.environ.get("DEPLOY_TEST_FULL") else 10
+    hosts = sized(quick=10, whole=10, proof=200)
     origin.add("1.0", 100000)
     origin.sums()
     app.run("sync", check=0)

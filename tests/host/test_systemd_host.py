@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import pytest
 
 import tables
-from support import file, free_port, make_artifact, make_tar, member, once_in_ci, wait_until, write_checksum
+from support import file, free_port, make_artifact, make_tar, member, deep, wait_until, write_checksum
 from systemd_host import Host
 
 # A service that answers with the release it was started in, for whoever knows the password.
@@ -120,7 +120,7 @@ def shop(host: Host, request: Any) -> Shop:
 
 # -- a deployment that a timer starts ---------------------------------------------
 
-@once_in_ci
+@deep
 def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop: Shop, host: Host) -> None:
     (shop.directory / "token").write_text("Bearer told-by-systemd\n")
     (shop.directory / "token").chmod(0o600)
@@ -169,7 +169,7 @@ def test_a_timer_deploys_a_real_service_and_goes_back_from_one_that_crashes(shop
     assert shop.version == "1.0" and "known" in host.journal(service)
 
 
-@once_in_ci
+@deep
 def test_the_units_journal_holds_the_end_of_each_step_once_and_with_its_fields(shop: Shop, host: Host) -> None:
     shop.configure("[hooks]\npre_activate = echo from the hook")
     shop.serve()
@@ -186,7 +186,7 @@ def test_the_units_journal_holds_the_end_of_each_step_once_and_with_its_fields(s
     assert {entry["SYSLOG_IDENTIFIER"] for entry in events} & {entry["SYSLOG_IDENTIFIER"] for entry in entries if "| from" in entry["MESSAGE"]}
 
 
-@once_in_ci
+@deep
 def test_the_sandbox_of_the_readme_is_ok(host: Host) -> None:
     units = tables.units()
     whole = host.top / "whole.service"
@@ -195,7 +195,7 @@ def test_the_sandbox_of_the_readme_is_ok(host: Host) -> None:
     assert float(overall.split(":")[1].split()[0]) < 3.5 and " OK " in overall
 
 
-@once_in_ci
+@deep
 def test_what_a_power_cut_left_is_recovered_at_boot(shop: Shop, host: Host) -> None:
     shop.configure(service="action = none")
     shop.serve()
@@ -221,7 +221,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-@once_in_ci
+@deep
 def test_two_slots_run_the_readmes_unit(shop: Shop, host: Host) -> None:
     """Started from the README's own sandbox: a second release, one that crashes in its slot, and the way back by hand."""
     blue, green = free_port(), free_port()
@@ -259,7 +259,7 @@ def test_two_slots_run_the_readmes_unit(shop: Shop, host: Host) -> None:
 
 # -- its limits and its stops ---------------------------------------------------------
 
-@once_in_ci
+@deep
 def test_a_run_outlasts_its_limit_because_it_asks_for_time(shop: Shop, host: Host) -> None:
     shop.configure("[hooks]\npre_stage = sleep 6\n", service="action = none")
     shop.serve()
@@ -275,7 +275,7 @@ def test_a_run_outlasts_its_limit_because_it_asks_for_time(shop: Shop, host: Hos
     assert shop.version == "1.0" and shop.leftovers() == [] and shop.history() == ["deployed", "failed"]
 
 
-@once_in_ci
+@deep
 def test_a_stop_while_unpacking_leaves_nothing(shop: Shop, host: Host) -> None:
     shop.configure()
     shop.serve()
@@ -291,7 +291,7 @@ def test_a_stop_while_unpacking_leaves_nothing(shop: Shop, host: Host) -> None:
     assert shop.version == "1.0" and shop.leftovers() == [] and len(os.listdir(str(shop.root / "releases"))) == 1
 
 
-@once_in_ci
+@deep
 def test_a_stop_while_probing_brings_the_old_release_back(shop: Shop, host: Host) -> None:
     shop.configure()
     shop.serve()
@@ -309,7 +309,7 @@ def test_a_stop_while_probing_brings_the_old_release_back(shop: Shop, host: Host
     assert "1.0" in host.run("readlink", f"/proc/{pid}/cwd").stdout
 
 
-@once_in_ci
+@deep
 def test_a_notify_unit_is_started_when_the_deployment_is_done_and_not_when_it_failed(shop: Shop, host: Host) -> None:
     shop.configure(service="action = none")
     shop.serve()
@@ -321,7 +321,7 @@ def test_a_notify_unit_is_started_when_the_deployment_is_done_and_not_when_it_fa
         assert host.properties(service, "Result")["Result"] == ("success", "exit-code")[check]
 
 
-@once_in_ci
+@deep
 def test_from_inside_the_sandbox_a_release_in_use_by_a_service_of_another_user_is_seen(shop: Shop, host: Host) -> None:
     shop.configure(service="action = none")
     shop.serve()
@@ -355,7 +355,7 @@ def evidence(shop: Shop) -> str:
     return "\n".join(json.loads(lines[-1])["failure"]["evidence"]["journal"])
 
 
-@once_in_ci
+@deep
 def test_a_crash_loop_is_found_although_it_is_often_active(shop: Shop, host: Host) -> None:
     shop.configure()
     shop.serve()
@@ -367,7 +367,7 @@ def test_a_crash_loop_is_found_although_it_is_often_active(shop: Shop, host: Hos
     assert shop.version == "1.0"
 
 
-@once_in_ci
+@deep
 @pytest.mark.parametrize("kind", ["simple", "exec"])
 def test_a_missing_binary_is_found(shop: Shop, host: Host, kind: str) -> None:
     shop.configure()
@@ -380,7 +380,7 @@ def test_a_missing_binary_is_found(shop: Shop, host: Host, kind: str) -> None:
     assert shop.version == "1.0"
 
 
-@once_in_ci
+@deep
 def test_a_unit_that_was_not_restarted_is_found(shop: Shop, host: Host) -> None:
     shop.configure()
     shop.serve()
@@ -394,7 +394,7 @@ def test_a_unit_that_was_not_restarted_is_found(shop: Shop, host: Host) -> None:
     assert "InvocationID is the one from before" in told
 
 
-@once_in_ci
+@deep
 def test_many_deployments_in_a_row_never_meet_the_start_limit_and_a_loop_that_does_is_told(shop: Shop, host: Host) -> None:
     shop.configure(service="settle = 0s")
     shop.serve(more="Restart=on-failure\nRestartSec=0\n[Unit]\nStartLimitBurst=2\nStartLimitIntervalSec=60\n")
@@ -408,7 +408,7 @@ def test_many_deployments_in_a_row_never_meet_the_start_limit_and_a_loop_that_do
     assert shop.version == "1.3"
 
 
-@once_in_ci
+@deep
 def test_a_changed_unit_file_is_loaded_first(shop: Shop, host: Host) -> None:
     shop.configure()
     shop.serve("/bin/sleep 1000")
@@ -420,7 +420,7 @@ def test_a_changed_unit_file_is_loaded_first(shop: Shop, host: Host) -> None:
     assert "2000" in host.run("cat", f"/proc/{pid}/cmdline").stdout
 
 
-@once_in_ci
+@deep
 def test_preflight_names_a_unit_that_is_failed_now(shop: Shop, host: Host) -> None:
     shop.configure()
     shop.serve("/bin/false", more="")
@@ -432,7 +432,7 @@ def test_preflight_names_a_unit_that_is_failed_now(shop: Shop, host: Host) -> No
     assert shop.deploy("2.0")["warnings"] == []
 
 
-@once_in_ci
+@deep
 def test_a_unit_that_is_not_there_or_masked_is_found_before_anything_changes(shop: Shop, host: Host) -> None:
     shop.configure()
     error = shop.deploy("1.0", check=3)["error"]
@@ -442,7 +442,7 @@ def test_a_unit_that_is_not_there_or_masked_is_found_before_anything_changes(sho
     assert f"systemctl unmask {shop.unit}" in shop.deploy("1.0", check=3)["error"]["hint"]
 
 
-@once_in_ci
+@deep
 def test_the_unit_that_deploys_never_restarts_itself(shop: Shop, host: Host) -> None:
     shop.unit = f"deploy@{shop.name}.service"
     shop.configure()

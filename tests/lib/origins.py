@@ -1,6 +1,7 @@
 """Where sync fetches from: nginx with TLS, a relay that cuts the wire, raw sockets that lie, a proxy, and hosts of releases."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -39,7 +43,7 @@ class Nginx:
     def __init__(self, directory: Path, certificate: Path) -> None:
         self.files, self.port, self.certificate = directory / "files", free_port(), certificate
         self.files.mkdir()
-        self._log, self._read = directory / "access", 0
+        self._log, self._read, self._questions = directory / "access", 0, itertools.count()
         config = directory / "nginx.conf"
         config.write_text(
             f"daemon off; master_process off; pid {directory}/pid; error_log {directory}/error;\nevents {{}}\nhttp {{\n"
@@ -55,9 +59,14 @@ class Nginx:
 
     def asked(self) -> List[str]:
         """What it was asked since the last time: method, path, status, bytes, [Range], [If-None-Match]."""
-        text = self._log.read_text()[self._read:]
-        self._read += len(text)
-        return text.splitlines()
+        # A request is logged after it was answered: one more, whose line comes last.
+        last = f"/asked-{next(self._questions)}"
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(f"https://127.0.0.1:{self.port}{last}", context=ssl._create_unverified_context())
+        wait_until(lambda: last in self._log.read_text(), what="nginx's log")
+        lines = self._log.read_text()[self._read:].splitlines()
+        self._read += sum(len(line) + 1 for line in lines)
+        return [line for line in lines if "/asked-" not in line]
 
     def stop(self) -> None:
         """End it."""

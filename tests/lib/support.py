@@ -51,9 +51,12 @@ except ImportError:  # crash_matrix.py runs without it
 TESTS = Path(__file__).resolve().parent.parent
 TOP = TESTS.parent
 DEPLOY = TOP / "deploy.py"
-# Fork runs from a Python that has deploy.py loaded, but one in so many, which starts a Python of its own: the same suite in half the
-# time.  0 starts one for each.
-WARM = int(os.environ.get("DEPLOY_TEST_WARM") or 0)
+# How much is run: "quick" (make test) covers every promise, "whole" (make test-all) each case, "proof" (make test-crash) takes as long
+# as it takes.
+SET = os.environ.get("DEPLOY_TEST_SET", "quick")
+# Runs are forked from a Python that has deploy.py loaded, but one in so many, which starts a Python of its own: the same suite in half
+# the time.
+WARM = 20
 _runs = itertools.count(1)
 
 # What reads this Python's bytecode: itself, and the scripts that start it under another command.
@@ -455,10 +458,14 @@ def needs(tool: str) -> str:
     return str(path)
 
 
-def once_in_ci(test: Any) -> Any:
-    """Mark a heavy test: where the suite runs under many Pythons (DEPLOY_TEST_ONCE=0), one of them is enough."""
-    skipped = os.environ.get("DEPLOY_TEST_ONCE") == "0"
-    return pytest.mark.skipif(skipped, reason="heavy: run by `make test`, under one Python")(test)
+def sized(quick: Any, whole: Any, proof: Any = None) -> Any:
+    """What a test takes in the set that runs."""
+    return {"quick": quick, "whole": whole, "proof": whole if proof is None else proof}[SET]
+
+
+def deep(test: Any) -> Any:
+    """Mark a test that takes long, and whose promise a shorter one covers too, or that needs no second Python."""
+    return pytest.mark.skipif(SET == "quick", reason="not in the quick set: make test-all runs it")(test)
 
 
 def needs_artifact(pattern: str) -> Path:

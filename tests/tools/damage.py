@@ -25,11 +25,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 import replay  # noqa: E402
 from crashes import Saved, find_call, inconsistencies, is_whole, kill_at, record_calls  # noqa: E402
 from replay import FastApp  # noqa: E402
-from support import App, Result  # noqa: E402
+from support import App, Result, sized  # noqa: E402
 
 # Every how many bits (and lengths) the suite tries one; no divisor of 8, or one bit of each byte would never be tried.
-STRIDE = int(os.environ.get("DEPLOY_TEST_DAMAGE_STRIDE", "397"))
-JOBS = int(os.environ.get("DEPLOY_TEST_DAMAGE_JOBS", "2"))
+STRIDE = sized(quick=1597, whole=397)
 KILL = "/bin/sh -c 'kill -9 $PPID'"
 COMMANDS = ("status", "recover", "deploy", "rollback", "verify-history")
 

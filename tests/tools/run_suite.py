@@ -1,14 +1,14 @@
 #!/usr/bin/python3
 """Run the test suite in virtual environments of its own, which hold pytest and nothing else.
 
-Usage: run_suite.py [--all | --others] [--jobs N] [--shares N] [-- PYTEST ARGUMENTS]
+Usage: run_suite.py [--all] [--jobs N] [-- PYTEST ARGUMENTS]
 
-Without --all: the Python that runs this, in .venv.  With --all: every Python
-from 3.6 to 3.14 that pyenv has, each in .venvs/VERSION, then a summary; one
-that is not installed is named and left out.  With --others: all but the one
-that runs this.  With --shares the oldest and the newest run everything, and
-those between them one case in N, each Python its own; N of them in a row have
-run every case.  $PYTEST_ARGUMENTS works as well.
+Without --all: the quick set under the Python that runs this.  With --all: the
+whole set under it, and the quick set under every other Python from 3.6 to 3.14
+that pyenv has: all of it under the oldest and the newest, and a part each under
+those between them, which have run it together.  $DEPLOY_TEST_SET names another
+set, $PYTEST_ARGUMENTS works as well.  A suite is cut into parts that run side
+by side, and shows what it said at its end.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List, NamedTuple, Tuple
 
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,25 +29,34 @@ VERSIONS = [(3, minor) for minor in range(6, 15)]
 PYTEST_OPTIONS = ["-p", "no:cacheprovider", "-q", "-ra", "--tb=short", "--strict-markers", "--rootdir", TOP, TESTS]
 
 
-class Outcome(NamedTuple):
-    """How the suite ended under one Python."""
+class Part(NamedTuple):
+    """A part of a set under one Python: `share` is 1/3 for every third case, from the second on."""
 
-    version: str
+    version: Tuple[int, int]
+    python: str
+    set: str
+    share: str
+
+
+class Outcome(NamedTuple):
+    """How a part ended."""
+
     exit_code: int
     seconds: float
     summary: str
 
 
 def find_pythons() -> Dict[Tuple[int, int], str]:
-    """The newest patch release of each Python that pyenv has: {(3, 6): path of the interpreter}."""
+    """The newest patch release of each Python that pyenv has, or .cache: {(3, 6): path of the interpreter}."""
     root = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
     found = {}  # type: Dict[Tuple[int, int], Tuple[int, str]]
-    for path in glob.glob(os.path.join(root, "versions", "*", "bin", "python3")):
-        numbers = re.match(r"(\d+)\.(\d+)\.(\d+)\Z", path.split(os.sep)[-3])
-        if numbers:
-            major, minor, patch = (int(number) for number in numbers.groups())
+    places = glob.glob(os.path.join(root, "versions", "*")) + glob.glob(os.path.join(TOP, ".cache", "python-*"))
+    for path in (os.path.join(place, "bin", "python3") for place in places):
+        numbers = re.match(r"(?:python-)?(\d+)\.(\d+)(?:\.(\d+))?\Z", path.split(os.sep)[-3])
+        if numbers and os.access(path, os.X_OK):
+            major, minor, patch = (int(number or 0) for number in numbers.groups())
             found[major, minor] = max((patch, path), found.get((major, minor), (-1, "")))
-    return {version: path for version, (_, path) in found.items()}
+    return {version: path for version, (_, path) in found.items() if version in VERSIONS}
 
 
 def version_of(python: str, modules: str = "sys") -> str:
@@ -71,20 +81,30 @@ def make_venv(python: str, venv: str) -> str:
     return inside
 
 
-def run_suite(python: str, venv: str, arguments: List[str], *, live: bool, share: str = "0/1") -> Outcome:
-    """Run pytest; `live` shows its output as it comes, otherwise it is shown at the end, in one piece."""
-    version, started = os.path.basename(venv), time.monotonic()
-    try:
-        inside = make_venv(python, venv)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return Outcome(version, 1, time.monotonic() - started, f"no virtual environment: {error}")
+def parts_of(pythons: Dict[Tuple[int, int], str], jobs: int, *, everything: bool) -> List[Part]:
+    """What is run, the longest first: {} beside this Python runs the quick set under it alone."""
+    chosen = os.environ.get("DEPLOY_TEST_SET")
+    own = (sys.version_info[0], sys.version_info[1])
+    count = 4 * jobs if everything else jobs
+    parts = [Part(own, sys.executable, chosen or ("whole" if everything else "quick"), f"{number}/{count}") for number in range(count)]
+    others = sorted(set(pythons) - {own})
+    between = others[1:-1]
+    for version in others[:1] + others[1:][-1:]:
+        parts += [Part(version, pythons[version], chosen or "quick", f"{number}/{jobs}") for number in range(jobs)]
+    parts += [Part(version, pythons[version], chosen or "quick", f"{number}/{len(between)}") for number, version in enumerate(between)]
+    return parts
+
+
+def run_part(part: Part, inside: str, arguments: List[str]) -> Outcome:
+    """Run pytest, and show its output at the end, in one piece."""
+    started = time.monotonic()
     argv = [inside, "-B", "-W", "error::SyntaxWarning", "-m", "pytest"] + PYTEST_OPTIONS + arguments
-    done = subprocess.run(argv, cwd=TOP, env=dict(os.environ, DEPLOY_TEST_SHARE=share), stdin=subprocess.DEVNULL,
-                          stdout=None if live else subprocess.PIPE, stderr=None if live else subprocess.STDOUT)
-    output = (done.stdout or b"").decode("utf-8", "replace").rstrip()
-    if not live:
-        show(f"===== Python {version} =====\n{output}")
-    return Outcome(version, done.returncode, time.monotonic() - started, output.split("\n")[-1].strip("= "))
+    env = dict(os.environ, DEPLOY_TEST_SET=part.set, DEPLOY_TEST_SHARE=part.share)
+    done = subprocess.run(argv, cwd=TOP, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = done.stdout.decode("utf-8", "replace").rstrip()
+    show(f"===== Python %d.%d, {part.set} set, part {part.share} =====\n{output}" % part.version)
+    # 5: of so few cases as were asked for this part has none.
+    return Outcome(done.returncode % 5 if arguments else done.returncode, time.monotonic() - started, output.split("\n")[-1].strip("= "))
 
 
 _show_lock = threading.Lock()
@@ -97,50 +117,27 @@ def show(text: str) -> None:
         sys.stdout.buffer.flush()
 
 
-def run_all(arguments: List[str], jobs: int, shares: int, *, others: bool) -> int:
-    """Run the suite under every Python there is (`others`: but this one) and print a summary; returns the exit code."""
-    from concurrent.futures import ThreadPoolExecutor
-    pythons = find_pythons()
-    if others:
-        pythons.pop(sys.version_info[:2], None)
-    if not pythons:
-        show("pyenv has no Python 3.6 to 3.14")
-        return 1
-    ends = [min(pythons), max(pythons)]
-    share = dict.fromkeys(ends, "0/1")  # first: these suites take longest
-    share.update((version, f"{number % shares}/{shares}") for number, version in enumerate(sorted(set(pythons) - set(ends))))
-    with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(run_suite, pythons[version], os.path.join(TOP, ".venvs", "%d.%d" % version), arguments, live=False,
-                            share=share[version]) for version in share if version in VERSIONS]
-        outcomes = {run.result().version: run.result() for run in runs}
-    show("\n===== summary =====")
-    for version in ("%d.%d" % numbers for numbers in VERSIONS):
-        outcome = outcomes.get(version)
-        if outcome:
-            word = "FAILED" if outcome.exit_code else "passed"
-            show(f"{version:<5} {word}  {outcome.seconds:6.1f} s  {outcome.summary}")
-        else:
-            own = others and version == "%d.%d" % sys.version_info[:2]
-            show(f"{version:<5} {'left out: it runs this' if own else 'not installed'}")
-    return int(any(outcome.exit_code for outcome in outcomes.values()))
-
-
 def main() -> int:
-    """Read the command line and run."""
+    """Read the command line, run, and print a summary."""
     parser = argparse.ArgumentParser(description="Run the test suite.", allow_abbrev=False)
-    parser.add_argument("--all", action="store_true", help="under every Python that pyenv has")
-    parser.add_argument("--others", action="store_true", help="under every such Python but the one that runs this")
-    parser.add_argument("--jobs", type=int, default=1, help="how many at a time, with --all")
-    parser.add_argument("--shares", type=int, default=1, help="run one in so many cases, but under the oldest and the newest")
+    parser.add_argument("--all", action="store_true", help="the whole set, and the quick one under every other Python that pyenv has")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many parts run at a time")
     parser.add_argument("arguments", nargs="*", help="handed to pytest, after --")
     options = parser.parse_args()
     arguments = shlex.split(os.environ.get("PYTEST_ARGUMENTS", "")) + options.arguments
-    if options.all or options.others:
-        return run_all(arguments, options.jobs, options.shares, others=options.others)
-    outcome = run_suite(sys.executable, os.path.join(TOP, ".venv"), arguments, live=True)
-    if outcome.summary:
-        show(outcome.summary)
-    return outcome.exit_code
+    parts = parts_of(find_pythons() if options.all else {}, options.jobs, everything=options.all)
+    venvs = {part.version: os.path.join(TOP, ".venvs", "%d.%d" % part.version) for part in parts}
+    inside = {part.version: make_venv(part.python, venvs[part.version]) for part in parts}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(lambda part: run_part(part, inside[part.version], arguments), parts))
+    show("\n===== summary =====")
+    for part, outcome in zip(parts, outcomes):
+        word = "FAILED" if outcome.exit_code else "passed"
+        show(f"%d.%-3d {part.set:<6}{part.share:<5} {word}  {outcome.seconds:6.1f} s  {outcome.summary}" % part.version)
+    missing = sorted(set(VERSIONS) - set(venvs)) if options.all else []
+    if missing:
+        show("not installed: " + ", ".join("%d.%d" % version for version in missing))
+    return int(any(outcome.exit_code for outcome in outcomes))
 
 
 if __name__ == "__main__":

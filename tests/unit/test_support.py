@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
