@@ -10887,8 +10887,35 @@ diff: {type: dict, returned: in diff mode, description: "what current points to,
 # ============================================================================
 # 16  Commands
 #    One function each: observe, plan, show, execute.  What they find goes into
-#    the Outcome; what they say goes through the Console.
+#    the Outcome, and people are shown the same.
 # ============================================================================
+
+RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
+
+
+def cell(value: Any) -> str:
+    """Write a value of --json for people: `*` is yes, `-` nothing, a float a duration."""
+    if isinstance(value, bool):
+        return "*" if value else ""
+    if isinstance(value, float):
+        return format_seconds(value)
+    return "-" if value is None or value == "" else str(value)
+
+
+def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str) -> None:
+    """Show some keys of each row; `nothing` says that there is none."""
+    table = [[cell(row[key]) for key in keys.split()] for row in rows]
+    run.console.result(render_table(headers.split("|"), table) if rows else nothing)
+
+
+def show_block(run: Run, values: Json) -> None:
+    """Show each value that is known on a line of its own, and each line of a longer one."""
+    for name, value in values.items():
+        for line in value if isinstance(value, list) else [value]:
+            if line not in (None, ""):
+                run.console.result(f"  {name:<12} {cell(line)}")
+                name = ""
+
 
 # -- a root, opened ------------------------------------------------------------
 
@@ -10917,13 +10944,11 @@ def looking(run: Run, *, must_exist: bool = True) -> Iterator[Optional[Store]]:
 def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then finish what an earlier run left."""
     command, wait_seconds = run.flags.command, run.settings.deploy.lock_wait
-    run.store = Store.create(run.settings)
+    run.store, own = Store.create(run.settings), environment("DEPLOY_ID")
     try:
-        found = lock_holder(run.store) if environment("DEPLOY_ID") else None
-        if found and found.get("deploy_id") == environment("DEPLOY_ID"):
-            raise Busy(f"the run whose hook this is holds the lock: {describe_holder(found)}",
-                       f"call `deploy.py {command}` once that run has ended; "
-                       "waiting for it would never end")
+        holder = lock_holder(run.store) if own else None
+        if holder and holder.get("deploy_id") == own:
+            raise busy(holder)  # the run whose hook this is waits for us
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
         holder = dict(run.by, command=command, since=format_time(time.time()),
                       deploy_id=run.deploy_id)
@@ -11004,21 +11029,17 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
         if broken and recover_first:
             preflight(run)
         plan = run.plan = plan_operation(facts)
+        steps = plan.steps + plan.last
         describe_ends(run, plan)
-        if checks and plan.steps + plan.last:
+        if checks and steps:
             preflight(run, show=not broken)
         if flags.dry_run:
-            show_plan(run, plan)
-            for step in plan.steps + plan.last:
-                if step.name == "verify":  # it only looks: what it would find is found now
-                    step.do(run)
-        elif plan.steps + plan.last:
+            show_plan(run, plan, steps)
+        elif steps:
             Executor(run, plan).execute()
-            try:
-                if run.cache:
+            if run.cache:
+                with suppress(OSError):  # the next run tries again
                     run.store.directory(".deploy").remove_tree("cache")
-            except OSError as error:  # what is live is not undone by it; the next run tries again
-                run.console.warn(f"{CACHE} could not be emptied: {reason(error)}")
 
 
 def find_new(run: Run) -> str:
@@ -11070,89 +11091,81 @@ def find_new(run: Run) -> str:
 
 def describe_ends(run: Run, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
-    facts, outcome = run.facts, run.outcome
-    run.target = plan.to_release
-    outcome.release, outcome.previous = plan.to_release or None, plan.from_release
-    if plan.from_release == plan.to_release:
-        target = rollback_target(facts, facts.current.release)
+    facts, outcome, before = run.facts, run.outcome, plan.from_release
+    run.target = run.console.log_context["release"] = plan.to_release
+    outcome.release, outcome.previous = plan.to_release or None, before
+    if before == plan.to_release:
+        target = rollback_target(facts, before)
         outcome.previous = target.id if target else None
-    run.console.log_context["release"] = plan.to_release
-    # What current points to before and after, in the form that Ansible shows.
-    moves = any(step.name == "activate" for step in plan.steps + plan.last)
-    for when, release in (("before", plan.from_release),
-                          ("after", plan.to_release if moves else plan.from_release)):
-        record, version, sha256 = facts.records.get(release or ""), "unknown", "unknown"
-        known = record or (facts.artifact if when == "after" and moves else None)
-        if known:
-            version, sha256 = known.version, known.sha256
-        text = f"release: {release}\nversion: {version}\nsha256: {sha256}\n" if release else ""
-        run.console.diff.update({f"{when}_header": f"{facts.root}/current", when: text})
     if facts.artifact:
         outcome.extra["artifact"] = artifact_json(facts.artifact)
+    # What current points to before and after, in the form that Ansible shows.
+    moves = any(step.name == "activate" for step in plan.steps + plan.last)
+    for when, release in (("before", before), ("after", plan.to_release if moves else before)):
+        known: Any = facts.records.get(release or "")
+        if when == "after" and moves:
+            known = known or facts.artifact
+        text = f"release: {release}\n" if release else ""
+        if known:
+            text += f"version: {known.version}\nsha256: {known.sha256}\n"
+        run.console.diff.update({f"{when}_header": f"{facts.root}/current", when: text})
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
     """Run the checks that guard this command; raise for what failed, the artifact's first."""
-    console, outcome = run.console, run.outcome
-    ends, started_seconds = (outcome.release, outcome.previous), time.monotonic()
+    console, outcome, started_seconds = run.console, run.outcome, time.monotonic()
+    ends = outcome.release, outcome.previous
     # Until the checks have passed.
     outcome.release, outcome.previous = run.facts.current.release, None
     results = run_checks(run, going_back=run.flags.command in ("rollback", "activate"))
-    outcome.checks = results
     failed = [result for result in results if result.status == "fail"]
-    for result in results if show or failed else []:
-        if result.status == "warn":
-            console.warn(f"{result.name}: {result.detail}")
-        elif result.status == "fail" and len(failed) > 1:  # a single one is what the error says
-            console.say(f"{result.name}: {result.detail}", status="fail")
+    for name, status, detail, _ in results if show or failed else []:
+        if status == "warn":
+            console.warn(f"{name}: {detail}")
+        elif status == "fail" and len(failed) > 1:  # a single one is what the error says
+            console.say(f"{name}: {detail}", status="fail")
         else:
-            console.debug(f"{result.status:<5} {result.name}: {result.detail}")
-    if not failed:
-        outcome.release, outcome.previous = ends
-        if show:
-            seconds = format_seconds(time.monotonic() - started_seconds)
-            console.say(f"{'preflight':<20} {seconds:>7}  {count(len(results), 'check')}",
-                            status="ok")
-        return
-    if run.facts.refusal:
-        raise run.facts.refusal
-    first = failed[0]
-    if first.name == "lock":
-        raise Busy(busy(run.facts.holder or {}).message, first.hint)
-    kind = ArtifactRefused if first.name in ARTIFACT_CHECKS else PreflightFailed
-    others = f" ({count(len(failed) - 1, 'more check')} failed)" if len(failed) > 1 else ""
-    raise kind(f"preflight: {first.name}: {first.detail}{others}", first.hint)
+            console.debug(f"{status:<5} {name}: {detail}")
+    if failed:
+        if run.facts.refusal:
+            raise run.facts.refusal
+        if failed[0].name == "lock":
+            raise busy(run.facts.holder or {})
+        kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
+        raise kind(f"preflight: {failed[0].name}: {failed[0].detail}", failed[0].hint)
+    outcome.release, outcome.previous = ends
+    if show:
+        seconds = format_seconds(time.monotonic() - started_seconds)
+        console.say(f"{'preflight':<20} {seconds:>7}  {count(len(results), 'check')}", status="ok")
 
 
-def show_plan(run: Run, plan: Plan) -> None:
+def show_plan(run: Run, plan: Plan, steps: List[Step]) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
     console, outcome, journal = run.console, run.outcome, run.facts.journal
+    if run.facts.holder is not None or run.flags.command == "recover":
+        journal = None
     if run.facts.holder is not None:
-        console.warn(f"{busy(run.facts.holder).message}; once that has ended, "
-                     "the plan may be another")
-        journal = None
-    if run.flags.command == "recover":
-        journal = None
-    if journal is not None and not outcome.checks:  # where there are checks, one of them says so
-        console.warn(f"{journal.operation} of {journal.to_release} was interrupted "
-                     f"({journal.phase}); once that is recovered, which a real run does first, "
-                     "the plan may be another")
-    steps = plan.steps + plan.last
+        console.warn(f"{busy(run.facts.holder).message}; the plan may be another once it has ended")
+    elif journal and not outcome.checks:  # where there are checks, one of them says so
+        console.warn(f"{journal.operation} of {journal.to_release} was interrupted; a real run "
+                     "recovers it first, and the plan may be another then")
     outcome.changed = bool(steps or journal)
     outcome.extra["plan"] = plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
+    outcome.message = "nothing to do"
     if not steps:
-        outcome.message = "nothing to do"
-        console.result("nothing to do")
+        console.result(outcome.message)
         return
     outcome.message = f"would {run.flags.command}: {count(len(steps), 'step')}"
-    console.result(f"plan of {plan.operation} ({count(len(steps), 'step')}; nothing was changed)")
-    for number, step in enumerate(steps, 1):
-        console.result(f"  {number:>2}  {step.name:<20} {step.text}")
+    lines = [f"plan of {plan.operation} ({count(len(steps), 'step')}; nothing was changed)"]
+    lines += [f"  {number:>2}  {step.name:<20} {step.text}" for number, step in enumerate(steps, 1)]
     if plan.way_back:
-        console.result("should anything fail after activation:")
-        for step in plan.way_back:
-            console.result(f"      {step.name:<20} {step.text}")
+        lines.append("should anything fail after activation:")
+    lines += [f"      {step.name:<20} {step.text}" for step in plan.way_back]
+    console.result("\n".join(lines))
+    for step in steps:
+        if step.name == "verify":  # it only looks: what it would find is found now
+            step.do(run)
 
 
 # What the summary says of the release then.
@@ -11163,7 +11176,7 @@ MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate
 
 def command_move(run: Run) -> None:
     """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
-    command, outcome, result = run.flags.command, run.outcome, run.console.result
+    command, outcome, facts = run.flags.command, run.outcome, run.facts
     pins = command in NOTING
     transact(run, checks=not pins)
     if run.flags.dry_run:
@@ -11172,18 +11185,21 @@ def command_move(run: Run) -> None:
     if not outcome.steps and not pins:
         outcome.message += " already; nothing to do"
     if not outcome.steps or pins:
-        result(outcome.message)
+        run.console.result(outcome.message)
         return
-    result(f"{run.application}: {outcome.message}")
-    command_line, before = run.settings.command_line, run.facts.release(outcome.previous or "")
+    facts, back, undo = run.facts, outcome.previous, ""
+    before = facts.release(back or "")
+    if command != "rollback" and back and rollback_target(facts, outcome.release):
+        undo = "rollback"
+    elif command == "rollback" and before and before.state != STATE_BAD:
+        undo = f"activate {back}"
+    run.console.result(f"{run.application}: {outcome.message}")
     if command == "stage":
-        result(f"  go live    {command_line(f'activate {outcome.release}')}")
-    elif outcome.previous:
-        result(f"  before     {outcome.previous}")
-        if command == "rollback" and before and before.state != STATE_BAD:
-            result(f"  undo       {command_line(f'activate {outcome.previous}')}")
-        elif command != "rollback" and rollback_target(run.facts, outcome.release):
-            result(f"  undo       {command_line('rollback')}")
+        run.console.result(f"  go live    {facts.command_line(f'activate {outcome.release}')}")
+    elif back:
+        run.console.result(f"  before     {back}")
+        if undo:
+            run.console.result(f"  undo       {facts.command_line(undo)}")
 
 
 def command_prune(run: Run) -> None:
@@ -11223,14 +11239,12 @@ def command_recover(run: Run) -> None:
     if lost:
         raise without_current(run.facts, lost)
     if run.facts and run.facts.state_problems:
-        raise StateError(
-            "; ".join(run.facts.state_problems),
-            "restore the file from a backup, or move it away: its release is then unknown")
+        raise StateError("; ".join(run.facts.state_problems), RESTORE)
 
 
 def preview_recovery(run: Run, store: Store) -> List[str]:
     """Say what `recover` would do; raises what it would be refused with."""
-    holder, journal, current = lock_holder(store), store.read_journal(), run.facts.current
+    holder, journal, current = lock_holder(store), run.facts.journal, run.facts.current
     if holder is not None:
         raise busy(holder)
     if current.problem:
@@ -11248,34 +11262,34 @@ def preview_recovery(run: Run, store: Store) -> List[str]:
 
 def command_preflight(run: Run) -> None:
     """Run every read-only check, and show them as a table."""
-    outcome, unseen = run.outcome, None
+    outcome, unseen, asked = run.outcome, None, run.flags.artifact or ""
     with looking(run, must_exist=False):
         try:
-            facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
+            facts = observe(run, locked=False, artifact=asked, confirm=True)
         except StateError as error:
             # A finding among others: what does not depend on the state is looked at all the same.
             unseen, store, run.store, run.facts = error, run.store, None, None
-            facts = observe(run, locked=False, artifact=run.flags.artifact or "", confirm=True)
+            facts = observe(run, locked=False, artifact=asked, confirm=True)
             run.store = store
+        outcome.release = facts.current.release
         if facts.artifact:
             release = facts.artifact.release or new_release_id(facts, facts.artifact.version)
-            run.plan = make_plan(facts, Move("deploy", facts.current.release, release))
+            run.plan = make_plan(facts, Move("deploy", outcome.release, release))
+            outcome.extra["artifact"] = artifact_json(facts.artifact)
         results = run_checks(run)
     if unseen:
         results = [CheckResult(result.name, "fail", unseen.message, unseen.hint)
                    if result.name in STATE_CHECKS else result for result in results]
-    outcome.release, outcome.checks = facts.current.release, results
-    if facts.artifact:
-        outcome.extra["artifact"] = artifact_json(facts.artifact)
-    rows = [(result.status, result.name, result.detail) for result in results]
-    lines = [render_table(("STATUS", "CHECK", "FOUND"), rows)]
-    lines += [f"hint ({result.name}): {result.hint}" for result in results if result.hint]
-    run.console.result("\n".join(lines))
+    outcome.checks = results
+    show_table(run, "STATUS|CHECK|FOUND", "status name detail",
+               [result._asdict() for result in results], "")
+    for result in results:
+        if result.hint:
+            run.console.result(f"hint ({result.name}): {result.hint}")
+        if result.status == "warn":
+            run.console.warnings.append(f"{result.name}: {result.detail}")
     failed = [result for result in results if result.status == "fail"]
-    warned = [f"{result.name}: {result.detail}" for result in results if result.status == "warn"]
-    run.console.warnings += warned
-    outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed, " \
-                      f"{count(len(warned), 'warning')}"
+    outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed"
     if failed:
         names = ", ".join(result.name for result in failed)
         raise PreflightFailed(f"preflight: {count(len(failed), 'check')} failed: {names}: "
@@ -11287,23 +11301,13 @@ def command_verify(run: Run) -> None:
     with looking(run):
         release = select_release(observe(run, locked=False), run.flags.release or "current")
         run.outcome.release = release.id
-        found = check_release(run, release)
-    lists = show_differences(run, found)
-    total, files = sum(map(len, lists.values())), count(release.tree.get("files", 0), "file")
-    verdict = count(total, "difference") if total else "all as staged"
-    run.outcome.message = f"{release.id}: {files}, {verdict}"
-    run.console.result(run.outcome.message)
-    if total:
-        some = ", ".join(f"{word}: {', '.join(names[:5])}"
-                         for word, names in lists.items() if names)
-        raise ProblemFound(f"{run.outcome.message}: {some}", f"{DEPLOY_AGAIN}, or roll back")
-
-
-def show_differences(run: Run, found: Differences) -> Dict[str, List[str]]:
-    """Show every difference, also in the object of --json; return the names."""
-    for line in name_differences(run, found):
-        run.console.result(f"  {line}")
-    return run.outcome.extra["differences"]  # type: ignore
+        lines = name_differences(run, check_release(run, release))
+    run.outcome.message = f"{release.id}: {count(len(lines), 'difference')}"
+    run.console.result("\n".join([*lines, run.outcome.message]))
+    if lines:
+        more = ", ..." if len(lines) > 5 else ""
+        raise ProblemFound(f"{run.outcome.message}: {', '.join(lines[:5])}{more}",
+                           f"{DEPLOY_AGAIN}, or roll back")
 
 
 def command_diff(run: Run) -> None:
@@ -11313,12 +11317,9 @@ def command_diff(run: Run) -> None:
         facts = observe(run, locked=False)
         for name in (run.flags.release, run.flags.other or "current"):
             ids.append(select_release(facts, name).id)
-            with store.open_manifest(ids[-1]) as streams:
-                try:
-                    trees.append(read_manifest(*streams))
-                except ValueError as error:
-                    raise ProblemFound(f"{ids[-1]} cannot be compared: {error}",
-                                       facts.command_line(f"verify {ids[-1]}"))
+            with store.open_manifest(ids[-1]) as streams, \
+                    blaming(ProblemFound, ids[-1], facts.command_line(f"verify {ids[-1]}")):
+                trees.append(read_manifest(*streams))
     old, new = trees
     found: Differences = {"added": {}, "missing": {}, "changed": {}}
     for path in sorted({*old, *new}):
@@ -11326,38 +11327,38 @@ def command_diff(run: Run) -> None:
         why = difference(old[path], new[path]) if word == "changed" else ""
         if why is not None:
             found[word][os.fsdecode(path)] = why
-    lists = show_differences(run, found)
+    lines = name_differences(run, found)
     run.outcome.previous, run.outcome.release = ids
-    counts = ", ".join(f"{len(names)} {word}" for word, names in lists.items())
-    run.outcome.message = f"from {ids[0]} to {ids[1]}: {counts}"
-    run.console.result(run.outcome.message)
+    run.outcome.message = f"from {ids[0]} to {ids[1]}: {count(len(lines), 'difference')}"
+    run.console.result("\n".join([*lines, run.outcome.message]))
 
 
 def command_logs(run: Run) -> None:
     """Show what the services that are units wrote to the journal since the release went live."""
-    wanted, services = run.flags.service, run.settings.service
+    wanted, settings, lines = run.flags.service, run.settings, []
+    with looking(run):
+        facts = observe(run, locked=False)
+    services = {**settings.service, **settings.slots}
     if wanted and wanted not in services:
         raise UsageError(f"there is no service {wanted!r}",
                          nearest(wanted, services) or f"there are {', '.join(services) or 'none'}")
     ways: Dict[Tuple[str, ...], List[str]] = {}
-    for service in services.values():
-        if service.unit and wanted in (None, service.name):
+    for name, service in services.items():
+        is_idle = name in settings.slots and name != facts.live_slot
+        if service.unit and (name == wanted or not wanted and not is_idle):
             way = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
             ways.setdefault(tuple(way), []).extend(["-u", service.unit])
     if not ways:
-        raise UsageError(f"{wanted or 'no service'} is {'no' if wanted else 'a'} systemd unit, and "
-                         "only units have a journal", "set `unit` in [service:NAME], or look where "
-                         "the service logs to")
+        raise UsageError(f"{wanted or 'none'} is no systemd unit, and only units have a journal",
+                         "set `unit` in [service:NAME], or look where the service logs to")
     if run.flags.follow and (run.flags.json or len(ways) > 1):
         raise UsageError("--follow has no end, and shows one journal",
                          "name one service, without --json")
-    with looking(run):
-        facts = observe(run, locked=False)
     live = facts.release(facts.current.release or "")
     if not live or not live.activated_at:
         raise ProblemFound("nothing is known to be live, so that nobody can say since when",
                            f"see {facts.command_line('status')}")
-    since_seconds, lines = read_value("moment", live.activated_at)(0.0, 1), []
+    since_seconds = read_value("moment", live.activated_at)(0.0, 1)
     for way, units in ways.items():
         argv = [*way, "--no-pager", f"--since=@{since_seconds:.0f}", *units]
         if run.flags.follow:
@@ -11382,15 +11383,15 @@ def command_flags(run: Run) -> None:
     found = run.outcome.extra["flags"] = run.facts.flags
     run.outcome.message = count(len(found), "flag")
     if not run.flags.dry_run:
-        rows = [(name, show_flag(value)) for name, value in sorted(found.items())]
-        run.console.result(render_table(("FLAG", "VALUE"), rows) if rows else "no flags")
+        rows = [{"name": name, "value": show_flag(found[name])} for name in sorted(found)]
+        show_table(run, "FLAG|VALUE", "name value", rows, "no flags")
 
 
 def command_probe(run: Run) -> None:
     """Run the configured probes now, or an ad-hoc one."""
-    flags, results = run.flags, []
+    flags, live = run.flags, False
     probes = chosen_probes(run.settings, flags)
-    context, live = Context("", "/", "", "", "/", "", run.deploy_id), False
+    context = Context("", "/", "", "", "/", "", run.deploy_id)
     if run.settings.deploy.root:
         # Without a root (an ad-hoc probe) there is nothing to compare the answer with.
         with looking(run, must_exist=False) as store:
@@ -11403,19 +11404,15 @@ def command_probe(run: Run) -> None:
     if not live and flags.expect and probes[0].release:
         raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, "
                          "to compare the answer with", "name the root of what answers: --root DIR")
-    for probe in probes:
-        found = run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
-        results.append(found)
-        status = "ok" if found.ok else "fail" if found.required else "warn"
-        run.console.result(f"  {run.console.paint(status, f'{status:<5}')} {found.name:<16} "
-                           f"{format_seconds(found.seconds):>7}  {found.detail}")
-    run.outcome.extra["probes"] = [found._asdict() for found in results]
+    results = [run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
+               for probe in probes]
+    rows = run.outcome.extra["probes"] = [found._asdict() for found in results]
+    show_table(run, "HEALTHY|PROBE|TOOK|ANSWER", "ok name seconds detail", rows, "")
     failed = [found for found in results if not found.ok and found.required]
     run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
         error = ProblemFound(failed[0].complaint(), failed[0].hint())
-        if flags.unhealthy_exit_code:
-            error.exit_code = int(flags.unhealthy_exit_code)
+        error.exit_code = int(flags.unhealthy_exit_code or EXIT_PROBLEM)
         raise error
 
 
@@ -11423,16 +11420,13 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     """Make the probes that the command line asks for; UsageError where it does not agree."""
     adhoc = [(kind, value) for kind, value in
              (("url", flags.url), ("tcp", flags.tcp), ("command", flags.probe_command)) if value]
-    if len(adhoc) > 1 or adhoc and flags.names:
-        raise UsageError("probe takes names, or one of --url, --tcp and --command",
+    if len(adhoc) + bool(flags.names) > 1 or flags.expect and not adhoc:
+        raise UsageError("probe takes names, or one of --url, --tcp and --command with --expect",
                          "ask one thing at a time")
-    if flags.expect and not adhoc:
-        raise UsageError("--expect goes with --url, --tcp or --command",
-                         "configured probes have their own expectations")
-    unknown = [name for name in flags.names if name not in settings.probe]
-    if unknown:
-        raise UsageError(f"there is no probe {unknown[0]!r}", nearest(unknown[0], settings.probe)
-                         or "configure [probe:NAME], or give --url, --tcp or --command")
+    for name in flags.names:
+        if name not in settings.probe:
+            raise UsageError(f"there is no probe {name!r}", nearest(name, settings.probe)
+                             or "configure [probe:NAME], or give --url, --tcp or --command")
     probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in adhoc] or \
         [settings.probe[name] for name in flags.names or sorted(settings.probe)
          if name in flags.names or settings.probe[name].when != "candidate"]
@@ -11465,103 +11459,92 @@ def command_status(run: Run) -> None:
     if not run.flags.all:
         show_status(run)
         return
-    rows = []
-    found = run.outcome.extra["roots"] = []
+    rows = run.outcome.extra["roots"] = []
     for path in configurations():
-        problem, one = "", None
+        row = dict.fromkeys(("application", "root", "release"), None)
+        row.update(configuration=path, problem="", ok=True)
+        rows.append(row)
         try:
             one = Run(load_settings([path], {}, []), Console(), run.interrupts, run.flags)
             one.console.quiet = True
+            row.update(application=one.application, root=one.settings.deploy.root)
             show_status(one)
+            row["release"] = one.outcome.release
         except FAILURES as error:
-            problem = step_error(error, "status").message
-        row = ([one.application, one.settings.deploy.root, one.outcome.release] if one
-               else [None, None, None])
-        found.append(dict(zip(("application", "root", "release"), row), configuration=path,
-                          problem=problem, ok=not problem))
-        rows.append([*(cell or "-" for cell in row), problem or "ok"])
+            row.update(problem=step_error(error, "status").message, ok=False)
     run.outcome.message = count(len(rows), "root")
-    run.console.result(render_table(("APPLICATION", "ROOT", "CURRENT", "STATE"), rows))
-    problems = [f"{row['configuration']}: {row['problem']}" for row in found if row["problem"]]
+    show_table(run, "APPLICATION|ROOT|CURRENT|OK|PROBLEM", "application root release ok problem",
+               rows, f"no configuration in {CONFIG_DIRECTORY}")
+    problems = [f"{row['configuration']}: {row['problem']}" for row in rows if row["problem"]]
     if problems:
         raise ProblemFound("; ".join(problems), "deploy.py -c FILE status tells more of each")
 
 
 def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
-    last, outcome = None, run.outcome
+    outcome, last = run.outcome, None
     with looking(run) as store:
         facts = observe(run, locked=False)
         flag = store.maintenance() if store.status(store.flag) else None
-        try:
-            last = next(iter(store.history(1)), None)
-        except PreflightFailed as error:
-            facts.state_problems.append(error.message)
-        problems = state_problems(run, facts)
+        problems = state_problems(run)
         try:
             store.check_owner(looking=True)
+            last = next(iter(store.history(1)), None)
         except StateError as error:
             problems.append((error.message, error.hint))
-    current = facts.release(facts.current.release or "")
-    previous = rollback_target(facts, facts.current.release)
-    known = facts.on_disk & set(facts.records)
-    outcome.release, outcome.previous = facts.current.release, previous.id if previous else None
+    name = outcome.release = facts.current.release
+    current, previous = facts.release(name or ""), rollback_target(facts, name)
+    outcome.previous = previous.id if previous else None
+    known, hold = len(facts.on_disk & set(facts.records)), facts.hold or None
+    links = {slot: release for release, slot in facts.slots.items()}
+    slots = {slot: {"port": values.port, "release": links.get(slot),
+                    "live": slot == facts.live_slot}
+             for slot, values in run.settings.slots.items()}
     outcome.extra["status"] = {
-        "current": encode(current) if current else None, "lock": facts.holder,
-        "maintenance": flag,
-        "previous": encode(previous) if previous else None, "releases": len(known),
-        "journal": encode(facts.journal) if facts.journal else None,
-        "last": encode(last) if last else None, "problems": [problem for problem, _ in problems],
-        "hold": facts.hold or None, "configuration": run.settings.files}
-    state = "; ".join(problem for problem, _ in problems) or "ok"
-    live = facts.current.release or "nothing is live"
+        "lock": facts.holder, "maintenance": flag, "releases": known, "hold": hold,
+        "problems": [problem for problem, _ in problems], "configuration": run.settings.files,
+        **({"slots": slots} if slots else {}),
+        **{key: encode(value) if value else None for key, value in (
+            ("current", current), ("previous", previous), ("journal", facts.journal),
+            ("last", last))}}
+    live = name or "nothing is live"
     if current:
         active = current.state == STATE_ACTIVE
         since = f" since {current.activated_at}" if active else ", and not settled yet"
         live = f"{current.id}  version {current.version}, live{since}"
-    back = f"{previous.id}  version {previous.version}" if previous else "none to roll back to"
-    holder = "free" if facts.holder is None else f"held by {describe_holder(facts.holder)}"
-    rows = [("application", facts.application), ("root", facts.root), ("current", live),
-            ("configured", ", ".join(run.settings.files) or "by no file")]
-    if current and current.failure:
-        rows.append(("failure", str(current.failure.get("reason", ""))))
-    rows += [("previous", back), ("releases", f"{len(known)} on disk")]
-    links = {name: release for release, name in facts.slots.items()}
-    for name, slot in run.settings.slots.items():
-        is_live, named = name == facts.live_slot, links.get(name)
-        outcome.extra["status"].setdefault("slots", {})[name] = {
-            "port": slot.port, "release": named, "live": is_live}
-        rows.append((f"slot {name}", f"{named or 'no release'}{', live' if is_live else ''}"))
-    if last:
-        rows.append(("last run", f"{last.operation} {last.result} at {last.at} by "
-                                 f"{last.by.get('user')}, {format_seconds(last.seconds)}"))
-    if facts.hold:
-        rows.append(("hold", next(iter(check_hold(run)))[1]))
-    if flag:
-        why = flag.get("note") or flag.get("deploy_id") or "by hand"
-        rows.append(("maintenance", f"on since {flag.get('since')}: {why}"))
-    rows += [("lock", holder), ("state", state)]
-    run.console.result("\n".join(f"  {name:<12} {text}" for name, text in rows))
-    outcome.message = f"{facts.current.release or 'nothing'} is live; state: {state}"
+    state = "; ".join(problem for problem, _ in problems) or "ok"
+    show_block(run, {
+        "application": facts.application, "root": facts.root, "current": live,
+        "configured": ", ".join(run.settings.files) or "by no file",
+        "failure": (current and current.failure or {}).get("reason"),
+        "previous": f"{previous.id}  version {previous.version}" if previous
+                    else "none to roll back to",
+        "releases": f"{known} on disk",
+        **{f"slot {slot}": f"{found['release'] or 'no release'}{', live' if found['live'] else ''}"
+           for slot, found in slots.items()},
+        "last run": last and f"{last.operation} {last.result} at {last.at} by "
+                             f"{last.by.get('user')}, {format_seconds(last.seconds)}",
+        "hold": hold and next(check_hold(run))[1],
+        "maintenance": flag and f"on since {flag.get('since')}: "
+                                f"{flag.get('note') or flag.get('deploy_id') or 'by hand'}",
+        "lock": f"held by {describe_holder(facts.holder)}" if facts.holder is not None else "free",
+        "state": state})
+    outcome.message = f"{name or 'nothing'} is live; state: {state}"
     if problems:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(run: Run, facts: Facts) -> List[Problem]:
+def state_problems(run: Run) -> List[Problem]:
     """Say what is broken, each with what to do about it."""
-    problems, store, command_line = [], run.store, facts.command_line
+    facts, store, command_line = run.facts, run.store, run.facts.command_line
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
-    if facts.current.problem:
-        problems.append((facts.current.problem, facts.current.hint))
-    for problem in facts.state_problems:
-        hint = "restore the file from a backup, or move it away"
-        if "journal" in problem:
-            hint = command_line("recover --to RELEASE")
-        problems.append((problem, hint))
+    problems = [(problem, fix) for status, problem, fix in (*check_state(run), *check_current(run))
+                if status != "ok"]
     if journal and facts.holder is None:
         by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
-        what = f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})"
-        problems.append((what, command_line("recover --to RELEASE" if by_hand else "recover")))
+        problems.append((
+            f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
+            command_line("recover --to RELEASE" if by_hand else "recover")))
     if facts.settings.slots:
         problems += slot_problem(facts)
     settled = not facts.current.problem and facts.holder is None and not journal
@@ -11571,22 +11554,17 @@ def state_problems(run: Run, facts: Facts) -> List[Problem]:
     if lost and settled:
         error = without_current(facts, lost)
         problems.append((error.message, error.hint))
+    back = rollback_target(facts, live)
     for record in facts.records.values() if settled else []:
         if record.state == STATE_ACTIVE and record.id != live and record != lost:
             there = record.id in facts.on_disk
-            where = f"current points to {live}" if live else "current is missing"
-            gone = "" if there else ", and its files are gone"
-            problems.append((f"{record.id} should be live, but {where}{gone}",
+            problems.append((f"{record.id} should be live, but current points to {live}",
                              command_line(f"activate {record.id}" if there else "recover")))
         elif record.id == live and record.failure:
-            back = rollback_target(facts, live)
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
                              command_line("rollback") if back else "deploy a corrected version"))
-    if live and live not in facts.records:
-        problems.append((f"{live} is live but has no record",
-                         f"make it known: {command_line(f'adopt {live}')}"))
-    for record in (facts.release(live or ""), rollback_target(facts, live)):
-        problem = store.manifest_problem(record) if record else ""
+    for record in filter(None, (facts.release(live or ""), back)):
+        problem = store.manifest_problem(record)
         if problem:
             problems.append((f"{record.id} cannot be verified: {problem}", DEPLOY_AGAIN))
     return problems
@@ -11599,119 +11577,100 @@ def command_releases(run: Run) -> None:
     live = run.outcome.release = facts.current.release
     newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
                     key=attrgetter("sequence"), reverse=True)
-    run.outcome.extra["releases"] = [dict(encode(record), current=record.id == live)
-                                     for record in newest]
-    rows = [("*" if record.id == live else "", record.id, record.version,
-             record.state + (", pinned" if record.pinned else ""), record.activated_at or "-",
-             format_size(int(record.tree.get("bytes") or 0))) for record in newest]
+    rows = run.outcome.extra["releases"] = [dict(encode(record), current=record.id == live)
+                                            for record in newest]
     run.outcome.message = count(len(rows), "release")
-    headers = ("", "RELEASE", "VERSION", "STATE", "ACTIVATED", "SIZE")
-    run.console.result(render_table(headers, rows) if rows else
-                       f"no releases yet: {unrecorded(facts)}")
+    shown = [dict(row, size=format_size(int(row["tree"].get("bytes") or 0)),
+                  state=row["state"] + (", pinned" if row["pinned"] else "")) for row in rows]
+    show_table(run, "|RELEASE|VERSION|STATE|ACTIVATED|SIZE",
+               "current id version state activated_at size", shown,
+               f"no releases yet: {unrecorded(facts)}")
     if facts.state_problems:
-        raise ProblemFound("; ".join(facts.state_problems),
-                           "restore the file from a backup, or move it away")
+        raise ProblemFound("; ".join(facts.state_problems), RESTORE)
 
 
 def command_history(run: Run) -> None:
     """List the deployments, oldest first; --verify proves that no line was changed."""
+    flags, outcome, since, problems = run.flags, run.outcome, "", []
     with looking(run) as store:
-        if run.flags.verify:
-            verify_history(run)
-            return
-        entries, run.outcome.extra["chain"] = store.history(), store.chain
-    flags, since = run.flags, ""
+        if flags.verify:
+            problems, notes = store.verify_history()
+            entries = store.read_history()[0]
+            run.console.warnings += notes
+        else:
+            entries, outcome.extra["chain"] = store.history(), store.chain
+    if flags.verify:
+        outcome.extra["history"] = []
+        lines = count(len(entries), "entry", "entries")
+        outcome.message = "; ".join(problems or [f"{lines}, the chain is whole"] + notes)
+        run.console.result(outcome.message)
+        if problems:
+            raise ProblemFound(
+                f"the history is not whole: {'; '.join(problems[:3])}",
+                f"compare {store.path}/{HISTORY} with a backup or with your log; to start over, "
+                "move it away, which the next entry will note")
+        return
     if flags.since:
         since = format_time(read_value("moment", flags.since)(time.time(), -1))
     if flags.operation and flags.operation not in RESULTS:
         raise UsageError(f"there is no operation {flags.operation!r}",
                          nearest(flags.operation, RESULTS) or f"one of {', '.join(RESULTS)}")
-    nothing = "nothing like that in the history" if entries else "no history yet"
-    entries = [entry for entry in entries
-               if entry.at >= since and flags.operation in (None, entry.operation)
-               and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
+    found = [encode(entry) for entry in entries
+             if entry.at >= since and flags.operation in (None, entry.operation)
+             and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
     limit = int(flags.limit or (0 if flags.json else 20))
-    shown = entries[-limit:] if limit else entries
-    run.outcome.extra["total"] = len(entries)
-    run.outcome.extra["history"] = [encode(entry) for entry in shown]
-    rows = [(entry.at, entry.deploy_id, entry.operation, entry.result, entry.version or "-",
-             format_seconds(entry.seconds), str(entry.by.get("user", ""))) for entry in shown]
-    run.outcome.message = count(len(entries), "entry", "entries")
-    if len(rows) < len(entries):
-        run.outcome.message += f", the newest {len(rows)} of them shown; --limit 0 shows all"
-        run.console.say(run.outcome.message)
-    headers = ("TIME", "ID", "OPERATION", "RESULT", "VERSION", "TOOK", "BY")
-    run.console.result(render_table(headers, rows) if rows else nothing)
-
-
-def verify_history(run: Run) -> None:
-    """Check the chain of the whole history."""
-    store, outcome = run.store, run.outcome
-    problems, notes = store.verify_history()
-    outcome.extra["history"] = []
-    lines = count(len(store.read_history()[0]), "entry", "entries")
-    outcome.message = "; ".join(problems or [f"{lines}, the chain is whole"] + notes)
-    run.console.result(outcome.message)
-    run.console.warnings.extend(notes)
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ProblemFound(
-            f"the history is not whole: {'; '.join(problems[:3])}{more}",
-            f"compare {store.path}/.deploy/history.jsonl with a backup or with your log; to start "
-            "over, move it away, which the next entry will note")
+    shown = outcome.extra["history"] = found[-limit:] if limit else found
+    outcome.extra["total"] = len(found)
+    outcome.message = count(len(found), "entry", "entries")
+    if len(shown) < len(found):
+        outcome.message += f", the newest {limit} of them shown; --limit 0 shows all"
+        run.console.say(outcome.message)
+    show_table(run, "TIME|ID|OPERATION|RESULT|VERSION|TOOK|BY",
+               "at deploy_id operation result version seconds user",
+               [dict(entry, user=entry["by"].get("user")) for entry in shown],
+               "nothing like that in the history" if entries else "no history yet")
 
 
 def command_show(run: Run) -> None:
     """Show one deployment with its steps, and the evidence where it failed."""
     with looking(run) as store:
         entries, live = store.history(), store.current().release
-    text = live if run.flags.id == "current" and live else run.flags.id or "latest"
+    text = run.flags.id or "latest"
+    if text == "current" and live:
+        text = live
     moves = [entry for entry in entries if entry.operation not in ("pin", "unpin")]
-    # The first rule that finds something counts; of a release, its last move.
+    # A run's own names first, then the last that was done with a release, then what begins so.
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
-        [entry for entry in entries if entry.deploy_id.startswith(text)] or \
-        [entry for entry in moves if entry.release == text][-1:] or \
-        [entry for entry in moves
-         if entry.version == text or (entry.release or "").startswith(text)][-1:]
-    if not found and text in ("latest", "last"):
+        [entry for entry in moves if text in (entry.release, entry.version)][-1:] or \
+        [entry for entry in entries if entry.deploy_id.startswith(text)
+         or (entry.release or "").startswith(text)]
+    if not found and text == "latest":
         found = entries[-1:]
-    ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries[-5:]))
+    ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries))[-5:]
     if not found or len(ids) > 1:
         hint = f"give one of: {', '.join(ids)}" if ids else "nothing was deployed here so far"
         raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment", hint)
     # The run itself, and what a recovery made of it.
     found = [entry for entry in entries if entry.deploy_id == ids[0]]
-    run.outcome.extra["history"] = [encode(entry) for entry in found]
+    shown = run.outcome.extra["history"] = [encode(entry) for entry in found]
     run.outcome.release, run.outcome.previous = found[-1].release, found[-1].previous
     run.outcome.message = found[-1].result
-    for entry in found:
-        show_entry(run, entry)
-
-
-def show_entry(run: Run, entry: HistoryEntry) -> None:
-    """Show one line of the history, its steps, and what was seen where it failed."""
-    by = f"{entry.by.get('user')} on {entry.by.get('host')}"
-    if entry.by.get("as") not in (None, entry.by.get("user")):
-        by += f", as {entry.by['as']}"
-    rows = [("id", f"{entry.deploy_id} (entry {entry.sequence})"), ("operation", entry.operation),
-            ("result", entry.result), ("release", entry.release or "-"),
-            ("before", entry.previous or "-"), ("ended", entry.at),
-            ("took", format_seconds(entry.seconds)), ("by", by), ("exit code", entry.exit_code),
-            ("message", entry.message or "-"), ("note", entry.note or "-")]
-    lines = [f"  {name:<10} {value}" for name, value in rows]
-    for step in entry.steps:
-        name = f"{step.get('name')} [{step.get('status')}]"
-        seconds = format_seconds(float(step.get("seconds", 0)))
-        lines.append(f"  {name:<32} {seconds:>7}  {step.get('detail', '')}".rstrip())
-        lines += [f"    | {line}" for line in step.get("output", ())]
-    if entry.failure:
-        lines.append(f"  failed at  {entry.failure.get('step')}: {entry.failure.get('reason')}")
-        evidence = entry.failure.get("evidence") or {}
-        for name, value in [item for item in evidence.items() if item[1] not in (None, "")]:
-            for line in value if isinstance(value, list) else [value]:
-                lines.append(f"    {name:<12} {line}")
-                name = ""
-    run.console.result("\n".join(lines))
+    for entry in shown:
+        by = " ".join(f"{key} {value}" for key, value in entry["by"].items())
+        show_block(run, {
+            "id": f"{entry['deploy_id']} (entry {entry['sequence']})", "ended": entry["at"],
+            "took": entry["seconds"], "by": by,
+            **{key: entry[key] for key in ("operation", "result", "release", "previous",
+                                           "exit_code", "message", "note")}})
+        for step in entry["steps"]:
+            name, seconds = f"{step.get('name')} [{step.get('status')}]", float(step["seconds"])
+            lines = [f"  {name:<32} {format_seconds(seconds):>7}  {step.get('detail', '')}"]
+            lines += [f"    | {line}" for line in step.get("output", ())]
+            run.console.result("\n".join(lines))
+        if entry["failure"]:
+            failure = entry["failure"]
+            show_block(run, {"failed at": f"{failure.get('step')}: {failure.get('reason')}",
+                             **(failure.get("evidence") or {})})
 
 
 # -- how deployments went over time --------------------------------------------
@@ -11719,71 +11678,63 @@ def show_entry(run: Run, entry: HistoryEntry) -> None:
 NEEDED_A_PERSON = ("left_live", "rollback_failed")
 
 
-def median(runs: List[Json], key: str) -> Optional[float]:
-    """Return the median of what is known, None where nothing is."""
-    values = sorted(run[key] for run in runs if run[key] is not None)
-    middle = values[(len(values) - 1) // 2:len(values) // 2 + 1]
-    return sum(middle) / len(middle) if middle else None
-
-
 def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     """Work out the four keys of DORA, and rework, from the history between two times in RFC 3339.
 
     A deployment is what went live; it failed where it was rolled back, by itself or by hand later,
-    or was left to a person.  Recovery counts from going live to well again, lead time from the
+    or was left to a person.  Recovery counts from going live to healthy again, lead time from the
     build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
     """
     from calendar import timegm
+    from statistics import median
 
     def seconds(text: str) -> float:
         return float(timegm(tuple(map(int, re.findall("[0-9]+", text)[:6]))))
 
     runs: List[Json] = []
-    by_release: Dict[str, Json] = {}
-    unwell: List[Json] = []
+    by_release: Dict[Any, Json] = {}
+    broken: List[Json] = []
     for entry in entries:
         last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
-        is_broken = entry.result in NEEDED_A_PERSON
+        needs_a_person = entry.result in NEEDED_A_PERSON
         # What a recovery made of a run has the run's own id.
         is_end = entry.deploy_id == last.get("deploy_id")
-        left = by_release.get(entry.previous or "")
+        left = by_release.get(entry.previous)
         if left and entry.operation == "rollback" and not (automatic or left["failed"]) and \
                 entry.result in ("rolled_back", "left_live"):
             left["failed"] = True
-            unwell.append(left)
-        if entry.result in GOES_LIVE and not is_broken and (is_end or not automatic):
-            for run in unwell:
+            broken.append(left)
+        if entry.result in GOES_LIVE and not needs_a_person and (is_end or not automatic):
+            for run in broken:
                 run["well_at"] = entry.at
-            unwell = []
+            broken = []
         if is_end or entry.operation not in ("deploy", "activate", "sync") or not (
-                automatic or is_broken or entry.result in ("deployed", "activated", "synced")):
+                automatic or entry.result in ("deployed", "activated", "synced", *NEEDED_A_PERSON)):
             continue
-        switched = [step.get("started_at") for step in entry.steps
-                    if step.get("name") == "activate"]
+        switched = [step.get("started_at") for step in entry.steps if step["name"] == "activate"]
         runs.append({
-            "at": str(switched and switched[0] or entry.at), "deploy_id": entry.deploy_id,
-            "operation": entry.operation, "result": entry.result, "release": entry.release,
-            "version": entry.version, "failed": automatic or is_broken,
-            "rework": last.get("failed", False), "well_at": entry.at if automatic else None,
-            "by": entry.by.get("user"), "note": entry.note, "built_at": entry.built_at})
-        by_release[entry.release or ""] = runs[-1]
-        unwell += runs[-1:] if is_broken else []
+            "at": str(switched and switched[0] or entry.at), "by": entry.by.get("user"),
+            "failed": automatic or needs_a_person, "rework": last.get("failed", False),
+            "well_at": entry.at if automatic else None,
+            **{key: getattr(entry, key) for key in (
+                "deploy_id", "operation", "result", "release", "version", "note", "built_at")}})
+        by_release[entry.release] = runs[-1]
+        broken += runs[-1:] if needs_a_person else []
     runs = [run for run in runs if since <= run["at"] <= until]
-    for run in runs:
-        live, well, built = [seconds(run[key]) if run[key] else None
-                             for key in ("at", "well_at", "built_at")]
-        run["recovery_seconds"] = well - live if run["failed"] and well else None
-        run["lead_seconds"] = live - built if built else None
-
-    def rate(key: str) -> Optional[float]:
-        return round(sum(run[key] for run in runs) / len(runs), 4) if runs else None
-
+    for key, begin, end in (("recovery_seconds", "at", "well_at"),
+                            ("lead_seconds", "built_at", "at")):
+        for run in runs:
+            is_known = run[begin] and run[end] and (run["failed"] or end == "at")
+            run[key] = seconds(run[end]) - seconds(run[begin]) if is_known else None
     days = max(1.0, (seconds(until) - seconds(since)) / 86400)
-    return {"since": since, "until": until, "deployments": len(runs),
-            "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs),
-            "change_fail_rate": rate("failed"), "rework_rate": rate("rework"),
-            "recovery_seconds": median(runs, "recovery_seconds"),
-            "lead_seconds": median(runs, "lead_seconds"), "runs": runs}
+    found = {"since": since, "until": until, "deployments": len(runs),
+             "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs)}
+    for name, key in (("change_fail_rate", "failed"), ("rework_rate", "rework")):
+        found[name] = round(sum(run[key] for run in runs) / len(runs), 4) if runs else None
+    for key in ("recovery_seconds", "lead_seconds"):
+        known = [run[key] for run in runs if run[key] is not None]
+        found[key] = median(known) if known else None
+    return dict(found, runs=runs)
 
 
 def refuse_odd_files(*paths: str) -> None:
@@ -11798,16 +11749,25 @@ def command_report(run: Run) -> None:
     """Show how often it was deployed, how many failed, how long it took to recover, to go live."""
     import csv
     import io
-    flags, now_seconds = run.flags, time.time()
+    flags, output, now_seconds = run.flags, run.flags.output or "-", time.time()
     since = format_time(read_value("moment", flags.since or "90d")(now_seconds, -1))
     with looking(run) as store:
         found = measure(store.history(), since, format_time(now_seconds))
     run.outcome.extra["report"] = found
     run.outcome.message = f"{count(found['deployments'], 'deployment')}, {found['failed']} failed"
-    rows = report_rows(found)
-    text = "\n".join(f"  {name:<18} {value}" for name, value in rows) + "\n"
+    rates = {key: "-" if found[key] is None else f"{found[key]:.0%}"
+             for key in ("change_fail_rate", "rework_rate")}
+    rows = {"from": f"{found['since'][:10]} to {found['until'][:10]}",
+            "deployments": f"{found['deployments']}, {found['per_day']:g} a day",
+            "failed": f"{found['failed']}, {rates['change_fail_rate']}",
+            "time to recover": f"{cell(found['recovery_seconds'])} (median)",
+            "build to live": f"{cell(found['lead_seconds'])} (median)",
+            "rework": rates["rework_rate"]}
+    table = io.StringIO()
+    for name, value in rows.items():
+        table.write(f"  {name:<18} {value}\n")
     if flags.format == "json":
-        text = json.dumps(found, indent=2) + "\n"
+        table = io.StringIO(json.dumps(found, indent=2) + "\n")
     elif flags.format == "csv":
         table = io.StringIO()
         columns = ["at", "deploy_id", "operation", "result", "release", "version", "failed",
@@ -11815,36 +11775,18 @@ def command_report(run: Run) -> None:
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(found["runs"])
-        text = table.getvalue()
     elif flags.format == "html":
-        text = report_page(run.application, found, rows)
-    text = run.console.secrets.mask(text)
-    if flags.output in (None, "", "-"):
+        table = io.StringIO(report_page(run.application, found, rows))
+    text = run.console.secrets.mask(table.getvalue())
+    if output == "-":
         run.console.raw_result(text)
         return
-    refuse_odd_files(absolute(flags.output))
-    directory, name = os.path.split(absolute(flags.output))
-    try:
-        with Directory(os.path.realpath(directory)) as place:
-            place.write(name, text.encode("utf-8", "backslashreplace"), 0o644)
-    except OSError as error:
-        raise UsageError(f"cannot write {flags.output}: {reason(error)}", "name another: -o FILE")
-    run.console.result(f"{run.outcome.message}: {flags.output}")
-
-
-def report_rows(found: Json) -> List[Tuple[str, str]]:
-    """Write the measures for people; `-` for what nobody can know."""
-    def share(key: str) -> str:
-        return "-" if found[key] is None else f"{100 * found[key]:.0f}%"
-
-    def middle(key: str) -> str:
-        return "-" if found[key] is None else f"{format_seconds(found[key])} (median)"
-
-    return [("from", f"{found['since'][:10]} to {found['until'][:10]}"),
-            ("deployments", f"{found['deployments']}, {found['per_day']:g} a day"),
-            ("failed", f"{found['failed']}, {share('change_fail_rate')}"),
-            ("time to recover", middle("recovery_seconds")),
-            ("build to live", middle("lead_seconds")), ("rework", share("rework_rate"))]
+    refuse_odd_files(absolute(output))
+    directory, name = os.path.split(absolute(output))
+    with blaming(UsageError, f"cannot write {output}", "name another: -o FILE"), \
+            Directory(os.path.realpath(directory)) as place:
+        place.write(name, text.encode("utf-8", "backslashreplace"), 0o644)
+    run.console.result(f"{run.outcome.message}: {output}")
 
 
 REPORT_PAGE = """\
@@ -11855,19 +11797,16 @@ REPORT_PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}: deployments</title>
 <style>
-:root {{ color-scheme: light dark; --text: #1b1f24; --page: #fff; --line: #d0d7de;
-  --good: #1a7f37; --bad: #cf222e }}
-@media (prefers-color-scheme: dark) {{ :root {{ --text: #e6edf3; --page: #0d1117; --line: #30363d;
-  --good: #3fb950; --bad: #f85149 }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
-  max-width: 1100px; margin: 2rem auto; padding: 0 1rem }}
+:root {{ color-scheme: light dark; --good: #1a7f37; --bad: #cf222e }}
+@media (prefers-color-scheme: dark) {{ :root {{ --good: #3fb950; --bad: #f85149 }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto;
+  padding: 0 1rem }}
 dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1rem }}
-dt {{ opacity: .75 }}
 dd {{ margin: 0; font-weight: 600; overflow-wrap: anywhere }}
-svg {{ width: 100%; height: 64px }}
+svg {{ width: 100%; height: 64px; border-bottom: 1px solid }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px }}
-th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }}
+th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884 }}
 .good {{ fill: var(--good); color: var(--good) }}
 .bad {{ fill: var(--bad); color: var(--bad) }}
 </style>
@@ -11878,7 +11817,6 @@ th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(-
 {measures}
 </dl>
 <svg viewBox="0 0 1000 64" preserveAspectRatio="none" role="img" aria-label="Timeline">
-<line x1="0" y1="32" x2="1000" y2="32" style="stroke: var(--line)"/>
 {marks}
 </svg>
 <div><table>
@@ -11890,7 +11828,7 @@ th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(-
 """
 
 
-def report_page(application: str, found: Json, rows: Iterable[Tuple[str, str]]) -> str:
+def report_page(application: str, found: Json, rows: Dict[str, str]) -> str:
     """Write the report as one page that needs nothing else; the same on every Python."""
     from html import escape as quote
     first, last = [read_value("moment", found[key])(0.0, 1) for key in ("since", "until")]
@@ -11904,9 +11842,14 @@ def report_page(application: str, found: Json, rows: Iterable[Tuple[str, str]]) 
                      f'<title>{cells[0]}: {cells[1]} {cells[2]}</title></rect>')
         cells[2] = f'<span class="{kind}">{cells[2]}</span>'
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    measures = [f"<div><dt>{quote(name)}</dt><dd>{quote(value)}</dd></div>" for name, value in rows]
+    measures = [f"<div><dt>{quote(name)}</dt><dd>{quote(value)}</dd></div>"
+                for name, value in rows.items()]
     return REPORT_PAGE.format(name=quote(application), measures="\n".join(measures),
                               marks="\n".join(marks), runs="\n".join(reversed(lines)))
+
+
+# -- what is to be signed --------------------------------------------------------
+
 def command_attest(run: Run) -> None:
     """Print the statement that a release was live here, for this host's key to sign."""
     with looking(run) as store:
@@ -11954,6 +11897,8 @@ def show_signable(run: Run, text: str, name: str, how: str) -> None:
     run.console.say(f"save it as {name}, beside the artifact; then: "
                     f"ssh-keygen -Y sign {how} {spell([name])}")
 
+
+# -- maintenance -----------------------------------------------------------------
 
 def command_maintenance(run: Run) -> None:
     """Put the flag up or down by hand, without the lock, as a run may hang; or serve the page."""
@@ -12028,19 +11973,15 @@ def serve_maintenance(run: Run) -> None:
 
 def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
-    from pathlib import Path
     flags, outcome, prefix = run.flags, run.outcome, run.flags.prefix or ""
-    directory = Path(absolute(flags.directory))
+    directory = absolute(flags.directory)
     version = f"-{flags.release_version}" if flags.release_version else ""
-    shown = flags.output or f"{directory.name}{version}.tar.gz"
-    target = Path(absolute(shown))
-    if shown == "-":
-        raise UsageError("an artifact has a name, and its .sha256 beside it: it goes into a file",
-                         "name it: pack -o FILE")
+    shown = flags.output or f"{os.path.basename(directory)}{version}.tar.gz"
+    target = absolute(shown)
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory",
                          "name the directory to pack: deploy.py pack DIRECTORY")
-    refuse_odd_files(str(target), f"{target}.sha256")
+    refuse_odd_files(target, f"{target}.sha256")
     problem = prefix and judge_name(os.fsencode(prefix))[1]
     if problem:
         raise UsageError(f"--prefix {prefix!r}: {problem}",
@@ -12048,14 +11989,13 @@ def command_pack(run: Run) -> None:
     text = f"pack {directory} into {target} and {target}.sha256"
     outcome.extra["plan"] = [{"name": "pack", "description": text}]
     if flags.dry_run:
-        outcome.changed = True
-        outcome.message = f"would pack {directory} into {target}"
+        outcome.changed, outcome.message = True, f"would {text}"
         run.console.result(outcome.message)
         return
-    made, warnings = pack(str(directory), str(target), prefix, run.settings,
+    made, warnings = pack(directory, target, prefix, run.settings,
                           lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
     outcome.changed = True
-    outcome.extra["artifact"] = dict(made, path=portable(str(target)))
+    outcome.extra["artifact"] = dict(made, path=portable(target))
     size = f"{count(made['files'], 'file')}, {format_size(made['size'])}"
     outcome.message = f"{portable(shown)}: {size}"
     run.console.result(f"{outcome.message}\n  sha256     {made['sha256']}")
@@ -12063,43 +12003,53 @@ def command_pack(run: Run) -> None:
         run.console.warn(warning)
 
 
+MINIMAL = """\
+[deploy]
+application = {name}
+root = {root}
+
+{unit_mark}[service:{name}]
+{unit_mark}unit = {unit}
+
+{url_mark}[probe:{name}]
+{url_mark}url = {url}
+{url_mark}deadline = 30s
+"""
+
+
 def command_config(run: Run) -> None:
     """Show every option with its value and where it came from."""
-    run.outcome.extra["config"] = {}
-    if run.flags.example:
+    flags, extra, deploy = run.flags, run.outcome.extra, run.settings.deploy
+    extra["config"] = {}
+    if flags.example:
         lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
                  "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
                  "# Relative paths are relative to this file. Comments stand on their own lines."]
         for section, about, options in SECTIONS:
-            heading = f"#[{section[:-1]}NAME]" if section.endswith("*") else f"[{section}]"
-            lines += ["", f"# {about}", heading]
+            lines += ["", f"# {about}", f"#[{section[:-1]}NAME]" if section[-1] == "*"
+                      else f"[{section}]"]
             for option in options.values():
                 lines.append(f"# {option.help} ({option.takes})")
                 lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
         run.console.raw_result("\n".join(lines) + "\n")
         return
-    if run.flags.minimal:
-        name = run.settings.deploy.application or "shop"
-        root, unit, url = run.settings.deploy.root or f"/srv/{name}", run.flags.unit, run.flags.url
-        mark = ("" if unit else "#"), ("" if url else "#")
-        run.console.raw_result(
-            f"[deploy]\napplication = {name}\nroot = {root}\n\n"
-            f"{mark[0]}[service:{name}]\n{mark[0]}unit = {unit or name + '.service'}\n\n"
-            f"{mark[1]}[probe:{name}]\n"
-            f"{mark[1]}url = {url or 'http://127.0.0.1:8080/health'}\n{mark[1]}deadline = 30s\n")
+    if flags.minimal:
+        name = deploy.application or "shop"
+        run.console.raw_result(MINIMAL.format(
+            name=name, root=deploy.root or f"/srv/{name}", unit=flags.unit or f"{name}.service",
+            url=flags.url or "http://127.0.0.1:8080/health", unit_mark="" if flags.unit else "#",
+            url_mark="" if flags.url else "#"))
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
         chosen = section in ("env", "vars") or key.startswith("header.")
-        private = chosen and SECRET_NAME.search(key)
-        shown = MASK if private and text else text.replace("\n", " | ")
+        shown = MASK if chosen and text and SECRET_NAME.search(key) else text.replace("\n", " | ")
         rows.append((section, key, shown, origin))
-    run.outcome.extra["config"] = {f"{section}.{key}": {"value": text, "origin": origin}
-                                   for section, key, text, origin in rows}
-    given = [name.partition(":")[0] for name, _ in run.settings.given] + [
-        "deploy", "artifact", "limits"]
-    inert = run.outcome.extra["inert"] = [name.replace("*", "NAME") for name, _, _ in SECTIONS
-                                          if name.partition(":")[0] not in given]
+        extra["config"][f"{section}.{key}"] = {"value": shown, "origin": origin}
+    given = {name.partition(":")[0] for name, _ in run.settings.given} | {
+        "deploy", "artifact", "limits"}
+    inert = extra["inert"] = [name.replace("*", "NAME") for name, _, _ in SECTIONS
+                              if name.partition(":")[0] not in given]
     run.outcome.message = count(len(rows), "option")
     run.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
     run.console.result(render_table(("NOT CONFIGURED: NOTHING OF IT RUNS",), [[", ".join(inert)]]))
@@ -12113,19 +12063,16 @@ def share_of(host: str, application: str) -> float:
 
 def wait_splay(run: Run) -> None:
     """Wait this host's own share of --splay, so that a fleet does not begin at once."""
-    text = run.flags.splay
     # Without a root it fails here, and not after the wait.
     name = run.application if run.root else ""
-    seconds = read_value("duration", text) * share_of(os.uname().nodename, name)
-    would = "would wait" if run.flags.dry_run else "waiting"
-    run.console.say(f"{would} {format_seconds(seconds)} of --splay {text}")
-    run.console.working(f"waiting {format_seconds(seconds)} of --splay {text}", seconds)
-    ends_seconds = time.monotonic() + seconds
-    with run.console.progress("splay", round(seconds)) as progress:
-        while time.monotonic() < ends_seconds and not run.flags.dry_run:
-            left_seconds = ends_seconds - time.monotonic()
-            progress(round(seconds - left_seconds), format_seconds(left_seconds))
-            run.interrupts.wait(min(1.0, left_seconds))
+    seconds = read_value("duration", run.flags.splay) * share_of(os.uname().nodename, name)
+    waiting = f"{format_seconds(seconds)} of --splay {run.flags.splay}"
+    if run.flags.dry_run:
+        run.console.say(f"would wait {waiting}")
+        return
+    run.console.say(f"waiting {waiting}")
+    run.console.working(f"waiting {waiting}", seconds)
+    run.interrupts.wait(seconds)
 
 
 def command_help(run: Run) -> None:
@@ -12137,7 +12084,6 @@ def command_help(run: Run) -> None:
                          or f"there is help on {pages}, and on every command")
     text = HELP.get(topic, text)
     run.outcome.extra["help"] = {"topic": topic, "text": text}
-    run.outcome.message = f"help on {topic or 'deploy.py'}"
     run.console.raw_result(text)
 
 
@@ -12152,12 +12098,12 @@ def command_completion(run: Run) -> None:
     for command in COMMAND_HELP:
         own = " ".join(name for name, flag in flags if command in flag.commands)
         cases.append(f'        {command}:-*) offer="{own} {everywhere}" ;;')
-    texts = {"TAKING": "|".join(name for name, flag in flags if flag.metavar),
-             "COMMANDS": "|".join(COMMAND_HELP), "NAMES": " ".join(COMMAND_HELP),
-             "EVERYWHERE": everywhere, "CASES": "\n".join(cases)}
-    script = re.sub("@([A-Z]+)@", lambda found: texts[found.group(1)], COMPLETION)
+    script = COMPLETION
+    for word, text in (("TAKING", "|".join(name for name, flag in flags if flag.metavar)),
+                       ("COMMANDS", "|".join(COMMAND_HELP)), ("NAMES", " ".join(COMMAND_HELP)),
+                       ("EVERYWHERE", everywhere), ("CASES", "\n".join(cases))):
+        script = script.replace(f"@{word}@", text)
     run.outcome.extra["completion"] = script
-    run.outcome.message = f"completion for {run.flags.shell}"
     run.console.raw_result(script)
 
 

@@ -1,21 +1,16 @@
 """Run by cron: what it mails and what it does not, its environment, and the share of --splay that a host waits."""
 
-import fcntl
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
-import termios
 import time
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 
-from support import (App, DEPLOY, clean_environment, deploy_argv, in_namespace, load_deploy, needs, deep, run_deploy, snapshot,
+from support import (App, DEPLOY, deploy_argv, in_namespace, load_deploy, needs, deep, run_deploy, snapshot,
                      start_deploy, wait_until)
 
 deploy = load_deploy()
@@ -132,25 +127,6 @@ def test_a_signal_ends_the_wait_and_nothing_is_changed_or_locked(number: Any, co
         waiting.kill()
         waiting.wait()
     assert snapshot(app.root) == before and app.version == "1.0"
-
-
-def test_a_terminal_shows_how_long_it_still_waits(app: App) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    waiting = subprocess.Popen(deploy_argv("deploy", app.artifact("1.0"), "--splay", "480h", config=app.config, json=False),
-                               env=clean_environment({"TERM": "xterm"}), stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    try:
-        while not re.search(rb"\r\x1b\[K  splay        .*  \d+h\d\dm", shown):
-            assert select.select([ours], [], [], 60)[0], shown
-            shown += os.read(ours, 4096)
-        waiting.send_signal(signal.SIGINT)
-        assert waiting.wait(60) == 130
-    finally:
-        waiting.kill()
-        waiting.wait()
-        os.close(ours)
 
 
 @pytest.mark.parametrize("words", [["status"], ["preflight"], ["history"], ["probe"], ["config"], ["verify"]], ids=lambda words: words[0])
