@@ -1772,31 +1772,29 @@ class Interrupts:
 
 # ============================================================================
 # 5  Options
-#    The tables: options, flags, commands.  Flags, INI keys, environment
-#    variables, help, the example file and the README are all made from them.
+#    The tables: kinds of values, options, commands, flags.  Flags, INI keys, variables,
+#    help, the example file and the README are all made from them.
 # ============================================================================
 
-_PORT = (r"(?!0)(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]"
-         r"|6553[0-5])")
-_ADDRESS = rf"(?:([^\s,]*):)?({_PORT})(?![^\s,])"
-_STATUS = r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?"
-_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
-QUOTES = " '\"[](){}"
 CANDIDATE_PORT = "${DEPLOY_CANDIDATE_PORT}"  # replaced in a command, and in what asks it
+OF_SLOTS = ("${slot}", "${port}")
+KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anything else is a path
+QUOTES = " '\"[](){}"
+SEVERAL = r",|\A- "  # what lists look like elsewhere
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 # What stands in quotes, or behind a backslash, is nothing to a shell either.
 _QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
 _SHELL_SYNTAX = re.compile(
     r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
-SHELL_WORDS = frozenset(
-    ". : alias bg bind builtin case cd declare eval exec exit export fg for function hash history "
-    "if jobs let local popd pushd read readonly return set shift shopt source times trap type "
-    "typeset ulimit umask unalias unset until wait while { ( !".split())
+SHELL_WORDS = (". : alias bg bind builtin case cd declare eval exec exit export fg for function "
+               "hash history if jobs let local popd pushd read readonly return set shift shopt "
+               "source times trap type typeset ulimit umask unalias unset until wait while { ( !"
+               ).split()
 
 
 def _duration(text: str) -> float:
     number, unit = re.findall(r"[0-9.]+|[a-z]+", text)
-    seconds = float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[unit]
+    seconds = float(number) * _SECONDS[unit]
     if seconds > LONGEST_SECONDS:
         raise ValueError(f"expected at most {LONGEST_SECONDS // 3600}h")
     return seconds
@@ -1804,50 +1802,47 @@ def _duration(text: str) -> float:
 
 def _moment(text: str) -> Callable[[float, int], float]:
     """Read a point in time; what is returned makes it of now and of which way a duration goes."""
-    if text[-1] not in _SPANS:
-        import calendar
-        form = "%Y-%m-%dT%H:%M:%SZ"
-        seconds = calendar.timegm(time.strptime(text + "0000-00-00T00:00:00Z"[len(text):], form))
-        return lambda now_seconds, sign: float(seconds)
-    span_seconds = float(text[:-1]) * _SPANS[text[-1]]
-    return lambda now_seconds, sign: now_seconds + sign * span_seconds
+    if text[-1] in _SECONDS:
+        span_seconds = float(text[:-1]) * _SECONDS[text[-1]]
+        return lambda now_seconds, sign: now_seconds + sign * span_seconds
+    import calendar
+    whole = text + "0000-00-00T00:00:00Z"[len(text):]
+    seconds = float(calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%SZ")))
+    return lambda now_seconds, sign: seconds
 
 
 def _plain(text: str) -> str:
     """Refuse what other formats allow around a path, a unit or a name: it would be part of it."""
-    comment = re.search(r"\s[#;]", text)
-    if comment:
-        right = text[:comment.start()].rstrip()
-        raise ValueError(f"a comment needs a line of its own; write {right}")
-    if text.startswith(("'", '"', "[", "(", "{")):
-        raise ValueError(f"quotes and brackets would be part of it; write {text.strip(QUOTES)}")
+    if re.match(r"(?s)['\"\[({]|.*\s[#;]", text):
+        right = re.split(r"\s+[#;]", text)[0].strip(QUOTES)
+        raise ValueError("a comment needs a line of its own, and quotes or brackets would be part "
+                         f"of it; write {right}")
     if "\n" in text:
         raise ValueError("expected one line")
     return text
 
 
 def _path(text: str) -> str:
-    if text.startswith("~") or re.search(r"\$[A-Za-z_{(]", text):
+    if re.search(r"\A~|\$[A-Za-z_{(]", text):
         raise ValueError("`~` and `$NAME` are not replaced here; write the path in full")
     return native(_plain(text))
 
 
 def _relative(text: str) -> str:
     path = os.path.normpath(_path(text))
-    parts = path.split("/")
-    if path.startswith("/") or parts[0] in ("..", ".") or re.search(r"[\0-\x1f]", path) \
-            or max(len(os.fsencode(part)) for part in parts) > MAX_NAME_BYTES \
-            or len(os.fsencode(path)) > MAX_PATH_BYTES:
+    longest = max(len(os.fsencode(part)) for part in path.split("/"))
+    if re.match(r"/|\.\.?(/|\Z)", path) or re.search(r"[\0-\x1f]", path) \
+            or longest > MAX_NAME_BYTES or len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise ValueError(f"expected a relative path that stays inside, not {text!r}")
     return path
 
 
-def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]:
+def _lines(read: Callable[[str], Any], apart: str = SEVERAL) -> Callable[[str], List[Any]]:
     """Make what reads one item a line; `apart` is the pattern that shows a line to hold several."""
     def read_lines(text: str) -> List[Any]:
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         for line in lines:
-            if not re.search(r"\s[#;]", line) and re.search(apart, line):
+            if re.search(apart, line) and not re.search(r"\s[#;]", line):
                 items = [item.strip(QUOTES) for item in re.split(apart, line)]
                 right = " and ".join(filter(None, items))
                 raise ValueError(f"expected one a line; write {right} on a line of its own each")
@@ -1855,41 +1850,26 @@ def _lines(read: Callable[[str], Any], apart: str) -> Callable[[str], List[Any]]
     return read_lines
 
 
-OF_SLOTS = ("${slot}", "${port}")
-
-
-def filled(section: Any, values: Dict[str, Any]) -> Any:
-    """Copy a section with these texts replaced by others, wherever they stand."""
-    text = json.dumps(vars(section))
-    for place, value in values.items():
-        text = text.replace(place, json.dumps(str(value))[1:-1])
-    return SimpleNamespace(**json.loads(text))
-
-
 def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
     """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
     words = shlex.split(text)
-    first = words[0] if words else "-"
     # Of a word in double quotes a shell reads `$` and backquotes.
     bare = _QUOTED.sub(lambda quoted: "_" + "".join(
         re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), re.sub(filled_in, "", text))
     found = _SHELL_SYNTAX.search(bare)
-    line = f"sh -c {shlex.quote(text)}"
-    if not first:
-        raise ValueError("the first word is a program's name, and it is empty")
     if found:
-        raise ValueError(f"{found.group()} is for a shell, and none runs here; write {line}, "
-                         "or put it in single quotes where it is meant as it stands")
-    if first in SHELL_WORDS:
-        raise ValueError(f"{first} is no program but a shell's own word; write {line}")
-    if re.match(r"[A-Za-z_]\w*=", first):
-        right = " = ".join(first.split("=", 1))
-        raise ValueError(f"{first} is no program; write {right} into [env], or {line}")
+        raise ValueError(f"{found.group()} is for a shell, and none runs here; write sh -c "
+                         f"{shlex.quote(text)}, or put it in single quotes where it is meant "
+                         "as it stands")
+    if words and (words[0] in ["", *SHELL_WORDS] or re.match(r"[A-Za-z_]\w*=", words[0])):
+        raise ValueError(f"{words[0]} is no program but for a shell to do; write sh -c "
+                         f"{shlex.quote(text)}, and a variable as NAME = value into [env]")
     return words
 
 
-_DAY = "(?:mon|tue|wed|thu|fri|sat|sun)"
+_DAYS = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+_DAY = f"(?:{'|'.join(_DAYS)})"
 _HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _DATE = "[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _WINDOW = (rf"(?:allow|deny)(?:\s+({_DAY}(?:[,-]{_DAY})*))?(?:\s+({_HOUR})-({_HOUR}|24:00))?"
@@ -1903,8 +1883,7 @@ def _window(text: str) -> Tuple[str, Callable[[Any, int], bool]]:
         raise ValueError("expected allow|deny [mon-fri] [HH:MM-HH:MM] [date..date] [# why], not "
                          + text)
     days, begin, end, first, last = found.groups()
-    week = re.findall("[a-z]{3}", _DAY)
-    spans = [(week.index(part[:3]), week.index(part[-3:]))
+    spans = [(_DAYS.index(part[:3]), _DAYS.index(part[-3:]))
              for part in (days or "mon-sun").split(",")]
     opens, closes = (int(clock[:2]) * 60 + int(clock[3:])
                      for clock in (begin or "00:00", end or "24:00"))
@@ -1915,129 +1894,128 @@ def _window(text: str) -> Tuple[str, Callable[[Any, int], bool]]:
 
 
 def _regex(text: str) -> str:
-    import warnings
     try:
-        with warnings.catch_warnings():
-            # What one Python warns of, another refuses or understands differently.
-            warnings.simplefilter("error")
-            re.compile(text[1:] if text.startswith("!") else text)
-    except (re.error, Warning, RecursionError, OverflowError) as error:
+        re.compile(text[1:] if text.startswith("!") else text)
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}")
     return text
 
 
 def _statuses(text: str) -> List[Tuple[int, int]]:
-    found = re.findall(r"([1-5][0-9]{2})(?:\s*-\s*([1-5][0-9]{2}))?", text)
-    ranges = [(int(low), int(high or low)) for low, high in found]
-    if any(low > high for low, high in ranges):
+    spans = [(int(span[:3]), int(span[-3:])) for span in re.sub(r"\s", "", text).split(",")]
+    if any(low > high for low, high in spans):
         raise ValueError("a range ends before it begins")
-    return ranges
+    return spans
 
 
-def _syslog(text: str) -> Tuple[str, int]:
-    """Read a socket's path as (path, 0), udp://HOST:PORT as (host, port)."""
-    if text.startswith("/"):
-        return native(text), 0
-    host, _, port = text.replace("udp://", "").rpartition(":")
-    return host.strip("[]"), int(port)
+def _address(text: str) -> Tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.rpartition("/")[2].strip("[]"), int(port)
 
 
-def _events(text: str) -> List[str]:
-    known = dict(NOTIFY_EVENTS)
-    words = re.findall(r"[^\s,]+", text)
-    for word in words or [""]:
-        if word not in known:
-            raise ValueError(f"expected some of {', '.join(known)}, not {word!r}")
-    return words
-
-
-KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anything else is a path
-
-# kind: (what the documentation calls it, what was expected where its text does not fit, the pattern
-# of the whole text, how it is read).  What the reading cannot do raises ValueError with words of
-# its own, or KeyError.  A kind that is not here is a choice, written `one|two|three`.
-_ANY = r"(?s).*"
-SEVERAL = r",|\A- "  # what lists look like elsewhere
-_TIME = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
-KINDS = {
-    "text": ("text", "", _ANY, str),
-    "name": ("text", "", _ANY, _plain),
-    "names": ("one a line", "", _ANY, _lines(_plain, r"[\s,]")),
-    "list": ("one a line", "", _ANY, _lines(_plain, SEVERAL)),
-    "unit": ("systemd unit", "the name of one unit; another one is another [service:NAME]",
-             r"(?!-)[^,/*?\[]*", _plain),
-    "path": ("path", "", _ANY, _path),
-    "private": ("path", "", _ANY, _path),
-    "paths": ("paths, one a line", "", _ANY, _lines(_path, SEVERAL)),
-    "keys": ("keys or their files, one a line", "", _ANY, _lines(
-        lambda text: text if KEY_LITERAL.match(text) else _path(text), SEVERAL)),
-    "relative": ("relative path", "", _ANY, _relative),
-    "relatives": ("relative paths, one a line", "", _ANY, _lines(_relative, SEVERAL)),
-    "int": ("number", "a whole number, 0 or more, of at most 18 digits", r"[0-9]{1,18}", int),
-    "times": ("number", "a whole number, 1 or more", r"0*[1-9][0-9]{0,17}", int),
-    "exit_code": ("number", "1 to 255", r"[1-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5]", int),
-    "factor": ("number", "a number such as 1.5, 1 or more: waits do not get shorter",
-               r"[1-9][0-9]{0,8}(\.[0-9]{1,9})?", float),
-    "share": ("number", "a share between 0 and 1", r"0(\.[0-9]{1,9})?|1(\.0{1,9})?", float),
-    "size": ("size", "a size such as 64k, 10M or 2G", r"[0-9]{1,12}[kKMGT]?",
-             lambda text: int(text.rstrip("kKMGT")) << _SHIFTS.get(text[-1:].upper(), 0)),
-    "duration": ("duration", "a duration such as 500ms, 3s, 2m or 1h", _TIME, _duration),
-    "limit": ("duration", "a duration such as 500ms, 3s, 2m or 1h, and more than 0s",
-              rf"(?=.*[1-9]){_TIME}", _duration),
-    "moment": ("time", "a time such as 2026-11-30T06:00:00Z or 2026-11-30, or a duration such as "
-               "12h or 7d", r"[0-9]{1,6}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8}Z)?", _moment),
-    "bool": ("yes or no", "yes or no", r"(?i)yes|true|on|1|no|false|off|0",
-             lambda text: text.lower() in ("yes", "true", "on", "1")),
-    "mode": ("file mode", "a file mode such as 0640", r"0?[0-7]{3}", lambda text: int(text, 8)),
-    "slot": ("port", "a port, 1 to 65535", _PORT, int),
-    "argv": ("command", "", _ANY, _argv),
-    "filled": ("command", "", _ANY, lambda text: _argv(text, re.escape(CANDIDATE_PORT))),
-    "probe_argv": ("command", "", _ANY, lambda text: _argv(
-        text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS))))),
-    "commands": ("commands, one a line", "", _ANY, _lines(_argv, r"\A\Z")),
-    "regex": ("regular expression", "", _ANY, _regex),
-    "statuses": ("status codes", "HTTP status codes such as 200-299, 301",
-                 rf"\s*{_STATUS}(\s*,\s*{_STATUS})*\s*", _statuses),
-    "port": ("auto or a port", "auto or a port from 1 to 65535", f"auto|{_PORT}",
-             lambda text: int(text.replace("auto", "0"))),
-    "addresses": ("[host:]port, one a line", "PORT or HOST:PORT", rf"[\s,]*({_ADDRESS}[\s,]*)*",
-                  lambda text: [(host.strip("[]"), int(port))
-                                for host, port in re.findall(_ADDRESS, text)]),
-    "syslog": ("/dev/log or udp://HOST:PORT",
-               "/dev/log, another socket's path, or udp://HOST:PORT",
-               rf"/.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):{_PORT}", _syslog),
-    "collector": ("URL, or environment", "http://HOST:PORT, https://HOST/... or environment",
-                  r"environment|https?://[^\s/@]+(/[^\s@]*)?", str),
-    "events": ("events", "", _ANY, _events),
-    "pattern": ("text", "@v where the version stands", r".*@v.*", _plain),
-    "windows": ("windows, one a line", "", _ANY, _lines(_window, r"\A\Z")),
-    "flag": ("file name", "one name of letters, digits, `.`, `_`, `-`, and none of deploy.py's own",
-             r"(?!(current|releases|shared|slots|\.deploy|\.\.?)\Z|\.current\.)[\w.-]{1,50}", str),
-    "signal": ("name of a signal", "the name of a signal, such as HUP", r"(?i)(SIG)?[A-Z0-9]+",
-               lambda text: signal.Signals["SIG" + re.sub(r"\ASIG", "", text.upper())].name[3:]),
+# kind, what the documentation calls it, what was expected where its text does not fit, the pattern
+# of the whole text.  A kind that is not here is a choice, written `one|two|three`.
+KIND_TABLE = r"""
+text        text                         -  -
+name        text                         -  -
+names       one a line                   -  -
+list        one a line                   -  -
+path        path                         -  -
+private     path                         -  -
+paths       paths, one a line            -  -
+keys        keys or their files, one a line  -  -
+relative    relative path                -  -
+relatives   relative paths, one a line   -  -
+argv        command                      -  -
+filled      command                      -  -
+probe_argv  command                      -  -
+commands    commands, one a line         -  -
+regex       regular expression           -  -
+unit        systemd unit  the name of one unit; another one is another [service:NAME]
+    (?!-)[^,/*?\[]*
+int         number        a whole number, 0 or more, of at most 18 digits  [0-9]{1,18}
+times       number        a whole number, 1 or more                   0*[1-9][0-9]{0,17}
+exit_code   number        1 to 255               [1-9][0-9]?|1[0-9]{2}|2[0-4][0-9]|25[0-5]
+factor      number        a number such as 1.5, 1 or more             [1-9][0-9]{0,8}(\.[0-9]{1,9})?
+share       number        a share between 0 and 1                     0(\.[0-9]{1,9})?|1(\.0{1,9})?
+size        size          a size such as 64k, 10M or 2G               [0-9]{1,12}[kKMGT]?
+duration    duration      a duration such as 500ms, 3s, 2m or 1h      @TIME@
+limit       duration      a duration such as 3s or 2m, more than 0s   (?=.*[1-9])@TIME@
+moment      time          a time such as 2026-11-30T06:00:00Z or 2026-11-30, or such as 7d
+    [0-9]{1,6}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8}Z)?
+bool        yes or no     yes or no      (?i)yes|true|on|1|no|false|off|0
+mode        file mode     a file mode such as 0640                    0?[0-7]{3}
+slot        port          a port, 1 to 65535                          @PORT@
+port        auto or a port  auto or a port from 1 to 65535            auto|@PORT@
+statuses    status codes  HTTP status codes such as 200-299, 301      \s*@CODE@(\s*,\s*@CODE@)*\s*
+addresses   [host:]port, one a line  PORT or HOST:PORT  [\s,]*(([^\s,]*:)?@PORT@([\s,]+|\Z))*
+syslog      /dev/log or udp://HOST:PORT  /dev/log, another socket's path, or udp://HOST:PORT
+    /.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):@PORT@
+collector   URL, or environment  http://HOST:PORT, https://HOST/... or environment
+    environment|https?://[^\s/@]+(/[^\s@]*)?
+events      events        some of @NAMED@                             ((@EVENTS@)([\s,]+|\Z))+
+pattern     text          @v where the version stands                 .*@v.*
+windows     windows, one a line          -  -
+flag        file name     one name of letters, digits, `.`, `_`, `-`, and none of deploy.py's own
+    (?!(current|releases|shared|slots|\.deploy|\.\.?)\Z|\.current\.)[\w.-]{1,50}
+signal      name of a signal  the name of a signal, such as HUP       (?i)(SIG)?[A-Z0-9]+
+"""
+# How the text of a kind is read; as it stands, where its kind is not here.  What the reading cannot
+# do raises ValueError with words of its own, or KeyError.
+READERS: Dict[str, Callable[[str], Any]] = {
+    "name": _plain, "unit": _plain, "pattern": _plain, "relative": _relative,
+    "names": _lines(_plain, r"[\s,]"), "list": _lines(_plain), "relatives": _lines(_relative),
+    "path": _path, "private": _path, "paths": _lines(_path),
+    "keys": _lines(lambda text: text if KEY_LITERAL.match(text) else _path(text)),
+    "int": int, "times": int, "slot": int, "factor": float, "share": float,
+    "port": lambda text: int(text.replace("auto", "0")), "mode": lambda text: int(text, 8),
+    "size": lambda text: int(text.rstrip("kKMGT")) << 10 * ("KMGT".find(text[-1].upper()) + 1),
+    "duration": _duration, "limit": _duration, "moment": _moment, "regex": _regex,
+    "bool": lambda text: text.lower() in ("yes", "true", "on", "1"), "statuses": _statuses,
+    "argv": _argv, "filled": lambda text: _argv(text, re.escape(CANDIDATE_PORT)),
+    "probe_argv": lambda text: _argv(text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS)))),
+    "commands": _lines(_argv, r"\A\Z"), "windows": _lines(_window, r"\A\Z"),
+    "addresses": lambda text: list(map(_address, re.findall(r"[^\s,]+", text))),
+    "syslog": lambda text: (native(text), 0) if text[0] == "/" else _address(text),
+    "events": lambda text: re.findall(r"\w+", text),
+    "signal": lambda text: signal.Signals["SIG" + text.upper().replace("SIG", "")].name[3:],
 }
-LISTS = ("names", "list", "windows", "paths", "keys", "relatives", "argv", "filled", "probe_argv",
-         "commands", "addresses")
+
+
+def read_table(columns: int, text: str, **texts: str) -> Iterator[List[str]]:
+    """Read rows of cells two or more spaces apart, `-` for none; an indented line continues.
+
+    `@NAME@` in it stands for one of `texts`.
+    """
+    text = re.sub("@([A-Z]+)@", lambda found: texts[found.group(1)], text)
+    for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
+        cells = re.split(r" {2,}", row, maxsplit=columns - 1)
+        yield ["" if cell == "-" else cell for cell in cells]
+
+
+_PORT = (r"(?!0)([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]"
+         r"|6553[0-5])")
+KINDS = {kind: row for kind, *row in read_table(
+    4, KIND_TABLE, PORT=_PORT, TIME=r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)",
+    CODE=r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?", EVENTS="|".join(dict(NOTIFY_EVENTS)),
+    NAMED=", ".join(dict(NOTIFY_EVENTS)))}
+
+
+def kind_of_value(kind: str) -> List[str]:
+    """Find what the documentation calls a kind, what it expects, and its pattern."""
+    shown = kind.replace("|", ", ")
+    return KINDS.get(kind, [shown, shown, kind])
 
 
 def read_value(kind: str, text: str) -> Any:
     """Read a text as a kind of value; ValueError says what was expected."""
-    choices = kind.split("|")
-    _, expected, pattern, read = KINDS.get(
-        kind, ("", f"{', '.join(choices[:-1])} or {choices[-1]}", kind, str))
+    _, expected, pattern = kind_of_value(kind)
     try:
-        if re.fullmatch(pattern, text):
-            return read(text)
+        if re.fullmatch(pattern or "(?s).*", text):
+            return READERS.get(kind, str)(text)
     except KeyError:
         pass  # it looks like one, and is none
     raise ValueError(f"expected {expected}")
-
-
-def read_table(columns: int, text: str) -> Iterator[List[str]]:
-    """Read rows of cells two or more spaces apart, `-` for none; an indented line continues."""
-    for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
-        cells = re.split(r" {2,}", row, maxsplit=columns - 1)
-        yield ["" if cell == "-" else cell.replace("  ", " ") for cell in cells]
 
 
 class Option(NamedTuple):
@@ -2052,11 +2030,7 @@ class Option(NamedTuple):
     kind: str
     default: str
     help: str
-
-    @property
-    def takes(self) -> str:
-        """What sort of text it takes, in words."""
-        return KINDS[self.kind][0] if self.kind in KINDS else self.kind.replace("|", ", ")
+    takes: str  # what sort of text, in words
 
 
 # Of each section what it is, then of each option: key, kind, default, help.
@@ -2071,38 +2045,29 @@ auto_rollback     bool       yes     roll back when anything fails after activat
 lock_wait         duration   0s      how long to wait for another run to finish
 min_free          size       256M    free space that must be left after staging
 durable           bool       yes     sync every release to disk before it is published
-mutable           list       -       globs of what the running service may write in a release, which
-    then never counts as changed; * stays within a directory, ** does not, a directory covers what
-    is below it
+mutable           list       -       globs of what the running service may write in a release
 group             name       -       group whose members share the root; all but root may deploy
 readable  owner|group|all  owner     who may look: status, releases, history, show, verify
 app_user          name       -       user that the directories of writable are given to (root only)
-writable          relatives  -       directories of a release that app_user may write in, made where
-    they are missing; they are mutable
+writable          relatives  -       directories made for app_user in a release; they are mutable
 delegated         names      -       commands that --delegate lets a person run; see there
 inbox             path       -       directory of artifacts for it: who may write there may deploy
-share_unchanged  no|reflink|hardlink  reflink  how a file that is the same in the live release takes
-    no space again: reflink where the filesystem can (btrfs, xfs), hardlink anywhere (not with a
-    post_stage hook or writable); hard links are one file, so changing one by hand changes all
+share_unchanged  no|reflink|hardlink  reflink  how a file that is as in the live release is stored
 
 [artifact] how artifacts are named and verified
 checksum  required|if-present|off  required  whether an artifact needs a SHA-256 to be compared with
 match             pattern    -       file name pattern, @v is the version, such as myapp_@v.tar.gz
 strip_components  int        0       leading directories to drop from every name, as tar does
 symlinks  inside|refuse|any  inside  whether it may hold symlinks, and whether they may lead outside
-allow_links       list       -       globs of targets outside that are meant, such as
-    /usr/bin/python3*; * stays within a directory, ** does not; the root's own current/ and shared/
-    are always allowed
+allow_links       list       -       globs of targets outside that are meant: /usr/bin/python3*
 
 [signature] who must have signed an artifact
-verify  required|if-present|off  -   whether it needs a signature; default: required, once there are
-    keys, allowed_signers or a command
+verify  required|if-present|off  -   whether it needs one; required, once anything below is given
 keys              keys       -       public keys of minisign, signify or openssl (cosign, DSSE)
 allowed_signers   path       -       who may sign with ssh-keygen -Y, and with which key
 namespace         name       deploy  what such a signature must have been made for
 principal         names      -       whose of allowed_signers counts; default: anybody's
-command           argv       -       gets the bytes on stdin and their signature's path as
-    $DEPLOY_SIGNATURE, exits with 0 for yes; under the rules for hooks
+command           argv       -       exit 0 is yes; the bytes on stdin, $DEPLOY_SIGNATURE beside
 legacy            bool       no      take what minisign signed without hashing it first
 
 [limits] what an archive may cost
@@ -2118,8 +2083,7 @@ require_env       names      -       environment variables that must be set and 
 require_files     paths      -       files that must exist and be readable
 free_ports        addresses  -       TCP ports that nothing may listen on yet
 user              name       -       user that deploy.py must be run as
-accept_risk       paths      -       paths that root believes although others may change them; the
-    configuration's own only by --set or from the environment
+accept_risk       paths      -       paths that root believes although others may change them
 
 [env] environment of hooks and commands
 *                 text       -       environment variable handed to hooks and commands
@@ -2184,8 +2148,7 @@ timeout           limit      60s     longest time a unit may take to start or st
 settle            duration   3s      time it must then stay up unchanged
 
 [probe:*] a question put to the running service: url, tcp, command or service
-url               text       -       HTTP or HTTPS URL to ask; with ${slot} or ${port} in it, or in
-    tcp, connect or command, a slot is asked, before the proxy leads there
+url               text       -       HTTP or HTTPS URL to ask; of a slot: with ${slot} or ${port}
 tcp               text       -       host:port or unix:/path to connect to
 command           probe_argv  -      command that must exit with 0, under the rules for hooks
 service           name       -       name of a [service:NAME] that must be up
@@ -2198,7 +2161,6 @@ release           text       -       where the answer has its version: json:PATH
 method            text       GET     HTTP method
 header.*          text       -       request header
 auth_file         private    -       file with the Authorization header's value, or user:password
-    for Basic; a credential from systemd that has the probe's NAME goes before it
 redirects         int        0       redirects to follow, on the same host
 max_body          size       64k     how much of the answer is read
 tls_verify        bool       yes     check the certificate and its name
@@ -2212,8 +2174,7 @@ timeout           limit      3s      longest time of one try
 deadline          limit      60s     longest time until it must be healthy
 successes         times      2       tries in a row that must be healthy
 soak              duration   0s      how long it must stay healthy afterwards
-failures          times      3       failed tries in a row that end it: in the soak, or where the
-    new release itself answers
+failures          times      3       tries in a row that end it, once the new release answers
 backoff           factor     1.5     factor by which the wait grows after a failed try
 period_max        duration   10s     longest wait between tries
 jitter            share      0.1     random share added to or taken from each wait
@@ -2244,8 +2205,7 @@ index             name       SHA256SUMS  name of the index there; one that ends 
 channel           name       -       channel of a JSON index, instead of the newest version
 order        semver|uapi     semver  which version is newer, where no channel says so
 prereleases       bool       no      take pre-releases too
-token_file        private    -       file with a token that is sent as such (Bearer) to the url's
-    host alone; a credential from systemd that is called source goes before it
+token_file        private    -       file with a token, sent as Bearer to the url's host alone
 header.*          text       -       request header, to the url's host alone
 tls_ca            path       -       CA certificates to trust instead of the system's
 tls_cert          path       -       client certificate
@@ -2260,16 +2220,12 @@ ref               text       main    its branch, or tags (refs/tags/v*) of which
 
 [notify:*] somebody who is told how a run ended: by webhook, a chat, email or a command
 type  webhook|slack|teams|discord|email|command  webhook  how it is told
-events  events  DEFAULT_EVENTS       what it is told of
-text  text  ${application} on ${host}: ${event}: ${message}
-    what it is told; ${name} stands for a word of the result, $${name} is kept as ${name}
-body              text       -       what is posted instead, for any other receiver (webhook);
-    ${name} as in text, escaped as JSON where it is JSON
+events  events  @EVENTS@       what it is told of
+text  text  ${application} on ${host}: ${event}: ${message}  what it is told, of the result's words
+body              text       -       what is posted instead, with ${name} as in text (webhook)
 url               text       -       HTTP or HTTPS URL to post to (webhook and chats)
-url_file          private    -       file with the url, which is a secret itself; a
-    credential from systemd that has the notifier's NAME goes before it
-token_file        private    -       file with a token that is sent as such (Bearer; webhook); a
-    credential from systemd that has the notifier's NAME goes before it
+url_file          private    -       file with the url, which is a secret itself
+token_file        private    -       file with a token that is sent as such (Bearer; webhook)
 header.*          text       -       request header, ${name} as in text (webhook)
 tls_ca            path       -       CAs to trust instead of the system's (webhook and chats)
 proxy   none|environment     none    whether https_proxy and no_proxy count (webhook and chats)
@@ -2282,44 +2238,44 @@ command           argv       -       command to run, under the rules for hooks (
 textfile_dir      path       -       node_exporter's textfile directory, for deploy_APPLICATION.prom
 
 [trace] spans of each run that writes, for OpenTelemetry
-otlp              collector  -       base URL of a collector that takes OTLP over HTTP, such as
-    http://127.0.0.1:4318; or environment: what OTEL_EXPORTER_OTLP_ENDPOINT says
+otlp              collector  -       base URL of a collector that takes OTLP over HTTP
 
 [log] where everything that is said is kept: a file, syslog, or both
 file              path       -       log file to append to
 syslog            syslog     -       syslog daemon to send to: its socket, or a host that listens
-facility          FACILITIES  daemon  syslog facility
+facility          @FACILITIES@  daemon  syslog facility
 format            text|json  text    log lines as text or as JSON objects
 """
 
 
 def read_options(text: str) -> Iterator[Tuple[str, str, Dict[str, Option]]]:
     """Read each section's name, what it is, and its options by key."""
-    for part in text.strip().split("\n\n"):
+    for part in text.split("\n\n"):
         heading, _, table = part.partition("\n")
         section, _, about = heading[1:].partition("] ")
-        yield section, about, {row[0]: Option(section, *row) for row in read_table(4, table)}
+        rows = read_table(4, table, FACILITIES="|".join(FACILITIES),
+                          EVENTS=", ".join(DEFAULT_EVENTS))
+        yield section, about, {row[0]: Option(section, *row, kind_of_value(row[1])[0])
+                               for row in rows}
 
 
-SECTIONS = tuple(read_options(OPTION_TABLES.replace("FACILITIES", "|".join(FACILITIES))
-                              .replace("DEFAULT_EVENTS", ", ".join(DEFAULT_EVENTS))))
-OPTIONS = tuple(option for _, _, options in SECTIONS for option in options.values())
-_OPTIONS_OF = {section: options for section, _, options in SECTIONS}
+SECTIONS = tuple(read_options(OPTION_TABLES))
+OPTIONS = {section: options for section, _, options in SECTIONS}
 
 TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
-# Exactly one of these keys must be given in every such section.
+# Of each of these exactly one must be given in such a section.
 ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command service",),
-          "template": ("source", "target"), "candidate": ("command",),
+          "template": ("source", "target"), "candidate": ("command",), "migrate": ("up",),
           "slots": ("unit", "include", "reload")}
 
+# command, a command line to begin with, what it does
 COMMAND_TABLE = """\
 deploy      deploy shop-1.4.2.tar.gz  preflight, stage, activate, probe; rolls back if that fails
 stage       stage shop-1.4.2.tar.gz  verify and unpack only; the release is `staged`
 activate    activate 1.4.2  make a staged or earlier release live
 rollback    rollback  re-activate the previous good release, or the one that is named
 preflight   preflight shop-1.4.2.tar.gz  run every read-only check, and show them as a table
-probe       probe --url http://127.0.0.1:8080/health --expect json.status=ok --wait 30s
-    run the configured probes now, or an ad-hoc one
+probe       probe --url http://127.0.0.1:8080/health --wait 30s  run probes now, or an ad-hoc one
 verify      verify current  hash a release again and compare it with its manifest
 status      status  show what is live, what it can go back to, and whether a person is needed
 releases    releases  list the releases, newest first, `*` on the current one
@@ -2335,19 +2291,16 @@ unhold      unhold  let deployments change what is live again
 flags       flags new_checkout=25%  show the feature flags, or set some: on, off, a share, a text
 diff        diff previous  compare two releases by their manifests, the second is what is live
 logs        logs web  show what the services wrote to the journal since the release went live
-report      report --since 90d --format html -o report.html
-    show how often it was deployed, how many failed, how long it took to recover
+report      report --since 90d --format html -o report.html  how often, how well, how fast it went
 recover     recover  finish or undo what a crash left; --to settles what cannot be decided
 approve     approve shop-1.4.2.tar.gz --expires 24h  print what those sign who approve of it
 attest      attest current  print what this host signs: that a release was live here
 maintenance  maintenance on -m "new disks"  put the maintenance flag up (on, off), or serve the page
-pack        pack build --release-version 1.4.2 -o shop-1.4.2.tar.gz
-    pack a directory into a reproducible .tar.gz, with its .sha256 beside it
+pack        pack build -o shop-1.4.2.tar.gz  pack a directory into a reproducible .tar.gz
 config      config --example  show every option with its value and where it came from
 help        help systemd  show what this program is, how a command is used, or another page
 completion  completion bash  print what makes bash or zsh complete the words of this program
 """
-# command: (what it does, a command line to begin with)
 COMMAND_HELP = {name: (text, example) for name, example, text in read_table(3, COMMAND_TABLE)}
 
 
@@ -2369,7 +2322,6 @@ class Flag(NamedTuple):
     is_argument: bool
 
 
-RELEASE_HELP = "id, unique prefix, version, digest prefix, current, previous or latest"
 # names (=dest, or =the option that it gives, which has its help), metavar, commands, help
 FLAG_TABLE = """\
 -c --config          FILE...      -  configuration file; may repeat, a later one wins
@@ -2385,12 +2337,12 @@ FLAG_TABLE = """\
 -m --message         TEXT         -  why: kept in record and history, told to hooks and notifiers
 artifact             ARTIFACT     deploy stage approve  archive or directory
 artifact             [ARTIFACT]   preflight  archive or directory
-release              RELEASE      activate pin unpin  RELEASES
+release              RELEASE      activate pin unpin  @RELEASE@
 release              RELEASE      adopt  name of a directory in releases/, or current
-release              [RELEASE]    rollback  RELEASES; default: the previous good one
-release              [RELEASE]    verify attest  RELEASES; default: current
-release              RELEASE      diff  RELEASES
-other                [RELEASE]    diff  RELEASES; default: current
+release              [RELEASE]    rollback  @RELEASE@; default: the previous good one
+release              [RELEASE]    verify attest  @RELEASE@; default: current
+release              RELEASE      diff  @RELEASE@
+other                [RELEASE]    diff  @RELEASE@; default: current
 service              [SERVICE]    logs  a configured service; default: all of them
 -f --follow          -            logs  go on showing what they write
 --until              TIME         hold  2026-11-30T06:00:00Z, or a duration; default: until unhold
@@ -2398,8 +2350,7 @@ assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 --sha256             HEX          deploy stage preflight  digest the artifact must have
 --signature          FILE         deploy stage preflight  its signature, wherever that lies
 --release-version    V            deploy stage preflight pack  version, instead of the name's
---allow-downgrade    -            deploy stage preflight sync
-    accept a version older than the one that is live
+--allow-downgrade    -            deploy stage preflight sync  take one older than what is live
 -f --force           -            deploy stage preflight activate rollback prune sync
     insist: a bad or changed release, another application's root, pruning what was written to
 --override           WHY          deploy activate sync preflight
@@ -2410,59 +2361,60 @@ assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 --check              -            sync  only look: exit 7 where something new waits, 0 where not
 --version            V            sync  this version of the source's, instead of the newest
 names                [NAME...]    probe  configured probes; default: all
---url                URL          probe config
-    ask this URL, without a configuration; with config --minimal: its probe's
+--url                URL          probe config  ask this URL; with config --minimal: its probe's
 --tcp                ADDRESS      probe  connect to host:port or unix:/path
 --command=probe_command  PROGRAM  probe  run this program, with its arguments
---expect             KEY=VALUE...  probe
-    any key of [probe:NAME], for --url, --tcp and --command; may repeat
+--expect             KEY=VALUE...  probe  any key of [probe:NAME], without one; may repeat
 --wait               DURATION     probe  try until it is healthy, so long at most; default: one try
 --unhealthy-exit-code  N          probe  exit code when a probe fails, 1 to 255; default: 7
 --verify             -            history  check the hash chain
---since              TIME         history report
-    2026-11-30, or a duration back, such as 7d
---format             FORMAT       report  text, csv, json or html
+--since              TIME         history report  2026-11-30, or a duration back, such as 7d
+--format      text|csv|json|html  report  how it is written
 --failed             -            history  only what failed
 --operation          NAME         history  only this operation, such as deploy
 --limit              N            history  newest entries to show, 20 without; 0 means all
-id                   [ID]         show
-    deployment id, its prefix or number, or a release; default: the last one
+id                   [ID]         show  id, prefix or number, or a release; default: the last one
 --all                -            status  of every root in /etc/deploy/*.ini
 --to                 RELEASE      recover  settle on this release, whatever the journal says
-action               ACTION       maintenance  on, off or serve
+action               on|off|serve  maintenance  put it up, take it away, answer 503 with the page
 --listen             HOST:PORT    maintenance  where `serve` listens
 --page               FILE         maintenance  HTML that `serve` shows; default: a line of text
 --health             PATH         maintenance  where `serve` answers 200; default: /healthz
 directory            DIRECTORY    pack  directory to pack
--o --output          FILE         pack report
-    file to write; default: NAME[-V].tar.gz here, and stdout for a report
+-o --output          FILE         pack report  file to write; default: NAME[-V].tar.gz, or stdout
 --prefix             NAME         pack  directory to put everything under
 --keep-mtimes        -            pack  keep the files' own times, instead of one for all
 --example            -            config  print a configuration file with every option
 --minimal            -            config  print one of ten lines, to begin with
 --unit               UNIT         config  its service, with --minimal
 topic                [TOPIC]      help  systemd, cron, hooks, config, or a command
-shell                SHELL        completion  bash or zsh
+shell                bash|zsh     completion  whose script
 --root=deploy.root   DIR          -  -
 --wait-lock=deploy.lock_wait  DURATION  -  -
 --log-file=log.file  FILE         -  -
 --log-format=log.format  text|json  -  -
 """
-FLAG_KINDS = {"splay": "duration", "wait": "limit", "limit": "int", "until": "moment",
-              "since": "moment", "format": "text|csv|json|html", "expires": "moment",
-              "unhealthy_exit_code": "exit_code", "action": "on|off|serve", "listen": "addresses"}
+FLAG_KINDS = {"splay": "duration", "wait": "limit", "until": "moment", "since": "moment",
+              "expires": "moment", "limit": "int", "listen": "addresses",
+              "unhealthy_exit_code": "exit_code"}
 
 
 def read_flags(text: str) -> Iterator[Flag]:
     """Read the table of flags."""
-    for words, metavar, commands, about in read_table(4, text):
+    for words, metavar, commands, about in read_table(
+            4, text,
+            RELEASE="id, unique prefix, version, digest prefix, current, previous or latest"):
         spelled, _, name = words.partition("=")
-        section, dot, key = name.partition(".")
+        section, is_option, key = name.partition(".")
         names = tuple(spelled.split())
-        dest = name if name and not dot else names[-1].lstrip("-").replace("-", "_")
-        about = _OPTIONS_OF[section][key].help if dot else about.replace("RELEASES", RELEASE_HELP)
-        yield Flag(names, metavar, tuple(commands.split()), about, dest, FLAG_KINDS.get(dest, ""),
-                   name if dot else "", is_argument=not spelled.startswith("-"))
+        dest, option = names[-1].lstrip("-").replace("-", "_"), ""
+        kind = FLAG_KINDS.get(dest, metavar if "|" in metavar else "")
+        if is_option:
+            about, kind, option = OPTIONS[section][key].help, "", name
+        elif name:
+            dest = name
+        yield Flag(names, metavar, tuple(commands.split()), about, dest, kind, option,
+                   is_argument=not spelled.startswith("-"))
 
 
 FLAGS = tuple(read_flags(FLAG_TABLE))
@@ -2478,28 +2430,23 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def options_of(section: str) -> Dict[str, Option]:
     """Return a section's options by key: `probe:web` has those of `probe:*`."""
-    kind, _, name = section.partition(":")
-    is_named = re.match(r"[A-Za-z0-9_-]+\Z", name)
-    return _OPTIONS_OF.get(f"{kind}:*" if is_named else section, {})
+    return OPTIONS.get(re.sub(r":[A-Za-z0-9_-]+\Z", ":*", section), {})
 
 
 def find_option(section: str, key: str) -> Optional[Option]:
     """Return the row for a section and key as the operator wrote them, or None."""
     options = options_of(section)
-    prefix, _, rest = key.partition(".")
-    chosen = options.get(f"{prefix}.*") if rest else None
-    return options.get(key) or options.get("*") or chosen
+    return options.get(key) or options.get(re.sub(r"\..+\Z", ".*", key)) or options.get("*")
 
 
 def unknown(section: str, key: str, origin: str) -> UsageError:
     """Make the error for a section or key that does not exist, suggesting the nearest name."""
-    keys = options_of(section)
-    if not keys:
-        names = [name.replace(":*", ":NAME") for name in _OPTIONS_OF]
-        return UsageError(f"{origin}: unknown section [{section}]",
-                          nearest(section, names) or "the sections are " + ", ".join(names))
-    return UsageError(f"{origin}: unknown key {key!r} in [{section}]",
-                      nearest(key, keys) or "the keys are " + ", ".join(keys))
+    names, word, what = list(options_of(section)), key, f"key {key!r} in [{section}]"
+    if not names:
+        names = [name.replace(":*", ":NAME") for name in OPTIONS]
+        word, what = section, f"section [{section}]"
+    return UsageError(f"{origin}: unknown {what}",
+                      nearest(word, names) or f"there are {', '.join(names)}")
 
 
 def meaningless(values: Any, keys: Iterable[str], what: str) -> str:
@@ -2507,6 +2454,14 @@ def meaningless(values: Any, keys: Iterable[str], what: str) -> str:
     found = [key for key in values.given if key in keys]
     plural = "" if len(found) > 1 else "s"
     return f"{' and '.join(found)} mean{plural} nothing to {what}" if found else ""
+
+
+def filled(section: Any, values: Dict[str, Any]) -> Any:
+    """Copy a section with these texts replaced by others, wherever they stand."""
+    text = json.dumps(vars(section))
+    for place, value in values.items():
+        text = text.replace(place, json.dumps(str(value))[1:-1])
+    return SimpleNamespace(**json.loads(text))
 
 
 class Given(NamedTuple):
@@ -2535,77 +2490,70 @@ class Settings:
         self.delegate: Optional[str] = None  # the file of --delegate
         self.mistakes: List[UsageError] = []
         self.rows: List[Tuple[str, str, str, str]] = []  # section, key, text, origin of all
-        by_option: Dict[Tuple[str, str], Dict[str, Given]] = {}
-        for (section, key), value in given.items():
-            option = find_option(section, key)
-            by_option.setdefault((section, option.key if option else ""), {})[key] = value
         declared = sorted({section for section, _ in given})
-        for table, _, options in SECTIONS:
+        for table in OPTIONS:
             kind, is_named, _ = table.partition(":")
-            sections = {section[len(kind) + 1:]: self._section(section, options, by_option)
-                        for section in (declared if is_named else [table])
-                        if section == table or section.startswith(f"{kind}:")}
-            setattr(self, kind, sections if is_named else sections[""])
+            setattr(self, kind, {
+                section[len(kind) + 1:]: self._section(section, OPTIONS[table])
+                for section in declared if section.startswith(f"{kind}:")
+            } if is_named else self._section(table, OPTIONS[table]))
         for probe in self.probe.values():
             probe.of_slot = any(place in json.dumps(vars(probe)) for place in OF_SLOTS)
         both, self.slots = self.slots, {}
-        both.include += "\n"
-        for name in filter(both.ports.get, both.ports):  # as a [service:NAME] with a unit is
-            vars(both).update(name=name, port=both.ports[name], action="restart", pidfile="",
-                              command=[])
-            places = dict(zip(OF_SLOTS, (name, both.port)))
-            self.slots[name] = filled(both, places)
-            self.slots[name].places = places
         self.has_slots = bool(both.given)
+        for name in filter(both.ports.get, both.ports):  # as a [service:NAME] with a unit is
+            places = dict(zip(OF_SLOTS, (name, both.ports[name])))
+            self.slots[name] = slot = filled(both, places)
+            vars(slot).update(name=name, port=both.ports[name], places=places, action="restart",
+                              include=slot.include + "\n", pidfile="", command=[])
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
-    def _section(self, section: str, options: Dict[str, Option],
-                 given: Dict[Tuple[str, str], Dict[str, Given]]) -> Any:
+    def _section(self, section: str, options: Dict[str, Option]) -> Any:
         """Read one section; its `given` are the options that are not what they are by default."""
         kind, _, name = section.partition(":")
         values = SimpleNamespace(name=name, given=[])
+        own = {key: value for (place, key), value in self.given.items() if place == section}
         for option in options.values():
             prefix, is_chosen, _ = option.key.partition("*")
-            default = {} if is_chosen else {option.key: Given(option.default, "default", "")}
-            read = {}
-            for key, value in given.get((section, option.key), default).items():
-                self.rows.append((section, key, value.text, value.origin))
-                read[key[len(prefix):]] = self._value(option, section, key, value)
-                if value.text != option.default and prefix.rstrip(".") not in values.given:
-                    values.given.append(prefix.rstrip("."))
-            if is_chosen and len(options) == 1:
-                return read
-            setattr(values, prefix.rstrip(".") or "ports", read if is_chosen else read[""])
+            found = {key: value for key, value in own.items()
+                     if find_option(section, key) is option}
+            if not found and not is_chosen:
+                found = {option.key: Given(option.default, "default", "")}
+            read = {key[len(prefix):]: self._value(option, section, key, value)
+                    for key, value in found.items()}
+            attribute = prefix.rstrip(".") or "ports"
+            if any(value.text != option.default for value in found.values()):
+                values.given.append(attribute)
+            setattr(values, attribute, read if is_chosen else read[""])
         for group in ONE_OF.get(kind, ()):
             present = [key for key in group.split() if key in values.given]
             if len(present) != 1 and (name or values.given):
                 wanted = ("exactly one of " if " " in group else "") + group.replace(" ", ", ")
-                got = f", not {' and '.join(present)}" if present else ", and has none"
-                self.mistakes.append(self.wrong(section, f"needs {wanted}{got}"))
-        return values
+                self.mistakes.append(self.wrong(
+                    section, f"needs {wanted}, and has {' and '.join(present) or 'none'}"))
+        return values.ports if list(options) == ["*"] else values
 
     def _value(self, option: Option, section: str, key: str, given: Given) -> Any:
-        if not given.text and not option.default:
-            return [] if option.kind in LISTS else ""  # empty is as good as none
+        self.rows.append((section, key, given.text, given.origin))
         try:
             value = read_value(option.kind, given.text)
         except ValueError as error:
-            self.mistakes.append(UsageError(
-                f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
-                f"{option.key}: {option.help}"))
-            return self._value(option, section, key, Given(option.default, "default", ""))
+            if given.text or option.default:  # else empty is as good as none
+                self.mistakes.append(UsageError(
+                    f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
+                    f"{option.key}: {option.help}"))
+            with suppress(ValueError):
+                return read_value(option.kind, option.default)
+            return ""
         if option.kind in ("paths", "keys"):
             return [path if KEY_LITERAL.match(path) else
                     absolute(os.path.join(given.directory, path)) for path in value]
-        if option.kind in ("path", "private"):
+        if option.kind in ("path", "private") and value:
             value = absolute(os.path.join(given.directory, value))
-        if option.kind == "private":
             # What systemd hands over (LoadCredential=) goes before.
             handed = os.path.join(environment("CREDENTIALS_DIRECTORY") or "/dev/null",
                                   section.rpartition(":")[2])
-            value = handed if os.path.exists(handed) else value
+            if option.kind == "private" and os.path.exists(handed):
+                value = handed
         return value
 
     def wrong(self, section: str, problem: str) -> UsageError:
@@ -2615,8 +2563,7 @@ class Settings:
 
     def origin(self, section: str, key: str) -> str:
         """Say where a value came from."""
-        found = self.given.get((section, key))
-        return found.origin if found else "default"
+        return self.given.get((section, key), Given("", "default", "")).origin
 
     def command_line(self, text: str) -> str:
         """Write the command line that does something with this root under this configuration."""
@@ -2649,23 +2596,20 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
     given: Layer = {}
     mistakes: List[UsageError] = []
     for path in files:
-        try:
-            given.update(read_ini(path, mistakes))
-        except UsageError as error:
-            mistakes.append(error)
+        read_ini(path, given, mistakes)
     # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
-    # DEPLOY_CANDIDATE_PORT is one, but for what a candidate's run has started.
-    variables = [name for name in environment_names() if name.startswith("DEPLOY_")
-                 and not (name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK"))]
-    sections = [section for section in _OPTIONS_OF if ":" not in section]
-    for section in sections + sorted({section for section, _ in given if ":" in section}):
+    named = sorted({section for section, _ in given if ":" in section})
+    for section in [section for section in OPTIONS if ":" not in section] + named:
         prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
         options = options_of(section)
-        for name in variables:
-            key = name[len(prefix):]
-            key = key.lower() if key.lower() in options or "*" not in options else key
-            if name.startswith(prefix) and (key in options or "*" in options):
-                given[section, key] = Given(environment(name), f"environment {name}", "")
+        for name in environment_names():
+            # DEPLOY_CANDIDATE_PORT is an option, but for what a candidate's run has started.
+            if name.startswith(prefix) and not (
+                    name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK")):
+                key = name[len(prefix):]
+                key = key.lower() if key.lower() in options else key
+                if key in options or "*" in options:
+                    given[section, key] = Given(environment(name), f"environment {name}", "")
     for place, text in flags.items():
         given[place] = Given(text, "command line", "")
     for assignment in assignments:
@@ -2688,37 +2632,31 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
     return settings
 
 
-def read_ini(path: str, mistakes: List[UsageError]) -> Layer:
-    """Read one configuration file; UsageError where it is no INI file.
-
-    Names that do not exist are added to the mistakes.
-    """
+def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
+    """Read one configuration file into a layer; what is wrong is added to the mistakes."""
     import configparser
     parser = configparser.RawConfigParser(
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
         default_section="\0none")
     parser.optionxform = str  # type: ignore  # keys keep their case
     directory = os.path.dirname(absolute(path))
+    problem, hint = "", "name a readable INI file: [section], then key = value or a continuation"
     try:
-        text = read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
-        parser.read_string(text, path)
+        parser.read_string(read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig"), path)
     except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {reason(error)}",
-                         "name a configuration that this user can read: -c FILE")
+        problem = reason(error)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error.reason} at byte {error.start}",
-                         "save it as UTF-8")
+        problem, hint = f"not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8"
     except configparser.ParsingError as error:
         # Not its own words: they quote the line, which may hold a password.
         numbers = [str(number) for number, _ in getattr(error, "errors", [])]
         lines = ", ".join(numbers) or getattr(error, "lineno", 0)
-        raise UsageError(f"cannot understand {path}: line {lines} is none that can stand there",
-                         "lines are [section], then key = value, or an indented continuation"
-                         ) from None
-    except configparser.Error as error:
-        raise UsageError(f"cannot understand {path}: {' '.join(str(error).split())}",
-                         "every section and every key may stand there once")
-    given = {}
+        problem = f"line {lines} is none that can stand there"
+    except configparser.Error as error:  # a section or a key that stands there twice
+        problem = " ".join(str(error).split())
+    if problem:
+        mistakes.append(UsageError(f"cannot read the configuration {path}: {problem}", hint))
+        return
     for section in parser.sections():
         if not options_of(section):
             mistakes.append(unknown(section, "", path))
@@ -2733,7 +2671,6 @@ def read_ini(path: str, mistakes: List[UsageError]) -> Layer:
                                            "no program, file or variable can: take it out"))
             else:
                 given[section, key] = Given(text.strip(), path, directory)
-    return given
 
 
 # ============================================================================
@@ -12089,8 +12026,6 @@ def command_help(run: Run) -> None:
 
 def command_completion(run: Run) -> None:
     """Print what makes a shell complete this program's words."""
-    if run.flags.shell not in ("bash", "zsh"):
-        raise UsageError(f"there is no completion for {run.flags.shell!r}", "one of bash, zsh")
     flags = [(name, flag) for flag in FLAGS for name in flag.names if not flag.is_argument]
     everywhere = " ".join(["-h", "--help", "--version"]
                           + [name for name, flag in flags if not flag.commands])

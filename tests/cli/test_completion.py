@@ -164,4 +164,4 @@ def test_the_object_of_json_holds_the_script() -> None:
 
 def test_an_unknown_shell_is_an_error_that_names_those_that_are_known() -> None:
     error = run_deploy("completion", "ksh", check=2).data["error"]
-    assert "ksh" in error["message"] and error["hint"] == "one of bash, zsh"
+    assert "ksh" in error["message"] and "bash, zsh" in error["message"]

@@ -362,7 +362,7 @@ def test_exactly_one_of_a_group_must_be_given(name: str, text: str, wanted: str,
 # -- habits of other formats ---------------------------------------------------
 
 HABITS = [
-    ("comment", "deploy", "root", "/srv/x   # the shop", "a comment needs a line of its own; write /srv/x"),
+    ("comment", "deploy", "root", "/srv/x   # the shop", "a comment needs a line of its own, and quotes or brackets would be part of it; write /srv/x"),
     ("semicolon", "service:web", "unit", "web.service ; the web", "write web.service"),
     ("comment-on-a-name", "deploy", "application", "shop # mine", "write shop"),
     ("commas", "deploy", "shared_dirs", "log, tmp", "expected one a line; write log and tmp on a line of its own each"),

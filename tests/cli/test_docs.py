@@ -16,6 +16,7 @@ from tables import README, with_tables
 EXAMPLE, MAKEFILE = TOP / "deploy.ini.example", TOP / "Makefile"
 
 deploy = load_deploy()
+OPTIONS = [option for _, _, options in deploy.SECTIONS for option in options.values()]
 COMMANDS = tuple(deploy.COMMANDS)
 
 
@@ -48,7 +49,7 @@ def table_words() -> List[Set[str]]:
     return rows
 
 
-@pytest.mark.parametrize("option", deploy.OPTIONS, ids=option_id)
+@pytest.mark.parametrize("option", OPTIONS, ids=option_id)
 def test_the_readme_has_a_row_for_every_option(option: Any) -> None:
     sections, keys = spellings(option.section), spellings(option.key)
     joined = {f"{section}.{key}" for section in sections for key in keys}
@@ -162,7 +163,7 @@ def other_tests() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in paths).replace("\\n", "\n")
 
 
-@pytest.mark.parametrize("option", deploy.OPTIONS, ids=option_id)
+@pytest.mark.parametrize("option", OPTIONS, ids=option_id)
 def test_every_option_is_used_by_a_test(option: Any) -> None:
     section = re.escape(option.section).replace(r"\*", r"\w+")
     key = re.escape(option.key).replace(r"\*", r"[\w.-]+")
@@ -200,9 +201,10 @@ def test_the_example_as_it_stands_means_the_defaults() -> None:
 def test_the_example_shows_every_option_with_its_default(tmp_path: Path) -> None:
     path = tmp_path / "deploy.ini"
     path.write_text(uncommented(), encoding="utf-8")
-    shown = {(section.replace("NAME", "*"), key.replace("NAME", "*")): given.text
-             for (section, key), given in deploy.read_ini(str(path), []).items()}
-    assert shown == {(option.section, option.key): option.default for option in deploy.OPTIONS}
+    layer = {}  # type: Dict[Tuple[str, str], Any]
+    deploy.read_ini(str(path), layer, [])
+    shown = {(section.replace("NAME", "*"), key.replace("NAME", "*")): given.text for (section, key), given in layer.items()}
+    assert shown == {(option.section, option.key): option.default for option in OPTIONS}
 
 
 def test_the_uncommented_plain_sections_still_mean_the_defaults(tmp_path: Path) -> None:
@@ -211,5 +213,5 @@ def test_the_uncommented_plain_sections_still_mean_the_defaults(tmp_path: Path) 
     path = tmp_path / "deploy.ini"
     path.write_text(plain, encoding="utf-8")
     settings, defaults = deploy.load_settings([str(path)], {}, []), deploy.load_settings([], {}, [])
-    for section in {option.section for option in deploy.OPTIONS if not option.section.endswith("*") and option.key != "*"}:
+    for section in {option.section for option in OPTIONS if not option.section.endswith("*") and option.key != "*"}:
         assert getattr(settings, section) == getattr(defaults, section)

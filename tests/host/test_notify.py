@@ -553,9 +553,9 @@ def test_a_key_that_cannot_be_sent_is_not_shown_instead(app, receive, tmp_path, 
 
 
 @pytest.mark.parametrize("section, message", [
-    ("type = pigeon", "type = 'pigeon': expected webhook, slack, teams, discord, email or command"),
-    ("url = http://x/\nevents=deployed, gone", "expected some of deployed, synced, activated, rolled_back, failed, left_live, rollback_failed, "
-     "refused, recovered, staged, pruned, not 'gone'"),
+    ("type = pigeon", "type = 'pigeon': expected webhook, slack, teams, discord, email, command"),
+    ("url = http://x/\nevents=deployed, gone", "events = 'deployed, gone': expected some of deployed, synced, activated, rolled_back, failed, "
+     "left_live, rollback_failed, refused, recovered, staged, pruned"),
     ("url = http://x/\nevents =", "expected some of deployed"),
     ("events = failed", "type = webhook needs url"),
     ("type = slack", "type = slack needs url or url_file"),

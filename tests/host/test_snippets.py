@@ -28,7 +28,7 @@ class Snippet(NamedTuple):
 
 
 # kind: how such a block begins, comments aside.
-SECTIONS = "|".join(sorted({option.section.partition(":")[0] for option in deploy.OPTIONS}))
+SECTIONS = "|".join(sorted({section.partition(":")[0] for section in deploy.OPTIONS}))
 KINDS = (
     ("transcript", r"\w*\$ "),
     ("ini", rf"\[({SECTIONS})(:\w+)?\]$"),
