@@ -334,7 +334,9 @@ FAILURES = (DeployError, OSError, ImportError, MemoryError)
 
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides:
 # what can move a cursor, forge a log line or hide text.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNPRINTABLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in [
+    *range(32), *range(0x7f, 0xa0), 0x61c, 0x200e, 0x200f, *range(0x2028, 0x202f),
+    *range(0x2066, 0x206a)]}
 MASK = "[masked]"
 # What the name of something private holds (an option, a variable, a header, what a command prints),
 # and what must follow for it to mean that.
@@ -351,13 +353,11 @@ SECRET_NAME = re.compile(rf"(?i){_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
 # What looks private in any text: words without which it is not there, its form, what is shown.
 _SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
     # A URL's user and password, and its query.
-    (["://"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)?([^\s?#'\"]*)"
-     r"(\?[^\s#'\"]*)?",
-     lambda found: "".join([found[1], MASK + "@" if found[2] else "", found[3],
-                            "?" + MASK if found[4] else ""])),
+    (["://"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)", rf"\1{MASK}@"),
+    (["://"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+", rf"\1{MASK}"),
     (["authorization", "cookie"],
      r"(?i)\b((?:authorization|proxy-authorization|cookie|set-cookie)[\"']?[ \t]*[:=][ \t]*)"
-     r"\S[^\r\n]*", r"\1" + MASK),
+     r"\S[^\r\n]*", rf"\1{MASK}"),
     # NAME=VALUE, "name": "value", --name VALUE.  A name is looked at once, from its beginning: a
     # long line of such names would take minutes otherwise.
     (_SECRET_WORDS, r"(?i)(?<![\w.-])"
@@ -370,11 +370,11 @@ _SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
      r"([\w.-]+[\"']?[ \t]*[=:][ \t]*"
      r"|--?[\w-]+[ \t]+(?!-|(?:is|was|or|and|for|must|needs?|requires?|option|argument)\b))"
      r"(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
-     r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)", r"\1" + MASK),
+     r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)", rf"\1{MASK}"),
     # The password of mysql and its like, or what has letters and digits, as no other -p does but
     # find's -print0.
     (["-p"], r"((?:mysql|mariadb|sshpass)[^\n|;&]{0,200}?\s-p[ ]?(?=\S)"
-     r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+", r"\1" + MASK),
+     r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+", rf"\1{MASK}"),
     # A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
     (["eyj"], r"eyJ(?<![\w.-]eyJ)[\w-]{6,}(?:\.[\w-]*){2,4}", MASK),
 ]]
@@ -382,10 +382,7 @@ _SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
 
 def escape(text: str) -> str:
     """Make control characters and terminal escapes visible instead of effective."""
-    def visible(found: Any) -> str:
-        code = ord(found.group())
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    return _UNPRINTABLE.sub(visible, text)
+    return text.translate(_UNPRINTABLE)
 
 
 class Secrets(List[str]):
@@ -409,24 +406,18 @@ class Secrets(List[str]):
                 text = pattern.sub(shown, text)
         return text
 
-    def mask_json(self, value: Any) -> Any:
-        """Mask every string in a JSON-like value, and what a name that looks secret announces."""
+    def mask_json(self, value: Any, name: str = "") -> Any:
+        """Mask every string in a JSON-like value, and what a `name` that looks secret announces."""
         if isinstance(value, str):
-            return self.mask(value)
+            is_secret = SECRET_NAME.search(name) and not value.startswith("SHA256:")
+            return MASK if value and is_secret else self.mask(value)
         if isinstance(value, dict):
-            # A key's fingerprint is for everybody.
-            return {key: MASK if isinstance(item, str) and item and SECRET_NAME.search(str(key))
-                    and not item.startswith("SHA256:") else self.mask_json(item)
-                    for key, item in value.items()}
+            return {key: self.mask_json(item, str(key)) for key, item in value.items()}
         if not isinstance(value, (list, tuple)):
             return value
-        items = [self.mask_json(item) for item in value]
-        for number, (name, item) in enumerate(zip(value, items[1:]), 1):
-            # --token and its value, as two words of a command.
-            if isinstance(name, str) and isinstance(item, str) and name.startswith("-") \
-                    and self.mask(f"{name} {item}").endswith(MASK):
-                items[number] = MASK
-        return items
+        # --token and its value may be two words of a command.
+        before = [item if isinstance(item, str) and item[:1] == "-" else "" for item in value]
+        return [self.mask_json(item, word) for item, word in zip(value, ["", *before])]
 
 
 def format_size(size_bytes: float) -> str:
@@ -439,11 +430,10 @@ def format_size(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration for people: 0.042s, 3.1s, 2m05s."""
-    for limit, digits in ((0.1, 3), (10, 2), (60, 1)):
-        if seconds < limit:
-            return f"{seconds:.{digits}f}s"
-    minutes, rest = divmod(int(seconds + 0.5), 60)
+    """Write a duration for people: 0.04s, 3.10s, 2m05s, 1h20m."""
+    if seconds < 59.995:
+        return f"{seconds:.2f}s"
+    minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
@@ -458,25 +448,31 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows in columns as wide as their widest cell; the last column is ragged.
-
-    On a terminal that is narrower than that, the widest columns are folded.
-    """
+    """Lay out rows in columns as wide as their widest cell, folded on a narrower terminal."""
     import textwrap
     table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    try:
+    with suppress(OSError):  # no terminal
         left = os.get_terminal_size(1).columns - 2 * (len(widths) - 1)
-    except OSError:  # no terminal
-        left = sum(widths)
-    while sum(widths) > left and max(widths) > 16:
-        widths[widths.index(max(widths))] -= 1
+        while sum(widths) > left and max(widths) > 16:
+            widths[widths.index(max(widths))] -= 1
     lines = []
     for row in table:
         cells = [textwrap.wrap(cell, max(1, width)) for cell, width in zip(row, widths)]
         for pieces in itertools.zip_longest(*cells, fillvalue=""):
             lines.append("  ".join(map(str.ljust, pieces, widths)).rstrip())
     return "\n".join(lines)
+
+
+def send_datagram(address: Any, data: bytes, wait_seconds: float) -> None:
+    """Send one datagram to a socket's path, or to a (numeric address, port)."""
+    import socket
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    if isinstance(address, str):
+        family = socket.AF_UNIX
+    with socket.socket(family, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(wait_seconds)
+        sender.sendto(data, address)
 
 
 # -- the log -----------------------------------------------------------------
@@ -490,16 +486,16 @@ FACILITIES = {"user": 1, "daemon": 3, "cron": 9,
 class Log:
     """A place that takes every line of a run; that it does not is reported once."""
 
-    FAILURE = ""
     as_json = False
     report: Any = None
 
-    def line(self, record: Any, message: str) -> str:
+    def line(self, record: Any, limit: Optional[int] = None) -> str:
         """Write a record as text or as one JSON object, without an end.
 
         Its `context` says what it is about; `event` holds `event` (a key of EVENTS) and `result`
         where it is the end of a step or of the run.
         """
+        message = record.msg[:limit]
         if self.as_json:
             return json.dumps({"time": format_time(record.created),
                                "level": record.levelname.lower(), "message": message,
@@ -514,99 +510,66 @@ class Log:
         except OSError as error:
             report, self.report = self.report, None
             if report:
-                report(self.FAILURE.format(error))
+                report(f"not all that is said is in the log: {error.strerror or error}")
 
 
 class LogFile(Log):
-    """A file that is appended to; UsageError when it cannot be opened at the beginning.
+    """A file that is appended to, opened for each line: logrotate may move it at any time.
 
     Not the library's WatchedFileHandler: that follows symlinks, waits for the reader of a pipe,
     and writes a line in pieces, between which those of another run may come.
     """
 
-    FAILURE = "the log file cannot be written: not all that is said is in it"
-
     def __init__(self, path: str) -> None:
         self._path = path
         try:
-            self._descriptor = self._open()
+            self._write(b"")
         except OSError as error:
-            why = "it is a symlink" if error.errno == errno.ELOOP else error.strerror
-            raise UsageError(f"cannot open the log file {path}: {why}",
-                             "choose a file that this user can write: --log-file FILE")
-
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-                       | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+            raise UsageError(f"cannot open the log file {path}: {error.strerror}",
+                             "choose a regular file that this user can write: --log-file FILE")
 
     def send(self, record: Any) -> None:
-        """Write one line, in one call, to a new file where logrotate has moved the old one."""
-        with suppress(OSError):  # no place for a new one: the one that was moved takes the rest
-            descriptor = self._open()
-            os.dup2(descriptor, self._descriptor, inheritable=False)
-            os.close(descriptor)
+        """Write one line."""
         stamp = "" if self.as_json else f"{format_time(record.created)} {record.levelname} "
-        data = f"{stamp}{self.line(record, record.msg)}\n".encode("utf-8", "backslashreplace")
-        if os.write(self._descriptor, data) < len(data):
-            raise OSError(errno.ENOSPC, "it is full")
+        self._write(f"{stamp}{self.line(record)}\n".encode("utf-8", "backslashreplace"))
+
+    def _write(self, data: bytes) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+                             | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        try:
+            if data and os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, "it is full")
+        finally:
+            os.close(descriptor)
 
 
 class Syslog(Log):
-    """A syslog daemon: datagrams of RFC 3164 to the first of some addresses that takes them.
+    """A syslog daemon: a datagram of RFC 3164 for each line.
 
-    One that is gone, slow or hanging costs a run PATIENCE_SECONDS in all, and lines.  The
-    library's SysLogHandler asks a name server and waits for a full socket with every line.
+    The library's SysLogHandler asks a name server and waits for a full socket with every line;
+    this one waits once, for a second.
     """
 
-    FAILURE = "syslog cannot be reached: {}"
-    # What every receiver should take is 2,048 (RFC 5424, 6.1), with what stands before the line.
-    LONGEST_BYTES = 1900
-    PATIENCE_SECONDS = 1.0
+    LONGEST_CHARACTERS = 1000  # every receiver should take 2,048 bytes (RFC 5424, 6.1)
 
-    def __init__(self, addresses: List[Tuple[int, Any]], facility: str) -> None:
-        self._addresses = list(addresses)  # family, and what connect(2) takes
+    def __init__(self, address: Any, facility: str) -> None:
+        self._address = address  # a socket's path, or (address, port)
+        is_local = isinstance(address, str)
+        self._host = "" if is_local else os.uname().nodename.partition(".")[0] + " "
         self._facility = FACILITIES[facility]
-        self._patience_seconds = self.PATIENCE_SECONDS
-        self._socket: Any = None
+        self._wait_seconds = 1.0
 
     def send(self, record: Any) -> None:
         """Send one line."""
-        if not self._addresses:
-            raise OSError("the host name cannot be resolved")
-        message = record.msg
-        line = self.line(record, message).encode("utf-8", "backslashreplace")
-        excess_bytes = len(line) - self.LONGEST_BYTES
-        if excess_bytes > 0:  # the message is cut, not the line: that may be JSON
-            message = message[:-excess_bytes - 3] + "..."
         stamp = time.strftime("%b %e %H:%M:%S", time.localtime(record.created))
-        is_local = isinstance(self._addresses[0][1], str)
-        host = "" if is_local else os.uname().nodename.partition(".")[0] + " "
-        priority = self._facility * 8 + PRIORITIES[record.levelname.lower()]
-        head = f"<{priority}>{stamp} {host}deploy.py[{os.getpid()}]: "
-        data = (head + self.line(record, message)).encode("utf-8", "backslashreplace")
-        started_seconds = time.monotonic()
+        line = f"<{self._facility * 8 + PRIORITIES[record.levelname.lower()]}>{stamp} " \
+               f"{self._host}deploy.py[{os.getpid()}]: {self.line(record, self.LONGEST_CHARACTERS)}"
         try:
-            self._deliver(data)
-        finally:
-            self._patience_seconds -= time.monotonic() - started_seconds
-
-    def _deliver(self, data: bytes, *, is_last: bool = False) -> None:
-        import socket
-        try:
-            if self._socket is None:
-                self._socket = socket.socket(self._addresses[0][0], socket.SOCK_DGRAM)
-                self._socket.connect(self._addresses[0][1])
-            self._socket.settimeout(max(0.0, self._patience_seconds))
-            self._socket.send(data)
-        except OSError as error:
-            if self._socket is not None:
-                self._socket.close()
-            self._socket = None
-            # It was started anew, or does not listen at this one of its addresses.
-            self._addresses.append(self._addresses.pop(0))
-            if is_last or not isinstance(error, ConnectionError):
-                raise
-            self._deliver(data, is_last=True)
+            send_datagram(self._address, line.encode("utf-8", "backslashreplace"),
+                          self._wait_seconds)
+        except OSError:
+            self._wait_seconds = 0.0
+            raise
 
 
 # -- the journal -------------------------------------------------------------
@@ -637,7 +600,6 @@ class Console:
     COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33",
                "error": "31;1", "dim": "2"}
     LEVELS = {"fail": "error", "failed": "error", "warn": "warning"}  # of a line with such a word
-    STATUS_CHARACTERS = 256  # systemd throws a datagram over 4096 bytes away as a whole
 
     json_mode = False
     quiet = False
@@ -732,8 +694,8 @@ class Console:
         lines = "\n".join(map(self.clean, text.split("\n")))
         if self.quiet and not self.json_mode:
             self._held.append(("info", lines, {}))
-        elif not self.json_mode:
-            self._write(sys.stdout, lines + "\n")
+        else:
+            self.raw_result(lines + "\n")
 
     def raw_result(self, text: str) -> None:
         """Text that is the result as it stands (generated files); not escaped, own words only."""
@@ -751,32 +713,26 @@ class Console:
         Off a terminal only a supervisor hears of it, once a second.  What it gives is told how
         much of `total` is done, in one unit; the total is 0 where it is unknown.
         """
+        pause_seconds = 0.1 if self.shows_progress else 1.0
         next_seconds = time.monotonic() + 1.0
+        is_shown = False
 
         def update(done: int, detail: str = "") -> None:
-            nonlocal next_seconds
+            nonlocal next_seconds, is_shown
             if time.monotonic() < next_seconds:
                 return
-            share = min(1.0, done / max(1, total))
-            next_seconds = time.monotonic() + (0.1 if self.shows_progress else 1.0)
-            if not self.shows_progress:
-                self.working(f"{label} {detail or f'{share:.0%}'}")
-                return
-            full, empty = ("█", "░") if self.utf8 else ("#", ".")
-            width = round(share * 24)
-            bar = f"{full * width}{empty * (24 - width)} {share:4.0%}  " if total else ""
-            try:
-                columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            except OSError:
-                columns = 80
-            line = self.clean(f"  {label:<12} {bar}{detail}")[:max(20, columns - 1)]
-            self._write(sys.stderr, f"\r\033[K{line}")
+            next_seconds = time.monotonic() + pause_seconds
+            share = f"{min(1.0, done / total):.0%} " if total else ""
+            text = self.clean(f"{label} {share}{detail}")
+            self.working(text)
+            if self.shows_progress:
+                is_shown = True
+                self._write(sys.stderr, f"\r\033[K  {text[:os.get_terminal_size(2).columns - 3]}")
 
-        first_seconds = next_seconds
         try:
             yield update
         finally:
-            if self.shows_progress and next_seconds > first_seconds:
+            if is_shown:
                 self._write(sys.stderr, "\r\033[K")
 
     def working(self, text: str, bound_seconds: float = 0.0, state: str = "") -> None:
@@ -787,15 +743,13 @@ class Console:
         """
         if self.supervisor[:1] not in ("/", "@"):
             return
-        import socket
         self._bound_seconds = bound_seconds or self._bound_seconds
-        words = [f"STATUS={self.clean(text)[:self.STATUS_CHARACTERS]}",
+        # systemd throws a datagram over 4096 bytes away as a whole.
+        words = [f"STATUS={self.clean(text)[:256]}",
                  f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
-        with suppress(OSError, ValueError), \
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            sender.sendto("\n".join(words).encode("utf-8", "backslashreplace"),
-                          re.sub("^@", "\0", self.supervisor))
+        with suppress(OSError):
+            send_datagram(re.sub("^@", "\0", self.supervisor),
+                          "\n".join(words).encode("utf-8", "backslashreplace"), 0.0)
 
     # -- how it is written ---------------------------------------------------
 
@@ -820,24 +774,20 @@ class Console:
 
         By its native protocol, with its fields: `journalctl DEPLOY_ID=... -o json` shows them.
         """
-        if not about or sys.stderr not in self._in_journal:
-            self._write(sys.stderr, text + "\n", level)
-            return
-        import socket
-        fields = {JOURNAL_FIELDS[name]: value for name, value in about.items()
-                  if name in JOURNAL_FIELDS and value}
-        fields.update(MESSAGE=text[:JOURNAL_MESSAGE_CHARACTERS], PRIORITY=str(PRIORITIES[level]),
-                      MESSAGE_ID=EVENTS[about["event"]], SYSLOG_IDENTIFIER="deploy.py")
-        entry = b""
-        for name, field in fields.items():  # in the form that any value may have
-            value = field.encode("utf-8", "backslashreplace")
-            entry += b"%b\n%b%b\n" % (name.encode(), len(value).to_bytes(8, "little"), value)
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-                journal.settimeout(1.0)
-                journal.sendto(entry, JOURNAL_SOCKET)
-        except OSError:
-            self._write(sys.stderr, text + "\n", level)
+        if about and sys.stderr in self._in_journal:
+            fields = {JOURNAL_FIELDS[name]: value for name, value in about.items()
+                      if name in JOURNAL_FIELDS and value}
+            fields.update(MESSAGE=text[:JOURNAL_MESSAGE_CHARACTERS],
+                          PRIORITY=str(PRIORITIES[level]), MESSAGE_ID=EVENTS[about["event"]],
+                          SYSLOG_IDENTIFIER="deploy.py")
+            entry = b""
+            for name, field in fields.items():  # in the form that any value may have
+                value = field.encode("utf-8", "backslashreplace")
+                entry += b"%b\n%b%b\n" % (name.encode(), len(value).to_bytes(8, "little"), value)
+            with suppress(OSError):
+                send_datagram(JOURNAL_SOCKET, entry, 1.0)
+                return
+        self._write(sys.stderr, text + "\n", level)
 
     def _write(self, stream: Any, text: str, level: str = "info") -> None:
         """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing."""
@@ -858,8 +808,7 @@ class Console:
             number = getattr(error, "errno", None)
             if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
                 self.is_result_lost = True
-                why = os.strerror(number)
-                self.error(f"stdout: {why}: what was printed there is not all of it",
+                self.error(f"stdout: {os.strerror(number)}: what was printed there is cut off",
                            "write it to another place")
 
 
@@ -872,9 +821,6 @@ class Console:
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# What opening and reading say of a link, a directory, a device or something far too large in a
-# file's place.
-NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.EFBIG)
 
 
 def environment(name: str) -> str:
@@ -1026,14 +972,18 @@ class Directory(Descriptor):
         self.path = path
         self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
 
-    def child(self, path: str, *, make: bool = False, group: int = -1) -> "Directory":
+    def child(self, path: str, *, make: bool = False, mode: int = 0o755,
+              group: int = -1) -> "Directory":
         """Open a directory below, name by name; make what is missing if asked to, for a group."""
         here = Directory(self.path, os.dup(self.descriptor))
         for name in path.split("/"):
             with here:
-                is_new = make and here.status(name) is None
-                if is_new:
-                    os.mkdir(name, 0o755, dir_fd=here.descriptor)
+                is_new = False
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, mode, dir_fd=here.descriptor)
+                        os.fsync(here.descriptor)
+                        is_new = True
                 here = Directory(f"{here.path}/{name}", os.open(
                     name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
                 if is_new:
@@ -1047,20 +997,19 @@ class Directory(Descriptor):
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600, *,
-              hasher: Any = None) -> None:
+    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
         """Replace a file durably: a temporary file, fsync, rename, fsync of the directory.
 
-        `hasher` is fed what is written.
+        Returns the SHA-256 of what was written.
         """
+        hasher = hashlib.sha256()
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
         try:
             with open(descriptor, "wb") as stream:
                 for piece in [data] if isinstance(data, bytes) else data:
                     stream.write(piece)
-                    if hasher:
-                        hasher.update(piece)
+                    hasher.update(piece)
                 stream.flush()
                 # Not left to open(): the umask would take bits away that were asked for.
                 os.fchmod(descriptor, mode)
@@ -1070,6 +1019,7 @@ class Directory(Descriptor):
             self.discard(temporary)
             raise
         os.fsync(self.descriptor)
+        return hasher.hexdigest()
 
     def rename(self, name: str, target: "Directory", new_name: str) -> None:
         """Rename an entry into `target`, atomically; replaces what is there as rename(2) does."""
@@ -1439,22 +1389,54 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
     return result
 
 
-def end_group(group: int, deploy_id: str, interrupts: "Interrupts") -> None:
+def processes(name: str) -> Iterator[Tuple[int, bytes]]:
+    """Give each process's number and one of its files in /proc, where that can be read."""
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            yield int(number), read_file(f"/proc/{number}/{name}", MAX_STATE_BYTES)
+
+
+def end_groups(find: Callable[[], Optional[Set[int]]]) -> None:
+    """End the process groups that are found, until it is None: TERM to each, KILL after 2 s."""
+    kills_seconds, told = time.monotonic() + 2.0, set()
+    for groups in iter(find, None):
+        left_seconds = kills_seconds - time.monotonic()
+        number = signal.SIGTERM if left_seconds > 0 else signal.SIGKILL
+        for group in groups:
+            if (group, number) not in told:
+                told.add((group, number))
+                with suppress(OSError):  # it has ended, or is another user's
+                    os.killpg(group, number)
+        if left_seconds < -KILL_AFTER_SECONDS:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def end_group(group: int, deploy_id: str) -> None:
     """End what is left of a process group that a run started, and not what has its number now."""
     mark = f"\0DEPLOY_ID={deploy_id}\0".encode("ascii")
-    polls = round(KILL_AFTER_SECONDS / POLL_SECONDS)
-    for poll in range(2 * polls):
-        is_left = False
-        for name in os.listdir("/proc"):
-            with suppress(OSError, ValueError):
-                environ = read_file(f"/proc/{name}/environ", MAX_STATE_BYTES)
-                is_left = is_left or mark in environ and os.getpgid(int(name)) == group
-        if not is_left:
-            return
-        if poll in (0, polls):
-            with suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL if poll else signal.SIGTERM)
-        interrupts.wait(POLL_SECONDS)
+
+    def find() -> Optional[Set[int]]:
+        for number, environ in processes("environ"):
+            with suppress(OSError):
+                if mark in environ and os.getpgid(number) == group:
+                    return {group}
+        return None
+    end_groups(find)
+
+
+def end_children() -> None:
+    """End all below this process, to which orphans fall."""
+    def find() -> Optional[Set[int]]:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return None
+        # Behind the name, which may hold anything: state, parent, group (proc(5)).
+        fields = [line.rpartition(b")")[2].split() for _, line in processes("stat")]
+        return {int(group) for _, parent, group, *_ in fields if int(parent) == os.getpid()}
+    end_groups(find)
 
 
 _F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
@@ -1517,11 +1499,10 @@ SYNC_PAUSE_SECONDS = 0.1
 
 @contextmanager
 def early_sync(directory: int) -> Iterator[int]:
-    """Have a filesystem written to the disk while it is being filled.
+    """Have a filesystem written to the disk while it is being filled: the last sync is short then.
 
-    So the sync at the end, which alone counts, is short.  Through a descriptor of its own, which
-    this gives: each is told once of a write that failed, and it is the sync at the end that must
-    hear of it.
+    Through a descriptor of its own, which this gives: each is told once of a write that failed,
+    and it is the sync at the end, which alone counts, that must hear of it.
     """
     import threading
     ended = threading.Event()
@@ -1538,13 +1519,12 @@ def early_sync(directory: int) -> Iterator[int]:
 
     try:
         done = start_thread(work)
-    except OSError:
-        done = ended  # no thread to be had: all is written at the end
-    try:
-        yield own
+        try:
+            yield own
+        finally:
+            ended.set()
+            done.wait()
     finally:
-        ended.set()
-        done.wait()
         os.close(own)
 
 
@@ -1618,25 +1598,6 @@ class Forked(Descriptor):
             os.waitpid(self._pid, 0)
 
 
-def end_children() -> None:
-    """End all below this process, to which orphans fall: TERM to each group, KILL after 2 s."""
-    kills_seconds, told = time.monotonic() + 2.0, set()
-    with suppress(ChildProcessError):  # nothing is left
-        while time.monotonic() < kills_seconds + KILL_AFTER_SECONDS:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-            number = signal.SIGTERM if time.monotonic() < kills_seconds else signal.SIGKILL
-            for process in filter(str.isdigit, os.listdir("/proc")):
-                with suppress(OSError):  # it has ended, or is another user's
-                    # Behind the name, which may hold anything: state, parent, group (proc(5)).
-                    fields = read_file(f"/proc/{process}/stat", 65536).rpartition(b")")[2].split()
-                    found = number, int(fields[2])
-                    if int(fields[1]) == os.getpid() and found not in told:
-                        told.add(found)
-                        os.killpg(found[1], number)
-            time.sleep(POLL_SECONDS)
-
-
 class Guard(Forked):
     """A command that runs beside this process up to the end of a `with` block, and what it starts.
 
@@ -1655,16 +1616,14 @@ class Guard(Forked):
 
         def lasts(process: Any) -> bool:
             nonlocal why, until_seconds
-            now_seconds, tables = time.monotonic(), b""
-            if process.poll() is not None:
+            now_seconds, is_up = time.monotonic(), process.poll() is None
+            if not is_up:
                 try:
                     os.waitpid(-1, os.WNOHANG)
                 except ChildProcessError:
                     return False  # nothing is left
-                for path in filter(os.path.exists, ("/proc/net/tcp", "/proc/net/tcp6")):
-                    tables += read_file(path, 1 << 30)
-            # Of a daemon the first process may end before the last one listens (0A, proc(5)).
-            if process.poll() is None or re.search(rb":%04X \w+:\w+ 0A " % port, tables):
+            # Of a daemon the first process may end before the last one listens.
+            if is_up or sockets(port, "0A"):
                 until_seconds = now_seconds + 2.0
             if Interrupts().wait(0, told):
                 why = ""
@@ -1692,23 +1651,6 @@ class Guard(Forked):
             os.close(self._telling)
             self.found = self.result(Interrupts()) or (False, "lost its guard", [])
         super().close()
-
-
-def syslog_addresses(host: str, port: int) -> List[Tuple[int, Any]]:
-    """List where a syslog daemon listens as (family, address): a socket's path where port is 0.
-
-    None where its name cannot be resolved in a second: a name server may let one wait for minutes.
-    """
-    import socket
-    if not port:
-        return [(socket.AF_UNIX, host)]
-
-    def look_up() -> List[Tuple[int, Any]]:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_DGRAM)
-        return [(family, address) for family, _, _, _, address in found]
-
-    with Forked(look_up, 1.0) as forked:
-        return [(family, tuple(address)) for family, address in forked.result(Interrupts()) or []]
 
 
 # -- signals -----------------------------------------------------------------
@@ -1949,8 +1891,8 @@ slot        port          a port, 1 to 65535                          @PORT@
 port        auto or a port  auto or a port from 1 to 65535            auto|@PORT@
 statuses    status codes  HTTP status codes such as 200-299, 301      \s*@CODE@(\s*,\s*@CODE@)*\s*
 addresses   [host:]port, one a line  PORT or HOST:PORT  [\s,]*(([^\s,]*:)?@PORT@([\s,]+|\Z))*
-syslog      /dev/log or udp://HOST:PORT  /dev/log, another socket's path, or udp://HOST:PORT
-    /.*|udp://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+):@PORT@
+syslog      /dev/log or udp://ADDRESS:PORT  a socket's path, or udp://ADDRESS:PORT (not a name)
+    /.*|udp://(\[[0-9A-Fa-f:.]+\]|[0-9.]+):@PORT@
 collector   URL, or environment  http://HOST:PORT, https://HOST/... or environment
     environment|https?://[^\s/@]+(/[^\s@]*)?
 events      events        some of @NAMED@                             ((@EVENTS@)([\s,]+|\Z))+
@@ -1976,7 +1918,7 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "probe_argv": lambda text: _argv(text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS)))),
     "commands": _lines(_argv, r"\A\Z"), "windows": _lines(_window, r"\A\Z"),
     "addresses": lambda text: list(map(_address, re.findall(r"[^\s,]+", text))),
-    "syslog": lambda text: (native(text), 0) if text[0] == "/" else _address(text),
+    "syslog": lambda text: native(text) if text[0] == "/" else _address(text),
     "events": lambda text: re.findall(r"\w+", text),
     "signal": lambda text: signal.Signals["SIG" + text.upper().replace("SIG", "")].name[3:],
 }
@@ -2242,7 +2184,7 @@ otlp              collector  -       base URL of a collector that takes OTLP ove
 
 [log] where everything that is said is kept: a file, syslog, or both
 file              path       -       log file to append to
-syslog            syslog     -       syslog daemon to send to: its socket, or a host that listens
+syslog            syslog     -       syslog daemon: its socket, or another host's address
 facility          @FACILITIES@  daemon  syslog facility
 format            text|json  text    log lines as text or as JSON objects
 """
@@ -2780,18 +2722,12 @@ class HistoryEntry(NamedTuple):
     automatic: Optional[bool] = None
 
 
-_NULL = type(None)
-# What JSON a field may hold, by its annotation; others hold what they are annotated with.
-JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
-    float: (float, int), List[Any]: (list,), Json: (dict,), Optional[str]: (str, _NULL),
-    Optional[bool]: (bool, _NULL), Optional[Json]: (dict, _NULL)}
 # `from` cannot be the name of a field.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
 # What a text must be: ids become file names.  What another tool made in releases/ may have any.
 ANY_NAME = r"(?!\.\.?\Z)[^/\0]+"
 TEXT_FORMS = {"id": ANY_NAME, "to": ANY_NAME, "previous": ANY_NAME, "from": ANY_NAME,
               "state": "|".join(STATES), "phase": "|".join(PHASES)}
-TREE_NUMBERS = ("files", "bytes", "manifest_bytes", "tree_bytes")
 
 
 def encode(value: Any) -> Json:
@@ -2807,33 +2743,27 @@ def seal(data: Json) -> Json:
     return dict(plain, checksum=hashlib.sha256(text.encode("ascii")).hexdigest())
 
 
-def decode(kind: Any, data: bytes, what: str) -> Any:
-    """Read a sealed Record, Journal or HistoryEntry; ValueError where it is damaged, or none.
+def decode(kind: Any, data: bytes, what: str, hint: str = "") -> Any:
+    """Read a sealed Record, Journal or HistoryEntry; StateError where it is damaged, or none.
 
     A field that has a default may be missing: an earlier version did not write it.
     """
     try:
         found = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is damaged: {error}")
+        raise StateError(f"{what} is damaged: {error}", hint)
     if not isinstance(found, dict) or found.get("checksum") != seal(found)["checksum"]:
-        raise ValueError(f"{what} is damaged: its checksum does not match")
+        raise StateError(f"{what} is damaged: its checksum does not match", hint)
     if found.get("schema") != SCHEMA:
-        raise ValueError(f"{what} has schema {found.get('schema')!r}, this program knows {SCHEMA}")
+        raise StateError(f"{what} has schema {found.get('schema')!r}, "
+                         f"this program knows {SCHEMA}", hint)
     values = {}
-    for field, annotation in kind.__annotations__.items():
+    for field in kind._fields:
         name = JSON_NAMES.get(field, field)
         values[field] = value = found.get(name, kind._field_defaults.get(field, ...))
-        proper = type(value) in JSON_TYPES.get(annotation, (annotation,))
-        if proper and name in TEXT_FORMS and value is not None:
-            proper = re.fullmatch(TEXT_FORMS[name], value) is not None
-        elif proper and name == "tree":
-            proper = all(type(value.get(key, 0)) is int for key in TREE_NUMBERS)
-        elif proper and name == "plan":
-            proper = all(isinstance(item, dict) and {"name", "description"} <= set(item)
-                         for item in value)
-        if not proper:
-            raise ValueError(f"{what} has no proper {name!r}")
+        form = TEXT_FORMS.get(name, "") if value is not None else ""
+        if value is ... or form and not re.fullmatch(form, str(value)):
+            raise StateError(f"{what} has no proper {name!r}", hint)
     return kind(**values)
 
 
@@ -2859,7 +2789,7 @@ STAGING_PREFIX = ".new-"
 _TEMPORARY = r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z"
 LEFTOVERS = {
     "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
-    TREES: _TEMPORARY, "": _TEMPORARY.replace(".*", "current"),
+    TREES: _TEMPORARY, "slots": _TEMPORARY, "": _TEMPORARY.replace(".*", "current"),
     ".deploy": _TEMPORARY + r"|staging\Z|history\.head\Z",
     "shared": _TEMPORARY.replace(".*", "flags.json"),
     CACHE: r"(?!(?:[0-9a-f]{40}|[0-9a-f]{64})\.(?:part|etag)\Z)"}
@@ -2867,8 +2797,6 @@ LEFTOVERS = {
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
 DEPLOY_AGAIN = "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
-# Stands where a line would name the one before it, and nobody knows that one any more.
-UNKNOWN_DIGEST = "unknown"
 
 
 class Current(NamedTuple):
@@ -2899,7 +2827,7 @@ class Store:
         self.command_line = settings.command_line
         self.flag: str = settings.maintenance.flag
         # Whose members deploy here, each what another deployed; -1 where only the owner does.
-        self.group = account("group", group, "[deploy] group").gr_gid if group else -1
+        self.group = group_id(group)
         # What the files and directories of .deploy are made with.
         self.file_mode = {"owner": 0o600, "group": 0o640, "all": 0o644}[readable]
         self.directory_mode = self.file_mode | (self.file_mode & 0o444) >> 2
@@ -2930,36 +2858,25 @@ class Store:
     def create(cls, settings: Settings) -> "Store":
         """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
         check_group(settings.deploy.group)
-        path = os.path.realpath(settings.deploy.root)
-        parent = os.path.dirname(path)
-        is_new = False
+        parent, name = os.path.split(os.path.realpath(settings.deploy.root))
         try:
-            with suppress(FileExistsError):
-                os.mkdir(path, 0o755)
-                is_new = True
-                with Directory(parent) as directory:
-                    os.fsync(directory.descriptor)
-            store = cls(Directory(path), settings)
-            if is_new:
-                give_to_group(store.root.descriptor, store.group)
+            with Directory(parent) as above:
+                group = group_id(settings.deploy.group)
+                store = cls(above.child(name, make=True, group=group), settings)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
-            slots = ("slots",) if settings.slots else ()
-            for name in ("releases", "shared") + slots + PRIVATE_DIRECTORIES:
-                above, below = os.path.split(name)
-                mode = store.directory_mode if name in PRIVATE_DIRECTORIES else 0o755
-                with suppress(FileExistsError):
-                    os.mkdir(below, mode, dir_fd=store.directory(above).descriptor)
-                    give_to_group(store.directory(name).descriptor, store.group)
-            os.fsync(store.root.descriptor)
+            slots = ["slots"] if settings.slots else []
+            for path in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
+                mode = store.directory_mode if path in PRIVATE_DIRECTORIES else 0o755
+                store.root.child(path, make=True, mode=mode, group=store.group).close()
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
             if not os.path.isdir(parent):
                 hint = f"mkdir -p {parent}"
-            raise PreflightFailed(
-                f"cannot prepare the root {path}: {error.filename or ''}: {reason(error)}", hint)
+            raise PreflightFailed(f"cannot prepare the root {parent}/{name}: "
+                                  f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, looking: bool = False) -> None:
         """Refuse a .deploy that somebody else made or could write: what stands in it is acted on.
@@ -3000,16 +2917,19 @@ class Store:
             above, name = os.path.split(path)
             try:
                 self._open[path] = self.directory(above).child(name)
-            except PermissionError as error:
-                raise StateError(
-                    f"{self.path}/{path} cannot be read by {user_name()}: {reason(error)}",
-                    f"run it as the owner of {self.path}/.deploy, or as root")
             except OSError as error:
-                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EACCES):
                     raise
-                raise StateError(f"{self.path}/{path} is not a directory",
-                                 "move it out of the way, or back where it was")
+                raise StateError(f"{self.path}/{path} cannot be read by {user_name()} as a "
+                                 f"directory: {reason(error)}",
+                                 f"run it as the owner of {self.path}/.deploy or as root; "
+                                 "a file that is in its place has to be moved away")
         return self._open[path]
+
+    def at(self, path: str) -> Tuple[Directory, str]:
+        """Say in which directory something stands, by which name."""
+        above, name = os.path.split(path)
+        return self.directory(above), name
 
     def names(self, path: str) -> List[str]:
         """List a directory, sorted; empty where there is none."""
@@ -3020,11 +2940,10 @@ class Store:
 
     def status(self, path: str) -> Optional[os.stat_result]:
         """Return lstat of what stands at a path, or None."""
-        above, name = os.path.split(path)
-        try:
-            return os.stat(name, dir_fd=self.directory(above).descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError):
+            place, name = self.at(path)
+            return place.status(name)
+        return None
 
     def is_release(self, name: str) -> bool:
         """Tell whether there is a real directory of that name under releases/."""
@@ -3036,39 +2955,35 @@ class Store:
         found = self.status(LOCK)
         return found.st_mtime_ns if found else 0
 
-    def load(self, kind: Any, path: str) -> Any:
-        """Read a record or the journal; None where there is none, ValueError for a damaged one."""
-        above, name = os.path.split(path)
+    def read(self, path: str,
+             hint: str = "correct it, or move it out of the way") -> Optional[bytes]:
+        """Read a file, None where there is none; StateError for what cannot be read."""
         try:
-            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
+            place, name = self.at(path)
+            return read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, place.descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ValueError(f"{self.path}/{path} cannot be read: {reason(error)}")
-        return decode(kind, data, f"{self.path}/{path}")
+            raise StateError(f"{self.path}/{path} cannot be read: {reason(error)}", hint)
+
+    def load_json(self, path: str) -> Json:
+        """Read an object that nobody sealed, empty where there is none; StateError says why not."""
+        data = self.read(path)
+        if data is None:
+            return {}
+        with suppress(ValueError, RecursionError):
+            found = json.loads(data.decode("utf-8"))
+            if isinstance(found, dict):
+                return found
+        raise StateError(f"{self.path}/{path} cannot be read: it is no JSON object",
+                         "correct it, or move it out of the way")
 
     def save(self, value: Any) -> None:
         """Write a record or the journal durably."""
         path = JOURNAL if isinstance(value, Journal) else f"{RECORDS}/{value.id}.json"
-        above, name = os.path.split(path)
+        place, name = self.at(path)
         data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
-        self.directory(above).write(name, data, self.file_mode)
-
-    def load_json(self, path: str) -> Json:
-        """Read an object that nobody sealed, empty where there is none; StateError says why not."""
-        above, name = os.path.split(path)
-        try:
-            found = json.loads(read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW,
-                                         self.directory(above).descriptor).decode("utf-8"))
-            if isinstance(found, dict):
-                return found
-            why = "it is no JSON object"
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            why = reason(error)
-        raise StateError(f"{self.path}/{path} cannot be read: {why}",
-                         "correct it, or move it out of the way")
+        place.write(name, data, self.file_mode)
 
     def maintenance(self) -> Dict[str, Any]:
         """Read whose the maintenance flag is, a run's with its deploy_id; empty where none is."""
@@ -3080,9 +2995,9 @@ class Store:
     def forget(self, *paths: str) -> None:
         """Remove files durably, where they are there."""
         for path in paths:
-            above, name = os.path.split(path)
-            self.directory(above).discard(name)
-            os.fsync(self.directory(above).descriptor)
+            place, name = self.at(path)
+            place.discard(name)
+            os.fsync(place.descriptor)
 
     # -- releases and current ------------------------------------------------
 
@@ -3140,15 +3055,12 @@ class Store:
         del self._links[target]
         os.fsync(self.root.descriptor)
 
-    def put_in_slots(self, name: str, text: str) -> None:
-        """Replace live.conf by a text, or a slot's link by one to a release, durably."""
-        private, place = self.directory(".deploy"), self.directory("slots")
+    def put_in_slot(self, name: str, release: str) -> None:
+        """Have a slot's link lead to a release, durably."""
+        place = self.directory("slots")
         temporary = temporary_name(name)
-        if name == "live.conf":
-            private.write(temporary, text.encode("utf-8", "surrogateescape"), 0o644)
-        else:
-            os.symlink(f"../releases/{text}", temporary, dir_fd=private.descriptor)
-        private.rename(temporary, place, name)
+        os.symlink(f"../releases/{release}", temporary, dir_fd=place.descriptor)
+        place.rename(temporary, place, name)
         os.fsync(place.descriptor)
 
     def new_staging(self) -> str:
@@ -3191,7 +3103,7 @@ class Store:
 
     def sweep(self, known: Optional[Set[str]] = None,
               warn: Optional[Callable[[str], None]] = None) -> List[str]:
-        """Remove what a crash or an earlier version left, and manifests of what is not `known`.
+        """Remove what a crash left, and manifests of what is not `known`.
 
         Returns what was removed and warns of what could not be; without `warn` it only looks.
         """
@@ -3243,14 +3155,16 @@ class Store:
         for name in self.names(RECORDS):
             if not name.endswith(".json") or name.startswith("."):
                 continue
+            path = f"{self.path}/{RECORDS}/{name}"
             try:
-                record = self.load(Record, f"{RECORDS}/{name}")
+                data = self.read(f"{RECORDS}/{name}")
+                record = decode(Record, data, path) if data is not None else None
                 if record and record.id + ".json" != name:
-                    raise ValueError(f"{self.path}/{RECORDS}/{name} is the record of {record.id}")
+                    raise StateError(f"{path} is the record of {record.id}")
                 if record:
                     records[record.id] = record
-            except ValueError as error:
-                problems.append(str(error))
+            except StateError as error:
+                problems.append(error.message)
         return records, problems
 
     @contextmanager
@@ -3267,40 +3181,24 @@ class Store:
                                      f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
             yield found[0], found[1]
 
-    def manifest_problem(self, record: Record) -> str:
-        """Say what is wrong with a release's manifest, as far as its size shows; or nothing."""
-        for path, key in ((MANIFESTS, "manifest_bytes"), (TREES, "tree_bytes")):
-            path = f"{path}/{record.id}"
-            found = self.status(path)
-            if found is None:
-                return f"its manifest is missing ({self.path}/{path})"
-            size_bytes = record.tree.get(key, found.st_size)
-            if found.st_size != size_bytes:
-                return f"its manifest is damaged: {self.path}/{path} has " \
-                       f"{found.st_size:,} bytes, not {size_bytes:,}"
-        return ""
-
     def write_manifest(self, release: str, manifest: Iterator[bytes],
                        tree: Iterator[bytes]) -> Json:
         """Write a release's two manifests durably; returns what its record says of them."""
-        written: Json = {}
+        written = {}
         for path, name, lines in ((TREES, "tree", tree), (MANIFESTS, "manifest", manifest)):
             # 200,000 lines are never in memory as a whole.
             blocks = iter(lambda: b"".join(itertools.islice(lines, 1000)), b"")
-            hasher = hashlib.sha256()
-            self.directory(path).write(release, blocks, self.file_mode, hasher=hasher)
-            written[name + "_sha256"] = hasher.hexdigest()
-            written[name + "_bytes"] = self.status(f"{path}/{release}").st_size  # type: ignore
+            written[f"{name}_sha256"] = self.directory(path).write(release, blocks, self.file_mode)
         return written
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
-        try:
-            return self.load(Journal, JOURNAL)  # type: ignore
-        except ValueError as error:
-            raise StateError(f"the journal cannot be read: {error}",
-                             "check that the release you want is live, then: "
-                             f"{self.command_line('recover --to RELEASE')}")
+        hint = "check that the release you want is live, then: " \
+            f"{self.command_line('recover --to RELEASE')}"
+        data = self.read(JOURNAL, hint)
+        if data is None:
+            return None
+        return decode(Journal, data, f"the journal {self.path}/{JOURNAL}", hint)  # type: ignore
 
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
@@ -3315,19 +3213,18 @@ class Store:
         """Return its lines, oldest first, and what a crash left of one more behind them.
 
         With `newest` only the last so many: read backwards, they cost the same however long the
-        history is.  `cut` takes away what is behind.  PreflightFailed where it is no file.
+        history is.  `cut` takes away what is behind.  PreflightFailed where it cannot be read.
         """
         self.chain = ""
         try:
-            stream = open_file("history.jsonl", os.O_NOFOLLOW, self.directory(".deploy").descriptor)
+            place, name = self.at(HISTORY)
+            stream = open_file(name, os.O_NOFOLLOW, place.descriptor)
         except FileNotFoundError:
             return [], b""
         except OSError as error:
-            if error.errno not in NOT_A_FILE:
-                raise
             # No StateError: unlike a damaged line, this stops a recovery.
-            raise PreflightFailed(f"{self.path}/{HISTORY} is not a regular file",
-                                  "move it back; or move it away, which the next entry will note")
+            raise PreflightFailed(f"{self.path}/{HISTORY} cannot be read: {reason(error)}",
+                                  "it must be a regular file: move it back, or away")
         with stream:
             end = position = stream.seek(0, os.SEEK_END)
             data = b""
@@ -3338,31 +3235,27 @@ class Store:
                 position = start
         *lines, torn = data.split(b"\n")
         if cut and torn:
-            with self._writing_history() as descriptor:
-                os.ftruncate(descriptor, end - len(torn))
+            self._write_history(b"", end - len(torn))
         if lines:
             self.chain = hashlib.sha256(lines[-1]).hexdigest()
         return lines[-newest:], torn
 
-    @contextmanager
-    def _writing_history(self) -> Iterator[int]:
-        """Open the history for a change at its end, which is durable once the block is left."""
+    def _write_history(self, data: bytes, size_bytes: Optional[int] = None) -> None:
+        """Cut the history at a size, if one is given, and write at its end, durably."""
+        place, name = self.at(HISTORY)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open("history.jsonl", flags, dir_fd=self.directory(".deploy").descriptor)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
+            if size_bytes is not None:
+                stream.truncate(size_bytes)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def history(self, newest: int = 0) -> List[HistoryEntry]:
         """Read the history, oldest first; StateError for a damaged line."""
-        lines = self.read_history(newest)[0]
-        try:
-            return [decode(HistoryEntry, line, "a line of the history") for line in lines]
-        except ValueError as error:
-            raise StateError(f"{self.path}/{HISTORY}: {error}",
-                             f"see which: {self.command_line('history --verify')}")
+        hint = f"see which: {self.command_line('history --verify')}"
+        return [decode(HistoryEntry, line, f"a line of {self.path}/{HISTORY}", hint)
+                for line in self.read_history(newest)[0]]
 
     def append_history(self, entry: HistoryEntry) -> None:
         """Append a line, numbered and chained to the one before it, durably."""
@@ -3370,45 +3263,36 @@ class Store:
         if lines:
             try:
                 sequence = decode(HistoryEntry, lines[0], "").sequence
-            except ValueError:
+            except StateError:
                 sequence = len(self.read_history()[0])
-        else:
-            # Before the first line, only the release that this very entry made has a record.
-            known = {name for name in self.names(RECORDS) if name[0] != "."}
-            makes = entry.operation in ("deploy", "stage", "adopt", "sync")
-            made = {f"{entry.release}.json"} if makes else set()
-            self.chain = UNKNOWN_DIGEST if known - made else ""
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:
             # Its name is sure before its first line counts.
-            self.directory(".deploy").write("history.jsonl", b"", self.file_mode)
+            place, name = self.at(HISTORY)
+            place.write(name, b"", self.file_mode)
         line = json.dumps(seal(encode(entry))).encode("ascii")
-        with self._writing_history() as descriptor:
-            write_all(descriptor, line + b"\n")
+        self._write_history(line + b"\n")
         self.chain = hashlib.sha256(line).hexdigest()
 
-    def verify_history(self) -> Tuple[List[str], List[str]]:
-        """Find lines that were changed or are missing; lines cut off at the end only `chain` tells.
+    def verify_history(self) -> List[str]:
+        """Say which lines were changed or are missing; those cut off at the end only `chain` tells.
 
-        Returns what is wrong, and what is only worth knowing.
+        A history that begins anew, since a person moved the old one away, is whole.
         """
-        problems, notes, sequence, chain = [], [], 0, ""
+        problems, sequence, chain = [], 0, ""
         lines, torn = self.read_history()
         for number, line in enumerate(lines, 1):
             sequence += 1
             try:
                 entry = decode(HistoryEntry, line, f"line {number}")
-                if number == entry.sequence == 1 and entry.previous_sha256 == UNKNOWN_DIGEST:
-                    notes.append(f"it begins anew at {entry.at}: "
-                                 "what was before was moved away or lost")
-                elif entry.sequence != sequence:
+                if entry.sequence != sequence:
                     problems.append(f"line {number}: entry {sequence} is missing, "
                                     f"{entry.sequence} follows")
-                elif entry.previous_sha256 != chain:
+                elif chain and entry.previous_sha256 != chain:
                     problems.append(f"line {number}: the line before it was changed")
                 sequence = entry.sequence
-            except ValueError as error:
-                problems.append(str(error))
+            except StateError as error:
+                problems.append(error.message)
             chain = hashlib.sha256(line).hexdigest()
         if lock_holder(self) is None:  # a run may have half a line there, or none yet
             if torn:
@@ -3416,7 +3300,12 @@ class Store:
             records = sum(map(len, self.records()))
             if not lines and records and self.read_journal() is None:
                 problems.append(f"the history is missing, and {count(records, 'release')} had one")
-        return problems, notes
+        return problems
+
+
+def group_id(name: str) -> int:
+    """Return the number of [deploy] group; -1 where there is none."""
+    return account("group", name, "[deploy] group").gr_gid if name else -1
 
 
 def check_group(group: str) -> None:
@@ -3424,8 +3313,7 @@ def check_group(group: str) -> None:
     if group and os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
                          "run it as one of them, or remove group")
-    if group and account("group", group, "[deploy] group").gr_gid not in (
-            os.getegid(), *os.getgroups()):
+    if group and group_id(group) not in (os.getegid(), *os.getgroups()):
         raise StateError(f"{user_name()} is not in the group {group}, whose members deploy here",
                          f"usermod -aG {group} {user_name()}, then log in again")
 
@@ -5985,11 +5873,10 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
             yield encoder.compress(piece)
         yield encoder.flush()
 
-    hasher = hashlib.sha256()
     with Artifact(source, settings.limits) as artifact, \
             Directory(os.path.realpath(directory)) as place:
-        place.write(base, compressed(artifact, place), 0o644, hasher=hasher)
-        place.write(base + ".sha256", digest_line(hasher.hexdigest(), os.fsencode(base)), 0o644)
+        digest = place.write(base, compressed(artifact, place), 0o644)
+        place.write(base + ".sha256", digest_line(digest, os.fsencode(base)), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
     warnings = [text.format(count(len(found[word]), "file"), some_of(found[word]))
                 for word, text in PACK_WARNINGS if found[word]]
@@ -5997,7 +5884,7 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
     if expanded_bytes > most_bytes:
         warnings.append(f"it expands to {format_size(expanded_bytes)}, more than [limits] {option} "
                         f"allows: it will be refused where {option} is not raised")
-    made = {"sha256": hasher.hexdigest(), "size": size_bytes, "files": len(found["files"])}
+    made = {"sha256": digest, "size": size_bytes, "files": len(found["files"])}
     return made, warnings
 
 
@@ -9723,7 +9610,7 @@ def make_slot(word: str, facts: Facts, move: Move) -> List[Step]:
         records[release] = records[release]._replace(slot=slot.name)
         run.store.save(records[release])
         slots[release] = slot.name
-        run.store.put_in_slots(slot.name, release)
+        run.store.put_in_slot(slot.name, release)
         detail = unit.act(move_context(run, move))
         unit.at_boot("enable", "disabled")
         return detail
@@ -9733,7 +9620,7 @@ def make_slot(word: str, facts: Facts, move: Move) -> List[Step]:
             UnitService(run, slot).stop()
             run.store.forget(f"slots/{slot.name}")
             for earlier in before:
-                run.store.put_in_slots(slot.name, earlier)
+                run.store.put_in_slot(slot.name, earlier)
 
     text = f"start {slot.unit}, port {slot.port}, for {release}"
     return [Step(f"slot:{slot.name}", text, start, stop), *make_probes(word, facts, move)]
@@ -9748,7 +9635,8 @@ def make_proxy(word: str, facts: Facts, move: Move) -> List[Step]:
 
     def lead(run: Run, name: str) -> str:
         if confs.get(name):
-            run.store.put_in_slots("live.conf", confs[name])
+            run.store.directory("slots").write(
+                "live.conf", confs[name].encode("utf-8", "surrogateescape"), 0o644)
         else:
             run.store.forget("slots/live.conf")
         context = move_context(run, move)._replace(directory=run.root, slot=slots.get(name))
@@ -10075,7 +9963,7 @@ class Executor:
         run.journal, run.migration = journal, dict(journal.migration) if journal else {}
         left = run.facts.journal.migration if run.facts.journal else {}
         if left:
-            end_group(left["group"], left["deploy_id"], run.interrupts)
+            end_group(left["group"], left["deploy_id"])
         self.done: List[Step] = []
         # What failed, if anything, says nothing against the release.
         self.blameless = False
@@ -13041,8 +12929,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
     if log.file:
         console.add_log(LogFile(log.file), console.warn, as_json=as_json)
     if log.syslog:
-        console.add_log(Syslog(syslog_addresses(*log.syslog), log.facility), console.debug,
-                        as_json=as_json)
+        console.add_log(Syslog(log.syslog, log.facility), console.debug, as_json=as_json)
         console.debug(f"the log goes to syslog, facility {log.facility}")
 
 

@@ -239,9 +239,9 @@ def test_what_has_only_the_number_of_a_group_is_left_alone(monkeypatch: Any) -> 
     script = ["sh", "-c", "trap '' TERM; echo; while :; do sleep 0.1; done"]
     process = subprocess.Popen(script, env={"PATH": os.environ["PATH"], "DEPLOY_ID": "mine"}, start_new_session=True, stdout=-1)
     process.stdout.readline()
-    deploy.end_group(process.pid, "another", deploy.Interrupts())
+    deploy.end_group(process.pid, "another")
     assert process.poll() is None
-    deploy.end_group(process.pid, "mine", deploy.Interrupts())
+    deploy.end_group(process.pid, "mine")
     assert process.wait(60) == -signal.SIGKILL
     process.stdout.close()
 
