@@ -11389,9 +11389,9 @@ def state_problems(run: Run) -> List[Problem]:
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
                              command_line("rollback") if back else "deploy a corrected version"))
     for record in filter(None, (facts.release(live or ""), back)):
-        problem = store.manifest_problem(record)
-        if problem:
-            problems.append((f"{record.id} cannot be verified: {problem}", DEPLOY_AGAIN))
+        if not all(store.status(f"{path}/{record.id}") for path in (MANIFESTS, TREES)):
+            problems.append((f"{record.id} cannot be verified: its manifest is missing",
+                             DEPLOY_AGAIN))
     return problems
 
 
@@ -11419,21 +11419,19 @@ def command_history(run: Run) -> None:
     flags, outcome, since, problems = run.flags, run.outcome, "", []
     with looking(run) as store:
         if flags.verify:
-            problems, notes = store.verify_history()
-            entries = store.read_history()[0]
-            run.console.warnings += notes
+            problems, entries = store.verify_history(), store.read_history()[0]
         else:
             entries, outcome.extra["chain"] = store.history(), store.chain
     if flags.verify:
         outcome.extra["history"] = []
         lines = count(len(entries), "entry", "entries")
-        outcome.message = "; ".join(problems or [f"{lines}, the chain is whole"] + notes)
+        outcome.message = "; ".join(problems) or f"{lines}, the chain is whole"
         run.console.result(outcome.message)
         if problems:
             raise ProblemFound(
                 f"the history is not whole: {'; '.join(problems[:3])}",
                 f"compare {store.path}/{HISTORY} with a backup or with your log; to start over, "
-                "move it away, which the next entry will note")
+                "move it away")
         return
     if flags.since:
         since = format_time(read_value("moment", flags.since)(time.time(), -1))
