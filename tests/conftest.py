@@ -49,8 +49,11 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
     """Under DEPLOY_TEST_SHARE=1/3 run the second of every three cases."""
     number, shares = (int(word) for word in os.environ.get("DEPLOY_TEST_SHARE", "0/1").split("/"))
-    kept = items[number::shares]
-    config.hook.pytest_deselected(items=[item for position, item in enumerate(items) if position % shares != number])
+    # What is prepared once for all tests of a kind stays together.
+    units = [(item.fspath, item.callspec.params["stage"]) if "stage" in getattr(item, "fixturenames", ()) else item for item in items]
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    kept = [item for item, unit in zip(items, units) if places[unit] % shares == number]
+    config.hook.pytest_deselected(items=[item for item, unit in zip(items, units) if places[unit] % shares != number])
     items[:] = kept
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from crash_scenarios import SCENARIOS, Point, Stage, sample
 from crashes import Call, kill_at
-from support import needs, sized
+from support import deep, needs, sized
 
 # Every how many points one is tried, beside the first of each phase; crash_matrix.py tries them all.
 STRIDE = sized(quick=211, whole=37)
@@ -34,11 +34,13 @@ def test_killed_at_any_call_one_recover_leaves_old_or_new_complete(stage: Stage)
     assert problems_at(stage, sample(stage.points("kill"), STRIDE, OFFSET)) == ""
 
 
+@deep
 def test_an_error_at_any_call_ends_as_promised(stage: Stage) -> None:
     # A call has five errors on average.
     assert problems_at(stage, sample(stage.points("errno"), 5 * STRIDE, OFFSET)) == ""
 
 
+@deep
 def test_what_cannot_be_read_ends_as_promised(stage: Stage) -> None:
     points = stage.points("read")
     step = min(2 * STRIDE, len(points) // 2)

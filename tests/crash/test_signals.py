@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 
 from crashes import Call, Saved, content, holder_pid, inconsistencies, is_running, script, strace, trace_of, wait_gone, warm
-from support import DEPLOY, App, clean_environment, described, load_deploy, needs, sized, start_deploy, wait_until
+from support import DEPLOY, TESTS, App, clean_environment, described, load_deploy, needs, sized, start_deploy, wait_until
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 # Where a test goes through every place, one in so many is tried.
@@ -188,7 +188,7 @@ reading, writing = os.pipe()
 ], ids=["descriptor", "nothing", "before", "readable", "closed", "another signal", "forked"])
 def test_a_signal_ends_a_wait_and_nothing_else_does(code: str, expected: str) -> None:
     """However it arrives: before the wait, within it, while nobody listens to it."""
-    result = subprocess.run([sys.executable, "-c", WAITING + code, os.path.dirname(os.path.abspath(__file__))],
+    result = subprocess.run([sys.executable, "-c", WAITING + code, str(TESTS / "lib")],
                             stdout=subprocess.PIPE, universal_newlines=True, timeout=60)
     assert result.stdout.strip() == expected and result.returncode == 0
 
