@@ -696,30 +696,6 @@ def test_every_difference_is_named(bench, monkeypatch):
 
 # -- members, cost, pack -------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["tar.gz", "zip", "directory"])
-def test_members_are_read_without_unpacking(bench, kind):
-    if kind == "directory":
-        os.makedirs(bench.path + "/t/pkg/sub")
-        for name, data in (("pkg/VERSION", "1.0"), ("pkg/sub/x", "y")):
-            with open(bench.path + "/t/" + name, "w") as stream:
-                stream.write(data)
-        path = bench.path + "/t"
-    else:
-        path = bench.artifact(gzip.compress(tar(entry(b"pkg/VERSION", b"1.0"), entry(b"pkg/sub/x", b"y"), entry(b"pkg/z", os.urandom(2 << 20))))
-                              if kind == "tar.gz" else make_zip(("pkg/VERSION", b"1.0"), ("pkg/sub/x", b"y")))
-    with opened(path) as artifact:
-        for _ in range(2):
-            assert deploy.read_members(artifact, {"VERSION", "sub/x", "absent"}, settings(artifact__strip_components=1), nothing) == {
-                "VERSION": b"1.0", "sub/x": b"y"}
-        artifact.hash(settings(), nothing)
-
-
-def test_a_member_too_large_to_read_is_refused(bench):
-    with opened(bench.artifact(tar(entry(b"a", bytes((1 << 20) + 1))))) as artifact:
-        with pytest.raises(deploy.ArtifactRefused, match="larger"):
-            deploy.read_members(artifact, {"a"}, settings(), nothing)
-
-
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2"])
 def test_the_cost_is_estimated_without_reading(bench, kind):
     data = tar(entry(b"a", os.urandom(300000)))

@@ -52,12 +52,6 @@ def python_hook(code: str) -> str:
     return f"{sys.executable} -ISc '{code}'"
 
 
-def rewrite_record(app: App, release: str, **changes: Any) -> None:
-    """Change a record as this program would have written it."""
-    data = dict(app.record(release), **changes)
-    (app.root / ".deploy" / "releases" / f"{release}.json").write_text(json.dumps(deploy.seal(data)))
-
-
 # -- one function a cause; each gets an application with 1.0 live ------------
 
 def wrong_user(app: App) -> Broken:
@@ -168,12 +162,6 @@ def held_lock(app: App) -> Broken:
     lock.write(json.dumps({"pid": 1, "user": "me", "host": "here", "command": "deploy", "since": "now"}))
     lock.flush()
     return Broken(keep=lock)
-
-
-def clock_behind(app: App) -> Broken:
-    """The newest record is from the future."""
-    rewrite_record(app, str(app.current), created_at="2999-01-01T00:00:00Z")
-    return Broken()
 
 
 def missing_digest(app: App) -> Broken:
@@ -362,18 +350,6 @@ def service_without_pidfile(app: App) -> Broken:
     return Broken()
 
 
-def unresolved_template(app: App) -> Broken:
-    """A placeholder has no value."""
-    app.configure("[template:conf]\nsource = conf.in\ntarget = app.conf\n[vars]\nknown = 1")
-    return Broken()
-
-
-def missing_template(app: App) -> Broken:
-    """The template is not in the artifact."""
-    app.configure("[template:conf]\nsource = etc/none.in\ntarget = app.conf\nmode = 0600")
-    return Broken()
-
-
 def sick_before(app: App) -> Broken:
     """What the application needs is down before anything is changed."""
     app.configure(f"[probe:database]\ntcp = 127.0.0.1:{free_port()}\nwhen = before\ndeadline = 100ms\nperiod = 50ms\nrequired = yes")
@@ -392,14 +368,14 @@ def policy(name: str, text: str, *args: str) -> Callable[[App], Broken]:
 
 CAUSES = [
     # cause, checks (what the same cause spoils for others included), status of those, what detail and hint say, how deploy ends
-    (wrong_user, "user", "fail", "somebody-else", "sudo -u somebody-else", 3),
+    (wrong_user, "configuration", "fail", "somebody-else", "sudo -u somebody-else", 3),
     (unknown_run_as, "configuration", "fail", "no-such-user", "run_as", 3),
     (config_writable_by_others, "permissions", "fail", "deploy.ini", "chmod go-w", 3),
     (config_directory_writable_by_others, "permissions origin", "fail", "writable by", "chmod go-w", 3),
     (config_of_another_user, "permissions", "fail", "61234", "chown", 3),
     (state_open_to_others, "permissions", "fail", "open to others", "chmod 0700", 3),
-    (root_without_a_parent, "root space inodes", "fail", "no/such", "mkdir -p", 3),
-    (state_directory_is_a_file, "filesystem", "fail", "not a directory", "move it", 3),
+    (root_without_a_parent, "root space", "fail", "no/such", "mkdir -p", 3),
+    (state_directory_is_a_file, "root", "fail", "not a directory", "move it", 3),
     (current_is_a_directory, "current", "fail", "not a symlink", "mv ", 3),
     (current_points_outside, "current", "fail", "outside releases/", "rm ", 3),
     (current_dangles, "current", "fail", "does not exist", "rm ", 3),
@@ -407,7 +383,6 @@ CAUSES = [
     (another_application, "application", "fail", "this root is myapp's", "--force", 3),
     (held, "hold", "fail", "the sale is on", "unhold", 3),
     (held_lock, "lock", "fail", "held by pid", "--wait-lock", 75),
-    (clock_behind, "clock", "warn", "2999", "time", 0),
     (missing_digest, "artifact", "fail", "SHA-256", "sha256sum", 4),
     (unsigned, "signature", "fail", "no signature", "sign", 4),
     (wrong_digest, "artifact", "fail", "0000000000", "", 4),
@@ -417,27 +392,25 @@ CAUSES = [
     (older, "downgrade", "fail", "older than 1.0", "--allow-downgrade", 4),
     (older_allowed, "downgrade", "warn", "older than 1.0", "", 0),
     (no_space, "space", "fail", "kept free", "min_free", 3),
-    (missing_command, "commands", "fail", "no-such-program", "install no-such-program", 3),
-    (missing_variable, "environment", "fail", "NOT_SET", "set NOT_SET", 3),
-    (missing_file, "files", "fail", "licence.key", "create", 3),
+    (missing_command, "required", "fail", "no-such-program", "install no-such-program", 3),
+    (missing_variable, "required", "fail", "NOT_SET", "set NOT_SET", 3),
+    (missing_file, "required", "fail", "licence.key", "create", 3),
     (missing_shared_file, "shared", "fail", "shared/config/app.env", "put the real file", 3),
     (shared_directory_is_a_file, "shared", "fail", "not a directory", "move", 3),
     (nested_shared, "shared", "fail", "inside", "outer", 3),
-    (taken_port, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
-    (taken_port_without_host, "ports", "fail", "EADDRINUSE", "ss -ltnp", 3),
-    (taken_port_of_a_candidate, "candidate", "fail", "EADDRINUSE", "ss -ltnp", 3),
-    (candidate_without_its_program, "candidate", "fail", "no-such-program is not found", "install no-such-program", 3),
+    (taken_port, "required", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (taken_port_without_host, "required", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (taken_port_of_a_candidate, "programs", "fail", "EADDRINUSE", "ss -ltnp", 3),
+    (candidate_without_its_program, "programs", "fail", "no-such-program is not found", "install no-such-program", 3),
     (unknown_unit, "services", "fail", "no-such.service", "", 3),
-    (missing_hook, "hooks", "fail", "no-such-program", "install", 3),
-    (hook_not_executable, "hooks", "fail", "hook.sh is not found or not executable", "make it executable: chmod +x", 3),
-    (hook_without_its_directory, "hooks", "fail", "run is not found", "write ./run", 3),
-    (shared_twice, "shared", "fail", "shared var is named twice", "name it once", 3),
-    (port_of_nobody, "ports", "fail", "Name or service not known", "correct [preflight] free_ports", 3),
-    (port_of_no_name, "ports", "fail", "port ä..b:80: encoding of hostname failed", "correct [preflight] free_ports", 3),
+    (missing_hook, "programs", "fail", "no-such-program", "install", 3),
+    (hook_not_executable, "programs", "fail", "hook.sh is not found or not executable", "make it executable: chmod +x", 3),
+    (hook_without_its_directory, "programs", "fail", "run is not found", "write ./run", 3),
+    (shared_twice, "shared", "fail", "shared var/ lies inside shared var/", "once", 3),
+    (port_of_nobody, "required", "fail", "Name or service not known", "correct free_ports", 3),
+    (port_of_no_name, "required", "fail", "port ä..b:80: encoding of hostname failed", "correct free_ports", 3),
     (slots_without_systemd, "slots", "fail", "systemctl show exited with code 1", "systemctl must work here", 3),
     (service_without_pidfile, "services", "warn", "service app: /no/such.pid: No such file or directory (ENOENT)", "start it", 0),
-    (unresolved_template, "templates", "fail", "${unknown}", "[vars]", 3),
-    (missing_template, "templates", "fail", "etc/none.in", "[template:conf]", 3),
     (policy("closed", "windows = deny # the sale is on"), "windows", "fail", "deny # the sale is on", "wait", 3),
     (policy("unapproved", "approvals = 1\napprovers = signers"), "approvals", "fail", ".approval: No such file", "approve", 3),
     (policy("unpromoted", "promoted_from = staging\nattesters = signers"), "promotion", "fail", ".attestation: No such file", "attest", 3),
@@ -517,8 +490,7 @@ def assert_found(result: Result, check: str, status: str, detail: str, hint: str
 def test_every_check_has_a_cause_in_these_tests() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     covered = {name for row in CAUSES for name in row[1].split()} | set(re.findall(r'found_alone\(\w+, "([a-z-]+)"', text))
-    # `runtime` only says where it runs.
-    assert set(NAMES) - covered == {"runtime"}
+    assert set(NAMES) == covered
 
 
 def found_alone(result: Result, check: str) -> Dict[str, Any]:
@@ -540,7 +512,7 @@ def test_all_is_well_on_a_good_host(app: App) -> None:
 def test_every_check_runs_and_every_failure_is_shown_whatever_fails_first(deployed: App) -> None:
     deployed.configure("min_free = 999T\nshared_files = none\n[preflight]\nuser = somebody-else\nrequire_commands = no-such-program\n"
                   "require_env = NOT_SET\nrequire_files = none\n[hooks]\npre_stage = no-such-program")
-    wanted = {"user", "space", "commands", "environment", "files", "shared", "hooks", "artifact"}
+    wanted = {"configuration", "space", "required", "shared", "programs", "artifact"}
     for words, exit_code in ((["preflight", "/nonexistent/x.tar.gz"], 3), (["deploy", "/nonexistent/x.tar.gz"], 4)):
         result = deployed.run(*words, check=exit_code)
         assert {found["name"] for found in result.data["checks"] if found["status"] == "fail"} == wanted
@@ -548,29 +520,13 @@ def test_every_check_runs_and_every_failure_is_shown_whatever_fails_first(deploy
         assert all(found["hint"] for found in result.data["checks"] if found["status"] == "fail")
 
 
-def judge_unseen_state(data: Dict[str, Any]) -> None:
-    """What depends on the state fails for it, and nothing is said to be well that nobody could look at."""
-    checks = {found["name"]: found for found in data["checks"]}
-    assert data["exit_code"] == 3 and sorted(checks) == sorted(NAMES)
-    for name in ("current", "state", "recovery", "lock", "clock", "known-bad"):
-        assert (checks[name]["status"], ".deploy" in checks[name]["detail"]) == ("fail", True), checks[name]
-    assert checks["artifact"]["status"] == "ok", checks["artifact"]
-    assert data["summary"]["failed"] == sum(found["status"] == "fail" for found in checks.values())
-
-
-def test_a_state_that_is_none_is_a_finding_among_others(deployed: App) -> None:
-    (deployed.root / ".deploy").rename(deployed.root / "gone")
-    (deployed.root / ".deploy").write_text("")
-    judge_unseen_state(deployed.run("preflight", deployed.artifact("1.1"), check=3).data)
-
-
 @as_root
-def test_a_state_that_this_user_cannot_look_at_is_a_finding_among_others() -> None:
+def test_a_state_that_this_user_cannot_look_at_is_told_with_its_owner() -> None:
     with open_to_others() as app:
         app.deploy("1.0")
         private, artifact = app.root / ".deploy", app.artifact("1.1")
-        judge_unseen_state(run_as_another(app, "preflight", artifact, but=private))
-        for words, exit_code in ((["deploy", artifact], 3), (["-n", "deploy", artifact], 3), (["rollback"], 3), (["status"], 7), (["verify"], 7)):
+        for words, exit_code in ((["preflight", artifact], 3), (["deploy", artifact], 3), (["-n", "deploy", artifact], 3),
+                                 (["rollback"], 3), (["status"], 7), (["verify"], 7)):
             data = run_as_another(app, *words, but=private)
             assert data["exit_code"] == exit_code and f"{private} cannot be read by" in data["error"]["message"], data
             assert "run it as the owner" in data["error"]["hint"]
@@ -581,7 +537,7 @@ def test_people_get_a_table_and_the_hints_of_everything_that_failed(app: App) ->
     result = app.run("preflight", json=False, check=3)
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["STATUS", "CHECK", "FOUND"] and len(lines) >= 1 + len(NAMES)
-    assert [line.split()[1] for line in lines if line.startswith("fail")] == ["space", "commands"]
+    assert [line.split()[1] for line in lines if line.startswith("fail")] == ["space", "required"]
     everything = result.stdout + result.stderr
     assert "min_free" in everything and "install no-such-program" in everything
 
@@ -589,8 +545,8 @@ def test_people_get_a_table_and_the_hints_of_everything_that_failed(app: App) ->
 def test_several_problems_of_one_check_are_all_named(app: App) -> None:
     app.configure("[preflight]\nrequire_commands =\n    no-such-1\n    sh\n    no-such-2\nrequire_env =\n    NOT_1\n    NOT_2")
     checks = {found["name"]: found for found in app.run("preflight", check=3).data["checks"]}
-    assert all(name in checks["commands"]["detail"] for name in ("no-such-1", "no-such-2"))
-    assert all(name in checks["environment"]["hint"] for name in ("NOT_1", "NOT_2"))
+    assert all(name in checks["required"]["detail"] for name in ("no-such-1", "no-such-2"))
+    assert all(name in checks["required"]["hint"] for name in ("NOT_1", "NOT_2"))
 
 
 def test_what_is_required_and_there_is_well(app: App) -> None:
@@ -602,8 +558,7 @@ def test_what_is_required_and_there_is_well(app: App) -> None:
     result = app.run("preflight", app.artifact("1.0"), env={"NEEDED": "1"}, check=0)
     assert not [found for found in result.data["checks"] if found["status"] in ("fail", "warn")]
     checks = {found["name"]: found["status"] for found in result.data["checks"]}
-    assert all(checks[name] == "ok" for name in ("user", "commands", "environment", "files", "shared", "ports", "services", "hooks",
-                                                 "probes"))
+    assert all(checks[name] == "ok" for name in ("configuration", "required", "shared", "services", "programs", "probes"))
     assert app.run("deploy", app.artifact("1.0"), env={"NEEDED": "1"}, check=0).data["changed"]
 
 
@@ -681,7 +636,7 @@ def test_what_a_crash_left_is_a_warning(deployed: App) -> None:
         process.wait()
     deployed.configure()
     result = deployed.run("preflight", check=0)
-    found = found_alone(result, "recovery")
+    found = found_alone(result, "lock")
     assert found["status"] == "warn" and "1.1" in found["detail"] and found["hint"]
     assert any("1.1" in warning for warning in result.data["warnings"])
 
@@ -709,7 +664,7 @@ def test_another_filesystem_below_the_root_is_refused(place: str, app: App) -> N
     mount = f"mount -t tmpfs -o mode=0700 none {app.root}/{place}"
     result = in_a_mount_namespace(app, mount, "preflight", artifact)
     assert result.exit_code == 3, result.describe()
-    found = found_alone(result, "filesystem")
+    found = found_alone(result, "root")
     assert found["status"] == "fail" and place in found["detail"] and f"{app.root}/{place}" in found["hint"]
     assert in_a_mount_namespace(app, mount, "deploy", artifact).exit_code == 3
     assert app.current == current and app.leftovers() == []
@@ -721,7 +676,7 @@ def test_too_few_inodes_are_noticed_before_anything_is_unpacked(app: App) -> Non
     app.configure("min_free = 0")
     result = in_a_mount_namespace(app, mount, "deploy", app.artifact("1.0"))
     assert result.exit_code == 3, result.describe()
-    assert "inodes free" in found_alone(result, "inodes")["detail"]
+    assert "inodes free" in found_alone(result, "space")["detail"]
 
 
 @as_root

@@ -137,10 +137,9 @@ def live_a_life(directory: Path, executable: str, uid: int) -> None:
         inside.run("verify", *config, check=0)
         inside.run("preflight", *config, "--set", "log.syslog=udp://127.0.0.1:9", check=0)
 
-        # A process of the image may run from what is pruned: nobody can tell, and that is said.
         third = deploy(inside, "1.2")["release"]
         pruned = inside.run("prune", *config, "--set", "deploy.keep_releases=1", check=0).data
-        assert pruned["removed"] == [second] and "no /proc" in pruned["steps"][0]["detail"]
+        assert pruned["removed"] == [second]
 
         # One that its probe does not take for what it is, since the server is told nothing.
         ini.write_text(CONFIG.format(python=inside.python.path, port=port, deadline="3s").replace("settle = 0s", "action = none"))
@@ -302,7 +301,7 @@ def test_a_module_that_is_missed_later_is_an_error_like_any_other(tmp_path: Path
 def test_an_artifact_that_this_python_cannot_read_is_refused(tmp_path: Path, app: App, pattern: str) -> None:
     artifact = app.artifact("1.0", suffix=".tar.bz2")
     result = run_without(tmp_path, [pattern], "--root", app.root, "deploy", artifact)
-    assert result.exit_code == 4
+    assert result.exit_code == 2
     assert f"{TOLD}No module named '{pattern.partition('.')[0]}'\nhint: {WHAT_TO_INSTALL}\n" in result.stderr
     assert "Traceback" not in result.stderr and app.releases() == []
 
@@ -335,7 +334,7 @@ def test_lzma_is_missed_where_there_is_no_xz_either(tmp_path: Path) -> None:
     with image(tmp_path / "image", OWN, 0, library=library) as inside:
         make_artifact(inside.volume, "1.0", suffix=".tar.xz")
         result = inside.run("--root", "/srv/app", "deploy", "/srv/myapp-1.0.tar.xz", json=False)
-    assert result.exit_code == 4 and f"{TOLD}No module named 'lzma'\nhint: {WHAT_TO_INSTALL}" in result.stderr
+    assert result.exit_code == 2 and f"{TOLD}No module named 'lzma'\nhint: {WHAT_TO_INSTALL}" in result.stderr
     assert not (inside.volume / "app" / "releases").exists() or not os.listdir(str(inside.volume / "app" / "releases"))
 
 

@@ -461,7 +461,6 @@ class Ground:
             with deploy.Artifact(self.path, settings.limits) as artifact, \
                     deploy.Directory(self.release) as destination:
                 deploy.estimate_cost(artifact)
-                deploy.read_members(artifact, {"VERSION"}, settings, nothing)
                 manifest, _ = deploy.unpack(artifact, destination, settings, nothing)
                 self._check(manifest, destination)
         except deploy.ArtifactRefused as refusal:
