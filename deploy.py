@@ -7445,7 +7445,8 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
             is_home = url[:3] == home
             own = {"Authorization": f"Bearer {token}"} if token and is_home else {}
             signal.setitimer(signal.ITIMER_REAL, source.timeout)
-            response = asking.request("GET", url, {**asked, **own}, source if is_home else elsewhere)
+            response = asking.request("GET", url, {**asked, **own},
+                                      source if is_home else elsewhere)
             location = response.getheader("Location")
             if response.status not in (301, 302, 303, 307, 308) or not location:
                 return receive(run, asking, response, asked, files)
@@ -7525,7 +7526,7 @@ def remember(run: Run, seen: Dict[str, Any], **found: Any) -> None:
 
 
 def verify_index(run: Run, found: Json) -> Optional[Json]:
-    """Say who signed an index, None for nobody; ArtifactRefused where its signature is not right."""
+    """Say who signed an index, None for nobody; ArtifactRefused where it is not signed well."""
     index, verify = run.settings.source.index, run.settings.signature.verify
     text, signature = (found[key].encode("latin-1") for key in ("text", "signature"))
     if verify == "off" or verify == "if-present" and not signature:
@@ -8043,9 +8044,9 @@ def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = 
     if previous is None:
         previous = record.previous if record and release == live else live
     known = record or (None if release in facts.on_disk else facts.artifact)
-    version = known.version if known else release or ""
     path = f"{facts.root}/releases/{release}" if release else facts.root
-    return Context(facts.application, facts.root, release or "", version, path, previous or "",
+    return Context(facts.application, facts.root, release or "",
+                   known.version if known else release or "", path, previous or "",
                    facts.deploy_id, failed, facts.note,
                    slot=facts.settings.slots.get(facts.slots.get(release or "")))
 
@@ -8091,11 +8092,10 @@ GOES_LIVE = ("deployed", "synced", "activated", "rolled_back", "left_live", "rec
 
 
 def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: Any) -> None:
-    """Write a line into the history, unless it is a refusal that stands there already.
+    """Write a line into the history about a record or artifact, unless a refusal is there already.
 
     A timer meets the same refusal at every tick; it is reported once, until
     another release goes live, or for the day where no digest says what is refused.
-    `found` is the record or artifact that it is about, `fields` what else the entry says.
     """
     outcome, entry = run.outcome, HistoryEntry(**{
         "sequence": 0, "at": format_time(time.time()), "by": run.by, "previous_sha256": "",
@@ -8177,12 +8177,14 @@ def check_trust(run: Run) -> Findings:
     private = f"{root}/.deploy"
     check_group(run.settings.deploy.group)
     refused, accepted = untrusted(run.settings)
-    for path, (problem, fix) in refused.items():
-        # None but the group that deploys here may write its own.
+    # Where root runs nothing of a release, that it could be changed is the application's own risk.
+    for path, (problem, fix) in {**trust_problems(f"{root}/releases"), **refused}.items():
         found = os.lstat(path)
-        if not store or found.st_gid != store.group or found.st_mode & 0o002 \
-                or not f"{path}/".startswith(f"{root}/"):
-            yield serious, problem, fix
+        # None but the group that deploys here may write its own.
+        is_own = store and found.st_gid == store.group and not found.st_mode & 0o002 \
+            and f"{path}/".startswith(f"{root}/")
+        if not is_own and path not in accepted:
+            yield serious if path in refused else "warn", problem, fix
     for problem, fix in accepted.values():
         yield "warn", problem, fix
     if store is not None:
@@ -8194,30 +8196,16 @@ def check_trust(run: Run) -> Findings:
 
 
 def untrusted(settings: Settings, *, files_only: bool = False) -> Tuple[Problems, Problems]:
-    """Find what somebody else could have changed: what is refused, and what the operator accepts.
+    """Find, by path, what somebody else could have changed: what is refused, and what is accepted.
 
-    Both by path.  A configuration that others may write cannot accept its own risk.  `files_only`
-    looks at the configuration alone.
+    It is whatever root acts on or runs; `files_only` looks at the configuration alone, which cannot
+    accept its own risk.  What comes with a release is looked for in the live one and the next.
     """
     refused: Problems = {}
     for path in settings.files:
         refused.update(trust_problems(path))
-    own, risks = set(refused), settings.preflight.accept_risk
-    for problems in () if files_only else believed(settings):
-        refused = {**problems, **refused}
-    if settings.origin("preflight", "accept_risk") in settings.files:
-        risks = [path for path in risks if path not in own]
-    return refused, {path: refused.pop(path) for path in risks if path in refused}
-
-
-def believed(settings: Settings) -> Iterator[Problems]:
-    """Judge whatever root will act on or run beside its configuration, in the order to be told.
-
-    What comes with the release is looked for in the one that is live, to which
-    a run may go back, and on the way to the one that is not there yet.
-    """
-    root = os.path.realpath(settings.deploy.root) if settings.deploy.root else ""
-    signature, policy, deploy = settings.signature, settings.policy, settings.deploy
+    own, risks, deploy = set(refused), settings.preflight.accept_risk, settings.deploy
+    signature, policy = settings.signature, settings.policy
     paths = [deploy.root, signature.allowed_signers, policy.approvers, policy.attesters,
              *itertools.filterfalse(KEY_LITERAL.match, signature.keys), *[
         getattr(asked, key, "") for key in KEY_FILES
@@ -8225,16 +8213,23 @@ def believed(settings: Settings) -> Iterator[Problems]:
     for service in (*settings.service.values(), *settings.slots.values()):
         if service.unit:
             paths += program_places(service.systemctl[0], "/", command_path())
-    yield from map(trust_problems, filter(None, paths))
+    for path in filter(None, () if files_only else paths):
+        refused.update(trust_problems(path))
+    root = os.path.realpath(deploy.root) if deploy.root else ""
     shared = tuple(f"{path}/" for path in deploy.shared_dirs + deploy.shared_files)
-    for section, key, (program, *_), in_root, in_release in commands(settings):
+    for section, key, (program, *_), in_root, in_release in (
+            () if files_only else commands(settings)):
         directories = [root or "/"] if in_root or not root else []
         if in_release and root:
             directories += [f"{root}/releases/(new)", f"{root}/current"]
             if (os.path.normpath(native(program)) + "/").startswith(shared):
                 directories.append(f"{root}/shared")
         for directory in directories:
-            yield foreign_program(settings, f"[{section}] {key}", program, directory)
+            found = foreign_program(settings, f"[{section}] {key}", program, directory)
+            refused = {**found, **refused}
+    if settings.origin("preflight", "accept_risk") in settings.files:
+        risks = [path for path in risks if path not in own]
+    return refused, {path: refused.pop(path) for path in risks if path in refused}
 
 
 def check_root(run: Run) -> Findings:
@@ -8245,12 +8240,12 @@ def check_root(run: Run) -> Findings:
         yield ("fail", f"{place} is not there or cannot be written by {user_name()}",
                f"mkdir -p {root}, chown {user_name()} {root} (of a group: chgrp, chmod g+rwxs), or "
                "mount it read-write")
-    for name in ("releases",) + PRIVATE_DIRECTORIES:
+    for name in ("releases", *PRIVATE_DIRECTORIES) if run.store else ():
         path = f"{root}/{name}"
-        found = os.lstat(path) if os.path.lexists(path) else os.stat(place)
+        found = os.lstat(path) if os.path.lexists(path) else os.stat(root)
         if not stat.S_ISDIR(found.st_mode):
             yield "fail", f"{path} is not a directory", "move it out of the way"
-        elif found.st_dev != os.stat(place).st_dev:
+        elif found.st_dev != os.stat(root).st_dev:
             yield "fail", f"{path} lies on another filesystem than the root", f"unmount {path}"
     yield "ok", root if run.store else f"{root} will be made", ""
 
@@ -8379,8 +8374,8 @@ def check_origin(run: Run) -> Findings:
     for member, _, status in (
             walk_tree(artifact.descriptor) if artifact.format == "directory" else ()):
         path = os.path.join(artifact.path, os.fsdecode(member.name))
-        for problem in owner_problem(path, status, spare_root=True).values():
-            found.setdefault(artifact.path, problem)
+        for why, fix in owner_problem(path, status, spare_root=True).values():
+            found.setdefault(artifact.path, (f"{artifact.path}: {why}", fix))
     # It may have been somebody's link, which was gone when it was looked at.
     if not os.path.samestat(artifact.status, os.stat(given)):
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
@@ -8502,19 +8497,13 @@ def check_programs(run: Run) -> Findings:
 
 
 def check_ports(places: Sequence[Tuple[str, int]]) -> Findings:
-    """Ports are free: bound for an instant, the only proof that a port is free.
-
-    Without a host: on every IPv6 and IPv4 address, as far as the host has them.
-    """
+    """Ports are free: bound for an instant, the only proof; without a host, on every address."""
     for host, port in places:
-        for address in [host] if host else ["::", "0.0.0.0"]:
-            try:
-                hold_port(address, port).close()
-            except (OSError, TypeError) as error:  # the latter for a name that cannot be one
-                if host or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    yield ("fail", f"port {host}:{port}: {reason(error)}",
-                           f"see who has it: ss -ltnp 'sport = :{port}'; or correct free_ports")
-                    break
+        try:
+            hold_port(host or "0.0.0.0", port).close()
+        except (OSError, TypeError) as error:  # the latter for a name that cannot be one
+            yield ("fail", f"port {host}:{port}: {reason(error)}",
+                   f"see who has it: ss -ltnp 'sport = :{port}'; or correct free_ports")
 
 
 def check_services(run: Run) -> Findings:

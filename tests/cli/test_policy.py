@@ -168,6 +168,14 @@ def test_the_judge_is_told_everything_and_its_first_line_is_the_reason(app: App)
     assert {"name": "windows", "status": "ok"}.items() <= next(check for check in asked["checks"] if check["name"] == "windows").items()
 
 
+def test_the_judge_is_asked_once_at_a_first_deployment_too(app: App) -> None:
+    app.configure(f"[policy]\njudge = sh -c 'echo asked >> {app.directory}/asked'")
+    app.run("deploy", app.artifact("1.0"), check=0)
+    assert (app.directory / "asked").read_text() == "asked\n"
+    app.run("deploy", app.artifact("1.1"), check=0)
+    assert (app.directory / "asked").read_text() == "asked\n" * 2
+
+
 def test_a_judge_is_not_asked_where_nothing_can_be_planned(app: App) -> None:
     app.deploy("1.0")
     (app.root / ".deploy" / "releases" / f"{app.current}.json").write_text("{}")

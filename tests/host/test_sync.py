@@ -717,6 +717,30 @@ def test_a_signed_index_speaks_for_its_artifacts(app: App, origin: Source, nginx
     assert "max_age" in refused_once(app)
 
 
+def test_a_sequence_that_a_stolen_key_ran_ahead_with_is_forgotten_with_the_key(app: App, beside: Source, keys: Path) -> None:
+    index = beside.directory / "index.json"
+
+    def publish(name: str, **changed: Any) -> None:
+        beside.index(beside.release("1.1"), **changed)
+        sign(keys, index, name)
+
+    follow(app, beside.directory, "index = index.json\n" + signed(keys, "one"), more="")
+    beside.add("1.1")
+    publish("one", sequence=10 ** 15)
+    app.run("sync", check=0)
+    publish("one")
+    assert "lower sequence" in refused_once(app)
+    publish("two")  # which nobody trusts yet: what was seen stays
+    assert [app.run("sync").exit_code for _ in range(2)] == [1, 4]
+    publish("one")
+    assert "lower sequence" in app.run("sync", check=4).data["msg"]
+    follow(app, beside.directory, "index = index.json\n" + signed(keys, "two"), more="")
+    publish("two")
+    app.run("sync", check=0)
+    publish("two", sequence=2)
+    assert "lower sequence" in app.run("sync", check=4).data["msg"]
+
+
 def test_an_index_may_be_unsigned_where_signatures_are_for_those_who_have_one(app: App, beside: Source, keys: Path) -> None:
     follow(app, beside.directory, signed(keys, "one") + "verify = if-present\n")
     beside.add("1.0")
