@@ -10532,27 +10532,44 @@ diff: {type: dict, returned: in diff mode, description: "what current points to,
 RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
 
 
-def cell(value: Any) -> str:
-    """Write a value of --json for people: `*` is yes, `-` nothing, a float a duration."""
+def no_such(what: str, name: str, names: Iterable[str]) -> UsageError:
+    """Make the error for a name that nothing has, with those that there are."""
+    return UsageError(f"there is no {what} {name!r}",
+                      nearest(name, names) or f"there are {', '.join(names) or 'none'}")
+
+
+# What is shown in one line of a record, a run, a step or a person, in this order.
+IN_SHORT = "id name deploy_id version state activated_at operation result status to phase " \
+    "release at seconds detail user pid command since until note port live by"
+
+
+def in_short(name: str, value: Any) -> str:
+    """Write a value of --json for people, in one line: `*` is yes, `-` is nothing."""
+    if isinstance(value, dict):
+        return "  ".join(in_short(key, value[key]) for key in IN_SHORT.split() if value.get(key))
     if isinstance(value, bool):
         return "*" if value else ""
-    if isinstance(value, float):
-        return format_seconds(value)
-    return "-" if value is None or value == "" else str(value)
+    if value is None or value == "":
+        return "-"
+    return format_seconds(value) if name.endswith("seconds") else str(value)
 
 
-def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str) -> None:
+def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str = "") -> None:
     """Show some keys of each row; `nothing` says that there is none."""
-    table = [[cell(row[key]) for key in keys.split()] for row in rows]
+    table = [[in_short(key, row[key]) for key in keys.split()] for row in rows]
     run.console.result(render_table(headers.split("|"), table) if rows else nothing)
 
 
-def show_block(run: Run, values: Json) -> None:
-    """Show each value that is known on a line of its own, and each line of a longer one."""
+def block(values: Json, indent: str = "  ") -> Iterator[str]:
+    """Write each value that is known on a line of its own, and what belongs together below it."""
     for name, value in values.items():
-        for line in value if isinstance(value, list) else [value]:
-            if line not in (None, ""):
-                run.console.result(f"  {name:<12} {cell(line)}")
+        if isinstance(value, dict):
+            yield f"{indent}{name}"
+            yield from block(value, indent + "  ")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if item not in (None, ""):
+                yield f"{indent}{name:<16} {in_short(name, item)}"
                 name = ""
 
 
@@ -10664,17 +10681,19 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
         if flags.command == "sync":
             asked = find_new(run)
         facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
+        if facts.artifact:
+            run.outcome.extra["artifact"] = artifact_json(facts.artifact)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken and recover_first:
             preflight(run)
         plan = run.plan = plan_operation(facts)
-        steps = plan.steps + plan.last
-        describe_ends(run, plan)
-        if checks and steps:
+        run.target = plan.to_release
+        if checks and plan.steps + plan.last:
             preflight(run, show=not broken)
+        describe_ends(run, plan)
         if flags.dry_run:
-            show_plan(run, plan, steps)
-        elif steps:
+            show_plan(run, plan)
+        elif plan.steps + plan.last:
             Executor(run, plan).execute()
             if run.cache:
                 with suppress(OSError):  # the next run tries again
@@ -10731,31 +10750,27 @@ def find_new(run: Run) -> str:
 def describe_ends(run: Run, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
     facts, outcome, before = run.facts, run.outcome, plan.from_release
-    run.target = run.console.log_context["release"] = plan.to_release
+    run.console.log_context["release"] = plan.to_release
     outcome.release, outcome.previous = plan.to_release or None, before
     if before == plan.to_release:
         target = rollback_target(facts, before)
         outcome.previous = target.id if target else None
-    if facts.artifact:
-        outcome.extra["artifact"] = artifact_json(facts.artifact)
     # What current points to before and after, in the form that Ansible shows.
-    moves = any(step.name == "activate" for step in plan.steps + plan.last)
-    for when, release in (("before", before), ("after", plan.to_release if moves else before)):
-        known: Any = facts.records.get(release or "")
-        if when == "after" and moves:
-            known = known or facts.artifact
-        text = f"release: {release}\n" if release else ""
+    for when, release, made in (("before", before, None),
+                                ("after", plan.to_release, facts.artifact)):
+        if when == "after" and not any(step.name == "activate" for step in plan.steps):
+            release, made = before, None
+        known, text = facts.records.get(release or "") or made, f"release: {release}\n"
         if known:
             text += f"version: {known.version}\nsha256: {known.sha256}\n"
-        run.console.diff.update({f"{when}_header": f"{facts.root}/current", when: text})
+        run.console.diff[f"{when}_header"] = f"{facts.root}/current"
+        run.console.diff[when] = text if release else ""
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
     """Run the checks that guard this command; raise for what failed, the artifact's first."""
-    console, outcome, started_seconds = run.console, run.outcome, time.monotonic()
-    ends = outcome.release, outcome.previous
-    # Until the checks have passed.
-    outcome.release, outcome.previous = run.facts.current.release, None
+    console, facts, started_seconds = run.console, run.facts, time.monotonic()
+    run.outcome.release = facts.current.release
     results = run_checks(run, going_back=run.flags.command in ("rollback", "activate"))
     failed = [result for result in results if result.status == "fail"]
     for name, status, detail, _ in results if show or failed else []:
@@ -10766,42 +10781,41 @@ def preflight(run: Run, *, show: bool = True) -> None:
         else:
             console.debug(f"{status:<5} {name}: {detail}")
     if failed:
-        if run.facts.refusal:
-            raise run.facts.refusal
-        if failed[0].name == "lock":
-            raise busy(run.facts.holder or {})
-        kind = ArtifactRefused if failed[0].name in ARTIFACT_CHECKS else PreflightFailed
-        raise kind(f"preflight: {failed[0].name}: {failed[0].detail}", failed[0].hint)
-    outcome.release, outcome.previous = ends
+        if facts.refusal:
+            raise facts.refusal
+        name, _, detail, hint = failed[0]
+        if name == "lock":
+            raise Busy(busy(facts.holder or {}).message, hint)
+        kind = ArtifactRefused if name in ARTIFACT_CHECKS else PreflightFailed
+        raise kind(f"preflight: {name}: {detail}", hint)
     if show:
         seconds = format_seconds(time.monotonic() - started_seconds)
         console.say(f"{'preflight':<20} {seconds:>7}  {count(len(results), 'check')}", status="ok")
 
 
-def show_plan(run: Run, plan: Plan, steps: List[Step]) -> None:
+def show_plan(run: Run, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
-    console, outcome, journal = run.console, run.outcome, run.facts.journal
-    if run.facts.holder is not None or run.flags.command == "recover":
+    outcome, facts, journal = run.outcome, run.facts, run.facts.journal
+    if facts.holder is not None or run.flags.command == "recover":
         journal = None
-    if run.facts.holder is not None:
-        console.warn(f"{busy(run.facts.holder).message}; the plan may be another once it has ended")
-    elif journal and not outcome.checks:  # where there are checks, one of them says so
-        console.warn(f"{journal.operation} of {journal.to_release} was interrupted; a real run "
-                     "recovers it first, and the plan may be another then")
-    outcome.changed = bool(steps or journal)
-    outcome.extra["plan"] = plan.to_json()
+    if facts.holder is not None or journal and not outcome.checks:
+        why = busy(facts.holder or {}).message
+        if journal:  # where there are checks, one of them says so
+            why = f"{journal.operation} of {journal.to_release} was interrupted"
+        run.console.warn(f"{why}; once that has come to its end, the plan may be another")
+    steps, rows = plan.steps + plan.last, plan.to_json()
+    outcome.changed, outcome.extra["plan"] = bool(steps or journal), rows
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
     outcome.message = "nothing to do"
     if not steps:
-        console.result(outcome.message)
+        run.console.result(outcome.message)
         return
     outcome.message = f"would {run.flags.command}: {count(len(steps), 'step')}"
     lines = [f"plan of {plan.operation} ({count(len(steps), 'step')}; nothing was changed)"]
     lines += [f"  {number:>2}  {step.name:<20} {step.text}" for number, step in enumerate(steps, 1)]
-    if plan.way_back:
-        lines.append("should anything fail after activation:")
+    lines += ["should anything fail after activation:"] if plan.way_back else []
     lines += [f"      {step.name:<20} {step.text}" for step in plan.way_back]
-    console.result("\n".join(lines))
+    run.console.result("\n".join(lines))
     for step in steps:
         if step.name == "verify":  # it only looks: what it would find is found now
             step.do(run)
@@ -10815,8 +10829,7 @@ MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate
 
 def command_move(run: Run) -> None:
     """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
-    command, outcome, facts = run.flags.command, run.outcome, run.facts
-    pins = command in NOTING
+    command, outcome, pins = run.flags.command, run.outcome, run.flags.command in NOTING
     transact(run, checks=not pins)
     if run.flags.dry_run:
         return
@@ -10826,19 +10839,16 @@ def command_move(run: Run) -> None:
     if not outcome.steps or pins:
         run.console.result(outcome.message)
         return
-    facts, back, undo = run.facts, outcome.previous, ""
+    facts, back, undo, forward = run.facts, outcome.previous, None, None
     before = facts.release(back or "")
-    if command != "rollback" and back and rollback_target(facts, outcome.release):
-        undo = "rollback"
-    elif command == "rollback" and before and before.state != STATE_BAD:
-        undo = f"activate {back}"
-    run.console.result(f"{run.application}: {outcome.message}")
     if command == "stage":
-        run.console.result(f"  go live    {facts.command_line(f'activate {outcome.release}')}")
-    elif back:
-        run.console.result(f"  before     {back}")
-        if undo:
-            run.console.result(f"  undo       {facts.command_line(undo)}")
+        back, forward = None, facts.command_line(f"activate {outcome.release}")
+    elif command == "rollback" and before and before.state != STATE_BAD:
+        undo = facts.command_line(f"activate {back}")
+    elif command != "rollback" and back and rollback_target(facts, outcome.release):
+        undo = facts.command_line("rollback")
+    run.console.result("\n".join([f"{run.application}: {outcome.message}", *block(
+        {"go live": forward, "before": back, "undo": undo})]))
 
 
 def command_prune(run: Run) -> None:
@@ -10847,8 +10857,9 @@ def command_prune(run: Run) -> None:
     outcome, facts, would = run.outcome, run.facts, "would be " if run.flags.dry_run else ""
     removed = outcome.extra["removed"] = [
         step.name.partition(":")[2] for step in outcome.steps if step.status in ("done", "planned")]
-    for name in sorted(set(facts.in_use) & facts.on_disk - {facts.current.release}):
-        run.console.say(f"{name} is in use by {facts.in_use[name]}, and stays")
+    for name, process in sorted(facts.in_use.items()):
+        if name != facts.current.release:
+            run.console.say(f"{name} is in use by {process}, and stays")
     outcome.message = f"{count(len(removed), 'release')} {would}removed"
     if not would:
         run.console.result("\n".join([outcome.message] + [f"  {name}" for name in removed]))
@@ -10859,17 +10870,16 @@ def command_recover(run: Run) -> None:
     flags, outcome, done, lost = run.flags, run.outcome, [], None
     if flags.to:
         transact(run, checks=False, recover_first=False)
-        if not flags.dry_run:
-            outcome.changed = True
-            outcome.message = f"{outcome.release} is live, and nothing is under way"
-            outcome.extra["recovered"] = [outcome.message]
-            run.console.result(outcome.message)
-        return
-    if not is_untouched(run):
-        with looking(run, must_exist=False) if flags.dry_run else changing(run) as store:
+        if flags.dry_run:
+            return
+        outcome.changed = True
+        done = outcome.extra["recovered"] = [
+            f"{outcome.release} is live, and nothing is under way"]
+    elif not is_untouched(run):
+        with looking(run, must_exist=False) if flags.dry_run else changing(run):
             facts = observe(run, locked=True)
             outcome.release, lost = facts.current.release, lost_current(facts)
-            done = preview_recovery(run, store) if flags.dry_run else outcome.extra["recovered"]
+            done = preview_recovery(run) if flags.dry_run else outcome.extra["recovered"]
     if flags.dry_run:
         outcome.changed = bool(done)
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
@@ -10877,22 +10887,22 @@ def command_recover(run: Run) -> None:
     run.console.result(outcome.message)
     if lost:
         raise without_current(run.facts, lost)
-    if run.facts and run.facts.state_problems:
+    if run.facts and run.facts.state_problems and not flags.to:
         raise StateError("; ".join(run.facts.state_problems), RESTORE)
 
 
-def preview_recovery(run: Run, store: Store) -> List[str]:
+def preview_recovery(run: Run) -> List[str]:
     """Say what `recover` would do; raises what it would be refused with."""
-    holder, journal, current = lock_holder(store), run.facts.journal, run.facts.current
+    holder, journal, current = lock_holder(run.store), run.facts.journal, run.facts.current
     if holder is not None:
         raise busy(holder)
     if current.problem:
         raise StateError(current.problem, current.hint)
-    stray = stray_error(store, journal, current.release) if journal else None
-    if stray:
-        raise stray
-    plan = [f"remove {path}" for path in store.sweep()]
+    plan = [f"remove {path}" for path in run.store.sweep()]
     if journal:
+        stray = stray_error(run.store, journal, current.release)
+        if stray:
+            raise stray
         plan.insert(0, f"recover the {journal.operation} of {journal.to_release} ({journal.phase})")
     return plan
 
@@ -10901,7 +10911,7 @@ def preview_recovery(run: Run, store: Store) -> List[str]:
 
 def command_preflight(run: Run) -> None:
     """Run every read-only check, and show them as a table."""
-    outcome, asked = run.outcome, run.flags.artifact or ""
+    outcome, console, asked = run.outcome, run.console, run.flags.artifact or ""
     with looking(run, must_exist=False):
         facts = observe(run, locked=False, artifact=asked, confirm=True)
         outcome.release = facts.current.release
@@ -10910,14 +10920,13 @@ def command_preflight(run: Run) -> None:
             run.plan = make_plan(facts, Move("deploy", outcome.release, release))
             outcome.extra["artifact"] = artifact_json(facts.artifact)
         results = run_checks(run)
-    outcome.checks = results
     show_table(run, "STATUS|CHECK|FOUND", "status name detail",
-               [result._asdict() for result in results], "")
-    for result in results:
-        if result.hint:
-            run.console.result(f"hint ({result.name}): {result.hint}")
-        if result.status == "warn":
-            run.console.warnings.append(f"{result.name}: {result.detail}")
+               [result._asdict() for result in results])
+    for name, status, detail, hint in results:
+        if hint:
+            console.result(f"hint ({name}): {hint}")
+        if status == "warn":
+            console.warnings.append(f"{name}: {detail}")
     failed = [result for result in results if result.status == "fail"]
     outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed"
     if failed:
@@ -10965,30 +10974,24 @@ def command_diff(run: Run) -> None:
 
 def command_logs(run: Run) -> None:
     """Show what the services that are units wrote to the journal since the release went live."""
-    wanted, settings, lines = run.flags.service, run.settings, []
+    wanted, slots, lines = run.flags.service, run.settings.slots, []
     with looking(run):
         facts = observe(run, locked=False)
-    services = {**settings.service, **settings.slots}
+        live = select_release(facts, "current")
+    services = {**run.settings.service, **slots}
     if wanted and wanted not in services:
-        raise UsageError(f"there is no service {wanted!r}",
-                         nearest(wanted, services) or f"there are {', '.join(services) or 'none'}")
+        raise no_such("service", wanted, services)
     ways: Dict[Tuple[str, ...], List[str]] = {}
     for name, service in services.items():
-        is_idle = name in settings.slots and name != facts.live_slot
-        if service.unit and (name == wanted or not wanted and not is_idle):
+        is_meant = wanted == name or not wanted and (name not in slots or name == facts.live_slot)
+        if service.unit and is_meant:
             way = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
             ways.setdefault(tuple(way), []).extend(["-u", service.unit])
-    if not ways:
-        raise UsageError(f"{wanted or 'none'} is no systemd unit, and only units have a journal",
-                         "set `unit` in [service:NAME], or look where the service logs to")
-    if run.flags.follow and (run.flags.json or len(ways) > 1):
-        raise UsageError("--follow has no end, and shows one journal",
-                         "name one service, without --json")
-    live = facts.release(facts.current.release or "")
-    if not live or not live.activated_at:
-        raise ProblemFound("nothing is known to be live, so that nobody can say since when",
-                           f"see {facts.command_line('status')}")
-    since_seconds = read_value("moment", live.activated_at)(0.0, 1)
+    if not ways or run.flags.follow and (run.flags.json or len(ways) > 1):
+        raise UsageError(f"{wanted or 'none'} is no systemd unit, and only units have a journal"
+                         if not ways else "--follow has no end, and shows one journal",
+                         "name one service that has a unit, without --json")
+    since_seconds = read_value("moment", live.activated_at or live.created_at)(0.0, 1)
     for way, units in ways.items():
         argv = [*way, "--no-pager", f"--since=@{since_seconds:.0f}", *units]
         if run.flags.follow:
@@ -11000,7 +11003,6 @@ def command_logs(run: Run) -> None:
             raise ProblemFound(f"{spell(argv)} {done.verdict()}: {' '.join(done.tail[-3:])}",
                                "run it as a user who may read the journal, or as root")
     run.outcome.release, run.outcome.extra["logs"] = live.id, lines
-    run.outcome.message = f"since {live.activated_at}"
 
 
 def command_flags(run: Run) -> None:
@@ -11022,22 +11024,18 @@ def command_probe(run: Run) -> None:
     flags, live = run.flags, False
     probes = chosen_probes(run.settings, flags)
     context = Context("", "/", "", "", "/", "", run.deploy_id)
-    if run.settings.deploy.root:
-        # Without a root (an ad-hoc probe) there is nothing to compare the answer with.
-        with looking(run, must_exist=False) as store:
-            context = context._replace(root=run.root, release_path=run.root)
-            if store is not None:
-                facts = observe(run, locked=False)
-                run.outcome.release = facts.current.release
-                live = facts.current.release in facts.records
-                context = context_for(facts, facts.current.release)
+    if run.settings.deploy.root:  # without one there is nothing to compare the answer with
+        with looking(run, must_exist=False):
+            facts = observe(run, locked=False)
+        release = run.outcome.release = facts.current.release
+        live, context = release in facts.records, context_for(facts, release)
     if not live and flags.expect and probes[0].release:
         raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, "
                          "to compare the answer with", "name the root of what answers: --root DIR")
     results = [run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
                for probe in probes]
     rows = run.outcome.extra["probes"] = [found._asdict() for found in results]
-    show_table(run, "HEALTHY|PROBE|TOOK|ANSWER", "ok name seconds detail", rows, "")
+    show_table(run, "HEALTHY|PROBE|TOOK|ANSWER", "ok name seconds detail", rows)
     failed = [found for found in results if not found.ok and found.required]
     run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
@@ -11048,18 +11046,18 @@ def command_probe(run: Run) -> None:
 
 def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     """Make the probes that the command line asks for; UsageError where it does not agree."""
-    adhoc = [(kind, value) for kind, value in
-             (("url", flags.url), ("tcp", flags.tcp), ("command", flags.probe_command)) if value]
-    if len(adhoc) + bool(flags.names) > 1 or flags.expect and not adhoc:
+    known, asked = settings.probe, (("url", flags.url), ("tcp", flags.tcp),
+                                    ("command", flags.probe_command))
+    probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in asked if value]
+    if len(probes) + bool(flags.names) > 1 or flags.expect and not probes:
         raise UsageError("probe takes names, or one of --url, --tcp and --command with --expect",
                          "ask one thing at a time")
     for name in flags.names:
-        if name not in settings.probe:
-            raise UsageError(f"there is no probe {name!r}", nearest(name, settings.probe)
-                             or "configure [probe:NAME], or give --url, --tcp or --command")
-    probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in adhoc] or \
-        [settings.probe[name] for name in flags.names or sorted(settings.probe)
-         if name in flags.names or settings.probe[name].when != "candidate"]
+        if name not in known:
+            raise no_such("probe", name, known)
+    if not probes:
+        probes = [known[name] for name in flags.names or sorted(known)
+                  if name in flags.names or known[name].when != "candidate"]
     if not probes:
         raise UsageError("there is no probe to run",
                          "configure a [probe:NAME], or give --url, --tcp or --command")
@@ -11079,9 +11077,8 @@ CONFIG_DIRECTORY = "/etc/deploy"
 
 def configurations() -> List[str]:
     """List the configurations of this host's applications."""
-    there = os.path.isdir(CONFIG_DIRECTORY)
-    return [f"{CONFIG_DIRECTORY}/{name}" for name in sorted(os.listdir(CONFIG_DIRECTORY))
-            if name.endswith(".ini")] if there else []
+    from glob import glob
+    return sorted(glob(f"{CONFIG_DIRECTORY}/*.ini"))
 
 
 def command_status(run: Run) -> None:
@@ -11091,7 +11088,7 @@ def command_status(run: Run) -> None:
         return
     rows = run.outcome.extra["roots"] = []
     for path in configurations():
-        row = dict.fromkeys(("application", "root", "release"), None)
+        row: Json = dict.fromkeys(("application", "root", "release"))
         row.update(configuration=path, problem="", ok=True)
         rows.append(row)
         try:
@@ -11104,7 +11101,7 @@ def command_status(run: Run) -> None:
             row.update(problem=step_error(error, "status").message, ok=False)
     run.outcome.message = count(len(rows), "root")
     show_table(run, "APPLICATION|ROOT|CURRENT|OK|PROBLEM", "application root release ok problem",
-               rows, f"no configuration in {CONFIG_DIRECTORY}")
+               rows, run.outcome.message)
     problems = [f"{row['configuration']}: {row['problem']}" for row in rows if row["problem"]]
     if problems:
         raise ProblemFound("; ".join(problems), "deploy.py -c FILE status tells more of each")
@@ -11123,43 +11120,29 @@ def show_status(run: Run) -> None:
         except StateError as error:
             problems.append((error.message, error.hint))
     name = outcome.release = facts.current.release
-    current, previous = facts.release(name or ""), rollback_target(facts, name)
+    previous = rollback_target(facts, name)
     outcome.previous = previous.id if previous else None
-    known, hold = len(facts.on_disk & set(facts.records)), facts.hold or None
+    found = outcome.extra["status"] = {
+        key: encode(value) if value else None for key, value in (
+            ("current", facts.release(name or "")), ("previous", previous),
+            ("journal", facts.journal), ("last", last))}
+    found.update(
+        lock=facts.holder, maintenance=flag, releases=len(facts.on_disk & set(facts.records)),
+        hold=facts.hold or None, problems=[problem for problem, _ in problems],
+        configuration=run.settings.files)
     links = {slot: release for release, slot in facts.slots.items()}
     slots = {slot: {"port": values.port, "release": links.get(slot),
                     "live": slot == facts.live_slot}
              for slot, values in run.settings.slots.items()}
-    outcome.extra["status"] = {
-        "lock": facts.holder, "maintenance": flag, "releases": known, "hold": hold,
-        "problems": [problem for problem, _ in problems], "configuration": run.settings.files,
-        **({"slots": slots} if slots else {}),
-        **{key: encode(value) if value else None for key, value in (
-            ("current", current), ("previous", previous), ("journal", facts.journal),
-            ("last", last))}}
-    live = name or "nothing is live"
-    if current:
-        active = current.state == STATE_ACTIVE
-        since = f" since {current.activated_at}" if active else ", and not settled yet"
-        live = f"{current.id}  version {current.version}, live{since}"
-    state = "; ".join(problem for problem, _ in problems) or "ok"
-    show_block(run, {
-        "application": facts.application, "root": facts.root, "current": live,
-        "configured": ", ".join(run.settings.files) or "by no file",
-        "failure": (current and current.failure or {}).get("reason"),
-        "previous": f"{previous.id}  version {previous.version}" if previous
-                    else "none to roll back to",
-        "releases": f"{known} on disk",
-        **{f"slot {slot}": f"{found['release'] or 'no release'}{', live' if found['live'] else ''}"
-           for slot, found in slots.items()},
-        "last run": last and f"{last.operation} {last.result} at {last.at} by "
-                             f"{last.by.get('user')}, {format_seconds(last.seconds)}",
-        "hold": hold and next(check_hold(run))[1],
-        "maintenance": flag and f"on since {flag.get('since')}: "
-                                f"{flag.get('note') or flag.get('deploy_id') or 'by hand'}",
-        "lock": f"held by {describe_holder(facts.holder)}" if facts.holder is not None else "free",
-        "state": state})
-    outcome.message = f"{name or 'nothing'} is live; state: {state}"
+    if slots:
+        found = dict(found, **{f"slot {slot}": values for slot, values in slots.items()})
+        outcome.extra["status"]["slots"] = slots
+    shown = {"application": facts.application, "root": facts.root,
+             "current": name or "nothing is live"}
+    shown.update((key, in_short(key, value) if isinstance(value, dict) else value)
+                 for key, value in found.items() if value)
+    run.console.result("\n".join(block(dict(shown, state="" if problems else "ok"))))
+    outcome.message = f"{name or 'nothing'} is live; state: {'; '.join(found['problems']) or 'ok'}"
     if problems:
         raise ProblemFound(*problems[0])
 
@@ -11177,6 +11160,7 @@ def state_problems(run: Run) -> List[Problem]:
             command_line("recover --to RELEASE" if by_hand else "recover")))
     if facts.settings.slots:
         problems += slot_problem(facts)
+    back = rollback_target(facts, live)
     settled = not facts.current.problem and facts.holder is None and not journal
     if settled and store.status(store.flag) and "deploy_id" in store.maintenance():
         problems.append(("maintenance is on, and the run that wanted it has ended",
@@ -11184,12 +11168,10 @@ def state_problems(run: Run) -> List[Problem]:
     if lost and settled:
         error = without_current(facts, lost)
         problems.append((error.message, error.hint))
-    back = rollback_target(facts, live)
     for record in facts.records.values() if settled else []:
         if record.state == STATE_ACTIVE and record.id != live and record != lost:
-            there = record.id in facts.on_disk
             problems.append((f"{record.id} should be live, but current points to {live}",
-                             command_line(f"activate {record.id}" if there else "recover")))
+                             command_line(f"activate {record.id}") + "; or recover, to go by it"))
         elif record.id == live and record.failure:
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
                              command_line("rollback") if back else "deploy a corrected version"))
@@ -11221,28 +11203,25 @@ def command_releases(run: Run) -> None:
 
 def command_history(run: Run) -> None:
     """List the deployments, oldest first; --verify proves that no line was changed."""
-    flags, outcome, since, problems = run.flags, run.outcome, "", []
+    flags, outcome, since = run.flags, run.outcome, ""
     with looking(run) as store:
         if flags.verify:
-            problems, entries = store.verify_history(), store.read_history()[0]
-        else:
-            entries, outcome.extra["chain"] = store.history(), store.chain
-    if flags.verify:
-        outcome.extra["history"] = []
-        lines = count(len(entries), "entry", "entries")
-        outcome.message = "; ".join(problems) or f"{lines}, the chain is whole"
-        run.console.result(outcome.message)
-        if problems:
-            raise ProblemFound(
-                f"the history is not whole: {'; '.join(problems[:3])}",
-                f"compare {store.path}/{HISTORY} with a backup or with your log; to start over, "
-                "move it away")
-        return
+            outcome.extra["history"] = []
+            problems = store.verify_history()
+            lines = count(len(store.read_history()[0]), "entry", "entries")
+            outcome.message = "; ".join(problems[:3]) or f"{lines}, the chain is whole"
+            run.console.result(outcome.message)
+            if problems:
+                raise ProblemFound(
+                    f"the history is not whole: {outcome.message}",
+                    f"compare {store.path}/{HISTORY} with a backup or with your log; to start "
+                    "over, move it away")
+            return
+        entries, outcome.extra["chain"] = store.history(), store.chain
     if flags.since:
         since = format_time(read_value("moment", flags.since)(time.time(), -1))
     if flags.operation and flags.operation not in RESULTS:
-        raise UsageError(f"there is no operation {flags.operation!r}",
-                         nearest(flags.operation, RESULTS) or f"one of {', '.join(RESULTS)}")
+        raise no_such("operation", flags.operation, RESULTS)
     found = [encode(entry) for entry in entries
              if entry.at >= since and flags.operation in (None, entry.operation)
              and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
@@ -11254,8 +11233,8 @@ def command_history(run: Run) -> None:
         outcome.message += f", the newest {limit} of them shown; --limit 0 shows all"
         run.console.say(outcome.message)
     show_table(run, "TIME|ID|OPERATION|RESULT|VERSION|TOOK|BY",
-               "at deploy_id operation result version seconds user",
-               [dict(entry, user=entry["by"].get("user")) for entry in shown],
+               "at deploy_id operation result version seconds by",
+               [dict(entry, by=entry["by"].get("user")) for entry in shown],
                "nothing like that in the history" if entries else "no history yet")
 
 
@@ -11266,39 +11245,26 @@ def command_show(run: Run) -> None:
     text = run.flags.id or "latest"
     if text == "current" and live:
         text = live
-    moves = [entry for entry in entries if entry.operation not in ("pin", "unpin")]
     # A run's own names first, then the last that was done with a release, then what begins so.
     found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
-        [entry for entry in moves if text in (entry.release, entry.version)][-1:] or \
+        [entry for entry in entries if entry.operation not in ("pin", "unpin")
+         and text in (entry.release, entry.version)][-1:] or \
         [entry for entry in entries if entry.deploy_id.startswith(text)
          or (entry.release or "").startswith(text)]
     if not found and text == "latest":
         found = entries[-1:]
     ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries))[-5:]
     if not found or len(ids) > 1:
-        hint = f"give one of: {', '.join(ids)}" if ids else "nothing was deployed here so far"
-        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment", hint)
+        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
+                         f"give one of: {', '.join(ids) or 'none was deployed here so far'}")
     # The run itself, and what a recovery made of it.
     found = [entry for entry in entries if entry.deploy_id == ids[0]]
     shown = run.outcome.extra["history"] = [encode(entry) for entry in found]
     run.outcome.release, run.outcome.previous = found[-1].release, found[-1].previous
     run.outcome.message = found[-1].result
     for entry in shown:
-        by = " ".join(f"{key} {value}" for key, value in entry["by"].items())
-        show_block(run, {
-            "id": f"{entry['deploy_id']} (entry {entry['sequence']})", "ended": entry["at"],
-            "took": entry["seconds"], "by": by,
-            **{key: entry[key] for key in ("operation", "result", "release", "previous",
-                                           "exit_code", "message", "note")}})
-        for step in entry["steps"]:
-            name, seconds = f"{step.get('name')} [{step.get('status')}]", float(step["seconds"])
-            lines = [f"  {name:<32} {format_seconds(seconds):>7}  {step.get('detail', '')}"]
-            lines += [f"    | {line}" for line in step.get("output", ())]
-            run.console.result("\n".join(lines))
-        if entry["failure"]:
-            failure = entry["failure"]
-            show_block(run, {"failed at": f"{failure.get('step')}: {failure.get('reason')}",
-                             **(failure.get("evidence") or {})})
+        steps = [part for step in entry["steps"] for part in (step, *step.get("output", ()))]
+        run.console.result("\n".join(block(dict(entry, steps=steps))))
 
 
 # -- how deployments went over time --------------------------------------------
@@ -11316,47 +11282,49 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     from calendar import timegm
     from statistics import median
 
-    def seconds(text: str) -> float:
-        return float(timegm(tuple(map(int, re.findall("[0-9]+", text)[:6]))))
+    def span(begin: Any, end: Any) -> Optional[float]:
+        if not (begin and end):
+            return None
+        first, last = [timegm(tuple(map(int, re.findall("[0-9]+", text)[:6])))
+                       for text in (begin, end)]
+        return float(last - first)
 
     runs: List[Json] = []
     by_release: Dict[Any, Json] = {}
     broken: List[Json] = []
     for entry in entries:
         last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
-        needs_a_person = entry.result in NEEDED_A_PERSON
+        is_broken, left = entry.result in NEEDED_A_PERSON, by_release.get(entry.previous)
+        goes_live = entry.result in GOES_LIVE
         # What a recovery made of a run has the run's own id.
         is_end = entry.deploy_id == last.get("deploy_id")
-        left = by_release.get(entry.previous)
-        if left and entry.operation == "rollback" and not (automatic or left["failed"]) and \
-                entry.result in ("rolled_back", "left_live"):
+        if left and entry.operation == "rollback" and goes_live and not (
+                automatic or left["failed"]):
             left["failed"] = True
             broken.append(left)
-        if entry.result in GOES_LIVE and not needs_a_person and (is_end or not automatic):
+        if goes_live and not is_broken and (is_end or not automatic):
             for run in broken:
                 run["well_at"] = entry.at
             broken = []
         if is_end or entry.operation not in ("deploy", "activate", "sync") or not (
-                automatic or entry.result in ("deployed", "activated", "synced", *NEEDED_A_PERSON)):
+                goes_live or is_broken):
             continue
-        switched = [step.get("started_at") for step in entry.steps if step["name"] == "activate"]
-        runs.append({
-            "at": str(switched and switched[0] or entry.at), "by": entry.by.get("user"),
-            "failed": automatic or needs_a_person, "rework": last.get("failed", False),
-            "well_at": entry.at if automatic else None,
-            **{key: getattr(entry, key) for key in (
-                "deploy_id", "operation", "result", "release", "version", "note", "built_at")}})
-        by_release[entry.release] = runs[-1]
-        broken += runs[-1:] if needs_a_person else []
+        run = {key: getattr(entry, key) for key in (
+            "deploy_id", "operation", "result", "release", "version", "note", "built_at")}
+        starts = [step.get("started_at") for step in entry.steps if step["name"] == "activate"]
+        run.update(at=str(starts and starts[0] or entry.at), by=entry.by.get("user"),
+                   failed=automatic or is_broken, rework=last.get("failed", False),
+                   well_at=entry.at if automatic else None)
+        runs.append(run)
+        by_release[entry.release] = run
+        broken += [run] if is_broken else []
     runs = [run for run in runs if since <= run["at"] <= until]
-    for key, begin, end in (("recovery_seconds", "at", "well_at"),
-                            ("lead_seconds", "built_at", "at")):
-        for run in runs:
-            is_known = run[begin] and run[end] and (run["failed"] or end == "at")
-            run[key] = seconds(run[end]) - seconds(run[begin]) if is_known else None
-    days = max(1.0, (seconds(until) - seconds(since)) / 86400)
+    for run in runs:
+        run["recovery_seconds"] = span(run["at"], run["failed"] and run["well_at"])
+        run["lead_seconds"] = span(run["built_at"], run["at"])
+    per_day = len(runs) / max(1.0, (span(since, until) or 0.0) / 86400)
     found = {"since": since, "until": until, "deployments": len(runs),
-             "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs)}
+             "per_day": round(per_day, 3), "failed": sum(run["failed"] for run in runs)}
     for name, key in (("change_fail_rate", "failed"), ("rework_rate", "rework")):
         found[name] = round(sum(run[key] for run in runs) / len(runs), 4) if runs else None
     for key in ("recovery_seconds", "lead_seconds"):
@@ -11375,37 +11343,30 @@ def refuse_odd_files(*paths: str) -> None:
 
 def command_report(run: Run) -> None:
     """Show how often it was deployed, how many failed, how long it took to recover, to go live."""
-    import csv
-    import io
     flags, output, now_seconds = run.flags, run.flags.output or "-", time.time()
     since = format_time(read_value("moment", flags.since or "90d")(now_seconds, -1))
     with looking(run) as store:
         found = measure(store.history(), since, format_time(now_seconds))
-    run.outcome.extra["report"] = found
-    run.outcome.message = f"{count(found['deployments'], 'deployment')}, {found['failed']} failed"
-    rates = {key: "-" if found[key] is None else f"{found[key]:.0%}"
-             for key in ("change_fail_rate", "rework_rate")}
-    rows = {"from": f"{found['since'][:10]} to {found['until'][:10]}",
-            "deployments": f"{found['deployments']}, {found['per_day']:g} a day",
-            "failed": f"{found['failed']}, {rates['change_fail_rate']}",
-            "time to recover": f"{cell(found['recovery_seconds'])} (median)",
-            "build to live": f"{cell(found['lead_seconds'])} (median)",
-            "rework": rates["rework_rate"]}
-    table = io.StringIO()
-    for name, value in rows.items():
-        table.write(f"  {name:<18} {value}\n")
+    run.outcome.extra["report"], runs = found, found["runs"]
+    run.outcome.message = f"{count(len(runs), 'deployment')}, {found['failed']} failed"
+    measures = {key: value for key, value in found.items() if key != "runs"}
     if flags.format == "json":
-        table = io.StringIO(json.dumps(found, indent=2) + "\n")
+        text = json.dumps(found, indent=2) + "\n"
+    elif flags.format == "html":
+        text = report_page(run.application, runs, measures)
     elif flags.format == "csv":
+        import csv
+        import io
         table = io.StringIO()
         columns = ["at", "deploy_id", "operation", "result", "release", "version", "failed",
                    "rework", "recovery_seconds", "lead_seconds", "by", "note"]
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found["runs"])
-    elif flags.format == "html":
-        table = io.StringIO(report_page(run.application, found, rows))
-    text = run.console.secrets.mask(table.getvalue())
+        writer.writerows(runs)
+        text = table.getvalue()
+    else:
+        text = "\n".join([*block(measures), ""])
+    text = run.console.secrets.mask(text)
     if output == "-":
         run.console.raw_result(text)
         return
@@ -11435,8 +11396,10 @@ svg {{ width: 100%; height: 64px; border-bottom: 1px solid }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px }}
 th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884 }}
-.good {{ fill: var(--good); color: var(--good) }}
-.bad {{ fill: var(--bad); color: var(--bad) }}
+rect.good {{ fill: var(--good) }}
+rect.bad {{ fill: var(--bad) }}
+.good td:nth-child(3) {{ color: var(--good) }}
+.bad td:nth-child(3) {{ color: var(--bad) }}
 </style>
 </head>
 <body>
@@ -11456,24 +11419,23 @@ th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884
 """
 
 
-def report_page(application: str, found: Json, rows: Dict[str, str]) -> str:
+def report_page(application: str, runs: List[Json], measures: Json) -> str:
     """Write the report as one page that needs nothing else; the same on every Python."""
     from html import escape as quote
-    first, last = [read_value("moment", found[key])(0.0, 1) for key in ("since", "until")]
-    marks, lines = [], []
-    for run in found["runs"]:
+    first, *places, last = [read_value("moment", at)(0.0, 1) for at in (
+        measures["since"], *[run["at"] for run in runs], measures["until"])]
+    marks, rows = [], []
+    for run, at in zip(runs, places):
         kind = "bad" if run["failed"] else "good"
-        at = read_value("moment", run["at"])(0.0, 1)
-        cells = [quote(str(run[key] or "-")) for key in ("at", "version", "result", "by", "note")]
-        place = 990 * (at - first) / max(1.0, last - first)
-        marks.append(f'<rect class="{kind}" x="{place:.1f}" y="12" width="6" height="40">'
-                     f'<title>{cells[0]}: {cells[1]} {cells[2]}</title></rect>')
-        cells[2] = f'<span class="{kind}">{cells[2]}</span>'
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    measures = [f"<div><dt>{quote(name)}</dt><dd>{quote(value)}</dd></div>"
-                for name, value in rows.items()]
-    return REPORT_PAGE.format(name=quote(application), measures="\n".join(measures),
-                              marks="\n".join(marks), runs="\n".join(reversed(lines)))
+        cells = [quote(in_short(key, run[key]))
+                 for key in ("at", "version", "result", "by", "note")]
+        marks.append(f'<rect class="{kind}" x="{990 * (at - first) / (last - first):.1f}" y="12" '
+                     'width="6" height="40"><title>{}: {} {}</title></rect>'.format(*cells))
+        rows.insert(0, f'<tr class="{kind}"><td>{"</td><td>".join(cells)}</td></tr>')
+    shown = [f"<div><dt>{key}</dt><dd>{quote(in_short(key, value))}</dd></div>"
+             for key, value in measures.items()]
+    return REPORT_PAGE.format(name=quote(application), measures="\n".join(shown),
+                              marks="\n".join(marks), runs="\n".join(rows))
 
 
 # -- what is to be signed --------------------------------------------------------
@@ -11485,22 +11447,22 @@ def command_attest(run: Run) -> None:
         record = select_release(facts, run.flags.release or "current")
         entries = [entry for entry in store.history()
                    if entry.release == record.id and entry.result in GOES_LIVE]
-        chain, now = store.chain, facts.now_seconds
     run.outcome.release = record.id
     if is_refused(record) or record.failure or not record.activated_at or not entries:
         raise ProblemFound(f"{record.id} is {record.state}: it did not run here, or not well",
                            f"name one that did: {facts.command_line('releases')}")
-    began, ended = (read_value("moment", text)(0, 1) if text else now
-                    for text in (record.activated_at, record.deactivated_at))
+    now = format_time(facts.now_seconds)
+    began, ended = (read_value("moment", text)(0, 1)
+                    for text in (record.activated_at, record.deactivated_at or now))
     name = portable(os.path.basename(record.path))
     statement = {
         "_type": "https://in-toto.io/Statement/v1", "predicateType": DEPLOYMENT,
         "subject": [{"name": name, "digest": {"sha256": record.sha256}}], "predicate": {
             "application": run.application, "environment": run.settings.policy.environment,
             "host": run.by["host"], "version": record.version, "release": record.id,
-            "activatedAt": record.activated_at, "attestedAt": format_time(now),
+            "activatedAt": record.activated_at, "attestedAt": now,
             "soakedSeconds": max(0, int(ended - began)), "deployId": entries[-1].deploy_id,
-            "result": entries[-1].result, "chain": chain,
+            "result": entries[-1].result, "chain": store.chain,
             "manifestSha256": record.tree.get("manifest_sha256")}}
     show_signable(run, json.dumps(statement) + "\n", f"{name}.attestation",
                   "-n deploy-attestation -f /etc/ssh/ssh_host_ed25519_key")
@@ -11537,10 +11499,12 @@ def command_maintenance(run: Run) -> None:
     with looking(run) as store:
         found = store.maintenance()
         outcome.changed = not found or "deploy_id" in found if is_on else bool(found)
-        if outcome.changed and is_on and not run.flags.dry_run:
+        if not outcome.changed or run.flags.dry_run:
+            pass
+        elif is_on:
             whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
             store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
-        elif outcome.changed and not run.flags.dry_run:
+        else:
             store.forget(flag)
     outcome.message = f"maintenance is {run.flags.action}: {run.root}/{flag}"
     run.console.say(outcome.message, shown="")
@@ -11614,19 +11578,18 @@ def command_pack(run: Run) -> None:
     if problem:
         raise UsageError(f"--prefix {prefix!r}: {problem}",
                          "name a relative directory, such as shop-1.4.2")
-    text = f"pack {directory} into {target} and {target}.sha256"
-    outcome.extra["plan"] = [{"name": "pack", "description": text}]
-    if flags.dry_run:
-        outcome.changed, outcome.message = True, f"would {text}"
-        run.console.result(outcome.message)
-        return
-    made, warnings = pack(directory, target, prefix, run.settings,
-                          lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
+    outcome.message = f"would pack {directory} into {target} and {target}.sha256"
+    outcome.extra["plan"] = [{"name": "pack", "description": outcome.message[6:]}]
+    warnings: List[str] = []
+    if not flags.dry_run:
+        made, warnings = pack(directory, target, prefix, run.settings,
+                              lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
+        outcome.extra["artifact"] = dict(made, path=portable(target))
+        outcome.message = f"{portable(shown)}: {count(made['files'], 'file')}, " \
+            f"{format_size(made['size'])}\n  sha256     {made['sha256']}"
     outcome.changed = True
-    outcome.extra["artifact"] = dict(made, path=portable(target))
-    size = f"{count(made['files'], 'file')}, {format_size(made['size'])}"
-    outcome.message = f"{portable(shown)}: {size}"
-    run.console.result(f"{outcome.message}\n  sha256     {made['sha256']}")
+    run.console.result(outcome.message)
+    outcome.message = outcome.message.partition("\n")[0]
     for warning in warnings:
         run.console.warn(warning)
 
@@ -11705,11 +11668,10 @@ def wait_splay(run: Run) -> None:
 
 def command_help(run: Run) -> None:
     """Show what this program is, or a page on one of its uses; of a command --help was shown."""
-    topic, pages = run.flags.topic, ", ".join(HELP)
-    text = f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {pages}, or a command\n"
+    topic = run.flags.topic
+    text = f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {', '.join(HELP)}, or a command\n"
     if topic and topic not in HELP:
-        raise UsageError(f"there is no help on {topic!r}", nearest(topic, [*HELP, *COMMAND_HELP])
-                         or f"there is help on {pages}, and on every command")
+        raise no_such("help on", topic, [*HELP, *COMMAND_HELP])
     text = HELP.get(topic, text)
     run.outcome.extra["help"] = {"topic": topic, "text": text}
     run.console.raw_result(text)
@@ -11739,47 +11701,48 @@ def command_completion(run: Run) -> None:
 #    error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
 
-def result_object(error: Optional[DeployError], run: Optional[Run] = None,
-                  exit_code: int = EXIT_OK, seconds: float = 0.0) -> Json:
+def result_object(error: Optional[DeployError], run: Any = None, exit_code: int = EXIT_OK,
+                  seconds: float = 0.0) -> Json:
     """Put together the one object of --json; without a run, where no command was run."""
-    outcome, root, deploy_id, dry_run = Outcome(""), "", None, False
-    warnings: List[str] = []
+    outcome, root, warnings = Outcome(""), "", []
     if run is not None:
-        outcome, root = run.outcome, run.settings.deploy.root
-        deploy_id, dry_run, warnings = run.deploy_id, bool(run.flags.dry_run), run.console.warnings
-    failed = error is not None
+        outcome, root, warnings = run.outcome, run.settings.deploy.root, run.console.warnings
+    failed, is_dry = error is not None, bool(run and run.flags.dry_run)
     statuses = [done.status for done in (*outcome.steps, *outcome.checks)]
     failures = statuses.count("failed") + statuses.count("fail")
-    has_changed = outcome.changed and not dry_run
     return dict(
         outcome.extra, ok=not failed, changed=outcome.changed, failed=failed,
         command=outcome.command or None, exit_code=exit_code,
         msg=error.message if error else outcome.message,
-        application=run.application if run and root else None,
+        application=run.application if root else None,
         root=portable(os.path.realpath(root)) if root else None,
         release=outcome.release, previous=outcome.previous, rolled_back=outcome.rolled_back,
-        deploy_id=deploy_id, dry_run=dry_run, steps=[step.to_json() for step in outcome.steps],
-        checks=[dict(check._asdict()) for check in outcome.checks],
-        summary={"checked": len(outcome.checks),
-                 "changed": max(statuses.count("done"), int(has_changed)),
-                 "failed": max(failures, int(failed)), "warnings": len(warnings)},
+        deploy_id=run and run.deploy_id, dry_run=is_dry,
+        steps=[step.to_json() for step in outcome.steps],
+        checks=[check._asdict() for check in outcome.checks],
+        summary={"checked": len(outcome.checks), "warnings": len(warnings),
+                 "changed": max(statuses.count("done"), int(outcome.changed and not is_dry)),
+                 "failed": max(failures, int(failed))},
         warnings=warnings, seconds=round(seconds, 3),
         error={"message": error.message, "hint": error.hint} if error else None)
+
+
+# What an exit code says of a run that the history knows nothing of.
+ENDS = {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
+        EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
+        EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
 
 
 def run_result(run: Run, exit_code: int) -> str:
     """Say in one word how a run ended: the word of history, events, metrics and log."""
     result = run.outcome.result
-    if exit_code in (EXIT_OK, EXIT_CHANGED):
-        if result and run.flags.command != "recover":
-            return result
-        has_recovered = result or run.outcome.extra.get("recovered")
-        return "recovered" if has_recovered else "unchanged"
     if exit_code == EXIT_ROLLBACK_FAILED:
         return result or "rollback_failed"  # or left_live
-    return {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
-            EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
-            EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}.get(exit_code, "interrupted")
+    if exit_code not in (EXIT_OK, EXIT_CHANGED):
+        return ENDS.get(exit_code, "interrupted")
+    if result and run.flags.command != "recover":
+        return result
+    return "recovered" if result or run.outcome.extra.get("recovered") else "unchanged"
 
 
 # -- metrics -------------------------------------------------------------------
@@ -11793,13 +11756,13 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     Nothing in that directory is acted on, no link in it is followed, and what
     is not this program's own is replaced: it may belong to somebody else.
     """
-    path, ended_seconds = run.settings.metrics.textfile_dir, time.time()
-    application = run.application
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", application)[:100]
-    if name != application:  # where characters had to go, a digest keeps two of them apart
-        digest = hashlib.sha256(application.encode("utf-8", "surrogateescape")).hexdigest()
-        name += "-" + digest[:8]
-    name = f"deploy_{name}.prom"
+    path, samples = run.settings.metrics.textfile_dir, {metric: {} for metric, _, _ in METRICS}
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", run.application)[:100]
+    if name != run.application:  # where characters had to go, a digest keeps two of them apart
+        application = run.application.encode("utf-8", "surrogateescape")
+        name += "-" + hashlib.sha256(application).hexdigest()[:8]
+    name, own = f"deploy_{name}.prom", re.escape(label(run))
+    own = rf'^(\w+)\{{({own}(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*)\}} (\d{{1,20}}(?:\.\d+)?)$'
     try:
         with Directory(path) as directory:
             with suppress(OSError):  # no such locks there (NFS)
@@ -11810,30 +11773,23 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
             for left in os.listdir(directory.descriptor):  # by a run that was killed here
                 if left.startswith(f".{name}.") and left.endswith(".tmp"):
                     directory.discard(left)
-            samples: Samples = {}
-            try:
-                samples = read_samples(
-                    run, read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor))
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError) as error:
-                run.console.warn(f"metrics: {path}/{name} starts over: {reason(error)}")
-            # Who did nothing, or was overtaken on the way here, must not hide what the other run
-            # has to tell.
-            last = samples.get("deploy_last_run_timestamp_seconds", {}).values()
-            is_overtaken = any(ended_seconds < value <= time.time() for value in last)
-            if exit_code not in (EXIT_BUSY, EXIT_USAGE) and not is_overtaken:
-                describe_run(samples, run, exit_code, seconds, ended_seconds)
+            with suppress(OSError):  # none yet, or none of ours
+                data = read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor)
+                for metric, key, value in re.findall(f"(?m){own}", data.decode("utf-8", "replace")):
+                    if metric in samples:
+                        samples[metric][key] = float(value)
+            if exit_code not in (EXIT_BUSY, EXIT_USAGE):
+                describe_run(samples, run, exit_code, seconds)
             # Every other result begins at 0, or its first time would not show as an increase.
-            counts = samples.setdefault("deploy_runs_total", {})
+            counts = samples["deploy_runs_total"]
             for result in RUN_RESULTS:
                 key = label(run, result=result)
                 counts[key] = counts.get(key, 0) + (result == run_result(run, exit_code))
             lines = []
             for metric, kind, text in METRICS:
-                if samples.get(metric):
+                if samples[metric]:
                     lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
-                for key, value in samples.get(metric, {}).items():
+                for key, value in samples[metric].items():
                     lines.append(f"{metric}{{{key}}} {value:.3f}".rstrip("0").rstrip("."))
             directory.write(name, "\n".join([*lines, ""]).encode("utf-8"), 0o644)
     except OSError as error:
@@ -11850,58 +11806,41 @@ def label(run: Run, **labels: str) -> str:
     return ",".join(pairs)
 
 
-def read_samples(run: Run, data: bytes) -> Samples:
-    """Read the samples of an earlier file; ValueError for one that is damaged or not ours."""
-    names, own = "|".join(name for name, _, _ in METRICS), re.escape(label(run))
-    sample = rf'({names})\{{({own}(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*)\}} ([0-9.]{{1,40}})'
-    sample = rf"(?m)^{sample}$"
-    text = data.decode("utf-8")
-    if re.sub(rf"{sample}|^#.*", "", text).strip():
-        raise ValueError(f"not all in it is {run.application}'s")
-    samples: Samples = {}
-    for metric, key, value in re.findall(sample, text):
-        samples.setdefault(metric, {})[key] = float(value)
-    return samples
-
-
-def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float,
-                 ended_seconds: float) -> None:
+def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float) -> None:
     """Put this run in place of the one before; what it says nothing of stays."""
     command, succeeded = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED)
     # One that found nothing to do is no news, unless the one before had failed.
     is_news = run.outcome.changed or not succeeded or \
-        not all(samples.get("deploy_last_deployment_success", {}).values())
+        not all(samples["deploy_last_deployment_success"].values())
+    values = {"timestamp_seconds": time.time(), "success": succeeded, "exit_code": exit_code,
+              "duration_seconds": seconds}
+    families = ["run"]
     # A recovery that brings one to its end is its verdict.
-    is_deployment = is_news and (command in ("deploy", "sync", "activate", "rollback")
-                                 or command == "recover" and run.outcome.result)
-    key = label(run, command=command)
-    for family in ("run", "deployment") if is_deployment else ("run",):
-        samples[f"deploy_last_{family}_timestamp_seconds"] = {key: ended_seconds}
-        samples[f"deploy_last_{family}_success"] = {key: succeeded}
-        samples[f"deploy_last_{family}_exit_code"] = {key: exit_code}
-        samples[f"deploy_last_{family}_duration_seconds"] = {key: seconds}
+    if is_news and (command in ("deploy", "sync", "activate", "rollback")
+                    or command == "recover" and run.outcome.result):
+        families.append("deployment")
+    for family, (name, value) in itertools.product(families, values.items()):
+        samples[f"deploy_last_{family}_{name}"] = {label(run, command=command): value}
     if succeeded:
-        samples["deploy_last_success_timestamp_seconds"] = {label(run): ended_seconds}
+        samples["deploy_last_success_timestamp_seconds"] = {
+            label(run): values["timestamp_seconds"]}
     steps = samples["deploy_step_duration_seconds"] = {}
     for step in run.outcome.steps:
         # A release in a label would make one more series of every deployment; a step of the way
         # back bears the name of the one that it repeats.
         key = label(run, step="prune" if step.name.startswith("prune:") else step.name)
         steps[key] = steps.get(key, 0) + step.seconds
-    release = record = None
-    with suppress(*FAILURES):  # nobody can say what is live
-        store = Store.open(run.settings)
-        if store is not None:
-            with closing(store):
-                release = store.current().release
-                record = store.records()[0].get(release or "")
     samples["deploy_release_info"] = samples["deploy_release_activated_timestamp_seconds"] = {}
-    if release:
-        sha256 = record.sha256 if record else ""
-        samples["deploy_release_info"] = {label(run, release=portable(release), sha256=sha256): 1}
-    if record and record.activated_at:
-        samples["deploy_release_activated_timestamp_seconds"] = {
-            label(run): int(read_value("moment", record.activated_at)(0, 1))}
+    with suppress(*FAILURES), looking(run) as store:  # or nobody can say what is live
+        release = store.current().release
+        record = store.records()[0].get(release or "")
+        if release:
+            sha256 = record.sha256 if record else ""
+            samples["deploy_release_info"] = {
+                label(run, release=portable(release), sha256=sha256): 1}
+        if record and record.activated_at:
+            samples["deploy_release_activated_timestamp_seconds"] = {
+                label(run): read_value("moment", record.activated_at)(0, 1)}
 
 
 # -- notifications -------------------------------------------------------------
@@ -11909,15 +11848,25 @@ def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float,
 NOTIFY_SECONDS = 3.0
 NOTIFY_GRACE_SECONDS = 0.3  # what a command that was told to end has left before it is killed
 
-# type: the keys of which exactly one must be given, and the others that mean something to it.
+# type: the keys of which exactly one must be given, the others that mean something to it, and the
+# body that it takes.
+URL_KEYS, CHAT_KEYS = ("url", "url_file"), ("tls_ca", "proxy")
 NOTIFIERS = {
-    "webhook": (("url", "url_file"), ("token_file", "header", "tls_ca", "proxy", "body")),
-    "slack": (("url", "url_file"), ("tls_ca", "proxy")),
-    "teams": (("url", "url_file"), ("tls_ca", "proxy")),
-    "discord": (("url", "url_file"), ("tls_ca", "proxy")),
-    "email": (("to",), ("from", "smtp")),
-    "command": (("command",), ()),
+    "webhook": (URL_KEYS, ("token_file", "header", "body", *CHAT_KEYS),
+                '{"event": "${event}", "text": "${text}", "result": ${result}}'),
+    "slack": (URL_KEYS, CHAT_KEYS, '{"text": "${text}"}'),
+    # An Adaptive Card, as a Workflows webhook takes it.
+    "teams": (URL_KEYS, CHAT_KEYS, """{"type": "message", "attachments": [{
+        "contentType": "application/vnd.microsoft.card.adaptive", "content": {
+            "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+            "type": "AdaptiveCard", "version": "1.4",
+            "body": [{"type": "TextBlock", "text": "${text}", "wrap": true}]}}]}"""),
+    "discord": (URL_KEYS, CHAT_KEYS,
+                '{"content": "${text}", "allowed_mentions": {"parse": []}}'),
+    "email": (("to",), ("from", "smtp"), ""),
+    "command": (("command",), (), ""),
 }
+MOST_CHARACTERS = 2000  # of a text that is posted: Discord takes no more
 
 # What `${name}` may stand for in a text, beside DEPLOY_*.
 NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "version",
@@ -11926,38 +11875,36 @@ NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "
 
 def check_notifier(settings: Any) -> Optional[str]:
     """Say what is wrong with a [notify:NAME], without a word to anybody; None when nothing is."""
-    needs, takes = NOTIFIERS[settings.type]
-    others = {key for keys in NOTIFIERS.values() for key in keys[0] + keys[1]} - {*needs, *takes}
+    needs, takes, _ = NOTIFIERS[settings.type]
+    others = {key for row in NOTIFIERS.values() for key in row[0] + row[1]} - {*needs, *takes}
     unused = meaningless(settings, others, f"type = {settings.type}")
     if unused:
         return unused
     if sum(bool(getattr(settings, key)) for key in needs) != 1:
         return f"type = {settings.type} needs {' or '.join(needs)}"
     names = [*NOTE_WORDS, *Context("", "", "", "", "", "", "").variables()]
-    templates = {"text": settings.text, "body": settings.body}
-    templates.update({f"header.{name}": value for name, value in settings.header.items()})
-    for key, template in templates.items():
+    templates = {f"header.{name}": value for name, value in settings.header.items()}
+    for key, template in dict(templates, text=settings.text, body=settings.body).items():
         for escaped, name in PLACEHOLDER.findall(template):
             if not escaped and name not in names:
                 return (f"{key}: nothing stands behind ${{{name}}}; "
                         + (nearest(name, names) or "there are " + ", ".join(names)))
-    if is_json(settings.body):
-        try:
-            json.loads(render_template(settings.body, dict.fromkeys(names, "1"), "body"))
-        except ValueError as error:
-            return f"body begins as JSON, and is none: {error}"
-    if settings.url and wrong_target(settings.url):
-        return f"url: {wrong_target(settings.url)}"
     sender = getattr(settings, "from")
     for text in [*settings.to, sender]:
         if not re.match(r"[^\s<>,;:()\x7f-\uffff]*\Z", text):
             key = "from" if text == sender else "to"
             return f"{key}: expected an address such as ops@example.org, not {text!r}"
     try:
+        if settings.body.lstrip().startswith(("{", "[")):
+            json.loads(render_template(settings.body, dict.fromkeys(names, "1"), "body"))
+    except ValueError as error:
+        return f"body begins as JSON, and is none: {error}"
+    try:
         split_address(settings.smtp)
     except ValueError as error:
         return f"smtp: {error}"
-    return wrong_header(settings.header)
+    wrong = settings.url and wrong_target(settings.url)
+    return f"url: {wrong}" if wrong else wrong_header(settings.header)
 
 
 def wrong_target(url: str) -> str:
@@ -11970,36 +11917,38 @@ def wrong_target(url: str) -> str:
     return ""
 
 
+def deliver(run: Run, sending: Dict[str, Callable[[Conversation], Json]]) -> None:
+    """Let processes of their own send, side by side; what is not taken is a warning."""
+    run.interrupts.is_closed = True
+    with ExitStack() as stack:
+        asked = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
+                 for failure, send in sending.items()}
+        for failure, asking in asked.items():
+            # A receiver may answer anything, at any length.
+            why = run.console.secrets.mask(asking.answer(run.interrupts)["error"])
+            if why:
+                run.console.warn(f"{failure}: {why[:2 * EVIDENCE_CHARACTERS]}")
+
+
 def notify(run: Run, exit_code: int, seconds: float) -> None:
-    """Report to every notifier what it wants to know, side by side; what fails is a warning.
+    """Report to every notifier what it wants to know.
 
     The events are what the run recovered first, and how it ended where that is one.
     """
     ended = run_result(run, exit_code)
     if ended in ("interrupted", "internal_error"):
         ended = "failed"
-    events = ["recovered"] if run.outcome.extra.get("recovered") else []
+    events = {"recovered"} if run.outcome.extra.get("recovered") else set()
     # Before there is a root nothing remembers a refusal, and a timer would tell it at every tick.
-    is_repeated = run.outcome.is_repeated or ended == "refused" and is_untouched(run)
-    if ended in dict(NOTIFY_EVENTS) and ended not in events and not is_repeated:
-        events.append(ended)
+    if not (run.outcome.is_repeated or ended == "refused" and is_untouched(run)):
+        events.add(ended)
     result = run.console.secrets.mask_json(
         result_object(run.outcome.error, run, exit_code, seconds))
-    run.interrupts.is_closed = True
-    with ExitStack() as stack:
-        told = [(event, settings, stack.enter_context(Conversation(
-            lambda asked, event=event, settings=settings: tell(
-                asked, run, settings, event, result), NOTIFY_SECONDS)))
-                for event in events for settings in run.settings.notify.values()
-                if event in settings.events]
-        for event, settings, asked in told:
-            # A receiver may answer anything, at any length.
-            why = run.console.secrets.mask(asked.answer(run.interrupts)["error"])
-            if why:
-                run.console.warn(f"notify {settings.name}: not told of {event}: "
-                                 f"{why[:2 * EVIDENCE_CHARACTERS]}")
-            else:
-                run.console.debug(f"notify {settings.name}: told of {event}")
+    deliver(run, {f"notify {settings.name}: not told of {event}":
+                  lambda asked, event=event, settings=settings: tell(
+                      asked, run, settings, event, result)
+                  for settings in run.settings.notify.values()
+                  for event in events.intersection(settings.events)})
 
 
 def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
@@ -12010,7 +11959,7 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
         # Or a value would call everybody in the channel (<!channel>), or pass for a link.
         words = {name: html.escape(value, quote=False) for name, value in words.items()}
     where = f"[notify:{settings.name}]"
-    text = render_template(settings.text, words, f"{where} text")
+    text = render_template(settings.text, words, where)
     if settings.type == "email":
         subject = "{application} on {host}: {event}".format(**words)
         return send_mail(asked, settings, subject, text)
@@ -12023,54 +11972,35 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
                              kill_after_seconds=NOTIFY_GRACE_SECONDS)
         last = f": {done.tail[-1]}" if done.tail else ""
         return {} if done.ok else {"error": f"{spell(done.argv)} {done.verdict()}{last}"}
-    secrets = {}
-    for key in ("token_file", "url_file"):
+    headers = {name: render_template(value, words, where)
+               for name, value in settings.header.items()}
+    secrets = {"url": settings.url}
+    for key in filter(lambda key: getattr(settings, key), ("token_file", "url_file")):
         asked.at(f"reading {key}")
-        path = getattr(settings, key)
-        secrets[key] = read_text(path).strip() if path else ""
-        if path and not secrets[key]:
+        secrets[key[:-5]] = read_text(getattr(settings, key)).strip()
+        if not secrets[key[:-5]]:
             return {"error": f"{key} is empty"}
-    target = settings.url or secrets["url_file"]
-    if wrong_target(target):
-        return {"error": f"{settings.url_file or 'url'} holds no https:// URL"}
-    content: Json = {"text": text}
-    if settings.type == "webhook":
-        content.update(event=event, result=result)
-    elif settings.type == "discord":
-        content = {"content": text[:2000], "allowed_mentions": {"parse": []}}  # all it takes
-    elif settings.type == "teams":
-        # An Adaptive Card, as a Workflows webhook takes it.
-        card = {"type": "AdaptiveCard", "version": "1.4",
-                "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
-                "body": [{"type": "TextBlock", "text": text, "wrap": True}]}
-        content = {"type": "message", "attachments": [{
-            "contentType": "application/vnd.microsoft.card.adaptive", "content": card}]}
-    body, headers = json.dumps(content), {"Content-Type": "application/json"}
-    if settings.body:
-        if is_json(settings.body):
-            words = {name: json.dumps(value)[1:-1] for name, value in words.items()}
-        else:
-            headers["Content-Type"] = "text/plain; charset=utf-8"
-        body = render_template(settings.body, words, f"{where} body")
-    own = {name: render_template(value, words, f"{where} header.{name}")
-           for name, value in settings.header.items()}
-    if secrets["token_file"]:
-        headers["Authorization"] = f"Bearer {secrets['token_file']}"
-    return post(asked, target, headers, SimpleNamespace(
-        header=own, tls_ca=settings.tls_ca, proxy=settings.proxy), body)
-
-
-def is_json(body: str) -> bool:
-    """Say whether a body is meant as JSON, so that what stands in it is escaped."""
-    return body.lstrip().startswith(("{", "["))
+    if wrong_target(secrets["url"]):
+        return {"error": "url_file holds no https:// URL"}
+    if "token" in secrets:
+        headers["Authorization"] = f"Bearer {secrets['token']}"
+    body = settings.body or NOTIFIERS[settings.type][2]
+    words["text"] = text[:MOST_CHARACTERS]
+    if body.lstrip().startswith(("{", "[")):
+        words = {name: json.dumps(value)[1:-1] for name, value in words.items()}
+    else:
+        headers.setdefault("Content-Type", "text/plain; charset=utf-8")
+    words["result"] = json.dumps(result)
+    return post(asked, secrets["url"], headers, settings, render_template(body, words, where))
 
 
 def post(asked: Conversation, target: str, headers: Dict[str, str], settings: Any,
          body: str) -> Json:
     """Post a body; returns {"error": why} where it was not taken, nothing where it was."""
     data = body.encode("utf-8", "backslashreplace")
-    headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}
-    response = asked.request("POST", parse_url(target), headers, settings, data)
+    settings = SimpleNamespace(header=headers, tls_ca=settings.tls_ca, proxy=settings.proxy)
+    response = asked.request("POST", parse_url(target), {
+        "Content-Type": "application/json", "Content-Length": str(len(data))}, settings, data)
     if 200 <= response.status < 300:
         return {}
     answer = response.read(8 * EVIDENCE_CHARACTERS).decode("utf-8", "replace")
@@ -12090,7 +12020,7 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
     if event == "recovered":
         lines = outcome.extra.get("recovered") or lines  # nothing where a person settled it
     if run.note:
-        lines.append(run.note)
+        lines = [*lines, run.note]
     words = dict(
         context.variables(), **context._asdict(), event=event, message="; ".join(lines),
         host=os.uname().nodename, command=result["command"], exit_code=str(result["exit_code"]),
@@ -12129,17 +12059,14 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Js
 
 def send_trace(run: Run, exit_code: int, seconds: float) -> None:
     """Send a span for the run and one for each step by OTLP/HTTP in JSON; at worst a warning."""
-    ended_seconds, outcome, mask = time.time(), run.outcome, run.console.secrets.mask
-    _, trace, span, sampled = run.traceparent.split("-")
+    outcome, mask = run.outcome, run.console.secrets.mask
+    _, trace, own, sampled = run.traceparent.split("-")
     target = run.settings.trace.otlp
     if target == "environment":
-        target = environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or \
-            environment("OTEL_EXPORTER_OTLP_ENDPOINT")
-    if not target or not int(sampled, 16) & 1 or \
-            environment("OTEL_SDK_DISABLED").lower() == "true":
+        target = environment("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not target or not int(sampled, 16) & 1:
         return
-    if environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") != target and \
-            not target.endswith("/v1/traces"):
+    if not target.endswith("/v1/traces"):
         target = target.rstrip("/") + "/v1/traces"
 
     def attributes(**values: Any) -> List[Any]:
@@ -12147,39 +12074,38 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
             "intValue" if isinstance(value, int) else "stringValue": mask(str(value))}}
             for key, value in values.items() if value is not None]
 
-    def describe(name: str, begun_seconds: float, taken_seconds: float, why: str,
-                 **fields: Any) -> Json:
+    def describe(name: str, span: str, begun_seconds: float, taken_seconds: float,
+                 why: str, **values: Any) -> Json:
         begun_ns = int(begun_seconds * 10 ** 9)
-        return {"traceId": trace, "name": name, "kind": 1, "startTimeUnixNano": str(begun_ns),
+        return {"traceId": trace, "spanId": span, "name": name, "kind": 1,
+                "startTimeUnixNano": str(begun_ns),
                 "endTimeUnixNano": str(begun_ns + int(taken_seconds * 10 ** 9)),
-                "status": {"code": 2, "message": mask(why)} if why else {"code": 1}, **fields}
+                "status": {"code": 2, "message": mask(why)} if why else {"code": 1},
+                "attributes": attributes(**values)}
 
-    parent = {"parentSpanId": traceparent().split("-")[2]} if traceparent() else {}
-    spans = [describe(
-        f"deploy.py {run.flags.command}", ended_seconds - seconds, seconds,
-        outcome.error.message if outcome.error else "", spanId=span, **parent,
-        attributes=attributes(
-            deploy_id=run.deploy_id, deploy_release=outcome.release, deploy_exit_code=exit_code,
-            deploy_result=run_result(run, exit_code)))]
-    spans += [describe(
-        step.name, step.started_at, step.seconds, step.detail if step.status == "failed" else "",
-        spanId=os.urandom(8).hex(), parentSpanId=span, attributes=attributes(
-            deploy_status=step.status, deploy_detail=step.detail))
-        for step in outcome.steps if step.started_at]
+    first = describe(
+        f"deploy.py {run.flags.command}", own, time.time() - seconds, seconds,
+        outcome.error.message if outcome.error else "", deploy_id=run.deploy_id,
+        deploy_release=outcome.release, deploy_exit_code=exit_code,
+        deploy_result=run_result(run, exit_code))
+    if traceparent():
+        first["parentSpanId"] = traceparent().split("-")[2]
+    spans = [dict(describe(
+        step.name, os.urandom(8).hex(), step.started_at, step.seconds,
+        step.detail if step.status == "failed" else "", deploy_status=step.status,
+        deploy_detail=step.detail), parentSpanId=own) for step in outcome.steps if step.started_at]
     service = environment("OTEL_SERVICE_NAME") or run.application
     content = {"resourceSpans": [{
         "resource": {"attributes": attributes(
             service_name=service, host_name=os.uname().nodename)},
-        "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION}, "spans": spans}]}]}
+        "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION},
+                        "spans": [first, *spans]}]}]}
     from urllib.parse import unquote
     pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
-    settings = SimpleNamespace(header={name: unquote(value.strip()) for name, value in pairs},
-                               tls_ca=environment("OTEL_EXPORTER_OTLP_CERTIFICATE"))
-    with Conversation(lambda asked: post(asked, target, {}, settings, json.dumps(content)),
-                      NOTIFY_SECONDS) as asked:
-        why = mask(asked.answer(run.interrupts)["error"])
-    if why:
-        run.console.warn(f"trace: not sent: {why[:2 * EVIDENCE_CHARACTERS]}")
+    headers = {name: unquote(value.strip()) for name, value in pairs}
+    settings = SimpleNamespace(tls_ca="", proxy="none")
+    deliver(run, {"trace: not sent": lambda asked: post(
+        asked, target, headers, settings, json.dumps(content))})
 
 
 # -- all of it -------------------------------------------------------------------
@@ -12193,9 +12119,9 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 
     The lock is free by now, and whatever goes wrong with telling others is a warning.
     """
-    outcome, console, settings = run.outcome, run.console, run.settings
-    error, dry_run = outcome.error, run.flags.dry_run
-    if not dry_run and run.is_believed and run.flags.command in WRITING:
+    outcome, console, settings, end = run.outcome, run.console, run.settings, None
+    error, dry_run, writes = outcome.error, run.flags.dry_run, run.flags.command in WRITING
+    if not dry_run and run.is_believed and writes:
         for name, send, is_wanted in (
                 ("metrics", write_metrics, settings.metrics.textfile_dir and settings.deploy.root),
                 ("notify", notify, settings.notify),
@@ -12206,17 +12132,15 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
             except Exception as problem:  # a defect here must not make a failure of what is done
                 console.warn(step_error(problem, name).message)
     result = result_object(error, run, exit_code, seconds)
-    summary = result["summary"]
     console.working(result["msg"], state="" if error else "READY=1")
-    end = None
     if not dry_run:
         end = {"event": "run_failed" if error else "run_done", "result": run_result(run, exit_code)}
     if outcome.steps or outcome.checks:
-        text = "checked {checked}, changed {changed}, failed {failed}".format(**summary)
-        if summary["warnings"]:
-            text += f", {count(summary['warnings'], 'warning')}"
+        text = "checked {checked}, changed {changed}, failed {failed}".format(**result["summary"])
+        if console.warnings:
+            text += f", {count(len(console.warnings), 'warning')}"
         console.say(f"{text} in {format_seconds(seconds)}", None if error else end)
-    elif not error and run.flags.command in WRITING:
+    elif not error and writes:
         console.say(outcome.message, end, shown="")
     if error and console.quiet and outcome.is_repeated and outcome.result == "refused":
         console.say(error.message, end, level="error", shown="")  # cron has mailed it before

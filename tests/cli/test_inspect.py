@@ -76,7 +76,7 @@ def test_status_names_current_previous_lock_and_state(busy: App) -> None:
     assert status["current"]["version"] == "1.1" and status["previous"]["version"] == "1.0"
     assert (status["lock"], status["journal"], status["problems"]) == (None, None, [])
     shown = busy.run("status", json=False, check=0).stdout
-    for pattern in (rf"current +{busy.current}", rf"previous +{release(busy, '1.0')}", r"lock +free", r"state +ok", rf"root +{busy.root}"):
+    for pattern in (rf"current +{busy.current}", rf"previous +{release(busy, '1.0')}", r"state +ok", rf"root +{busy.root}"):
         assert re.search(pattern, shown), shown
 
 
@@ -118,10 +118,10 @@ def test_status_of_what_was_switched_and_not_settled_does_not_invent_a_time(depl
         deployed.configure("[hooks]\npost_activate = /bin/sh -c 'kill -9 $PPID'\n")
         deployed.run(*(["deploy", deployed.artifact(version)] if version == "1.2" else ["activate", version]), json=False)
         shown = deployed.run("status", json=False, check=7).stdout
-        assert f"version {version}, live, and not settled yet" in shown and "None" not in shown
+        assert re.search(rf"current +\S+  {version}  (staged|retired)", shown) and "None" not in shown
         deployed.configure()
         deployed.run("recover", check=0)
-        assert "live since 20" in deployed.run("status", json=False, check=0).stdout
+        assert re.search(r"current .*  active  20", deployed.run("status", json=False, check=0).stdout)
 
 
 RUNNING = [(["recover"], 75), (["prune"], 0), (["pin", "1.0"], 0), (["recover", "--to", "1.0"], 0), (["deploy", "{artifact}"], 75), (["rollback"], 75)]
@@ -254,7 +254,7 @@ def test_history_verify_finds_what_was_done_to_it(name: str, tamper: Callable[[L
 def test_show_has_a_timeline_with_every_step(busy: App) -> None:
     shown = busy.run("show", "1.1", json=False, check=0).stdout
     for word in ("unpack", "publish", "seal", "activate"):
-        assert re.search(rf"(?m)^ +{word} \[done\] +\d+\.\d+s  \S", shown), shown
+        assert re.search(rf" {word}  done  \d+\.\d+s  \S", shown), shown
     assert busy.current in shown and "deployed" in shown  # type: ignore
 
 
@@ -264,7 +264,7 @@ def test_show_of_a_failure_has_its_evidence(busy: App) -> None:
     assert data["history"][0]["failure"]["step"] == "probe:web"
     assert "the database is away" in json.dumps(data["history"][0]["failure"])
     shown = busy.run("show", failed["deploy_id"], json=False, check=0).stdout
-    assert "failed at" in shown and "the database is away" in shown and "probe:web [failed]" in shown
+    assert "reason" in shown and "the database is away" in shown and "probe:web  failed" in shown
 
 
 @pytest.mark.parametrize("text", ["2", "1.1", "{id}", "{prefix}", "{release}"])
@@ -297,7 +297,7 @@ def test_show_of_a_recovered_run_has_its_own_timeline_too(deployed: App) -> None
         shown = deployed.run("show", name, check=0).data["history"]
         assert [entry["sequence"] for entry in shown] == [entry["sequence"] for entry in entries]
     shown = deployed.run("show", failed["deploy_id"], json=False, check=0).stdout
-    for line in ("rollback_failed", "recovered", "unpack [done]", "hook:post_activate [failed]"):
+    for line in ("rollback_failed", "recovered", "unpack  done", "hook:post_activate  failed"):
         assert line in shown, shown
 
 

@@ -169,7 +169,7 @@ def checked(result: Result, *, json: bool, check: Optional[int]) -> Result:
 
 def shape(text: str) -> str:
     """A transcript without what differs from run to run: times, digests, numbers, the width of bars and columns."""
-    text = re.sub(r"\b[0-9a-f]{12,64}\b", "HEX", text)
+    text = re.sub(r"\b[0-9a-f]{12,64}\b", "HEX", re.sub(r"\d{8}T\d{6}Z-[0-9a-f]{6}\b", "RUN", text))
     text = re.sub(r"\d+(\.\d+)?(s|m\d+s)\b", "TIME", re.sub(r"#+", "#", text))
     text = re.sub(r" by \w+,", " by USER,", re.sub(r"\d+", "0", text))
     return re.sub(r"[ \t]+", " ", text).strip()
