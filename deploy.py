@@ -1844,7 +1844,8 @@ def _regex(text: str) -> str:
 
 
 def _statuses(text: str) -> List[Tuple[int, int]]:
-    spans = [(int(span[:3]), int(span[-3:])) for span in re.sub(r"\s", "", text).split(",")]
+    spans = [(int(low), int(high or low))
+             for low, high in re.findall(r"([0-9]+)(?:\s*-\s*([0-9]+))?", text)]
     if any(low > high for low, high in spans):
         raise ValueError("a range ends before it begins")
     return spans
@@ -1877,7 +1878,6 @@ unit        systemd unit  the name of one unit; another one is another [service:
     (?!-)[^,/*?\[]*
 int         number        a whole number, 0 or more, of at most 18 digits  [0-9]{1,18}
 times       number        a whole number, 1 or more                   0*[1-9][0-9]{0,17}
-exit_code   number        1 to 255               [1-9][0-9]?|1[0-9]{2}|2[0-4][0-9]|25[0-5]
 factor      number        a number such as 1.5, 1 or more             [1-9][0-9]{0,8}(\.[0-9]{1,9})?
 share       number        a share between 0 and 1                     0(\.[0-9]{1,9})?|1(\.0{1,9})?
 size        size          a size such as 64k, 10M or 2G               [0-9]{1,12}[kKMGT]?
@@ -1889,7 +1889,7 @@ bool        yes or no     yes or no      (?i)yes|true|on|1|no|false|off|0
 mode        file mode     a file mode such as 0640                    0?[0-7]{3}
 slot        port          a port, 1 to 65535                          @PORT@
 port        auto or a port  auto or a port from 1 to 65535            auto|@PORT@
-statuses    status codes  HTTP status codes such as 200-299, 301      \s*@CODE@(\s*,\s*@CODE@)*\s*
+statuses    status codes  HTTP status codes such as 200-299, 301      \s*@CODE@([\s,]+@CODE@)*\s*
 addresses   [host:]port, one a line  PORT or HOST:PORT  [\s,]*(([^\s,]*:)?@PORT@([\s,]+|\Z))*
 syslog      /dev/log or udp://ADDRESS:PORT  a socket's path, or udp://ADDRESS:PORT (not a name)
     /.*|udp://(\[[0-9A-Fa-f:.]+\]|[0-9.]+):@PORT@
@@ -1900,6 +1900,9 @@ pattern     text          @v where the version stands                 .*@v.*
 windows     windows, one a line          -  -
 flag        file name     one name of letters, digits, `.`, `_`, `-`, and none of deploy.py's own
     (?!(current|releases|shared|slots|\.deploy|\.\.?)\Z|\.current\.)[\w.-]{1,50}
+digest      digest        the 64 hexadecimal digits that sha256sum prints  (sha256:)?[0-9A-Fa-f]{64}
+version     version       letters, digits and . _ + ~ -, at most 100, and no word such as current
+    (?!(current|previous|latest)\Z)[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}
 signal      name of a signal  the name of a signal, such as HUP       (?i)(SIG)?[A-Z0-9]+
 """
 # How the text of a kind is read; as it stands, where its kind is not here.  What the reading cannot
@@ -2308,7 +2311,6 @@ names                [NAME...]    probe  configured probes; default: all
 --command=probe_command  PROGRAM  probe  run this program, with its arguments
 --expect             KEY=VALUE...  probe  any key of [probe:NAME], without one; may repeat
 --wait               DURATION     probe  try until it is healthy, so long at most; default: one try
---unhealthy-exit-code  N          probe  exit code when a probe fails, 1 to 255; default: 7
 --verify             -            history  check the hash chain
 --since              TIME         history report  2026-11-30, or a duration back, such as 7d
 --format      text|csv|json|html  report  how it is written
@@ -2337,8 +2339,8 @@ shell                bash|zsh     completion  whose script
 --log-format=log.format  text|json  -  -
 """
 FLAG_KINDS = {"splay": "duration", "wait": "limit", "until": "moment", "since": "moment",
-              "expires": "moment", "limit": "int", "listen": "addresses",
-              "unhealthy_exit_code": "exit_code"}
+              "expires": "moment", "limit": "int", "listen": "addresses", "sha256": "digest",
+              "release_version": "version"}
 
 
 def read_flags(text: str) -> Iterator[Flag]:
@@ -2389,6 +2391,12 @@ def unknown(section: str, key: str, origin: str) -> UsageError:
         word, what = section, f"section [{section}]"
     return UsageError(f"{origin}: unknown {what}",
                       nearest(word, names) or f"there are {', '.join(names)}")
+
+
+def spell(argv: Sequence[str]) -> str:
+    """Write an argv as it would be typed into a shell."""
+    import shlex
+    return " ".join(shlex.quote(word) for word in argv)
 
 
 def meaningless(values: Any, keys: Iterable[str], what: str) -> str:
@@ -2509,13 +2517,14 @@ class Settings:
 
     def command_line(self, text: str) -> str:
         """Write the command line that does something with this root under this configuration."""
-        import shlex
-        words = ["deploy.py"] + [f"-c {shlex.quote(absolute(path))}" for path in self.files]
+        words = ["deploy.py"]
+        for path in self.files:
+            words += ["-c", absolute(path)]
         if self.delegate:
-            words = [f"sudo deploy.py --delegate {shlex.quote(self.delegate)}"]
+            words = ["sudo", "deploy.py", "--delegate", self.delegate]
         if self.deploy.root and self.origin("deploy", "root") not in self.files:
-            words.append(f"--root {shlex.quote(os.path.realpath(self.deploy.root))}")
-        return " ".join(words + [text])
+            words += ["--root", os.path.realpath(self.deploy.root)]
+        return f"{spell(words)} {text}"
 
     def refuse_mistakes(self) -> None:
         """Raise one UsageError that tells all mistakes, each with what is right."""
@@ -4218,7 +4227,7 @@ class Artifact(Descriptor):
     def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
         """Find digest, version and cost; `sha256` and `version` are what the operator gave."""
         if sha256:
-            self.sha256, self.sha256_source = check_given_digest(sha256), "--sha256"
+            self.sha256, self.sha256_source = sha256[-64:].lower(), "--sha256"
         elif settings.artifact.checksum != "off":
             self._find_digest(required=settings.artifact.checksum == "required")
         if not self.sha256:
@@ -4319,15 +4328,6 @@ def digest_line(sha256: str, name: bytes) -> bytes:
     return b"%s%s  %s\n" % (b"\\" if escaped != name else b"", sha256.encode(), escaped)
 
 
-def check_given_digest(text: str) -> str:
-    """Return the digits of what --sha256 was given; UsageError where it is no digest."""
-    found = re.match(r"(?:sha256:)?([0-9A-Fa-f]{64})\Z", text.strip())
-    if not found:
-        raise UsageError(f"--sha256 {text!r} is not a SHA-256",
-                         "give the 64 hexadecimal digits that sha256sum prints")
-    return found.group(1).lower()
-
-
 # -- the version -------------------------------------------------------------
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z")
@@ -4338,16 +4338,6 @@ _PLATFORM = re.compile(
 _IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"),
             re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
 ROLES = ("current", "previous", "latest")  # what a release may be called instead of by its name
-
-
-def check_version(text: str) -> str:
-    """Return the text if it can be a version, which becomes part of a directory's name."""
-    if not _VERSION.match(text) or text in ROLES:
-        raise UsageError(
-            f"--release-version {text!r} cannot be a version",
-            "use letters, digits and . _ + ~ -, at most 100, and begin with a letter or digit; "
-            f"{', '.join(ROLES)} mean whichever release that is")
-    return text
 
 
 def find_version(name: str, pattern: str, sha256: str) -> str:
@@ -5899,12 +5889,6 @@ Answer = Json  # what is known of what was asked of a peer or a probe
 def read_text(path: str) -> str:
     """Read a regular file of at most 64 KiB; never waits for a FIFO."""
     return read_file(path, 65536).decode("utf-8", "replace")
-
-
-def spell(argv: Sequence[str]) -> str:
-    """Write an argv as it would be typed into a shell."""
-    import shlex
-    return " ".join(shlex.quote(word) for word in argv)
 
 
 # -- commands under the rules for hooks --------------------------------------
@@ -11039,9 +11023,7 @@ def command_probe(run: Run) -> None:
     failed = [found for found in results if not found.ok and found.required]
     run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
-        error = ProblemFound(failed[0].complaint(), failed[0].hint())
-        error.exit_code = int(flags.unhealthy_exit_code or EXIT_PROBLEM)
-        raise error
+        raise ProblemFound(failed[0].complaint(), failed[0].hint())
 
 
 def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
@@ -12193,18 +12175,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise UsageError, with the nearest word that may stand there."""
+        message = re.sub(r" \(choose from .*", "", message).replace("argument -", "-", 1)
         found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
-        word = found.group(1) if found else ""
-        commands = {name: flag.commands for flag in FLAGS for name in flag.names}
-        hint = ""
-        if word in COMMANDS:
-            hint = "one command at a time"
-        elif word.startswith("-") and commands.get(word):
-            hint = f"{word} belongs behind a command that takes it: {', '.join(commands[word])}"
-        elif word.startswith("-") or "invalid choice" in message:
-            hint = nearest(word, commands if word.startswith("-") else COMMANDS)
-        message = re.sub(r"\(choose from .*", f"(choose from {', '.join(COMMANDS)})", message)
-        raise UsageError(message.replace("argument -", "-", 1), hint or f"see {self.prog} --help")
+        word, hint = found.group(1) if found else "", ""
+        taken_by = {name: flag.commands for flag in FLAGS for name in flag.names}
+        if taken_by.get(word):
+            hint = f"{word} belongs behind a command that takes it: {', '.join(taken_by[word])}"
+        elif word.startswith("-") or "choice" in message:
+            hint = nearest(word, taken_by if word.startswith("-") else COMMANDS)
+        raise UsageError(message, hint or f"see {self.prog} --help: a command's flags stand "
+                                          "behind it")
 
     def _get_option_tuples(self, option_string: str) -> Any:
         # Nothing can be abbreviated; allow_abbrev=False forbids joined short options before 3.8.
@@ -12217,14 +12197,14 @@ class Parser(argparse.ArgumentParser):
 
 def add_flag(group: Any, flag: Flag) -> None:
     """Add one row of the table to a parser or a group of one."""
-    shown = flag.metavar.strip("[].")
+    metavar = flag.metavar.strip("[].")
     if flag.is_argument:
-        nargs = {"[]": "?", "[...]": "*"}.get(flag.metavar.replace(shown, ""))
-        group.add_argument(flag.dest, metavar=shown, nargs=nargs, help=flag.help)
+        nargs = ("*" if "..." in flag.metavar else "?") if "[" in flag.metavar else None
+        group.add_argument(flag.dest, metavar=metavar, nargs=nargs, help=flag.help)
         return
     # A common flag has no default: what stands before the command must not undo what stands behind.
-    default = None if flag.commands else argparse.SUPPRESS
-    kind: Json = {"metavar": shown} if shown else {"action": "store_true"}
+    kind: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
+    kind["default"] = None if flag.commands else argparse.SUPPRESS
     if flag.metavar.endswith("..."):
         values: List[str] = []  # one list of all: `append` begins anew behind the command
 
@@ -12232,7 +12212,7 @@ def add_flag(group: Any, flag: Flag) -> None:
             values.append(text)
             return values
         kind["type"] = collect
-    group.add_argument(*flag.names, dest=flag.dest, default=default, help=flag.help, **kind)
+    group.add_argument(*flag.names, dest=flag.dest, help=flag.help, **kind)
 
 
 def build_parser(names: Iterable[str]) -> Parser:
@@ -12251,15 +12231,15 @@ def build_parser(names: Iterable[str]) -> Parser:
                     epilog="more: deploy.py COMMAND --help, deploy.py help", parents=[common])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog="deploy.py", parser_class=Parser)
+    commands.required = True  # no keyword of 3.6
     for name in names:
         own = [flag for flag in FLAGS if name in flag.commands]
         usage = " ".join([name] + [flag.metavar for flag in own if flag.is_argument])
         text, example = COMMAND_HELP[name]
-        text = text.replace("`", "")
         command = commands.add_parser(
             name, parents=[common], conflict_handler="resolve", help=text,
             usage=f"deploy.py [global options] {usage}",
-            description=f"{text[0].upper()}{text[1:]}\n\nexample:\n  deploy.py {example}")
+            description=f"{text}\n\nexample:\n  deploy.py {example}")
         for flag in own:
             add_flag(command, flag)
         version.option_strings = ["--version"]  # sync's own has taken its name away
@@ -12268,12 +12248,6 @@ def build_parser(names: Iterable[str]) -> Parser:
 
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
-    for word in itertools.takewhile(lambda word: word not in COMMANDS, argv):
-        name = word.partition("=")[0]
-        if name[:1] == "-" and name != "--version" and any(
-                name in flag.names and flag.commands for flag in FLAGS):
-            raise UsageError(f"{name} stands before the command; write it behind",
-                             "deploy.py COMMAND --help shows what a command takes")
     # Making all parsers takes a third of a short run; --help alone needs those that are not named.
     asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
     flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
@@ -12284,21 +12258,14 @@ def parse_command_line(argv: List[str]) -> Any:
             raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
         if text and flag.metavar == "DURATION" and re.match(r"[0-9]+\Z", text):
             setattr(flags, flag.dest, f"{text}s")
-        if text and flag.kind:
-            try:
+        try:
+            if text and flag.kind:
                 read_value(flag.kind, getattr(flags, flag.dest))
-            except ValueError as error:
-                raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
+        except ValueError as error:
+            raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
     if flags.delegate:
         raise UsageError("--delegate FILE stands first, as two words, and once",
                          "deploy.py --delegate FILE COMMAND ...")
-    if not flags.command:
-        raise UsageError("no command is given",
-                         f"one of {', '.join(COMMANDS)}; see deploy.py --help")
-    if flags.sha256:
-        check_given_digest(flags.sha256)
-    if flags.release_version:
-        check_version(flags.release_version)
     if flags.command == "help" and flags.topic in COMMANDS and flags.topic not in HELP:
         build_parser([flags.topic]).parse_args([flags.topic, "--help"])
     return flags
@@ -12311,8 +12278,7 @@ def parse_command_line(argv: List[str]) -> Any:
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
 NO_PARAMETERS = "dry_run json verbose quiet no_color detailed_exitcode debug delegate".split()
 # What state and history are made of: no_log cannot hide it.
-NOT_HIDDEN = ("command", "release", "release_version", "sha256", "id", "names", "to", "root",
-              "config")
+NOT_HIDDEN = "release release_version sha256 id names to root config".split()
 # What YAML may have made of an unquoted value, and it is still right.  Of any other option int.
 YAML_TYPES = {
     "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float),
@@ -12321,16 +12287,15 @@ YAML_TYPES = {
 
 def read_parameters(argv: List[str]) -> Optional[Json]:
     """Read what Ansible hands over; None for a command line, nothing for JSON that is damaged."""
+    data = b""
     # Only a path: a file that is named as a command must not become the command.
-    if len(argv) != 1 or "/" not in argv[0] or argv[0].startswith("-"):
+    if len(argv) == 1 and "/" in argv[0] and not argv[0].startswith("-"):
+        with suppress(OSError):
+            data = read_file(argv[0], MAX_CONFIG_BYTES)
+    if not data.lstrip().startswith(b"{"):
         return None
     try:
-        data = read_file(argv[0], MAX_CONFIG_BYTES)
-        if not data.lstrip().startswith(b"{"):
-            return None
         parameters = json.loads(data.decode("utf-8"))
-    except OSError:
-        return None
     except (ValueError, RecursionError):
         return {}
     return parameters if "_ansible_module_name" in parameters else None
@@ -12342,8 +12307,8 @@ class ModuleConsole(Console):
     def __init__(self, parameters: Json) -> None:
         super().__init__()
         self.json_mode = True
-        self._parameters = parameters
-        self._traceback = ""
+        self._shows_diff = parameters.get("_ansible_diff")
+        self._traceback: Json = {}
         self._answer = -1
         with suppress(OSError):  # whoever started this closed the one or the other
             self._answer = os.dup(1)
@@ -12352,17 +12317,15 @@ class ModuleConsole(Console):
     def traceback(self) -> None:
         """Keep the traceback for the answer."""
         import traceback
-        self._traceback = traceback.format_exc()
+        self._traceback = {"exception": traceback.format_exc()}
 
     def json_result(self, value: Json) -> None:
         """Answer with the object of --json and what Ansible looks for; its `msg` has the hint."""
-        answer = dict(value, rc=value["exit_code"])
-        if self._parameters.get("_ansible_diff") and self.diff and not value["failed"]:
+        answer = dict(value, rc=value["exit_code"], **self._traceback)
+        if self._shows_diff and self.diff and not value["failed"]:
             answer["diff"] = self.diff
         if value["error"] and value["error"]["hint"]:
             answer["msg"] += f" (hint: {value['error']['hint']})"
-        if self._traceback and self._parameters.get("_ansible_verbosity", 0) >= 3:
-            answer["exception"] = self._traceback
         text = json.dumps(self.secrets.mask_json(answer)) + "\n"
         with suppress(OSError):
             write_all(self._answer, text.encode("ascii"))
@@ -12383,11 +12346,11 @@ def module_argv(parameters: Json, secrets: Secrets) -> List[str]:
         raise UsageError("the file with the parameters is no JSON object", "run the task again")
     given = {name: value for name, value in parameters.items()
              if not name.startswith("_ansible_") and value is not None}
-    command = parameter_text("command", given.pop("command", "deploy"))
+    command = given.pop("command", "deploy")
     commands = [name for name in COMMANDS if name not in TELLING]
     if command not in commands:
         raise UsageError(f"command: there is no {command!r}",
-                         nearest(command, commands) or "one of " + ", ".join(commands))
+                         nearest(str(command), commands) or f"there are {', '.join(commands)}")
     argv, arguments, known = ["--json", command], ["--"], parameters_of(command)
     if parameter_texts("_ansible_check_mode", "", parameters.get("_ansible_check_mode") or False):
         argv.append("-n")
@@ -12395,10 +12358,8 @@ def module_argv(parameters: Json, secrets: Secrets) -> List[str]:
         argv.append("--debug")
     for name, value in given.items():
         if name not in known:
-            takes = f"{command} takes " + ", ".join(["command", *known])
-            if any(name == flag.dest and flag.commands for flag in FLAGS):
-                raise UsageError(f"{name} is no parameter of the command {command}", takes)
-            raise UsageError(f"unknown parameter {name!r}", nearest(name, known) or takes)
+            raise UsageError(f"unknown parameter {name!r} of the command {command}",
+                             nearest(name, known) or f"it takes {', '.join(known)}")
         flag = known[name]
         texts = parameter_texts(name, flag.metavar, value)
         if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN:
@@ -12411,7 +12372,11 @@ def module_argv(parameters: Json, secrets: Secrets) -> List[str]:
         else:
             argv += [f"{flag.names[-1]}={text}" if flag.metavar else flag.names[-1]
                      for text in texts]
-    return [native(word) for word in argv + (arguments if arguments[1:] else [])]
+    argv += arguments if arguments[1:] else []
+    if re.search("[\0\ud800-\udc7f\udd00-\udfff]", "".join(argv)):
+        raise UsageError("a parameter holds a character that no argument can have",
+                         "write it without")
+    return [native(word) for word in argv]
 
 
 def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
@@ -12421,11 +12386,6 @@ def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
             return [""] if read_value("bool", str(value)) else []
         except ValueError as error:
             raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
-    if name == "set" and isinstance(value, str) and value.startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise UsageError("set: {...} is no JSON object", 'such as {"deploy.keep_releases": 3}')
     if name == "set" and isinstance(value, dict):
         return [text for key, item in value.items() for text in parameter_assignments(key, item)]
     if "..." in metavar:
@@ -12437,18 +12397,11 @@ def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
 def parameter_text(name: str, value: Any, *fine: type) -> str:
     """Write a value as text; a number or a yes, unless it is fine there, may be YAML's doing."""
     kind = type(value)
-    if kind is str and re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):
-        raise UsageError(f"{name}: holds a character that no argument can have", "write it without")
-    if kind is str:
-        return str(value)
-    if kind in fine:
-        return str(value).lower()
-    if kind in (bool, int, float):
+    if kind not in (str, *fine):
         raise UsageError(f"{name}: expected text, and YAML made of it the {kind.__name__} "
                          f"{json.dumps(value)}",
                          "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
-    raise UsageError(f"{name}: expected text, not a {kind.__name__}",
-                     "see ansible-doc -M library deploy")
+    return str(value) if kind is str else str(value).lower()
 
 
 def parameter_assignments(name: str, value: Any) -> Iterator[str]:
@@ -12461,14 +12414,13 @@ def parameter_assignments(name: str, value: Any) -> Iterator[str]:
     option = find_option(section, key)
     if option is None:
         raise unknown(section, key, "set")
-    if "=" in name:
-        raise UsageError(f"set: {name!r} cannot be a name", "names are SECTION.KEY")
     fine = YAML_TYPES.get(option.key, YAML_TYPES.get(option.kind, (int,)))
-    items = value if isinstance(value, list) else [value]
-    texts = [parameter_text(f"set: {name}", item, *fine) for item in items]
-    if items is value and option.kind in ("argv", "filled", "probe_argv"):
-        texts = [spell(texts)]
-    yield f"{name}=" + ("," if option.kind == "statuses" else "\n").join(texts)
+    if not isinstance(value, list):
+        text = parameter_text(f"set: {name}", value, *fine)
+    else:
+        texts = [parameter_text(f"set: {name}", item, *fine) for item in value]
+        text = spell(texts) if option.takes == "command" else "\n".join(texts)
+    yield f"{name}={text}"
 
 
 # -- what is true before a command runs ------------------------------------------
@@ -12482,13 +12434,10 @@ def load(flags: Any) -> Settings:
         if flag.option and getattr(flags, flag.dest) is not None:
             section, _, key = flag.option.partition(".")
             given[section, key] = getattr(flags, flag.dest)
-    files = flags.config
-    if not files and environment("DEPLOY_CONFIG"):
-        files = [environment("DEPLOY_CONFIG")]
-    elif not files:
+    files = flags.config or list(filter(None, [environment("DEPLOY_CONFIG")]))
+    if not files:
         files, root = find_configuration()
-        asked = [text for text in flags.set or [] if text.startswith("deploy.root=")]
-        if root and not asked and not environment("DEPLOY_DEPLOY_ROOT"):
+        if root and not environment("DEPLOY_DEPLOY_ROOT"):
             given.setdefault(("deploy", "root"), root)
     settings = load_settings(files, given, flags.set or [], refuse=False)
     settings.delegate = flags.delegate
@@ -12510,14 +12459,14 @@ def find_configuration() -> Tuple[List[str], str]:
         here = os.getcwd()
     while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
         here = os.path.dirname(here)
-    if here.strip("/"):
-        for path in configurations():
-            root = load_settings([path], {}, [], refuse=False).deploy.root
-            if root and os.path.realpath(root) == here:
-                return [path], ""
-        return [], here
-    default = f"{CONFIG_DIRECTORY}/deploy.ini"
-    return [default] if os.path.exists(default) else [], ""
+    if not here.strip("/"):
+        default = f"{CONFIG_DIRECTORY}/deploy.ini"
+        return [default] if os.path.exists(default) else [], ""
+    for path in configurations():
+        root = load_settings([path], {}, [], refuse=False).deploy.root
+        if root and os.path.realpath(root) == here:
+            return [path], ""
+    return [], here
 
 
 def check_settings(settings: Settings) -> None:
@@ -12532,85 +12481,71 @@ def check_settings(settings: Settings) -> None:
                 check_all(settings)
         except UsageError as error:
             mistakes.append(error)
-    checks = [("probe", lambda probe: check_probe(settings, probe)), ("notify", check_notifier),
-              ("template", lambda template: place_problem(settings, template))]
-    for kind, check in checks:
+    for kind, check in (("probe", partial(check_probe, settings)), ("notify", check_notifier)):
         for name, values in getattr(settings, kind).items():
             # What is made of a mistake is no second one.
             problem = "" if f"[{kind}:{name}]" in wrong else check(values)
             if problem:
                 mistakes.append(settings.wrong(f"{kind}:{name}", problem))
-    if settings.migrate.given and not settings.migrate.up:
-        mistakes.append(settings.wrong("migrate", "needs up"))
-    if settings.has_slots and "[slots]" not in wrong:
-        mistakes += slots_mistakes(settings)
-    deploy, signature = settings.deploy, settings.signature
-    if signature.verify != "off" and not TRUSTED.intersection(signature.given):
-        mistakes.append(settings.wrong("signature", f"verify = {signature.verify} needs keys, "
-                                       "allowed_signers or command"))
-    for name in sorted(set(deploy.delegated) - DELEGABLE):
-        mistakes.append(settings.wrong("deploy", f"delegated = {name}: no command for others"))
-    shared = tuple(place + "/" for place in deploy.shared_dirs + deploy.shared_files)
-    for path in deploy.writable:
-        if not deploy.app_user or f"{path}/".startswith(shared):
-            mistakes.append(settings.wrong(
-                "deploy", f"writable = {path} needs app_user, and a place that is not shared"))
-    for key, needed in (("approvals", "approvers"), ("promoted_from", "attesters"),
-                        ("promoted_after", "promoted_from"), ("promoted_within", "promoted_from")):
-        if key in settings.policy.given and not getattr(settings.policy, needed):
-            mistakes.append(settings.wrong("policy", f"{key} needs {needed}"))
-    for name in set(settings.probe).intersection(settings.notify):
-        # Two files of one name: one would send to its peer what was meant for the other's.
-        notifier = settings.notify[name]
-        if settings.probe[name].auth_file and (notifier.url_file or notifier.token_file):
-            mistakes.append(settings.wrong(
-                f"notify:{name}", "its file and another would be the same credential, "
-                                  f"{name}: give it another name than [probe:{name}]"))
+    for section, is_wrong, problem in disagreements(settings):
+        if is_wrong and f"[{section}]" not in wrong:
+            mistakes.append(settings.wrong(section, problem))
     settings.refuse_mistakes()
 
 
-def slots_mistakes(settings: Settings) -> Iterator[UsageError]:
+def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
+    """Find what does not go together: (section, whether that is so, what is wrong with it)."""
+    deploy, signature, policy = settings.deploy, settings.signature, settings.policy
+    yield ("signature", signature.verify != "off" and not TRUSTED.intersection(signature.given),
+           f"verify = {signature.verify} needs keys, allowed_signers or command")
+    taken = deploy.shared_dirs + deploy.shared_files
+    for path in deploy.writable:
+        is_shared = any(os.path.commonpath([path, place]) == place for place in taken)
+        yield ("deploy", not deploy.app_user or is_shared,
+               f"writable = {path} needs app_user, and a place that is not shared")
+    for name, template in settings.template.items():
+        for place in filter(None, taken):
+            yield (f"template:{name}", os.path.commonpath([template.target, place]) in (
+                template.target, place), f"target = {template.target}: it meets {place}")
+        taken = taken + [template.target]
+    for key, needed in (("approvals", "approvers"), ("promoted_from", "attesters"),
+                        ("promoted_after", "promoted_from"), ("promoted_within", "promoted_from")):
+        yield ("policy", key in policy.given and not getattr(policy, needed),
+               f"{key} needs {needed}")
+    for name in set(settings.probe).intersection(settings.notify):
+        # Two files of one name: one would send to its peer what was meant for the other's.
+        notifier = settings.notify[name]
+        yield (f"notify:{name}",
+               settings.probe[name].auth_file and (notifier.url_file or notifier.token_file),
+               f"its file and that of [probe:{name}] would be the same credential, {name}: "
+               "give it another name")
+    if settings.has_slots:
+        yield from slots_mistakes(settings)
+
+
+def slots_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
     """Find where the two slots are not two, or not their own."""
-    slots = settings.slots.values()
-    if len(slots) != 2 or not all(map(re.compile(r"[\w-]+\Z").match, settings.slots)):
-        yield settings.wrong("slots", "needs exactly two names, of letters, digits, - and _, each "
-                             f"with a port, not {' and '.join(settings.slots) or 'none'}")
+    slots, names = settings.slots.values(), list(settings.slots)
+    yield ("slots", len(names) != 2 or not re.match(r"[\w-]+ [\w-]+\Z", " ".join(names)),
+           "needs exactly two names, of letters, digits, - and _, each with a port, not "
+           + (" and ".join(names) or "none"))
     for key in ("port", "unit", "include"):
-        if len({getattr(slot, key) for slot in slots}) == 1:
-            yield settings.wrong("slots", f"{key} is the same for both: write ${{slot}} or "
-                                 "${port} into it")
+        yield ("slots", len({getattr(slot, key) for slot in slots}) == 1,
+               f"{key} is the same for both: write ${{slot}} or ${{port}} into it")
     units = [unit for slot in slots for unit in (slot.unit, slot.unit.replace(".service", ""))]
     for name, service in settings.service.items():
-        if service.unit in units:
-            yield settings.wrong(f"service:{name}", "has the unit of a slot, which none but "
-                                 "[slots] may start")
-
-
-def place_problem(settings: Settings, template: Any) -> str:
-    """Say where a template meets what else is to stand in its place of a release, or around it."""
-    paths = settings.deploy.shared_dirs + settings.deploy.shared_files
-    shared = {path: f"what is shared as {path}" for path in paths}
-    rendered = {other.target: f"the target of [template:{other.name}]"
-                for other in settings.template.values() if other is not template}
-    for key, places in (("source", shared), ("target", dict(rendered, **shared))):
-        path = getattr(template, key)
-        for place, what in places.items():
-            inside = (path + "/").startswith(place + "/")
-            if inside or key == "target" and place.startswith(path + "/"):
-                return f"{key} = {path}: it meets {what}"
-    return ""
+        yield (f"service:{name}", service.unit in units,
+               "has the unit of a slot, which none but [slots] may start")
 
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     """Tell the console every private value, before a hook or a server can show it."""
-    receivers = [*settings.probe.values(), *settings.notify.values()]
-    if settings.source.given:
-        receivers.append(settings.source)
+    receivers = [*settings.probe.values(), *settings.notify.values(), settings.source]
     named = [(name, environment(name)) for name in environment_names()
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
     for values in [settings.env, settings.vars, *[receiver.header for receiver in receivers]]:
         named += values.items()
-    found = [value for name, value in named if SECRET_NAME.search(name)]
+    found: List[str] = []
     for receiver in receivers:
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
@@ -12619,12 +12554,12 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         for text in texts:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
-        found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
-                  if len(value) >= 8 or SECRET_NAME.search(name)]
-        for url in [receiver.url, *texts] if hasattr(receiver, "type") else ():
+        found += re.findall(r"[?&][^=&#]*=([^&#]{8,})", receiver.url)
+        named += re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
+        for url in [receiver.url, *texts] if receiver.name in settings.notify else ():
             # The long words of a notifier's path let anybody post there.
             found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
-    for value in found:
+    for value in found + [value for name, value in named if SECRET_NAME.search(name)]:
         secrets.add(value)
         if "%" in value or "+" in value:
             from urllib.parse import unquote_plus
@@ -12637,13 +12572,12 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
     As root not what a configuration names that others could have written:
     lines at the end of a file of their choice may be all they need.
     """
-    log, root = settings.log, settings.deploy.root
-    if root and log.file:
-        from pathlib import Path
-        place, top = Path(os.path.realpath(log.file)), Path(os.path.realpath(root))
-        for own in {top / ".deploy", top / "releases"}.intersection(place.parents):
-            raise UsageError(f"the log file {log.file} lies inside {own}/, deploy.py's own place",
-                             "write it to another place, such as /var/log")
+    log = settings.log
+    if settings.deploy.root and log.file and re.match(
+            re.escape(os.path.realpath(settings.deploy.root)) + r"/(\.deploy|releases)/",
+            os.path.realpath(log.file)):
+        raise UsageError(f"the log file {log.file} lies in .deploy or releases, deploy.py's own "
+                         "places", "write it to another place, such as /var/log")
     if flags.dry_run:
         return
     if settings.files and os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
@@ -12663,7 +12597,6 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
 # -- what root lets a person do ----------------------------------------------------
 
 DELEGATED_FLAGS = "-n --json -q -v -m --sha256 --release-version --wait-lock".split()
-DELEGABLE = set(COMMANDS) - {"pack", *TELLING}  # pack reads any directory
 
 
 def parse_delegated(argv: List[str]) -> Any:
@@ -12679,14 +12612,15 @@ def parse_delegated(argv: List[str]) -> Any:
     refused += [word.partition("=")[0] for word in words if re.match(r"[@{]|--\Z|--.*=", word)]
     refused += [flag.names[-1] for flag in FLAGS if getattr(flags, flag.dest)
                 and not flag.is_argument and not set(flag.names).intersection(DELEGATED_FLAGS)]
-    for name in refused:
-        raise UsageError(f"a delegated run takes no {name}",
+    if refused:
+        raise UsageError(f"a delegated run takes no {refused[0]}",
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
     flags.config, flags.delegate = [path], path
     settings, artifact = load(flags), getattr(flags, "artifact", None)
     delegated, inbox = settings.deploy.delegated, settings.deploy.inbox
-    if flags.command not in delegated:
+    if flags.command not in delegated or flags.command in ("pack", *TELLING):
+        # pack reads any directory.
         raise UsageError(f"{flags.command} is not delegated by {path}",
                          f"delegated: {', '.join(delegated) or 'nothing'}")
     if artifact:
@@ -12713,27 +12647,21 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     console.verbose = bool(flags.verbose or flags.debug)
     console.colour = is_terminal and not plain
     console.shows_progress = is_terminal and not flags.quiet
-    locale = environment("LC_ALL")
-    # The interpreter itself sets LC_CTYPE=C.UTF-8 where the locale is C (PEP 538).
-    if not locale and environment("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8"):
-        locale = environment("LC_CTYPE")
-    console.utf8 = "utf" in (locale or environment("LANG")).lower()
+    locale = environment("LC_ALL") or environment("LC_CTYPE") or environment("LANG")
+    console.utf8 = "utf" in locale.lower()
+    console.supervisor = environment("NOTIFY_SOCKET")
     settings = load(flags)
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
     run = Run(settings, console, interrupts, flags)
-    console.log_context = {"deploy_id": run.deploy_id, "command": flags.command}
+    outcome, command = run.outcome, flags.command
+    console.log_context = {"deploy_id": run.deploy_id, "command": command}
     if settings.deploy.root:
         console.log_context["application"] = escape(run.application)
     if run.traceparent:
         console.log_context["trace_id"] = run.traceparent.split("-")[1]
-    console.supervisor = environment("NOTIFY_SOCKET")
     open_log(flags, settings, console)
-    if environment("TRACEPARENT") and not traceparent():
-        console.debug(f"TRACEPARENT is ignored: {environment('TRACEPARENT')[:80]!r} is not "
-                      "00-TRACE-PARENT-FLAGS (W3C trace context)")
-    outcome, command = run.outcome, flags.command
     try:
         if command not in LOOKING:
             check_settings(settings)
@@ -12786,8 +12714,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         exit_code, run = run_command_line(argv, console)
         report(run, exit_code, time.monotonic() - started_seconds)
         # What a command did is not undone by losing what it said; one that only says has failed.
-        says_only = run.flags.command not in WRITING and not run.outcome.changed
-        if console.is_result_lost and says_only and not exit_code:
+        if console.is_result_lost and not run.outcome.changed and exit_code == EXIT_OK:
             exit_code = EXIT_FAILED
         return exit_code
     except HelpAsked as asked:

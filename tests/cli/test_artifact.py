@@ -590,9 +590,9 @@ def test_a_name_that_does_not_fit_the_pattern_is_refused():
 
 @pytest.mark.parametrize("text", ["", ".1", "-1", "1/2", "a b", "1\n", "x" * 101, "é"])
 def test_a_bad_version_is_a_usage_error(text):
-    with pytest.raises(deploy.UsageError):
-        deploy.check_version(text)
-    assert deploy.check_version("1.0+a~b_c-d") == "1.0+a~b_c-d"
+    with pytest.raises(ValueError):
+        deploy.read_value("version", text)
+    assert deploy.read_value("version", "1.0+a~b_c-d") == "1.0+a~b_c-d"
 
 
 # -- the manifest --------------------------------------------------------------

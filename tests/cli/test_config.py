@@ -292,11 +292,10 @@ TOGETHER = {
     "deadline": ("probe:web", "url = http://a/\nsuccesses = 100"), "header": ("probe:web", "url = http://a/\nheader.A B = 1"),
     "header line": ("probe:web", "url = http://a/\nheader.A =\n  1\n  2"), "body": ("probe:web", "url = http://a/\nbody = x\nmax_body = 0"),
     "tls": ("probe:web", "url = http://a/\ntls_verify = no"), "tls key": ("probe:web", "url = https://a/\ntls_key = k"),
-    "template in shared": ("template:t", "source = a/t\ntarget = x\n[deploy]\nshared_dirs = a"),
     "template over shared": ("template:t", "source = t\ntarget = .env\n[deploy]\nshared_files = .env"),
     "template round shared": ("template:t", "source = t\ntarget = a\n[deploy]\nshared_dirs = a/b"),
-    "templates in one place": ("template:t", "source = t\ntarget = x\n[template:u]\nsource = u\ntarget = x"),
-    "template in template": ("template:t", "source = t\ntarget = x/y\n[template:u]\nsource = u\ntarget = x"),
+    "templates in one place": ("template:u", "source = t\ntarget = x\n[template:t]\nsource = u\ntarget = x"),
+    "template in template": ("template:u", "source = t\ntarget = x/y\n[template:t]\nsource = u\ntarget = x"),
     "notify": ("notify:web", "url = http://a/\nheader.A B = 1"),
     "redirects": ("probe:web", "url = http://a/\nredirects = 1000"),
     "long variable": ("env", f"A = {'x' * (1 << 17)}"), "long word": ("hooks", f"pre_stage = echo {'x' * (1 << 17)}"),
@@ -405,7 +404,7 @@ def test_all_that_is_wrong_is_told_at_once(app: App) -> None:
                      f"{more}: [deploy] min_free = 'lots': expected a size", f"{app.config}: [service:web] unit = 'a # b': a comment",
                      f"{app.config}: unknown section [deploy:x]", "[limits] max_file = 'x': expected a size", "--set 'nonsense': expected",
                      "[service:db] after = nosuch: there is no [service:nosuch]", "[probe:one] url", "[probe:two] tcp",
-                     "[template:t] target = log: it meets what is shared as log"):
+                     "[template:t] target = log: it meets log"):
             assert part in error["message"], part
         assert error["message"].startswith("11 mistakes in the configuration: (1) ")
     assert app.releases() == []

@@ -515,7 +515,6 @@ def test_a_probe_over_http_is_part_of_the_trace(app: App) -> None:
 def test_what_is_no_trace_is_ignored(text: str, app: App) -> None:
     app.configure("[hooks]\npre_activate = env\n")
     result = app.run("-v", "deploy", app.artifact("1.0"), "--log-file", app.directory / "log", env={"TRACEPARENT": text}, check=0)
-    assert ("TRACEPARENT is ignored" in result.stderr) == bool(text)
     hook = next(step["output"] for step in result.data["steps"] if step["name"] == "hook:pre_activate")
     assert not any("TRACE" in line for line in hook)
     assert "traceparent" not in app.history()[-1]["by"] and "trace_id=" not in (app.directory / "log").read_text()

@@ -1006,21 +1006,6 @@ def test_a_release_that_nothing_is_live_to_compare_with_is_refused(server, tmp_p
             assert "no release is known to be live" in result.data["error"]["message"] and "--root" in result.data["error"]["hint"]
 
 
-def test_a_health_check_may_choose_its_exit_code(server):
-    server.body = b"well"
-    assert run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", "1", check=0).data["ok"]
-    server.status = 503
-    run_deploy("probe", "--url", server.url, check=7)
-    for code in (1, 10):  # 10 is what --detailed-exitcode means by "changed": it must not pass for well
-        result = run_deploy("probe", "--url", server.url, "--unhealthy-exit-code", str(code), check=code)
-        assert result.data["exit_code"] == code and result.data["failed"] and not result.data["ok"]
-
-
-@pytest.mark.parametrize("value", ["0", "256", "-1", "one", "1.5", "\u0661"])
-def test_an_exit_code_that_is_none_is_refused(server, value):
-    result = run_deploy("probe", "--url", server.url, f"--unhealthy-exit-code={value}", check=2)
-    assert "--unhealthy-exit-code" in result.data["msg"] and not server.requests
-
 
 def test_the_command_tells_the_tries_and_how_the_answer_began(server: Server) -> None:
     server.status, server.body = 500, b"cannot import name config"

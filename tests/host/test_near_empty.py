@@ -205,7 +205,7 @@ def test_the_health_check_of_the_page_on_containers(tmp_path: Path) -> None:
         with server(inside) as port:
             assert run("RUN", port) == 0 and (inside.volume / "deploy.pyc").exists()
             assert run("HEALTHCHECK", port) == 0
-        assert run("HEALTHCHECK", port) == 1
+        assert run("HEALTHCHECK", port) == 7
 
 
 @deep
