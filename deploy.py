@@ -114,7 +114,7 @@ try:
     import time
     import zlib
     from contextlib import ExitStack, closing, contextmanager, suppress
-    from functools import lru_cache, partial
+    from functools import partial
     from operator import attrgetter
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
@@ -1437,28 +1437,6 @@ def end_children() -> None:
         fields = [line.rpartition(b")")[2].split() for _, line in processes("stat")]
         return {int(group) for _, parent, group, *_ in fields if int(parent) == os.getpid()}
     end_groups(find)
-
-
-_F_SETPIPE_SZ = 1031  # fcntl(2); the module names it from Python 3.10 on
-
-
-def start_filter(argv: Sequence[str], pipe_bytes: int, memory_bytes: int = 0) -> Any:
-    """Start a decompressor as a subprocess.Popen with pipes at all three ends.
-
-    They hold `pipe_bytes` where the system lets them, so that it need not stop after every 64 KiB.
-    It may take `memory_bytes` of memory, if given.  Raises OSError when it cannot start.
-    """
-    import resource
-    import subprocess
-    process: Any = subprocess.Popen(
-        list(argv), env=base_environment(), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
-    if memory_bytes and hasattr(resource, "prlimit"):
-        resource.prlimit(process.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):  # pipe-max-size, or too many pages in this user's pipes (pipe(7))
-            fcntl.fcntl(pipe, _F_SETPIPE_SZ, pipe_bytes)
-    return process
 
 
 # -- threads and forked processes --------------------------------------------
@@ -3930,7 +3908,7 @@ class Verifier(NamedTuple):
 #    Digest, archive, manifest.  The artifact is opened once; the bytes that
 #    are hashed are the bytes that are unpacked, and nothing is written that
 #    the Judge has not admitted.  The rest of the file uses Artifact, unpack,
-#    Sharer, scan_tree, compare_tree, pack,
+#    Sharer, scan_tree, differences, pack,
 #    and the functions on a Manifest.
 # ============================================================================
 
@@ -3941,7 +3919,7 @@ MAX_SIDECAR_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_HEADERS_BYTES = 64 << 20
 MAX_CENTRAL_BYTES = 64 << 20
-MAX_DECODER_BYTES = 128 << 20
+MAX_WINDOW_LOG = 27  # of what a decoder remembers: 128 MiB
 MAX_EXTENSIONS = 16
 MAX_STREAMS = 100000
 MAX_LINK_HOPS = 40
@@ -3950,7 +3928,6 @@ MAX_NOTES = 5
 MAX_REFUSALS = 20
 MAX_SIZE_BYTES = 1 << 47
 SHOWN_CHARACTERS = 300
-FILTER_STALL_SECONDS = 60.0
 # What any archive may hold, whatever its ratio: similar files compress very well.
 RATIO_FLOOR_BYTES = 1 << 30
 
@@ -3999,9 +3976,10 @@ def damaged(why: str, hint: str = COPY_AGAIN) -> ArtifactRefused:
     return ArtifactRefused(f"the archive is damaged or incomplete: {why}", hint)
 
 
-def exceeds(what: str, most: str, option: str) -> ArtifactRefused:
+def exceeds(what: str, most: int, option: str) -> ArtifactRefused:
     """Make the error for what is beyond a limit."""
-    return ArtifactRefused(f"{what} more than the {most} that [limits] {option} allows",
+    shown = f"{most:,} members" if option == "max_files" else format_size(most)
+    return ArtifactRefused(f"{what} more than the {shown} that [limits] {option} allows",
                            f"raise [limits] {option} if that is right")
 
 
@@ -4062,70 +4040,58 @@ class Artifact(Descriptor):
     files = 0
     exact = True
     counted = True
-    # A zip's central directory and all behind it, read once; its entries' places in it where they
-    # are not in the order of their data.
+    # A zip's central directory and all behind it, read once.
     tail = b""
-    central_bytes = 0
-    positions: Sequence[int] = ()
 
     def __init__(self, path: str, limits: Any, delegated: Optional[str] = None) -> None:
         """Open what is to be deployed; ArtifactRefused for what cannot be, or exceeds `limits`.
 
         Without limits nothing is judged: it may be anything.
         """
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-            raise ArtifactRefused(f"artifact {path} is a URL, and no file of this host",
-                                  "download it first, with its .sha256 beside it")
         # A link is followed now and once, a delegate's never; O_NOFOLLOW then holds for the result.
         self.given = absolute(path)
         self.path = self.given if delegated else os.path.realpath(self.given)
         self.links = os.O_NOFOLLOW if delegated else 0
         self.name = os.path.basename(self.path)
         self.notes: List[str] = []
+        self.entries: List[Tuple[int, int]] = []  # a zip's: where their data and their headers are
         try:
             self.descriptor = open_own_file(self.path) if delegated else os.open(
                 self.path, _READ_FLAGS)
         except (OSError, ValueError) as error:
             missing = isinstance(error, FileNotFoundError)
             why = "does not exist" if missing else f"cannot be opened: {reason(error)}"
-            raise ArtifactRefused(f"artifact {path} {why}",
-                                  "name a file that this user can read; what comes through a pipe "
-                                  "must be saved first")
+            raise ArtifactRefused(f"artifact {path} {why}", "name a file that this user can read; "
+                                  "what is on the network or in a pipe must be saved first")
         self.status = os.fstat(self.descriptor)
         self.size_bytes = self.status.st_size
         try:
-            mode, head = self.status.st_mode, b""
-            if stat.S_ISDIR(mode):
+            if stat.S_ISDIR(self.status.st_mode):
                 self.format = "directory"
-            if stat.S_ISDIR(mode) or limits is None:
-                return
-            if stat.S_ISREG(mode):
-                head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
-                self.format = format_of(head)
-            if not self.format:
-                why = "has an unknown format"
-                if not delegated and who()["uid"] == os.geteuid():  # who may have read it anyway
-                    why += f"; its first bytes are {head[:8].hex()} ({head[:8]!r})"
-                if not stat.S_ISREG(mode):
-                    why = "is neither a regular file nor a directory"
-                elif not head:
-                    why = "is empty"
-                elif not any(head) and self.size_bytes % TAR_BLOCK_BYTES == 0:
-                    why = "begins with zeros, as a tar does that has no members"
-                raise ArtifactRefused(
-                    f"artifact {self.path} {why}", "check the build or the copy; deploy a .tar, "
-                    ".tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
-            if 0 < limits.max_artifact < self.size_bytes:
-                raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
-                              format_size(limits.max_artifact), "max_artifact")
-            if self.format == "zip":
-                read_central(self, limits)
-            else:
-                # For the modules and programs that it will need; nothing is decoded yet.
-                decompress(self.format, iter(()))
+            elif limits is not None:
+                self._open_archive(limits)
         except BaseException:
             self.close()
             raise
+
+    def _open_archive(self, limits: Any) -> None:
+        why = "is neither a regular file nor a directory"
+        if stat.S_ISREG(self.status.st_mode):
+            head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
+            self.format = format_of(head)
+            why = "has an unknown format" if any(head) else "is empty, or begins with zeros"
+        if not self.format:
+            raise ArtifactRefused(
+                f"artifact {self.path} {why}", "check the build or the copy; deploy a .tar, "
+                ".tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
+        if 0 < limits.max_artifact < self.size_bytes:
+            raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
+                          limits.max_artifact, "max_artifact")
+        if self.format == "zip":
+            read_central(self, limits)
+        else:
+            # For the modules and programs that it will need; nothing is decoded yet.
+            decompress(self.format, iter(()))
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
@@ -4210,19 +4176,19 @@ class Artifact(Descriptor):
 
     def hash(self, settings: Settings, watch: Watch) -> str:
         """Return the SHA-256 of an archive's bytes, or of the tree that a directory becomes."""
-        if self.format == "directory":
-            judge = Judge(settings, self)
-            for member, pieces in read_directory(self, watch):
-                entry = judge.admit(member)  # before it is read: a sparse file can have terabytes
-                if entry and not judge.refused:
+        done_bytes, judge = 0, Judge(settings, self)
+        if self.format != "directory":
+            for block in self.blocks():
+                done_bytes += len(block)
+                watch(done_bytes)
+            return self.read_sha256
+        for member, pieces in read_directory(self, watch):
+            # Judged before it is read: a sparse file can have terabytes.
+            for entry in judge.admit(member):
+                if entry.kind == FILE:
                     judge.manifest[entry.name] = entry._replace(content=hash_pieces(pieces))
-            judge.check()
-            return tree_digest(judge.manifest)
-        done_bytes = 0
-        for block in self.blocks():
-            done_bytes += len(block)
-            watch(done_bytes)
-        return self.read_sha256
+        judge.check()
+        return tree_digest(judge.manifest)
 
     def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
         """Find digest, version and cost; `sha256` and `version` are what the operator gave."""
@@ -4234,10 +4200,9 @@ class Artifact(Descriptor):
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
         estimate_cost(self)
-        most_bytes = settings.limits.max_expanded
-        if self.exact and 0 < most_bytes < self.expanded_bytes:
+        if self.exact and 0 < settings.limits.max_expanded < self.expanded_bytes:
             raise exceeds(f"{self.name} expands to {format_size(self.expanded_bytes)},",
-                          format_size(most_bytes), "max_expanded")
+                          settings.limits.max_expanded, "max_expanded")
 
     def _find_digest(self, *, required: bool) -> None:
         """Take it from ARTIFACT.sha256, else from SHA256SUMS beside it."""
@@ -4246,29 +4211,23 @@ class Artifact(Descriptor):
         hint = (f"where the artifact was built: cd {quote(directory)} && "
                 f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
         for source in (name + ".sha256", "SHA256SUMS"):
-            path = os.path.join(directory, source)
-            try:
-                entries = read_digests(read_file(path, MAX_SIDECAR_BYTES, self.links))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except (OSError, ValueError) as error:
-                raise ArtifactRefused(f"cannot use {path}: {reason(error)}",
-                                      "correct or remove it, or give --sha256")
-            # Under its very name, else its base name, else (in its own file) without one.
-            own = os.fsencode(name)
-            digests = {digest for entry, digest in entries if entry in (own, b"./" + own)} or {
-                digest for entry, digest in entries if entry.rpartition(b"/")[2] == own}
-            if source != "SHA256SUMS":
-                digests = digests or {digest for entry, digest in entries if not entry}
-                if not digests:
-                    names = some_of([entry for entry, _ in entries]) or "no digest"
-                    raise ArtifactRefused(f"{source} has no entry for {name}; it has {names}", hint)
-            if len(digests) > 1:
-                raise ArtifactRefused(f"{source} is ambiguous: it has {len(digests)} different "
-                                      f"digests for {name}", "leave one, or give --sha256")
-            if digests:
-                self.sha256, self.sha256_source = digests.pop(), source
-                return
+            with blaming(ArtifactRefused, f"cannot use {source}", "correct or remove it, or give "
+                         "--sha256"), suppress(FileNotFoundError, NotADirectoryError):
+                entries = read_digests(read_file(
+                    os.path.join(directory, source), MAX_SIDECAR_BYTES, self.links))
+                # Under its very name, else its base name, else (in its own file) without one.
+                own = os.fsencode(name)
+                digests = {digest for entry, digest in entries if entry in (own, b"./" + own)} or {
+                    digest for entry, digest in entries if entry.rpartition(b"/")[2] == own}
+                if source != "SHA256SUMS":
+                    digests = digests or {digest for entry, digest in entries if not entry}
+                    if not digests:
+                        raise ValueError(f"it has no entry for {name}")
+                if len(digests) > 1:
+                    raise ValueError(f"it is ambiguous: it has different digests for {name}")
+                if digests:
+                    self.sha256, self.sha256_source = digests.pop(), source
+                    return
         # A directory was not transferred: there is no promise about its bytes to keep.
         if required and self.format != "directory":
             raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
@@ -4421,12 +4380,11 @@ def tree_lines(manifest: Manifest) -> Iterator[bytes]:
     """Write the lines of `.deploy/trees/<id>`: directories, symlinks, modes, a JSON array each."""
     for kind, word in ((DIRECTORY, DIRECTORY), (SYMLINK, SYMLINK), (FILE, "mode")):
         for name in names_of(manifest, kind):
-            value = f"{manifest[name].mode:04o}"
-            if kind == SYMLINK:
-                value = manifest[name].content.decode("utf-8", "surrogateescape")
-            if kind != FILE or manifest[name].mode != _MODE_FILE:
-                row = [word, name.decode("utf-8", "surrogateescape"), value]
-                yield f"{json.dumps(row)}\n".encode("ascii")
+            _, _, mode, _, _, content = manifest[name]
+            if kind != FILE or mode != _MODE_FILE:
+                texts = [text.decode("utf-8", "surrogateescape")
+                         for text in (name, content if kind == SYMLINK else b"%04o" % mode)]
+                yield json.dumps([word, *texts]).encode("ascii") + b"\n"
 
 
 def tree_digest(manifest: Manifest) -> str:
@@ -4436,26 +4394,24 @@ def tree_digest(manifest: Manifest) -> str:
 
 
 def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
-    """Read a manifest from the lines of its two files; ValueError says which one is malformed."""
+    """Read a manifest from the lines of its two files; ValueError for one that is malformed."""
     manifest: Manifest = {}
-    what = "manifest"
     try:
         for line in digests:
             escaped, digest, name = _MANIFEST_LINE.match(line).groups()  # type: ignore
             name = unescape_name(name) if escaped else name
-            manifest[name] = Member(name, FILE, _MODE_FILE, 0, None, binascii.unhexlify(digest))
-        what = "tree"
+            manifest[name] = Member(name, FILE, _MODE_FILE, content=binascii.unhexlify(digest))
         for line in tree:
             kind, *texts = json.loads(line[:line.index(b"\n")].decode("ascii"))
             name, value = [text.encode("utf-8", "surrogateescape") for text in texts]
             if kind == SYMLINK:
-                manifest[name] = Member(name, SYMLINK, 0o777, 0, None, value)
+                manifest[name] = Member(name, SYMLINK, 0o777, content=value)
             elif kind == DIRECTORY:
                 manifest[name] = Member(name, DIRECTORY, int(value, 8))
             else:
                 manifest[name] = manifest[name]._replace(mode=int(value, 8))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"its {what} has a malformed line") from None
+        raise ValueError("its manifest has a malformed line") from None
     return manifest
 
 
@@ -4466,7 +4422,6 @@ UNSAFE = "has a control character or a backslash"
 NO_NAME = "its name is empty, or strip_components leaves no name of it"
 WINDOWS_HINT = ("it was made on Windows by a program that writes \\ for /: make it with tar, 7-Zip "
                 "or PowerShell 7")
-HARD_LINK_HINT = "pack it with tar --hard-dereference, which stores each as a file"
 LINK_HINT = ("name targets that are meant in [artifact] allow_links, or leave them out: python3 -m "
              "venv --copies, or links that [hooks] post_stage makes")
 
@@ -4485,11 +4440,11 @@ def judge_name(name: bytes, strip: int = 0) -> Tuple[bytes, str]:
     elif name.startswith(b"/"):
         problem = "its name is absolute"
     elif len(name) > MAX_PATH_BYTES:
-        problem = f"its name has {len(name)} bytes, more than {MAX_PATH_BYTES}"
+        problem = f"its name has more than {MAX_PATH_BYTES} bytes"
     elif b".." in name and b".." in name.split(b"/"):
         problem = "its name climbs with '..'"
     elif len(name) > MAX_NAME_BYTES and max(map(len, name.split(b"/"))) > MAX_NAME_BYTES:
-        problem = "its name has a component over 255 bytes"
+        problem = f"its name has a component over {MAX_NAME_BYTES} bytes"
     elif name.count(b"/") >= MAX_DEPTH:
         problem = f"it lies over {MAX_DEPTH} levels deep"
     if strip:
@@ -4497,21 +4452,20 @@ def judge_name(name: bytes, strip: int = 0) -> Tuple[bytes, str]:
     return name, problem or ("" if name else NO_NAME)
 
 
-def expansion_limit(kind: str, size_bytes: int, limits: Any) -> Tuple[int, str]:
-    """Return how many bytes may come out of an archive, and the option that says so."""
+def expansion_limit(artifact: Artifact, limits: Any) -> Tuple[int, str]:
+    """Return how many bytes may come out of an artifact, and the option that says so."""
     bound = limits.max_expanded or MAX_SIZE_BYTES, "max_expanded"
-    if limits.max_ratio and kind != "directory":
-        bound = min(bound, (RATIO_FLOOR_BYTES + size_bytes * limits.max_ratio, "max_ratio"))
+    if limits.max_ratio and artifact.format != "directory":
+        most_bytes = RATIO_FLOOR_BYTES + artifact.size_bytes * limits.max_ratio
+        bound = min(bound, (most_bytes, "max_ratio"))
     return bound
 
 
-# What ends up in archives unnoticed, with a slash before and behind its name, and what it is.
-_ODDITIES = (
-    ((b"/._", b"/__MACOSX/", b"/.DS_Store/"), "left there by macOS; pack with COPYFILE_DISABLE=1 "
-     "tar --exclude .DS_Store, or zip -X"),
-    ((b"/.git/",), "part of a Git repository, with all of its history; pack with git archive, or "
-     "without .git"),
-)
+# What ends up in archives unnoticed, by the name of a file or directory, and what it is.
+_ODDITIES = dict.fromkeys(
+    (b"._", b"__MACOSX", b".DS_Store"), "left there by macOS; pack with COPYFILE_DISABLE=1 tar "
+    "--exclude .DS_Store, or zip -X")
+_ODDITIES[b".git"] = "a Git repository, with all of its history; pack with git archive"
 _MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
 
 
@@ -4519,23 +4473,20 @@ class Judge:
     """Admits members one by one, or refuses the archive; needs no disk.
 
     What it has admitted is its `manifest`, the map by which later members and symlinks are judged;
-    whoever writes them puts the digests in.  Directories that became necessary are appended to
-    `fresh`, parents first.  Members that are refused are collected, so that `check` names them all;
-    a limit that is exceeded ends it at once.
+    whoever writes them puts the digests in.  Members that are refused are collected, so that
+    `check` names them all; a limit that is exceeded ends it at once.
     """
 
     def __init__(self, settings: Settings, artifact: Artifact) -> None:
         limits, root = settings.limits, settings.deploy.root or "/-"
         self.manifest: Manifest = {}
-        self.fresh: List[bytes] = []
         self.refused = 0
         self._refusals: List[ArtifactRefused] = []  # the first of them
         self._settings = settings.artifact
-        self._strip = settings.artifact.strip_components
         self._roots = [os.fsencode(path) for path in (root, os.path.realpath(root))]
         self._limits = [(limits.max_files or MAX_SIZE_BYTES, "max_files"),
                         (limits.max_file or MAX_SIZE_BYTES, "max_file"),
-                        expansion_limit(artifact.format, artifact.size_bytes, limits)]
+                        expansion_limit(artifact, limits)]
         # In a tar, a backslash is meant: systemd writes - in a unit's name as \x2d.
         self._backslash_hint = WINDOWS_HINT if artifact.format == "zip" else REBUILD
         self._parent = b""  # a directory that was there when it was last looked for
@@ -4544,17 +4495,17 @@ class Judge:
         self._expanded_bytes = 0
         self._steps = 0
 
-    def admit(self, member: Member) -> Optional[Member]:
-        """Return what is to be written now: a file, or a hard link, whose `content` is its source.
+    def admit(self, member: Member) -> List[Member]:
+        """Return what is to be made now: directories, and a file or the copy for a hard link.
 
-        ArtifactRefused at a limit.
+        A copy's `content` is its source.  Nothing once one was refused; ArtifactRefused at a limit.
         """
-        entry = None
+        made: List[Member] = []
         try:
-            entry = self._judge(member)
+            self._judge(member, made)
         except ArtifactRefused as refusal:
             self._note(refusal)
-        size_bytes = (entry or member).size_bytes  # a hard link has those of its source
+        size_bytes = (made or [member])[-1].size_bytes
         self._members += 1
         self._expanded_bytes += size_bytes
         # Directories that only a long name implies cost as much as members do.
@@ -4562,16 +4513,15 @@ class Judge:
         for value, (most, option) in zip(found, self._limits):
             if value > most:
                 self.check()
-                number = f"{most:,} members" if option == "max_files" else format_size(most)
                 raise exceeds(f"artifact refused: member {show(member.name)}: it has or leads to",
-                              number, option)
-        return entry
+                              most, option)
+        return [] if self.refused else made
 
-    def _judge(self, member: Member) -> Optional[Member]:
+    def _judge(self, member: Member, made: List[Member]) -> None:
         kind, target, manifest = member.kind, member.content, self.manifest
-        name, problem = judge_name(member.name, self._strip)
+        name, problem = judge_name(member.name, self._settings.strip_components)
         if problem == NO_NAME and kind == DIRECTORY and member.name:
-            return None  # the top itself
+            return  # the top itself
         if kind not in (FILE, DIRECTORY, SYMLINK, HARD_LINK):
             problem = f"it is a {kind}, which a release cannot hold"
         elif member.size_bytes and kind != FILE:
@@ -4586,43 +4536,40 @@ class Judge:
             raise refuse(member.name, problem,
                          self._backslash_hint if b"\\" in member.name else REBUILD)
         parent = above = name.rpartition(b"/")[0]
-        missing = []
         while above != self._parent and above not in manifest and above:
-            missing.append(above)
+            made.insert(0, Member(above, DIRECTORY, _MODE_DIRECTORY))
             above = above.rpartition(b"/")[0]
         if above and manifest[above].kind != DIRECTORY:
             raise refuse(member.name, f"it lies below {show(above)}, a {manifest[above].kind}")
         self._parent = parent
-        for above in reversed(missing):  # which the archive did not mention
-            manifest[above] = Member(above, DIRECTORY, _MODE_DIRECTORY)
-            self._implied.add(above)
-            self.fresh.append(above)
+        for implied in made:  # which the archive did not mention
+            manifest[implied.name] = implied
+            self._implied.add(implied.name)
         known = manifest.get(name)
         # No special bits, writable by its owner, never closed to him.
         mode = member.mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
         entry = Member(name, kind, mode, member.size_bytes, member.mtime_ns)
+        if known is not None and (known.kind, kind) != (DIRECTORY, DIRECTORY):
+            raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
+        if known is not None and name not in self._implied and known.mode != mode:
+            raise refuse(member.name, "the directory comes twice with different modes")
         if kind == SYMLINK:  # of anything else a target means nothing
             entry = Member(name, kind, 0o777, content=target)
-        if known is None and kind == DIRECTORY:
-            self.fresh.append(name)
-        elif known is not None and (known.kind, kind) != (DIRECTORY, DIRECTORY):
-            raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
-        elif known is not None and name not in self._implied and known.mode != entry.mode:
-            raise refuse(member.name, "the directory comes twice with different modes")
-        if kind == HARD_LINK:
-            source_name, problem = judge_name(target, self._strip)
+        elif kind == HARD_LINK:
+            source_name, problem = judge_name(target, self._settings.strip_components)
             source = manifest.get(source_name)
+            if problem and source is None:
+                raise refuse(target, problem)
             if source is None or source.kind == DIRECTORY:
-                if problem:
-                    raise refuse(target, problem)
                 raise refuse(member.name, f"it is a hard link to {show(target)}, which is no "
-                             f"earlier file or symlink of the archive", HARD_LINK_HINT)
-            manifest[name] = source._replace(name=name)
-            # A symlink's copy is made with the symlinks.
-            return Member(name, kind, *source[2:5], source_name) if source.kind == FILE else None
+                             f"earlier file or symlink of the archive")
+            entry = source._replace(name=name)
+            if source.kind == FILE:  # a symlink's copy is made with the symlinks
+                made.append(Member(name, kind, *source[2:5], source_name))
+        elif known is None:
+            made.append(entry)
         self._implied.discard(name)
         manifest[name] = entry
-        return entry if kind == FILE else None
 
     # -- the whole archive ---------------------------------------------------
 
@@ -4650,52 +4597,53 @@ class Judge:
                 self._follow(name)
             except ArtifactRefused as refusal:
                 self._note(refusal)
-        if self.refused:
-            self.check()
+        self.check()
         if not self.manifest:
             raise ArtifactRefused("the artifact holds nothing, or nothing below strip_components",
                                   "look at what the build put into it; nothing was kept")
-        # What may go live, and was hardly meant to.
-        manifest = self.manifest
-        notes: List[str] = []
+        return self._oddities() + self._twins()
+
+    def _oddities(self) -> List[str]:
+        """Note what may go live, and was hardly meant to."""
+        manifest, notes, odd = self.manifest, [], {}
         tops = [name for name in manifest if b"/" not in name]
         files = [name for name, member in manifest.items() if member.kind == FILE]
-        if not self._strip and len(tops) == 1 and manifest[tops[0]].kind == DIRECTORY and files:
+        if not self._settings.strip_components and len(tops) == 1 \
+                and manifest[tops[0]].kind == DIRECTORY and files:
             notes.append(f"everything lies under {show(tops[0] + b'/')}: "
                          f"strip_components = 1 would drop it")
         if len(files) == 1 and ARCHIVE_SUFFIX.search(os.fsdecode(files[0])):
             notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
                          f"deploy that archive itself")
-        # A first look, many times as fast.
-        odd = [name for name in manifest if b"._" in name or b"__MACOSX" in name
-               or b".DS_Store" in name or b".git" in name]
-        for words, what in _ODDITIES:
-            found = [name for name in odd if any(word in b"/%s/" % name for word in words)]
-            if found:
-                notes.append(f"{some_of(found)}: {what}")
+        for name in manifest:
+            base = name.rpartition(b"/")[2]
+            what = _ODDITIES.get(b"._" if base.startswith(b"._") else base)
+            if what:
+                odd.setdefault(what, []).append(name)
         private = [name for name in files if not manifest[name].mode & 0o044]
         if private:
-            notes.append(f"{count(len(private), 'file')} can be read by their owner alone "
-                         f"({some_of(private)}), as a build under umask 077 makes them")
+            odd[f"{count(len(private), 'file')} that only the owner may read, as a build under "
+                "umask 077 makes them"] = private
+        return notes + [f"{some_of(names)}: {what}" for what, names in odd.items()]
+
+    def _twins(self) -> List[str]:
+        """Note names that are one on systems that ignore case or Unicode form."""
+        import unicodedata
         # By hashes: all folded names would take more memory than all else.
         seen: Dict[int, bytes] = {}
         pairs = []
-        for name in filter(_MAY_FOLD.search, manifest):
+        for name in filter(_MAY_FOLD.search, self.manifest):
             key = name.lower()
-            if re.search(rb"[\x80-\xff]", name):
-                import unicodedata
+            if max(name) > 127:
                 text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
                 key = unicodedata.normalize("NFC", text.casefold()).encode(
                     "utf-8", "surrogateescape")
-            other = seen.setdefault(hash(key), name)
-            if other == name and key in manifest and not _MAY_FOLD.search(key):
-                other = key
-            if other != name and len(pairs) <= MAX_NOTES:
-                pairs.append(f"{show(other)} and {show(name)} are the same name on systems that "
-                             f"ignore case or Unicode form")
-        if len(pairs) > MAX_NOTES:
-            pairs[MAX_NOTES:] = ["and there are more such names"]
-        return notes + pairs
+            other = key if key in self.manifest else seen.setdefault(hash(key), name)
+            if other != name:
+                pairs.append(f"{show(other)} and {show(name)}")
+        some = ", ".join(pairs[:MAX_NOTES]) + (", ..." if len(pairs) > MAX_NOTES else "")
+        return [f"the same name on systems that ignore case or Unicode form: {some}"] \
+            if pairs else []
 
     def _follow(self, name: bytes) -> None:
         """Follow a symlink by the archive's own map, never by the disk, as the kernel would.
@@ -4737,14 +4685,8 @@ class Judge:
                 if fnmatchcase(place, glob)
                 and (b"**" in glob or glob.count(b"/") == place.count(b"/"))]
         if not fits and not (place + b"/").startswith(own):
-            target = self.manifest[name].content
-            if top != b"/":
-                where = f"{show(target)}, which leaves the release"
-            elif target.startswith(b"/"):
-                where = f"the absolute path {show(target)}"
-            else:
-                where = f"{show(target)}, which leads to the absolute path {show(place)}"
-            raise refuse(name, f"it is a symlink to {where}", LINK_HINT)
+            raise refuse(name, f"it is a symlink to {show(self.manifest[name].content)}, which "
+                               f"leaves the release for {show(place)}", LINK_HINT)
 
 
 # -- decoding: blocks of the file in, blocks of the archive out ----------------
@@ -4756,24 +4698,19 @@ class Stream:
         self._blocks = blocks
         self.view = memoryview(b"")
 
-    def at_end(self) -> bool:
-        """Tell whether nothing is left."""
-        if not self.view:
-            self.view = memoryview(next(self._blocks, b""))
-        return not self.view
-
-    def peek(self, size_bytes: int) -> bytes:
+    def peek(self, size_bytes: int = 1) -> bytes:
         """Return so many bytes, which are not taken; fewer where it ends before."""
-        for block in self._blocks if len(self.view) < size_bytes else ():
-            self.view = memoryview(bytes(self.view) + block)
-            if len(self.view) >= size_bytes:
+        while len(self.view) < size_bytes:
+            block = next(self._blocks, b"")
+            if not block:
                 break
+            self.view = memoryview(bytes(self.view) + block if self.view else block)
         return bytes(self.view[:size_bytes])
 
     def pieces(self, size_bytes: int) -> Iterator[memoryview]:
         """Take so many bytes in pieces that are not copied; ArtifactRefused when it ends before."""
         while size_bytes:
-            if self.at_end():
+            if not self.peek():
                 raise damaged("it ends in the middle of a member, or without its end-of-archive")
             piece = self.view[:size_bytes]
             self.view = self.view[size_bytes:]
@@ -4789,33 +4726,65 @@ class Stream:
         return data
 
 
+class LibZstd:
+    """Decodes one zstd frame by libzstd, as a module of Python does from 3.14 on."""
+
+    eof, unused_data, unconsumed_tail = False, b"", b""
+
+    def __init__(self) -> None:
+        import ctypes
+        self._types, self._library = ctypes, ctypes.CDLL("libzstd.so.1")
+        self._library.ZSTD_createDCtx.restype = ctypes.c_void_p
+        self._library.ZSTD_decompressStream.restype = ctypes.c_size_t
+        self._library.ZSTD_getErrorName.restype = ctypes.c_char_p
+        self._context = ctypes.c_void_p(self._library.ZSTD_createDCtx())
+        self._library.ZSTD_DCtx_setParameter(self._context, 100, MAX_WINDOW_LOG)
+
+    def __del__(self) -> None:
+        self._library.ZSTD_freeDCtx(self._context)
+
+    def decompress(self, data: bytes, most_bytes: int) -> bytes:
+        """Decode what there is, into so many bytes at most; ValueError for damaged data."""
+        types, library = self._types, self._library
+        given = types.create_string_buffer(data, len(data) + 1)
+        space = types.create_string_buffer(most_bytes)
+        # Where the bytes lie, how many, and how many of them are done: ZSTD_inBuffer, -outBuffer.
+        source = (types.c_size_t * 3)(types.addressof(given), len(data), 0)
+        target = (types.c_size_t * 3)(types.addressof(space), most_bytes, 0)
+        left = types.c_size_t(library.ZSTD_decompressStream(self._context, target, source))
+        if library.ZSTD_isError(left):
+            raise ValueError(library.ZSTD_getErrorName(left).decode())
+        self.eof = not left.value
+        if self.eof:
+            self.unused_data = data[source[2]:]
+        self.unconsumed_tail = data[source[2]:]
+        return bytes(types.string_at(space, target[2]))
+
+
 def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Decode a file's blocks; ImportError or ArtifactRefused, at once, for what is missing here."""
+    make: Any = partial(zlib.decompressobj, 31)
+    errors: Any = zlib.error
     if kind == "tar":
         return blocks
-    if kind == "tar.gz":
-        return decode_streams(blocks, lambda: zlib.decompressobj(31), zlib.error)
     if kind == "tar.bz2":
         import bz2
-        return decode_streams(blocks, bz2.BZ2Decompressor, (OSError, EOFError))
-    if kind == "tar.xz":
+        make, errors = bz2.BZ2Decompressor, (OSError, EOFError)
+    elif kind == "tar.xz":
         import lzma
-        return decode_streams(
-            blocks, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECODER_BYTES),
-            lzma.LZMAError)
-    try:
-        from compression import zstd  # type: ignore
-    except ImportError:
-        import shutil
-        # PATH must not choose what decodes an artifact.
-        program = shutil.which("zstd", path=EXTRA_PATH)
-        if not program:
-            raise ArtifactRefused("this Python and this host cannot read zstd",
-                                  "install zstd, or deploy a .tar.gz")
-        return run_filter([program, "-dcq", f"--memory={MAX_DECODER_BYTES >> 20}MB"],
-                          zstd_frames(Stream(blocks)))
-    options = {zstd.DecompressionParameter.window_log_max: MAX_DECODER_BYTES.bit_length() - 1}
-    return decode_streams(blocks, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+        make = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, 1 << MAX_WINDOW_LOG)
+        errors = lzma.LZMAError
+    elif kind == "tar.zst":
+        try:
+            from compression import zstd  # type: ignore
+            options = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
+            make, errors = partial(zstd.ZstdDecompressor, options=options), zstd.ZstdError
+        except ImportError:
+            make, errors = LibZstd, ValueError
+            with blaming(ArtifactRefused, "this Python and this host cannot read zstd",
+                         "install libzstd, or deploy a .tar.gz"):
+                make()
+    return decode_streams(blocks, make, errors)
 
 
 def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
@@ -4847,90 +4816,20 @@ def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
                 if decoder.eof:
                     data, decoder, is_full = decoder.unused_data, None, False
     except errors as error:
-        raise decoding_failed(str(error))
+        if not re.search(r"(?i)memory|window", str(error)):
+            raise damaged(str(error))
+        most = format_size(1 << MAX_WINDOW_LOG)
+        raise ArtifactRefused(
+            f"decoding needs more memory than the {most} it may take ({error})", "pack it with a "
+            "smaller dictionary or window: xz -9, zstd -19 without --ultra or --long")
     if decoder is not None:
         raise damaged("the compressed data end too early")
-
-
-def decoding_failed(why: str) -> ArtifactRefused:
-    """Make the error for what a decoder says: it needs too much memory, or the data are damaged."""
-    if not re.search(r"(?i)memory|window", why):
-        return damaged(why)
-    return ArtifactRefused(
-        f"decoding needs more memory than the {format_size(MAX_DECODER_BYTES)} it may take ({why})",
-        "pack it with a smaller dictionary or window: xz -9, zstd -19 without --ultra or --long")
-
-
-def zstd_frames(stream: Stream) -> Iterator[bytes]:
-    """Pass on zstd frames (RFC 8878) alone: the program would decode gzip, xz, lz4 as well."""
-    while not stream.at_end():
-        magic = stream.take(4)
-        if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic):  # to be skipped
-            stream.take(int.from_bytes(stream.take(4), "little"))
-            continue
-        if magic != b"\x28\xb5\x2f\xfd":
-            raise damaged("something that is no zstd frame follows one")
-        # Window, dictionary and content size, each as long as the flags say.
-        head = stream.take(1)
-        flags, single = head[0], head[0] >> 5 & 1
-        sizes = (1 - single, (0, 1, 2, 4)[flags & 3], (single, 2, 4, 8)[flags >> 6])
-        yield magic + head + stream.take(sum(sizes))
-        block = 0
-        while not block & 1:  # which marks the last one
-            head = stream.take(3)
-            block = int.from_bytes(head, "little")
-            yield head + stream.take(1 if block & 6 == 2 else block >> 3)  # or a byte to repeat
-        yield stream.take(flags & 4)  # a checksum, or nothing
-
-
-def run_filter(argv: Sequence[str], blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Feed blocks to a program and read its output in turns: neither waits for the other."""
-    import select
-    try:
-        process = start_filter(argv, BLOCK_BYTES, 2 * MAX_DECODER_BYTES)
-    except OSError as error:
-        raise ArtifactRefused(f"cannot start {argv[0]}: {reason(error)}",
-                              "repair it, or deploy a .tar.gz")
-    feeding, output = process.stdin.fileno(), process.stdout.fileno()
-    os.set_blocking(feeding, False)
-    data, piece, writing = memoryview(b""), b"none yet", [feeding]
-    idle_seconds = 0.0
-    try:
-        while piece:
-            readable, writable, _ = select.select([output], writing, [], WATCH_SECONDS)
-            idle_seconds = 0.0 if readable or writable else idle_seconds + WATCH_SECONDS
-            if idle_seconds > FILTER_STALL_SECONDS:
-                raise damaged(f"{argv[0]} made no progress")
-            if idle_seconds:
-                yield b""  # whoever has had enough can stop it
-            if writable:
-                # Frames come in small blocks, and each writing costs.
-                data = data or memoryview(b"".join(itertools.islice(blocks, 16)))
-                sent_bytes = 0
-                with suppress(BrokenPipeError):  # its exit code says whether it has seen enough
-                    sent_bytes = os.write(feeding, data)
-                data = data[sent_bytes:]
-                if not sent_bytes:
-                    writing = []
-                    process.stdin.close()
-            if readable:
-                piece = os.read(output, BLOCK_BYTES)
-                yield piece
-        process.stdin.close()  # it may still wait for more, though it gave up
-        complaint = process.stderr.read(4096).decode("utf-8", "replace").strip()
-        if process.wait() != 0:
-            raise decoding_failed(complaint or f"{argv[0]} exited with code {process.returncode}")
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            stream.close()
 
 
 def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
     """Read, hash and decode in a second thread; `artifact.read_sha256` is set at the end."""
     import queue
-    most_bytes, option = expansion_limit(artifact.format, artifact.size_bytes, settings.limits)
+    most_bytes, option = expansion_limit(artifact, settings.limits)
     items: Any = queue.Queue(QUEUE_BLOCKS)
     read_bytes, stopping = 0, False
 
@@ -4944,15 +4843,13 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
 
     def work() -> None:
         raw, decoded_bytes = read(), 0
-        if artifact.format == "zip":
-            decoded: Any = decode_zip(artifact, Stream(raw))
-        else:
-            decoded = decompress(artifact.format, raw)
         try:
-            for item in decoded:
+            decode = partial(decode_zip, artifact) if artifact.format == "zip" else \
+                partial(decompress, artifact.format)
+            for item in decode(raw):
                 decoded_bytes += len(item)  # of a zip its directory has said it
                 if decoded_bytes > most_bytes:
-                    raise exceeds(f"{artifact.name} expands to", format_size(most_bytes), option)
+                    raise exceeds(f"{artifact.name} expands to", most_bytes, option)
                 if item:
                     items.put(item)
                 if stopping:
@@ -4962,8 +4859,6 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
             items.put(b"")
         except BaseException as error:
             items.put(error)
-        finally:
-            decoded.close()
 
     artifact.read_sha256 = ""
     worker = start_thread(work)
@@ -4994,8 +4889,8 @@ TAR_KINDS = {
     b"D": "part of an incremental archive (tar -g)", b"M": "continuation from another volume",
     b"V": "volume label", b"X": "Solaris extended header",
 }
-PAX_REFUSED = ((b"GNU.sparse", "a sparse file", "--sparse"),
-               (b"GNU.dumpdir", "part of an incremental archive", "-g"))
+_SPLIT_HEADER = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
+_PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=")
 _NO_NUMBER = -1 << 62
 
 
@@ -5016,11 +4911,10 @@ def tar_number(field: bytes) -> int:
 def checksum_holds(header: bytes) -> bool:
     """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
     claimed, blanked = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
-    if claimed <= 0:  # the blanks alone are 256
-        return False
-    # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
-    return claimed == zlib.adler32(blanked) - 1 & 0xffff or claimed in (
-        sum(blanked), sum(struct.unpack("512b", blanked)))  # as old tars added signed bytes
+    # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum(); old tars
+    # added signed bytes.  The blanks alone are 256.
+    return claimed > 0 and (claimed == zlib.adler32(blanked) - 1 & 0xffff or claimed in (
+        sum(blanked), sum(struct.unpack("512b", blanked))))
 
 
 def read_tar(artifact: Artifact, stream: Stream) -> Members:
@@ -5029,17 +4923,20 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     Raises ArtifactRefused for bad checksums, contradicting headers and an
     archive without its end (CVE-2025-8194: no size is negative here).
     """
-    split = struct.Struct("100s8s16x12s12s8xc100s6s82x155s12x").unpack
     special: Dict[bytes, bytes] = {}
     extensions = extension_bytes = padding = 0
     head = stream.peek(TAR_BLOCK_BYTES)
-    if format_of(head) != "tar":
-        check_is_tar(head)
+    inner = format_of(head)
+    if inner != "tar" and head[257:262] != b"ustar" and (any(head) or not head):
+        raise ArtifactRefused(
+            f"what is compressed here is {f'a {inner} and ' if inner else ''}no tar: it begins "
+            f"with {show(head[:60])}", "deploy a tar, compressed once: tar -czf app.tar.gz .")
     while True:
         header = stream.take(padding + TAR_BLOCK_BYTES)[padding:]
         if not any(header):
             break
-        name, mode_field, size_field, time_field, flag, target, magic, prefix = split(header)
+        name, mode_field, size_field, time_field, flag, target, magic, prefix = \
+            _SPLIT_HEADER(header)
         name = name.partition(b"\0")[0]
         if not checksum_holds(header):
             raise refuse(name, "its header has a wrong checksum", COPY_AGAIN)
@@ -5069,28 +4966,15 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
                 pass
             extensions = 0
         padding = -size_bytes % TAR_BLOCK_BYTES
-    if special or not stream.at_end() and any(stream.take(TAR_BLOCK_BYTES)):
+    if special or stream.peek() and any(stream.take(TAR_BLOCK_BYTES)):
         raise damaged("it has data after a single end-of-archive block")
     is_filled = False
-    while not stream.at_end():  # what fills up a tape's record means nothing
+    while stream.peek():  # what fills up a tape's record means nothing
         is_filled = is_filled or bool(stream.view.tobytes().strip(b"\0"))
         stream.view = stream.view[:0]
     if is_filled:
         artifact.notes.append("what lies behind the end of the archive is not all zeros, and no "
                               "part of the release")
-
-
-def check_is_tar(head: bytes) -> None:
-    """Say what a compressed stream holds that is no tar, by the bytes it begins with."""
-    inner = format_of(head)
-    what = f"another archive where a tar should be: a {inner}"
-    if not inner:
-        what = f"no tar, or its first header has a wrong checksum: it begins with {show(head[:60])}"
-        if head[257:262] == b"ustar" or head and not any(head):
-            return
-    raise ArtifactRefused(f"what is compressed here is {what}",
-                          "deploy a tar, compressed: tar -czf app.tar.gz .; what is packed twice "
-                          "must be decompressed once")
 
 
 def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
@@ -5101,23 +4985,23 @@ def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, b
         found = [(b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0"))]
         position = len(data)
     while position < len(data):
-        record = re.compile(rb"([1-9]\d{0,6}) ([^=\n]{1,255})=").match(data, position)
+        record = _PAX_RECORD.match(data, position)
         end = position + int(record.group(1)) if record else 0
         if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
             raise refuse(name, "its pax header is malformed")
         found.append((record.group(2), data[record.end():end - 1]))
         position = end
     for key, value in found:
-        for start, what, option in PAX_REFUSED:
-            if key.startswith(start):
-                raise refuse(name, f"it is {what}, which a release cannot hold",
-                             f"build the archive without {option}")
-        # A global header, as `git archive` writes for its commit, may not name or size members.
-        if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
-            raise refuse(name, f"its extension headers give {key.decode()} twice, or a global one "
-                               f"gives it to every member")
-        if key in (b"path", b"linkpath", b"size", b"mtime") and flag != b"g":
-            special[key] = value
+        if key.startswith((b"GNU.sparse", b"GNU.dumpdir")):
+            raise refuse(name, "it is a sparse file or part of an incremental archive, which a "
+                         "release cannot hold", "build the archive without --sparse and -g")
+        if key in (b"path", b"linkpath", b"size", b"mtime"):
+            # A global one, as `git archive` writes for its commit, may not name or size members.
+            if key != b"mtime" and (flag == b"g" or key in special):
+                raise refuse(name, f"its extension headers give {key.decode()} twice, or a global "
+                                   f"one gives it to every member")
+            if flag != b"g":
+                special[key] = value
 
 
 def extended(member: Member, special: Dict[bytes, bytes]) -> Member:
@@ -5127,25 +5011,21 @@ def extended(member: Member, special: Dict[bytes, bytes]) -> Member:
     if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
         raise refuse(name, f"its extension header makes a link of it, its own header a {kind}")
     if b"size" in special:
-        if not re.match(rb"\d{1,18}\Z", special[b"size"]):
-            raise refuse(name, "its pax header has an unreadable size")
+        size = int(special[b"size"]) if re.match(rb"\d{1,18}\Z", special[b"size"]) else -1
         # It may only give what the field cannot hold.
-        size = int(special[b"size"])
         if size != size_bytes and size < 8 << 30:
-            raise refuse(name, f"its pax header says {size} bytes, its ustar header {size_bytes}")
+            raise refuse(name, f"its pax header gives an unreadable size, or another than the "
+                               f"{size_bytes} bytes of its ustar header")
         size_bytes = size
     if b"mtime" in special:
         found = re.match(rb"(-?\d{1,11})(?:\.(\d*))?\Z", special[b"mtime"])
-        mtime_ns = None
-        if found:
-            mtime_ns = int(found.group(1) + (found.group(2) or b"").ljust(9, b"0")[:9])
+        mtime_ns = int(found.group(1) + (found.group(2) or b"").ljust(9, b"0")[:9]) \
+            if found else None
     return Member(name, kind, mode, size_bytes, mtime_ns, special.get(b"linkpath", target))
 
 
 # -- zip ---------------------------------------------------------------------
 
-ZIP_METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd",
-               95: "xz", 98: "ppmd", 99: "AES"}
 _ENCRYPTED = 0x2041
 _DESCRIBED_LATER = 0x0008
 _UTF8 = 0x0800
@@ -5164,66 +5044,22 @@ class ZipEntry(NamedTuple):
     packed_bytes: int
     size_bytes: int
     offset: int
-    position: int
-
-
-def read_central(artifact: Artifact, limits: Any) -> None:
-    """Read a zip's central directory, once; ArtifactRefused for a damaged or ambiguous one."""
-    start, artifact.central_bytes, number = find_central(artifact)
-    if 0 < limits.max_files < number:
-        raise exceeds(f"the zip has {number:,} entries,", f"{limits.max_files:,}", "max_files")
-    artifact.tail = artifact.read_at(start, artifact.size_bytes - start)
-    unknown: List[bytes] = []
-    is_ordered = True  # as what the usual programs write
-    try:
-        for entry, end in zip_entries(artifact):
-            is_ordered = is_ordered and entry.offset < end
-            artifact.files += 1
-            artifact.expanded_bytes += entry.size_bytes
-            if entry.member.name not in (entry.raw_name, entry.unicode_name[5:]):
-                unknown.append(entry.member.name)
-    except struct.error:
-        artifact.files = -1
-    if artifact.files != number:
-        raise damaged(f"its central directory is malformed, or has not {number} entries")
-    if not is_ordered:
-        artifact.positions = [position for _, position in sorted(
-            (entry.offset, entry.position) for entry, _ in zip_entries(artifact))]
-    if next((entry.offset for entry, _ in zip_entries(artifact)), start):
-        raise refuse(b"", "something is hidden before the first entry")
-    if unknown:
-        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that "
-                              f"it does not tell; taken for cp437: {some_of(unknown)}")
-
-
-def zip_entries(artifact: Artifact) -> Iterator[Tuple[ZipEntry, int]]:
-    """Go through a zip's entries in the order of their data; each with where the next begins."""
-    before, end = None, 0
-    for position in artifact.positions or iter(lambda: end, artifact.central_bytes):
-        entry, end = zip_entry(artifact.tail, position)
-        if before:
-            yield before, entry.offset
-        before = entry
-    if before:
-        yield before, artifact.size_bytes - len(artifact.tail)
 
 
 def find_central(artifact: Artifact) -> Tuple[int, int, int]:
     """Return the central directory's offset, size and number of entries (APPNOTE 4.3.14 to 16)."""
     base = max(0, artifact.size_bytes - 22 - 65535)
     tail = artifact.read_at(base, artifact.size_bytes - base)
-    ends, behind = [], b""
+    ends, why = [], "missing"
     for found in re.finditer(rb"PK\x05\x06(?=.{16}(..))", tail, re.DOTALL):
         rest_at = found.start() + 22 + int.from_bytes(found.group(1), "little")
-        if rest_at <= len(tail) and tail[rest_at:].strip(b"\0"):
-            behind = tail[rest_at:]
+        rest = tail[rest_at:]
+        if rest.strip(b"\0"):
+            why = f"not its end: {len(rest)} bytes of no entry lie behind it: {show(rest[:60])}"
         elif rest_at <= len(tail):  # what follows fills up a tape's record
             ends.append(found.start())
     if len(ends) != 1:
-        why = "ambiguous" if ends else "missing"
-        if behind and not ends:
-            why = f"not its end: {len(behind)} bytes of no entry lie behind it: {show(behind[:60])}"
-        raise damaged(f"its end-of-central-directory record is {why}")
+        raise damaged(f"its end-of-central-directory record is {'ambiguous' if ends else why}")
     values = struct.unpack_from("<HHHHII", tail, ends[0] + 4)
     end = base + ends[0]
     if tail.startswith(b"PK\6\7", ends[0] - 20):
@@ -5244,6 +5080,35 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
     return start, size_bytes, number
 
 
+def read_central(artifact: Artifact, limits: Any) -> None:
+    """Read a zip's central directory, once; ArtifactRefused for a damaged or ambiguous one."""
+    start, size_bytes, number = find_central(artifact)
+    if 0 < limits.max_files < number:
+        raise exceeds(f"the zip has {number:,} entries,", limits.max_files, "max_files")
+    artifact.tail = artifact.read_at(start, artifact.size_bytes - start)
+    position, unknown = 0, []
+    try:
+        while position < size_bytes:
+            entry, end = zip_entry(artifact.tail, position)
+            artifact.entries.append((entry.offset, position))
+            artifact.expanded_bytes += entry.size_bytes
+            if entry.member.name not in (entry.raw_name, entry.unicode_name[5:]):
+                unknown.append(entry.member.name)
+            position = end
+    except struct.error:
+        position = -1
+    artifact.files = len(artifact.entries)
+    if (position, artifact.files) != (size_bytes, number):
+        raise damaged(f"its central directory is malformed, or has not {number} entries")
+    artifact.entries.sort()
+    artifact.entries.append((start, size_bytes))
+    if artifact.entries[0][0]:
+        raise refuse(b"", "something is hidden before the first entry")
+    if unknown:
+        artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that "
+                              f"it does not tell; taken for cp437: {some_of(unknown)}")
+
+
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
     (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
@@ -5256,12 +5121,11 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
         raise damaged("its central directory is malformed")
     size_bytes, packed_bytes, offset = zip64_values(
         fields, (size_bytes, packed_bytes, offset), raw_name)
-    if flags & _ENCRYPTED:
-        raise refuse(raw_name, "it is encrypted", "build the zip without a password")
-    if method not in (0, 8):
-        raise refuse(raw_name, f"it is compressed by {ZIP_METHODS.get(method, f'method {method}')}",
-                     "build the zip with deflate")
-    name = zip_name(raw_name, flags, system, fields.get(0x7075, b""))
+    if flags & _ENCRYPTED or method not in (0, 8):
+        raise refuse(raw_name, f"it is encrypted, or compressed by method {method}",
+                     "build the zip with deflate and without a password")
+    unicode_name = fields.get(0x7075, b"")
+    name = zip_name(raw_name, flags, system, unicode_name)
     # Unix modes come from the external attributes; Maven writes every bit of a directory's type.
     mode = attributes >> 16 if system == 3 else 0
     kind = _KINDS_ON_DISK.get(stat.S_IFMT(mode) or stat.S_IFREG, "special file")
@@ -5271,8 +5135,8 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
         raise refuse(name, f"its name and its attributes, of a {kind}, disagree about what it is")
     mode = stat.S_IMODE(mode) or (_MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE)
     member = Member(name, kind, mode, size_bytes, zip_time(fields.get(0x5455, b""), date, clock))
-    return ZipEntry(member, raw_name, fields.get(0x7075, b""), flags, method, crc, packed_bytes,
-                    size_bytes, offset, position), name_end + extra_length + comment_length
+    return ZipEntry(member, raw_name, unicode_name, flags, method, crc, packed_bytes, size_bytes,
+                    offset), name_end + extra_length + comment_length
 
 
 def extra_fields(extra: bytes) -> Dict[int, bytes]:
@@ -5315,43 +5179,35 @@ def zip_name(raw: bytes, flags: int, system: int, field: bytes) -> bytes:
     return raw
 
 
-@lru_cache(maxsize=64)
-def dos_day(date: int) -> Optional[int]:
-    """Return when a day of a DOS time begins, in seconds; None for a day that is none."""
-    from datetime import datetime
-    try:
-        return (datetime(1980 + (date >> 9), date >> 5 & 15, date & 31) - datetime(1970, 1, 1)
-                ).days * 86400
-    except ValueError:
-        return None
-
-
 def zip_time(field: bytes, date: int, clock: int) -> Optional[int]:
     """Read when a file was changed, in nanoseconds: the extended timestamp, else the DOS time.
 
     That has no zone; as UTC it is the same on every host.
     """
+    from calendar import timegm
     if len(field) >= 5 and field[0] & 1:
         return int.from_bytes(field[1:5], "little", signed=True) * 10 ** 9
-    day = dos_day(date)
-    if day is None:
-        return None
-    return (day + (clock >> 11) * 3600 + (clock >> 5 & 63) * 60 + 2 * (clock & 31)) * 10 ** 9
+    with suppress(ValueError):  # a month that is none
+        return 10 ** 9 * timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
+                                 clock >> 5 & 63, 2 * (clock & 31)))
+    return None
 
 
-def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[List[Tuple[ZipEntry, Any]]]:
+def decode_zip(artifact: Artifact, blocks: Iterator[bytes]) -> Iterator[List[Any]]:
     """Unpack the entries' data one after the other, in one pass over the file.
 
-    What the pass meets must be what the central directory said beforehand:
-    local headers, sizes, checksums, no overlap and nothing in between.
+    What the pass meets must be what the central directory said beforehand: local headers, sizes,
+    checksums, no overlap and nothing in between.  Hands out lists of (entry, piece): one without
+    data costs as much as some data do, and handing each over costs more.
     """
-    batch: List[Tuple[ZipEntry, Any]] = []
-    batch_bytes = 0
-    for entry, end in zip_entries(artifact):
+    stream, batch, batch_bytes = Stream(blocks), [], 0
+    following = itertools.islice(artifact.entries, 1, None)
+    for (_, position), (end, _) in zip(artifact.entries, following):
+        entry, _ = zip_entry(artifact.tail, position)
         gap_bytes = end - entry.offset - local_header(entry, stream) - entry.packed_bytes
         pieces: Iterator[Any] = stream.pieces(entry.packed_bytes)
         if entry.method:
-            pieces = decode_streams(pieces, lambda: zlib.decompressobj(-15), zlib.error, 1)
+            pieces = decode_streams(pieces, partial(zlib.decompressobj, -15), zlib.error, 1)
         total_bytes = crc = 0
         try:
             for piece in pieces if entry.size_bytes else itertools.chain([b""], pieces):
@@ -5360,7 +5216,6 @@ def decode_zip(artifact: Artifact, stream: Stream) -> Iterator[List[Tuple[ZipEnt
                 if total_bytes > entry.size_bytes:
                     break
                 batch.append((entry, piece))
-                # One without data costs as much as some data do; handing each over costs more.
                 batch_bytes += 256 + len(piece)
                 if batch_bytes > SLICE_BYTES:
                     yield batch
@@ -5456,15 +5311,23 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Tuple[Member, int
                 os.close(descriptor)
 
 
+def open_blocks(member: Member, descriptor: int, watch: Watch, done_bytes: int) -> Iterator[bytes]:
+    """Read an open file as far as its size went when it was opened."""
+    left_bytes = member.size_bytes
+    while left_bytes > 0:
+        watch(done_bytes + member.size_bytes - left_bytes)
+        block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
+        left_bytes = left_bytes - len(block) if block else 0
+        yield block
+
+
 def reading(artifact: Artifact, items: Iterable[Any]) -> Iterator[Any]:
     """Hand items on; what the system refuses in a directory refuses the artifact."""
     try:
         yield from items
     except OSError as error:
-        where = ""
-        if isinstance(error.filename, bytes):
-            where = f"/{escape(portable(os.fsdecode(error.filename)))}"
-        raise ArtifactRefused(f"cannot read artifact {artifact.path}{where}: {reason(error)}",
+        where = show(error.filename) if isinstance(error.filename, bytes) else "part of it"
+        raise ArtifactRefused(f"cannot read artifact {artifact.path}: {where}: {reason(error)}",
                               "make all of it readable for this user")
 
 
@@ -5474,40 +5337,24 @@ def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] 
 
     `forbidden` is a (device, inode) that must not lie inside, `skipped` are files to leave out.
     """
-    done_bytes = 0
-    for member, descriptor, status in reading(artifact, walk_tree(artifact.descriptor)):
-        if (status.st_dev, status.st_ino) == forbidden:
-            raise refuse(member.name, "the release would be made inside the artifact",
-                         "deploy a directory that does not hold the root")
-        if (status.st_dev, status.st_ino) not in skipped:
-            watch(done_bytes)
-            blocks: Iterable[bytes] = ()
-            if member.kind == FILE:
-                blocks = reading(artifact, open_blocks(member, descriptor, watch, done_bytes,
-                                                       steady=True))
-            yield member, blocks
-            done_bytes += member.size_bytes
-
-
-def open_blocks(member: Member, descriptor: int, watch: Watch, done_bytes: int, *,
-                steady: bool = False) -> Iterator[bytes]:
-    """Read an open file as far as its size went when it was opened.
-
-    ArtifactRefused where it is to be `steady` and is not.
-    """
-    left_bytes = member.size_bytes
-    while left_bytes > 0:
-        watch(done_bytes + member.size_bytes - left_bytes)
-        block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
-        if not block:
-            break
-        left_bytes -= len(block)
-        yield block
-    if steady:
+    def steady(member: Member, descriptor: int) -> Iterator[bytes]:
+        yield from open_blocks(member, descriptor, watch, done_bytes)
         after = os.fstat(descriptor)
-        if left_bytes or (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
+        if (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
             raise refuse(member.name, "it changed while it was read",
                          "wait until nothing writes to the directory")
+
+    done_bytes = 0
+    for member, descriptor, status in reading(artifact, walk_tree(artifact.descriptor)):
+        place = status.st_dev, status.st_ino
+        if place == forbidden:
+            raise refuse(member.name, "the release would be made inside the artifact",
+                         "deploy a directory that does not hold the root")
+        if place not in skipped:
+            watch(done_bytes)
+            is_file = member.kind == FILE
+            yield member, reading(artifact, steady(member, descriptor)) if is_file else ()
+            done_bytes += member.size_bytes
 
 
 def hash_pieces(pieces: Iterable[Any]) -> bytes:
@@ -5518,61 +5365,50 @@ def hash_pieces(pieces: Iterable[Any]) -> bytes:
     return hasher.digest()
 
 
-def hash_tree(directory: Directory, watch: Watch, known: Optional[Manifest] = None,
-              mutable: Any = None) -> Iterator[Member]:
-    """Go through a tree on disk as a manifest has it; of what is `known`, hash only that.
+def scan_tree(directory: Directory, watch: Watch, mutable: Any = None,
+              known: Optional[Manifest] = None) -> Manifest:
+    """Make the manifest of a tree on disk; of one that is `known`, hash only what that has.
 
     Otherwise ArtifactRefused for what a release cannot hold.  Files that are `mutable`, which may
     have no end, are passed over.
     """
+    manifest: Manifest = {}
     done_bytes = 0
     for member, descriptor, _ in walk_tree(directory.descriptor):
-        if mutable and member.kind != DIRECTORY and mutable.match(os.fsdecode(member.name)):
+        name, kind, mode, size_bytes, _, content = member
+        if mutable and kind != DIRECTORY and mutable.match(os.fsdecode(name)):
             continue
-        if known is None and member.kind not in (FILE, DIRECTORY, SYMLINK):
-            raise refuse(member.name, f"it is a {member.kind}, which a release cannot hold")
+        if known is None and kind not in (FILE, DIRECTORY, SYMLINK):
+            raise refuse(name, f"it is a {kind}, which a release cannot hold")
         watch(done_bytes)
-        content = member.content
-        if member.kind == FILE and (known is None or member.name in known):
+        if kind == FILE and (known is None or name in known):
             content = hash_pieces(open_blocks(member, descriptor, watch, done_bytes))
-        yield Member(*member[:4], None, content)
-        done_bytes += member.size_bytes
+        manifest[name] = Member(name, kind, mode, size_bytes, None, content)
+        done_bytes += size_bytes
+    return manifest
 
 
-def scan_tree(directory: Directory, watch: Watch, mutable: Any = None) -> Manifest:
-    """Make the manifest of a tree on disk."""
-    return {member.name: member for member in hash_tree(directory, watch, None, mutable)}
-
-
-# How a tree differs from its manifest: changed, missing, added -> a name as the os module gives
-# it -> what changed, where that is not the bytes.
+# How two trees differ: changed, missing, added -> a name as the os module gives it -> what
+# changed, where that is not the bytes.
 Differences = Dict[str, Dict[str, str]]
 
 
-def difference(was: Member, now: Member) -> Optional[str]:
-    """Say how a path differs from what it was: empty for its bytes, None if it does not."""
-    if (now.kind, now.mode, now.content) == (was.kind, was.mode, was.content):
-        return None
-    if now.kind != was.kind:
-        return f"is a {now.kind}, was a {was.kind}"
-    if now.mode != was.mode and now.content == was.content:
-        return f"has mode {now.mode:04o}, was {was.mode:04o}"
-    if now.kind == SYMLINK:
-        return f"leads to {os.fsdecode(now.content)}, was {os.fsdecode(was.content)}"
-    return ""
-
-
-def compare_tree(directory: Directory, manifest: Manifest, watch: Watch) -> Differences:
-    """Hash a tree and name every path that is not as the manifest has it."""
+def differences(old: Manifest, new: Manifest) -> Differences:
+    """Name every path that is not in one tree as it was in the other."""
     found: Differences = {"changed": {}, "missing": {}, "added": {}}
-    unseen = set(manifest)
-    for now in hash_tree(directory, watch, manifest):
-        was, name = manifest.get(now.name), os.fsdecode(now.name)
-        unseen.discard(now.name)
-        why = "" if was is None else difference(was, now)
-        if why is not None:
-            found["added" if was is None else "changed"][name] = why
-    found["missing"] = dict.fromkeys(sorted(map(os.fsdecode, unseen)), "")
+    for name in sorted({*old, *new}):
+        was, now, word, why = old.get(name), new.get(name), "changed", ""
+        if was is None or now is None:
+            word = "added" if was is None else "missing"
+        elif (now.kind, now.mode, now.content) == (was.kind, was.mode, was.content):
+            continue
+        elif now.kind != was.kind:
+            why = f"is a {now.kind}, was a {was.kind}"
+        elif now.content == was.content:
+            why = f"has mode {now.mode:04o}, was {was.mode:04o}"
+        elif now.kind == SYMLINK:
+            why = f"leads to {os.fsdecode(now.content)}, was {os.fsdecode(was.content)}"
+        found[word][os.fsdecode(name)] = why
     return found
 
 
@@ -5583,7 +5419,7 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
 def members_of(artifact: Artifact, settings: Settings, watch: Watch,
-               forbidden: Tuple[int, int] = (0, 0)) -> Iterator[Any]:
+               forbidden: Tuple[int, int] = (0, 0)) -> Members:
     """Go through an artifact's members; an archive is read to its end and its digest compared."""
     if artifact.format == "directory":
         yield from read_directory(artifact, watch, forbidden)
@@ -5610,17 +5446,19 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     umask = os.umask(0)
     # What is made here lives on: looking through all of it for cycles takes a tenth of the time.
     gc.disable()
-    members = members_of(artifact, settings, watch, (status.st_dev, status.st_ino))
+    members: Any = members_of(artifact, settings, watch, (status.st_dev, status.st_ino))
     try:
         for member, pieces in members:
-            entry = judge.admit(member)
-            for name in judge.fresh:
-                os.mkdir(name, _MODE_DIRECTORY | status.st_mode & 0o020, dir_fd=place)
-            del judge.fresh[:]
-            if entry and not judge.refused:
-                digest = write_file(entry, pieces, place, sharer)
-                if entry.kind == FILE:
-                    manifest[entry.name] = Member(*entry[:4], None, digest)
+            for entry in judge.admit(member):
+                if entry.kind == DIRECTORY:
+                    os.mkdir(entry.name, _MODE_DIRECTORY | status.st_mode & 0o020, dir_fd=place)
+                elif entry.kind == FILE:
+                    digest = write_file(entry, pieces, place, sharer)
+                    manifest[entry.name] = Member(*entry[:5], digest)
+                else:  # one file changed by hand must not change another
+                    with Descriptor() as source:
+                        source.descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
+                        write_file(entry, blocks_of(source.descriptor), place, sharer)
         notes = judge.finish()
         for name in names_of(manifest, SYMLINK):
             os.symlink(manifest[name].content, name, dir_fd=place)
@@ -5642,37 +5480,29 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     return manifest, artifact.notes + notes
 
 
+def blocks_of(descriptor: int) -> Iterator[bytes]:
+    """Read an open file from its start to its end."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return iter(lambda: os.read(descriptor, BLOCK_BYTES), b"")
+
+
 def write_file(entry: Member, pieces: Iterable[Any], place: int,
                sharer: Optional["Sharer"] = None) -> bytes:
-    """Write a file with its time, or the copy that a hard link becomes; return its SHA-256."""
-    if entry.kind == HARD_LINK:  # one file changed by hand must not change another
-        with Descriptor() as source:
-            source.descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
-            mtime_ns = os.fstat(source.descriptor).st_mtime_ns
-            blocks = iter(lambda: os.read(source.descriptor, BLOCK_BYTES), b"")
-            return write_file(entry._replace(kind=FILE, mtime_ns=mtime_ns), blocks, place)
-    hasher, offset, is_same = hashlib.sha256(), 0, False
+    """Write a new file with its time, shared where the live one is the same; return its SHA-256."""
+    hasher = hashlib.sha256()
     descriptor = os.open(entry.name, _WRITE_FLAGS, entry.mode, dir_fd=place)
     try:
-        if sharer and sharer.how == "reflink" and entry.size_bytes:
-            is_same = sharer.clone(entry, descriptor)
         for piece in pieces:
             hasher.update(piece)
-            # Through bytes: a memoryview is compared item by item, a hundred times as slow.
-            if is_same and os.pread(descriptor, len(piece), offset) == bytes(piece):
-                offset = os.lseek(descriptor, len(piece), os.SEEK_CUR)
-            else:
-                is_same = False
-                write_all(descriptor, piece)
+            write_all(descriptor, piece)
+        digest = hasher.digest()
+        if sharer and sharer.how != "no" and entry.size_bytes:
+            sharer.share(entry, digest, descriptor, place)
         if entry.mtime_ns is not None:
             os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
     finally:
         os.close(descriptor)
-    if sharer and sharer.how == "hardlink" and entry.size_bytes:
-        is_same = sharer.link(entry, hasher.digest(), place)
-    if sharer and is_same:
-        sharer.shared_files += 1
-    return hasher.digest()
+    return digest
 
 
 class Sharer(Descriptor):
@@ -5688,62 +5518,39 @@ class Sharer(Descriptor):
         self._release = release
         self._parent: Optional[bytes] = None  # whose descriptor this is
 
-    def _enter(self, name: bytes) -> bytes:
-        """Open the live directory that a file lies in, and return its name there."""
-        parent, _, base = name.rpartition(b"/")
-        if parent != self._parent:  # members come directory by directory
-            self.close()
-            self._parent = parent
-            found = self._release.child(os.fsdecode(parent))
-            self.descriptor, found.descriptor = found.descriptor, -1
-        return base
+    def share(self, entry: Member, digest: bytes, descriptor: int, place: int) -> None:
+        """Let a new file have the blocks of the live one, or be a link to it, if it is the same.
 
-    def clone(self, entry: Member, descriptor: int) -> bool:
-        """Fill a new file with the live one's blocks; False where there is none of its size."""
-        try:
-            with Descriptor() as twin:
-                twin.descriptor = os.open(self._enter(entry.name), _READ_FLAGS,
-                                          dir_fd=self.descriptor)
-                if os.fstat(twin.descriptor).st_size != entry.size_bytes:
-                    return False
+        OSError where the live one changed in the meantime, and now the new one is damaged.
+        """
+        parent, _, base = entry.name.rpartition(b"/")
+        how, temporary = self.how, temporary_name("shared")
+        with suppress(OSError), Descriptor() as live:
+            if parent != self._parent:  # members come directory by directory
+                self.close()
+                self._parent = parent
+                found = self._release.child(os.fsdecode(parent))
+                self.descriptor, found.descriptor = found.descriptor, -1
+            live.descriptor = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
+            status = os.fstat(live.descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != entry.size_bytes \
+                    or hash_pieces(blocks_of(live.descriptor)) != digest:
+                return
+            if how == "reflink":
                 self.how = "no"
-                fcntl.ioctl(descriptor, _FICLONE, twin.descriptor)
-                self.how = "reflink"
-        except OSError:
-            return False
-        if os.fstat(descriptor).st_size != entry.size_bytes:  # somebody changes it
-            os.ftruncate(descriptor, entry.size_bytes)
-        return True
-
-    def link(self, entry: Member, digest: bytes, place: int) -> bool:
-        """Put a hard link to the live file in the place of a new one that is the same in all."""
-        temporary, is_same = temporary_name("link"), False
-        try:
-            os.link(self._enter(entry.name), temporary, src_dir_fd=self.descriptor,
-                    dst_dir_fd=place, follow_symlinks=False)
-        except OSError:
-            return False
-        with suppress(OSError), Descriptor() as twin:  # a symlink, which was not followed
-            twin.descriptor = os.open(temporary, _READ_FLAGS, dir_fd=place)
-            found = os.fstat(twin.descriptor)
-            is_same = (found.st_mode, found.st_size, found.st_uid) == (
-                stat.S_IFREG | entry.mode, entry.size_bytes, os.geteuid()) \
-                and entry.mtime_ns in (None, found.st_mtime_ns) \
-                and not has_attributes(twin.descriptor) and digest == hash_pieces(
-                    iter(lambda: os.read(twin.descriptor, BLOCK_BYTES), b""))
-        if is_same:
-            os.rename(temporary, entry.name, src_dir_fd=place, dst_dir_fd=place)
-        else:
-            os.unlink(temporary, dir_fd=place)
-        return is_same
-
-
-def has_attributes(descriptor: int) -> bool:
-    """Tell whether a file has attributes (capabilities, ACLs), which a link would have."""
-    try:
-        return bool(set(os.listxattr(descriptor)) - {"security.selinux"})
-    except OSError:
-        return False
+                fcntl.ioctl(descriptor, _FICLONE, live.descriptor)
+                self.how = how
+            elif (status.st_mode, status.st_uid) == (stat.S_IFREG | entry.mode, os.geteuid()) \
+                    and entry.mtime_ns in (None, status.st_mtime_ns) \
+                    and set(os.listxattr(live.descriptor)) <= {"security.selinux"}:
+                # By what is open, which nobody can swap; a link would have its attributes (ACLs).
+                os.link(f"/proc/self/fd/{live.descriptor}", temporary, dst_dir_fd=place)
+                os.rename(temporary, entry.name, src_dir_fd=place, dst_dir_fd=place)
+            else:
+                return
+            self.shared_files += 1
+        if self.how == "reflink" and hash_pieces(blocks_of(descriptor)) != digest:
+            raise OSError(errno.EBUSY, "it changes in the live release", os.fsdecode(entry.name))
 
 
 # -- what it will cost, and packing --------------------------------------------
@@ -5755,13 +5562,12 @@ PACKED_EPOCH = "315532800"  # 1980-01-01, the first that a zip could hold as wel
 
 def estimate_cost(artifact: Artifact) -> None:
     """Estimate what an artifact will take on disk without reading it through."""
-    packed_bytes = artifact.size_bytes
+    packed_bytes, size_bytes = artifact.size_bytes, 0
     if artifact.format == "directory":
         tree = reading(artifact, walk_tree(artifact.descriptor))
         sizes = [member.size_bytes for member, _, _ in tree]
         artifact.expanded_bytes, artifact.files = sum(sizes), len(sizes)
     elif artifact.format != "zip":  # of which read_central has added it up
-        size_bytes = 0
         if artifact.format == "tar.gz" and 4 <= packed_bytes < 1 << 29:
             # What gzip's trailer says, modulo 4 GiB (RFC 1952).
             size_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
@@ -5781,25 +5587,22 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
     import tarfile
     stamp = ((seconds or 0) & 0xffffffff).to_bytes(4, "little")
     for member, pieces in members:
-        name = member.name
+        name, kind, mode, size_bytes, mtime_ns, target = member
         judge.admit(member._replace(name=prefix + name))
         if judge.refused:
             continue
         info = tarfile.TarInfo(os.fsdecode(prefix + name))
-        info.mode = 0o755 if member.kind == DIRECTORY or member.mode & 0o100 else 0o644
-        info.size, info.uname, info.gname = member.size_bytes, "root", "root"
-        info.linkname = os.fsdecode(member.content)
-        info.type = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[member.kind]
-        info.mtime, fraction = divmod(member.mtime_ns or 0, 10 ** 9)
-        if seconds is not None:
-            info.mtime, fraction = seconds, 0
+        info.mode = 0o755 if kind == DIRECTORY or mode & 0o100 else 0o644
+        info.size, info.uname, info.gname = size_bytes, "root", "root"
+        info.linkname = os.fsdecode(target)
+        info.type = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[kind]
+        info.mtime, fraction = (seconds, 0) if seconds is not None else divmod(mtime_ns, 10 ** 9)
         info.pax_headers = {"mtime": f"{info.mtime}.{fraction:09}"}
         yield info.tobuf(tarfile.PAX_FORMAT if fraction else tarfile.GNU_FORMAT, "utf-8",
                          "surrogateescape")
-        if member.kind == FILE:
-            found["files"].append(name)
-            if not member.mode & 0o044:
-                found["private"].append(name)
+        found[kind].append(name)
+        if kind == FILE and not mode & 0o044:
+            found["private"].append(name)
         is_bytecode = seconds is not None and name.endswith(b".pyc") and b"__pycache__/" in name
         for piece in pieces:
             # Of another time than its source will have (PEP 552): behind flags, of which 1 and 3
@@ -5809,7 +5612,7 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
                 found["stale"].append(name)
             is_bytecode = False
             yield piece
-        yield bytes(-member.size_bytes % TAR_BLOCK_BYTES)
+        yield bytes(-size_bytes % TAR_BLOCK_BYTES)
     judge.finish()
     yield bytes(2 * TAR_BLOCK_BYTES)
 
@@ -5828,20 +5631,18 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
                          "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
     directory, base = os.path.split(absolute(target))
     top = judge_name(os.fsencode(prefix))[0]
-    found: Dict[str, List[bytes]] = {"files": [], "private": [], "stale": []}
-    expanded_bytes = 0
+    found: Dict[str, List[bytes]] = {
+        word: [] for word in (FILE, DIRECTORY, SYMLINK, "private", "stale")}
 
     def compressed(artifact: Artifact, place: Directory) -> Iterator[bytes]:
-        nonlocal expanded_bytes
         # Neither what is being written nor what an earlier run left may become part of it.
-        own = [place.status(name) for name in os.listdir(place.descriptor)
-               if name in (base, base + ".sha256") or name.startswith(f".{base}.{os.getpid()}.")]
+        own = [os.stat(name, dir_fd=place.descriptor) for name in os.listdir(place.descriptor)
+               if name in (base, f"{base}.sha256") or name.startswith(f".{base}.{os.getpid()}.")]
         members = read_directory(artifact, watch, skipped={
-            (status.st_dev, status.st_ino) for status in own if status})
+            (status.st_dev, status.st_ino) for status in own})
         encoder = zlib.compressobj(6, zlib.DEFLATED, 31)
         for piece in tar_pieces(members, Judge(settings, artifact), top + b"/" if top else b"",
                                 None if keep_mtimes else int(epoch), found):
-            expanded_bytes += len(piece)
             yield encoder.compress(piece)
         yield encoder.flush()
 
@@ -5850,22 +5651,15 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
         digest = place.write(base, compressed(artifact, place), 0o644)
         place.write(base + ".sha256", digest_line(digest, os.fsencode(base)), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
-    warnings = [text.format(count(len(found[word]), "file"), some_of(found[word]))
-                for word, text in PACK_WARNINGS if found[word]]
-    most_bytes, option = expansion_limit("tar.gz", size_bytes, settings.limits)
-    if expanded_bytes > most_bytes:
-        warnings.append(f"it expands to {format_size(expanded_bytes)}, more than [limits] {option} "
-                        f"allows: it will be refused where {option} is not raised")
-    made = {"sha256": digest, "size": size_bytes, "files": len(found["files"])}
-    return made, warnings
+    made = {"sha256": digest, "size": size_bytes, "files": len(found[FILE])}
+    return made, [f"{some_of(found[word])}: {what}" for word, what in PACK_WARNINGS if found[word]]
 
 
 PACK_WARNINGS = (
-    ("private", "{} that only the owner could read will be readable for all in a release: {}; what "
-                "is secret belongs into shared/, not into an artifact"),
-    ("stale", "{} of bytecode will be stale, and written anew in the release: {}; pack with "
-              "--keep-mtimes or without __pycache__, or compile with python3 -m compileall "
-              "--invalidation-mode unchecked-hash"),
+    ("private", "readable by their owner alone, and in a release by all; what is secret belongs "
+                "into shared/"),
+    ("stale", "bytecode that will be stale, and written anew in the release; pack with "
+              "--keep-mtimes or without __pycache__"),
 )
 
 
@@ -7961,7 +7755,8 @@ def check_release(run: Run, record: Record) -> Differences:
                 if run.settings.deploy.writable:  # of any size by now
                     manifest = {name: member for name, member in manifest.items()
                                 if not written.match(os.fsdecode(name))}
-                found = compare_tree(directory, manifest, watching(run, progress))
+                found = differences(manifest, scan_tree(
+                    directory, watching(run, progress), known=manifest))
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", DEPLOY_AGAIN)
     except PermissionError as error:
@@ -10943,13 +10738,7 @@ def command_diff(run: Run) -> None:
             with store.open_manifest(ids[-1]) as streams, \
                     blaming(ProblemFound, ids[-1], facts.command_line(f"verify {ids[-1]}")):
                 trees.append(read_manifest(*streams))
-    old, new = trees
-    found: Differences = {"added": {}, "missing": {}, "changed": {}}
-    for path in sorted({*old, *new}):
-        word = "changed" if path in old and path in new else "missing" if path in old else "added"
-        why = difference(old[path], new[path]) if word == "changed" else ""
-        if why is not None:
-            found[word][os.fsdecode(path)] = why
+    found = differences(*trees)
     lines = name_differences(run, found)
     run.outcome.previous, run.outcome.release = ids
     run.outcome.message = f"from {ids[0]} to {ids[1]}: {count(len(lines), 'difference')}"

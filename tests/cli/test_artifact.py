@@ -150,9 +150,9 @@ def test_a_large_file_crosses_many_blocks(bench):
 
 
 @pytest.mark.parametrize("data,why", [
-    (b"", "is empty"), (b"hello, world", "68656c6c6f2c2077"), (bytes(2048), "no members"), (bytes(2000), "unknown format"), (b"MZ" + bytes(600), "unknown format"),
+    (b"", "is empty"), (b"hello, world", "unknown format"), (bytes(2048), "zeros"), (bytes(2000), "zeros"), (b"MZ" + bytes(600), "unknown format"),
 ], ids=["empty", "text", "zeros", "zeros that are no blocks", "exe"])
-def test_an_unknown_format_is_refused_with_its_first_bytes(bench, data, why):
+def test_an_unknown_format_is_refused(bench, data, why):
     with pytest.raises(deploy.ArtifactRefused, match=why) as refusal:
         opened(bench.artifact(data))
     assert refusal.value.hint
@@ -294,7 +294,7 @@ def test_strip_components(bench):
 def test_names_that_collide_elsewhere_are_noted(bench):
     unpacked = bench.unpack(tar(entry(b"readme", b"x"), entry(b"README", b"x"), entry("e\u0301".encode(), b"x"),
                                 entry("\u00e9".encode(), b"x"), entry(b"Single", b"x")))
-    assert len(unpacked.notes) == 2 and "README" in unpacked.notes[0]
+    assert len(unpacked.notes) == 1 and all(name in unpacked.notes[0] for name in ("README", "'e\u0301'"))
 
 
 def test_a_wrong_digest_is_refused_and_says_both(bench):
@@ -526,7 +526,7 @@ def test_real_sha256sum_writes_what_we_read(bench, name):
 
 
 @pytest.mark.parametrize("text,why", [
-    (f"{OTHER}  other.tar\n", "no entry"), (f"{HEX}  app.tar\n{OTHER}  app.tar\n", "ambiguous"), ("garbage\n", "no digest"), ("", "no digest"),
+    (f"{OTHER}  other.tar\n", "no entry"), (f"{HEX}  app.tar\n{OTHER}  app.tar\n", "ambiguous"), ("garbage\n", "no entry"), ("", "no entry"),
     (f"{HEX}\n{OTHER}\n", "ambiguous"), (f"{HEX}  a/app.tar\n{OTHER}  b/app.tar\n", "ambiguous"), ("#" * (2 << 20), "EFBIG"),
 ], ids=["other-name", "ambiguous", "garbage", "empty", "two-bare", "two-directories", "too-large"])
 @pytest.mark.parametrize("policy", ["required", "if-present"])
@@ -627,7 +627,7 @@ def test_the_manifest_reads_back(odd_release):
         again = deploy.read_manifest(*texts)
         assert (list(deploy.digest_lines(again)), list(deploy.tree_lines(again))) == texts
         assert deploy.tree_digest(again) == deploy.tree_digest(manifest) == hashlib.sha256(b"".join(texts[0] + texts[1])).hexdigest()
-        assert deploy.compare_tree(directory, again, nothing) == {"changed": {}, "missing": {}, "added": {}}
+        assert deploy.differences(again, deploy.scan_tree(directory, nothing, known=again)) == {"changed": {}, "missing": {}, "added": {}}
     assert again[b"plain"] == deploy.Member(b"plain", "file", 0o755, 0, None, hashlib.sha256(b"plain").digest())
     assert [name for name in again if again[name].kind == "symlink"] == [b"link"] and again[b"link"].content == b"plain"
 
@@ -687,7 +687,7 @@ def test_every_difference_is_named(bench, monkeypatch):
     os.chmod("d", 0o700)
     os.unlink("gone"), os.unlink("l"), os.symlink("edited", "l"), os.unlink("was-file"), os.mkdir("was-file"), os.mkfifo("fifo")
     with deploy.Directory(bench.release) as release:
-        found = deploy.compare_tree(release, unpacked.manifest, nothing)
+        found = deploy.differences(unpacked.manifest, deploy.scan_tree(release, nothing, known=unpacked.manifest))
     assert found == {"changed": {"bin/run": "has mode 0644, was 0755", "d": "has mode 0700, was 0755", "edited": "", "grown": "",
                                  "l": "leads to edited, was same", "was-file": "is a directory, was a file"},
                      "missing": {"gone": ""}, "added": {"fifo": "", "new": ""}}
@@ -734,7 +734,7 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
     os.unlink(targets[1]), os.unlink(targets[1] + ".sha256")
     unpacked = bench.unpack(targets[0], artifact__strip_components=1)
     with deploy.Directory(odd_release) as source:
-        assert deploy.compare_tree(source, unpacked.manifest, nothing) == {"changed": {}, "missing": {}, "added": {}}
+        assert deploy.differences(unpacked.manifest, deploy.scan_tree(source, nothing, known=unpacked.manifest)) == {"changed": {}, "missing": {}, "added": {}}
     listing = subprocess.run(["tar", "-tvzf", targets[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert listing.returncode == 0 and listing.stderr == b"" and b"root/root" in listing.stdout
     with tarfile.open(targets[0]) as archive:
@@ -743,7 +743,7 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
 
 def test_pack_refuses_what_could_not_be_deployed(bench, tree):
     os.symlink("/etc", tree + "/out")
-    with pytest.raises(deploy.ArtifactRefused, match="absolute"):
+    with pytest.raises(deploy.ArtifactRefused, match="leaves"):
         deploy.pack(tree, bench.path + "/x.tar.gz", "", settings(), nothing)
     assert not [name for name in os.listdir(bench.path) if "x.tar.gz" in name]
 
@@ -777,7 +777,7 @@ def many(tmp_path):
 
 def test_every_difference_in_a_large_tree_is_named(many):
     directory, manifest = many
-    assert deploy.compare_tree(directory, manifest, nothing) == {"changed": {}, "missing": {}, "added": {}}
+    assert deploy.differences(manifest, deploy.scan_tree(directory, nothing, known=manifest)) == {"changed": {}, "missing": {}, "added": {}}
     changed = sorted(MANY)[::300]
     for name in changed:
         with open(os.path.join(directory.path, name), "a") as stream:
@@ -788,7 +788,7 @@ def test_every_difference_in_a_large_tree_is_named(many):
         with open(os.path.join(directory.path, name), "w"):
             pass
     os.unlink(os.path.join(directory.path, "d1/f8"))
-    found = deploy.compare_tree(directory, manifest, nothing)
+    found = deploy.differences(manifest, deploy.scan_tree(directory, nothing, known=manifest))
     assert set(found["changed"]) == set(changed) - {"d1/f8"} | {"d0/f7"} and list(found["missing"]) == ["d1/f8"]
     assert list(found["added"]) == ["added", "d0/f7/x"] and found["changed"]["d0/f7"] == "is a directory, was a file"
 
@@ -821,21 +821,3 @@ def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path,
     with deploy.Directory(str(tmp_path)) as directory, deploy.early_sync(directory.descriptor) as used:
         work[0]()  # here, where an exception would be seen
         assert failed == [used]
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python decodes zstd itself")
-def test_a_decoder_that_stands_still_holds_nobody_who_wants_to_stop(tmp_path: Path, monkeypatch: Any) -> None:
-    fake_command(tmp_path / "bin", "zstd", "import time\ntime.sleep(600)")
-    monkeypatch.setattr(deploy, "EXTRA_PATH", str(tmp_path / "bin"))
-    path = tmp_path / "app-1.0.tar.zst"
-    path.write_bytes(compress(tar_bytes([member("a", b"x" * 4096)]), "zst"))
-    settings, started = deploy.load_settings([], {}, []), time.monotonic()
-
-    def watch(done: int) -> None:
-        if time.monotonic() > started + 1:
-            raise deploy.Interrupted(signal.SIGTERM)
-
-    with deploy.Artifact(str(path), settings.limits) as artifact, pytest.raises(deploy.Interrupted):
-        for _ in deploy.pump(artifact, settings, watch):
-            pass
-    assert time.monotonic() < started + 20, "not the minute that a decoder may stand still"

@@ -164,8 +164,8 @@ def doubling_links(*last: bytes) -> bytes:
 
 
 TAR_LINKS = {
-    "symlink-absolute": Case(absolute_symlink_alone, "absolute", "'a'"),
-    "symlink-absolute-and-a-file-through-it": Case(absolute_symlink, "absolute", "'a'"),
+    "symlink-absolute": Case(absolute_symlink_alone, "leaves", "'a'"),
+    "symlink-absolute-and-a-file-through-it": Case(absolute_symlink, "below", "'a/evil'"),
     "symlink-leaves": Case(after_innocent(link(b"d/a", b"../../x")), "leaves", "'d/a'"),
     "symlink-leaves-to-the-sentinel": Case(after_innocent(link(b"a", CLIMB + b"/sentinel/file")), "leaves", "'a'"),
     "symlink-leaves-and-returns": Case(after_innocent(link(b"a", b"../x/innocent")), "leaves", "'a'"),
@@ -369,7 +369,7 @@ TAR_DAMAGE = {
     "gz-of-an-unknown-method": Case(patched(gzip.compress(WHOLE), 2, b"\7"), "unknown format"),
     "gz-of-nothing": Case(gzip.compress(b""), "no tar"),
     "gz-of-text": Case(gzip.compress(b"hello\n" * 200), "no tar", "hello"),
-    "gz-of-gz": Case(gzip.compress(gzip.compress(os.urandom(9999))), "another archive .* a tar.gz"),
+    "gz-of-gz": Case(gzip.compress(gzip.compress(os.urandom(9999))), "a tar.gz and no tar"),
     "gz-header-flags-without-an-end": Case(b"\x1f\x8b\x08\x18" + bytes(6) + b"n" * 5000, "too early"),
     "bz2-cut": Case(cut(bz2.compress(WHOLE), 0.6), "too early"),
     "bz2-damaged": Case(flipped(bz2.compress(WHOLE), 60), "damaged"),
@@ -578,7 +578,7 @@ ZIP_NAMES = {
     "zip-file-below-a-symlink": Case(
         zipped(RawEntry(b"a", CLIMB + b"/sentinel", mode=0o120777), RawEntry(b"a/evil", b"y")), "below", "'a/evil'"),
     "zip-symlink-absolute": Case(
-        lambda sentinel: zipped(RawEntry(b"l", sentinel + b"/file", mode=0o120777)), "absolute", "'l'"),
+        lambda sentinel: zipped(RawEntry(b"l", sentinel + b"/file", mode=0o120777)), "leaves", "'l'"),
     "zip-symlink-leaves": Case(zipped(RawEntry(b"l", b"../../x", mode=0o120777)), "leaves", "'l'"),
     "zip-symlink-without-a-target": Case(zipped(RawEntry(b"l", b"", mode=0o120777)), "empty", "'l'"),
     "zip-symlink-of-2000-bytes": Case(zipped(RawEntry(b"l", b"./" * 1000, mode=0o120777)), "too long", "'l'"),
@@ -619,10 +619,10 @@ ZIP_HEADERS = {
     "zip-encrypted": Case(zipped(RawEntry(b"a", PLAIN, flags=0x801)), "encrypted", "'a'"),
     "zip-strongly-encrypted": Case(zipped(RawEntry(b"a", PLAIN, flags=0x841)), "encrypted", "'a'"),
     "zip-encrypted-central-directory": Case(zipped(RawEntry(b"a", PLAIN, flags=0x2800)), "encrypted", "'a'"),
-    "zip-aes": Case(zipped(RawEntry(b"a", PLAIN, 99)), "AES", "'a'"),
-    "zip-bzip2": Case(zipped(RawEntry(b"a", PLAIN, 12)), "bzip2", "'a'"),
-    "zip-lzma": Case(zipped(RawEntry(b"a", PLAIN, 14)), "lzma", "'a'"),
-    "zip-zstd": Case(zipped(RawEntry(b"a", PLAIN, 93)), "zstd", "'a'"),
+    "zip-aes": Case(zipped(RawEntry(b"a", PLAIN, 99)), "method 99", "'a'"),
+    "zip-bzip2": Case(zipped(RawEntry(b"a", PLAIN, 12)), "method 12", "'a'"),
+    "zip-lzma": Case(zipped(RawEntry(b"a", PLAIN, 14)), "method 14", "'a'"),
+    "zip-zstd": Case(zipped(RawEntry(b"a", PLAIN, 93)), "method 93", "'a'"),
     "zip-unknown-method": Case(zipped(RawEntry(b"a", PLAIN, 77)), "method 77", "'a'"),
     "zip-offset-of-another-entry": Case(
         zipped(RawEntry(b"a", PLAIN).but("central", offset=0), NEXT), "overlap|disagree", "'a'|'innocent'"),

@@ -285,4 +285,4 @@ def test_a_tar_without_members_is_told_as_such(blocks: int, app: App) -> None:
     path.write_bytes(bytes(512 * blocks))
     write_checksum(path)
     error = app.run("deploy", path, check=4).data["error"]
-    assert "no members" in error["message"] and error["hint"]
+    assert "begins with zeros" in error["message"] and error["hint"]

@@ -63,8 +63,7 @@ def wide_modes(monkeypatch: Any) -> None:
     admit = fuzz.deploy.Judge.admit
 
     def admit_as_it_is(judge: Any, member: Any) -> Any:
-        entry = admit(judge, member)
-        return entry and entry._replace(mode=member.mode & 0o7777 | 0o500)
+        return [entry._replace(mode=member.mode & 0o7777 | 0o500) for entry in admit(judge, member)]
 
     monkeypatch.setattr(fuzz.deploy.Judge, "admit", admit_as_it_is)
 

@@ -483,7 +483,7 @@ class Ground:
                     raise Wrong("a special file or a hard link")
                 elif stat.S_IMODE(status.st_mode) & 0o7022:
                     raise Wrong(f"mode {stat.S_IMODE(status.st_mode):04o}")
-        found = deploy.compare_tree(destination, manifest, nothing)
+        found = deploy.differences(manifest, deploy.scan_tree(destination, nothing, known=manifest))
         wrong = {name for name, why in found["changed"].items() if not why.startswith("has mode")}
         if wrong or found["missing"] or found["added"]:
             raise Wrong(f"the release is not what its manifest says: {found}")
