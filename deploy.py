@@ -5652,7 +5652,8 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
         place.write(base + ".sha256", digest_line(digest, os.fsencode(base)), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
     made = {"sha256": digest, "size": size_bytes, "files": len(found[FILE])}
-    return made, [f"{some_of(found[word])}: {what}" for word, what in PACK_WARNINGS if found[word]]
+    return made, [f"{count(len(found[word]), 'file')} ({some_of(found[word])}): {what}"
+                  for word, what in PACK_WARNINGS if found[word]]
 
 
 PACK_WARNINGS = (

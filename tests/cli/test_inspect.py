@@ -539,18 +539,6 @@ def test_packing_says_what_it_makes_readable_for_all(tmp_path: Path) -> None:
     assert run_deploy("pack", make_tree(tmp_path / "open", TREE), "-o", tmp_path / "y.tar.gz", check=0).data["warnings"] == []
 
 
-def test_packing_says_that_a_limit_will_refuse_it(tmp_path: Path) -> None:
-    top = make_tree(tmp_path / "app", {"zeros": b""})
-    with open(str(top / "zeros"), "wb") as stream:
-        stream.truncate(1300 << 20)
-    warning, = run_deploy("pack", top, "-o", tmp_path / "app-1.tar.gz", check=0).data["warnings"]
-    assert "max_ratio" in warning
-    refused = run_deploy("deploy", tmp_path / "app-1.tar.gz", root=tmp_path / "root", check=4)
-    assert "max_ratio" in refused.data["error"]["message"]
-    raised = ["--set", "limits.max_ratio=0"]
-    run_deploy("deploy", "-n", tmp_path / "app-1.tar.gz", *raised, root=tmp_path / "root", check=0)
-
-
 def fifo_inside(top: Path) -> None:
     """A fifo, which nobody writes to."""
     os.mkfifo(str(top / "fifo"))
