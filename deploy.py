@@ -5032,18 +5032,9 @@ _UTF8 = 0x0800
 _FULL = 0xffffffff
 
 
-class ZipEntry(NamedTuple):
-    """One entry of the central directory (APPNOTE 4.3.12), and what it is as a member."""
-
-    member: Member
-    raw_name: bytes
-    unicode_name: bytes  # the Unicode path field
-    flags: int
-    method: int
-    crc: int
-    packed_bytes: int
-    size_bytes: int
-    offset: int
+# An entry of the central directory (APPNOTE 4.3.12): what it is as a member, its name as it stands
+# there, the Unicode path field, flags, method, CRC-32, packed and full size, and its offset.
+ZipEntry = Tuple[Member, bytes, bytes, int, int, int, int, int, int]
 
 
 def find_central(artifact: Artifact) -> Tuple[int, int, int]:
@@ -5090,10 +5081,11 @@ def read_central(artifact: Artifact, limits: Any) -> None:
     try:
         while position < size_bytes:
             entry, end = zip_entry(artifact.tail, position)
-            artifact.entries.append((entry.offset, position))
-            artifact.expanded_bytes += entry.size_bytes
-            if entry.member.name not in (entry.raw_name, entry.unicode_name[5:]):
-                unknown.append(entry.member.name)
+            (name, *_), raw_name, unicode_name, *_, full_bytes, offset = entry
+            artifact.entries.append((offset, position))
+            artifact.expanded_bytes += full_bytes
+            if name not in (raw_name, unicode_name[5:]):
+                unknown.append(name)
             position = end
     except struct.error:
         position = -1
@@ -5135,8 +5127,8 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
         raise refuse(name, f"its name and its attributes, of a {kind}, disagree about what it is")
     mode = stat.S_IMODE(mode) or (_MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE)
     member = Member(name, kind, mode, size_bytes, zip_time(fields.get(0x5455, b""), date, clock))
-    return ZipEntry(member, raw_name, unicode_name, flags, method, crc, packed_bytes, size_bytes,
-                    offset), name_end + extra_length + comment_length
+    return (member, raw_name, unicode_name, flags, method, crc, packed_bytes, size_bytes,
+            offset), name_end + extra_length + comment_length
 
 
 def extra_fields(extra: bytes) -> Dict[int, bytes]:
@@ -5204,16 +5196,17 @@ def decode_zip(artifact: Artifact, blocks: Iterator[bytes]) -> Iterator[List[Any
     following = itertools.islice(artifact.entries, 1, None)
     for (_, position), (end, _) in zip(artifact.entries, following):
         entry, _ = zip_entry(artifact.tail, position)
-        gap_bytes = end - entry.offset - local_header(entry, stream) - entry.packed_bytes
-        pieces: Iterator[Any] = stream.pieces(entry.packed_bytes)
-        if entry.method:
+        (name, *_), _, _, flags, method, crc, packed_bytes, size_bytes, offset = entry
+        gap_bytes = end - offset - local_header(entry, stream) - packed_bytes
+        pieces: Iterator[Any] = stream.pieces(packed_bytes)
+        if method:
             pieces = decode_streams(pieces, partial(zlib.decompressobj, -15), zlib.error, 1)
-        total_bytes = crc = 0
+        found_bytes = found_crc = 0
         try:
-            for piece in pieces if entry.size_bytes else itertools.chain([b""], pieces):
-                total_bytes += len(piece)
-                crc = zlib.crc32(piece, crc)
-                if total_bytes > entry.size_bytes:
+            for piece in pieces if size_bytes else itertools.chain([b""], pieces):
+                found_bytes += len(piece)
+                found_crc = zlib.crc32(piece, found_crc)
+                if found_bytes > size_bytes:
                     break
                 batch.append((entry, piece))
                 batch_bytes += 256 + len(piece)
@@ -5221,41 +5214,39 @@ def decode_zip(artifact: Artifact, blocks: Iterator[bytes]) -> Iterator[List[Any
                     yield batch
                     batch, batch_bytes = [], 0
         except ArtifactRefused as error:
-            raise refuse(entry.member.name, "its compressed data are damaged, or do not end where "
-                                            f"they should: {error.message}", COPY_AGAIN)
-        if (total_bytes, crc) != (entry.size_bytes, entry.crc):
-            raise refuse(entry.member.name, "its data have not the announced size or checksum",
-                         COPY_AGAIN)
+            raise refuse(name, "its compressed data are damaged, or do not end where they should: "
+                               f"{error.message}", COPY_AGAIN)
+        if (found_bytes, found_crc) != (size_bytes, crc):
+            raise refuse(name, "its data have not the announced size or checksum", COPY_AGAIN)
         # Only its data descriptor may lie between its data and what follows (APPNOTE 4.3.9), with
         # or without signature, with sizes of 32 or 64 bits.
-        allowed = {b""}
-        if entry.flags & _DESCRIBED_LATER:
-            values = entry.crc, entry.packed_bytes, entry.size_bytes
-            forms = ["<IQQ"] if max(values) > _FULL else ["<IQQ", "<III"]
-            allowed = {mark + struct.pack(form, *values) for form in forms
-                       for mark in (b"", b"PK\7\x08")}
-        if not 0 <= gap_bytes <= 24 or stream.take(gap_bytes) not in allowed:
-            raise refuse(entry.member.name,
-                         "its data overlap another entry's, or something is hidden around them")
+        gap, allowed = stream.take(gap_bytes) if 0 <= gap_bytes <= 24 else b"?", [b""]
+        if flags & _DESCRIBED_LATER:
+            with suppress(struct.error):  # sizes that 32 bits do not hold
+                for form in ("<IQQ", "<III"):
+                    allowed.append(struct.pack(form, crc, packed_bytes, size_bytes))
+        if gap not in allowed and not (gap[:4] == b"PK\7\x08" and gap[4:] in allowed[1:]):
+            raise refuse(name, "its data overlap another entry's, or something is hidden around "
+                               "them")
     yield batch
 
 
 def local_header(entry: ZipEntry, stream: Stream) -> int:
     """Hold a local header (APPNOTE 4.3.7) against the central directory; return its size."""
-    signature, flags, method, crc, packed_bytes, size_bytes, name_length, extra_length = \
+    (own_name, *_), raw_name, unicode_name, flags, method, *told, _ = entry
+    mark, found_flags, found_method, crc, packed_bytes, size_bytes, name_length, extra_length = \
         struct.unpack("<4s2xHH4xIIIHH", stream.take(30))
-    if signature != b"PK\3\4":
-        raise refuse(entry.member.name, "its data do not begin with a local header")
     name, fields = stream.take(name_length), extra_fields(stream.take(extra_length))
     # Any of the three may be left for the descriptor, which is held against them as well.
-    later = (0, _FULL) if entry.flags & _DESCRIBED_LATER else ()
+    later = (0, _FULL) if flags & _DESCRIBED_LATER else ()
     if not later:
         size_bytes, packed_bytes = zip64_values(fields, (size_bytes, packed_bytes), name)
-    if (name, flags, method) != (entry.raw_name, entry.flags, entry.method) \
-            or crc not in (entry.crc, *later) or packed_bytes not in (entry.packed_bytes, *later) \
-            or size_bytes not in (entry.size_bytes, *later) \
-            or fields.get(0x7075, entry.unicode_name) != entry.unicode_name:
-        raise refuse(entry.member.name, "its local header and the central directory disagree")
+    if (mark, name, found_flags, found_method) != (b"PK\3\4", raw_name, flags, method) \
+            or fields.get(0x7075, unicode_name) != unicode_name \
+            or any(value not in (right, *later)
+                   for value, right in zip((crc, packed_bytes, size_bytes), told)):
+        raise refuse(own_name, "its data do not begin with a local header, or that and the central "
+                             "directory disagree")
     return 30 + name_length + extra_length
 
 
