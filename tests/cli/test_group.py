@@ -220,7 +220,7 @@ def test_a_root_of_one_user_is_handed_over_as_the_readme_says(app: App) -> None:
     second = run_as(ALICE, app, "deploy", app.artifact("1.1", FILES))["release"]
     app.configure(f"durable = no\ngroup = {GROUP}\n")
     assert "cannot be read" in run_as(BOB, app, "rollback", check=3)["error"]["message"]
-    lines = re.findall(r"(?m)^    (ch(?:grp|mod) -R .* /srv/shop.*|find /srv/shop .* chmod .*)$", (TOP / "README.md").read_text())
+    lines = re.findall(r"(?m)^(ch(?:grp|mod) -R .* /srv/shop.*|find /srv/shop .* chmod .*)$", (TOP / "README.md").read_text())
     assert len(lines) == 3
     words = "\n".join(lines).replace("/srv/shop", str(app.root)).replace("deployers", GROUP)
     subprocess.run([needs("sh"), "-ec", words], check=True)

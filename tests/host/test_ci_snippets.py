@@ -12,7 +12,7 @@ from typing import Dict, List
 import pytest
 
 from support import DEPLOY, TOP, fake_command, missing, needs
-from tables import section
+from tables import blocks as indented_blocks, section
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="what sudo delegates is root's")
 
@@ -27,9 +27,15 @@ def scripts() -> Dict[str, str]:
     gitlab, github = blocks("yaml")
     [jenkins] = blocks("groovy")
     return {
-        "gitlab": "\n".join(re.findall(r"(?m)^    - (python3 .*|ssh-keygen .*|scp .*|ssh .*)$", gitlab)),
-        "github": re.search(r"(?ms)- run: \|\n(.*?)\n +env:", github).group(1),  # type: ignore
-        "jenkins": re.search(r"(?s)'''\n(.*?)'''", jenkins).group(1)}  # type: ignore
+        "gitlab": re.search(r"(?m)^    - (sh .*)$", gitlab).group(1),  # type: ignore
+        "github": re.search(r"(?ms)- run: \|\n(.*)", github).group(1),  # type: ignore
+        "jenkins": re.search(r"sh '(.*)'\n", jenkins).group(1)}  # type: ignore
+
+
+def hand_over() -> str:
+    """The script that all of them call."""
+    [text] = [block for block in indented_blocks() if "# hand-over.sh" in block]
+    return text
 
 
 @pytest.mark.parametrize("whose", ["gitlab", "github", "jenkins"])
@@ -52,16 +58,18 @@ def test_a_pipeline_hands_a_signed_artifact_over(whose: str, tmp_path: Path) -> 
     fake_command(tools, "ssh", "os.execvp('sh', ['sh', '-c', ' '.join(sys.argv[2:])])")
     (tools / "sudo").write_text(f"#!/bin/sh\nexec env -i PATH=/usr/bin:/bin {sys.executable} \"$@\"\n")
     (tools / "sudo").chmod(0o755)
-    script = scripts()[whose].replace("/srv/inbox", str(inbox)).replace("/etc/deploy/shop.ini", str(config)).replace(
+    shared = hand_over().replace("/srv/inbox", str(inbox)).replace("/etc/deploy/shop.ini", str(config)).replace(
         "/usr/local/sbin/deploy.py", str(DEPLOY))
-    version = {"CI_COMMIT_TAG": "1.4.2", "VERSION": "1.4.2", "TAG_NAME": "1.4.2"}
-    url = {name: "https://ci.example.com/run/7" for name in ("CI_PIPELINE_URL", "RUN_URL", "BUILD_URL")}
+    (job / "hand-over.sh").write_text(shared)
+    version = {name: "1.4.2" for name in ("CI_COMMIT_TAG", "GITHUB_REF_NAME", "TAG_NAME")}
+    url = {name: "https://ci.example.com/shop/actions/runs/7" for name in ("CI_PIPELINE_URL", "BUILD_URL")}
+    url.update(GITHUB_SERVER_URL="https://ci.example.com", GITHUB_REPOSITORY="shop", GITHUB_RUN_ID="7")
     env = dict(os.environ, PATH=f"{tools}:{os.environ['PATH']}", TARGET="shop.example.com",
                SIGNING_KEY=key.read_text() if whose == "github" else str(key), **version, **url)
-    done = subprocess.run(["sh", "-eu", "-c", script], cwd=str(job), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(["sh", "-eu", "-c", scripts()[whose]], cwd=str(job), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout.decode("utf-8", "replace")
     [record] = [json.loads(path.read_text()) for path in (host / "root" / ".deploy" / "releases").iterdir()]
-    assert record["version"] == "1.4.2" and record["note"] == "https://ci.example.com/run/7"
+    assert record["version"] == "1.4.2" and record["note"] == "https://ci.example.com/shop/actions/runs/7"
     assert record["artifact"]["signature"]["signer"] == "ci@example.com"
 
 
@@ -74,4 +82,4 @@ def test_the_yaml_of_the_pipelines_is_yaml() -> None:
                               input=text.encode("utf-8"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
         found = json.loads(done.stdout)
-        assert "script" in found.get("deploy", {}) or found["jobs"]["deploy"]["steps"][1]["run"].startswith("umask 077")
+        assert "script" in found.get("deploy", {}) or "hand-over.sh" in found["jobs"]["deploy"]["steps"][1]["run"]

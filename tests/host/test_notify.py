@@ -26,7 +26,7 @@ import origins
 from archives import entry, tar
 from scenes import Gate
 from support import App, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy
-from tables import section
+from tables import blocks, section
 from test_metrics import run_defect
 
 deploy = load_deploy()
@@ -582,8 +582,12 @@ def test_what_is_wrong_is_told_before_anything_happens(app, section, message):
 
 def test_the_configuration_of_the_page_is_a_proper_one(app):
     page = section("Monitoring")
-    blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    \[))+", page)
-    app.configure("".join(re.sub("(?m)^    ", "", block) for block in blocks if block.strip().startswith("[")))
+    [block] = [block for block in blocks() if block.startswith("[notify:")]
+    # What the page tells of in a sentence.
+    inline = "[notify:t]\ntype = teams\nurl_file = u\n[notify:d]\ntype = discord\nurl_file = u\n[notify:m]\ntype = email\nto = ops\n" \
+        "[notify:c]\ntype = command\ncommand = /bin/page\n"
+    assert set(re.findall(r"type = \w+", inline)) <= set(re.findall(r"`(type = \w+)`", page))
+    app.configure(block + inline + "".join(f"[{name}]\n{rest}\n" for name, rest in re.findall(r"`\[(metrics|trace)\] ([^`]*)`", page)))
     settings = deploy.load_settings([str(app.config)], {}, [])
     assert {notifier.type for notifier in settings.notify.values()} == set(deploy.NOTIFIERS)
     assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [None] * len(settings.notify)

@@ -264,7 +264,7 @@ def test_gpgv_is_asked_as_the_readme_says(app: App) -> None:
     listing = run(*gpg, "--with-colons", "--fingerprint").decode()
     fingerprint = re.findall(r"(?m)^fpr:+([0-9A-F]{40}):", listing)[0]
     readme = (DEPLOY.parent / "README.md").read_text()
-    script = re.search(r"(?s)    (#!/bin/sh\n    # check-gpg.*?)\n\n", readme).group(1)  # type: ignore
+    script = re.search(r"(?m)^    (#!/bin/sh\n    # check-gpg(?:.*\n    )*.*)\n", readme).group(1)  # type: ignore
     check = app.directory / "check-gpg"
     check.write_text(script.replace("\n    ", "\n").replace("/etc/deploy/builder.gpg", str(app.directory / "builder.gpg"))
                      .replace("FINGERPRINT", fingerprint) + "\n")

@@ -34,29 +34,21 @@ KINDS = (
     ("ini", rf"\[({SECTIONS})(:\w+)?\]$"),
     ("unit", r"\[(Unit|Service|Timer|Path|Install)\]$"),
     ("crontab", r"([*/0-9,-]+ ){5}\w+ |[A-Z]+=\S*$"),
-    ("commands", r"(sudo |\w+=\S+ )*((/[\w/]+/|\./)?deploy\.py |make |install |\(cd |eval |systemctl |journalctl )"),
+    ("commands", r"(sudo |\w+=\S+ )*((/[\w/]+/|\./)?deploy\.py |install )"),
+    ("tour", r"mkdir -p ~/tour/shop$"),  # run by test_docs.py
     ("playbook", r"- hosts: "),  # test_ansible.py runs it
-    ("ansible", r"ansible \w"),  # and this
-    ("tree", r"/srv/\w+/ +root$"),
     ("image", r"(RUN|HEALTHCHECK) "),  # run by test_near_empty.py
     ("rules", r"groups:$"),  # asked of promtool by test_metrics.py
-    ("handover", r"chgrp "),  # run by test_group.py
-    ("signing", r"minisign |echo \"release@|said=\$\(gpgv"),  # other tools' commands; test_signatures.py runs their like
-    ("pipeline", r"deploy:$|on:$|pipeline \{"),  # run by test_ci_snippets.py
+    ("group", r"chgrp "),  # run by test_group.py
+    ("signing", r"minisign |said=\$\(gpgv"),  # other tools' commands; test_signatures.py runs their like
+    ("pipeline", r"deploy:$|on: \{push|// Jenkinsfile$"),  # run by test_ci_snippets.py
+    ("script", r"python3 deploy\.py pack build "),  # and this
     ("nginx", r"error_page "),  # served by test_maintenance.py
     ("haproxy", r"backend "),  # and this
-    ("sudoers", r"%\w+ ALL="),  # asked of sudo by test_delegate.py
     ("index", r"\{\"schema\""),  # followed by test_sync.py
     ("publishing", r"(cp|sha256sum) shop-|api=|url="),  # and run by it
     ("proxy", "include /srv/shop/slots/live.conf;$"),  # what test_slots.py asks through
 )  # type: Tuple[Tuple[str, str], ...]
-
-
-# An Ed25519 key, of RFC 8410, section 10.1.
-PEM = """-----BEGIN PUBLIC KEY-----
-MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
------END PUBLIC KEY-----
-"""
 
 
 def snippets(text: str) -> List[Snippet]:
@@ -94,8 +86,8 @@ def command_lines(text: str) -> List[str]:
     """The arguments of every deploy.py that a block starts, its output left out; a backslash joins lines."""
     joined = re.sub(r"\\\n\s*", "", text)
     lines = [line for line in joined.splitlines() if line.startswith("$ ")] if text.startswith("$ ") else joined.splitlines()
-    return [found.group(1) for line in lines for found in [re.search(r"(?<![\w.-])deploy\.py (?!\|)([^)|>]*)", line)]
-            if found and not re.search(r"^Description=|install .*deploy\.py|python\S* (tests/|deploy\.py$)", line)]
+    return [found.group(1) for line in lines for found in [re.search(r"(?<![\w.-])deploy\.py (?!\|)([^)|>]*?)(?: 2?>.*)?(?:[)|]|$)", line)]
+            if found and not re.search(r"(install|cp) .*deploy\.py", line)]
 
 
 def test_the_blocks_of_a_text_are_found() -> None:
@@ -108,26 +100,46 @@ def test_every_snippet_is_of_a_kind_that_is_tested(snippet: Snippet) -> None:
     assert kind_of(snippet) != "unknown", "tell in KINDS what this is, and test it"
 
 
-@pytest.mark.parametrize("snippet", [found for found in SNIPPETS if kind_of(found) != "pipeline"],
-                         ids=lambda snippet: snippet.heading.replace(" ", "-"))
-def test_every_command_line_is_understood(snippet: Snippet) -> None:
-    for line in command_lines(snippet.text):
-        words = shlex.split(line, comments=True)
-        words = words[2:] if words[0] == "--delegate" else words
-        if not {"COMMAND", "TOPIC", "*"}.intersection(words):
-            try:
-                assert deploy.parse_command_line(words).command in deploy.COMMANDS
-            except deploy.HelpAsked:
-                pass
+def inline() -> List[str]:
+    """What stands between backticks in the README's prose."""
+    prose = re.sub(r"(?ms)^```.*?^```$|^    .*?$|^\|.*?$", "", README.read_text(encoding="utf-8"))
+    return [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", prose)]
+
+
+def lines_of_prose() -> List[str]:
+    """The arguments of every deploy.py in the README's prose."""
+    return [code[len("deploy.py "):] for code in inline() if code.startswith("deploy.py ")]
+
+
+def test_the_prose_has_commands_and_settings_to_be_looked_at() -> None:
+    assert len(lines_of_prose()) > 10 and "config --example" in inline() and "action = reload" in inline()
+
+
+@pytest.mark.parametrize("line", [line for found in SNIPPETS if kind_of(found) != "pipeline" for line in command_lines(found.text)]
+                         + lines_of_prose())
+def test_every_command_line_is_understood(line: str) -> None:
+    words = shlex.split(re.sub(r"\$(\w|{.*?})", "1.4.2", line), comments=True)
+    words = words[2:] if words[0] == "--delegate" else words
+    if not {"COMMAND", "TOPIC", "*"}.intersection(words):
+        try:
+            assert deploy.parse_command_line(words).command in deploy.COMMANDS
+        except deploy.HelpAsked:
+            pass
+
+
+@pytest.mark.parametrize("code", [code for code in inline() if re.match(r"(\[[\w:]+\] )?[a-z_.]+ = ", code)])
+def test_every_setting_in_the_prose_is_one_of_some_section(code: str) -> None:
+    section, key = re.match(r"(?:\[([\w:]+)\] )?([a-z_.]+) = ", code).groups()  # type: ignore
+    known = {(name.partition(":")[0], key) for name, options in deploy.OPTIONS.items() for key in options}
+    assert any(key == name and (section or name_of).partition(":")[0] == name_of for name_of, name in known)
 
 
 @all_of("ini")
 def test_a_configuration_is_understood(snippet: Snippet, tmp_path: Path) -> None:
     path = tmp_path / "deploy.ini"
-    # What the page takes for granted: a key of the reader's own, and whom he lets sign.
+    # What the page takes for granted: whom its reader lets sign.
     (tmp_path / "signers").write_text("")
-    (tmp_path / "release.pem").write_text(PEM)
-    path.write_text(snippet.text.replace("/etc/deploy/signers", "signers").replace("/etc/deploy/release.pem", "release.pem"))
+    path.write_text(snippet.text.replace("/etc/deploy/signers", "signers"))
     settings = deploy.load_settings([str(path)], {}, [])
     deploy.check_settings(settings)
     assert settings.given
@@ -138,8 +150,8 @@ def test_systemd_understands_the_units(tmp_path: Path) -> None:
     """All of them at once, with the real program in its place, as verify looks for it."""
     blocks = [snippet.text for snippet in SNIPPETS if kind_of(snippet) == "unit"]
     # test_sync.py looks at the drop-in.
-    assert sorted(tables.units()) == sorted(line[2:] for text in blocks for line in text.splitlines()
-                                            if line.startswith("# ") and not line.endswith("sync.conf"))
+    assert set(tables.units()) > {line[2:] for text in blocks for line in text.splitlines()
+                                  if line.startswith("# ") and not line.endswith("sync.conf")}
     for path, text in tables.units().items():
         unit = tmp_path / Path(path).relative_to("/etc/systemd/system")
         unit.parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from origins import (Host, Liar, Nginx, Relay, Source, chunked, drip, endless, h
 from scenes import configure
 from support import (DEPLOY, TOP, App, Result, clean_environment, compiled, deploy_argv, fake_command, load_deploy, make_artifact, needs, sha256_of, sized, snapshot, start_deploy,
                      wait_until)
+from tables import section
 
 SUMS = "[artifact]\nmatch = myapp-@v.tar.gz\n"
 
@@ -884,11 +885,12 @@ def test_a_commit_or_tag_must_be_signed_where_signatures_are_asked_for(ref: str,
 # -- what the README shows ------------------------------------------------------------------
 
 def example(start: str) -> List[str]:
-    """The configuration and the shell commands under a paragraph of the README."""
-    text = (TOP / "README.md").read_text(encoding="utf-8").split("### Sources that were tried")[1].split("\n### ")[0]
-    part = text[text.index(f"\n{start}"):]
-    shell = re.search(r"\n\n((?:    .*\n)+)", part)
-    return [part.split("```ini\n")[1].split("```")[0], re.sub(r"(?m)^    ", "", shell.group(1)) if shell else ""]
+    """The configuration and the shell commands of a paragraph of the README; where it has no block, its `key = value` are [source]'s."""
+    text = "\n" + section("Sources that were tried")
+    part = re.split(r"(?m)^(?=A |GitHub|GitLab|S3)", text[text.index(f"\n{start}") + 1:])[1]
+    shell = "".join(re.findall(r"(?m)^    (.*\n)", part))
+    ini = re.findall(r"(?ms)^```ini\n(.*?)^```", part)
+    return [ini[0] if ini else "[source]\n" + "".join(f"{line}\n" for line in re.findall(r"`(\w+ = [^`]*)`", part)), shell]
 
 
 @pytest.mark.parametrize("kind, start, url", [
@@ -902,7 +904,7 @@ def test_a_source_of_the_readme(kind: str, start: str, url: str, app: App, certi
     host.assets, host.tag = Host("assets", tls), ""  # type: ignore
     (tmp_path / "token").write_text("read\n")
     text = text.replace(url, host.url).replace("/etc/deploy/shop.token", str(tmp_path / "token"))
-    configure(app, text.replace("[source]\n", f"[source]\ntls_ca = {certificate}\n"))
+    configure(app, text.replace("[source]\n", f"[artifact]\nmatch = shop-@v.tar.gz\n[source]\ntls_ca = {certificate}\n"))
     release = "import shutil; [shutil.copy(name, os.environ['UP']) for name in sys.argv[4:]]"
     presign = f"print('{host.url}/shop-1.4.2.tar.gz?X-Amz-Signature=abc') if sys.argv[2] == 'presign' else " \
               "__import__('shutil').copy('shop-1.4.2.tar.gz', os.environ['UP']) and __import__('shutil').copy(sys.argv[3], os.environ['UP'])"

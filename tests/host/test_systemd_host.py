@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -10,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import pytest
 
 import tables
-from support import file, free_port, make_artifact, make_tar, member, deep, wait_until, write_checksum
+from support import deep, file, free_port, make_artifact, make_tar, member, shape, wait_until, write_checksum
 from systemd_host import Host
 
 # A service that answers with the release it was started in, for whoever knows the password.
@@ -116,6 +119,39 @@ class Shop:
 def shop(host: Host, request: Any) -> Shop:
     """An application named as its test."""
     return Shop(host, f"shop{zlib.crc32(request.node.name.encode()):08x}")
+
+
+# -- the README's service -----------------------------------------------------------
+
+@deep
+def test_the_real_service_of_the_readme_goes_live(shop: Shop, host: Host) -> None:
+    """Its two files and its commands, word for word, but for where they lie and whose they are."""
+    top, port = host.top / shop.name, str(shop.port)
+    places = [("/srv/shop", str(shop.root)), ("/etc/deploy", str(top)), ("/usr/local/sbin", str(top)), ("/var/lib/artifacts", str(top / "in")),
+              ("User=shop", "User=nobody"), ("8080", port), ("--quiet shop", f"--quiet {shop.name}"), ("shop.service", shop.unit)]
+
+    def here(text: str) -> str:
+        for written, place in places:
+            text = text.replace(written, place)
+        return text
+    text = tables.section("A real service")
+    config = re.search(r"(?ms)^```ini\n(.*?)^```$", text).group(1)  # type: ignore
+    steps = [step.partition("\n") for step in re.split(r"(?m)^    \$ ", text)[1:]]
+    lines = [line for line, _, _ in steps]
+    assert config.startswith("# /etc/deploy/shop.ini\n") and lines[2] == "useradd --system shop" and len(lines) == 8
+    host.unit(shop.unit, here(tables.units()["/etc/systemd/system/shop.service"]))
+    shop.config.write_text(here(config))
+    work = top / "work"
+    (work / "shop").mkdir(parents=True)
+    shutil.copy(str(host.deploy), str(work))
+    (work / "shop" / "health.json").write_text('{"status": "ok", "version": "1.0"}\n')
+    subprocess.run([sys.executable, "deploy.py", "pack", "shop", "--release-version", "1.0"], cwd=str(work), check=True, stdout=subprocess.DEVNULL)
+    words = here("\n".join(lines[:2] + lines[3:]) + "\n").replace("\ndeploy.py", f"\n{top}/deploy.py")
+    said = host.run("/bin/sh", "-ec", f"cd {work}\n{words}").stdout
+    shown = here("".join(re.findall(r"(?m)^    (.*\n)", steps[-1][2])))
+    assert "is live" in shown and shape(said) == shape(shown)
+    assert host.properties(shop.unit, "ActiveState", "UnitFileState") == {"ActiveState": "active", "UnitFileState": "enabled"}
+    assert os.readlink(str(shop.root / "current" / ".env")) == "../../shared/.env"
 
 
 # -- a deployment that a timer starts ---------------------------------------------

@@ -183,7 +183,8 @@ class Proxy:
         place.mkdir()
         self.place, self.port, conf = place, free_port(), shop.slots / "live.conf"
         own = place / "own.conf"
-        self.include = shown({"nginx": "    upstream", "haproxy": "    backend"}[name]).partition("reload")[0]
+        lines = re.findall(r"`(backend shop|server live [^`]*)`", tables.section("No visitor notices"))
+        self.include = shown("    upstream").partition("reload")[0] if name == "nginx" else "\n    ".join(lines) + "\n"
         if name == "nginx":
             server = shown("include /srv").replace("/srv/shop", str(shop.app.root)).replace("listen 80", f"listen 127.0.0.1:{self.port}")
             server = server.replace("location / {", "location / { proxy_set_header X-Proxy nginx;")

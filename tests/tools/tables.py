@@ -1,14 +1,15 @@
 #!/usr/bin/python3
-"""Writes what the README shows of deploy.py: tables of its options, flags and commands, and the pages of `deploy.py help`.
+"""Writes what the README shows of deploy.py: its commands, options, exit codes, metrics and events.
 
 Usage: python3 tests/tools/tables.py    (make example)
 
-Each stands between `<!-- table NAME -->` and `<!-- /table -->`, or `<!-- help NAME -->` and `<!-- /help -->`.
+Each stands between `<!-- table NAME -->` and `<!-- /table -->`.
 """
 
 import os
 import re
 import sys
+import textwrap
 from typing import Any, Dict, List, Sequence, Tuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
@@ -31,6 +32,14 @@ EXIT_CODES = {
     130: "interrupted by SIGINT before activation; everything undone (143: by SIGTERM or SIGHUP)",
 }
 
+GROUPS = {
+    "going live": ["deploy", "stage", "activate", "rollback", "sync", "recover"],
+    "asking before and after": ["preflight", "probe", "verify", "approve", "attest"],
+    "looking": ["status", "releases", "history", "show", "diff", "logs", "report"],
+    "day two": ["hold", "unhold", "flags", "maintenance", "pin", "unpin", "prune", "adopt"],
+    "making and learning": ["pack", "config", "help", "completion"],
+}
+
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
@@ -44,76 +53,104 @@ def spelled(names: Sequence[str], metavar: str) -> str:
 
 
 def commands_table(deploy: Any) -> str:
-    """What each command does, and its flags."""
-    rows = []
-    for name, (text, _) in deploy.COMMAND_HELP.items():
+    """What each command does, and its flags, by what it is for; and the global options, as argparse has them."""
+    names = [name for names in GROUPS.values() for name in names]
+    assert sorted(names) == sorted(deploy.COMMAND_HELP), "each command has its place in GROUPS"
+
+    def text(name: str) -> str:
         flags = [flag for flag in deploy.FLAGS if name in flag.commands]
         own = [spelled(flag.names[-1:], flag.metavar.replace("...", "")) for flag in flags if not flag.is_argument]
         usage = " ".join([name] + [flag.metavar for flag in flags if flag.is_argument])
-        rows.append((f"`{usage}`", text, ", ".join(own)))
-    return markdown_table(("command", "does", "flags"), rows)
+        return f"`{usage}`: {deploy.COMMAND_HELP[name][0]}" + (f" ({', '.join(own)})" if own else "")
+    rows = [(group, "<br>".join(map(text, names))) for group, names in GROUPS.items()]
+    everywhere = next(group for group in deploy.build_parser([])._action_groups if group.title.startswith("global"))
+    rows.append(("everywhere, before or after the command", "<br>".join(
+        f"{spelled(action.option_strings, action.metavar or '')}: {action.help}" for action in everywhere._group_actions)))
+    return markdown_table(("for", "commands and options"), rows)
 
 
-def flags_table(deploy: Any) -> str:
-    """The global options, as argparse has them."""
-    group = next(group for group in deploy.build_parser([])._action_groups if group.title.startswith("global"))
-    rows = [(spelled(action.option_strings, action.metavar or ""), action.help) for action in group._group_actions]
-    return markdown_table(("option", "means"), rows)
+def run_on(parts: Sequence[str]) -> str:
+    """Parts as one paragraph, its lines cut between words, not in code."""
+    kept = [re.sub(r"`[^`]*`", lambda found: found.group().replace(" ", "\0"), part) for part in parts]
+    text = textwrap.fill(". ".join(kept) + ".", 160, break_long_words=False, break_on_hyphens=False)
+    return text.replace("\0", " ")
 
 
-def options_table(deploy: Any, wanted: str) -> str:
-    """The options of one section."""
-    for section, text, options in deploy.SECTIONS:
-        if section == wanted:
-            rows = [(f"`{option.key.replace('*', 'NAME')}`", option.takes,
-                     f"`{option.default}`" if option.default else "", option.help)
-                    for option in options.values()]
-            return f"### [{section.replace('*', 'NAME')}]: {text}\n" + markdown_table(("key", "takes", "default", "means"), rows)
-    raise KeyError(wanted)
+def key_text(option: Any) -> str:
+    """A key with its default, and with the words it takes where these are few."""
+    key = option.key.replace("*", "NAME")
+    text = f"`{key} = {option.default}`" if option.default else f"`{key}`"
+    words = [word for word in option.kind.split("|") if word != option.default]
+    if "|" not in option.kind or len(words) > 5:
+        return text
+    return f"{text} ({'or ' if option.default else ''}{', '.join(words)})"
+
+
+def options_table(deploy: Any) -> str:
+    """The options, a row for each section; those that have one key share the last."""
+    sections = [(f"`[{section.replace('*', 'NAME')}]` {text}", [key_text(option) for option in options.values()])
+                for section, text, options in deploy.SECTIONS]
+    rows = [(text, ", ".join(keys)) for text, keys in sections if len(keys) > 1]
+    rows.append(tuple("<br>".join(column) for column in zip(*((text, keys[0]) for text, keys in sections if len(keys) == 1))))
+    return markdown_table(("section", "keys, with their defaults"), rows)
 
 
 def table(deploy: Any, name: str) -> str:
-    """One table by its name."""
-    plain = {
-        "exit-codes": (("code", "means"), [(str(code), text) for code, text in EXIT_CODES.items()]),
-        "events": (("event", "MESSAGE_ID"), [(f"`{name}`", f"`{found}`") for name, found in deploy.EVENTS.items()]),
-        "metrics": (("metric", "means"), [(f"`{name}`", text) for name, _, text in deploy.METRICS]),
-        "notify-events": (("event", "means"), [(f"`{name}`", text) for name, text in deploy.NOTIFY_EVENTS]),
-    }  # type: Dict[str, Tuple[Sequence[str], List[Tuple[str, str]]]]
-    if name in plain:
-        return markdown_table(*plain[name])
-    if name.startswith("["):
-        return options_table(deploy, name.strip("[]"))
-    return {"commands": commands_table, "flags": flags_table}[name](deploy)
+    """One table or list by its name."""
+    if name == "exit-codes":
+        cells = [(str(code), text) for code, text in EXIT_CODES.items()]
+        half = (len(cells) + 1) // 2
+        return markdown_table(("code", "means") * 2, [left + right for left, right in zip(cells[:half], cells[half:])])
+    lists = {
+        "metrics": [f"`{metric}`" + "".join(re.findall(r" \[.*?\]", text)) for metric, _, text in deploy.METRICS],
+        "notify-events": [f"`{event}`: {text}" for event, text in deploy.NOTIFY_EVENTS],
+    }
+    if name in lists:
+        return run_on(lists[name])
+    return {"commands": commands_table, "options": options_table}[name](deploy)
 
 
 def with_tables(text: str) -> str:
-    """The README's text with every table and page as the code has it now."""
+    """The README's text with every table as the code has it now."""
     deploy = load_deploy()
 
     def block(found: Any) -> str:
-        kind, name = found.group(1), found.group(2)
-        made = table(deploy, name) if kind == "table" else deploy.HELP[name].rstrip("\n")
-        return f"<!-- {kind} {name} -->\n{made}\n<!-- /{kind} -->"
-    return re.sub(r"(?ms)^<!-- (table|help) (\S+) -->$.*?^<!-- /\1 -->$", block, text)
+        return f"<!-- table {found.group(1)} -->\n{table(deploy, found.group(1))}\n<!-- /table -->"
+    return re.sub(r"(?ms)^<!-- table (\S+) -->$.*?^<!-- /table -->$", block, text)
 
 
 def section(heading: str) -> str:
-    """The text under one heading of the README, up to the next of its rank."""
-    return re.split(r"(?m)^## ", README.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2])[0]
+    """The text under one heading of the README, up to the next of its rank or above."""
+    text = README.read_text(encoding="utf-8")
+    rank, _, rest = re.search(rf"(?ms)^(##+) ({re.escape(heading)})\n(.*)", text).groups()  # type: ignore
+    return re.split(rf"(?m)^##{{1,{len(rank) - 1}}} ", rest)[0]
+
+
+def blocks() -> List[str]:
+    """Every indented block of the README, without its indentation."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", README.read_text(encoding="utf-8"))
+    return [re.sub("(?m)^    ", "", block.lstrip("\n")) for block in re.findall(r"(?m)^(?:    .*\n|\n(?=    ))+", text)]
 
 
 def units() -> Dict[str, str]:
-    """The unit files that the README shows, by the path that stands above each."""
-    text = section("No visitor notices") + section("systemd")
-    code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
-    parts = re.split(r"(?m)^# (/etc/systemd/system/\S+)$\n", code)
-    return dict(zip(parts[1::2], parts[2::2]))
+    """The unit files that the README and the page on systemd show, by the path that stands above each."""
+    page = re.sub("(?m)^    ", "", load_deploy().HELP["systemd"])
+    found = {}  # type: Dict[str, str]
+    for text in blocks() + [page]:
+        parts = re.split(r"(?m)^# (/etc/systemd/system/\S+)$\n", text)
+        found.update(zip(parts[1::2], parts[2::2]))
+    sandbox = re.search(r"(?ms)^- A deployment bears a harder sandbox.*?\n(?!  )", section("systemd and cron")).group()  # type: ignore
+    given, switches = re.split(r"`=yes` for\s", sandbox)
+    lines = re.findall(r"`(\w+=[^`]*)`", given) + [f"{name}=yes" for name in re.findall(r"`(\w+)`", switches)]
+    found["/etc/systemd/system/deploy@.service.d/sandbox.conf"] = "\n".join(["[Service]", *lines, ""])
+    return found
 
 
-def result_keys() -> List[Tuple[str, str]]:
-    """(key, type) of the object of --json, as the README's table has them."""
-    return re.findall(r"(?m)^\| `(\w+)` \| (bool|str|int|float|list|dict) \|", section("Exit codes, errors, JSON"))
+def result_keys() -> List[Tuple[str, Tuple[type, ...]]]:
+    """(key, types) of the object of --json, as the README's table has them."""
+    kinds = {"bool": (bool,), "str": (str,), "number": (int, float), "list": (list,), "dict": (dict,)}  # type: Dict[str, Tuple[type, ...]]
+    rows = re.findall(r"(?m)^\| (bool|str|number|list|dict) \| (.*) \|$", section("Exit codes, errors, JSON"))
+    return [(key, kinds[kind]) for kind, text in rows for key in re.findall(r"`(\w+)`(?=[:,;])", text)]
 
 
 if __name__ == "__main__":
