@@ -5662,8 +5662,9 @@ PACK_WARNINGS = (
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
-LONGEST_SOCKET_PATH = 107  # unix(7), without the NUL
-MOST_REDIRECTS = 20
+HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), on a "
+              "filesystem that is not mounted noexec, and its #! line name an interpreter that "
+              "exists here")
 
 # A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
 # The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
@@ -5686,60 +5687,22 @@ def commands(settings: Settings) -> List[Any]:
     """
     found = [("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
              for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
-    if settings.policy.judge:
-        found.append(("policy", "judge", settings.policy.judge, True, False))
     found += [("migrate", name, getattr(settings.migrate, name), False, True)
-              for name in MIGRATE_NAMES if getattr(settings.migrate, name)]
-    if settings.candidate.command:
-        found.append(("candidate", "command", settings.candidate.command, False, True))
-    found += [("slots", "reload", slot.reload, True, False)
-              for slot in settings.slots.values() if slot.reload]
+              for name in MIGRATE_NAMES]
+    found += [("slots", "reload", slot.reload, True, False) for slot in settings.slots.values()]
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
             early = kind == "notify" or getattr(section, "when", "") in ("before", "both")
-            if section.command:
-                found.append((f"{kind}:{name}", "command", section.command, early, True))
-    if settings.signature.command:
-        found.append(("signature", "command", settings.signature.command, True, False))
-    return found
-
-
-def check_size_of_commands(settings: Settings) -> None:
-    """Raise UsageError for variables and arguments that the kernel lets no program have."""
-    longest = 32 * os.sysconf("SC_PAGE_SIZE") - 1  # execve(2)
-    left_bytes = max(128 << 10, os.sysconf("SC_ARG_MAX")) - (32 << 10)  # DEPLOY_* and the like
-    variables = [("env", name, [f"{name}={value}"]) for name, value in settings.env.items()]
-    for section, key, words in variables + [command[:3] for command in commands(settings)]:
-        sizes = [len(os.fsencode(native(word))) + 9 for word in words]
-        wrong = "" if key else "cannot be the name of a variable: write NAME = value"
-        if max(sizes) > longest + 9:
-            wrong = f"has a word of more than the {longest} bytes that a program may be given"
-        elif section == "env":
-            left_bytes -= sum(sizes)
-        elif sum(sizes) > left_bytes:
-            wrong = "and [env] have more than a program may be given"
-        if wrong:
-            raise UsageError(f"{settings.origin(section, key)}: [{section}] {key} {wrong}",
-                             "put what is long into a file")
+            found.append((f"{kind}:{name}", "command", section.command, early, True))
+    found += [("candidate", "command", settings.candidate.command, False, True),
+              ("policy", "judge", settings.policy.judge, True, False),
+              ("signature", "command", settings.signature.command, True, False)]
+    return [command for command in found if command[2]]
 
 
 def hook_path(settings: Settings) -> str:
     """Return the PATH in which hooks and commands are looked for."""
     return native(settings.env.get("PATH", command_path()))
-
-
-def how_to_run(program: str, directory: str = "/") -> str:
-    """Say what helps where a program cannot be run."""
-    path = os.path.join(directory, program)
-    if "/" not in program:
-        return f"install {program}, or write ./{program} where it comes with the release"
-    if not os.path.isfile(path):
-        return "correct the path, or install it"
-    if os.statvfs(path).f_flag & os.ST_NOEXEC:
-        return "its filesystem is mounted noexec: move it, or write its interpreter before it"
-    if not os.access(path, os.X_OK):
-        return f"correct the path, or make it executable: chmod +x {spell([path])}"
-    return "see that its #! line names an interpreter that exists here"
 
 
 def missing_programs(settings: Settings, *wanted: str) -> Findings:
@@ -5750,11 +5713,10 @@ def missing_programs(settings: Settings, *wanted: str) -> Findings:
         is_wanted = section in wanted or section.partition(":")[0] in wanted
         if is_wanted and not is_elsewhere and not find_command(program):
             yield ("fail", f"[{section}] {key}: {program} is not found or not executable",
-                   how_to_run(program))
+                   HOW_TO_RUN)
 
 
-def foreign_program(settings: Settings, where: str, program: str,
-                    directory: str) -> Problems:
+def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Problems:
     """Find what others could change on the way to a program that root is to run, by path."""
     places = program_places(native(program), directory, hook_path(settings))
     return {path: (f"{problem}, on the way to {program} of {where}",
@@ -5763,17 +5725,14 @@ def foreign_program(settings: Settings, where: str, program: str,
             for path, (problem, hint) in trust_problems(place).items()}
 
 
-def accepting(settings: Settings, paths: Iterable[str]) -> str:
-    """Write a shell's words that accept the risk of these paths, and of those accepted so far."""
-    words = list(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
-    if len(words) == 1:
-        return spell(["--set", f"preflight.accept_risk={words[0]}"])
-    return f"--set preflight.accept_risk=\"$(printf '%s\\n' {spell(words)})\""
+def accepting(paths: Iterable[str]) -> str:
+    """Say how the risk of these paths is accepted."""
+    return f"accept the risk in [preflight] accept_risk, a path a line: {', '.join(paths)}"
 
 
 def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
                             directory: str) -> None:
-    """Raise StepFailed where root would run a program of `what` that others could have written.
+    """Raise StepFailed where root would run one of `what` that others could have written.
 
     `what` are (where it is configured, program).  Looked at just before as well: a release may
     hold links that only a hook has made.
@@ -5781,12 +5740,10 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
     found: Problems = {}
     for where, program in what if os.geteuid() == 0 else ():
         found.update(foreign_program(settings, where, program, directory))
-    for path in settings.preflight.accept_risk:
-        found.pop(path, None)
-    for problem, hint in found.values():
+    for path in found.keys() - set(settings.preflight.accept_risk):
+        problem, hint = found[path]
         raise StepFailed(f"what root would run could have been written by others: {problem}",
-                         f"{hint}; or accept the risk, for every such path: "
-                         f"{accepting(settings, found)}")
+                         f"{hint}; or {accepting(found)}")
 
 
 def working_directory(context: Context) -> str:
@@ -5811,7 +5768,7 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
         environ["TRACEPARENT"] = run.traceparent
     environ = {**environ, **settings.env, **context.variables(),
                "DEPLOY_HOOK": what.replace("hook ", "").replace(" ", ":"),
-             **options.pop("variables", {})}
+               **options.pop("variables", {})}
     environ = {name: native(value) for name, value in environ.items()}
     return start([native(word) for word in argv], environ=environ, directory=directory,
                  run_as=settings.hooks.run_as, interrupts=run.interrupts,
@@ -5820,34 +5777,33 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
 
 SHOWN_BYTES = 8 << 20  # of one command: a flood must fill neither the log nor memory
 SHOWN_LINE_BYTES = 100  # what a line costs beside its text
+TOO_MUCH = "... too much output: here is its end ..."
 
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
                     timeout_seconds: float, *, most: int = 0, **options: Any) -> CommandResult:
     """Run an operator's command, show its output; StepFailed where it exits with over `most`."""
     left_bytes = SHOWN_BYTES
-    output, directory = run.console.output, working_directory(context)
 
     def show(line: str) -> None:
         nonlocal left_bytes
         left_bytes -= len(line) + SHOWN_LINE_BYTES
         if left_bytes >= 0:
-            output(line)
+            run.console.output(line)
 
-    typed = spell(argv)
+    typed, directory = spell(argv), working_directory(context)
     run.console.debug(f"{what}: {typed} (in {directory})")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show,
                            **options)
-    if left_bytes < 0:
-        for line in ["... too much output: here is its end ...", *result.tail]:
-            output(line)
+    for line in [TOO_MUCH, *result.tail] if left_bytes < 0 else ():
+        run.console.output(line)
     if 0 <= result.exit_code <= most and not result.timed_out:
         return result
     hint = "its output says why; correct the command or the release, then run this again"
     if result.timed_out:
         hint = "find out what it waits for, or give it more time where there is a `timeout`"
     elif result.exit_code in (126, 127):
-        hint = how_to_run(argv[0], directory)
+        hint = HOW_TO_RUN
     last = ": ".join(["", *result.tail[-1:]])
     raise StepFailed(f"{what} failed: {typed} {result.verdict()} in {directory}{last}", hint, {
         "argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
@@ -5876,25 +5832,16 @@ def template_values(settings: Settings, context: Context) -> Dict[str, str]:
 def render_template(text: str, values: Dict[str, str], where: str) -> str:
     """Replace every `${name}`; `$${name}` gives `${name}`, and any other `$` stays.
 
-    Raises StepFailed that names every name without a value and its lines.
+    Raises StepFailed that names every name without a value.
     """
-    missing: Dict[str, List[str]] = {}
-
-    def replace(found: Any) -> str:
-        escaped, name = found.groups()
-        if escaped:
-            return str(found.group()[1:])
-        if name not in values:
-            missing.setdefault(name, []).append(str(text.count("\n", 0, found.start()) + 1))
-        return values.get(name, "")
-
-    rendered = PLACEHOLDER.sub(replace, text)
+    missing = {f"${{{name}}}" for escaped, name in PLACEHOLDER.findall(text)
+               if not escaped and name not in values}
     if missing:
-        names = [f"${{{name}}} (line {', '.join(lines)})" for name, lines in missing.items()]
-        raise StepFailed(f"{where}: no value for {', '.join(names)}", "set them in [vars] or in "
-                         "the environment; write $${name} for a literal ${name}",
-                         {"missing": sorted(missing)})
-    return rendered
+        names = ", ".join(sorted(missing))
+        raise StepFailed(f"{where}: no value for {names}", "set them in [vars] or in the "
+                         "environment; write $${name} for a literal ${name}")
+    return PLACEHOLDER.sub(
+        lambda found: found.group()[1:] if found.group(1) else values[found.group(2)], text)
 
 
 # -- services ----------------------------------------------------------------
@@ -5907,8 +5854,10 @@ class Service:
         self.settings = settings
         self.limit_seconds = settings.timeout
         self.is_acting = False  # then an error brings the end of the unit's journal
-        self.pid = ""  # of the process that was looked at last
+        self.is_gone = False  # its process, when it was looked at last
+        self.pid = ""
         self.shown: Dict[str, str] = {}  # the state of a unit that was read last
+        self.first: Dict[str, str] = {}  # and as it came up, which it must keep
 
     def check(self) -> Findings:
         """Find what is against acting on it on this host."""
@@ -5917,13 +5866,13 @@ class Service:
     def down(self) -> str:
         """Say why the service is not up now; nothing when it is, or when nobody can know."""
         try:
-            self.look()
-        except (StepFailed, LookupError, ValueError) as error:
-            return str(error)
-        return ""
+            return self.look()
+        except StepFailed as error:
+            return error.message
 
-    def look(self) -> None:
-        """Raise why the service is not up now."""
+    def look(self) -> str:
+        """Say why it is not up, or did not stay so."""
+        return ""
 
     def act(self, context: Context) -> str:
         """Do it and confirm that the service is healthy; StepFailed with evidence if not."""
@@ -5935,44 +5884,41 @@ class Service:
         """Make the error of a service that is not healthy."""
         hint = "look into its own log; pidfile must name a living process that follows `current`"
         if self.settings.unit:
-            hint = "systemctl status {0}; journalctl -u {0}".format(self.settings.unit)
+            hint = ("systemctl status {0}; journalctl -u {0}; if it is slow, give it more time "
+                    "with `timeout`").format(self.settings.unit)
         if self.is_acting:
             evidence.update(journal_of(self.run, [self.settings]))
         return StepFailed(f"service {self.settings.name}: {why}", hint, evidence)
 
-    def settle(self, look: Callable[[], None], context: Context) -> None:
+    def settle(self, context: Context) -> None:
         """Look through the settle time; StepFailed where another release's process is up then."""
-        ends_seconds = time.monotonic() + self.settings.settle
+        interrupts, ends_seconds = self.run.interrupts, time.monotonic() + self.settings.settle
         left_seconds = 1.0
         while left_seconds > 0:
             left_seconds = ends_seconds - time.monotonic()
-            look()
-            self.run.interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
+            why = self.look()
+            if why and self.settings.pidfile:
+                interrupts.wait(WATCH_SECONDS)  # a re-exec may be between process and new pidfile
+                why = self.look()
+            if why:
+                raise self.failed(why)
+            interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
         if answers_naming(self.run, context) and any(
                 probe.release and probe.when in ("after", "both")
                 for probe in self.run.settings.probe.values()):
             return  # it asks for the release itself: its word counts
         releases = os.path.realpath(f"{context.root}/releases") + "/"
         for link in ("cwd", "exe"):
-            try:
+            with suppress(OSError):
                 place = os.readlink(f"/proc/{self.pid}/{link}")
-            except OSError:
-                continue
-            if place.startswith(releases) \
-                    and not f"{place}/".startswith(f"{releases}{context.release}/"):
-                raise self.failed(f"process {self.pid} still runs from another release: its "
-                                  f"{link} is {place}")
+                if place.startswith(releases) \
+                        and not f"{place}/".startswith(f"{releases}{context.release}/"):
+                    raise self.failed(f"process {self.pid} still runs from another release: its "
+                                      f"{link} is {place}")
 
 
-LOAD_HINTS = {
-    "not-found": "install the unit file and run systemctl daemon-reload, or correct `unit`",
-    "masked": "systemctl unmask {}, or correct `unit`"}
-# What systemd itself exits with where it cannot start the program (systemd.exec(5)).
-UNIT_STATUSES = {"200": "/CHDIR", "203": "/EXEC", "217": "/USER", "226": "/NAMESPACE",
-                 "243": "/CREDENTIALS"}
-UNIT_PROPERTIES = (
-    "LoadState", "ActiveState", "SubState", "MainPID", "InvocationID", "NRestarts",
-    "NeedDaemonReload", "Type", "Result", "ExecMainStatus", "CanReload")
+UNIT_PROPERTIES = ("LoadState,ActiveState,SubState,MainPID,InvocationID,NRestarts,"
+                   "NeedDaemonReload,Type,Result,ExecMainStatus,CanReload")
 
 
 class UnitService(Service):
@@ -5991,30 +5937,26 @@ class UnitService(Service):
         if action != "none" and (unit in groups or f"{unit}.service" in groups):
             yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
                    "run deploy.py from a unit of its own")
-        load = state["LoadState"]
-        if load != "loaded":
-            yield ("fail", f"unit {unit} is not loaded (LoadState={load})",
-                   LOAD_HINTS.get(load, "systemd-analyze verify {}").format(unit))
+        if state["LoadState"] != "loaded":
+            yield ("fail", f"unit {unit} is not loaded (LoadState={state['LoadState']})",
+                   f"install it and systemctl daemon-reload, systemctl unmask {unit}, or correct "
+                   "`unit`")
         elif action == "reload" and state["CanReload"] == "no":
             yield ("fail", f"unit {unit} cannot be reloaded: it has no ExecReload=",
                    "use action = restart or reload-or-restart")
-        elif action != "none" and state["ActiveState"] == "failed":
-            yield ("warn", f"unit {unit} is failed now (result {state['Result']})",
-                   "see why before it is restarted: systemctl status, journalctl -u")
 
-    def look(self) -> None:
-        """Raise why the unit is not up."""
-        state = self.state()
+    def look(self) -> str:
+        """Say why the unit is not up, or not as it was first; StepFailed without systemctl."""
+        state, unit = self.state(), self.settings.unit
         active, sub, kind = state["ActiveState"], state["SubState"], state["Type"]
-        result, status = state["Result"], state["ExecMainStatus"]
         # A timer or socket has no Type and never is "running".
         if active == "active" and (sub == "running" or not kind) \
-                or kind == "oneshot" and result == "success" and sub in ("exited", "dead"):
-            return
-        if result == "exit-code" and status:
-            result += f" {status}{UNIT_STATUSES.get(status, '')}"
-        result = f", result {result}" if result not in ("", "success") else ""
-        raise self.failed(f"unit {self.settings.unit} is {active} ({sub}{result})")
+                or kind == "oneshot" and state["Result"] == "success" and sub in ("exited", "dead"):
+            changed = [name for name in ("MainPID", "InvocationID", "NRestarts")
+                       if self.first and state[name] != self.first[name]]
+            return f"unit {unit} did not stay up: another {', '.join(changed)}" if changed else ""
+        why = ", result {Result} {ExecMainStatus}".format(**state).rstrip()
+        return f"unit {unit} is {active} ({sub}{why if state['Result'] != 'success' else ''})"
 
     def act(self, context: Context) -> str:
         """Restart, reload or start it, wait until it is there, and see that it stays so."""
@@ -6039,15 +5981,8 @@ class UnitService(Service):
         if action == "restart" and first["InvocationID"] == before["InvocationID"] != "":
             raise self.failed(f"unit {unit} was not restarted: its InvocationID is the one from "
                               "before")
-
-        def look() -> None:
-            self.look()
-            changed = [name for name in ("MainPID", "InvocationID", "NRestarts")
-                       if self.shown[name] != first[name]]
-            if changed:
-                raise self.failed(f"unit {unit} did not stay up: another {', '.join(changed)}")
-
-        self.settle(look, context)
+        self.first = first
+        self.settle(context)
         process = f", process {self.pid}" if self.pid not in ("", "0") else ""
         return f"{unit} is {first['ActiveState']} ({first['SubState']}{process})"
 
@@ -6065,8 +6000,8 @@ class UnitService(Service):
 
     def state(self) -> Dict[str, str]:
         """Read the unit's state in one call, so that the properties belong together."""
-        done = self.systemctl("show", "-p", ",".join(UNIT_PROPERTIES), self.settings.unit)
-        self.shown = dict.fromkeys(UNIT_PROPERTIES, "")
+        done = self.systemctl("show", "-p", UNIT_PROPERTIES, self.settings.unit)
+        self.shown = dict.fromkeys(UNIT_PROPERTIES.split(","), "")
         self.shown.update(line.split("=", 1) for line in done.tail if "=" in line)
         self.pid = self.shown["MainPID"]
         return self.shown
@@ -6078,13 +6013,8 @@ class UnitService(Service):
                            timeout_seconds=self.limit_seconds, interrupts=self.run.interrupts)
         if done.ok or verb == "reset-failed":
             return done
-        why = f"systemctl {verb} {done.verdict()}: {' '.join(done.tail[-3:])}"
-        if verb in ("start", self.settings.action):
-            why = f"unit {self.settings.unit} did not come up: {why}"
-        failed = self.failed(why, output=done.tail)
-        if done.timed_out:
-            failed.hint += "; or give it more time with `timeout`"
-        raise failed
+        raise self.failed(f"systemctl {verb} {self.settings.unit} {done.verdict()}: "
+                          f"{' '.join(done.tail[-3:])}", output=done.tail)
 
 
 def manager_environment() -> Dict[str, str]:
@@ -6115,68 +6045,65 @@ class PidfileService(Service):
 
     def check(self) -> Findings:
         """Look for the process; that it is down stops nothing."""
-        try:
-            if self.settings.action != "none":
-                self.look()
-        except (LookupError, ValueError) as error:
-            status = "warn" if isinstance(error, LookupError) else "fail"
-            yield status, f"service {self.settings.name}: {error}", "start it, or correct pidfile"
+        why = self.look() if self.settings.action != "none" else ""
+        if why:
+            yield ("warn" if self.is_gone else "fail", f"service {self.settings.name}: {why}",
+                   "start it, or correct pidfile")
 
     def act(self, context: Context) -> str:
         """Send the signal, and see that the process stays up, under this id or another."""
         name, number, signalled = self.settings.name, self.settings.signal, self.run.signalled
         if not context.previous:
             return "nothing to signal: nothing was live before"
-
-        def look() -> None:
-            if self.down():  # a re-exec leaves a moment between old process and new pidfile
-                self.run.interrupts.wait(WATCH_SECONDS)
-            self.look()
-
-        try:
-            self.look()
-            os.kill(int(self.pid), signal.Signals["SIG" + number])
-            signalled.add(name)
-            self.settle(look, context)
-        except (OSError, LookupError, ValueError) as error:
-            if not isinstance(error, LookupError) or name in signalled:
-                raise self.failed(f"sending {number}: {reason(error)}")
+        why = self.look()
+        if why and self.is_gone and name not in signalled:
             # It was down before the switch: no reason to go back.
-            self.run.console.warn(f"service {name}: {error}: start it")
+            self.run.console.warn(f"service {name}: {why}: start it")
             return "not signalled: it does not run"
+        try:
+            if not why:
+                os.kill(int(self.pid), signal.Signals["SIG" + number])
+        except OSError as error:
+            why = reason(error)
+        if why:
+            raise self.failed(f"sending {number}: {why}")
+        signalled.add(name)
+        self.settle(context)
         return f"{number} sent to process {self.pid}, which is up"
 
-    def look(self) -> None:
-        """Raise LookupError where the process does not run, ValueError for a wrong pidfile.
+    def look(self) -> str:
+        """Say why the process does not run, or why the pidfile is not believed.
 
         Whoever may write the pidfile must not choose which process of ours or of others is
         signalled.
         """
-        path = self.settings.pidfile
+        path, ours = self.settings.pidfile, (0, os.geteuid())
         try:
             with open_file(path, os.O_NOFOLLOW) as stream:
                 found = os.fstat(stream.fileno())
                 text = stream.read(65536).decode("utf-8", "replace")
         except OSError as error:
-            kind = LookupError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{path}: {reason(error)}")
+            self.is_gone = isinstance(error, FileNotFoundError)
+            return f"{path}: {reason(error)}"
         pid = self.pid = text.partition("\n")[0].strip()
+        self.is_gone = False
         if not re.match(r"[0-9]{1,9}\Z", pid) or int(pid) <= 1:
-            raise ValueError(f"{path} holds {pid[:40]!r} and not a process id")
-        try:
+            return f"{path} holds {pid[:40]!r} and not a process id"
+        owner, status = -1, ""
+        with suppress(OSError):  # no /proc, or no such process
             owner = os.stat(f"/proc/{pid}").st_uid
             # The name in parentheses may hold anything, so fields count from its end (proc(5)).
             status = read_text(f"/proc/{pid}/stat").rpartition(")")[2].lstrip()[:1]
-        except OSError:
-            owner, status = -1, ""  # no /proc, or no such process
-        if status in ("Z", "X") or not process_is_alive(int(pid)):
-            raise LookupError(f"process {pid} of {path} is not running")
-        if found.st_uid not in (0, os.geteuid(), owner):
-            raise ValueError(f"{path} belongs to uid {found.st_uid}, process {pid} to uid {owner}")
+        self.is_gone = status in ("Z", "X") or not process_is_alive(int(pid))
         by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
-        if (by_group or found.st_mode & stat.S_IWOTH) and found.st_uid in (0, os.geteuid()):
-            raise ValueError(f"{path} is writable by group or others (mode "
-                             f"{stat.S_IMODE(found.st_mode):04o}), who could name any process")
+        if self.is_gone:
+            return f"process {pid} of {path} is not running"
+        if found.st_uid not in (*ours, owner):
+            return f"{path} belongs to uid {found.st_uid}, process {pid} to uid {owner}"
+        if (by_group or found.st_mode & stat.S_IWOTH) and found.st_uid in ours:
+            return (f"{path} is writable by group or others (mode "
+                    f"{stat.S_IMODE(found.st_mode):04o}), who could name any process")
+        return ""
 
 
 def make_service(run: Run, name: str) -> Service:
@@ -6192,36 +6119,21 @@ def describe_service(service: Any) -> str:
     if service.command:
         return f"run {spell(service.command)}"
     if service.pidfile:
-        return f"send {service.signal} to {service_target(service)}"
-    text = f"{service.action} {service_target(service)}"
-    if service.action == "reload":
-        text += " (a reload keeps the old release's code and working directory)"
-    return text
-
-
-def service_target(service: Any) -> str:
-    """Name what a [service:NAME] section acts on."""
-    return f"unit {service.unit}" if service.unit else f"the process in {service.pidfile}"
+        return f"send {service.signal} to the process in {service.pidfile}"
+    return f"{service.action} unit {service.unit}"
 
 
 def services_in_order(settings: Settings) -> List[str]:
     """List the services so that each comes after those in its `after`; UsageError for a cycle."""
     order: List[str] = []
-
-    def visit(name: str, path: List[str]) -> None:
-        if name in path:
-            circle = " -> ".join([*path[path.index(name):], name])
-            raise settings.wrong(f"service:{name}", f"after: they wait for each other: {circle}")
-        for earlier in settings.service[name].after if name not in order else ():
-            if earlier not in settings.service:
-                raise settings.wrong(
-                    f"service:{name}", f"after = {earlier}: there is no [service:{earlier}]")
-            visit(earlier, [*path, name])
-        if name not in order:
-            order.append(name)
-
-    for name in settings.service:
-        visit(name, [])
+    left = list(settings.service)
+    while left:
+        ready = [name for name in left if set(order).issuperset(settings.service[name].after)]
+        if not ready:
+            raise settings.wrong(f"service:{left[0]}", "after: one of them is no [service:NAME], "
+                                 f"or they wait for each other: {', '.join(left)}")
+        order += ready
+        left = [name for name in left if name not in ready]
     return order
 
 
@@ -6230,16 +6142,11 @@ def services_in_order(settings: Settings) -> List[str]:
 def split_address(text: str) -> Tuple[str, int]:
     """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
     if text.startswith("unix:/"):
-        if len(os.fsencode(native(text[5:]))) > LONGEST_SOCKET_PATH:
-            raise ValueError(f"a unix socket's path has at most {LONGEST_SOCKET_PATH} bytes")
         return text[5:], 0
-    found = re.match(r"([^\s/@]+):([0-9]{1,5})\Z", text)
-    host, port = found.groups() if found else ("", "0")
-    if not 0 < int(port) < 65536:
-        raise ValueError(f"expected host:port or unix:/path, not {text!r}")
-    if ":" in host and not re.match(r"\[[0-9A-Fa-f:.]+(%\w+)?\]\Z", host):
-        raise ValueError(f"expected brackets around the IPv6 address as in [::1]:80, not {text!r}")
-    return host.strip("[]"), int(port)
+    found = re.match(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/@:]+):([0-9]{1,5})\Z", text)
+    if not found or not 0 < int(found.group(2)) < 65536:
+        raise ValueError(f"expected host:port, [IPv6 address]:port or unix:/path, not {text!r}")
+    return found.group(1).strip("[]"), int(found.group(2))
 
 
 class Url(NamedTuple):
@@ -6256,33 +6163,26 @@ class Url(NamedTuple):
 def parse_url(text: str) -> Url:
     """Take an http or https URL apart; ValueError for any other and for what cannot be asked."""
     from urllib.parse import quote, unquote, urlsplit
-    if re.search("[\x00-\x20\x7f]", text):
-        raise ValueError("the URL holds spaces or control characters")
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"the URL must begin with http:// or https://, not {text[:40]!r}")
+    if re.search("[\x00-\x20\x7f]", text) or parts.port == 0 \
+            or not re.match("[\x21-\x7e]+\\Z", parts.hostname or ""):
+        raise ValueError("the URL holds spaces or control characters, has no host in ASCII (write "
+                         "xn--...), or port 0")
     userinfo, _, authority = parts.netloc.rpartition("@")
-    if not re.match("[\x21-\x7e]+\\Z", parts.hostname or ""):
-        raise ValueError("the URL has no host, or not in ASCII (write xn--...)")
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if port == 0:
-        raise ValueError("the URL's port must be a number from 1 to 65535")
     target = quote((parts.path or "/") + ("?" + parts.query if parts.query else ""),
                    safe="%/:=&?~#+!$,;'@()*[]", errors="replace")
-    return Url(parts.scheme, str(parts.hostname), port or {"http": 80, "https": 443}[parts.scheme],
-               authority, target, unquote(userinfo))
+    return Url(parts.scheme, str(parts.hostname),
+               parts.port or {"http": 80, "https": 443}[parts.scheme], authority, target,
+               unquote(userinfo))
 
 
-def wrong_header(sent: Dict[str, str], expected: Iterable[str] = ()) -> Optional[str]:
-    """Say which header cannot be sent, or which expected one no answer can have (RFC 9110, 5)."""
-    for key, names in (("header", sent), ("expect_header", expected)):
-        for name in names:
-            if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
-                return f"{key}.{name}: {name!r} is not the name of a header"
+def wrong_header(sent: Dict[str, str]) -> Optional[str]:
+    """Say which header cannot be sent (RFC 9110, 5)."""
     for name, value in sent.items():
+        if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+            return f"{name!r} is not the name of a header"
         if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # which may be private
             return f"the value of header.{name} holds a line break or a control character"
     return None
@@ -6319,10 +6219,11 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
     """Find the proxy for a URL: `none`, the `environment`'s (https_proxy, no_proxy), or a URL."""
     if choice == "environment":
         from urllib.request import getproxies_environment, proxy_bypass_environment
-        found = getproxies_environment().get(url.scheme)
-        if not found or proxy_bypass_environment(url.host):
-            return None
-        choice = found if "://" in found else f"http://{found}"
+        choice = getproxies_environment().get(url.scheme, "none")
+        if proxy_bypass_environment(url.host):
+            choice = "none"
+        elif "://" not in choice and choice != "none":
+            choice = f"http://{choice}"
     if choice == "none":
         return None
     if not choice.startswith("http://"):  # without its text, which may hold a password
@@ -6390,8 +6291,7 @@ class Conversation(Forked):
         address, target, login = getattr(settings, "connect", ""), url.target, {}
         proxy = proxy_for(url, getattr(settings, "proxy", "none"))
         if proxy and proxy.userinfo:
-            encoded = write_base64(proxy.userinfo.encode("utf-8"))
-            login = {"Proxy-Authorization": f"Basic {encoded}"}
+            login["Proxy-Authorization"] = f"Basic {write_base64(proxy.userinfo.encode())}"
         if proxy and url.scheme == "https":
             self.at("asking the proxy for a tunnel")
             tunnel = http.client.HTTPConnection(proxy.host, proxy.port)
@@ -6411,18 +6311,16 @@ class Conversation(Forked):
         self.at("sending the request")
         always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}",
                   "Connection": "close", **login}
-        by_name = {name.lower(): (name, value) for part in (always, own, settings.header)
-                   for name, value in part.items()}
-        headers = dict(by_name.values())
+        headers = dict({name.lower(): (name, value) for part in (always, own, settings.header)
+                        for name, value in part.items()}.values())
         wrong = wrong_header(headers)
         if wrong:  # http.client would say so with the value, which may be a secret
             raise ValueError(wrong)
-        connection = http.client.HTTPConnection(url.host, url.port)
+        connection: Any = http.client.HTTPConnection(url.host, url.port)
         connection.sock = self.socket
-        connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
-        for name, value in headers.items():
-            connection.putheader(name, native(value).encode("utf-8", "surrogateescape"))
-        connection.endheaders(body or None)
+        connection.request(method, target, body or None, {
+            name: native(value).encode("utf-8", "surrogateescape")
+            for name, value in headers.items()})
         self.at("waiting for the head of the answer")
         response = connection.getresponse()
         self.at("reading the answer", status=response.status)
@@ -6436,8 +6334,8 @@ class Conversation(Forked):
         if not self.timed_out:
             why = f"{stage}: the process that asks was not to be had (EAGAIN)"
         elif stage == COMPARING:
-            why = (f"{COMPARING} did not end within {limit}: a regular expression that repeats "
-                   "what repeats, as (a+)+ does, may take for ever")
+            why = (f"{stage} did not end within {limit}: a regular expression that repeats what "
+                   "repeats, as (a+)+ does, may take for ever")
         return {"error": why, **found}
 
 
@@ -6464,33 +6362,29 @@ def judge(probe: Any, wanted: List[str], text: str,
     "error" says what fails first; "named" whether the answer names one of the versions that are
     `wanted`, which have no leading v (the old process answers, too), None where that is not asked.
     """
-    errors = []
-    for name, pattern in probe.expect_header.items():
-        value = header(name)
-        if not matches(pattern, value):
-            shown = "missing" if value is None else repr(value)
-            errors.append(f"header {name} is {shown}, expected {pattern!r}")
+    errors = [f"header {name} is {header(name) or 'missing'}, expected {pattern}"
+              for name, pattern in probe.expect_header.items()
+              if not matches(pattern, header(name))]
     if probe.body and not matches(probe.body, text):
         errors.append(f"the answer does not match body = {probe.body}")
     for path, expected in probe.json.items():
         value, why = json_value(text, path)
         if value != expected:
             errors.append(why or f"json {path} is {value!r}, expected {expected!r}")
-    if not probe.release or not wanted:
-        return {"error": "".join(errors[:1]), "named": None}
-    where, _, name = probe.release.partition(":")
-    if where == "body":
-        words = "|".join(re.escape(word) for word in wanted)
-        named = bool(re.search(VERSION_ALONE.format(words), text))
-        why = "the answer does not name the version"
-    else:
-        value, why = header(name), f"the answer has no header {name} that names its version"
+    named = None
+    if probe.release and wanted:
+        where, _, name = probe.release.partition(":")
+        value, why = header(name), f"the answer names no version by {probe.release}"
         if where == "json":
             value, why = json_value(text, name)
-        named = None if value is None else re.sub(r"\A[vV](?=\d)", "", value) in wanted
-        why = why if value is None else f"answered with version {value}"
-    if not named:
-        errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
+        if where == "body":
+            words = "|".join(map(re.escape, wanted))
+            named = bool(re.search(VERSION_ALONE.format(words), text))
+        elif value is not None:
+            named = re.sub(r"\A[vV](?=\d)", "", value) in wanted
+            why = f"answered with version {value}"
+        if not named:
+            errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
     return {"error": "".join(errors[:1]), "named": named}
 
 
@@ -6505,14 +6399,14 @@ def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
     """Return the value at a dotted path of a JSON text, as text; or None and why there is none."""
     try:
         value = json.loads(text)
+        for key in path.split("."):
+            if isinstance(value, list):
+                value = dict(zip(map(str, itertools.count()), value))
+            value = value[key]
     except (ValueError, RecursionError) as error:
-        return None, f"the answer is not JSON: {error if text.strip() else 'it is empty'}"
-    for key in path.split("."):
-        if isinstance(value, list):
-            value = {str(index): item for index, item in enumerate(value)}
-        if not isinstance(value, dict) or key not in value:
-            return None, f"the answer's JSON has no {path!r}: nothing at {key!r}"
-        value = value[key]
+        return None, f"the answer is not JSON: {error}"
+    except (LookupError, TypeError):
+        return None, f"the answer's JSON has no {path!r}"
     return value if isinstance(value, str) else json.dumps(value), ""
 
 
@@ -6537,24 +6431,18 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
     if probe.of_slot:
         probe = filled(probe, dict.fromkeys(OF_SLOTS, "1"))
-    kind, release, method = probe_kind(probe), probe.release, probe.method
-    key, scheme, wrong, is_candidates = "url", "", "", probe.when == "candidate"
+    kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
     if is_candidates:
         probe = filled(probe, {CANDIDATE_PORT: "1"})
+    wrong, key = "", "url"
     try:
-        scheme = parse_url(probe.url).scheme if probe.url else ""
-        for key in ("tcp", "connect"):
-            if getattr(probe, key):
-                split_address(getattr(probe, key))
+        if probe.url:
+            parse_url(probe.url)
+        for key in filter(partial(getattr, probe), ("tcp", "connect")):
+            split_address(getattr(probe, key))
     except ValueError as error:
         wrong = f"{key}: {error}"
-    in_header = release.startswith("header:")
-    needed = " and ".join(key for key in ("body", "json", "release") if getattr(probe, key)
-                          and not (key == "release" and in_header))
-    shortest_seconds = max(SHORTEST_WAIT_SECONDS, probe.period * (1 - probe.jitter))
-    most = probe.deadline / shortest_seconds + 30  # those of the halved waits
     service = settings.service.get(probe.service)
-    tls_keys = ("tls_verify", "tls_ca", "tls_cert", "tls_key") if scheme == "http" else ()
     return next(filter(None, [
         meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe"),
         is_candidates and not settings.candidate.command
@@ -6566,22 +6454,12 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         and "${slot} and ${port} need [slots], and when = after",
         release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
         and f"release = {release}: expected json:PATH, header:NAME or body",
-        probe.successes > most and f"successes = {probe.successes} cannot be reached within "
-                                   f"deadline = {format_seconds(probe.deadline)}",
-        needed and not probe.max_body and f"{needed} cannot be answered with max_body = 0",
-        needed and method == "HEAD" and f"{needed} cannot be answered with method = HEAD",
-        kind == "command" and in_header and "a command's output has no headers",
+        kind == "command" and release.startswith("header:") and "a command's output has no headers",
         kind == "service" and not service and f"there is no [service:{probe.service}]",
         service and service.command
         and f"whether [service:{probe.service}] is up cannot be known: it has only a command",
         wrong,
-        not re.match(r"[A-Z]{1,20}\Z", method) and f"method = {method}: expected GET, HEAD, ...",
-        probe.redirects > MOST_REDIRECTS
-        and f"redirects = {probe.redirects}: expected at most {MOST_REDIRECTS}",
-        meaningless(probe, tls_keys, "an http:// URL"),
-        probe.tls_key and not probe.tls_cert
-        and "tls_key needs tls_cert, the certificate that it belongs to",
-        wrong_header(probe.header, probe.expect_header)]), None)
+        wrong_header(probe.header)]), None)
 
 
 def probe_seconds(probe: Any) -> float:
@@ -6591,13 +6469,6 @@ def probe_seconds(probe: Any) -> float:
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
-    for text in assignments:
-        key = text.partition("=")[0].strip()
-        if "=" not in text:
-            raise UsageError(f"--expect {text!r}: expected KEY=VALUE",
-                             "for example --expect json.status=ok")
-        if not find_option("probe:ad-hoc", key):
-            raise unknown("probe:ad-hoc", key, "--expect")
     given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
     return load_settings([], {}, given).probe["ad-hoc"]
 
@@ -6606,15 +6477,11 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
 
 PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
     ("status 30[12378],", "give the address that it leads to, or allow redirects = 1"),
-    ("status (401|407),", "give the probe a login: auth_file, or a [probe:NAME] header.NAME"),
-    ("status 403,", "let the probe in, or ask an address that is open to it"),
-    ("status 404,", "correct the path in url, or see whether the release serves it"),
+    ("status 40[137],", "give the probe a login: auth_file, or a [probe:NAME] header.NAME"),
     ("TLS: |TLS handshake", "name the authority with tls_ca, or correct the host and port in url"),
-    ("cannot be resolved", "correct the host in url, or name the address with connect"),
     ("old process may still", "see that the service is restarted, and runs from current"),
-    ("take for ever", "write the regular expression without a repetition inside another"),
-    ("cannot start ", "check that the program exists, is executable, and is on this filesystem"),
-    ("", "look at the service's own log"))
+    ("cannot start ", HOW_TO_RUN),
+    ("", "look at the service's own log, and at what the probe asks and expects"))
 SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
 NO_ANSWER: Answer = {"status": None, "body": "", "named": None, "heard": False, "final": False}
 
@@ -6672,7 +6539,7 @@ class ProbeRun:
         probe, watched = self.probe, [self.guard.descriptor] if self.guard else []
         healthy = failed = refused = 0
         is_soaking = False
-        pause_seconds = probe.initial_delay
+        pause_seconds, spacing_seconds = probe.initial_delay, probe.period
         ends_seconds = time.monotonic() + pause_seconds + probe.deadline
         while True:
             if self.run.interrupts.wait(pause_seconds, *watched):
@@ -6682,46 +6549,45 @@ class ProbeRun:
             is_cut = not is_soaking and left_seconds < probe.timeout
             answer = self.attempt(left_seconds if is_cut else probe.timeout)
             left_seconds = ends_seconds - time.monotonic()
-            if not answer["error"]:
+            error = answer["error"]
+            if not error:
                 healthy += 1
                 failed = refused = 0
+                spacing_seconds = probe.period
             elif is_cut and last and left_seconds <= 0:
                 # A try that the deadline cut short tells less than the answer before it.
-                self.answer = answer = last
+                self.answer = last
+                error = last["error"]
             else:
                 self.last_failure = answer
                 failed += 1
                 healthy = 0
                 by_new = is_new if answer["named"] is None else answer["named"]
                 refused = refused + 1 if by_new and answer["heard"] else 0
+                if failed > 1 and not is_soaking:
+                    spacing_seconds = min(spacing_seconds * probe.backoff,
+                                          max(probe.period, probe.period_max))
+            if self.answer["final"] or refused >= probe.failures and not is_soaking:
+                return f"the new release itself failed: {error}"
+            if is_soaking and failed >= probe.failures:
+                return f"failed {count(failed, 'time')} in a row after it was healthy: {error}"
             if not is_soaking and healthy >= probe.successes:
                 is_soaking = True
                 left_seconds = probe.soak
                 ends_seconds = time.monotonic() + left_seconds
-            error = answer["error"]
-            steps = 0 if is_soaking else max(0, failed - 1)
-            pause_seconds = probe.period * min(100.0, probe.backoff) ** min(steps, 100)
-            pause_seconds = min(pause_seconds, max(probe.period, probe.period_max))
-            pause_seconds *= 1 + random.uniform(-probe.jitter, probe.jitter)
-            pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
-            if answer["final"] or refused >= probe.failures and not is_soaking:
-                return f"the new release itself failed: {error}"
-            if is_soaking:
-                if failed >= probe.failures:
-                    return f"failed {count(failed, 'time')} in a row after it was healthy: {error}"
-                # A soak does not end on a failed try: one more second must not make it a success.
-                if left_seconds <= 0 and not failed:
-                    return ""
-                pause_seconds = pause_seconds if failed else min(pause_seconds, left_seconds)
-                continue
-            # Towards the deadline a further try is worth more than the whole of its wait.
-            pause_seconds = min(pause_seconds, max(left_seconds / 2, SHORTEST_WAIT_SECONDS))
-            if pause_seconds >= left_seconds:
-                if not error:
-                    earlier = self.last_failure.get("error", "nothing")
-                    error = (f"only {healthy} of {probe.successes} tries in a row were healthy, "
-                             f"before that: {earlier}")
+            # A soak does not end on a failed try: one more second must not make it a success.
+            if is_soaking and left_seconds <= 0 and not failed:
+                return ""
+            if not is_soaking and left_seconds <= SHORTEST_WAIT_SECONDS:
+                before = self.last_failure.get("error", "nothing")
+                error = error or (f"only {healthy} of {probe.successes} tries in a row were "
+                                  f"healthy, before that: {before}")
                 return f"not healthy within {format_seconds(probe.deadline)}: {error}"
+            pause_seconds = spacing_seconds * (1 + random.uniform(-probe.jitter, probe.jitter))
+            if not failed or not is_soaking:
+                # Towards the end a further try is worth more than the whole of its wait.
+                pause_seconds = min(pause_seconds, left_seconds / (1 if is_soaking else 2))
+            pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
@@ -6741,33 +6607,24 @@ class ProbeRun:
         with Conversation(talk, limit_seconds) as asking:
             return asking.answer(self.run.interrupts)
 
-    def headers(self, url: Url) -> Dict[str, str]:
-        """Make our own headers of a request; OSError where auth_file cannot be read."""
-        probe, headers = self.probe, {"Accept": "*/*", "Accept-Encoding": "identity"}
-        if probe.method in ("POST", "PUT", "PATCH"):
-            headers["Content-Length"] = "0"
-        if self.run.traceparent:
-            headers["traceparent"] = self.run.traceparent
-        text = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
-        encoded = write_base64(text.encode("utf-8"))
-        if probe.auth_file and " " in text:  # Bearer ...
-            headers["Authorization"] = text
-        elif text:
-            headers["Authorization"] = f"Basic {encoded}"  # RFC 7617
-        for secret in (text, text.partition(" ")[2], text.partition(":")[2], encoded):
-            self.run.console.secrets.add(secret)
-        return headers
-
     def ask_url(self, limit_seconds: float) -> Answer:
         """Ask over HTTP or HTTPS."""
         with suppress(ImportError):  # what is missing, the process that asks tells
             __import__("http.client")  # once, and not anew in each such process
             __import__("ssl")
-        probe, url = self.probe, parse_url(self.probe.url)
+        probe, url, headers = self.probe, parse_url(self.probe.url), {"Accept": "*/*"}
+        if self.run.traceparent:
+            headers["traceparent"] = self.run.traceparent
         try:
-            headers = self.headers(url)
+            login = read_text(probe.auth_file).strip() if probe.auth_file else url.userinfo
         except OSError as error:
             return {"error": f"reading auth_file: {reason(error)}"}
+        encoded = write_base64(login.encode("utf-8"))
+        if login:  # "Bearer ..." as it stands, or RFC 7617
+            is_whole = probe.auth_file and " " in login
+            headers["Authorization"] = login if is_whole else f"Basic {encoded}"
+        for secret in (login, login.partition(" ")[2], login.partition(":")[2], encoded):
+            self.run.console.secrets.add(secret)
 
         def talk(asking: Conversation) -> Answer:
             from urllib.parse import urljoin
@@ -6777,26 +6634,23 @@ class ProbeRun:
                 if here[:3] != url[:3]:
                     return {"error": f"redirected to another origin, {address}"}
                 response = asking.request(probe.method, here, headers, probe)
-                location = response.getheader("Location")
-                status, is_last = response.status, not probe.redirects or not location
-                if is_last or status not in (301, 302, 303, 307, 308):
+                location, status = response.getheader("Location"), response.status
+                if not probe.redirects or not location or not 301 <= status <= 308:
                     break
                 response.close()
                 asking.socket.close()
                 address = urljoin(address, location)
             else:
-                times = count(probe.redirects, "redirect")
-                return {"error": f"more than {times}, the last to {address}"}
+                return {"error": f"more than {count(probe.redirects, 'redirect')}, the last to "
+                                 f"{address}"}
             data = response.read(probe.max_body)
             if len(data) < probe.max_body and response.length:
-                missing = count(response.length, "byte")
-                raise ConnectionError(f"it ended {missing} before its Content-Length")
+                raise ConnectionError("it ended before its Content-Length")
             text = data.decode("utf-8-sig", "replace")
             asking.at(COMPARING, body=text[:8 * EVIDENCE_CHARACTERS], said=f"status {status}")
             found = judge(probe, self.wanted, text, response.getheader)
             if not any(low <= status <= high for low, high in probe.status):
                 ranges = ", ".join(f"{low}-{high}" for low, high in probe.status)
-                ranges = re.sub(r"\b(\d+)-\1\b", r"\1", ranges)
                 found["error"] = f"status {status}, expected {ranges}"
             # 503 means not yet; a proxy says the others for a service that is on its way.
             found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
@@ -6852,7 +6706,7 @@ class ProbeRun:
         restarts = int(state.get("NRestarts") or 0)
         if self.restarts < 0:
             self.restarts = restarts
-        target, restarts = service_target(service.settings), restarts - self.restarts
+        target, restarts = f"service {self.probe.service}", restarts - self.restarts
         if restarts >= self.probe.failures:  # in a crash loop it is up at most looks
             error = error or f"{target} was restarted {count(restarts, 'time')}"
         final = restarts >= self.probe.failures or state.get("ActiveState") == "failed"
@@ -8153,8 +8007,7 @@ def check_origin(run: Run) -> Findings:
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
     for path, (why, fix) in found.items():
         yield ("warn" if path in settings.preflight.accept_risk else "fail", why,
-               f"{fix}; or give its digest from where it was built: --sha256; or accept the risk: "
-               f"{accepting(settings, found)}")
+               f"{fix}; or give its digest from where it was built: --sha256; or {accepting(found)}")
 
 
 def check_bad(run: Run) -> Findings:
@@ -8279,7 +8132,7 @@ def check_ports(places: Sequence[Tuple[str, int]]) -> Findings:
 
 
 def check_services(run: Run) -> Findings:
-    """Every service is known to its manager; one that has failed already is named."""
+    """Every service is known to its manager."""
     for name in services_in_order(run.settings):
         yield from make_service(run, name).check()
 
@@ -12255,7 +12108,7 @@ def check_settings(settings: Settings) -> None:
     mistakes = settings.mistakes
     wrong = " ".join(mistake.message for mistake in mistakes)
     for check_all, is_needed in (
-            (check_size_of_commands, True), (services_in_order, settings.service),
+            (services_in_order, settings.service),
             (verifier_of, settings.signature.given), (check_source, settings.source.given)):
         try:
             if is_needed:
@@ -12451,7 +12304,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
             for problem, hint in refused.values():
                 raise PreflightFailed(
                     f"what root acts on could have been written by others: {problem}", f"{hint}; "
-                    f"or accept the risk, for every such path: {accepting(settings, refused)}")
+                    f"or {accepting(refused)}")
         run.is_believed = True
         if flags.splay:
             wait_splay(run)

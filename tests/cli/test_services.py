@@ -446,7 +446,7 @@ def test_preflight_looks_for_the_program(tmp_path):
 
 @pytest.mark.parametrize("assignments, text", [
     (["unit=a.service"], "restart unit a.service"),
-    (["unit=a.service", "action=reload"], "reload unit a.service (a reload keeps the old release's code and working directory)"),
+    (["unit=a.service", "action=reload"], "reload unit a.service"),
     (["pidfile=/run/a.pid", "signal=USR2"], "send USR2 to the process in /run/a.pid"),
     (["command=bin/restart 'a b'"], "run bin/restart 'a b'"),
 ])
@@ -467,11 +467,10 @@ def test_services_go_after_those_they_name():
     assert order() == []
 
 
-@pytest.mark.parametrize("after, message", [
-    ({"a": "b", "b": "c", "c": "a"}, "a -> b -> c -> a"), ({"a": "a"}, "a -> a"),
-    ({"z": "x", "x": "y", "y": "x"}, "x -> y -> x"), ({"a": "nosuch"}, r"\[service:a\] after = nosuch")])
-def test_cycles_and_unknown_names_are_named(after, message):
-    with pytest.raises(deploy.UsageError, match=message):
+@pytest.mark.parametrize("after, names", [
+    ({"a": "b", "b": "c", "c": "a"}, "a, b, c"), ({"a": "a"}, "a"), ({"z": "x", "x": "y", "y": "x", "w": ""}, "x, y, z"), ({"a": "nosuch"}, "a")])
+def test_cycles_and_unknown_names_are_named(after, names):
+    with pytest.raises(deploy.UsageError, match=f"wait for each other: {names}$"):
         order(**after)
 
 
@@ -645,7 +644,7 @@ def test_a_crash_loop_is_found_though_every_look_finds_the_unit_up(app, systemd,
     app.configure(f"durable = no\n[service:app]\nunit = app.service\nsettle = 0s\n{PROBE.replace('successes = 1', successes)}"
                   f"service = app\ndeadline = 600s\n{more}")
     app.run("deploy", app.artifact("1.0"), check=5, env={"PATH": os.environ["PATH"]})
-    assert "unit app.service was restarted 3 times" in app.history()[-1]["failure"]["reason"]
+    assert "service app was restarted 3 times" in app.history()[-1]["failure"]["reason"]
 
 
 def test_a_service_probe_ends_when_its_unit_has_restarted_too_often(app, systemd):
