@@ -1519,7 +1519,6 @@ class Forked(Descriptor):
     def __init__(self, work: Callable[[], Any], limit_seconds: float,
                  keep: Sequence[int] = ()) -> None:
         import warnings
-        self.timed_out = False
         self._pid = -1
         self.descriptor, self._writing = os.pipe()
         with warnings.catch_warnings(), suppress(OSError):  # too many processes
@@ -1563,9 +1562,8 @@ class Forked(Descriptor):
                 if lines:
                     known = json.loads(lines[-1].decode("ascii"))
                     heard(known)
-        _, status = os.waitpid(self._pid, 0)
+        os.waitpid(self._pid, 0)
         self._pid = -1
-        self.timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
         return known
 
     def close(self) -> None:
@@ -5662,9 +5660,8 @@ PACK_WARNINGS = (
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
-HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), on a "
-              "filesystem that is not mounted noexec, and its #! line name an interpreter that "
-              "exists here")
+HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), not lie "
+              "on what is mounted noexec, and its #! line name an interpreter that exists here")
 
 # A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
 # The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
@@ -5681,10 +5678,7 @@ def read_text(path: str) -> str:
 # -- commands under the rules for hooks --------------------------------------
 
 def commands(settings: Settings) -> List[Any]:
-    """List what is run under the rules for hooks: (section, key, argv, in_root, in_release).
-
-    Its program is looked for in the root, in a release, or both.
-    """
+    """List what is run under the rules for hooks: (section, key, argv, in_root, in_release)."""
     found = [("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
              for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
     found += [("migrate", name, getattr(settings.migrate, name), False, True)
@@ -5732,16 +5726,14 @@ def accepting(paths: Iterable[str]) -> str:
 
 def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
                             directory: str) -> None:
-    """Raise StepFailed where root would run one of `what` that others could have written.
-
-    `what` are (where it is configured, program).  Looked at just before as well: a release may
-    hold links that only a hook has made.
-    """
+    """Raise StepFailed where root would run a (place, program) that others could have written."""
+    # Also just before it is run: a release may hold links that only a hook has made.
     found: Problems = {}
     for where, program in what if os.geteuid() == 0 else ():
         found.update(foreign_program(settings, where, program, directory))
-    for path in found.keys() - set(settings.preflight.accept_risk):
-        problem, hint = found[path]
+    for path in settings.preflight.accept_risk:
+        found.pop(path, None)
+    for problem, hint in found.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
                          f"{hint}; or {accepting(found)}")
 
@@ -5754,11 +5746,7 @@ def working_directory(context: Context) -> str:
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
                   start: Callable[..., Any] = run_command, **options: Any) -> Any:
-    """Run an operator's command under the rules for hooks to its end, however it ends.
-
-    `what` is KIND NAME, such as `hook pre_stage`; `options` are those of what is to `start` it.
-    StepFailed where root must not run it.
-    """
+    """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage)."""
     settings, directory = run.settings, working_directory(context)
     refuse_foreign_programs(settings, [(what, argv[0])], directory)
     environ = base_environment()
@@ -5830,10 +5818,7 @@ def template_values(settings: Settings, context: Context) -> Dict[str, str]:
 
 
 def render_template(text: str, values: Dict[str, str], where: str) -> str:
-    """Replace every `${name}`; `$${name}` gives `${name}`, and any other `$` stays.
-
-    Raises StepFailed that names every name without a value.
-    """
+    """Replace every `${name}`; `$${name}` gives `${name}`; StepFailed for names without a value."""
     missing = {f"${{{name}}}" for escaped, name in PLACEHOLDER.findall(text)
                if not escaped and name not in values}
     if missing:
@@ -6074,8 +6059,7 @@ class PidfileService(Service):
     def look(self) -> str:
         """Say why the process does not run, or why the pidfile is not believed.
 
-        Whoever may write the pidfile must not choose which process of ours or of others is
-        signalled.
+        Whoever may write it must not choose which process of ours or of others is signalled.
         """
         path, ours = self.settings.pidfile, (0, os.geteuid())
         try:
@@ -6179,10 +6163,8 @@ def parse_url(text: str) -> Url:
 
 
 def wrong_header(sent: Dict[str, str]) -> Optional[str]:
-    """Say which header cannot be sent (RFC 9110, 5)."""
+    """Say which header's value cannot be sent (RFC 9110, 5.5)."""
     for name, value in sent.items():
-        if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
-            return f"{name!r} is not the name of a header"
         if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # which may be private
             return f"the value of header.{name} holds a line break or a control character"
     return None
@@ -6203,15 +6185,12 @@ def tls_context(tls: Any) -> Any:
 
 def network_error(error: Exception) -> str:
     """Say why asking a peer failed."""
-    import socket
     if isinstance(error, DeployError):
         return error.message
     if isinstance(error, ImportError):
         return f"{INCOMPLETE}: {error}; {INSTALL}"
-    if isinstance(error, socket.gaierror):
-        return f"the host name cannot be resolved: {error.strerror}"
     if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
-        return "TLS: " + re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(error))
+        return f"TLS: {error}"
     return reason(error) if getattr(error, "errno", None) else f"{type(error).__name__}: {error}"
 
 
@@ -6221,11 +6200,11 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
         from urllib.request import getproxies_environment, proxy_bypass_environment
         choice = getproxies_environment().get(url.scheme, "none")
         if proxy_bypass_environment(url.host):
-            choice = "none"
-        elif "://" not in choice and choice != "none":
-            choice = f"http://{choice}"
+            return None
     if choice == "none":
         return None
+    if "://" not in choice:  # as the environment may have it
+        choice = f"http://{choice}"
     if not choice.startswith("http://"):  # without its text, which may hold a password
         raise UsageError("the proxy is none that is spoken to in HTTP", "name an http:// one")
     return parse_url(choice)
@@ -6266,27 +6245,26 @@ class Conversation(Forked):
         self.known.update(found, stage=stage)
         self.tell(self.known)
 
-    def connect(self, address: Tuple[str, int]) -> None:
+    def connect(self, address: Tuple[str, int]) -> Answer:
         """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
         import socket
         host, port = address
-        self.at(f"connecting to {host}:{port}" if port else f"connecting to {host}")
+        where = f"{host}:{port}" if port else host
+        self.at(f"connecting to {where}")
         if not port:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.socket.connect(native(host))
-            return
+            return {"said": f"{where} accepts connections"}
         made = self.socket = socket.create_connection(address)
         # The peer's name is not to be had where it has hung up already.
         if made.getsockname()[1] == port and made.getsockname() == made.getpeername():
             # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
+        return {"said": f"{where} accepts connections"}
 
     def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
                 body: bytes = b"") -> Any:
-        """Ask by HTTP/1.1 (RFC 9112), as a section's tls_*, connect, proxy and header keys want it.
-
-        By http.client on a socket of our own: no cookie or redirect comes into play.
-        """
+        """Ask by HTTP/1.1 (RFC 9112), as a section's tls_*, connect, proxy and header keys want."""
         import http.client
         address, target, login = getattr(settings, "connect", ""), url.target, {}
         proxy = proxy_for(url, getattr(settings, "proxy", "none"))
@@ -6329,14 +6307,8 @@ class Conversation(Forked):
     def answer(self, interrupts: Interrupts, heard: Callable[[Answer], Any] = id) -> Answer:
         """Wait, and return what was found; its "error" says why that is not all."""
         found = dict(self.result(interrupts, heard) or self.known)
-        limit, stage = format_seconds(self.limit_seconds), found["stage"]
-        why = f"no answer within {limit}, it was still {stage}"
-        if not self.timed_out:
-            why = f"{stage}: the process that asks was not to be had (EAGAIN)"
-        elif stage == COMPARING:
-            why = (f"{stage} did not end within {limit}: a regular expression that repeats what "
-                   "repeats, as (a+)+ does, may take for ever")
-        return {"error": why, **found}
+        return {"error": f"no answer within {format_seconds(self.limit_seconds)}, it was still "
+                         f"{found['stage']}", **found}
 
 
 # -- probes: what is expected ------------------------------------------------
@@ -6448,8 +6420,6 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         is_candidates and not settings.candidate.command
         and "when = candidate needs a [candidate] with its command",
         is_candidates and kind == "service" and "a candidate is no service",
-        CANDIDATE_PORT in " ".join([probe.url, probe.tcp, probe.connect, *probe.command])
-        and f"{CANDIDATE_PORT} is known while a candidate is asked, to when = candidate",
         probe.of_slot and (not settings.slots or probe.when != "after")
         and "${slot} and ${port} need [slots], and when = after",
         release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
@@ -6486,16 +6456,36 @@ SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
 NO_ANSWER: Answer = {"status": None, "body": "", "named": None, "heard": False, "final": False}
 
 
-class ProbeResult(NamedTuple):
-    """The verdict on a probe; evidence: status, start of the body, error, tries."""
+class ProbeRun:
+    """A probe's tries from the first to the verdict, and what came of them.
 
-    name: str
-    ok: bool
-    required: bool
-    tries: int
-    seconds: float
-    detail: str
-    evidence: Answer
+    ask_KIND asks once and returns "error" (nothing where all is as expected), "said", "status",
+    the start of the "body", "named" (see judge()), "heard" where it is an answer (`failures` in a
+    row of the new release's own end it early), and "final" where nothing better can come.
+    """
+
+    def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
+                 progress: Any) -> None:
+        self.run = run
+        self.probe = probe
+        self.context = context
+        self.wanted = wanted
+        self.progress = progress
+        self.restarts = -1
+        self.failure: Answer = {}  # the last one
+        # What is told of it; evidence: status, start of the body, error, tries.
+        self.name = probe.name
+        self.ok = False
+        self.required = probe.required
+        self.tries = 0
+        self.seconds = 0.0
+        self.detail = ""
+        self.evidence: Answer = {}
+
+    def to_json(self) -> Json:
+        """Return what is told of it."""
+        return {name: getattr(self, name) for name in (
+            "name", "ok", "required", "tries", "seconds", "detail", "evidence")}
 
     def complaint(self) -> str:
         """Say that it failed: after how many tries, why, and how the answer began."""
@@ -6507,59 +6497,33 @@ class ProbeResult(NamedTuple):
         """Say where to look, or what to correct."""
         return next(hint for pattern, hint in PROBE_HINTS if re.search(pattern, self.detail))
 
+    def full(self, guard: Optional[Guard], *, is_new: bool) -> Answer:
+        """Ask until it is healthy, then whether it stays so; "error" is the verdict.
 
-class ProbeRun:
-    """A probe's tries from the first to the verdict.
-
-    ask_KIND asks once, within so many seconds, and returns "error" (nothing where all is as
-    expected), "said" (what it was, in words), "status", the start of the "body" and "named" (see
-    judge()); "heard" where it is an answer: of the new release's own, `failures` in a row that
-    are not healthy end it early; "final" where nothing better can come.
-    """
-
-    def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
-                 progress: Any, *, guard: Optional[Guard] = None) -> None:
-        self.run = run
-        self.probe = probe
-        self.context = context
-        self.wanted = wanted
-        self.progress = progress
-        self.guard = guard  # of the candidate, whose end and time are the probe's as well
-        self.tries = 0
-        self.restarts = -1
-        self.answer: Answer = {}
-        self.last_failure: Answer = {}
-
-    def full(self, *, is_new: bool) -> str:
-        """Ask until it is healthy, then whether it stays so; returns what is wrong, or nothing.
-
-        `is_new`: whatever answers is the new release.
+        `is_new`: whatever answers is the new release.  The end of a candidate's `guard` is ours.
         """
         import random
-        probe, watched = self.probe, [self.guard.descriptor] if self.guard else []
+        probe, watched, why = self.probe, [guard.descriptor] if guard else [], ""
         healthy = failed = refused = 0
         is_soaking = False
         pause_seconds, spacing_seconds = probe.initial_delay, probe.period
         ends_seconds = time.monotonic() + pause_seconds + probe.deadline
-        while True:
+        while not why:
             if self.run.interrupts.wait(pause_seconds, *watched):
-                self.guard.close()
-                return f"the candidate {self.guard.found[1]}"
-            last, left_seconds = self.answer, ends_seconds - time.monotonic()
+                guard.close()
+                why = f"the candidate {guard.found[1]}"
+                break
+            left_seconds = ends_seconds - time.monotonic()
             is_cut = not is_soaking and left_seconds < probe.timeout
             answer = self.attempt(left_seconds if is_cut else probe.timeout)
             left_seconds = ends_seconds - time.monotonic()
-            error = answer["error"]
-            if not error:
+            if not answer["error"]:
                 healthy += 1
                 failed = refused = 0
                 spacing_seconds = probe.period
-            elif is_cut and last and left_seconds <= 0:
-                # A try that the deadline cut short tells less than the answer before it.
-                self.answer = last
-                error = last["error"]
-            else:
-                self.last_failure = answer
+            elif not is_cut or left_seconds > 0 or not self.failure:
+                # A try that the deadline cut short tells less than the failure before it.
+                self.failure = answer
                 failed += 1
                 healthy = 0
                 by_new = is_new if answer["named"] is None else answer["named"]
@@ -6567,32 +6531,31 @@ class ProbeRun:
                 if failed > 1 and not is_soaking:
                     spacing_seconds = min(spacing_seconds * probe.backoff,
                                           max(probe.period, probe.period_max))
-            if self.answer["final"] or refused >= probe.failures and not is_soaking:
-                return f"the new release itself failed: {error}"
-            if is_soaking and failed >= probe.failures:
-                return f"failed {count(failed, 'time')} in a row after it was healthy: {error}"
             if not is_soaking and healthy >= probe.successes:
                 is_soaking = True
                 left_seconds = probe.soak
                 ends_seconds = time.monotonic() + left_seconds
-            # A soak does not end on a failed try: one more second must not make it a success.
-            if is_soaking and left_seconds <= 0 and not failed:
-                return ""
-            if not is_soaking and left_seconds <= SHORTEST_WAIT_SECONDS:
-                before = self.last_failure.get("error", "nothing")
-                error = error or (f"only {healthy} of {probe.successes} tries in a row were "
-                                  f"healthy, before that: {before}")
-                return f"not healthy within {format_seconds(probe.deadline)}: {error}"
+            error = self.failure.get("error", "too few answers in a row were healthy")
+            if answer["final"] or refused >= probe.failures and not is_soaking:
+                why = f"the new release itself failed: {error}"
+            elif is_soaking and failed >= probe.failures:
+                why = f"failed {failed} times in a row after it was healthy: {error}"
+            elif not is_soaking and left_seconds <= SHORTEST_WAIT_SECONDS:
+                why = f"not healthy within {format_seconds(probe.deadline)}: {error}"
+            elif is_soaking and left_seconds <= 0 and not failed:
+                # A soak does not end on a failed try: one more second must not make it a success.
+                return answer
             pause_seconds = spacing_seconds * (1 + random.uniform(-probe.jitter, probe.jitter))
             if not failed or not is_soaking:
                 # Towards the end a further try is worth more than the whole of its wait.
                 pause_seconds = min(pause_seconds, left_seconds / (1 if is_soaking else 2))
             pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
+        return dict(NO_ANSWER, **dict(self.failure, error=why))
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
         console, ask = self.run.console, getattr(self, f"ask_{probe_kind(self.probe)}")
-        answer = self.answer = dict(NO_ANSWER, **ask(max(0.001, limit_seconds)))
+        answer: Answer = dict(NO_ANSWER, **ask(max(0.001, limit_seconds)))
         for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
             answer[key] = console.secrets.mask(answer[key])[:EVIDENCE_CHARACTERS]
         self.tries += 1
@@ -6660,13 +6623,8 @@ class ProbeRun:
 
     def ask_tcp(self, limit_seconds: float) -> Answer:
         """See whether somebody accepts a connection."""
-        address = self.probe.tcp
-
-        def talk(asking: Conversation) -> Answer:
-            asking.connect(split_address(address))
-            return {"said": f"{address} accepts connections"}
-
-        return self.converse(talk, limit_seconds)
+        address = split_address(self.probe.tcp)
+        return self.converse(lambda asking: asking.connect(address), limit_seconds)
 
     def ask_command(self, limit_seconds: float) -> Answer:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
@@ -6715,16 +6673,13 @@ class ProbeRun:
 
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
               once: bool = False, progress: Any = None, restarted: bool = False,
-              guard: Optional[Guard] = None) -> ProbeResult:
-    """Ask until the verdict is in; a probe that fails gives ok=False, only a signal raises.
+              guard: Optional[Guard] = None) -> ProbeRun:
+    """Ask until the verdict is in, or `once`; one that fails gives ok=False, only a signal raises.
 
     `expect_release`: the answer must name the context's version or release.
-    `once`: a single try without delay, deadline or soak.
     `restarted`: this run has just acted on the services.  `guard`: it is a candidate that is asked.
     """
-    started_seconds = time.monotonic()
-    wanted = answers_naming(run, context) if expect_release else []
-    services, slot = run.settings.service, context.slot
+    started_seconds, services, slot = time.monotonic(), run.settings.service, context.slot
     if slot:
         services = dict(services, **{slot.name: slot})
     if probe.of_slot and not slot:
@@ -6736,17 +6691,19 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     # to the other slot yet.
     is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
         service.unit and service.action == "restart" for service in services.values())
-    asked = ProbeRun(run, probe, context, wanted, progress, guard=guard)
-    error = asked.attempt(probe.timeout)["error"] if once else asked.full(is_new=is_new)
-    shown = dict(NO_ANSWER, **(error and asked.last_failure or asked.answer))
-    evidence = {"status": shown["status"], "body": shown["body"], "error": error,
-                "tries": asked.tries}
+    wanted = answers_naming(run, context) if expect_release else []
+    found = ProbeRun(run, probe, context, wanted, progress)
+    answer = found.attempt(probe.timeout) if once else found.full(guard, is_new=is_new)
+    error = answer["error"]
+    found.ok = not error
+    found.detail = error or f"{answer['said']} ({count(found.tries, 'try', 'tries')})"
+    found.evidence = {"status": answer["status"], "body": answer["body"], "error": error,
+                      "tries": found.tries}
     if error and not once and not guard and (expect_release or probe.service):
-        evidence.update(journal_of(run, [service for name, service in services.items()
-                                         if probe.service in ("", name)]))
-    detail = error or f"{shown['said']} ({count(asked.tries, 'try', 'tries')})"
-    return ProbeResult(probe.name, not error, probe.required, asked.tries,
-                       round(time.monotonic() - started_seconds, 3), detail, evidence)
+        found.evidence.update(journal_of(run, [service for name, service in services.items()
+                                               if probe.service in ("", name)]))
+    found.seconds = round(time.monotonic() - started_seconds, 3)
+    return found
 
 
 def hold_port(host: str, port: int) -> Any:
@@ -10652,7 +10609,7 @@ def command_probe(run: Run) -> None:
                          "to compare the answer with", "name the root of what answers: --root DIR")
     results = [run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
                for probe in probes]
-    rows = run.outcome.extra["probes"] = [found._asdict() for found in results]
+    rows = run.outcome.extra["probes"] = [found.to_json() for found in results]
     show_table(run, "HEALTHY|PROBE|TOOK|ANSWER", "ok name seconds detail", rows)
     failed = [found for found in results if not found.ok and found.required]
     run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"

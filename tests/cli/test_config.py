@@ -289,13 +289,12 @@ def test_a_bad_value_from_elsewhere_is_named_with_its_origin(how: str, options: 
 
 
 TOGETHER = {
-    "header": ("probe:web", "url = http://a/\nheader.A B = 1"),
     "header line": ("probe:web", "url = http://a/\nheader.A =\n  1\n  2"),
     "template over shared": ("template:t", "source = t\ntarget = .env\n[deploy]\nshared_files = .env"),
     "template round shared": ("template:t", "source = t\ntarget = a\n[deploy]\nshared_dirs = a/b"),
     "templates in one place": ("template:u", "source = t\ntarget = x\n[template:t]\nsource = u\ntarget = x"),
     "template in template": ("template:u", "source = t\ntarget = x/y\n[template:t]\nsource = u\ntarget = x"),
-    "notify": ("notify:web", "url = http://a/\nheader.A B = 1"),
+    "notify": ("notify:web", "url = http://a/\nheader.A =\n  1\n  2"),
 }
 
 

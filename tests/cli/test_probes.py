@@ -782,8 +782,8 @@ ENDLESS, BAIT = "(a+)+$", b"a" * 60 + b"b"  # more steps than there are atoms
 def test_a_regular_expression_without_end_is_cut_off_with_its_try(serve, tmp_path, kind, assignment):
     server = serve(http(200, BAIT, "X-Bait: " + BAIT.decode("ascii")))
     target = url_of(server) if kind == "url" else script(tmp_path, f"print({BAIT.decode('ascii')!r})")
-    result = ask_longer("timeout", lambda result: "did not end within" in result.detail, kind, target, assignment)
-    assert not result.ok and re.search(r"did not end within [\d.]+s", result.detail), described(result)
+    result = ask_longer("timeout", lambda result: "still comparing" in result.detail, kind, target, assignment)
+    assert not result.ok and re.search(r"no answer within [\d.]+s, it was still comparing", result.detail), described(result)
     assert result.evidence["body"].startswith("aaa"), described(result)
 
 
@@ -951,9 +951,6 @@ def test_service(tmp_path):
     ("url", "http://a/", ["successes=3", "deadline=100ms", "timeout=50ms", "period=10ms"], ""),
     ("url", "http://a/", ["release=header:X-V", "max_body=0"], ""),
     ("url", "http://a/", ["expect_header.X-V=1", "method=HEAD"], ""),
-    ("url", "http://a/", ["header.X V=1"], "'X V' is not the name of a header"),
-    ("url", "http://a/", ["header.X:=1"], "'X:' is not the name of a header"),
-    ("url", "http://a/", ["header.\u00e4=1"], "is not the name of a header"),
     ("url", "http://a/", ["header.X=a\nEvil: b"], "the value of header.X holds a line break"),
     ("url", "http://a/", ["header.X=a\tb \u00e4"], ""),
     ("url", "https://a/", ["tls_cert=/c", "tls_verify=no"], ""),
