@@ -7964,7 +7964,8 @@ def check_origin(run: Run) -> Findings:
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
     for path, (why, fix) in found.items():
         yield ("warn" if path in settings.preflight.accept_risk else "fail", why,
-               f"{fix}; or give its digest from where it was built: --sha256; or {accepting(found)}")
+               f"{fix}; or give its digest from where it was built: --sha256; or "
+               f"{accepting(found)}")
 
 
 def check_bad(run: Run) -> Findings:
