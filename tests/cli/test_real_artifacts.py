@@ -323,7 +323,9 @@ def python_zip(top: Path, place: Path) -> Path:
     """What Python's zipfile writes, which follows symlinks."""
     with zipfile.ZipFile(str(place / "app-1.0.0.zip"), "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(top.rglob("*")):
-            archive.write(str(path), str(path.relative_to(top)))
+            # Of a directory Python 3.14 writes the name in code page 437, which the system's tool takes for bytes.
+            if not path.is_dir() or max(str(path.relative_to(top))) < "\x80":
+                archive.write(str(path), str(path.relative_to(top)))
     return place / "app-1.0.0.zip"
 
 

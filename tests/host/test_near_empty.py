@@ -69,6 +69,8 @@ def image(directory: Path, executable: str, uid: int, **options: Any) -> Iterato
     """An image, ready to run."""
     if os.geteuid() != 0:
         missing("root, who may mount,")
+    if list(Path(Python.of(executable).path).parents[1].glob("usr/lib*/ld-linux*")):
+        pytest.skip("this Python brings a C library of its own")
     with Image(directory, Python.of(executable), uid, **options) as ready:
         yield ready
 
@@ -243,6 +245,8 @@ WHAT_TO_INSTALL = "install all of it (Debian, Ubuntu: apt-get install python3)"
 
 def run_without(directory: Path, patterns: Sequence[str], *args: Any) -> Result:
     """Run deploy.py by an interpreter that lacks some modules."""
+    if {pattern.partition(".")[0] for pattern in patterns} & set(sys.builtin_module_names):
+        pytest.skip("this Python has it built in")
     lame = python_without(directory / "python", Python.of(sys.executable), *patterns)
     argv = [lame, compiled(), *map(str, args)]
     done = subprocess.run(argv, env=clean_environment(), cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
