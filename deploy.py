@@ -10145,14 +10145,21 @@ def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing:
 def block(values: Json, indent: str = "  ") -> Iterator[str]:
     """Write each value that is known on a line of its own, and what belongs together below it."""
     for name, value in values.items():
-        if isinstance(value, dict):
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) and not in_short(name, value):
             yield f"{indent}{name}"
             yield from block(value, indent + "  ")
-            continue
-        for item in value if isinstance(value, list) else [value]:
+            items = []
+        for item in items:
             if item not in (None, ""):
                 yield f"{indent}{name:<16} {in_short(name, item)}"
                 name = ""
+
+
+def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
+    """Say what the command came to, behind some lines."""
+    run.outcome.message = message
+    run.console.result("\n".join([*lines, message]))
 
 
 # -- a root, opened ------------------------------------------------------------
@@ -10182,18 +10189,15 @@ def looking(run: Run, *, must_exist: bool = True) -> Iterator[Optional[Store]]:
 def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then finish what an earlier run left."""
     command, wait_seconds = run.flags.command, run.settings.deploy.lock_wait
-    run.store, own = Store.create(run.settings), environment("DEPLOY_ID")
+    store = run.store = Store.create(run.settings)
     try:
-        holder = lock_holder(run.store) if own else None
-        if holder and holder.get("deploy_id") == own:
-            raise busy(holder)  # the run whose hook this is waits for us
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
         holder = dict(run.by, command=command, since=format_time(time.time()),
                       deploy_id=run.deploy_id)
-        with lock(run.store, wait_seconds, holder, run.interrupts):
-            run.store.read_history(1)  # what takes no line must be known before anything changes
+        with lock(store, wait_seconds, holder, run.interrupts):
+            store.read_history(1)  # what takes no line must be known before anything changes
             if command in ("rollback", "recover", "prune"):
-                run.store.reserve(keep=False)
+                store.reserve(keep=False)
             if recover_first:
                 # What a recovery does is not what the command did: its steps are its own.
                 outcome = run.outcome
@@ -10210,12 +10214,12 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                     outcome.changed, run.facts = True, None  # it is not what it was
                 run.interrupts.is_closed = False
             try:
-                yield run.store
+                yield store
             except (PreflightFailed, ArtifactRefused) as error:
                 remember_refusal(run, error)
                 raise
             if run.outcome.changed:
-                run.store.reserve(keep=True)
+                store.reserve(keep=True)
     finally:
         close_root(run)
 
@@ -10287,14 +10291,14 @@ def find_new(run: Run) -> str:
     flags, store, source = run.flags, run.store, run.settings.source
     if not source.url and not source.git:
         raise UsageError("there is no source to fetch from", "name it: [source] url, or git")
-    facts = observe(run, locked=not flags.dry_run)
+    facts, cached = observe(run, locked=not flags.dry_run), []
     if not flags.dry_run:
         run.cache = store.directory(".deploy").child("cache", make=True)
         with suppress(PermissionError):  # another member's, who gave it
             give_to_group(run.cache.descriptor, store.group)
+        cached = os.listdir(run.cache.descriptor)
     seen, listed = look(run)
     offer, live = run.offer, facts.release(facts.current.release or "")
-    is_here = offer.path.startswith("/") and not offer.ref
     for record in facts.records.values() if offer.ref else ():
         if record.artifact["source"] == run.console.secrets.mask(offer.path):
             offer.sha256 = record.sha256
@@ -10302,7 +10306,7 @@ def find_new(run: Run) -> str:
     flags.sha256, flags.release_version = offer.sha256, offer.version
     if source.index.endswith(".json") or source.order == "uapi":
         flags.allow_downgrade = True  # its sequence guards, and a channel may point back
-    for name in os.listdir(run.cache.descriptor) if run.cache else ():
+    for name in cached:
         if name.partition(".")[0] not in listed - {live.sha256 if live else ""}:
             run.cache.remove_tree(name)
     if live and live.sha256 == offer.sha256:
@@ -10315,9 +10319,11 @@ def find_new(run: Run) -> str:
         raise ArtifactRefused(refused["reason"], "publish it again, with its index")
     if flags.check:
         raise ProblemFound(f"{offer.version} is new: {offer.path}",
-                           f"deploy it: {run.settings.command_line('sync')}")
-    if flags.dry_run or is_here:
-        return offer.path if is_here else ""
+                           f"deploy it: {facts.command_line('sync')}")
+    if offer.path.startswith("/") and not offer.ref:
+        return str(offer.path)
+    if flags.dry_run:
+        return ""
     run.plan = plan_operation(run.facts)
     preflight(run, show=False)
     try:
@@ -10331,22 +10337,21 @@ def find_new(run: Run) -> str:
 
 def describe_ends(run: Run, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
-    facts, outcome, before = run.facts, run.outcome, plan.from_release
-    run.console.log_context["release"] = plan.to_release
-    outcome.release, outcome.previous = plan.to_release or None, before
-    if before == plan.to_release:
+    facts, outcome, diff, after = run.facts, run.outcome, run.console.diff, plan.to_release
+    before = outcome.previous = plan.from_release
+    outcome.release = run.console.log_context["release"] = after
+    if before == after:
         target = rollback_target(facts, before)
         outcome.previous = target.id if target else None
     # What current points to before and after, in the form that Ansible shows.
-    for when, release, made in (("before", before, None),
-                                ("after", plan.to_release, facts.artifact)):
-        if when == "after" and not any(step.name == "activate" for step in plan.steps):
-            release, made = before, None
-        known, text = facts.records.get(release or "") or made, f"release: {release}\n"
+    moves = any(step.name == "activate" for step in plan.steps)
+    for when, release in (("before", before), ("after", after if moves else before)):
+        known, text = facts.records.get(release or ""), f"release: {release}\n"
+        if when == "after" and moves:
+            known = known or facts.artifact
         if known:
             text += f"version: {known.version}\nsha256: {known.sha256}\n"
-        run.console.diff[f"{when}_header"] = f"{facts.root}/current"
-        run.console.diff[when] = text if release else ""
+        diff.update({f"{when}_header": f"{facts.root}/current", when: text if release else ""})
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
@@ -10377,26 +10382,25 @@ def preflight(run: Run, *, show: bool = True) -> None:
 
 def show_plan(run: Run, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
-    outcome, facts, journal = run.outcome, run.facts, run.facts.journal
-    if facts.holder is not None or run.flags.command == "recover":
-        journal = None
-    if facts.holder is not None or journal and not outcome.checks:
-        why = busy(facts.holder or {}).message
-        if journal:  # where there are checks, one of them says so
-            why = f"{journal.operation} of {journal.to_release} was interrupted"
-        run.console.warn(f"{why}; once that has come to its end, the plan may be another")
-    steps, rows = plan.steps + plan.last, plan.to_json()
-    outcome.changed, outcome.extra["plan"] = bool(steps or journal), rows
+    outcome, facts, steps = run.outcome, run.facts, plan.steps + plan.last
+    journal = facts.journal if facts.holder is None else None
+    if facts.holder is not None:
+        run.console.warn(f"{busy(facts.holder).message}; after that the plan may be another")
+    elif journal and not outcome.checks:  # where there are checks, one of them says so
+        run.console.warn(f"{journal.operation} of {journal.to_release} was interrupted; once that "
+                         "is recovered the plan may be another")
+    outcome.changed, outcome.extra["plan"] = bool(steps or journal), plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
-    outcome.message = "nothing to do"
     if not steps:
-        run.console.result(outcome.message)
+        conclude(run, "nothing to do")
         return
-    outcome.message = f"would {run.flags.command}: {count(len(steps), 'step')}"
-    lines = [f"plan of {plan.operation} ({count(len(steps), 'step')}; nothing was changed)"]
-    lines += [f"  {number:>2}  {step.name:<20} {step.text}" for number, step in enumerate(steps, 1)]
-    lines += ["should anything fail after activation:"] if plan.way_back else []
-    lines += [f"      {step.name:<20} {step.text}" for step in plan.way_back]
+    number = count(len(steps), "step")
+    outcome.message = f"would {run.flags.command}: {number}"
+    lines = [f"plan of {plan.operation} ({number}; nothing was changed)", *block(
+        {f"{number:>2}  {step.name:<16}": step.text for number, step in enumerate(steps, 1)})]
+    if plan.way_back:
+        lines += ["should anything fail after activation:", *block(
+            {f"    {step.name:<16}": step.text for step in plan.way_back})]
     run.console.result("\n".join(lines))
     for step in steps:
         if step.name == "verify":  # it only looks: what it would find is found now
@@ -10415,36 +10419,39 @@ def command_move(run: Run) -> None:
     transact(run, checks=not pins)
     if run.flags.dry_run:
         return
-    outcome.message = f"{outcome.release or 'nothing'} {MOVED[command]}"
+    message = f"{outcome.release or 'nothing'} {MOVED[command]}"
     if not outcome.steps and not pins:
-        outcome.message += " already; nothing to do"
+        message += " already; nothing to do"
     if not outcome.steps or pins:
-        run.console.result(outcome.message)
+        conclude(run, message)
         return
-    facts, back, undo, forward = run.facts, outcome.previous, None, None
+    facts, back, then = run.facts, outcome.previous, {}
     before = facts.release(back or "")
     if command == "stage":
-        back, forward = None, facts.command_line(f"activate {outcome.release}")
+        then["go live"] = facts.command_line(f"activate {outcome.release}")
     elif command == "rollback" and before and before.state != STATE_BAD:
-        undo = facts.command_line(f"activate {back}")
-    elif command != "rollback" and back and rollback_target(facts, outcome.release):
-        undo = facts.command_line("rollback")
-    run.console.result("\n".join([f"{run.application}: {outcome.message}", *block(
-        {"go live": forward, "before": back, "undo": undo})]))
+        then.update(before=back, undo=facts.command_line(f"activate {back}"))
+    elif back:
+        then["before"] = back
+        if command != "rollback" and rollback_target(facts, outcome.release):
+            then["undo"] = facts.command_line("rollback")
+    conclude(run, "\n".join([f"{run.application}: {message}", *block(then)]))
+    outcome.message = message
 
 
 def command_prune(run: Run) -> None:
     """Delete what keep_releases no longer keeps."""
     transact(run, checks=False)
-    outcome, facts, would = run.outcome, run.facts, "would be " if run.flags.dry_run else ""
-    removed = outcome.extra["removed"] = [
-        step.name.partition(":")[2] for step in outcome.steps if step.status in ("done", "planned")]
+    facts, would = run.facts, "would be " if run.flags.dry_run else ""
+    removed = run.outcome.extra["removed"] = [
+        step.name.partition(":")[2] for step in run.outcome.steps
+        if step.status in ("done", "planned")]
     for name, process in sorted(facts.in_use.items()):
         if name != facts.current.release:
             run.console.say(f"{name} is in use by {process}, and stays")
-    outcome.message = f"{count(len(removed), 'release')} {would}removed"
+    run.outcome.message = f"{count(len(removed), 'release')} {would}removed"
     if not would:
-        run.console.result("\n".join([outcome.message] + [f"  {name}" for name in removed]))
+        conclude(run, run.outcome.message, removed)
 
 
 def command_recover(run: Run) -> None:
@@ -10452,12 +10459,12 @@ def command_recover(run: Run) -> None:
     flags, outcome, done, lost = run.flags, run.outcome, [], None
     if flags.to:
         transact(run, checks=False, recover_first=False)
-        if flags.dry_run:
-            return
-        outcome.changed = True
-        done = outcome.extra["recovered"] = [
-            f"{outcome.release} is live, and nothing is under way"]
-    elif not is_untouched(run):
+        if not flags.dry_run:
+            outcome.changed = True
+            conclude(run, f"{outcome.release} is live, and nothing is under way")
+            outcome.extra["recovered"] = [outcome.message]
+        return
+    if not is_untouched(run):
         with looking(run, must_exist=False) if flags.dry_run else changing(run):
             facts = observe(run, locked=True)
             outcome.release, lost = facts.current.release, lost_current(facts)
@@ -10465,11 +10472,10 @@ def command_recover(run: Run) -> None:
     if flags.dry_run:
         outcome.changed = bool(done)
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
-    outcome.message = "; ".join(done) or "nothing to recover"
-    run.console.result(outcome.message)
+    conclude(run, "; ".join(done) or "nothing to recover")
     if lost:
         raise without_current(run.facts, lost)
-    if run.facts and run.facts.state_problems and not flags.to:
+    if run.facts and run.facts.state_problems:
         raise StateError("; ".join(run.facts.state_problems), RESTORE)
 
 
@@ -10523,8 +10529,7 @@ def command_verify(run: Run) -> None:
         release = select_release(observe(run, locked=False), run.flags.release or "current")
         run.outcome.release = release.id
         lines = name_differences(run, check_release(run, release))
-    run.outcome.message = f"{release.id}: {count(len(lines), 'difference')}"
-    run.console.result("\n".join([*lines, run.outcome.message]))
+    conclude(run, f"{release.id}: {count(len(lines), 'difference')}", lines)
     if lines:
         more = ", ..." if len(lines) > 5 else ""
         raise ProblemFound(f"{run.outcome.message}: {', '.join(lines[:5])}{more}",
@@ -10544,8 +10549,7 @@ def command_diff(run: Run) -> None:
     found = differences(*trees)
     lines = name_differences(run, found)
     run.outcome.previous, run.outcome.release = ids
-    run.outcome.message = f"from {ids[0]} to {ids[1]}: {count(len(lines), 'difference')}"
-    run.console.result("\n".join([*lines, run.outcome.message]))
+    conclude(run, f"from {ids[0]} to {ids[1]}: {count(len(lines), 'difference')}", lines)
 
 
 def command_logs(run: Run) -> None:
@@ -10557,19 +10561,19 @@ def command_logs(run: Run) -> None:
     services = {**run.settings.service, **slots}
     if wanted and wanted not in services:
         raise no_such("service", wanted, services)
-    ways: Dict[Tuple[str, ...], List[str]] = {}
-    for name, service in services.items():
-        is_meant = wanted == name or not wanted and (name not in slots or name == facts.live_slot)
-        if service.unit and is_meant:
-            way = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
-            ways.setdefault(tuple(way), []).extend(["-u", service.unit])
-    if not ways or run.flags.follow and (run.flags.json or len(ways) > 1):
-        raise UsageError(f"{wanted or 'none'} is no systemd unit, and only units have a journal"
-                         if not ways else "--follow has no end, and shows one journal",
-                         "name one service that has a unit, without --json")
+    idle = set(slots) - {facts.live_slot}
+    units = [service for name, service in services.items()
+             if service.unit and (name == wanted or not wanted and name not in idle)]
+    if not units:
+        raise UsageError(f"{wanted or 'none'} is no systemd unit, and only units have a journal",
+                         "set `unit` in [service:NAME], or look where the service logs to")
+    if run.flags.follow and (run.flags.json or len(units) > 1):
+        raise UsageError("--follow has no end, and shows one journal",
+                         "name one service, without --json")
     since_seconds = read_value("moment", live.activated_at or live.created_at)(0.0, 1)
-    for way, units in ways.items():
-        argv = [*way, "--no-pager", f"--since=@{since_seconds:.0f}", *units]
+    for service in units:
+        argv = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
+        argv += ["--no-pager", f"--since=@{since_seconds:.0f}", "-u", service.unit]
         if run.flags.follow:
             argv.append("--follow")
         done = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
@@ -10662,8 +10666,8 @@ def command_status(run: Run) -> None:
         return
     rows = run.outcome.extra["roots"] = []
     for path in configurations():
-        row: Json = dict.fromkeys(("application", "root", "release"))
-        row.update(configuration=path, problem="", ok=True)
+        row = {"application": None, "root": None, "release": None, "configuration": path,
+               "problem": "", "ok": True}
         rows.append(row)
         try:
             one = Run(load_settings([path], {}, []), Console(), run.interrupts, run.flags)
@@ -10685,8 +10689,7 @@ def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     outcome, last = run.outcome, None
     with looking(run) as store:
-        facts = observe(run, locked=False)
-        flag = store.maintenance() if store.status(store.flag) else None
+        facts, flag = observe(run, locked=False), store.maintenance()
         problems = state_problems(run)
         try:
             store.check_owner(looking=True)
@@ -10701,21 +10704,18 @@ def show_status(run: Run) -> None:
             ("current", facts.release(name or "")), ("previous", previous),
             ("journal", facts.journal), ("last", last))}
     found.update(
-        lock=facts.holder, maintenance=flag, releases=len(facts.on_disk & set(facts.records)),
-        hold=facts.hold or None, problems=[problem for problem, _ in problems],
-        configuration=run.settings.files)
+        lock=facts.holder, maintenance=flag or None, hold=facts.hold or None,
+        releases=len(facts.on_disk & set(facts.records)), configuration=run.settings.files,
+        problems=[problem for problem, _ in problems])
     links = {slot: release for release, slot in facts.slots.items()}
-    slots = {slot: {"port": values.port, "release": links.get(slot),
-                    "live": slot == facts.live_slot}
-             for slot, values in run.settings.slots.items()}
-    if slots:
-        found = dict(found, **{f"slot {slot}": values for slot, values in slots.items()})
-        outcome.extra["status"]["slots"] = slots
-    shown = {"application": facts.application, "root": facts.root,
-             "current": name or "nothing is live"}
-    shown.update((key, in_short(key, value) if isinstance(value, dict) else value)
-                 for key, value in found.items() if value)
-    run.console.result("\n".join(block(dict(shown, state="" if problems else "ok"))))
+    if run.settings.slots:
+        found["slots"] = {slot: {"port": values.port, "release": links.get(slot),
+                                 "live": slot == facts.live_slot}
+                          for slot, values in run.settings.slots.items()}
+    run.console.result("\n".join(block({
+        "application": facts.application, "root": facts.root, **found,
+        "current": found["current"] or name or "nothing is live",
+        "state": "" if problems else "ok"})))
     outcome.message = f"{name or 'nothing'} is live; state: {'; '.join(found['problems']) or 'ok'}"
     if problems:
         raise ProblemFound(*problems[0])
@@ -10727,32 +10727,35 @@ def state_problems(run: Run) -> List[Problem]:
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
     problems = [(problem, fix) for status, problem, fix in (*check_state(run), *check_current(run))
                 if status != "ok"]
-    if journal and facts.holder is None:
+    if facts.settings.slots:
+        problems += slot_problem(facts)
+    back = rollback_target(facts, live)
+    for record in filter(None, (facts.release(live or ""), back)):
+        if not all(store.status(f"{path}/{record.id}") for path in (MANIFESTS, TREES)):
+            problems.append((f"{record.id} cannot be verified: its manifest is missing",
+                             DEPLOY_AGAIN))
+    if facts.holder is not None:
+        return problems
+    if journal:
         by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
         problems.append((
             f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
             command_line("recover --to RELEASE" if by_hand else "recover")))
-    if facts.settings.slots:
-        problems += slot_problem(facts)
-    back = rollback_target(facts, live)
-    settled = not facts.current.problem and facts.holder is None and not journal
-    if settled and store.status(store.flag) and "deploy_id" in store.maintenance():
+    if journal or facts.current.problem:
+        return problems
+    if "deploy_id" in store.maintenance():
         problems.append(("maintenance is on, and the run that wanted it has ended",
                          command_line("recover")))
-    if lost and settled:
+    if lost:
         error = without_current(facts, lost)
         problems.append((error.message, error.hint))
-    for record in facts.records.values() if settled else []:
+    for record in facts.records.values():
         if record.state == STATE_ACTIVE and record.id != live and record != lost:
             problems.append((f"{record.id} should be live, but current points to {live}",
                              command_line(f"activate {record.id}") + "; or recover, to go by it"))
         elif record.id == live and record.failure:
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
                              command_line("rollback") if back else "deploy a corrected version"))
-    for record in filter(None, (facts.release(live or ""), back)):
-        if not all(store.status(f"{path}/{record.id}") for path in (MANIFESTS, TREES)):
-            problems.append((f"{record.id} cannot be verified: its manifest is missing",
-                             DEPLOY_AGAIN))
     return problems
 
 
@@ -10783,8 +10786,7 @@ def command_history(run: Run) -> None:
             outcome.extra["history"] = []
             problems = store.verify_history()
             lines = count(len(store.read_history()[0]), "entry", "entries")
-            outcome.message = "; ".join(problems[:3]) or f"{lines}, the chain is whole"
-            run.console.result(outcome.message)
+            conclude(run, "; ".join(problems[:3]) or f"{lines}, the chain is whole")
             if problems:
                 raise ProblemFound(
                     f"the history is not whole: {outcome.message}",
@@ -10815,17 +10817,15 @@ def command_history(run: Run) -> None:
 def command_show(run: Run) -> None:
     """Show one deployment with its steps, and the evidence where it failed."""
     with looking(run) as store:
-        entries, live = store.history(), store.current().release
-    text = run.flags.id or "latest"
-    if text == "current" and live:
-        text = live
-    # A run's own names first, then the last that was done with a release, then what begins so.
-    found = [entry for entry in entries if text in (entry.deploy_id, str(entry.sequence))] or \
-        [entry for entry in entries if entry.operation not in ("pin", "unpin")
-         and text in (entry.release, entry.version)][-1:] or \
-        [entry for entry in entries if entry.deploy_id.startswith(text)
-         or (entry.release or "").startswith(text)]
-    if not found and text == "latest":
+        entries, text = store.history(), run.flags.id or "latest"
+        if text == "current":
+            text = store.current().release or text
+    names = [(name, entry) for entry in entries for name in (
+        entry.deploy_id, str(entry.sequence), entry.release, entry.version) if name]
+    exact = [entry for name, entry in names if name == text]
+    exact.sort(key=lambda entry: entry.operation not in NOTING)  # that it was pinned comes last
+    found = exact[-1:] or [entry for name, entry in names if name.startswith(text)]
+    if text == "latest":
         found = entries[-1:]
     ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries))[-5:]
     if not found or len(ids) > 1:
@@ -10838,7 +10838,10 @@ def command_show(run: Run) -> None:
     run.outcome.message = found[-1].result
     for entry in shown:
         steps = [part for step in entry["steps"] for part in (step, *step.get("output", ()))]
-        run.console.result("\n".join(block(dict(entry, steps=steps))))
+        failure = entry["failure"] or {}
+        run.console.result("\n".join(block({
+            **(failure.get("evidence") or {}), **entry, "steps": steps,
+            "failure": failure.get("step"), "reason": failure.get("reason")})))
 
 
 # -- how deployments went over time --------------------------------------------
@@ -10854,7 +10857,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
     """
     from calendar import timegm
-    from statistics import median
+    from statistics import mean, median
 
     def span(begin: Any, end: Any) -> Optional[float]:
         if not (begin and end):
@@ -10868,10 +10871,10 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     broken: List[Json] = []
     for entry in entries:
         last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
-        is_broken, left = entry.result in NEEDED_A_PERSON, by_release.get(entry.previous)
-        goes_live = entry.result in GOES_LIVE
+        is_broken, goes_live = entry.result in NEEDED_A_PERSON, entry.result in GOES_LIVE
         # What a recovery made of a run has the run's own id.
         is_end = entry.deploy_id == last.get("deploy_id")
+        left = by_release.get(entry.previous)
         if left and entry.operation == "rollback" and goes_live and not (
                 automatic or left["failed"]):
             left["failed"] = True
@@ -10884,11 +10887,12 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
                 goes_live or is_broken):
             continue
         run = {key: getattr(entry, key) for key in (
-            "deploy_id", "operation", "result", "release", "version", "note", "built_at")}
-        starts = [step.get("started_at") for step in entry.steps if step["name"] == "activate"]
-        run.update(at=str(starts and starts[0] or entry.at), by=entry.by.get("user"),
-                   failed=automatic or is_broken, rework=last.get("failed", False),
-                   well_at=entry.at if automatic else None)
+            "at", "deploy_id", "operation", "result", "release", "version", "note", "built_at")}
+        run.update(by=entry.by.get("user"), failed=automatic or is_broken,
+                   rework=last.get("failed", False), well_at=entry.at if automatic else None)
+        for step in entry.steps:
+            if step["name"] == "activate" and run["at"] == entry.at:
+                run["at"] = step.get("started_at") or entry.at
         runs.append(run)
         by_release[entry.release] = run
         broken += [run] if is_broken else []
@@ -10896,14 +10900,13 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     for run in runs:
         run["recovery_seconds"] = span(run["at"], run["failed"] and run["well_at"])
         run["lead_seconds"] = span(run["built_at"], run["at"])
-    per_day = len(runs) / max(1.0, (span(since, until) or 0.0) / 86400)
+    days = max(1.0, (span(since, until) or 0.0) / 86400)
     found = {"since": since, "until": until, "deployments": len(runs),
-             "per_day": round(per_day, 3), "failed": sum(run["failed"] for run in runs)}
-    for name, key in (("change_fail_rate", "failed"), ("rework_rate", "rework")):
-        found[name] = round(sum(run[key] for run in runs) / len(runs), 4) if runs else None
-    for key in ("recovery_seconds", "lead_seconds"):
-        known = [run[key] for run in runs if run[key] is not None]
-        found[key] = median(known) if known else None
+             "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs)}
+    for name, key, middle in (("change_fail_rate", "failed", mean), ("rework_rate", "rework", mean),
+                              ("recovery_seconds", "", median), ("lead_seconds", "", median)):
+        known = [float(run[key or name]) for run in runs if run[key or name] is not None]
+        found[name] = round(middle(known), 4) if known else None
     return dict(found, runs=runs)
 
 
@@ -10922,8 +10925,8 @@ def command_report(run: Run) -> None:
     with looking(run) as store:
         found = measure(store.history(), since, format_time(now_seconds))
     run.outcome.extra["report"], runs = found, found["runs"]
-    run.outcome.message = f"{count(len(runs), 'deployment')}, {found['failed']} failed"
     measures = {key: value for key, value in found.items() if key != "runs"}
+    text = "\n".join([*block(measures), ""])
     if flags.format == "json":
         text = json.dumps(found, indent=2) + "\n"
     elif flags.format == "html":
@@ -10938,18 +10941,17 @@ def command_report(run: Run) -> None:
         writer.writeheader()
         writer.writerows(runs)
         text = table.getvalue()
-    else:
-        text = "\n".join([*block(measures), ""])
     text = run.console.secrets.mask(text)
+    run.outcome.message = f"{count(len(runs), 'deployment')}, {found['failed']} failed"
     if output == "-":
         run.console.raw_result(text)
         return
-    refuse_odd_files(absolute(output))
-    directory, name = os.path.split(absolute(output))
+    path = absolute(output)
+    refuse_odd_files(path)
     with blaming(UsageError, f"cannot write {output}", "name another: -o FILE"), \
-            Directory(os.path.realpath(directory)) as place:
-        place.write(name, text.encode("utf-8", "backslashreplace"), 0o644)
-    run.console.result(f"{run.outcome.message}: {output}")
+            Directory(os.path.realpath(os.path.dirname(path))) as place:
+        place.write(os.path.basename(path), text.encode("utf-8", "backslashreplace"), 0o644)
+    conclude(run, f"{run.outcome.message}: {output}")
 
 
 REPORT_PAGE = """\
@@ -11048,10 +11050,9 @@ def command_approve(run: Run) -> None:
             run.console.progress("hash", artifact.size_bytes) as progress:
         artifact.identify(run.settings, watching(run, progress))
         artifact.confirm(run.settings, watching(run, progress))
-    expires = format_time(read_value("moment", run.flags.expires or "7d")(time.time(), 1))
-    text = approval(run, artifact, expires)
-    show_signable(run, text.decode("ascii"), f"{artifact.name}.approval",
-                  "-n deploy-approval -f KEY")
+    expires = read_value("moment", run.flags.expires or "7d")(time.time(), 1)
+    text = approval(run, artifact, format_time(expires)).decode("ascii")
+    show_signable(run, text, f"{artifact.name}.approval", "-n deploy-approval -f KEY")
 
 
 def show_signable(run: Run, text: str, name: str, how: str) -> None:
@@ -11080,9 +11081,8 @@ def command_maintenance(run: Run) -> None:
             store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
         else:
             store.forget(flag)
-    outcome.message = f"maintenance is {run.flags.action}: {run.root}/{flag}"
+    conclude(run, f"maintenance is {run.flags.action}: {run.root}/{flag}")
     run.console.say(outcome.message, shown="")
-    run.console.result(outcome.message)
 
 
 def serve_maintenance(run: Run) -> None:
@@ -11094,7 +11094,7 @@ def serve_maintenance(run: Run) -> None:
     if len(addresses) != 1 or path[0] != "/":
         raise UsageError("maintenance serve needs one --listen HOST:PORT, and --health a /PATH",
                          "such as --listen 127.0.0.1:8503 --health /healthz")
-    health = re.escape(os.fsencode(path))
+    healthy = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
     if run.flags.page:
         page = read_file(run.flags.page, MAX_CONFIG_BYTES)
     busy = f"503 Service Unavailable\r\nRetry-After: {run.settings.maintenance.retry_after}"
@@ -11109,12 +11109,11 @@ def serve_maintenance(run: Run) -> None:
         with client, suppress(OSError):  # it is gone, or too slow
             while not re.search(rb"\n\r?\n", asked) and len(asked) < READ_BYTES:
                 asked += receive() or b"\n\n"
-            is_health = re.match(rb"(GET|HEAD) %b[ ?]" % health, asked)
-            status, body = ("200 OK", b"ok\n") if is_health else (busy, page)
+            status, body = ("200 OK", b"ok\n") if healthy.match(asked) else (busy, page)
             head = f"HTTP/1.1 {status}\r\nContent-Type: text/html; charset=utf-8\r\n" \
-                f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close"
-            body = b"" if asked.startswith(b"HEAD ") else body
-            client.sendall(head.encode("ascii") + b"\r\n\r\n" + body)
+                f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\n" \
+                "Connection: close\r\n\r\n"
+            client.sendall(head.encode("ascii") + (b"" if asked[:5] == b"HEAD " else body))
             client.shutdown(socket.SHUT_WR)
             while receive():
                 pass  # closed with some of it unread, the answer could be lost
@@ -11152,18 +11151,16 @@ def command_pack(run: Run) -> None:
     if problem:
         raise UsageError(f"--prefix {prefix!r}: {problem}",
                          "name a relative directory, such as shop-1.4.2")
-    outcome.message = f"would pack {directory} into {target} and {target}.sha256"
-    outcome.extra["plan"] = [{"name": "pack", "description": outcome.message[6:]}]
-    warnings: List[str] = []
+    text, warnings = f"pack {directory} into {target} and {target}.sha256", []
+    outcome.extra["plan"], message = [{"name": "pack", "description": text}], f"would {text}"
     if not flags.dry_run:
         made, warnings = pack(directory, target, prefix, run.settings,
                               lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
         outcome.extra["artifact"] = dict(made, path=portable(target))
-        outcome.message = f"{portable(shown)}: {count(made['files'], 'file')}, " \
-            f"{format_size(made['size'])}\n  sha256     {made['sha256']}"
+        message = f"{portable(shown)}: {count(made['files'], 'file')}, " \
+            f"{format_size(made['size'])}, sha256 {made['sha256']}"
     outcome.changed = True
-    run.console.result(outcome.message)
-    outcome.message = outcome.message.partition("\n")[0]
+    conclude(run, message)
     for warning in warnings:
         run.console.warn(warning)
 
@@ -11184,19 +11181,19 @@ root = {root}
 
 def command_config(run: Run) -> None:
     """Show every option with its value and where it came from."""
-    flags, extra, deploy = run.flags, run.outcome.extra, run.settings.deploy
-    extra["config"] = {}
+    flags, deploy, found = run.flags, run.settings.deploy, {}
+    run.outcome.extra["config"] = found
     if flags.example:
         lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
                  "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
                  "# Relative paths are relative to this file. Comments stand on their own lines."]
         for section, about, options in SECTIONS:
-            lines += ["", f"# {about}", f"#[{section[:-1]}NAME]" if section[-1] == "*"
-                      else f"[{section}]"]
+            named = section.replace("*", "NAME")
+            lines += ["", f"# {about}", f"#[{named}]" if named != section else f"[{section}]"]
             for option in options.values():
                 lines.append(f"# {option.help} ({option.takes})")
                 lines.append(f"#{option.key.replace('*', 'NAME')} = {option.default}".rstrip())
-        run.console.raw_result("\n".join(lines) + "\n")
+        run.console.raw_result("\n".join([*lines, ""]))
         return
     if flags.minimal:
         name = deploy.application or "shop"
@@ -11210,11 +11207,11 @@ def command_config(run: Run) -> None:
         chosen = section in ("env", "vars") or key.startswith("header.")
         shown = MASK if chosen and text and SECRET_NAME.search(key) else text.replace("\n", " | ")
         rows.append((section, key, shown, origin))
-        extra["config"][f"{section}.{key}"] = {"value": shown, "origin": origin}
-    given = {name.partition(":")[0] for name, _ in run.settings.given} | {
-        "deploy", "artifact", "limits"}
-    inert = extra["inert"] = [name.replace("*", "NAME") for name, _, _ in SECTIONS
-                              if name.partition(":")[0] not in given]
+        found[f"{section}.{key}"] = {"value": shown, "origin": origin}
+    given = {name.partition(":")[0] for name, _ in run.settings.given}
+    given.update(("deploy", "artifact", "limits"))
+    inert = run.outcome.extra["inert"] = [name.replace("*", "NAME") for name, _, _ in SECTIONS
+                                          if name.partition(":")[0] not in given]
     run.outcome.message = count(len(rows), "option")
     run.console.result(render_table(("SECTION", "KEY", "VALUE", "FROM"), rows))
     run.console.result(render_table(("NOT CONFIGURED: NOTHING OF IT RUNS",), [[", ".join(inert)]]))
@@ -11295,8 +11292,8 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         steps=[step.to_json() for step in outcome.steps],
         checks=[check._asdict() for check in outcome.checks],
         summary={"checked": len(outcome.checks), "warnings": len(warnings),
-                 "changed": max(statuses.count("done"), int(outcome.changed and not is_dry)),
-                 "failed": max(failures, int(failed))},
+                 "changed": max(statuses.count("done"), outcome.changed and not is_dry),
+                 "failed": max(failures, failed)},
         warnings=warnings, seconds=round(seconds, 3),
         error={"message": error.message, "hint": error.hint} if error else None)
 
@@ -11335,7 +11332,7 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     if name != run.application:  # where characters had to go, a digest keeps two of them apart
         application = run.application.encode("utf-8", "surrogateescape")
         name += "-" + hashlib.sha256(application).hexdigest()[:8]
-    name, own = f"deploy_{name}.prom", re.escape(label(run))
+    name, own, lines = f"deploy_{name}.prom", re.escape(label(run)), []
     own = rf'^(\w+)\{{({own}(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*)\}} (\d{{1,20}}(?:\.\d+)?)$'
     try:
         with Directory(path) as directory:
@@ -11344,27 +11341,22 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
                     if try_lock(directory.descriptor, fcntl.LOCK_EX):
                         break
                     time.sleep(0.01)
-            for left in os.listdir(directory.descriptor):  # by a run that was killed here
-                if left.startswith(f".{name}.") and left.endswith(".tmp"):
-                    directory.discard(left)
             with suppress(OSError):  # none yet, or none of ours
                 data = read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor)
                 for metric, key, value in re.findall(f"(?m){own}", data.decode("utf-8", "replace")):
-                    if metric in samples:
-                        samples[metric][key] = float(value)
+                    samples.setdefault(metric, {})[key] = float(value)
             if exit_code not in (EXIT_BUSY, EXIT_USAGE):
                 describe_run(samples, run, exit_code, seconds)
             # Every other result begins at 0, or its first time would not show as an increase.
-            counts = samples["deploy_runs_total"]
+            counts, ended = samples["deploy_runs_total"], run_result(run, exit_code)
             for result in RUN_RESULTS:
                 key = label(run, result=result)
-                counts[key] = counts.get(key, 0) + (result == run_result(run, exit_code))
-            lines = []
+                counts[key] = counts.get(key, 0) + (result == ended)
             for metric, kind, text in METRICS:
                 if samples[metric]:
                     lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
                 for key, value in samples[metric].items():
-                    lines.append(f"{metric}{{{key}}} {value:.3f}".rstrip("0").rstrip("."))
+                    lines.append(f"{metric}{{{key}}} {value:.3f}")
             directory.write(name, "\n".join([*lines, ""]).encode("utf-8"), 0o644)
     except OSError as error:
         run.console.warn(f"metrics: cannot write {path}/{name}: {reason(error)}")
@@ -11382,27 +11374,26 @@ def label(run: Run, **labels: str) -> str:
 
 def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float) -> None:
     """Put this run in place of the one before; what it says nothing of stays."""
-    command, succeeded = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED)
+    command, succeeded, now = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED), time.time()
     # One that found nothing to do is no news, unless the one before had failed.
     is_news = run.outcome.changed or not succeeded or \
         not all(samples["deploy_last_deployment_success"].values())
-    values = {"timestamp_seconds": time.time(), "success": succeeded, "exit_code": exit_code,
-              "duration_seconds": seconds}
     families = ["run"]
     # A recovery that brings one to its end is its verdict.
     if is_news and (command in ("deploy", "sync", "activate", "rollback")
                     or command == "recover" and run.outcome.result):
         families.append("deployment")
-    for family, (name, value) in itertools.product(families, values.items()):
-        samples[f"deploy_last_{family}_{name}"] = {label(run, command=command): value}
+    for family in families:
+        for name, value in (("timestamp_seconds", now), ("success", succeeded),
+                            ("exit_code", exit_code), ("duration_seconds", seconds)):
+            samples[f"deploy_last_{family}_{name}"] = {label(run, command=command): value}
     if succeeded:
-        samples["deploy_last_success_timestamp_seconds"] = {
-            label(run): values["timestamp_seconds"]}
+        samples["deploy_last_success_timestamp_seconds"] = {label(run): now}
     steps = samples["deploy_step_duration_seconds"] = {}
     for step in run.outcome.steps:
         # A release in a label would make one more series of every deployment; a step of the way
         # back bears the name of the one that it repeats.
-        key = label(run, step="prune" if step.name.startswith("prune:") else step.name)
+        key = label(run, step=re.sub("^prune:.*", "prune", step.name))
         steps[key] = steps.get(key, 0) + step.seconds
     samples["deploy_release_info"] = samples["deploy_release_activated_timestamp_seconds"] = {}
     with suppress(*FAILURES), looking(run) as store:  # or nobody can say what is live
@@ -11456,29 +11447,25 @@ def check_notifier(settings: Any) -> Optional[str]:
         return unused
     if sum(bool(getattr(settings, key)) for key in needs) != 1:
         return f"type = {settings.type} needs {' or '.join(needs)}"
-    names = [*NOTE_WORDS, *Context("", "", "", "", "", "", "").variables()]
-    templates = {f"header.{name}": value for name, value in settings.header.items()}
-    for key, template in dict(templates, text=settings.text, body=settings.body).items():
-        for escaped, name in PLACEHOLDER.findall(template):
-            if not escaped and name not in names:
-                return (f"{key}: nothing stands behind ${{{name}}}; "
-                        + (nearest(name, names) or "there are " + ", ".join(names)))
-    sender = getattr(settings, "from")
-    for text in [*settings.to, sender]:
-        if not re.match(r"[^\s<>,;:()\x7f-\uffff]*\Z", text):
-            key = "from" if text == sender else "to"
-            return f"{key}: expected an address such as ops@example.org, not {text!r}"
-    try:
-        if settings.body.lstrip().startswith(("{", "[")):
-            json.loads(render_template(settings.body, dict.fromkeys(names, "1"), "body"))
-    except ValueError as error:
-        return f"body begins as JSON, and is none: {error}"
+    words = dict.fromkeys([*NOTE_WORDS, *Context("", "", "", "", "", "", "").variables()], "1")
+    key, headers = "smtp", {f"header.{name}": value for name, value in settings.header.items()}
     try:
         split_address(settings.smtp)
+        for key, template in dict(headers, text=settings.text, body=settings.body).items():
+            rendered = render_template(template, words, key)
+        if is_json(settings.body):
+            json.loads(rendered)
+    except StepFailed as error:
+        return error.message
     except ValueError as error:
-        return f"smtp: {error}"
+        return f"{key}: {error}"
     wrong = settings.url and wrong_target(settings.url)
     return f"url: {wrong}" if wrong else wrong_header(settings.header)
+
+
+def is_json(body: str) -> bool:
+    """Say whether a body is meant as JSON, so that what stands in it is escaped."""
+    return body.lstrip().startswith(("{", "["))
 
 
 def wrong_target(url: str) -> str:
@@ -11560,7 +11547,7 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
         headers["Authorization"] = f"Bearer {secrets['token']}"
     body = settings.body or NOTIFIERS[settings.type][2]
     words["text"] = text[:MOST_CHARACTERS]
-    if body.lstrip().startswith(("{", "[")):
+    if is_json(body):
         words = {name: json.dumps(value)[1:-1] for name, value in words.items()}
     else:
         headers.setdefault("Content-Type", "text/plain; charset=utf-8")
@@ -11583,22 +11570,20 @@ def post(asked: Conversation, target: str, headers: Dict[str, str], settings: An
 
 def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[str, str]]:
     """Return the release that was to go live, and what stands in texts for `${name}`."""
-    facts, outcome, before = run.facts, run.outcome, None
+    facts, lines, before = run.facts, [result["msg"]], None
     root = os.path.realpath(run.settings.deploy.root)
     context = Context(run.application, root, "", "", root, "", run.deploy_id)
     if facts is not None:
-        recovered = outcome.release if run.flags.command == "recover" else None
+        recovered = run.outcome.release if run.flags.command == "recover" else None
         before = facts.records.get(facts.current.release or "")
         context = context_for(facts, run.target or recovered)
-    lines = [result["msg"]]
     if event == "recovered":
-        lines = outcome.extra.get("recovered") or lines  # nothing where a person settled it
-    if run.note:
-        lines = [*lines, run.note]
+        lines = result.get("recovered") or lines  # nothing where a person settled it
     words = dict(
-        context.variables(), **context._asdict(), event=event, message="; ".join(lines),
-        host=os.uname().nodename, command=result["command"], exit_code=str(result["exit_code"]),
-        previous_version=before.version if before else "", seconds=f"{result['seconds']:.1f}")
+        context.variables(), **context._asdict(), event=event, command=result["command"],
+        message="; ".join(filter(None, [*lines, run.note])), host=os.uname().nodename,
+        previous_version=before.version if before else "", exit_code=str(result["exit_code"]),
+        seconds=f"{result['seconds']:.1f}")
     return context, {
         name: run.console.clean(value).encode("utf-8", "backslashreplace").decode("utf-8")
         for name, value in words.items() if isinstance(value, str)}
@@ -11633,7 +11618,7 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Js
 
 def send_trace(run: Run, exit_code: int, seconds: float) -> None:
     """Send a span for the run and one for each step by OTLP/HTTP in JSON; at worst a warning."""
-    outcome, mask = run.outcome, run.console.secrets.mask
+    outcome, mask, caller = run.outcome, run.console.secrets.mask, traceparent()
     _, trace, own, sampled = run.traceparent.split("-")
     target = run.settings.trace.otlp
     if target == "environment":
@@ -11643,49 +11628,40 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
     if not target.endswith("/v1/traces"):
         target = target.rstrip("/") + "/v1/traces"
 
-    def attributes(**values: Any) -> List[Any]:
-        return [{"key": key.replace("_", ".", 1), "value": {
-            "intValue" if isinstance(value, int) else "stringValue": mask(str(value))}}
-            for key, value in values.items() if value is not None]
-
-    def describe(name: str, span: str, begun_seconds: float, taken_seconds: float,
-                 why: str, **values: Any) -> Json:
+    def describe(name: str, begun_seconds: float, taken_seconds: float, why: str,
+                 **fields: Any) -> Json:
         begun_ns = int(begun_seconds * 10 ** 9)
-        return {"traceId": trace, "spanId": span, "name": name, "kind": 1,
-                "startTimeUnixNano": str(begun_ns),
+        return {"traceId": trace, "name": name, "kind": 1, "startTimeUnixNano": str(begun_ns),
                 "endTimeUnixNano": str(begun_ns + int(taken_seconds * 10 ** 9)),
-                "status": {"code": 2, "message": mask(why)} if why else {"code": 1},
-                "attributes": attributes(**values)}
+                "status": {"code": 2, "message": mask(why)} if why else {"code": 1}, **fields}
 
-    first = describe(
-        f"deploy.py {run.flags.command}", own, time.time() - seconds, seconds,
-        outcome.error.message if outcome.error else "", deploy_id=run.deploy_id,
-        deploy_release=outcome.release, deploy_exit_code=exit_code,
-        deploy_result=run_result(run, exit_code))
-    if traceparent():
-        first["parentSpanId"] = traceparent().split("-")[2]
-    spans = [dict(describe(
-        step.name, os.urandom(8).hex(), step.started_at, step.seconds,
-        step.detail if step.status == "failed" else "", deploy_status=step.status,
-        deploy_detail=step.detail), parentSpanId=own) for step in outcome.steps if step.started_at]
-    service = environment("OTEL_SERVICE_NAME") or run.application
-    content = {"resourceSpans": [{
-        "resource": {"attributes": attributes(
-            service_name=service, host_name=os.uname().nodename)},
-        "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION},
-                        "spans": [first, *spans]}]}]}
-    from urllib.parse import unquote
-    pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
-    headers = {name: unquote(value.strip()) for name, value in pairs}
+    def attributes(**texts: Any) -> List[Json]:
+        return [{"key": key.replace("_", ".", 1), "value": {"stringValue": mask(str(text))}}
+                for key, text in texts.items()]
+
+    exit_attribute = {"key": "deploy.exit_code", "value": {"intValue": str(exit_code)}}
+    spans = [describe(
+        f"deploy.py {run.flags.command}", time.time() - seconds, seconds,
+        outcome.error.message if outcome.error else "", spanId=own,
+        attributes=[exit_attribute, *attributes(
+            deploy_id=run.deploy_id, deploy_release=outcome.release,
+            deploy_result=run_result(run, exit_code))])]
+    if caller:
+        spans[0]["parentSpanId"] = caller.split("-")[2]
+    spans += [describe(step.name, step.started_at, step.seconds,
+                       step.detail if step.status == "failed" else "",
+                       spanId=os.urandom(8).hex(), parentSpanId=own)
+              for step in outcome.steps if step.started_at]
+    content = json.dumps({"resourceSpans": [{
+        "resource": {"attributes": attributes(service_name=run.application)},
+        "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION}, "spans": spans}]}]})
     settings = SimpleNamespace(tls_ca="", proxy="none")
-    deliver(run, {"trace: not sent": lambda asked: post(
-        asked, target, headers, settings, json.dumps(content))})
+    deliver(run, {"trace: not sent": lambda asked: post(asked, target, {}, settings, content)})
 
 
 # -- all of it -------------------------------------------------------------------
 
-WRITING = ("deploy", "sync", "stage", "activate", "rollback", "prune", "pin", "unpin", "adopt",
-           "hold", "unhold", "flags", "recover")
+WRITING = tuple(RESULTS)
 
 
 def report(run: Run, exit_code: int, seconds: float) -> None:

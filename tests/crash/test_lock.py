@@ -155,15 +155,6 @@ def test_a_look_that_stands_still_holds_nobody_up(app: App) -> None:
     assert (run.wait(60), app.version) == (0, "1.1")
 
 
-def test_a_hook_does_not_wait_for_the_run_that_waits_for_it(app: App) -> None:
-    prune = " ".join(deploy_argv("prune", "--wait-lock", "1h", config=app.config))
-    configure(app, f"[hooks]\npre_activate = {prune}\n")
-    error = app.run("deploy", app.artifact("1.0"), check=1).data["error"]
-    assert "exited with code 75" in error["message"]
-    (story,) = app.run("show", "1", check=0).data["history"]
-    assert "another run holds the lock: pid " in json.dumps(story)
-
-
 def test_wait_lock_waits_until_the_holder_is_done(app: App, holder: subprocess.Popen, gate: Gate) -> None:
     waiting = start_deploy("deploy", app.artifact("3.0"), "--wait-lock", "60s", config=app.config)
     wait_until(lambda: waits_for_the_lock(app, waiting))

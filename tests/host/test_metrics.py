@@ -287,14 +287,6 @@ def test_what_is_not_ours_is_neither_kept_nor_followed(app, kind, tmp_path):
     assert stat.S_ISREG(os.lstat(str(path)).st_mode)
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else_is(app):
-    names = [".deploy_myapp.prom.1.0a0b0c0d.tmp", ".deploy_other.prom.1.0a0b0c0d.tmp", "deploy_other.prom", "notes.tmp"]
-    for name in names:
-        (textfiles(app) / name).write_text("")
-    app.deploy("1.0")
-    assert sorted(os.listdir(str(textfiles(app)))) == sorted(names[1:] + ["deploy_myapp.prom"])
-
-
 @pytest.mark.parametrize("spoil", ["missing", "a file", "a symlink", "a directory in the way"])
 def test_metrics_that_cannot_be_written_are_a_warning(app, spoil):
     place = textfiles(app)

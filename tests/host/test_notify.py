@@ -566,11 +566,9 @@ def test_a_key_that_cannot_be_sent_is_not_shown_instead(app, receive, tmp_path, 
     ("type = slack\nurl = http://x/\ntoken_file=y\nheader.A = b", "token_file and header mean nothing to type = slack"),
     ("url = ftp://x/", "url: expected http://HOST/... or https://HOST/..."),
     ("url = http://user:geheim77@x/", "url: expected no user and password in it"),
-    ("type = email\nto = a <b@c>", "to: expected an address such as ops@example.org, not 'a <b@c>'"),
-    ("type = email\nto = a@b\nfrom=c d", "from: expected an address such as ops@example.org, not 'c d'"),
     ("type = email\nto = a@b\nsmtp=mail", "smtp: expected host:port"),
-    ("url = http://x/\ntext = ${verson}", "text: nothing stands behind ${verson}; did you mean 'version'?"),
-    ("url = http://x/\ntext = ${PATH}", "text: nothing stands behind ${PATH}; "),
+    ("url = http://x/\ntext = ${verson}", "text: no value for ${verson}"),
+    ("url = http://x/\ntext = ${PATH}", "text: no value for ${PATH}"),
 ])
 def test_what_is_wrong_is_told_before_anything_happens(app, section, message):
     configure(app, section)
@@ -695,8 +693,8 @@ body = {{"title": "${{application}}", "what": ["${{note}}", "$${{literal}}"],
 
 
 @pytest.mark.parametrize("text, said", [
-    ('body = {"title": ${event}', "body begins as JSON, and is none"), ("body = ${evnt}", "body: nothing stands behind ${evnt}"),
-    ("header.x-a = ${evnt}", "header.x-a: nothing stands behind"), ("type = discord\nbody = x", "body means nothing to type = discord")])
+    ('body = {"title": ${event}', "body: Expecting"), ("body = ${evnt}", "body: no value for ${evnt}"),
+    ("header.x-a = ${evnt}", "header.x-a: no value for ${evnt}"), ("type = discord\nbody = x", "body means nothing to type = discord")])
 def test_a_body_that_cannot_be_right_is_usage(text: str, said: str, app: App) -> None:
     app.configure(f"[notify:own]\nurl = http://127.0.0.1:9/\n{text}")
     assert said in app.run("deploy", app.artifact("1.0"), check=2).data["msg"]
