@@ -6737,11 +6737,9 @@ PROVENANCE = {
 
 def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
          passable: bool = False) -> Callable[[Run], List[Finding]]:
-    """Make the check of a rule, which judges an artifact or its record, and raises for a no.
+    """Make the check of a rule: `judge` raises for a no of an artifact, or of a file beside it.
 
-    It is given the first file beside the artifact that has one of the `suffixes`, and `hint` says
-    how there comes to be one.  `stage` is only warned, and so is --override where it is `passable`
-    and the policy lets it.
+    `stage` is only warned, and so is --override where it is `passable` and the policy lets it.
     """
     def check(run: Run) -> List[Finding]:
         command, policy = run.flags.command, run.settings.policy
@@ -6840,10 +6838,7 @@ def judge_promotion(run: Run, found: Any, place: str, data: bytes) -> Finding:
 
 
 def is_denied(terms: str, patterns: str) -> bool:
-    """Tell whether a license expression leaves no choice that is allowed (SPDX 2.3, annex D).
-
-    One with brackets inside is not taken apart: nothing in it may be denied.
-    """
+    """Tell whether a license expression leaves no choice; one with brackets is not taken apart."""
     terms = terms.lower().strip("()")
     choices = [terms] if "(" in terms else terms.split(" or ")
     return all(any(fits(name.strip("()"), patterns) for name in choice.split())
@@ -6875,17 +6870,17 @@ def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
     parts = list(document["components" if "bomFormat" in document else "packages"])
     for part in parts:
         parts += part.get("components", [])  # come to in their turn
-        told = [part.get("licenseConcluded"), part.get("licenseDeclared")]
-        for entry in part.get("licenses", []):
-            told += [entry.get("expression"), *map(entry.get("license", {}).get, ("id", "name"))]
-        terms = [text for text in told if text not in (None, "NONE", "NOASSERTION")]
         name = f"{part['name']}@{part.get('version') or part.get('versionInfo')}"
         names = [part["name"], name, part.get("purl") or name]
         names += [other["referenceLocator"] for other in part.get("externalRefs", [])]
+        terms = [part.get("licenseConcluded"), part.get("licenseDeclared")]
+        for entry in part.get("licenses", []):
+            terms += [entry.get("expression"), *map(entry.get("license", {}).get, ("id", "name"))]
+        terms = [text for text in terms if text not in (None, "NONE", "NOASSERTION")]
         hits = [text for text in names if fits(text.lower(), packages)]
         hits += [text for text in terms if is_denied(text, licenses)]
-        wrong += [f"{name} ({hits[0]})"] if hits else []
-        unknown += [] if terms else [name]
+        if hits or not terms:
+            (wrong if hits else unknown).append(f"{name} ({hits[0]})" if hits else name)
     said = f"{count(len(parts), 'package')}, {count(len(unknown), 'license')} unknown"
     if policy.unknown_licenses == "deny":
         wrong += unknown
@@ -6968,23 +6963,21 @@ class Offer(Artifact):
 def check_source(settings: Settings) -> None:
     """Raise UsageError for what does not go together in [source]."""
     source, is_json = settings.source, settings.source.index.endswith(".json")
-    in_file = settings.origin("source", "insecure") in settings.files
+    for is_wrong, what in (
+            (source.channel and not is_json, "channel needs an index in JSON"),
+            (settings.signature.command, "[signature] command verifies no index: keys do"),
+            (source.url and source.git, "url and git are two sources: leave one"),
+            (source.url and not is_json and not settings.artifact.match,
+             "index = SHA256SUMS needs [artifact] match, which tells the version"),
+            (source.insecure and settings.origin("source", "insecure") not in settings.files,
+             "insecure counts in a configuration file alone"),
+            (source.url.startswith("http:") and not source.insecure, "url: expected https://"),
+            (wrong_header(source.header), wrong_header(source.header))):
+        if is_wrong:
+            raise settings.wrong("source", what)
     try:
-        is_url = source.proxy not in ("none", "environment")
-        is_http = source.url[:1] not in ("", "/") and parse_url(source.url).scheme == "http"
-        for is_wrong, what in (
-                (source.channel and not is_json, "channel needs an index in JSON"),
-                (settings.signature.command, "[signature] command verifies no index: keys do"),
-                (source.url and source.git, "url and git are two sources: leave one"),
-                (source.url and not is_json and not settings.artifact.match,
-                 "index = SHA256SUMS needs [artifact] match, which tells the version"),
-                (source.insecure and not in_file, "insecure counts in a configuration file alone"),
-                (is_http and not source.insecure, "url: expected https://HOST/..."),
-                (is_url and parse_url(source.proxy).scheme != "http",
-                 "proxy: expected none, environment, or http://HOST:PORT"),
-                (wrong_header(source.header), str(wrong_header(source.header)))):
-            if is_wrong:
-                raise ValueError(what)
+        if source.url[:1] not in ("", "/"):
+            parse_url(source.url)
     except ValueError as error:
         raise settings.wrong("source", str(error))
 
@@ -6997,15 +6990,13 @@ def uapi_key(version: str) -> List[Any]:
 
 
 def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> Answer:
-    """GET a text into `body`, or what is missing of run.offer into `files`, its part and its ETag.
-
-    What the operator gave for the source's own host goes to no other.
-    """
+    """GET a text, or what is missing of run.offer into `files`, which are its part and its ETag."""
     source = run.settings.source
     if address.startswith("/"):
         with suppress(FileNotFoundError):
             return {"status": 200, "body": read_file(address, MAX_INDEX_BYTES).decode("latin-1")}
         return {"status": 404}
+    # What the operator gave for the source's own host goes to no other.
     home, elsewhere = parse_url(source.url)[:3], SimpleNamespace(
         header={}, tls_ca=source.tls_ca, proxy=source.proxy)
     token = read_text(source.token_file).strip() if source.token_file else ""
@@ -7117,10 +7108,7 @@ def verify_index(run: Run, found: Json) -> Optional[Json]:
 
 
 def read_source(run: Run, seen: Json) -> Optional[Json]:
-    """Bring index and signature in `seen` up to date; says who signed, as verify_index() does.
-
-    Where they do not fit each other it is DeployError, then ArtifactRefused.
-    """
+    """Bring index and signature in `seen` up to date, and say who signed; DeployErrors for a no."""
     place = f"{run.settings.source.url.rstrip('/')}/{run.settings.source.index}"
     for etag in (seen.get("etag", ""), ""):  # both once more, where only one was replaced yet
         answer, found = fetch(run, place, etag), seen
@@ -7183,10 +7171,7 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
 
 
 def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
-    """Pick what the source wants live; ArtifactRefused for an index that is not to be believed.
-
-    TUF names the attacks: rollback, freeze, mix-and-match.
-    """
+    """Pick what the source wants live; ArtifactRefused for an index that goes back (TUF)."""
     source, now_seconds, fitting = run.settings.source, run.facts.now_seconds, []
     order = {"semver": version_key, "uapi": uapi_key}[source.order]
     wanted = run.flags.version or head["wanted"]
@@ -7230,7 +7215,7 @@ def look(run: Run) -> Tuple[Json, Set[str]]:
     source, seen = run.settings.source, run.store.load_json(SOURCE) if run.store else {}
     own = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
            "channel": source.channel, "prereleases": source.prereleases}
-    if seen != seal(seen) or {key: seen.get(key) for key in own} != own:
+    if seen != seal(seen) or not own.items() <= seen.items():
         seen = own
     signed = None
     if not source.git:
@@ -7302,21 +7287,21 @@ def git(run: Run, *words: str) -> List[str]:
     return lines
 
 
-def list_refs(run: Run) -> Tuple[Dict[str, Any], List[Offer]]:
+def list_refs(run: Run) -> Tuple[Json, List[Offer]]:
     """Ask the repository what ref names; until it is here, the commit stands for the digest."""
     from fnmatch import fnmatchcase
     source, offers = run.settings.source, []
     ref = source.ref if source.ref.startswith("refs/") else f"refs/heads/{source.ref}"
     lines = [line.split("\t") for line in git(run, "ls-remote", "--", source.git, ref)]
     commits = {words[1]: words[0] for words in lines if len(words) == 2}
-    for name in commits:
-        version = name[len("refs/tags/"):] if ref.startswith("refs/tags/") else commits[name][:12]
+    is_tag = ref.startswith("refs/tags/")
+    for name, commit in commits.items():
+        version = name[len("refs/tags/"):] if is_tag else commit[:12]
+        commit = commits.get(name + "^{}", commit)
         if fnmatchcase(name, ref) and _VERSION.match(version):
-            commit = commits.get(name + "^{}", commits[name])
             offers.append(Offer(version=version, sha256=commit, path=f"{source.git}#{commit}",
                                 name=f"{run.application}-{version}.tar", ref=name))
-    is_branch = offers and not ref.startswith("refs/tags/")
-    return {"wanted": offers[0].version if is_branch else ""}, offers
+    return {"wanted": "" if is_tag or not offers else offers[0].version}, offers
 
 
 def archive(run: Run, file: str) -> None:
@@ -7388,8 +7373,7 @@ class Facts(NamedTuple):
 def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False) -> Facts:
     """Look at the root, where that is still to be done, and at the artifact; keeps `run.facts`.
 
-    A refused artifact is a fact, so that every check can still be run.  `confirm`: nothing will
-    be unpacked, so that only a look of its own says whether the bytes are right.
+    A refused artifact is a fact, too.  `confirm`: no unpacking will tell whether it is right.
     """
     if run.facts is None:
         unlocked = None if locked else run.store
@@ -7635,11 +7619,10 @@ def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = 
 
 
 def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
-    """Say of each release from which a process runs which one (pid and user).
+    """Say of each release in which a process has its working directory or executable, which one.
 
-    Its working directory or executable is in there.  Only processes of root, of the release's owner
-    or of a configured service (of its unit, or started by what a pidfile names) count: otherwise
-    any user could keep a release for ever by a `cd` into it.
+    It counts where it is root's, the owner's or a service's: its unit's, or below what a pidfile
+    names.  Otherwise any user could keep a release for ever by a `cd` into it.
     """
     inside, found = os.path.realpath(f"{root}/releases") + "/", {}
     services = settings.service.values()
@@ -7675,10 +7658,9 @@ GOES_LIVE = ("deployed", "synced", "activated", "rolled_back", "left_live", "rec
 
 
 def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: Any) -> None:
-    """Write a line into the history about a record or artifact, unless a refusal is there already.
+    """Write a line into the history about a record or artifact; a refusal once, though timers tick.
 
-    A timer meets the same refusal at every tick; it is reported once, until
-    another release goes live, or for the day where no digest says what is refused.
+    That is, until another release goes live, or for the day where no digest says what is refused.
     """
     outcome, entry = run.outcome, HistoryEntry(**{
         "sequence": 0, "at": format_time(time.time()), "by": run.by, "previous_sha256": "",
@@ -7778,11 +7760,10 @@ def check_trust(run: Run) -> Findings:
                    f"chmod {store.directory_mode:04o} {private}")
 
 
-def untrusted(settings: Settings, *, files_only: bool = False) -> Tuple[Problems, Problems]:
-    """Find, by path, what somebody else could have changed: what is refused, and what is accepted.
+def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
+    """Find, by path, what others could change of what root acts on: refused, and accepted.
 
-    It is whatever root acts on or runs; `files_only` looks at the configuration alone, which cannot
-    accept its own risk.  What comes with a release is looked for in the live one and the next.
+    What comes with a release is looked for in the live one and the next.
     """
     refused: Problems = {}
     for path in settings.files:
@@ -7790,18 +7771,17 @@ def untrusted(settings: Settings, *, files_only: bool = False) -> Tuple[Problems
     own, risks, deploy = set(refused), settings.preflight.accept_risk, settings.deploy
     signature, policy = settings.signature, settings.policy
     paths = [deploy.root, signature.allowed_signers, policy.approvers, policy.attesters,
-             *itertools.filterfalse(KEY_LITERAL.match, signature.keys), *[
-        getattr(asked, key, "") for key in KEY_FILES
-        for asked in (*settings.probe.values(), *settings.notify.values(), settings.source)]]
+             *itertools.filterfalse(KEY_LITERAL.match, signature.keys)]
+    for asked in (*settings.probe.values(), *settings.notify.values(), settings.source):
+        paths += [getattr(asked, key, "") for key in KEY_FILES]
     for service in (*settings.service.values(), *settings.slots.values()):
         if service.unit:
             paths += program_places(service.systemctl[0], "/", command_path())
-    for path in filter(None, () if files_only else paths):
+    for path in filter(None, paths):
         refused.update(trust_problems(path))
     root = os.path.realpath(deploy.root) if deploy.root else ""
     shared = tuple(f"{path}/" for path in deploy.shared_dirs + deploy.shared_files)
-    for section, key, (program, *_), in_root, in_release in (
-            () if files_only else commands(settings)):
+    for section, key, (program, *_), in_root, in_release in commands(settings):
         directories = [root or "/"] if in_root or not root else []
         if in_release and root:
             directories += [f"{root}/releases/(new)", f"{root}/current"]
@@ -7810,6 +7790,7 @@ def untrusted(settings: Settings, *, files_only: bool = False) -> Tuple[Problems
         for directory in directories:
             found = foreign_program(settings, f"[{section}] {key}", program, directory)
             refused = {**found, **refused}
+    # A configuration that others may write cannot accept its own risk.
     if settings.origin("preflight", "accept_risk") in settings.files:
         risks = [path for path in risks if path not in own]
     return refused, {path: refused.pop(path) for path in risks if path in refused}
@@ -7831,17 +7812,6 @@ def check_root(run: Run) -> Findings:
         elif found.st_dev != os.stat(root).st_dev:
             yield "fail", f"{path} lies on another filesystem than the root", f"unmount {path}"
     yield "ok", root if run.store else f"{root} will be made", ""
-
-
-def check_current(run: Run) -> Findings:
-    """`current` is a symlink to a release, or nothing yet."""
-    current = run.facts.current
-    if current.problem:
-        yield "fail", current.problem, current.hint
-    elif current.release and current.release not in run.facts.records:
-        yield ("warn", f"current points to {current.release}, which has no record",
-               f"make it known: {run.facts.command_line(f'adopt {current.release}')}")
-    yield "ok", current.release or "nothing is live yet", ""
 
 
 def check_application(run: Run) -> Findings:
@@ -7867,15 +7837,22 @@ def check_hold(run: Run) -> Findings:
 
 
 def check_state(run: Run) -> Findings:
-    """Records and journal can be read."""
-    serious, fix = "fail", "restore the file from a backup, or move it away: its release is then " \
-        "unknown"
+    """`current` leads to a release, or nothing yet, and records and journal can be read."""
+    facts, command_line = run.facts, run.facts.command_line
+    current, serious = facts.current, "fail"
+    fix = "restore the file from a backup, or move it away: its release is then unknown"
     if run.flags.command in ("rollback", "activate"):
-        fix += f"; or go to a whole one: {run.settings.command_line('recover --to RELEASE')}"
-        if run.facts.current.release in run.facts.records:
+        fix += f"; or go to a whole one: {command_line('recover --to RELEASE')}"
+        if current.release in facts.records:
             serious = "warn"  # a way back that is known must not wait for some other's record
-    for problem in run.facts.state_problems:
+    for problem in facts.state_problems:
         yield serious, problem, fix
+    if current.problem:
+        yield "fail", current.problem, current.hint
+    elif current.release and current.release not in facts.records:
+        yield ("warn", f"current points to {current.release}, which has no record",
+               f"make it known: {command_line(f'adopt {current.release}')}")
+    yield "ok", current.release or "nothing is live yet", ""
 
 
 def check_lock(run: Run) -> Findings:
@@ -7890,13 +7867,25 @@ def check_lock(run: Run) -> Findings:
 
 
 def check_artifact(run: Run) -> Findings:
-    """The artifact is there, readable, of a known format, and its digest is known."""
-    found, refusal = run.facts.artifact, run.facts.refusal
+    """It is whole, none that failed or was gone back from, nor older than what is live."""
+    found, refusal, flags, facts = run.facts.artifact, run.facts.refusal, run.flags, run.facts
     if refusal:
         yield "fail", refusal.message, refusal.hint
-    else:
-        yield ("ok", f"{found.name}: {found.format}, {format_size(found.size_bytes)}, "
-               f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
+        return
+    bad, live = refused_record(facts, found.sha256), facts.records.get(facts.current.release or "")
+    if bad and flags.force:
+        yield "warn", f"refused before as {bad.id}, and is tried again", ""
+    elif bad and (bad.state == STATE_BAD or flags.command != "stage"):
+        yield ("fail", *bad_refusal(bad))
+    # What was adopted has a name, and no version.
+    if live and live.artifact.get("sha256_source") != "adopted":
+        new, old = version_key(found.version), version_key(live.version)
+        if new and old and new < old:
+            yield ("warn" if flags.allow_downgrade else "fail",
+                   f"{found.version} is older than {live.version}, which is live",
+                   "to go back use rollback or activate; to insist, --allow-downgrade")
+    yield ("ok", f"{found.name}: {found.format}, {format_size(found.size_bytes)}, "
+           f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
 
 
 def check_signature(run: Run) -> Findings:
@@ -7968,15 +7957,6 @@ def check_origin(run: Run) -> Findings:
                f"{accepting(found)}")
 
 
-def check_bad(run: Run) -> Findings:
-    """The artifact is not one that failed before, nor one that a person went back from."""
-    bad = refused_record(run.facts, run.facts.artifact.sha256)
-    if bad and run.flags.force:
-        yield "warn", f"refused before as {bad.id}, and is tried again", ""
-    elif bad and (bad.state == STATE_BAD or run.flags.command != "stage"):
-        yield ("fail", *bad_refusal(bad))
-
-
 def is_refused(record: Record) -> bool:
     """Say whether a release failed, or a person rolled back from it: no timer may try it again."""
     return record.state == STATE_BAD or record.rolled_back_at is not None
@@ -7997,21 +7977,6 @@ def bad_refusal(bad: Record) -> Problem:
     why = (bad.failure or {}).get("reason", "it failed after activation")
     return (f"{bad.version} is marked bad: {bad.id}: {why}",
             "deploy a corrected version, or insist with --force")
-
-
-def check_downgrade(run: Run) -> Findings:
-    """The artifact is not older than what is live, where the two can be compared."""
-    live = run.facts.records.get(run.facts.current.release or "")
-    if live is None or live.artifact.get("sha256_source") == "adopted":
-        yield "skip", "nothing to compare", ""  # what was adopted has a name, and no version
-        return
-    version = run.facts.artifact.version
-    new, old = version_key(version), version_key(live.version)
-    if new and old and new < old:
-        yield ("warn" if run.flags.allow_downgrade else "fail",
-               f"{version} is older than {live.version}, which is live",
-               "to go back use rollback or activate; to insist, --allow-downgrade")
-    yield "ok", f"{live.version} -> {version}", ""
 
 
 def check_room(run: Run) -> Findings:
@@ -8142,7 +8107,6 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("configuration", check_configuration, True, "", ""),
     ("permissions", check_trust, True, "", ""),
     ("root", check_root, True, "", ""),
-    ("current", check_current, True, "", ""),
     ("state", check_state, True, "", ""),
     ("application", check_application, True, "settings.deploy.application", ""),
     ("hold", check_hold, True, "facts.hold", "nobody holds what is live"),
@@ -8150,8 +8114,6 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
     ("artifact", check_artifact, False, "facts.artifact facts.refusal", "no artifact given"),
     ("signature", check_signature, False, "settings.signature.given", ""),
     ("origin", check_origin, False, "facts.artifact", "no artifact given"),
-    ("known-bad", check_bad, False, "facts.artifact", "no artifact given"),
-    ("downgrade", check_downgrade, False, "facts.artifact", "no artifact given"),
     ("space", check_room, False, "", ""),
     ("required", check_required, False, "settings.preflight.given", ""),
     ("shared", check_shared, False, "settings.deploy.shared_dirs settings.deploy.shared_files", ""),
@@ -8180,7 +8142,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ..
 )
 
 # A check that fails for one of these reasons refuses the artifact, not the host.
-ARTIFACT_CHECKS = ("artifact", "signature", "known-bad", "downgrade")
+ARTIFACT_CHECKS = ("artifact", "signature")
 # These run what is configured: not where somebody else could have written it.
 ACTING_CHECKS = ("signature", "services", "slots", "probes", "judge")
 
@@ -12148,7 +12110,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
                          "places", "write it to another place, such as /var/log")
     if flags.dry_run:
         return
-    if settings.files and os.geteuid() == 0 and untrusted(settings, files_only=True)[0]:
+    if os.geteuid() == 0 and any(map(trust_problems, settings.files)):
         for key in ("file", "syslog"):
             if settings.origin("log", key) in settings.files:
                 console.warn(f"[log] {key} is not used: others could have written the "
