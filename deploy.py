@@ -10687,7 +10687,7 @@ def state_problems(run: Run) -> List[Problem]:
     """Say what is broken, each with what to do about it."""
     facts, store, command_line = run.facts, run.store, run.facts.command_line
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
-    problems = [(problem, fix) for status, problem, fix in (*check_state(run), *check_current(run))
+    problems = [(problem, fix) for status, problem, fix in check_state(run)
                 if status != "ok"]
     if facts.settings.slots:
         problems += slot_problem(facts)

@@ -90,9 +90,14 @@ def test_a_window_is_judged_by_the_time_on_the_wall(lines: str, zone: str, at: s
 @pytest.mark.parametrize("line", ["permit mon", "allow mon-fr", "allow montue", "deny ,mon", "deny 25:00-26:00", "allow 09:00", "deny 24:00-06:00",
                                   "deny 2027-01-02..2026-12-20", "allow mon-fri, 09:00-16:00", "deny 2027-01-02"])
 def test_a_line_that_is_no_window_is_a_mistake_of_the_configuration(app: App, line: str) -> None:
-    app.configure(f"[policy]\nwindows =\n    allow\n    {line}\napprovals = 1\npromoted_after = 1d")
+    app.configure(f"[policy]\nwindows =\n    allow\n    {line}")
+    assert f"not {line}" in app.run("deploy", app.artifact("1.0"), check=2).data["error"]["message"]
+
+
+def test_rules_that_miss_their_other_half_are_told_together(app: App) -> None:
+    app.configure("[policy]\napprovals = 1\npromoted_after = 1d")
     message = app.run("deploy", app.artifact("1.0"), check=2).data["error"]["message"]
-    assert f"not {line}" in message and "approvals needs approvers" in message and "promoted_after needs promoted_from" in message
+    assert "approvals needs approvers" in message and "promoted_after needs promoted_from" in message
 
 
 def test_an_unknown_timezone_is_told_and_never_taken_for_utc(app: App) -> None:
