@@ -3536,20 +3536,22 @@ class Run:
 class Step(NamedTuple):
     """One action of a plan.
 
-    `do` returns a short detail, None where it was not needed, and raises DeployError or OSError;
-    `undo` takes it back, done, half done or not begun.  `phase` is what the journal says meanwhile,
-    `noted` the phase that it names once the step is done, where a recovery must know of it.  A
-    failure of an `optional` step is a warning.  `seconds` is how long it may take.
+    `do` returns a short detail or nothing, False where it was not needed, and raises DeployError or
+    OSError; `undo` takes it back, done, half done or not begun.  `phase` is what the journal says
+    meanwhile, `noted` the phase that it names once the step is done, where a recovery must know of
+    it.  A failure of an `optional` step is a warning.  `move` says from what to what its plan
+    leads, and `what` is for its own `do` and `undo`.
     """
 
     name: str
     text: str
-    do: Callable[[Run], Optional[str]]
-    undo: Callable[[Run], None] = lambda run: None
+    do: Callable[[Run, Any], Any]
+    undo: Callable[[Run, Any], None] = lambda run, step: None
     phase: str = ""
     optional: bool = False
     noted: str = ""
-    seconds: float = UNLIMITED_SECONDS
+    move: Any = None
+    what: Any = None
 
 
 class Plan(NamedTuple):
@@ -5780,6 +5782,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
             run.console.output(line)
 
     typed, directory = spell(argv), working_directory(context)
+    run.console.working(f"{what}: {typed}", timeout_seconds)
     run.console.debug(f"{what}: {typed} (in {directory})")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show,
                            **options)
@@ -8179,8 +8182,8 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 
 # ============================================================================
 # 13  Operations
-#    What each operation does, in which order: one table of words, and a maker
-#    of steps for each word.  A plan is made of settings and facts alone;
+#    What each operation does, in which order: one table of words, and one of
+#    what each word stands for.  A plan is made of settings and facts alone;
 #    nothing here looks at the disk, the clock or the network before a step is
 #    done.
 # ============================================================================
@@ -8198,16 +8201,12 @@ ORDER = {
     "activate": ("verify " + GO, AFTER, "open? drain | prune"),
     "rollback": ("verify health pre_rollback check close_early backup up slot close proxy activate",
                  "down services probes post_rollback", "open? drain |"),
-    "prune": ("", "", "prune"),
-    "pin": ("", "", "pin"),
-    "adopt": ("", "", "adopt"),
-    "unpin": ("", "", "pin"),
-    "hold": ("", "", "hold"),
-    "unhold": ("", "", "hold"),
-    "flags": ("", "", "flags"),
-    # recover --to: a person has decided, so only a damaged release stops it.
-    "recover": ("", "", "verify slot? proxy activate services? probes? drain sweep"),
-}
+    # Of these no journal is kept.  recover --to: a person has decided, so only a damaged release
+    # stops it.
+    "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", ""),
+    "prune": ("prune", "", ""), "adopt": ("adopt", "", ""), "flags": ("flags", "", ""),
+    "pin": ("pin", "", ""), "unpin": ("unpin", "", ""),
+    "hold": ("hold", "", ""), "unhold": ("unhold", "", "")}
 # After the switch a failure takes the way back; ? means that its own failure is a warning.
 WAY_BACK = "pre_rollback? proxy activate down services probes post_rollback? open? drain"
 
@@ -8237,6 +8236,11 @@ class Move(NamedTuple):
 
 # -- which release is meant --------------------------------------------------
 
+def newest_first(records: Iterable[Any]) -> List[Record]:
+    """Sort records by their place in the order of releases."""
+    return sorted(filter(None, records), key=attrgetter("sequence"), reverse=True)
+
+
 def select_release(facts: Facts, text: str) -> Record:
     """Find the release that a person means.
 
@@ -8244,44 +8248,34 @@ def select_release(facts: Facts, text: str) -> Record:
     Raises UsageError where there is none, or more than one; StateError where it may be one
     that cannot be read.
     """
-    there = {name: record for name, record in facts.records.items() if name in facts.on_disk}
-    if text in there:
-        return there[text]
-    if text in ROLES:
-        roles = {"latest": max(there.values(), key=attrgetter("sequence"), default=None),
-                 "current": facts.release(facts.current.release or ""),
-                 "previous": rollback_target(facts, facts.current.release)}
-        record = roles[text]
-        if record is None:
-            raise UsageError(f"there is no {text} release",
-                             f"see what there is: {facts.command_line('releases')}")
-        return record
-    exact = [record for record in there.values() if record.version == text]
-    found = exact if len(exact) == 1 else [
-        record for record in there.values()
-        if record.id.startswith(text) or record.version == text
-        or len(text) >= 4 and record.sha256.startswith(text.lower())]
+    there, live = newest_first(map(facts.release, facts.records)), facts.current.release
+    named = live or "/" if text == "current" else text
+    found = [record for record in there if record.id == named] or \
+        [record for record in there if record.version == named] or \
+        [record for record in there if record.id.startswith(named)
+         or len(named) >= 4 and record.sha256.startswith(named.lower())]
+    if text == "latest":
+        found = there[:1]
+    elif text == "previous":
+        found = newest_first([rollback_target(facts, live)])
     if len(found) == 1:
         return found[0]
-    newest = sorted(found or there.values(), key=attrgetter("sequence"), reverse=True)
-    names = ", ".join(record.id for record in newest[:10])
+    names = ", ".join(record.id for record in (found or there)[:10])
     if found:
-        raise UsageError(f"{text!r} may be any of {count(len(found), 'release')}: {names}",
+        raise UsageError(f"{text!r} may be any of {len(found)} releases: {names}",
                          "give more of the id")
-    unreadable = [problem for problem in facts.state_problems if "/.deploy/releases/" in problem]
-    if unreadable:
-        raise StateError(
-            f"there is no release {text!r} among those that can be read: {'; '.join(unreadable)}",
-            "restore the file from a backup, or name another release")
+    if facts.state_problems:  # it may be one of those that cannot be read
+        raise StateError("; ".join([f"there is no release {text!r}", *facts.state_problems]),
+                         "restore the file from a backup, or name another release")
     raise UsageError(f"there is no release {text!r}",
                      f"the releases are {names}" if names else unrecorded(facts))
 
 
 def unrecorded(facts: Facts) -> str:
     """Say how to come to a release where none is known."""
-    names = ", ".join(sorted(facts.on_disk - set(facts.records))[-9:])
-    line = f"{facts.command_line('adopt RELEASE')}: {names}"
-    return line if names else "none is there: deploy an artifact"
+    names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
+    adopt = facts.command_line("adopt RELEASE")
+    return f"{adopt}: {names}" if names else "none is there: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[Record]:
@@ -8297,58 +8291,29 @@ def without_current(facts: Facts, lost: Record) -> StateError:
                       facts.command_line(f"recover --to {lost.id}"))
 
 
-def live_before(facts: Facts, release: Optional[str]) -> Iterator[str]:
-    """Name what was live before a release, and before that, as far as the records say."""
-    seen: Set[Optional[str]] = set()
-    while release in facts.records and release not in seen:
-        seen.add(release)
-        release = facts.records[release].previous
-        if release and release not in seen:
-            yield release
-
-
-def is_good(record: Record) -> bool:
-    """Say whether a rollback may go there: it was live, and neither failed nor was left by one."""
-    return record.state in (STATE_ACTIVE, STATE_RETIRED) and record.rolled_back_at is None
-
-
-def rollback_target(facts: Facts, live: Optional[str]) -> Optional[Record]:
+def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
+                    ) -> Optional[Record]:
     """Choose where a rollback goes: the last good release that was live before this one.
 
     Follows what the records say was live before, past what is bad or gone; a second rollback
-    therefore goes further back, never to what was just left.
+    therefore goes further back, never to what was just left.  StateError where that must be
+    `certain`, and a record on the way cannot be read.
     """
-    for name in live_before(facts, live):
+    before: List[Any] = [live]
+    while before[-1] in facts.records and before.count(before[-1]) == 1:
+        before.append(facts.records[before[-1]].previous)
+    if live in facts.records:
+        before += [record.id for record in newest_first(facts.records.values())
+                   if record.sequence < facts.records[live].sequence]
+    for name in before[1:]:
         record = facts.release(name)
-        if record and is_good(record):
+        if record and name != live and record.state != STATE_STAGED and not is_refused(record):
             return record
-    sequence = facts.records[live].sequence if live in facts.records else 0
-    older = [record for record in facts.records.values()
-             if record.id in facts.on_disk and is_good(record) and record.sequence < sequence]
-    return max(older, key=attrgetter("sequence"), default=None)
-
-
-def choose_rollback(facts: Facts) -> Record:
-    """Choose the target of a rollback without an argument; raises where that is not certain."""
-    lost, live = lost_current(facts), facts.current.release
-    if lost:
-        raise without_current(facts, lost)
-    for name in live_before(facts, live):
-        if name in facts.records and is_good(facts.records[name]):
-            break
-        if name in facts.on_disk and name not in facts.records and facts.state_problems:
-            # Its record cannot be read: it may be the one to go back to.
+        if certain and name in facts.on_disk and not record and facts.state_problems:
             raise StateError(
                 f"the previous release {name} cannot be judged: {'; '.join(facts.state_problems)}",
                 f"name the release to go back to: {facts.command_line('rollback RELEASE')}")
-    target = rollback_target(facts, live)
-    if is_under_way(facts.journal, live):
-        target = facts.release(facts.journal.from_release or "") or target
-    if target is None:
-        hint = f"see what there is: {facts.command_line('releases')}"
-        raise PreflightFailed("there is no previous good release to roll back to",
-                              hint if facts.on_disk <= set(facts.records) else unrecorded(facts))
-    return target
+    return None
 
 
 def is_under_way(journal: Optional[Journal], live: Optional[str]) -> bool:
@@ -8364,44 +8329,36 @@ def plan_operation(facts: Facts) -> Plan:
 
     Raises DeployError for what cannot be planned: no such release, a bad one, no artifact.
     """
-    asked, live = facts.request, facts.current.release
-    operation, artifact = asked.command, facts.artifact
-    nothing_to_do, release = False, live or ""
+    asked, live, artifact = facts.request, facts.current.release, facts.artifact
+    operation, release, is_done = asked.command, live or "", False
     if operation in ("deploy", "stage", "sync"):
         if artifact is None:
             raise facts.refusal or UsageError("no artifact was given", "name one: deploy ARTIFACT")
         release = artifact.release or new_release_id(facts, artifact.version)
-        nothing_to_do = bool(artifact.release) and (operation == "stage" or release == live)
-        if operation != "stage" and nothing_to_do and facts.records[release].failure:
+        is_done = bool(artifact.release) and (operation == "stage" or release == live)
+        if is_done and operation != "stage" and facts.records[release].failure:
             raise ArtifactRefused(*bad_refusal(facts.records[release]))
     elif operation == "adopt":
-        release = asked.release if asked.release != "current" else live or ""
+        release = release if asked.release == "current" else asked.release
         if release not in facts.on_disk:
             raise UsageError(f"there is no release directory {release!r} in {facts.root}/releases",
                              unrecorded(facts))
-        nothing_to_do = release in facts.records
-    elif operation in ("hold", "unhold"):
-        if operation == "hold" and not facts.note.strip():
-            raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
-        nothing_to_do = operation == "unhold" and not facts.hold
-    elif operation not in ("prune", "flags"):
-        named = asked.to if operation == "recover" else asked.release
-        target = select_release(facts, named) if named else choose_rollback(facts)
-        release = target.id
+        is_done = release in facts.records
+    elif operation == "unhold":
+        is_done = not facts.hold
+    elif operation not in ("hold", "prune", "flags"):
+        target = choose_target(facts)
+        release, is_done = target.id, target.id == live and operation != "recover"
         if operation in ("pin", "unpin"):
-            nothing_to_do = target.pinned == (operation == "pin")
-        elif operation == "recover":
-            if facts.current.problem and not facts.current.missing:
-                raise StateError(facts.current.problem, facts.current.hint)
-        else:
-            nothing_to_do = release == live
-            if target.state == STATE_BAD and not nothing_to_do and not asked.force:
+            is_done = target.pinned == (operation == "pin")
+        elif operation != "recover" and not (is_done or asked.force):
+            if target.state == STATE_BAD:
                 raise ArtifactRefused(*bad_refusal(target))
             if operation == "activate" and facts.settings.signature.verify == "required" \
-                    and not (target.artifact.get("signature") or nothing_to_do or asked.force):
+                    and not target.artifact.get("signature"):
                 raise ArtifactRefused(f"{release} was staged without a signature", "deploy its "
                                       "artifact, once it is signed, or insist with --force")
-    if nothing_to_do:
+    if is_done:
         return Plan(operation, live, release, [], [], [])
     move = Move(operation, live, release)
     for name in facts.settings.migrate.down and migrations_left(facts, move) or ():
@@ -8411,36 +8368,60 @@ def plan_operation(facts: Facts) -> Plan:
     return make_plan(facts, move)
 
 
+def choose_target(facts: Facts) -> Record:
+    """Return the release that was named, else where a rollback goes; raises where none is."""
+    asked, live, lost = facts.request, facts.current.release, lost_current(facts)
+    recovers = asked.command == "recover"
+    named = asked.to if recovers else asked.release
+    if recovers and facts.current.problem and not facts.current.missing:
+        raise StateError(facts.current.problem, facts.current.hint)
+    if named:
+        return select_release(facts, named)
+    if lost:
+        raise without_current(facts, lost)
+    target = rollback_target(facts, live, certain=True)
+    if is_under_way(facts.journal, live):
+        target = facts.release(facts.journal.from_release) or target
+    if target is None:
+        hint = f"see what there is: {facts.command_line('releases')}"
+        raise PreflightFailed("there is no previous good release to roll back to",
+                              hint if facts.on_disk <= set(facts.records) else unrecorded(facts))
+    return target
+
+
 def make_plan(facts: Facts, move: Move) -> Plan:
     """Expand the words of an operation, and those of its way back."""
     before, after, ends = ORDER[move.operation]
     closing, _, last = ends.rpartition("|")
-    back = Move(move.operation, move.to_release, move.from_release, back=True)
-    steps = expand(before, PHASE_INTENT, facts, move)
+    steps = expand(before, PHASE_INTENT if after else "", facts, move)
     steps += expand(after, PHASE_SWITCHED, facts, move)
-    # The way back ends once `current` is gone where nothing was live before.
-    way_back = WAY_BACK if move.from_release else re.sub("services|probes", "", WAY_BACK)
-    switches = any(step.noted == PHASE_SWITCHED for step in steps)
+    back = Move(move.operation, move.to_release, move.from_release, back=True)
+    way_back = WAY_BACK if any(step.noted == PHASE_SWITCHED for step in steps) else ""
+    if not move.from_release:  # it ends once `current` is gone: nothing was live before
+        way_back = re.sub("services|probes", "", way_back)
     return Plan(move.operation, move.from_release, move.to_release or "", steps,
                 expand(closing, PHASE_SWITCHED, facts, move) + expand(last, "", facts, move),
-                expand(way_back, PHASE_ROLLING_BACK, facts, back) if switches else [])
+                expand(way_back, PHASE_ROLLING_BACK, facts, back))
 
 
 def expand(words: str, phase: str, facts: Facts, move: Move) -> List[Step]:
     """Make the steps of some words of the table; none where nothing is configured for a word."""
     steps: List[Step] = []
     for word in words.split():
-        name = word.rstrip("?")
-        maker, configured = MAKERS[name]
-        staging = name in STAGE.split()
-        if configured and not configured(facts.settings) or \
-                staging and facts.artifact and facts.artifact.release:
-            continue  # nothing to do for it, or it was staged before
-        forward = phase in (PHASE_INTENT, PHASE_SWITCHED)
-        for step in maker(name, facts, move):
-            steps.append(step._replace(phase=PHASE_STAGING if staging else phase,
-                                       noted=step.noted if forward else "",
-                                       optional=step.optional or word.endswith("?")))
+        name, now = word.rstrip("?"), phase
+        if name in STAGE.split():
+            now = PHASE_STAGING
+            if facts.artifact and facts.artifact.release:
+                continue  # it was staged before
+        needed, make, *actions = WORDS[name]
+        values = [attrgetter(option)(facts.settings) for option in needed.split()]
+        if needed and not any(value and value != "never" for value in values):
+            continue
+        made = make(name, facts, move)
+        for step in [Step(name, made, *actions)] if actions else made:
+            steps.append(step._replace(
+                phase=now, move=move, optional=step.optional or word != name,
+                noted=step.noted if now in (PHASE_INTENT, PHASE_SWITCHED) else ""))
     return steps
 
 
@@ -8453,85 +8434,28 @@ def new_release_id(facts: Facts, version: str) -> str:
     return name
 
 
-def prunable(facts: Facts, move: Move) -> List[Record]:
-    """Choose what retention lets go: good releases beyond keep_releases, bad ones beyond one.
-
-    What will be live, what a rollback would then go to, pinned releases, those that a process
-    runs from and everything without a record stay.  A release that is about to be made counts
-    as one of those that are kept.
-    """
-    live, previous = move.to_release or None, move.from_release
-    if live == previous:
-        target = rollback_target(facts, live)
-        previous = target.id if target else None
-    newest_first = sorted(facts.records.values(), key=attrgetter("sequence"), reverse=True)
-    there = [record for record in newest_first if record.id in facts.on_disk]
-    good = [record for record in there
-            if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
-    bad = [record for record in there if record.state == STATE_BAD and record.id != live]
-    arriving = 1 if live and live not in facts.records else 0
-    gone = good[max(1, facts.settings.deploy.keep_releases) - arriving:] + bad[KEPT_BAD_RELEASES:]
-    keep = {live, previous, *facts.in_use, *facts.slots}
-    lost = lost_current(facts)
-    if lost:
-        keep |= {lost.id, lost.previous}
-    forgotten = [record for record in newest_first if record.pruned_at][KEPT_BAD_RECORDS:]
-    return [record for record in gone if record.id not in keep and not record.pinned] + forgotten
+def step_context(run: Run, step: Step) -> Context:
+    """Describe the release that a step leads to; on the way back, the one that failed as well."""
+    move = step.move
+    return context_for(run.facts, move.to_release, move.from_release or "",
+                       move.from_release or "" if move.back else "")
 
 
-def move_context(run: Run, move: Move) -> Context:
-    """Describe the release that a move leads to; on the way back, the one that failed as well."""
-    failed = move.from_release or "" if move.back else ""
-    return context_for(run.facts, move.to_release, move.from_release or "", failed)
+# -- what the words stand for: from the artifact to a sealed release -----------
+
+def do_hook(run: Run, step: Step) -> None:
+    """Run the operator's commands for one hook."""
+    results = run_hook(run, step.name.partition(":")[2], step_context(run, step))
+    run.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
 
 
-def migrations_left(facts: Facts, move: Move) -> Optional[List[str]]:
-    """Name the releases whose migrations are to be undone where a person goes back, newest first.
-
-    None for a move forward: to what was never live, or is newer.
-    """
-    there, left = (facts.records.get(name or "") for name in (move.to_release, move.from_release))
-    if not there or not left or not there.activated_at or there.sequence > left.sequence:
-        return None
-    is_kept = facts.settings.migrate.on_rollback == "keep" or not facts.settings.migrate.down
-    newest_first = sorted(facts.records.values(), key=attrgetter("sequence"), reverse=True)
-    return [record.id for record in newest_first if record.migrated and not is_kept
-            and there.sequence < record.sequence <= left.sequence]
-
-
-# -- the makers: word -> steps ------------------------------------------------
-
-def make_hook(word: str, facts: Facts, move: Move) -> List[Step]:
-    """The operator's commands for one hook; after the switch a recovery must not run them again."""
-    commands = getattr(facts.settings.hooks, word)
-
-    def run_commands(run: Run) -> str:
-        results = run_hook(run, word, move_context(run, move))
-        run.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
-        return count(len(commands), "command")
-
-    text = f"run hook {word}: " + "; ".join(" ".join(argv) for argv in commands)
-    after = word in AFTER.split() or word == "post_rollback" and not move.back
-    return [Step(f"hook:{word}", text, run_commands, noted=PHASE_SWITCHED if after else "",
-                 seconds=float(facts.settings.hooks.timeout * len(commands)))]
-
-
-def make_unpack(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Verify and unpack the artifact into a private directory, in one pass."""
-    found = facts.artifact
-    text = "verify and unpack" if found is None else \
-        f"verify and unpack {found.name} ({found.format}, {format_size(found.size_bytes)}, " \
-        f"sha256 {found.sha256[:12]})"
-    return [Step(word, text, do_unpack, undo_unpack)]
-
-
-def do_unpack(run: Run) -> str:
+def do_unpack(run: Run, step: Step) -> str:
     """Unpack; ArtifactRefused for what is wrong with it."""
     run.staging, live = run.store.new_staging(), run.facts.current.release
-    how = run.settings.deploy.share_unchanged
+    how, sharer = run.settings.deploy.share_unchanged, None
+    tree = run.store.directory(f"releases/{run.staging}")
     with ExitStack() as stack:
         progress = stack.enter_context(run.console.progress("unpack", run.artifact.size_bytes))
-        tree, sharer = run.store.directory(f"releases/{run.staging}"), None
         # Who may write to the files would reach into the live release through hard links.
         written = run.settings.hooks.post_stage or run.settings.deploy.writable
         if live and how != "no" and not (how == "hardlink" and written):
@@ -8543,325 +8467,282 @@ def do_unpack(run: Run) -> str:
             run.artifact, tree, run.settings, watching(run, progress), sharer)
     for note in notes:
         run.console.warn(note)
-    counts, shared = count_members(run.manifest), ""
+    counts, more = count_members(run.manifest), ""
     if sharer and sharer.shared_files:
-        shared = f", {sharer.shared_files:,} shared with {live}"
+        more = f", {sharer.shared_files:,} shared with {live}"
     if run.artifact.signature:
-        shared += f", signed by {run.artifact.signature['signer']}"
-    return f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}{shared}"
+        more += f", signed by {run.artifact.signature['signer']}"
+    return f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}{more}"
 
 
-def undo_unpack(run: Run) -> None:
-    """Remove what was unpacked."""
-    if run.staging:
-        run.store.directory("releases").remove_tree(run.staging)
-
-
-def make_shared(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Link what outlives releases from shared/ into the release."""
-    directories, files = facts.settings.deploy.shared_dirs, facts.settings.deploy.shared_files
-    paths = [path + "/" for path in directories] + files
-    return [Step(word, "link from shared/: " + ", ".join(paths), do_shared)]
-
-
-def do_shared(run: Run) -> str:
-    """Make missing shared directories, and a relative link for each path."""
-    directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
-    replaced = []
-    live, tree = f"{run.facts.root}/current", run.store.directory(f"releases/{run.staging}")
-    for path in directories:
-        with run.store.root.child(f"shared/{path}", make=True, group=run.store.group) as directory:
-            if not os.listdir(directory.descriptor) and not os.path.islink(f"{live}/{path}") \
-                    and os.path.isdir(f"{live}/{path}") and os.listdir(f"{live}/{path}"):
-                target = f"{run.facts.root}/shared/{path}/"
-                run.console.warn(
-                    f"shared/{path} is empty, and what the live release holds in {path} will "
-                    f"not be seen any more: cp -a {live}/{path}/. {target}")
-    for path in directories + files:
-        parent, _, name = path.rpartition("/")
-        target = "../" * (2 + path.count("/")) + "shared/" + path
-        with open_made(run, tree, parent) as directory:
-            if directory.status(name) is not None:
-                replaced.append(path)
-                directory.remove_tree(name)
-                drop(run.manifest, os.fsencode(path))
-            os.symlink(target, name, dir_fd=directory.descriptor)
-        add_member(run.manifest, Member(os.fsencode(path), SYMLINK, 0o777,
-                                        content=os.fsencode(target)))
-    detail = count(len(directories + files), "link")
-    return detail + (f", in place of the artifact's own {', '.join(replaced)}" if replaced else "")
-
-
-def open_made(run: Run, tree: Directory, path: str) -> Directory:
+def open_made(run: Run, path: str) -> Directory:
     """Open a directory of the staged tree, making and listing it where it is missing.
 
     A symlink of the artifact on the way is refused: it could lead outside.
     """
-    made, here = "", Directory(tree.path, os.dup(tree.descriptor))
-    for name in [part for part in path.split("/") if part]:
-        made = f"{made}/{name}" if made else name
+    tree, made = run.store.directory(f"releases/{run.staging}"), ""
+    here = Directory(tree.path, os.dup(tree.descriptor))
+    for name in filter(None, path.split("/")):
+        made = f"{made}/{name}".lstrip("/")
         with here:
             found = here.status(name)
-            if found is not None and not stat.S_ISDIR(found.st_mode):
-                raise StepFailed(f"{made} is not a directory in the artifact",
-                                 f"choose another place than {path}/")
             if found is None:
                 add_member(run.manifest, Member(os.fsencode(made), DIRECTORY, 0o755))
+            elif not stat.S_ISDIR(found.st_mode):
+                raise StepFailed(f"{made} is not a directory in the artifact",
+                                 f"choose another place than {path}/")
             here = here.child(name, make=True)
     return here
 
 
-def make_templates(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Render the configured templates into the release."""
-    templates = [template for _, template in sorted(facts.settings.template.items())]
-
-    def render(run: Run) -> str:
-        # The release has no record yet: the context is made for the id that it will get.
-        context = move_context(run, move)
-        values = template_values(run.settings, context)
-        tree = run.store.directory(f"releases/{run.staging}")
-        for template in templates:
-            render_into(run, tree, template, values)
-        return count(len(templates), "file")
-
-    pairs = ", ".join(f"{template.source} -> {template.target}" for template in templates)
-    return [Step(word, f"render {pairs}", render)]
-
-
-def render_into(run: Run, tree: Directory, template: Any, values: Dict[str, str]) -> None:
-    """Render one template; StepFailed names every placeholder without a value."""
-    parent, _, name = template.source.rpartition("/")
-    with open_made(run, tree, parent) as directory:
-        try:
-            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, directory.descriptor)
-        except FileNotFoundError:
-            raise StepFailed(f"template {template.source} is not in the artifact",
-                             f"correct [template:{template.name}] source")
-    text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
-    rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
-    chosen = run.settings.origin(f"template:{template.name}", "mode") != "default"
-    for escaped, name in PLACEHOLDER.findall(data.decode("utf-8", "replace")):
-        # A query is masked as well, and need not be secret.
-        value = run.console.secrets.mask(values.get(name, "")).replace("?" + MASK, "")
-        if not (chosen or escaped) and (SECRET_NAME.search(name) or MASK in value):
-            mode = 0o640  # what is secret is not for every user of the host
-    parent, _, name = template.target.rpartition("/")
-    path = os.fsencode(template.target)
-    with open_made(run, tree, parent) as directory:
-        found = directory.status(name)
-        if found is not None and stat.S_ISDIR(found.st_mode):
-            raise StepFailed(f"{template.target} is a directory in the artifact",
-                             f"correct [template:{template.name}] target")
+def put_member(run: Run, member: Member, data: bytes = b"") -> None:
+    """Put a link or a file into the staged release, in place of what the artifact has there."""
+    parent, _, name = os.fsdecode(member.name).rpartition("/")
+    with open_made(run, parent) as directory:
         directory.remove_tree(name)
-        drop(run.manifest, path)
-        directory.write(name, rendered, mode)
-    digest = hashlib.sha256(rendered).digest()
-    add_member(run.manifest, Member(path, FILE, mode, len(rendered), None, digest))
+        drop(run.manifest, member.name)
+        if member.kind == SYMLINK:
+            os.symlink(member.content, name, dir_fd=directory.descriptor)
+        else:
+            directory.write(name, data, member.mode)
+    add_member(run.manifest, member)
 
 
-def make_writable(word: str, facts: Facts, move: Move) -> List[Step]:
+def do_shared(run: Run, step: Step) -> Optional[str]:
+    """Make missing shared directories, and a relative link for each path."""
+    deploy, root, replaced = run.settings.deploy, run.facts.root, []
+    for path in deploy.shared_dirs + deploy.shared_files:
+        if path in deploy.shared_dirs:
+            old = f"{root}/current/{path}"
+            with run.store.root.child(f"shared/{path}", make=True,
+                                      group=run.store.group) as directory:
+                is_empty = not os.listdir(directory.descriptor)
+            if is_empty and os.path.isdir(old) and not os.path.islink(old) and os.listdir(old):
+                run.console.warn(
+                    f"shared/{path} is empty, and what the live release holds in {path} will "
+                    f"not be seen any more: cp -a {old}/. {root}/shared/{path}/")
+        if os.fsencode(path) in run.manifest:
+            replaced.append(path)
+        target = "../" * (2 + path.count("/")) + "shared/" + path
+        put_member(run, Member(os.fsencode(path), SYMLINK, 0o777, content=os.fsencode(target)))
+    return f"in place of the artifact's own {', '.join(replaced)}" if replaced else None
+
+
+def do_templates(run: Run, step: Step) -> None:
+    """Render them; StepFailed names every placeholder without a value."""
+    values, mask = template_values(run.settings, step_context(run, step)), run.console.secrets.mask
+    for template in run.settings.template.values():
+        parent, _, name = template.source.rpartition("/")
+        section = f"template:{template.name}"
+        with open_made(run, parent) as directory:
+            try:
+                data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, directory.descriptor)
+            except FileNotFoundError:
+                raise StepFailed(f"template {template.source} is not in the artifact",
+                                 f"correct [{section}] source")
+        text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
+        rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
+        for escaped, key in PLACEHOLDER.findall(data.decode("utf-8", "replace")):
+            # A query is masked as well, and need not be secret.
+            is_masked = MASK in mask(values.get(key, "")).replace("?" + MASK, "")
+            if not escaped and (SECRET_NAME.search(key) or is_masked) \
+                    and run.settings.origin(section, "mode") == "default":
+                mode = 0o640  # what is secret is not for every user of the host
+        target = Member(os.fsencode(template.target), FILE, mode, len(rendered), None,
+                        hashlib.sha256(rendered).digest())
+        if run.manifest.get(target.name, target).kind == DIRECTORY:
+            raise StepFailed(f"{template.target} is a directory in the artifact",
+                             f"correct [{section}] target")
+        put_member(run, target, rendered)
+
+
+def do_writable(run: Run, step: Step) -> None:
     """Give the application its own directories of the release, with all that is in them."""
-    paths, user = facts.settings.deploy.writable, facts.settings.deploy.app_user
-
-    def give(run: Run) -> str:
-        uid = account("user", user, "[deploy] app_user").pw_uid
-        tree = run.store.directory(f"releases/{run.staging}")
-        for path in paths:
-            with open_made(run, tree, path) as directory:
-                # Nobody else reaches the tree yet, and no link is followed even so.
-                for _, descriptor, _ in walk_tree(directory.descriptor):
-                    if descriptor >= 0:
-                        os.fchown(descriptor, uid, -1)
-                os.fchown(directory.descriptor, uid, -1)
-        return count(len(paths), "directory", "directories")
-
-    return [Step(word, f"give {', '.join(path + '/' for path in paths)} to {user}", give)]
+    uid = account("user", run.settings.deploy.app_user, "[deploy] app_user").pw_uid
+    for path in run.settings.deploy.writable:
+        with open_made(run, path) as directory:
+            # Nobody else reaches the tree yet, and no link is followed even so.
+            for _, descriptor, _ in walk_tree(directory.descriptor):
+                if descriptor >= 0:
+                    os.fchown(descriptor, uid, -1)
+            os.fchown(directory.descriptor, uid, -1)
 
 
-def make_publish(word: str, facts: Facts, move: Move) -> List[Step]:
+def do_publish(run: Run, step: Step) -> None:
     """Make the staged tree durable, then give it its name under releases/."""
-    release = move.to_release
-
-    def publish(run: Run) -> str:
-        tree = run.store.directory(f"releases/{run.staging}")
-        # Nothing will be made in them any more; what lies below goes first.
-        for name in reversed(names_of(run.manifest, DIRECTORY)):
-            if run.manifest[name].mode != _MODE_DIRECTORY:
-                os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
-        open_to_group(run, tree)
-        # Before the rename: a name must never lead to data that a power cut can take.
-        if facts.settings.deploy.durable:
-            sync_filesystem(run.store.directory("releases").descriptor)
-        run.store.publish(run.staging, release)
-        return release
-
-    def remove(run: Run) -> None:
-        # Where the tree still has its first name, this one belongs to somebody else.
-        if not run.staging or not run.store.is_release(run.staging):
-            run.store.remove_release(release)
-
-    sync = "sync to disk and " if facts.settings.deploy.durable else ""
-    return [Step(word, f"{sync}move to releases/{release}", publish, remove)]
+    tree = run.store.directory(f"releases/{run.staging}")
+    # Nothing will be made in them any more; what lies below goes first.
+    for name in reversed(names_of(run.manifest, DIRECTORY)):
+        if run.manifest[name].mode != _MODE_DIRECTORY:
+            os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
+    if run.store.group >= 0:
+        open_to_group(run)
+    # Before the rename: a name must never lead to data that a power cut can take.
+    if run.settings.deploy.durable:
+        sync_filesystem(tree.descriptor)
+    run.store.publish(run.staging, step.move.to_release)
 
 
-def open_to_group(run: Run, tree: Directory) -> None:
+def undo_publish(run: Run, step: Step) -> None:
+    """Take the release away, unless its name is somebody else's: the tree still has its first."""
+    if not run.staging or not run.store.is_release(run.staging):
+        run.store.remove_release(step.move.to_release)
+
+
+def open_to_group(run: Run) -> None:
     """Let any member of a group's root prune a release: its directories are theirs to write."""
-    for name in names_of(run.manifest, DIRECTORY) if run.store.group >= 0 else ():
-        with tree.child(os.fsdecode(name)) as directory:
+    for name in names_of(run.manifest, DIRECTORY):
+        with run.store.directory(f"releases/{run.staging}").child(os.fsdecode(name)) as directory:
             with suppress(PermissionError):  # of another user, as a hook made it
                 give_to_group(directory.descriptor, run.store.group)
             mode = stat.S_IMODE(os.fstat(directory.descriptor).st_mode) & ~stat.S_ISGID
         run.manifest[name] = run.manifest[name]._replace(mode=mode)
 
 
-def make_seal(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Write manifest and record: from here on the release exists and must not change."""
-    release, rescan = move.to_release, bool(facts.settings.hooks.post_stage)
-
-    def seal_release(run: Run) -> str:
-        found, mask, records = run.facts.artifact, run.console.secrets.mask, run.facts.records
-        if rescan:
-            rescan_release(run, release)
-        digests = run.store.write_manifest(
-            release, digest_lines(run.manifest), tree_lines(run.manifest))
-        record = Record(
-            id=release, version=found.version, state=STATE_STAGED, pinned=False,
-            sequence=1 + max([record.sequence for record in records.values()] or [0]),
-            # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-            artifact={"name": mask(portable(found.name)), "source": mask(portable(found.path)),
-                      "sha256_source": mask(found.sha256_source), "format": found.format,
-                      "size": found.size_bytes, "sha256": found.sha256,
-                      "signature": found.signature,
-                      "strip_components": run.settings.artifact.strip_components,
-                      "identity": None if found.format == "directory" else found.identity()},
-            tree=dict(count_members(run.manifest), **digests), created_at=format_time(time.time()),
-            activated_at=None, deactivated_at=None, previous=None, by=run.by,
-            rollback={"release": None, "command": None}, failure=None, rolled_back_at=None,
-            pruned_at=None, note=run.note or None,
-            application=run.settings.deploy.application or None,
-            built_at=found.built_at or (found.signature or {}).get("at"))
-        run.store.save(record)
-        records[release] = record
-        run.facts.on_disk.add(release)
-        run.outcome.extra["artifact"] = artifact_json(found)  # by now it is known who signed it
-        return f"manifest {digests['manifest_sha256'][:12]}"
-
-    def forget(run: Run) -> None:
-        run.store.forget(f"{RECORDS}/{release}.json")
-        run.facts.records.pop(release, None)
-        run.facts.on_disk.discard(release)
-
-    made = ", with what post_stage made" if rescan else ""
-    return [Step(word, "write manifest and record" + made, seal_release, forget)]
-
-
-def rescan_release(run: Run, release: str) -> None:
-    """Hash again what a hook may have changed."""
+def scan_release(run: Run, release: str, fix: str) -> Manifest:
+    """Hash what stands in a release; StepFailed for what none can hold."""
     try:
-        total = count_members(run.manifest)["bytes"]
-        with run.console.progress("hash", total) as progress, \
+        with run.console.progress("hash") as progress, \
                 run.store.directory("releases").child(release) as directory:
-            run.manifest = scan_tree(directory, watching(run, progress),
-                                     mutable_pattern(run.settings.deploy, bytecode=False))
-            open_to_group(run, directory)
+            return scan_tree(directory, watching(run, progress),
+                             mutable_pattern(run.settings.deploy, bytecode=False))
     except ArtifactRefused as error:
-        raise StepFailed(
-            f"post_stage left what no release can hold: {error.message.partition(': ')[2]}",
-            "correct [hooks] post_stage, then run again")
-    if run.settings.deploy.durable:
-        sync_filesystem(run.store.directory("releases").descriptor)
+        raise StepFailed(f"{release} holds what no release can: {error.message.partition(': ')[2]}",
+                         f"{fix}, or name its place in [deploy] mutable")
 
 
-def make_verify(word: str, facts: Facts, move: Move) -> List[Step]:
+def keep_record(run: Run, release: str, **fields: Any) -> None:
+    """Write manifest and record of a release that is whole: from here on it is known."""
+    digests = run.store.write_manifest(
+        release, digest_lines(run.manifest), tree_lines(run.manifest))
+    record = Record(**dict(
+        dict.fromkeys(Record._fields), id=release, pinned=False, migrated=False, by=run.by,
+        rollback={"release": None, "command": None}, note=run.note or None,
+        tree=dict(count_members(run.manifest), **digests), **fields))
+    run.store.save(record)
+    run.facts.records[release] = record
+
+
+def do_seal(run: Run, step: Step) -> None:
+    """Keep what was unpacked, and what post_stage made of it: it must not change any more."""
+    release, found, mask = step.move.to_release, run.facts.artifact, run.console.secrets.mask
+    if run.settings.hooks.post_stage:
+        run.manifest = scan_release(run, release, "correct [hooks] post_stage")
+        if run.store.group >= 0:
+            open_to_group(run)
+        if run.settings.deploy.durable:
+            sync_filesystem(run.store.directory("releases").descriptor)
+    shown = run.outcome.extra["artifact"] = artifact_json(found)  # by now it is known who signed it
+    # What is not words is not masked: a secret such as 1234 may well stand in a digest.
+    artifact = dict(shown, name=mask(shown["name"]), source=mask(shown["source"]),
+                    sha256_source=mask(found.sha256_source),
+                    strip_components=run.settings.artifact.strip_components,
+                    identity=None if found.format == "directory" else found.identity())
+    keep_record(run, release, version=found.version, state=STATE_STAGED, artifact=artifact,
+                sequence=1 + max([0, *map(attrgetter("sequence"), run.facts.records.values())]),
+                created_at=format_time(time.time()),
+                application=run.settings.deploy.application or None,
+                built_at=found.built_at or (found.signature or {}).get("at"))
+    run.facts.on_disk.add(release)
+
+
+def undo_seal(run: Run, step: Step) -> None:
+    """Forget the release."""
+    run.store.forget(f"{RECORDS}/{step.move.to_release}.json")
+    run.facts.records.pop(step.move.to_release, None)
+    run.facts.on_disk.discard(step.move.to_release)
+
+
+# -- ... from there to what is live --------------------------------------------
+
+def do_verify(run: Run, step: Step) -> str:
     """Hash a release against its manifest before it goes live."""
-    release, forced = move.to_release, facts.request.force and move.operation != "recover"
-
-    def verify(run: Run) -> str:
-        differences = check_release(run, run.facts.records[release])
-        problem, lines = problems_of(differences), name_differences(run, differences)
-        more = [f"and {len(lines) - KEPT_DIFFERENCES:,} more"] if lines[KEPT_DIFFERENCES:] else []
-        run.output = lines[:KEPT_DIFFERENCES] + more
-        inside = [(f"[{section}] {key}", argv[0])
-                  for section, key, argv, _, in_release in commands(facts.settings)
-                  if in_release]
-        refuse_foreign_programs(facts.settings, inside, f"{run.store.path}/releases/{release}")
-        if problem and forced:
-            run.console.warn(f"{release} is not what was staged: {problem}")
-            return f"not what was staged, and taken all the same: {problem}"
-        if problem:
-            raise StepFailed(
-                f"{release} is not what was staged: {problem}",
-                f"see all of it: {facts.command_line(f'verify {release}')}; then {DEPLOY_AGAIN}, "
-                "or go there all the same: --force; what the service may write belongs into "
-                "[deploy] mutable")
-        added = list(differences["added"])
-        if added:
-            run.console.warn(f"{release} holds {count(len(added), 'file')} that the "
-                             f"artifact did not bring: {', '.join(added[:3])}")
-        return "unchanged since it was staged"
-
-    return [Step(word, f"verify {release} against its manifest", verify)]
+    release = step.move.to_release
+    differences = check_release(run, run.facts.records[release])
+    problem, added = problems_of(differences), list(differences["added"])
+    run.output = name_differences(run, differences)[:KEPT_DIFFERENCES]
+    inside = [(f"[{section}] {key}", argv[0])
+              for section, key, argv, _, in_release in commands(run.settings) if in_release]
+    refuse_foreign_programs(run.settings, inside, f"{run.store.path}/releases/{release}")
+    if problem and (not run.flags.force or step.move.operation == "recover"):
+        raise StepFailed(
+            f"{release} is not what was staged: {problem}",
+            f"see all of it: {run.settings.command_line(f'verify {release}')}; then {DEPLOY_AGAIN},"
+            " or go there all the same: --force; what the service may write belongs into "
+            "[deploy] mutable")
+    if problem:
+        run.console.warn(f"{release} is not what was staged: {problem}")
+        return f"not what was staged, and taken all the same: {problem}"
+    if added:
+        run.console.warn(f"{release} holds {count(len(added), 'file')} that the "
+                         f"artifact did not bring: {', '.join(added[:3])}")
+    return "unchanged since it was staged"
 
 
-def make_candidate(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Ask the release on a port that no visitor knows: a bad one never goes live."""
-    asked = facts.settings.candidate
-    probes = [probe for probe in facts.settings.probe.values() if probe.when == "candidate"]
+def do_candidate(run: Run, step: Step) -> str:
+    """Ask the release on a port that no visitor knows; ReleaseFailed by its own doing."""
+    with hold_port("0.0.0.0", run.settings.candidate.port) as held:
+        port = str(held.getsockname()[1])
+    context = step_context(run, step)._replace(candidate_port=port)
+    asked = filled(run.settings.candidate, {CANDIDATE_PORT: port})
+    probes = [probe for probe in run.settings.probe.values() if probe.when == "candidate"]
     if not probes:
-        probes = [adhoc_probe("tcp", f"localhost:{CANDIDATE_PORT}", [
+        probes = [adhoc_probe("tcp", f"localhost:{port}", [
             "deadline=480h", "successes=1", "period=100ms", "backoff=1"])]
-        probes[0].name = "port"
+    with run.console.progress(step.name) as progress, start_command(
+            run, context, step.name, asked.command, start=Guard, port=int(port),
+            timeout_seconds=asked.timeout) as guard:
+        for probe in probes:
+            probe = filled(probe, {CANDIDATE_PORT: port})
+            probe.deadline = min(probe.deadline, guard.ends_seconds - time.monotonic())
+            found = run_probe(run, probe, context, expect_release=True, progress=progress,
+                              guard=guard)
+            if not found.ok and found.required:
+                break
+            if not found.ok:
+                run.console.warn(found.complaint())
+    is_started, why, run.output = guard.found
+    for line in run.output:
+        run.console.output(line)
+    if not why and (found.ok or not found.required):
+        return found.detail
+    why = f"the candidate {why}" if why else found.complaint()
+    raise (ReleaseFailed if is_started else StepFailed)(
+        ": ".join([why, *run.output[-1:]]), "see what it wrote; then correct the release, "
+        "or what [candidate] and its probes say", dict(found.evidence, output=run.output))
 
-    def ask(run: Run) -> str:
-        with hold_port("0.0.0.0", asked.port) as held:
-            port = str(held.getsockname()[1])
-        context = move_context(run, move)._replace(candidate_port=port)
-        with run.console.progress(word) as progress, start_command(
-                run, context, word, filled(asked, {CANDIDATE_PORT: port}).command, start=Guard,
-                port=int(port), timeout_seconds=asked.timeout) as guard:
-            for probe in probes:
-                probe = filled(probe, {CANDIDATE_PORT: port})
-                probe.deadline = min(probe.deadline, guard.ends_seconds - time.monotonic())
-                found = run_probe(run, probe, context, expect_release=True, progress=progress,
-                                  guard=guard)
-                if not found.ok and found.required:
-                    break
-                if not found.ok:
-                    run.console.warn(found.complaint())
-        is_started, why, run.output = guard.found
-        for line in run.output:
-            run.console.output(line)
-        if not why and (found.ok or not found.required):
-            return found.detail
-        why = f"the candidate {why}" if why else found.complaint()
-        raise (ReleaseFailed if is_started else StepFailed)(
-            ": ".join([why, *run.output[-1:]]), "see what it wrote; then correct the release, "
-            "or what [candidate] and its probes say", dict(found.evidence, output=run.output))
 
-    names = ", ".join(probe.name for probe in probes)
-    return [Step(word, f"start {' '.join(asked.command)} on port {asked.port or 'auto'}, probe "
-                 f"{names}, end it", ask, seconds=asked.timeout + KILL_AFTER_SECONDS)]
+def migrations_left(facts: Facts, move: Move) -> Optional[List[str]]:
+    """Name the releases whose migrations are to be undone where a person goes back, newest first.
+
+    None for a move forward: to what was never live, or is newer.
+    """
+    there, left = (facts.records.get(name or "") for name in (move.to_release, move.from_release))
+    if not there or not left or not there.activated_at or there.sequence > left.sequence:
+        return None
+    if facts.settings.migrate.on_rollback == "keep" or not facts.settings.migrate.down:
+        return []
+    return [record.id for record in newest_first(facts.records.values())
+            if record.migrated and there.sequence < record.sequence <= left.sequence]
+
+
 def make_migrate(word: str, facts: Facts, move: Move) -> List[Step]:
     """Have the new release migrate the data; or have what others did to them undone by each."""
     ahead = Move(move.operation, move.to_release, move.from_release) if move.back else move
-    settings, left = facts.settings.migrate, migrations_left(facts, ahead)
-    releases = [ahead.to_release] if left is None else []
-    if word == "down" and not move.back:
-        releases = left or []
-    text, undoing = " ".join(getattr(settings, word)), move._replace(back=True)
-    return [Step(f"migrate:{word}", f"run {text} in {release}",
-                 lambda run, release=release: migrate(run, word, release, move),
-                 lambda run, release=release: migrate(run, "down", release, undoing),
-                 optional=word == "down" and not move.back, seconds=float(settings.timeout))
-            for release in releases]
+    left, is_asked = migrations_left(facts, ahead), word == "down" and not move.back
+    releases = left or [] if is_asked else [ahead.to_release][:left is None]
+    text = " ".join(getattr(facts.settings.migrate, word))
+    return [Step(f"migrate:{word}", f"run {text} in {release}", do_migrate, undo_migrate,
+                 optional=is_asked, what=release) for release in releases]
 
 
-def migrate(run: Run, word: str, release: str, move: Move) -> Optional[str]:
+def do_migrate(run: Run, step: Step) -> Any:
     """Run a command of [migrate] in a release, where it is needed; a `down` that fails is noted."""
     settings, state, records = run.settings.migrate, run.migration, run.facts.records
+    word, release = step.name.partition(":")[2], step.what
     argv = getattr(settings, word)
-    if state.get("idle") or run.down_failed or move.back and not (state.get("up") and argv):
-        return None
+    if state.get("idle") or run.down_failed or step.move.back and not (state.get("up") and argv):
+        return False
 
     def begun(group: int) -> None:
         # Who finds this run killed must end the group, and undo what it did.
@@ -8870,8 +8751,8 @@ def migrate(run: Run, word: str, release: str, move: Move) -> Optional[str]:
 
     try:
         previous = records[release].previous if word == "down" else None
-        context = context_for(run.facts, release, previous)
-        result = perform_command(run, context, f"migrate {word}", argv, settings.timeout,
+        result = perform_command(run, context_for(run.facts, release, previous),
+                                 f"migrate {word}", argv, settings.timeout,
                                  most=int(word == "check"), begun=begun)
         if word in ("up", "down"):
             records[release] = records[release]._replace(migrated=word == "up")
@@ -8886,39 +8767,44 @@ def migrate(run: Run, word: str, release: str, move: Move) -> Optional[str]:
     run.output = result.tail
     said = "".join(result.tail[-1:]) or f"its command {result.verdict()}"
     state.update({word: said, "up": word == "up", "idle": word == "check" and result.ok})
-    if word == "down" and release == move.to_release:  # undone before the switch: no step of a plan
-        run.console.say(f"{'migrate:down':<20} {format_seconds(result.seconds):>7}  {said}",
-                        status="done")
-        run.outcome.steps.append(StepResult("migrate:down", "done", result.seconds, said,
-                                            result.tail, time.time() - result.seconds))
     return said
 
 
-def make_maintenance(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Put the flag up before what visitors must not see, and down once the verdict is in."""
-    flag, during = facts.settings.maintenance.flag, facts.settings.maintenance.during
-    left = migrations_left(facts, move)
-    is_early = during == "migrate" and left is None
+def undo_migrate(run: Run, step: Step) -> None:
+    """Run `down` where `up` had begun; it is no step of the plan, and shown all the same."""
+    begun_at = time.time()
+    said = do_migrate(run, step._replace(name="migrate:down", move=step.move._replace(back=True)))
+    if said:
+        run.console.say(f"{'migrate:down':<20} {said}", status="done")
+        run.outcome.steps.append(StepResult("migrate:down", "done", time.time() - begun_at, said,
+                                            run.output, begun_at))
 
-    def put_up(run: Run) -> Optional[str]:
-        found = run.store.maintenance()
-        if is_early and run.migration.get("idle") or found and "deploy_id" not in found:
-            return None
+
+def make_close(word: str, facts: Facts, move: Move) -> List[Step]:
+    """Put the flag up before what visitors must not see: early only for a migration ahead."""
+    maintenance, left = facts.settings.maintenance, migrations_left(facts, move)
+    is_early = maintenance.during == "migrate" and left is None
+    wanted = is_early if word == "close_early" else maintenance.during == "switch" or left
+    return [Step("maintenance:on", f"put {maintenance.flag} up until the verdict is in",
+                 put_flag_up, what=is_early)] if wanted else []
+
+
+def put_flag_up(run: Run, step: Step) -> bool:
+    """Say that this run wants it, where `check` asked for it and no person has put it up."""
+    found = run.store.maintenance()
+    needed = not (step.what and run.migration.get("idle") or found and "deploy_id" not in found)
+    if needed:
         whose = {"deploy_id": run.deploy_id, "since": format_time(time.time())}
-        run.store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
-        return f"{run.store.path}/{flag}"
+        run.store.root.write(run.store.flag, json.dumps(whose).encode("ascii"), 0o644)
+    return needed
 
-    def take_down(run: Run) -> Optional[str]:
-        if "deploy_id" not in run.store.maintenance():
-            return None  # a person's by now
-        run.store.forget(flag)
-        return f"{run.store.path}/{flag}"
 
-    if word == "open":
-        return [Step("maintenance:off", f"take {flag} down", take_down)]
-    if is_early if word == "close_early" else during == "switch" or left:
-        return [Step("maintenance:on", f"put {flag} up until the verdict is in", put_up)]
-    return []
+def take_flag_down(run: Run, step: Step) -> bool:
+    """Take it away, unless it is a person's by now."""
+    needed = "deploy_id" in run.store.maintenance()
+    if needed:
+        run.store.forget(run.store.flag)
+    return needed
 
 
 def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
@@ -8926,30 +8812,34 @@ def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
     target, source = move.to_release, move.from_release or facts.current.missing
     if target == source:
         return []
-
-    def switch(run: Run) -> str:
-        # After the switch a full disk may have no room for the link that leads back.
-        keep = not move.back and move.operation != "recover"
-        run.store.switch(source, target, keep=keep)
-        left = run.facts.release(source or "") if keep else None
-        written = strangers(run, left) if left else []
-        if written:
-            some = ", ".join(map(portable, written[:3]))
-            run.console.warn(
-                f"{source} holds {count(len(written), 'file')} that the artifact did not bring, "
-                f"and {target} does not: {some}; name their place in shared_dirs or mutable")
-        return f"current -> releases/{target}" if target else "current removed"
-
-    def switch_back(run: Run) -> None:
-        # Where the switch was done and only its confirmation failed.
-        if run.store.current().release == target:
-            run.store.switch(target, source)
-
-    if not target:
-        return [Step("deactivate", "remove current: nothing was live before", switch, switch_back)]
     text = f"point current at {target}" + (f" (was {source})" if source else "")
-    return [Step(word, text, switch, switch_back, noted=PHASE_SWITCHED)]
+    if not target:
+        word, text = "deactivate", "remove current: nothing was live before"
+    return [Step(word, text, do_activate, undo_activate, noted=PHASE_SWITCHED, what=source)]
 
+
+def do_activate(run: Run, step: Step) -> None:
+    """Switch, and tell what the release that is left holds beside its artifact."""
+    target, source = step.move.to_release, step.what
+    # After the switch a full disk may have no room for the link that leads back.
+    keep = not step.move.back and step.move.operation != "recover"
+    run.store.switch(source, target, keep=keep)
+    left = run.facts.release(source) if keep else None
+    written = strangers(run, left) if left else []
+    if written:
+        run.console.warn(
+            f"{source} holds {count(len(written), 'file')} that the artifact did not bring, and "
+            f"{target} does not: {', '.join(map(portable, written[:3]))}; name their place in "
+            "shared_dirs or mutable")
+
+
+def undo_activate(run: Run, step: Step) -> None:
+    """Switch back where the switch was done and only its confirmation failed."""
+    if run.store.current().release == step.move.to_release:
+        run.store.switch(step.move.to_release, step.what)
+
+
+# -- ... with two slots ----------------------------------------------------------
 
 def target_slot(facts: Facts, move: Move) -> str:
     """Name the slot of the release, else the idle one; none on a way back to what had none."""
@@ -8959,168 +8849,182 @@ def target_slot(facts: Facts, move: Move) -> str:
 
 def make_slot(word: str, facts: Facts, move: Move) -> List[Step]:
     """Start the release in the idle slot, and ask it there: nobody else does yet."""
-    release, slots = move.to_release or "", facts.slots
     slot = facts.settings.slots[target_slot(facts, move)]
-    before = [earlier for earlier, name in slots.items() if name == slot.name]
-
-    def start(run: Run) -> str:
-        unit, records = UnitService(run, slot), run.facts.records
-        if release in slots and not unit.down():
-            return f"{slot.unit} runs it already"
-        records[release] = records[release]._replace(slot=slot.name)
-        run.store.save(records[release])
-        slots[release] = slot.name
-        run.store.put_in_slot(slot.name, release)
-        detail = unit.act(move_context(run, move))
-        unit.at_boot("enable", "disabled")
-        return detail
-
-    def stop(run: Run) -> None:
-        if release in slots:  # the link comes first
-            UnitService(run, slot).stop()
-            run.store.forget(f"slots/{slot.name}")
-            for earlier in before:
-                run.store.put_in_slot(slot.name, earlier)
-
-    text = f"start {slot.unit}, port {slot.port}, for {release}"
-    return [Step(f"slot:{slot.name}", text, start, stop), *make_probes(word, facts, move)]
+    before = [earlier for earlier, name in facts.slots.items() if name == slot.name]
+    text = f"start {slot.unit}, port {slot.port}, for {move.to_release}"
+    return [Step(f"slot:{slot.name}", text, start_slot, stop_slot, what=(slot, before)),
+            *make_probes(word, facts, move)]
 
 
-def make_proxy(word: str, facts: Facts, move: Move) -> List[Step]:
+def start_slot(run: Run, step: Step) -> str:
+    """Note the slot in the release's record, then link it, then start its unit."""
+    release, slot, slots = step.move.to_release, step.what[0], run.facts.slots
+    unit, records = UnitService(run, slot), run.facts.records
+    if release in slots and not unit.down():
+        return f"{slot.unit} runs it already"
+    records[release] = records[release]._replace(slot=slot.name)
+    run.store.save(records[release])
+    slots[release] = slot.name
+    run.store.put_in_slot(slot.name, release)
+    detail = unit.act(step_context(run, step))
+    unit.at_boot("enable", "disabled")
+    return detail
+
+
+def stop_slot(run: Run, step: Step) -> None:
+    """Stop what was started there, and link what was there before."""
+    slot, before = step.what
+    if step.move.to_release in run.facts.slots:  # the link comes first
+        UnitService(run, slot).stop()
+        run.store.forget(f"slots/{slot.name}")
+        for earlier in before:
+            run.store.put_in_slot(slot.name, earlier)
+
+
+def do_proxy(run: Run, step: Step) -> None:
     """Have the proxy lead to the slot of the release; on the way back, where it led before."""
-    slots, target = facts.settings.slots, target_slot(facts, move)
-    reload = next(iter(slots.values())).reload
-    confs = {name: slot.include for name, slot in slots.items()}
-    confs[facts.live_slot] = facts.live_conf  # as it was before, if it comes to that
+    facts, slots = run.facts, run.settings.slots
+    target = target_slot(facts, step.move) if step.what is None else step.what
+    conf = slots[target].include if target else ""
+    if target == facts.live_slot:
+        conf = facts.live_conf
+    if conf:
+        run.store.directory("slots").write(
+            "live.conf", conf.encode("utf-8", "surrogateescape"), 0o644)
+    else:
+        run.store.forget("slots/live.conf")
+    context = step_context(run, step)._replace(directory=run.root, slot=slots.get(target))
+    perform_command(run, context, "hook reload", next(iter(slots.values())).reload,
+                    run.settings.hooks.timeout)
 
-    def lead(run: Run, name: str) -> str:
-        if confs.get(name):
-            run.store.directory("slots").write(
-                "live.conf", confs[name].encode("utf-8", "surrogateescape"), 0o644)
-        else:
-            run.store.forget("slots/live.conf")
-        context = move_context(run, move)._replace(directory=run.root, slot=slots.get(name))
-        perform_command(run, context, "hook reload", reload, run.settings.hooks.timeout)
-        return f"it leads to {name or 'no slot'}"
 
-    def undo(run: Run) -> None:
-        # The journal of another run: it had not renamed live.conf, unless it was killed right here.
-        is_recovered = run.journal.deploy_id != run.deploy_id
-        if is_recovered and (run.journal.phase == PHASE_STAGING or not facts.live_slot):
-            return
-        try:
-            lead(run, facts.live_slot)
-        except FAILURES as error:
-            raise RollbackFailed(f"and once more: {reason(error)}",
-                                 facts.command_line("recover"))
-
-    text = f"have slots/live.conf lead to {target or 'no slot'}; {spell(reload)}"
-    # A proxy may not be able to do without the file.
-    return [Step(word, text, lambda run: lead(run, target), undo, optional=not target)]
+def undo_proxy(run: Run, step: Step) -> None:
+    """Have it lead where it led before; RollbackFailed where that fails too."""
+    # The journal of another run: it had not renamed live.conf, unless it was killed right here.
+    before, journal = run.facts.live_slot, run.journal
+    if journal and journal.deploy_id != run.deploy_id and (
+            journal.phase == PHASE_STAGING or not before):
+        return
+    try:
+        do_proxy(run, step._replace(what=before))
+    except FAILURES as error:
+        raise RollbackFailed(f"and once more: {reason(error)}",
+                             run.settings.command_line("recover"))
 
 
 def make_drain(word: str, facts: Facts, move: Move) -> List[Step]:
     """Stop the slot that is left, once nothing is asked of it any more or a signal has come."""
     target, linked = target_slot(facts, move), facts.slots.values()
     # One without a link never ran, unless it is this run that starts it.
-    left = [slot for name, slot in facts.settings.slots.items()
-            if name != target and (move.back or name in linked)]
-    if not left:
-        return []
-    slot = left[0]
-
-    def drain(run: Run) -> str:
-        interrupts, was_closed = run.interrupts, run.interrupts.is_closed
-        ends_seconds, quiet = time.monotonic() + slot.drain, 0
-        interrupts.is_closed = False
-        with suppress(Interrupted), run.console.progress(f"drain:{slot.name}") as progress:
-            interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
-            while quiet < 2 and time.monotonic() < ends_seconds:
-                with suppress(OSError):  # nobody can know: then the time counts
-                    found = sockets(slot.port, "01")
-                    quiet = 0 if found else quiet + 1
-                    progress(0, count(len(found), "connection"))
-                interrupts.wait(DRAIN_LOOK_SECONDS)
-        interrupts.is_closed = was_closed
-        UnitService(run, slot).stop()
-        return f"{slot.unit} is stopped"
-
-    text = f"stop {slot.unit} once nothing is asked of it any more, after " \
-        f"{format_seconds(slot.drain)} at the latest"
-    return [Step(f"drain:{slot.name}", text, drain, optional=True)]
+    return [Step(f"drain:{slot.name}", f"stop {slot.unit} once nothing is asked of it any more, "
+                 f"after {format_seconds(slot.drain)} at the latest", do_drain, optional=True,
+                 what=slot)
+            for name, slot in facts.settings.slots.items()
+            if name != target and (move.back or name in linked)][:1]
 
 
-def make_services(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Bring each service onto the release that is live now, and see that it stays up."""
-    steps = []
-    for name in services_in_order(facts.settings):
-        service = facts.settings.service[name]
-        if service.action != "none":
-            steps.append(Step(
-                f"service:{name}", describe_service(service),
-                lambda run, name=name: make_service(run, name).act(move_context(run, move)),
-                seconds=float(service.timeout + service.settle)))
-    return steps
+def do_drain(run: Run, step: Step) -> None:
+    """Wait until two looks in a row find no connection, then stop it."""
+    slot, interrupts, was_closed = step.what, run.interrupts, run.interrupts.is_closed
+    ends_seconds, quiet = time.monotonic() + slot.drain, 0
+    interrupts.is_closed = False
+    with suppress(Interrupted), run.console.progress(step.name) as progress:
+        interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
+        while quiet < 2 and time.monotonic() < ends_seconds:
+            with suppress(OSError):  # nobody can know: then the time counts
+                found = sockets(slot.port, "01")
+                quiet = 0 if found else quiet + 1
+                progress(0, count(len(found), "connection"))
+            interrupts.wait(DRAIN_LOOK_SECONDS)
+    interrupts.is_closed = was_closed
+    UnitService(run, slot).stop()
 
+
+# -- ... and to a verdict --------------------------------------------------------
 
 def make_probes(word: str, facts: Facts, move: Move) -> List[Step]:
     """Ask the running service whether it is healthy, and which version it is."""
-
-    def ask(run: Run, probe: Any) -> str:
-        with run.console.progress(f"probe:{probe.name}") as progress:
-            found = run_probe(run, probe, move_context(run, move), expect_release=True,
-                              progress=progress, restarted=True)
-        if not found.ok:
-            raise StepFailed(found.complaint(), found.hint(), found.evidence)
-        return found.detail
-
     return [Step(f"probe:{name}",
                  f"probe {name}" + ("" if probe.required else " (a failure is only a warning)"),
-                 lambda run, probe=probe: ask(run, probe), optional=not probe.required,
-                 seconds=probe_seconds(probe))
+                 do_probe, what=probe, optional=not probe.required)
             for name, probe in sorted(facts.settings.probe.items())
             if probe.when in ("after", "both") and (
                 probe.of_slot == (word == "slot")
                 or move.back and move.to_release in facts.slots)]
 
 
+def do_probe(run: Run, step: Step) -> str:
+    """Ask until the verdict is in."""
+    with run.console.progress(step.name) as progress:
+        found = run_probe(run, step.what, step_context(run, step), expect_release=True,
+                          progress=progress, restarted=True)
+    if not found.ok:
+        raise StepFailed(found.complaint(), found.hint(), found.evidence)
+    return found.detail
+
+
 def make_health(word: str, facts: Facts, move: Move) -> List[Step]:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
-    left = move.from_release
-    if is_under_way(facts.journal, left):
-        return []  # the rollback is the verdict of what was never seen to be healthy
-    services = [name for name, service in facts.settings.service.items()
+    left, settings = move.from_release, facts.settings
+    services = [name for name, service in settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
-    probes = [probe for probe in facts.settings.probe.values() if probe.when in ("after", "both")
+    probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")
               and (facts.live_slot or not probe.of_slot)]
-    if not left or not services and not probes:
+    # What was never seen to be healthy is not asked: the rollback is its verdict.
+    if not left or is_under_way(facts.journal, left) or not services + probes:
         return []
+    return [Step(word, f"ask once how {left} is doing: only a healthy one is a way back",
+                 do_health, optional=True, what=(services, probes))]
 
-    def ask(run: Run) -> str:
-        answers = [make_service(run, name).down() for name in services]
-        for probe in probes:
-            context = context_for(run.facts, left)
-            found = run_probe(run, probe, context, expect_release=True, once=True)
-            answers.append("" if found.ok else found.detail)
-        failed = [answer for answer in answers if answer]
-        run.left_is_healthy = not failed
-        return f"not healthy, no way back to it: {'; '.join(failed)}" if failed else "healthy"
 
-    return [Step(word, f"ask once how {left} is doing: only a healthy one is a way back", ask,
-                 optional=True)]
+def do_health(run: Run, step: Step) -> str:
+    """Note whether all of it is healthy; that it is not stops nothing."""
+    services, probes = step.what
+    failed = [make_service(run, name).down() for name in services]
+    context = context_for(run.facts, step.move.from_release)
+    for probe in probes:
+        found = run_probe(run, probe, context, expect_release=True, once=True)
+        failed.append("" if found.ok else found.detail)
+    why = "; ".join(filter(None, failed))
+    run.left_is_healthy = not why
+    return f"not healthy, no way back to it: {why}" if why else "healthy"
 
+
+# -- ... and what is kept --------------------------------------------------------
 
 def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Delete the releases that retention no longer keeps; a failure is a warning."""
+    """Let go what retention does not keep: good releases beyond keep_releases, bad beyond one.
+
+    What will be live, what a rollback would then go to, pinned releases, those that a process
+    runs from and everything without a record stay.  A release that is about to be made counts
+    as one of those that are kept.
+    """
+    live, previous = move.to_release or None, move.from_release
+    if live == previous:
+        target = rollback_target(facts, live)
+        previous = target.id if target else None
+    keep, everything = {live, previous, *facts.in_use, *facts.slots}, facts.records.values()
+    lost = lost_current(facts)
+    if lost:
+        keep |= {lost.id, lost.previous}
+    there = newest_first(map(facts.release, facts.records))
+    good = [record for record in there
+            if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
+    bad = [record for record in there if record.state == STATE_BAD and record.id != live]
+    kept = max(1, facts.settings.deploy.keep_releases)
+    if live and live not in facts.records:
+        kept -= 1
+    gone = [record for record in good[kept:] + bad[KEPT_BAD_RELEASES:]
+            if record.id not in keep and not record.pinned]
+    gone += newest_first(record for record in everything if record.pruned_at)[KEPT_BAD_RECORDS:]
     return [Step(f"prune:{record.id}",
                  f"delete {record.id} ({record.state}, sequence {record.sequence})",
-                 lambda run, record=record: delete_release(run, record), optional=True)
-            for record in prunable(facts, move)]
+                 do_prune, optional=True, what=record) for record in gone]
 
 
-def delete_release(run: Run, record: Record) -> str:
-    """Files first, then the record; a bad one's digest is remembered."""
-    in_use = releases_in_use(run.settings, run.store.path)
+def do_prune(run: Run, step: Step) -> str:
+    """Delete a release, files first, then its record; a bad one's digest is remembered."""
+    record, in_use = step.what, releases_in_use(run.settings, run.store.path) or {}
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
     on_disk = record.id in run.facts.on_disk
@@ -9139,118 +9043,82 @@ def delete_release(run: Run, record: Record) -> str:
     return f"{format_size(int(record.tree.get('bytes') or 0))} freed"
 
 
-def make_sweep(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Remove what a crash left: temporary files, half unpacked trees."""
-    def sweep(run: Run) -> str:
-        return ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left"
-
-    return [Step(word, "remove what a crash left", sweep)]
-
-
-def make_adopt(word: str, facts: Facts, move: Move) -> List[Step]:
+def do_adopt(run: Run, step: Step) -> str:
     """Make known what another tool left: hashed and recorded, never changed."""
-    release = move.to_release or ""
-
-    def adopt(run: Run) -> str:
-        store, path = run.store, f"{run.store.path}/releases/{release}"
-        # Its place in the order is the time in its name, else the time of its directory.
-        found = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
-        made_at = "{}-{}-{}T{}:{}:{}Z".format(*found.groups()) if found else \
-            format_time(os.lstat(path).st_mtime)
-        try:
-            with run.console.progress("hash") as progress, \
-                    store.directory("releases").child(release) as directory:
-                manifest = scan_tree(directory, watching(run, progress),
-                                     mutable_pattern(run.settings.deploy, bytecode=False))
-        except ArtifactRefused as error:
-            raise StepFailed(f"{release} cannot be adopted: {error.message.partition(': ')[2]}",
-                             "remove it, or name its place in [deploy] mutable")
-        digests = store.write_manifest(release, digest_lines(manifest), tree_lines(manifest))
-        records, counts = run.facts.records, count_members(manifest)
-        sequence = 1 + max([record.sequence for record in records.values()
-                            if record.created_at <= made_at] or [0])
-        for record in list(records.values()):
-            if record.sequence >= sequence:
-                records[record.id] = record._replace(sequence=record.sequence + 1)
-                store.save(records[record.id])
-        is_live = release == run.facts.current.release
-        records[release] = Record(
-            id=release, sequence=sequence, version=release, pinned=False,
-            state=STATE_ACTIVE if is_live else STATE_RETIRED,
-            artifact={"name": release, "source": path, "format": "directory", "signature": None,
-                      "size": counts["bytes"], "sha256": digests["manifest_sha256"],
-                      "sha256_source": "adopted", "strip_components": 0},
-            tree=dict(counts, **digests), created_at=made_at, activated_at=made_at,
-            deactivated_at=None, previous=None, by=run.by, failure=None, rolled_back_at=None,
-            rollback={"release": None, "command": None}, pruned_at=None, note=run.note or None)
-        store.save(records[release])
-        return f"{count(counts['files'], 'file')}, made at {made_at}"
-
-    return [Step(word, f"hash releases/{release}, and keep a record of it", adopt)]
+    release, records = step.move.to_release, run.facts.records
+    path = f"{run.store.path}/releases/{release}"
+    # Its place in the order is the time in its name, else the time of its directory.
+    found = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
+    made_at = "{}-{}-{}T{}:{}:{}Z".format(*found.groups()) if found else \
+        format_time(os.lstat(path).st_mtime)
+    run.manifest = scan_release(run, release, "remove it")
+    sequence = 1 + max([0, *(record.sequence for record in records.values()
+                             if record.created_at <= made_at)])
+    for record in list(records.values()):
+        if record.sequence >= sequence:
+            records[record.id] = record._replace(sequence=record.sequence + 1)
+            run.store.save(records[record.id])
+    counts, is_live = count_members(run.manifest), release == run.facts.current.release
+    digest = hash_pieces(digest_lines(run.manifest)).hex()  # of the manifest
+    keep_record(run, release, sequence=sequence, version=release, created_at=made_at,
+                activated_at=made_at, state=STATE_ACTIVE if is_live else STATE_RETIRED,
+                artifact={"name": release, "source": path, "format": "directory",
+                          "signature": None, "size": counts["bytes"], "sha256": digest,
+                          "sha256_source": "adopted", "strip_components": 0})
+    return f"{count(counts['files'], 'file')}, made at {made_at}"
 
 
-def make_pin(word: str, facts: Facts, move: Move) -> List[Step]:
+def do_pin(run: Run, step: Step) -> None:
     """Protect a release from pruning, or no longer."""
-    record, pinned = facts.records[move.to_release], move.operation == "pin"
-
-    def write(run: Run) -> str:
-        run.store.save(record._replace(pinned=pinned))
-        return record.id
-
-    return [Step(move.operation, f"{move.operation} {record.id}", write)]
+    record = run.facts.records[step.move.to_release]
+    run.store.save(record._replace(pinned=step.name == "pin"))
 
 
 def make_hold(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Write down that what is live stays live, who says so and why; or that it may change again."""
+    """Write down that what is live stays live, who says so and why."""
     until, wanted = None, facts.request.until
+    if not facts.note.strip():
+        raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
     if wanted:
         until = format_time(read_value("moment", wanted)(facts.now_seconds, 1))
         if until <= format_time(facts.now_seconds):
             raise UsageError(f"--until {wanted} is past", "name a time to come, or a duration: 12h")
-
-    def write(run: Run) -> str:
-        if move.operation == "unhold":
-            run.store.forget(HOLD)
-            return "deployments may go live again"
-        hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": until}
-        run.store.directory(".deploy").write(
-            "hold.json", json.dumps(hold).encode("ascii"), run.store.file_mode)
-        return f"until {until or 'unhold'}: {run.note}"
-
-    return [Step(move.operation, f"{move.operation} {move.to_release or 'what is live'}", write)]
+    return [Step(word, f"hold what is live until {until or 'unhold'}", do_hold, what=until)]
 
 
-def flag_value(text: str) -> Any:
-    """Read a feature flag: on, off, a share of those who ask, or a text; None removes it."""
-    if text.endswith("%") and not re.match(r"(?:100|[0-9]{1,2})%\Z", text):
-        raise UsageError(f"{text} is no share", "give 0% to 100%, in whole numbers")
-    if text.endswith("%"):
-        return {"percent": int(text[:-1])}
-    return {"on": True, "off": False, "": None}.get(text, text)
+def do_hold(run: Run, step: Step) -> None:
+    """Write it down."""
+    hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": step.what}
+    run.store.directory(".deploy").write(
+        "hold.json", json.dumps(hold).encode("ascii"), run.store.file_mode)
 
 
 def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
-    """Set feature flags in shared/flags.json, at once: applications read it without a lock."""
+    """Set feature flags: on, off, a share of those who ask, or a text; nothing removes one."""
     flags, said = dict(facts.flags), []
     for text in map(portable, facts.request.assignments):
         name, _, value = text.partition("=")
         # Other languages read no JSON with half a surrogate pair.
-        if not re.match(r"[A-Za-z0-9_.-]{1,100}=[^\ud800-\udfff]*\Z", text):
+        if not re.match(r"[A-Za-z0-9_.-]{1,100}=[^\ud800-\udfff]*\Z", text) or \
+                value.endswith("%") and not re.match(r"(?:100|[0-9]{1,2})%\Z", value):
             raise UsageError(f"{text!r} sets no flag", "write NAME=on, NAME=off, NAME=25%, "
                              "NAME=TEXT in UTF-8, or NAME= to remove it; letters, digits, . _ -")
-        before, after = show_flag(flags.pop(name, None)), show_flag(flag_value(value))
-        if value:
-            flags[name] = flag_value(value)
+        before = show_flag(flags.pop(name, None))
+        if value.endswith("%"):
+            flags[name] = {"percent": int(value[:-1])}
+        elif value:
+            flags[name] = {"on": True, "off": False}.get(value, value)
+        after = show_flag(flags.get(name))
         if before != after:
             said.append(f"{name}: {before} -> {after}")
+    return [Step(word, "set " + ", ".join(said), do_flags, what=flags)] if said else []
 
-    def write(run: Run) -> str:
-        data = json.dumps(flags, indent=2, sort_keys=True).encode("ascii") + b"\n"
-        run.store.directory("shared").write("flags.json", data, 0o644)
-        run.facts = run.facts._replace(flags=flags)
-        return ", ".join(said)
 
-    return [Step(word, "set " + ", ".join(said), write)] if said else []
+def do_flags(run: Run, step: Step) -> None:
+    """Write shared/flags.json at once: applications read it without a lock."""
+    data = json.dumps(step.what, indent=2, sort_keys=True).encode("ascii") + b"\n"
+    run.store.directory("shared").write("flags.json", data, 0o644)
+    run.facts = run.facts._replace(flags=step.what)
 
 
 def show_flag(value: Any) -> str:
@@ -9261,36 +9129,66 @@ def show_flag(value: Any) -> str:
     return value if isinstance(value, str) else words.get(text, text)
 
 
-# word of the table -> what makes its steps, and what must be configured for it
-MAKERS: Dict[str, Tuple[Callable[[str, Facts, Move], List[Step]], Any]] = {
-    "unpack": (make_unpack, None),
-    "shared": (make_shared, lambda settings: settings.deploy.shared_dirs
-               + settings.deploy.shared_files),
-    "templates": (make_templates, lambda settings: settings.template),
-    "writable": (make_writable, lambda settings: settings.deploy.writable),
-    "publish": (make_publish, None),
-    "seal": (make_seal, None),
-    "verify": (make_verify, None),
-    "health": (make_health, lambda settings: settings.service or settings.probe),
-    "candidate": (make_candidate, lambda settings: settings.candidate.command),
-    "activate": (make_activate, None),
-    "slot": (make_slot, attrgetter("slots")),
-    "proxy": (make_proxy, attrgetter("slots")),
-    "drain": (make_drain, attrgetter("slots")),
-    "services": (make_services, lambda settings: settings.service),
-    "probes": (make_probes, lambda settings: settings.probe),
-    "prune": (make_prune, None),
-    "pin": (make_pin, None),
-    "adopt": (make_adopt, None),
-    "hold": (make_hold, None),
-    "flags": (make_flags, None),
-    "sweep": (make_sweep, None)}
-MAKERS.update({hook: (make_hook, lambda settings, hook=hook: getattr(settings.hooks, hook))
-               for hook in HOOK_NAMES})
-MAKERS.update({name: (make_migrate, lambda settings, name=name: getattr(settings.migrate, name))
-               for name in MIGRATE_NAMES})
-MAKERS.update({word: (make_maintenance, lambda settings: settings.maintenance.during != "never")
-               for word in ("close_early", "close", "open")})
+# word of the table -> what must be configured for it, then its text, what does it, and what takes
+# it back; or, in place of these, what makes its steps
+WORDS: Dict[str, Tuple[Any, ...]] = {
+    "unpack": ("", lambda word, facts, move:
+               f"verify and unpack {facts.artifact.name if facts.artifact else 'the artifact'}",
+               do_unpack, lambda run, step:
+               run.staging and run.store.directory("releases").remove_tree(run.staging)),
+    "shared": ("deploy.shared_dirs deploy.shared_files", lambda word, facts, move:
+               "link from shared/: " + ", ".join(facts.settings.deploy.shared_dirs
+                                                 + facts.settings.deploy.shared_files), do_shared),
+    "templates": ("template", lambda word, facts, move: "render " + ", ".join(
+        f"{template.source} -> {template.target}"
+        for template in facts.settings.template.values()), do_templates),
+    "writable": ("deploy.writable", lambda word, facts, move:
+                 f"give {', '.join(facts.settings.deploy.writable)} to "
+                 + facts.settings.deploy.app_user, do_writable),
+    "publish": ("", lambda word, facts, move: f"move to releases/{move.to_release}, once it is "
+                "on disk", do_publish, undo_publish),
+    "seal": ("", lambda word, facts, move: "write manifest and record", do_seal, undo_seal),
+    "verify": ("", lambda word, facts, move: f"verify {move.to_release} against its manifest",
+               do_verify),
+    "health": ("service probe", make_health),
+    "candidate": ("candidate.command", lambda word, facts, move:
+                  f"start {' '.join(facts.settings.candidate.command)} on port "
+                  f"{facts.settings.candidate.port or 'auto'}, probe it there, end it",
+                  do_candidate),
+    "close_early": ("maintenance.during", make_close),
+    "close": ("maintenance.during", make_close),
+    "open": ("maintenance.during", lambda word, facts, move: [
+        Step("maintenance:off", f"take {facts.settings.maintenance.flag} down", take_flag_down)]),
+    "activate": ("", make_activate),
+    "slot": ("slots", make_slot),
+    # A proxy may not be able to do without the file.
+    "proxy": ("slots", lambda word, facts, move: [
+        Step(word, f"have slots/live.conf lead to {target_slot(facts, move) or 'no slot'}, reload",
+             do_proxy, undo_proxy, optional=not target_slot(facts, move))]),
+    "drain": ("slots", make_drain),
+    "services": ("service", lambda word, facts, move: [
+        Step(f"service:{name}", describe_service(facts.settings.service[name]), lambda run, step:
+             make_service(run, step.what).act(step_context(run, step)), what=name)
+        for name in services_in_order(facts.settings)
+        if facts.settings.service[name].action != "none"]),
+    "probes": ("probe", make_probes),
+    "prune": ("", make_prune),
+    "pin": ("", lambda word, facts, move: f"pin {move.to_release}", do_pin),
+    "unpin": ("", lambda word, facts, move: f"unpin {move.to_release}", do_pin),
+    "adopt": ("", lambda word, facts, move: f"hash releases/{move.to_release}, and keep a record "
+              "of it", do_adopt),
+    "hold": ("", make_hold),
+    "unhold": ("", lambda word, facts, move: "let what is live be replaced again",
+               lambda run, step: run.store.forget(HOLD)),
+    "flags": ("", make_flags),
+    "sweep": ("", lambda word, facts, move: "remove what a crash left", lambda run, step:
+              ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left")}
+for _name in HOOK_NAMES:  # after the switch a recovery must not run them again
+    WORDS[_name] = (f"hooks.{_name}", lambda word, facts, move: [Step(
+        f"hook:{word}", f"run hook {word}: " + "; ".join(
+            " ".join(argv) for argv in getattr(facts.settings.hooks, word)), do_hook,
+        noted=PHASE_SWITCHED if word.startswith("post_") else "")])
+WORDS.update({name: (f"migrate.{name}", make_migrate) for name in MIGRATE_NAMES})
 
 
 # ============================================================================
@@ -9299,6 +9197,11 @@ MAKERS.update({word: (make_maintenance, lambda settings: settings.maintenance.du
 #    switch, takes the way back after it, and ends every run in one place.
 #    Recovery is the same table and the same functions.
 # ============================================================================
+
+# With which exit code a run ends that has such a result; others end with their error's.
+RESULT_CODES = {"left_live": EXIT_ROLLBACK_FAILED, "rollback_failed": EXIT_ROLLBACK_FAILED,
+                "rolled_back": EXIT_ROLLED_BACK}
+
 
 class Executor:
     """Carries one plan through to a verdict.
@@ -9310,30 +9213,25 @@ class Executor:
     """
 
     def __init__(self, run: Run, plan: Plan, journal: Optional[Journal] = None) -> None:
-        self.run = run
-        self.plan = plan
-        self.journal = journal
-        self.deploy_id = journal.deploy_id if journal else run.deploy_id
-        if plan.operation == "recover" and run.facts.journal:
-            # Under the id of what a person settles: its story ends here.
-            self.deploy_id = run.facts.journal.deploy_id
+        self.run, self.plan, left = run, plan, run.facts.journal
         self.phase = journal.phase if journal else ""
+        # What a person settles ends under its own id.
+        known = left if plan.operation == "recover" else journal
+        self.deploy_id = known.deploy_id if known else run.deploy_id
         run.journal, run.migration = journal, dict(journal.migration) if journal else {}
-        left = run.facts.journal.migration if run.facts.journal else {}
-        if left:
-            end_group(left["group"], left["deploy_id"])
+        if left and left.migration:
+            end_group(left.migration["group"], left.migration["deploy_id"])
         self.done: List[Step] = []
-        # What failed, if anything, says nothing against the release.
-        self.blameless = False
+        self.blameless = False  # what failed, if anything, says nothing against the release
         self.started_seconds = time.monotonic()
 
     def execute(self) -> None:
         """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
         run, plan = self.run, self.plan
-        run.interrupts.is_closed = False
+        # What is not journalled is not stopped half way.
+        run.interrupts.is_closed = not any(step.phase for step in plan.steps)
         try:
             for step in plan.steps:
-                run.interrupts.check()
                 self.take(step)
             run.interrupts.check()
             live = run.store.current()
@@ -9348,8 +9246,7 @@ class Executor:
                 raise StepFailed(run.down_failed, "correct the data, or put the backup back")
             # The verdict is in: signals from here on change nothing.
             run.interrupts.is_closed = True
-            if self.phase:
-                self.end(RESULTS[plan.operation])
+            self.end(RESULTS[plan.operation])
         except Exception as error:
             run.interrupts.is_closed = True
             if isinstance(error, Interrupted):
@@ -9357,46 +9254,35 @@ class Executor:
             # A disk that refuses our own notes, or a missing module, is not the release's doing.
             if isinstance(error, (OSError, ImportError, MemoryError)):
                 self.blameless = True
-            step_name = self.done[-1].name if self.done else plan.operation
-            final = self.fail(step_error(error, step_name))
+            final = self.fail(step_error(error, self.done[-1].name if self.done else "the plan"))
             if isinstance(error, FAILURES):
                 raise final
             raise  # a defect of this program: what it had begun is undone by now
-        try:
-            for step in plan.last:
-                if not step.phase:
-                    self.take(step)
-            if not self.phase:
-                self.end(RESULTS[plan.operation])
-        except FAILURES as error:
-            run.outcome.release, run.outcome.previous = run.store.current().release, None
-            if plan.operation != "recover" or run.outcome.release == plan.from_release:
-                raise
-            again = run.settings.command_line(f"recover --to {plan.to_release}")
-            raise RollbackFailed(f"{step_error(error, 'recover').message}; {run.outcome.release} "
-                                 "is live all the same", f"correct the cause, then: {again}")
+        for step in plan.last:
+            if not step.phase:
+                self.take(step)
         if any(result.status == "done" for result in run.outcome.steps):
             run.outcome.changed = True
 
     def take(self, step: Step) -> None:
         """Journal the phase where it is new, do the step, and show how it went."""
         run, console = self.run, self.run.console
+        run.interrupts.check()
         if step.phase and step.phase != self.phase:
             self.enter(step.phase)
         self.done.append(step)
         console.log_context["step"] = step.name
-        console.working(step.text, step.seconds)
+        console.working(step.text, UNLIMITED_SECONDS)
         run.output, status, detail = [], "failed", "internal error"
         started_at, started_seconds = time.time(), time.monotonic()
         try:
-            found = step.do(run)
-            status, detail = ("skipped", "not needed") if found is None else ("done", found)
-        except Interrupted:
-            detail = "interrupted"
-            raise
+            found = step.do(run, step)
+            status, detail = "done", found if isinstance(found, str) else step.text
+            if found is False:
+                status, detail = "skipped", "not needed"
         except FAILURES as error:
             detail = step_error(error, step.name).message
-            if not step.optional:
+            if not step.optional or isinstance(error, Interrupted):
                 raise
             console.warnings.append(f"{step.name}: {detail}")
         finally:
@@ -9410,166 +9296,153 @@ class Executor:
         if step.noted:
             self.enter(step.noted)
 
-    def enter(self, phase: str) -> None:
-        """Write down durably what is about to be done, and what was."""
-        plan, run = self.plan, self.run
-        if self.journal is None:
+    def enter(self, phase: str, failure: Optional[Json] = None) -> None:
+        """Write down durably what is about to be done, what was, and what failed."""
+        plan, run, journal = self.plan, self.run, self.run.journal
+        if journal is None:
             found = run.facts.artifact or run.facts.records.get(plan.to_release)
-            self.journal = Journal(
+            journal = Journal(
                 deploy_id=self.deploy_id, operation=plan.operation, phase=phase,
                 from_release=plan.from_release, to_release=plan.to_release,
                 artifact_sha256=found.sha256 if found else "", boot_id=boot_id(),
                 started_at=format_time(run.facts.now_seconds), recoveries=0,
                 plan=run.console.secrets.mask_json(plan.to_json()), done=[], failure=None,
                 by=run.by, chain=run.store.chain)
-        known = self.journal.done
-        done = known + [step.name for step in self.done if step.name not in known]
-        self.journal = self.journal._replace(phase=phase, done=done, migration=run.migration)
-        run.journal, self.phase = self.journal, phase
-        run.store.save(self.journal)
+        done = journal.done + [step.name for step in self.done if step.name not in journal.done]
+        run.journal = journal._replace(phase=phase, done=done, migration=run.migration,
+                                       failure=failure or journal.failure)
+        self.phase = phase
+        run.store.save(run.journal)
 
     # -- the end ---------------------------------------------------------------
 
-    def end(self, result: str, error: Optional[DeployError] = None, *, exit_code: int = EXIT_OK,
-            automatic: bool = False, keep_journal: bool = False) -> None:
+    def end(self, result: str, error: Optional[DeployError] = None, *,
+            keep_journal: bool = False) -> None:
         """Close the run: records, then the history, then the journal goes.
 
         In this order the verdict is durable before the note of what is under way is gone.
         """
-        run, plan, failure = self.run, self.plan, None
-        mask = run.console.secrets.mask_json
-        if error is not None:
-            failure = self.failure(error)
-        for record in settled(self, result, failure,
-                              automatic=automatic or isinstance(error, ReleaseFailed)):
+        run, plan, failure = self.run, self.plan, self.failure(error) if error else None
+        automatic = result == "rolled_back" and error is not None
+        is_bad = automatic or result == "rollback_failed" or isinstance(error, ReleaseFailed)
+        for record in settled(self, result, failure, is_bad=is_bad):
             run.store.save(record)
             run.facts.records[record.id] = record
-        record, artifact = run.facts.records.get(plan.to_release), run.facts.artifact
-        found = record or artifact
+        code = RESULT_CODES.get(result, error.exit_code) if error else EXIT_OK
+        results = run.outcome.steps
+        starts = [format_time(step.started_at) for step in results]
         note_ending(
-            run, found, error, deploy_id=self.deploy_id, operation=plan.operation, result=result,
-            release=plan.to_release or None, previous=plan.from_release, exit_code=exit_code,
+            run, run.facts.records.get(plan.to_release) or run.facts.artifact, error,
+            deploy_id=self.deploy_id, operation=plan.operation, result=result,
+            release=plan.to_release or None, previous=plan.from_release, exit_code=code,
             seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
-            steps=mask([dict(step.to_json(), started_at=format_time(step.started_at))
-                        for step in run.outcome.steps]),
+            steps=[dict(step.to_json(), started_at=at) for step, at in zip(results, starts)],
             automatic=automatic if result == "rolled_back" else None)
         run.outcome.extra["chain"] = run.store.chain
-        if error is None and self.phase:
-            run.outcome.changed = True
-            run.outcome.release, run.outcome.previous = plan.to_release or None, plan.from_release
-        if keep_journal:
-            return
-        if error is None:
-            self.close()
-        try:
-            run.store.clear_journal()
-        except OSError as problem:
-            if plan.operation == "recover":
-                raise
-            # The verdict is durable: from here on nothing may be taken back.
-            run.console.warn(f"the journal could not be removed: {reason(problem)}; "
-                             "the next run does it")
+        if not keep_journal:
+            self.close(plan.last if error is None else [])
 
-    def close(self) -> None:
-        """Do what the verdict leaves to be done; the journal stays until then, for a recovery."""
-        for step in self.plan.last:
+    def close(self, steps: Sequence[Step]) -> None:
+        """Do what the verdict leaves to be done; for a recovery the journal stays until then."""
+        for step in steps:
             if step.phase:
                 self.take(step)
-
-    def end_failed(self, result: str, error: DeployError, exit_code: int, *,
-                   automatic: bool = False, keep_journal: bool = False) -> None:
-        """Close a run that failed; where the disk refuses the verdict, the next run writes it."""
         try:
-            if self.phase:
-                self.end(result, error, exit_code=exit_code, automatic=automatic,
-                         keep_journal=keep_journal)
-        except FAILURES as problem:
-            self.run.console.warn(
-                f"the verdict could not be written: {step_error(problem, 'history').message}; "
-                "the next run recovers it")
+            self.run.store.clear_journal()
+        except OSError as problem:
+            # The verdict is durable: from here on nothing may be taken back.
+            self.run.console.warn(f"the journal could not be removed: {reason(problem)}; "
+                                  "the next run does it")
 
     def failure(self, error: DeployError) -> Json:
         """Describe a failure for record, history and journal; the first one stands."""
-        if self.journal and self.journal.failure:
-            return self.journal.failure
+        if self.run.journal and self.run.journal.failure:
+            return self.run.journal.failure
         failed = [step.name for step in self.run.outcome.steps if step.status == "failed"]
         return self.run.console.secrets.mask_json({
             "step": failed[-1] if failed else self.plan.operation, "reason": error.message,
-            "evidence": getattr(error, "evidence", {}),
-            "interrupted": isinstance(error, Interrupted)})
+            "evidence": error.evidence, "interrupted": isinstance(error, Interrupted)})
 
     # -- the bad ends ------------------------------------------------------------
 
     def fail(self, error: DeployError) -> DeployError:
         """Undo, leave it live, or take the way back; returns what the run ends with."""
-        run, plan = self.run, self.plan
+        run, plan, undone = self.run, self.plan, self.done
+        run.interrupts.is_closed = True
         run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
         blind = run.migration.get("down") or \
             plan.operation == "rollback" and not run.left_is_healthy
-        if self.phase not in (PHASE_SWITCHED, PHASE_ROLLING_BACK):
-            final = self.undo(error)
-        elif self.phase == PHASE_SWITCHED and (blind or not run.settings.deploy.auto_rollback):
-            # The release that failed stays, and a person decides.
+        chosen = plan.operation == "recover" and run.store.current().release == plan.to_release
+        stays = chosen or self.phase == PHASE_SWITCHED and (
+            blind or not run.settings.deploy.auto_rollback)
+        is_switched = chosen or self.phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)
+        if is_switched or isinstance(error, ReleaseFailed):  # what was staged stays
+            undone = [step for step in undone if step.phase != PHASE_STAGING and not stays]
             run.outcome.changed = True
-            self.end_failed("left_live", error, EXIT_ROLLBACK_FAILED)
-            why, command = "auto_rollback is off", run.settings.command_line("rollback")
+        names, results = {step.name for step in undone}, run.outcome.steps
+        results[:] = [step._replace(status="undone") if step.status == "done"
+                      and step.name in names else step for step in results]
+        try:
+            if self.phase:
+                phase = PHASE_ROLLING_BACK if is_switched and not stays else self.phase
+                self.enter(phase, self.failure(error))
+        except FAILURES as problem:  # undoing and going back matter more than that it is noted
+            run.console.warn("the journal could not be written: "
+                             + step_error(problem, "journal").message)
+        if stays:
+            why, command = "auto_rollback is off", "rollback"
             if blind:
                 why = f"nothing shows that {plan.from_release} was healthy"
-                command = run.settings.command_line("activate RELEASE")
-            final = RollbackFailed(
+                command = "activate RELEASE"
+            elif chosen:
+                why, command = "it was chosen", f"recover --to {plan.to_release}"
+            result, final = "left_live", RollbackFailed(
                 f"{error.message}; {plan.to_release} is live all the same: {why}",
-                f"correct the cause, or leave it: {command}")
+                f"correct the cause, then settle on it or leave it: "
+                f"{run.settings.command_line(command)}")
         else:
-            final = self.go_back(error)
-        if self.phase:
-            move = Move(plan.operation, plan.from_release, plan.to_release)
-            words = "on_failure?" if isinstance(final, RolledBack) else "open? on_failure?"
-            for step in expand(words, "", run.facts, move):
-                self.take(step)
+            result, final = self.go_back(error) if is_switched else self.undo(error, undone)
+        try:
+            if self.phase and result:
+                self.end(result, error, keep_journal=result == "rollback_failed")
+        except FAILURES as problem:
+            run.console.warn("the verdict could not be written, and the next run recovers it: "
+                             + step_error(problem, "history").message)
+        after = expand("open? on_failure?" if self.phase else "", "", run.facts, Move(*plan[:3]))
         if isinstance(final, (RolledBack, ReleaseFailed)):
             # A timer that deploys one broken artifact after the other must not fill the disk.
-            move = Move("prune", plan.from_release, plan.from_release)
-            for step in expand("prune", "", run.facts, move):
-                self.take(step)
+            stayed = Move("prune", plan.from_release, plan.from_release)
+            after += expand("prune", "", run.facts, stayed)
+        for step in after:
+            self.take(step)
         return final
 
-    def undo(self, error: DeployError) -> DeployError:
-        """Before the switch: take back every step, newest first; returns the error."""
-        run, problems, steps = self.run, [], self.done
-        if isinstance(error, ReleaseFailed):  # it stays, as what failed after the switch does
-            steps = [step for step in steps if step.phase != PHASE_STAGING]
-            run.outcome.changed = True
+    def undo(self, error: DeployError, steps: Sequence[Step]) -> Tuple[str, DeployError]:
+        """Before the switch: take back every step, newest first; the result is empty if not all."""
+        run, problems = self.run, []
         for step in reversed(steps):
             if problems and step.phase == PHASE_STAGING:
                 continue  # the next run finishes what could not be undone, and may need the release
             try:
-                step.undo(run)
+                step.undo(run, step)
             except Exception as problem:  # a defect as well: the others are undone all the same
                 problems.append(f"{step.name}: {step_error(problem, step.name).message}")
                 if isinstance(problem, RollbackFailed):
                     problem.message = f"{error.message}; {problem.message}"
                     error = problem
-        self.mark_undone(steps)
         run.outcome.release, run.outcome.previous = self.plan.from_release, None
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
             run.console.warn("not everything could be undone: " + "; ".join(problems))
-            self.remember(self.phase, error)
-        else:
-            refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
-            self.end_failed("refused" if refused else "failed", error, error.exit_code)
-        return error
+            return "", error
+        is_refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
+        return "refused" if is_refused else "failed", error
 
-    def go_back(self, error: DeployError) -> DeployError:
+    def go_back(self, error: DeployError) -> Tuple[str, DeployError]:
         """After the switch: make the old release live again; RolledBack or RollbackFailed."""
-        run, plan, console = self.run, self.plan, self.run.console
-        run.interrupts.is_closed = True
-        console.say(f"going back to {plan.from_release or 'what was before: nothing'}",
-                    status="warn")
-        problems: List[str] = []
-        self.mark_undone([step for step in self.done
-                          if step.phase != PHASE_STAGING and step.name != "verify"])
-        self.remember(PHASE_ROLLING_BACK, error)
+        run, plan, problems = self.run, self.plan, []
+        before, command_line = plan.from_release, run.settings.command_line
+        run.console.say(f"going back to {before or 'what was before: nothing'}", status="warn")
         for step in plan.way_back:
             try:
                 self.take(step)
@@ -9577,100 +9450,69 @@ class Executor:
                 problems.append(step_error(problem, step.name).message)
                 if step.name in ("proxy", "activate", "deactivate"):
                     break
-        done = self.journal.done if self.journal else []
-        started = [name[len("service:"):] for name in done if name.startswith("service:")]
-        if started and not plan.from_release:
-            console.warn(f"{', '.join(started)} may still run what failed: nothing was live "
-                         "before to restart it on; stop it by hand")
-        run.outcome.changed = True
+        started = [name for name in run.journal.done if name.startswith("service:")]
+        if started and not before:
+            run.console.warn(f"{', '.join(started)} may still run what failed: stop it by hand")
+        found = run.store.current()
+        run.outcome.release = found.release
+        run.outcome.previous = plan.to_release if found.release == before else before
         if problems:
-            return self.give_up(error, problems)
-        self.end_failed("rolled_back", error, EXIT_ROLLED_BACK, automatic=True)
+            return "rollback_failed", RollbackFailed(
+                f"{error.message}; the rollback failed too: {'; '.join(problems)}; "
+                f"live now: {found.release or found.problem or 'nothing'}",
+                f"correct the cause, then: {command_line('recover')}; or settle on a release by "
+                f"hand: {command_line('recover --to RELEASE')}")
         run.outcome.rolled_back = True
-        run.outcome.release, run.outcome.previous = plan.from_release, plan.to_release
-        live = f"{plan.from_release} is live again" if plan.from_release else \
-            "nothing is live, as before"
-        show = run.settings.command_line(f"show {self.deploy_id}")
-        return RolledBack(f"{error.message}; rolled back: {live}",
-                          error.hint or f"see what happened: {show}")
-
-    def give_up(self, error: DeployError, problems: List[str]) -> DeployError:
-        """The way back failed too: keep the journal, say what a person must do."""
-        plan, command, outcome = self.plan, self.run.settings.command_line, self.run.outcome
-        self.end_failed("rollback_failed", error, EXIT_ROLLBACK_FAILED, keep_journal=True)
-        found = self.run.store.current()
-        outcome.release, outcome.previous = found.release, plan.from_release
-        if found.release == plan.from_release:
-            outcome.previous = plan.to_release
-        tried = self.journal.recoveries if self.journal else 0
-        again = f"correct the cause, then: {command('recover')}; or "
-        if found.release not in (plan.from_release, plan.to_release) or tried >= MAX_RECOVERIES:
-            again = ""
-        return RollbackFailed(
-            f"{error.message}; the rollback failed too: {'; '.join(problems)}; "
-            f"live now: {found.release or found.problem or 'nothing'}",
-            f"{again}settle on a release by hand: {command('recover --to RELEASE')}")
-
-    def mark_undone(self, steps: Sequence[Step]) -> None:
-        """Say of steps that were done that they are taken back."""
-        names, results = {step.name for step in steps}, self.run.outcome.steps
-        for number, result in enumerate(results):
-            if result.status == "done" and result.name in names:
-                results[number] = result._replace(status="undone")
-
-    def remember(self, phase: str, error: DeployError) -> None:
-        """Note why for a recovery; undoing and going back matter more than that it is noted."""
-        try:
-            if self.journal:
-                self.journal = self.journal._replace(failure=self.failure(error))
-            self.enter(phase)
-        except FAILURES as problem:
-            self.run.console.warn("the journal could not be written: "
-                                  + step_error(problem, "journal").message)
+        live = f"{before} is live again" if before else "nothing is live, as before"
+        return "rolled_back", RolledBack(
+            f"{error.message}; rolled back: {live}",
+            error.hint or f"see what happened: {command_line(f'show {self.deploy_id}')}")
 
 
 def settled(executor: Executor, result: str, failure: Optional[Json], *,
-            automatic: bool) -> List[Record]:
+            is_bad: bool) -> List[Record]:
     """Return the records that change as a run ends; nothing is read or written here."""
-    plan, records = executor.plan, executor.run.facts.records
-    now, new = format_time(time.time()), records.get(plan.to_release)
+    plan, run = executor.plan, executor.run
+    records, now = run.facts.records, format_time(time.time())
+    new, old = records.get(plan.to_release), records.get(plan.from_release or "")
     # Neither a full disk nor an interruption says anything against the release.
-    proven = failure and not executor.blameless and not failure.get("interrupted")
+    proven = failure and not executor.blameless and not failure["interrupted"]
     changed = []
-    if result == "left_live" or failure is None and result not in ("staged", "pruned"):
-        if plan.operation in NOTING:
-            return []
+    if is_bad:
+        if old and old.state != STATE_ACTIVE and result != "rollback_failed":
+            changed.append(old._replace(state=STATE_ACTIVE, deactivated_at=None))
+        if new and new != old:
+            # Bad, unless it was good before: that it fails now may have another cause.
+            state = STATE_BAD if proven else STATE_STAGED
+            if new.state == STATE_BAD or new.activated_at:
+                state = STATE_BAD if new.state == STATE_BAD else STATE_RETIRED
+            left_at = now if executor.phase == PHASE_ROLLING_BACK else new.deactivated_at
+            changed.append(new._replace(state=state, failure=failure, deactivated_at=left_at))
+    elif result in GOES_LIVE:
         # The new release is active and knows the way back; every other one retires.
-        for old in records.values():
-            if old.state == STATE_ACTIVE and old.id != plan.to_release:
+        for left in records.values():
+            if left.state == STATE_ACTIVE and left != new:
                 # One that had failed and was left live is not good for having been replaced.
-                changed.append(old._replace(
-                    state=STATE_BAD if old.failure else STATE_RETIRED, deactivated_at=now,
+                changed.append(left._replace(
+                    state=STATE_BAD if left.failure else STATE_RETIRED, deactivated_at=now,
                     rolled_back_at=now if plan.operation == "rollback" else None))
         if new:
             # A rollback keeps the older `previous`, so that the next one goes further back.
             back = plan.operation in ("rollback", "recover") and new.activated_at
             previous = new.previous if back else plan.from_release
-            command = executor.run.settings.command_line("rollback") if previous else None
+            command = run.settings.command_line("rollback") if previous else None
             changed.append(new._replace(
                 state=STATE_ACTIVE, activated_at=now, deactivated_at=None, previous=previous,
                 failure=failure if proven else None, rolled_back_at=None,
-                note=executor.run.note or new.note,
-                rollback={"release": previous, "command": command}))
-    elif automatic or result == "rollback_failed":
-        old = records.get(plan.from_release or "")
-        if automatic and old and old.state != STATE_ACTIVE:
-            changed.append(old._replace(state=STATE_ACTIVE, deactivated_at=None))
-        if new and new.id != plan.from_release:
-            # Bad, unless it was good before: that it fails now may have another cause.
-            state = STATE_BAD
-            if new.activated_at and new.state != STATE_BAD:
-                state = STATE_RETIRED
-            elif new.state != STATE_BAD and not proven:
-                state = STATE_STAGED
-            left_at = now if executor.phase == PHASE_ROLLING_BACK else new.deactivated_at
-            changed.append(new._replace(state=state, failure=failure, deactivated_at=left_at))
+                note=run.note or new.note, rollback={"release": previous, "command": command}))
     return changed
+
+
+# What helps where the system's own word does not say it.
+ERRNO_HINTS = {errno.ENOSPC: "free some space, then run again",
+               errno.EDQUOT: "raise the quota or free some space, then run again",
+               errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
+               errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=), then run again"}
 
 
 def step_error(error: Exception, step: str) -> DeployError:
@@ -9680,23 +9522,15 @@ def step_error(error: Exception, step: str) -> DeployError:
     if isinstance(error, ImportError):
         return UsageError(f"{INCOMPLETE}: {error}", INSTALL)
     if isinstance(error, MemoryError):
-        return StepFailed(f"{step}: out of memory",
-                          "give it more (ulimit -v, MemoryMax=), then run again")
+        return StepFailed(f"{step}: out of memory", "give it more (ulimit -v, MemoryMax=)")
     if not isinstance(error, OSError):
         return StepFailed(f"{step}: internal error: {type(error).__name__}: {error}",
                           "this is a defect: please report it")
-    hints = {errno.ENOSPC: "free some space, then run again",
-             errno.EDQUOT: "raise the quota or free some space, then run again",
-             errno.EROFS: "mount the filesystem read-write, then run again",
-             errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
-             errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=), then run again",
-             errno.EACCES: "run it as a user who may do that, or let this one",
-             errno.EIO: "check the disk and the kernel's log before anything else"}
     where = ""
     if isinstance(error.filename, (str, bytes)):  # os.listdir() of a descriptor puts a number there
         where = f" at {escape(portable(os.fsdecode(error.filename)))}"
     return StepFailed(f"{step}: {reason(error)}{where}",
-                      hints.get(error.errno or 0, "mend the cause, then run again"))
+                      ERRNO_HINTS.get(error.errno or 0, "fix the cause, then run again"))
 
 
 # -- recovery ------------------------------------------------------------------
@@ -9707,14 +9541,13 @@ def recover(run: Run) -> List[str]:
     Raises StateError where nothing may be concluded, RollbackFailed when it was tried before
     and failed.
     """
-    store, done = run.store, []
-    current, journal = run.facts.current, store.read_journal()
+    store, done, current, journal = run.store, [], run.facts.current, run.store.read_journal()
     if current.problem:
         raise StateError(current.problem, current.hint)
     if journal is not None:
-        ends = (journal.from_release, journal.to_release)
         for live, name in run.facts.slots.items():
-            if name == run.facts.live_slot and live in ends and live != current.release:
+            if name == run.facts.live_slot and live != current.release \
+                    and live in (journal.from_release, journal.to_release):
                 store.switch(current.release, live)  # it follows live.conf
         done.append(settle_journal(run, journal, store.current().release))
         run.facts = observe_root(run, locked=True)
@@ -9737,9 +9570,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     move = Move(journal.operation, journal.from_release, journal.to_release)
     plan, verdict = make_plan(run.facts, move), verdict_of(store, journal, live)
     if verdict:
-        if live == journal.to_release:
-            Executor(run, plan, journal).close()
-        store.clear_journal()
+        Executor(run, plan, journal).close(plan.last if live == journal.to_release else [])
         return f"{what} was finished ({verdict})"
     stray = stray_error(store, journal, live)
     if stray:
@@ -9747,28 +9578,28 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     if run.flags.command == "rollback" and is_under_way(journal, live):
         # No restart and probe of what is being left.  Its journal stays until the rollback's own.
         Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
-                                         exit_code=EXIT_FAILED, keep_journal=True)
+                                         keep_journal=True)
         return f"{what} ends here: the rollback is its verdict"
-    before = ", before the last boot" if journal.boot_id != boot_id() else ""
-    run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at}{before})")
+    run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at})")
     if journal.recoveries >= MAX_RECOVERIES:
         run.outcome.is_repeated = True  # a person was called when it failed
         raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
                              f"live now: {live or 'nothing'}", by_hand(store))
-    if journal.phase == PHASE_STAGING or \
-            journal.phase == PHASE_INTENT and live == journal.from_release:
-        return abort(run, plan, journal._replace(recoveries=journal.recoveries + 1))
     # The link says how far the run came; the journal may be one write behind it.
-    phase = PHASE_SWITCHED if journal.phase == PHASE_INTENT else journal.phase
-    failure = journal.failure
-    if live != journal.to_release:
+    phase, failure = journal.phase, journal.failure
+    if phase == PHASE_INTENT and live != journal.from_release:
+        phase = PHASE_SWITCHED
+    elif phase != PHASE_STAGING and phase != PHASE_INTENT and live != journal.to_release:
         phase = PHASE_ROLLING_BACK
+    journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1)
+    if phase in (PHASE_STAGING, PHASE_INTENT):
+        return abort(run, plan, journal)
     if phase == PHASE_SWITCHED:
         failure = None  # what failed before a switch is past
     elif failure is None:
         failure = {"step": journal.operation, "evidence": {}, "interrupted": True,
                    "reason": "it led back, and why could not be noted"}
-    journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1, failure=failure)
+    journal = journal._replace(failure=failure)
     store.save(journal)
     # Restarting and probing again does no harm; a hook that ended is not run twice.
     steps = expand("slot proxy", PHASE_SWITCHED, run.facts, move) + [
@@ -9786,39 +9617,32 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         run.outcome.rolled_back = False
         return f"{what} was rolled back: {error.message}"
     return f"{what} was finished: it is live"
-
-
 def abort(run: Run, plan: Plan, journal: Journal) -> str:
-    """Nothing was switched: a staged release that is whole stays, anything less is undone.
-
-    That it was tried counts, and is noted, where it comes to a `down`, which may fail each time.
-    """
-    made_here = journal.operation in ("deploy", "stage", "sync")
+    """Nothing was switched: a staged release that is whole stays, anything less is undone."""
+    made_here = any(step.phase == PHASE_STAGING for step in plan.steps)
     sealed = made_here and run.store.status(f"{RECORDS}/{journal.to_release}.json")
     executor = Executor(run, plan, journal)
     for step in reversed(plan.steps):
         if not (sealed and step.phase == PHASE_STAGING):
-            step.undo(run)
+            step.undo(run, step)
     why = (journal.failure or {}).get("reason", "interrupted before activation")
-    executor.end("aborted", StepFailed(str(why)), exit_code=EXIT_FAILED)
+    executor.end("aborted", StepFailed(str(why)))
     what = "was not finished; the release stays staged" if sealed else \
         "was undone: it had not been activated"
     return f"{journal.operation} of {journal.to_release} {what}"
 
 
 def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
-    """Return the result in the history, where the run had come to one and `current` agrees."""
+    """Return the result in the history, where the run had come to one."""
     try:
         last = store.history(1)
     except StateError:
         return ""  # a damaged line must not stand in the way of recovery; --verify finds it
-    if not last or last[0].deploy_id != journal.deploy_id:
+    if not last or last[0].deploy_id != journal.deploy_id or last[0].result == "rollback_failed":
         return ""
-    result, forward, back = last[0].result, journal.to_release, journal.from_release
-    ends = {"deployed": forward, "synced": forward, "activated": forward, "left_live": forward,
-            "rolled_back": back if last[0].automatic else forward, "recovered": live,
-            "staged": live, "reverted": back, "failed": back, "refused": back, "aborted": back}
-    return result if result in ends and ends[result] == live else ""
+    # A rollback that is the verdict ends it before it has switched itself.
+    is_left = last[0].result == "aborted" and live == journal.to_release
+    return "" if is_left else last[0].result
 
 
 def stray_error(store: Store, journal: Journal, live: Optional[str]) -> Optional[StateError]:
@@ -9844,25 +9668,25 @@ def agree_with_disk(run: Run) -> List[str]:
     The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
     should be live stays known.  Records without files go, but what is bad stays known as bad.
     """
-    store, facts, done = run.store, run.facts, []
+    facts, done = run.facts, []
     live = facts.current.release
     for record in list(facts.records.values()):
         there, state = record.id in facts.on_disk, record.state
         if record.id == live:
             state = STATE_ACTIVE
-        elif state == STATE_ACTIVE and not (live is None and there):
+        elif state == STATE_ACTIVE and (live or not there):
             state = STATE_RETIRED
+        changed = record._replace(state=state)
         if state != record.state:
             done.append(f"{record.id} is {state}, not {record.state}")
-        gone = not (there or record.pruned_at or record.id == live or facts.state_problems)
-        if gone and not is_refused(record) and not record.migrated:
-            store.forget(f"{RECORDS}/{record.id}.json")
-        elif gone:
-            store.save(record._replace(pruned_at=format_time(time.time())))
-        elif state != record.state:
-            store.save(record._replace(state=state))
-        if gone:
+        if not (there or record.pruned_at or record.id == live or facts.state_problems):
             done.append(f"forgot {record.id}: its files are gone")
+            changed = changed._replace(pruned_at=format_time(time.time()))
+            if not is_refused(record) and not record.migrated:
+                run.store.forget(f"{RECORDS}/{record.id}.json")
+                continue
+        if changed != record:
+            run.store.save(changed)
     return done
 
 
@@ -10366,7 +10190,7 @@ def show_plan(run: Run, plan: Plan) -> None:
     run.console.result("\n".join(lines))
     for step in steps:
         if step.name == "verify":  # it only looks: what it would find is found now
-            step.do(run)
+            step.do(run, step)
 
 
 # What the summary says of the release then.

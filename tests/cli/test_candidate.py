@@ -202,7 +202,7 @@ def test_deploy_and_activate_start_one_and_nothing_else_does(shop: Shop) -> None
     first = shop.try_out("1.0")
     begun = len(shop.started())
     shown = shop.run("-n", "deploy", shop.artifact("1.1", shop.files("well")), check=0).data["plan"]
-    assert {"name": "candidate", "description": "start bin/serve ${DEPLOY_CANDIDATE_PORT} on port auto, probe new, end it"} in shown
+    assert {"name": "candidate", "description": "start bin/serve ${DEPLOY_CANDIDATE_PORT} on port auto, probe it there, end it"} in shown
     shop.run("deploy", shop.artifact("1.0", shop.files("well")), check=0)
     shop.run("stage", shop.artifact("1.1", shop.files("well")), check=0)
     shop.run("probe", check=2)

@@ -218,12 +218,12 @@ def test_a_version_is_not_called_like_a_role(app: App, name: str) -> None:
 def test_services_that_a_failed_first_deployment_started_are_named(app: App) -> None:
     app.configure("[service:web]\ncommand = true\n[probe:web]\ncommand = false\ndeadline = 200ms\nsuccesses = 1\n")
     first = app.run("deploy", app.artifact("1.0"), check=5).data
-    assert any(warning.startswith("web may still run what failed") for warning in first["warnings"]), first["warnings"]
+    assert any(warning.startswith("service:web may still run what failed") for warning in first["warnings"]), first["warnings"]
     app.configure("[service:web]\ncommand = true\n[hooks]\npost_deploy = false\npre_rollback = /bin/sh -c 'kill -9 $PPID'\n")
     assert app.run("deploy", app.artifact("1.1"), json=False).exit_code < 0
     app.configure()
     recovered = app.run("recover", check=0).data
-    assert any(warning.startswith("web may still run what failed") for warning in recovered["warnings"]), recovered["warnings"]
+    assert any(warning.startswith("service:web may still run what failed") for warning in recovered["warnings"]), recovered["warnings"]
 
 
 def test_where_the_way_back_failed_previous_is_the_other_of_the_two(app: App) -> None:
