@@ -1743,7 +1743,7 @@ def _plain(text: str) -> str:
 def _path(text: str) -> str:
     if re.search(r"\A~|\$[A-Za-z_{(]", text):
         raise ValueError("`~` and `$NAME` are not replaced here; write the path in full")
-    return native(_plain(text))
+    return native(_plain(text)) if text else ""
 
 
 def _relative(text: str) -> str:
@@ -2526,10 +2526,11 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         read_ini(path, given, mistakes)
     # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
     named = sorted({section for section, _ in given if ":" in section})
+    names = [name for name in environment_names() if name.startswith("DEPLOY_")]
     for section in [section for section in OPTIONS if ":" not in section] + named:
         prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
         options = options_of(section)
-        for name in environment_names():
+        for name in names:
             # DEPLOY_CANDIDATE_PORT is an option, but for what a candidate's run has started.
             if name.startswith(prefix) and not (
                     name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK")):
@@ -8264,18 +8265,16 @@ def select_release(facts: Facts, text: str) -> Record:
     if found:
         raise UsageError(f"{text!r} may be any of {len(found)} releases: {names}",
                          "give more of the id")
-    if facts.state_problems:  # it may be one of those that cannot be read
-        raise StateError("; ".join([f"there is no release {text!r}", *facts.state_problems]),
-                         "restore the file from a backup, or name another release")
-    raise UsageError(f"there is no release {text!r}",
-                     f"the releases are {names}" if names else unrecorded(facts))
+    kind = StateError if facts.state_problems else UsageError  # it may be what cannot be read
+    raise kind("; ".join([f"there is no release {text!r}", *facts.state_problems]),
+               f"the releases are {names}" if names else unrecorded(facts))
 
 
 def unrecorded(facts: Facts) -> str:
     """Say how to come to a release where none is known."""
     names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
     adopt = facts.command_line("adopt RELEASE")
-    return f"{adopt}: {names}" if names else "none is there: deploy an artifact"
+    return f"{adopt}: {names}" if names else "none is known here: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[Record]:
@@ -8383,9 +8382,8 @@ def choose_target(facts: Facts) -> Record:
     if is_under_way(facts.journal, live):
         target = facts.release(facts.journal.from_release) or target
     if target is None:
-        hint = f"see what there is: {facts.command_line('releases')}"
         raise PreflightFailed("there is no previous good release to roll back to",
-                              hint if facts.on_disk <= set(facts.records) else unrecorded(facts))
+                              unrecorded(facts))
     return target
 
 
@@ -8655,6 +8653,12 @@ def undo_seal(run: Run, step: Step) -> None:
 
 # -- ... from there to what is live --------------------------------------------
 
+def not_brought(release: str, names: Sequence[str]) -> str:
+    """Tell of files that a release did not get from its artifact."""
+    some = ", ".join(map(portable, names[:3]))
+    return f"{release} holds {count(len(names), 'file')} that the artifact did not bring: {some}"
+
+
 def do_verify(run: Run, step: Step) -> str:
     """Hash a release against its manifest before it goes live."""
     release = step.move.to_release
@@ -8672,11 +8676,9 @@ def do_verify(run: Run, step: Step) -> str:
             "[deploy] mutable")
     if problem:
         run.console.warn(f"{release} is not what was staged: {problem}")
-        return f"not what was staged, and taken all the same: {problem}"
     if added:
-        run.console.warn(f"{release} holds {count(len(added), 'file')} that the "
-                         f"artifact did not bring: {', '.join(added[:3])}")
-    return "unchanged since it was staged"
+        run.console.warn(not_brought(release, added))
+    return f"taken all the same: {problem}" if problem else "unchanged since it was staged"
 
 
 def do_candidate(run: Run, step: Step) -> str:
@@ -8827,10 +8829,8 @@ def do_activate(run: Run, step: Step) -> None:
     left = run.facts.release(source) if keep else None
     written = strangers(run, left) if left else []
     if written:
-        run.console.warn(
-            f"{source} holds {count(len(written), 'file')} that the artifact did not bring, and "
-            f"{target} does not: {', '.join(map(portable, written[:3]))}; name their place in "
-            "shared_dirs or mutable")
+        run.console.warn(f"{not_brought(source, written)}; {target} has none of that: name its "
+                         "place in shared_dirs or mutable")
 
 
 def undo_activate(run: Run, step: Step) -> None:
@@ -8999,40 +8999,38 @@ def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
     runs from and everything without a record stay.  A release that is about to be made counts
     as one of those that are kept.
     """
-    live, previous = move.to_release or None, move.from_release
+    live, previous, lost = move.to_release or None, move.from_release, lost_current(facts)
     if live == previous:
         target = rollback_target(facts, live)
         previous = target.id if target else None
-    keep, everything = {live, previous, *facts.in_use, *facts.slots}, facts.records.values()
-    lost = lost_current(facts)
+    keep = {live, previous, *facts.in_use, *facts.slots}
     if lost:
         keep |= {lost.id, lost.previous}
     there = newest_first(map(facts.release, facts.records))
     good = [record for record in there
             if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
-    kept = max(1, facts.settings.deploy.keep_releases)
-    if live and live not in facts.records:
-        kept -= 1
-    gone = [record for record in good[kept:] + bad[KEPT_BAD_RELEASES:]
+    arriving = live is not None and live not in facts.records
+    gone = [record for record in [*good[max(1, facts.settings.deploy.keep_releases) - arriving:],
+                                  *bad[KEPT_BAD_RELEASES:]]
             if record.id not in keep and not record.pinned]
-    gone += newest_first(record for record in everything if record.pruned_at)[KEPT_BAD_RECORDS:]
+    pruned = [record for record in facts.records.values() if record.pruned_at]
     return [Step(f"prune:{record.id}",
                  f"delete {record.id} ({record.state}, sequence {record.sequence})",
-                 do_prune, optional=True, what=record) for record in gone]
+                 do_prune, optional=True, what=record)
+            for record in gone + newest_first(pruned)[KEPT_BAD_RECORDS:]]
 
 
 def do_prune(run: Run, step: Step) -> str:
     """Delete a release, files first, then its record; a bad one's digest is remembered."""
-    record, in_use = step.what, releases_in_use(run.settings, run.store.path) or {}
+    record, in_use = step.what, releases_in_use(run.settings, run.store.path)
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
     on_disk = record.id in run.facts.on_disk
     written = strangers(run, record) if on_disk and not run.flags.force else []
     if written:
         raise StepFailed(
-            f"{record.id} is kept: it holds {count(len(written), 'file')} that the artifact did "
-            f"not bring: {', '.join(map(portable, written[:3]))}; save them, then prune --force",
+            f"{not_brought(record.id, written)}; it is kept: save them, then prune --force",
             "what the application writes belongs into shared_dirs, or into mutable")
     if on_disk:
         run.store.remove_release(record.id)
@@ -9145,8 +9143,9 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
     "writable": ("deploy.writable", lambda word, facts, move:
                  f"give {', '.join(facts.settings.deploy.writable)} to "
                  + facts.settings.deploy.app_user, do_writable),
-    "publish": ("", lambda word, facts, move: f"move to releases/{move.to_release}, once it is "
-                "on disk", do_publish, undo_publish),
+    "publish": ("", lambda word, facts, move: f"move to releases/{move.to_release}" + (
+        ", once it is synced to disk" if facts.settings.deploy.durable else ""),
+                do_publish, undo_publish),
     "seal": ("", lambda word, facts, move: "write manifest and record", do_seal, undo_seal),
     "verify": ("", lambda word, facts, move: f"verify {move.to_release} against its manifest",
                do_verify),
@@ -9617,6 +9616,8 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         run.outcome.rolled_back = False
         return f"{what} was rolled back: {error.message}"
     return f"{what} was finished: it is live"
+
+
 def abort(run: Run, plan: Plan, journal: Journal) -> str:
     """Nothing was switched: a staged release that is whole stays, anything less is undone."""
     made_here = any(step.phase == PHASE_STAGING for step in plan.steps)

@@ -640,7 +640,7 @@ def test_0_is_no_limit(app: App) -> None:
 def test_booleans(text: str, value: bool, app: App) -> None:
     artifact = app.artifact("1.0")
     plan = app.run("stage", "-n", artifact, "--set", f"deploy.durable={text}", check=0).data["plan"]
-    assert any("sync to disk" in step["description"] for step in plan) is value
+    assert any("synced to disk" in step["description"] for step in plan) is value
 
 
 # -- options that are seen in what a run does --------------------------------
