@@ -8597,7 +8597,7 @@ def open_to_group(run: Run) -> None:
         run.manifest[name] = run.manifest[name]._replace(mode=mode)
 
 
-def scan_release(run: Run, release: str, fix: str) -> Manifest:
+def scan_release(run: Run, release: str, whose: str, fix: str) -> Manifest:
     """Hash what stands in a release; StepFailed for what none can hold."""
     try:
         with run.console.progress("hash") as progress, \
@@ -8605,7 +8605,7 @@ def scan_release(run: Run, release: str, fix: str) -> Manifest:
             return scan_tree(directory, watching(run, progress),
                              mutable_pattern(run.settings.deploy, bytecode=False))
     except ArtifactRefused as error:
-        raise StepFailed(f"{release} holds what no release can: {error.message.partition(': ')[2]}",
+        raise StepFailed(f"{whose} what no release can hold: {error.message.partition(': ')[2]}",
                          f"{fix}, or name its place in [deploy] mutable")
 
 
@@ -8625,7 +8625,8 @@ def do_seal(run: Run, step: Step) -> None:
     """Keep what was unpacked, and what post_stage made of it: it must not change any more."""
     release, found, mask = step.move.to_release, run.facts.artifact, run.console.secrets.mask
     if run.settings.hooks.post_stage:
-        run.manifest = scan_release(run, release, "correct [hooks] post_stage")
+        run.manifest = scan_release(run, release, "post_stage left",
+                                    "correct [hooks] post_stage")
         if run.store.group >= 0:
             open_to_group(run)
         if run.settings.deploy.durable:
@@ -9049,7 +9050,7 @@ def do_adopt(run: Run, step: Step) -> str:
     found = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
     made_at = "{}-{}-{}T{}:{}:{}Z".format(*found.groups()) if found else \
         format_time(os.lstat(path).st_mtime)
-    run.manifest = scan_release(run, release, "remove it")
+    run.manifest = scan_release(run, release, f"{release} holds", "remove it")
     sequence = 1 + max([0, *(record.sequence for record in records.values()
                              if record.created_at <= made_at)])
     for record in list(records.values()):
@@ -9381,13 +9382,6 @@ class Executor:
         names, results = {step.name for step in undone}, run.outcome.steps
         results[:] = [step._replace(status="undone") if step.status == "done"
                       and step.name in names else step for step in results]
-        try:
-            if self.phase:
-                phase = PHASE_ROLLING_BACK if is_switched and not stays else self.phase
-                self.enter(phase, self.failure(error))
-        except FAILURES as problem:  # undoing and going back matter more than that it is noted
-            run.console.warn("the journal could not be written: "
-                             + step_error(problem, "journal").message)
         if stays:
             why, command = "auto_rollback is off", "rollback"
             if blind:
@@ -9433,15 +9427,26 @@ class Executor:
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
             run.console.warn("not everything could be undone: " + "; ".join(problems))
+            self.remember(self.phase, error)
             return "", error
         is_refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
         return "refused" if is_refused else "failed", error
+
+    def remember(self, phase: str, error: DeployError) -> None:
+        """Note why for a recovery; undoing and going back matter more than that it is noted."""
+        try:
+            if self.phase:
+                self.enter(phase, self.failure(error))
+        except FAILURES as problem:
+            self.run.console.warn("the journal could not be written: "
+                                  + step_error(problem, "journal").message)
 
     def go_back(self, error: DeployError) -> Tuple[str, DeployError]:
         """After the switch: make the old release live again; RolledBack or RollbackFailed."""
         run, plan, problems = self.run, self.plan, []
         before, command_line = plan.from_release, run.settings.command_line
         run.console.say(f"going back to {before or 'what was before: nothing'}", status="warn")
+        self.remember(PHASE_ROLLING_BACK, error)
         for step in plan.way_back:
             try:
                 self.take(step)
