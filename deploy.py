@@ -8274,7 +8274,7 @@ def unrecorded(facts: Facts) -> str:
     """Say how to come to a release where none is known."""
     names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
     adopt = facts.command_line("adopt RELEASE")
-    return f"{adopt}: {names}" if names else "none is known here: deploy an artifact"
+    return f"{adopt}: {names}" if names else "none in releases/ is known: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[Record]:
