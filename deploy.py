@@ -8609,14 +8609,14 @@ def scan_release(run: Run, release: str, whose: str, fix: str) -> Manifest:
                          f"{fix}, or name its place in [deploy] mutable")
 
 
-def keep_record(run: Run, release: str, **fields: Any) -> None:
+def keep_record(run: Run, release: str, counts: Dict[str, int], **fields: Any) -> None:
     """Write manifest and record of a release that is whole: from here on it is known."""
     digests = run.store.write_manifest(
         release, digest_lines(run.manifest), tree_lines(run.manifest))
     record = Record(**dict(
         dict.fromkeys(Record._fields), id=release, pinned=False, migrated=False, by=run.by,
         rollback={"release": None, "command": None}, note=run.note or None,
-        tree=dict(count_members(run.manifest), **digests), **fields))
+        tree=dict(counts, **digests), **fields))
     run.store.save(record)
     run.facts.records[release] = record
 
@@ -8624,6 +8624,7 @@ def keep_record(run: Run, release: str, **fields: Any) -> None:
 def do_seal(run: Run, step: Step) -> None:
     """Keep what was unpacked, and what post_stage made of it: it must not change any more."""
     release, found, mask = step.move.to_release, run.facts.artifact, run.console.secrets.mask
+    created_at = format_time(time.time())
     if run.settings.hooks.post_stage:
         run.manifest = scan_release(run, release, "post_stage left",
                                     "correct [hooks] post_stage")
@@ -8631,15 +8632,15 @@ def do_seal(run: Run, step: Step) -> None:
             open_to_group(run)
         if run.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
-    shown = run.outcome.extra["artifact"] = artifact_json(found)  # by now it is known who signed it
+    run.outcome.extra["artifact"]["signature"] = found.signature  # known by now
     # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-    artifact = dict(shown, name=mask(shown["name"]), source=mask(shown["source"]),
-                    sha256_source=mask(found.sha256_source),
+    artifact = dict(run.outcome.extra["artifact"], sha256_source=mask(found.sha256_source),
                     strip_components=run.settings.artifact.strip_components,
                     identity=None if found.format == "directory" else found.identity())
-    keep_record(run, release, version=found.version, state=STATE_STAGED, artifact=artifact,
+    artifact.update((name, mask(artifact[name])) for name in ("name", "source"))
+    keep_record(run, release, count_members(run.manifest), version=found.version,
+                state=STATE_STAGED, artifact=artifact, created_at=created_at,
                 sequence=1 + max([0, *map(attrgetter("sequence"), run.facts.records.values())]),
-                created_at=format_time(time.time()),
                 application=run.settings.deploy.application or None,
                 built_at=found.built_at or (found.signature or {}).get("at"))
     run.facts.on_disk.add(release)
@@ -9059,7 +9060,7 @@ def do_adopt(run: Run, step: Step) -> str:
             run.store.save(records[record.id])
     counts, is_live = count_members(run.manifest), release == run.facts.current.release
     digest = hash_pieces(digest_lines(run.manifest)).hex()  # of the manifest
-    keep_record(run, release, sequence=sequence, version=release, created_at=made_at,
+    keep_record(run, release, counts, sequence=sequence, version=release, created_at=made_at,
                 activated_at=made_at, state=STATE_ACTIVE if is_live else STATE_RETIRED,
                 artifact={"name": release, "source": path, "format": "directory",
                           "signature": None, "size": counts["bytes"], "sha256": digest,
@@ -9233,8 +9234,8 @@ class Executor:
         try:
             for step in plan.steps:
                 self.take(step)
-            run.interrupts.check()
             live = run.store.current()
+            run.interrupts.check()
             if self.phase == PHASE_SWITCHED and live.release != plan.to_release:
                 # A hook may have moved `current`, or deleted the release.
                 raise StepFailed(
@@ -9267,9 +9268,9 @@ class Executor:
     def take(self, step: Step) -> None:
         """Journal the phase where it is new, do the step, and show how it went."""
         run, console = self.run, self.run.console
-        run.interrupts.check()
         if step.phase and step.phase != self.phase:
             self.enter(step.phase)
+        run.interrupts.check()
         self.done.append(step)
         console.log_context["step"] = step.name
         console.working(step.text, UNLIMITED_SECONDS)

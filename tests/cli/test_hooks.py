@@ -186,7 +186,7 @@ def test_what_post_stage_may_not_add_is_told_as_the_hooks_mistake(app: App) -> N
     app.configure("[hooks]\npost_stage = mkfifo pipe\n")
     error = app.run("deploy", app.artifact("1.0"), check=1).data["error"]
     assert error["message"].startswith("post_stage left what no release can hold: member 'pipe': it is a FIFO")
-    assert (error["hint"], app.releases()) == ("correct [hooks] post_stage, then run again", [])
+    assert (error["hint"].partition(",")[0], app.releases()) == ("correct [hooks] post_stage", [])
 
 
 def test_what_post_stage_adds_belongs_to_the_release(app: App) -> None:

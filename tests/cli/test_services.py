@@ -134,7 +134,7 @@ def test_other_actions_may_leave_the_process_as_it_is(systemd, action):
 
 def test_action_none_does_nothing(systemd):
     service = unit(systemd, "action=none")
-    assert deploy.make_services("services", SimpleNamespace(settings=service.run.settings), None) == []
+    assert deploy.WORDS["services"][1]("services", SimpleNamespace(settings=service.run.settings), None) == []
 
 
 def test_a_restart_that_did_not_restart_is_a_failure(systemd):
