@@ -614,6 +614,7 @@ class Console:
         self.secrets = Secrets()
         self.warnings: List[str] = []
         self.log_context: Dict[str, str] = {}  # what every line of the log is about
+        self.heed: Callable[[], None] = lambda: None  # raises where a signal has come
         self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
         self._log: Any = None
         self._held: List[Tuple[str, str, Dict[str, str]]] = []
@@ -711,7 +712,8 @@ class Console:
         """One line that is redrawn while work lasts over a second, ten times a second.
 
         Off a terminal only a supervisor hears of it, once a second.  What it gives is told how
-        much of `total` is done, in one unit; the total is 0 where it is unknown.
+        much of `total` is done, in one unit; the total is 0 where it is unknown; and it heeds
+        signals.
         """
         pause_seconds = 0.1 if self.shows_progress else 1.0
         next_seconds = time.monotonic() + 1.0
@@ -719,6 +721,7 @@ class Console:
 
         def update(done: int, detail: str = "") -> None:
             nonlocal next_seconds, is_shown
+            self.heed()
             if time.monotonic() < next_seconds:
                 return
             next_seconds = time.monotonic() + pause_seconds
@@ -7478,8 +7481,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     elif flags.signature:
         raise UsageError("--signature: no key is known", "set [signature] keys")
     with run.console.progress("hash", artifact.size_bytes) as progress:
-        watch = watching(run, progress)
-        artifact.identify(settings, watch, flags.sha256 or "", flags.release_version or "")
+        artifact.identify(settings, progress, flags.sha256 or "", flags.release_version or "")
         # To `deploy` what is live is nothing to do, whatever its file is called now, unless
         # another version is asked for.
         live = facts.current.release
@@ -7496,7 +7498,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
             # reading it is what makes it believed.
             is_same = before and before.artifact.get("identity") == artifact.identity() \
                 and not artifact.distrust
-            artifact.confirm(settings, watch, before.sha256 if is_same else "")
+            artifact.confirm(settings, progress, before.sha256 if is_same else "")
     if not before:
         return artifact
     for status, why, hint in check_signature(run):
@@ -7520,14 +7522,6 @@ def artifact_json(artifact: Artifact) -> Json:
             "sha256": artifact.sha256, "signature": artifact.signature}
 
 
-def watching(run: Run, progress: Any) -> Callable[[int], None]:
-    """Make what is called for each block of work: it shows how far it is, and heeds signals."""
-    def watch(done: int) -> None:
-        run.interrupts.check()
-        progress(done)
-    return watch
-
-
 def check_release(run: Run, record: Record) -> Differences:
     """Hold a release against its manifest; StateError when that is missing or damaged."""
     release, store = record.id, run.store
@@ -7547,7 +7541,7 @@ def check_release(run: Run, record: Record) -> Differences:
                     manifest = {name: member for name, member in manifest.items()
                                 if not written.match(os.fsdecode(name))}
                 found = differences(manifest, scan_tree(
-                    directory, watching(run, progress), known=manifest))
+                    directory, progress, known=manifest))
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", DEPLOY_AGAIN)
     except PermissionError as error:
@@ -8462,7 +8456,7 @@ def do_unpack(run: Run, step: Step) -> str:
         if run.settings.deploy.durable:
             stack.enter_context(early_sync(tree.descriptor))
         run.manifest, notes = unpack(
-            run.artifact, tree, run.settings, watching(run, progress), sharer)
+            run.artifact, tree, run.settings, progress, sharer)
     for note in notes:
         run.console.warn(note)
     counts, more = count_members(run.manifest), ""
@@ -8602,7 +8596,7 @@ def scan_release(run: Run, release: str, whose: str, fix: str) -> Manifest:
     try:
         with run.console.progress("hash") as progress, \
                 run.store.directory("releases").child(release) as directory:
-            return scan_tree(directory, watching(run, progress),
+            return scan_tree(directory, progress,
                              mutable_pattern(run.settings.deploy, bytecode=False))
     except ArtifactRefused as error:
         raise StepFailed(f"{whose} what no release can hold: {error.message.partition(': ')[2]}",
@@ -10841,8 +10835,8 @@ def command_approve(run: Run) -> None:
     """Print what those sign who approve of an artifact."""
     with Artifact(run.flags.artifact, run.settings.limits, run.flags.delegate) as artifact, \
             run.console.progress("hash", artifact.size_bytes) as progress:
-        artifact.identify(run.settings, watching(run, progress))
-        artifact.confirm(run.settings, watching(run, progress))
+        artifact.identify(run.settings, progress)
+        artifact.confirm(run.settings, progress)
     expires = read_value("moment", run.flags.expires or "7d")(time.time(), 1)
     text = approval(run, artifact, format_time(expires)).decode("ascii")
     show_signable(run, text, f"{artifact.name}.approval", "-n deploy-approval -f KEY")
@@ -12015,6 +12009,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     learn_secrets(settings, console.secrets)
     interrupts = Interrupts()
     interrupts.install()
+    console.heed = interrupts.check
     run = Run(settings, console, interrupts, flags)
     outcome, command = run.outcome, flags.command
     console.log_context = {"deploy_id": run.deploy_id, "command": command}
