@@ -2571,22 +2571,19 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
         default_section="\0none")
     parser.optionxform = str  # type: ignore  # keys keep their case
     directory = os.path.dirname(absolute(path))
-    problem, hint = "", "name a readable INI file: [section], then key = value or a continuation"
     try:
         parser.read_string(read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig"), path)
-    except OSError as error:
-        problem = reason(error)
-    except UnicodeDecodeError as error:
-        problem, hint = f"not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8"
-    except configparser.ParsingError as error:
-        # Not its own words: they quote the line, which may hold a password.
-        numbers = [str(number) for number, _ in getattr(error, "errors", [])]
-        lines = ", ".join(numbers) or getattr(error, "lineno", 0)
-        problem = f"line {lines} is none that can stand there"
-    except configparser.Error as error:  # a section or a key that stands there twice
-        problem = " ".join(str(error).split())
-    if problem:
-        mistakes.append(UsageError(f"cannot read the configuration {path}: {problem}", hint))
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        problem = " ".join(reason(error).split())
+        if isinstance(error, configparser.ParsingError):
+            # Not its own words: they quote the line, which may hold a password.
+            lines = [number for number, _ in getattr(error, "errors", [])]
+            lines.append(getattr(error, "lineno", 0))
+            problem = f"line {lines[0]} is none that can stand there"
+        mistakes.append(UsageError(
+            f"cannot read the configuration {path}: {problem}",
+            "name a readable INI file in UTF-8: [section], then key = value or a continuation, "
+            "each section and key once"))
         return
     for section in parser.sections():
         if not options_of(section):
@@ -9739,20 +9736,11 @@ A line for /etc/cron.d; cron mails whatever is printed:
 deploy --splay 10m /var/lib/artifacts/shop.tar.gz
 
 A link shop.tar.gz has the version of what it points to (shop-1.4.2.tar.gz).
-`-q` prints nothing when nothing changed and nothing is wrong, and one block on
-stderr otherwise, with every step, its time and the way back. What is refused
-for a reason that was told before prints nothing again, and exits as before.
-
-`--splay 10m` (of deploy, stage, activate, rollback, prune and recover) waits
-first: a share of ten minutes that host name and application alone decide, so
-that hosts which begin at the same minute are spread evenly, and each comes at
-the same time every time. Nothing is locked meanwhile, and a SIGTERM ends it
-with nothing changed; `-n` tells the share and does not wait.
-
-The short PATH and the all but empty environment of cron are enough: programs
-are looked up in PATH and then in /usr/local/sbin, /usr/local/bin, /usr/sbin,
-/usr/bin, /sbin and /bin. A run that finds another one at work exits with 75 at
-once, and cron mails that; `--wait-lock 5m` waits for it instead.
+`-q` prints nothing when nothing changed and nothing is wrong, else one block
+on stderr; what is refused as before prints nothing again, and exits as before.
+`--splay 10m` waits first, unlocked: a share of it that host and application
+alone decide, the same every time. The short PATH of cron is enough. A run that
+finds another one at work exits with 75; `--wait-lock 5m` waits for it instead.
 """,
     "hooks": """\
 A hook is one or more commands, one a line, run in the release; `pre_stage`,
@@ -9765,22 +9753,17 @@ and `on_failure` once the release is gone again, in the root:
         bin/migrate
     post_deploy = sh -c 'curl -fsS http://127.0.0.1:8080/warm > /dev/null'
 
-No shell reads them: words are split as a shell would, and what only a shell
-could do (`&&`, `|`, `>`, `$NAME`, `*`, `cd`) is refused unless it is quoted;
-`sh -c '...'` asks for one, and `[env]` sets variables.
+No shell reads them: what only a shell could do (`&&`, `>`, `$NAME`, `*`, `cd`)
+is refused unless it is quoted; `sh -c '...'` asks for one. Each runs under
+`timeout` in a process group of its own, stdin closed, with PATH, HOME,
+LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`, `DEPLOY_ID`,
+`DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`, `DEPLOY_HOOK`,
+`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE` and, of
+`-m`, `DEPLOY_NOTE`. What it leaves running does not hold up the deployment.
 
-Each runs under `timeout` in a process group of its own, stdin closed, with
-PATH, HOME, LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`,
-`DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`,
-`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`,
-`DEPLOY_ID`, `DEPLOY_HOOK` and, of `-m`, `DEPLOY_NOTE`. After a timeout the
-whole group is ended (TERM, then KILL). Nobody waits for a child in the
-background that keeps stdout open.
-
-`post_stage` may add to the release (dependencies, compiled assets); afterwards
-the release is sealed: the manifest is written, and later changes are found by
-`verify`. On the automatic way back a failure of `pre_rollback` and
-`post_rollback` is only a warning.
+`post_stage` may add to the release, which is sealed afterwards: `verify` finds
+what changes later. On the automatic way back `pre_rollback` and
+`post_rollback` only warn.
 """,
     "config": """\
 An INI file, `=` between key and value, one item a line in lists, comments on
@@ -9795,24 +9778,21 @@ lines of their own. `deploy.py config --example` prints every option.
     [service:web]
     unit = shop-web.service
 
-Precedence: command line, then the environment (`DEPLOY_<SECTION>_<KEY>`, such
-as `DEPLOY_DEPLOY_ROOT`), then files, then the default; `deploy.py config`
-shows every value and where it came from. Without `-c` the first of
-`$DEPLOY_CONFIG`, `./deploy.ini` and `/etc/deploy/deploy.ini` is read.
+Precedence: command line, the environment (`DEPLOY_<SECTION>_<KEY>`, such as
+`DEPLOY_DEPLOY_ROOT`), files, the default; `deploy.py config` says where each
+value is from. Without `-c` the first of `$DEPLOY_CONFIG`, `./deploy.ini`,
+`/etc/deploy/deploy.ini` is read.
 
 Durations are written `500ms`, `3s`, `2m`, `1h` (behind a flag a bare number is
-seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file;
-`~` and variables are not replaced. All that is wrong is told at once.
-`deploy.py config --help` is about the command of that name.
+seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file.
 """,
 }
 
 
 # zsh reads the same script, by its own emulation of bash's completion.
 COMPLETION = """\
-# Completion of deploy.py for bash and zsh (there behind compinit). For every user of bash:
-#   deploy.py completion bash > /usr/share/bash-completion/completions/deploy.py
-# or in ~/.bashrc, ~/.zshrc: eval "$(deploy.py completion bash)"
+# Completion of deploy.py, for ~/.bashrc or, behind compinit, ~/.zshrc:
+#   eval "$(deploy.py completion bash)"
 if [[ -n $ZSH_VERSION ]]; then autoload -U +X bashcompinit && bashcompinit; fi
 _deploy_py() {
     local word="${COMP_WORDS[COMP_CWORD]}" command="" skip="" offer="" item
@@ -9870,11 +9850,7 @@ EXAMPLES = """\
   deploy:
     root: /srv/shop
     artifact: /var/lib/artifacts/shop-1.4.2.tar.gz
-    set:
-      deploy.keep_releases: 3
-      probe:web:
-        url: http://127.0.0.1:8080/health
-        json: {status: ok}
+    set: {deploy.keep_releases: 3, "probe:web": {url: "http://127.0.0.1:8080/health"}}
 
 - name: Go back to the previous good release
   deploy: {command: rollback, config: /etc/deploy/shop.ini}
@@ -9887,8 +9863,6 @@ msg: {type: str, returned: always, description: "the end in one line, with the h
 release: {type: str, returned: always, description: "what is live at the end, or null"}
 previous: {type: str, returned: always, description: "what was live before, or null"}
 rolled_back: {type: bool, returned: always, description: "the release from before is live again"}
-error: {type: dict, returned: always, description: "{message, hint}, or null"}
-diff: {type: dict, returned: in diff mode, description: "what current points to, before and after"}
 """
 
 
@@ -11530,16 +11504,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise UsageError, with the nearest word that may stand there."""
-        message = re.sub(r" \(choose from .*", "", message).replace("argument -", "-", 1)
-        found = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
-        word, hint = found.group(1) if found else "", ""
-        taken_by = {name: flag.commands for flag in FLAGS for name in flag.names}
-        if taken_by.get(word):
-            hint = f"{word} belongs behind a command that takes it: {', '.join(taken_by[word])}"
-        elif word.startswith("-") or "choice" in message:
-            hint = nearest(word, taken_by if word.startswith("-") else COMMANDS)
-        raise UsageError(message, hint or f"see {self.prog} --help: a command's flags stand "
-                                          "behind it")
+        found = re.search(r"(?:choice: '|arguments: )([^\s'=]+)", message)
+        word, names = found.group(1) if found else "", list(COMMANDS)
+        if word.startswith("-"):
+            names = [name for flag in FLAGS for name in flag.names]
+        hint = f"see {self.prog} --help: the flags of a command stand behind it"
+        if word not in names:
+            hint = nearest(word, names) or hint
+        raise UsageError(re.sub(r" \(choose from .*", "", message), hint)
 
     def _get_option_tuples(self, option_string: str) -> Any:
         # Nothing can be abbreviated; allow_abbrev=False forbids joined short options before 3.8.
@@ -11789,7 +11761,7 @@ def load(flags: Any) -> Settings:
         if flag.option and getattr(flags, flag.dest) is not None:
             section, _, key = flag.option.partition(".")
             given[section, key] = getattr(flags, flag.dest)
-    files = flags.config or list(filter(None, [environment("DEPLOY_CONFIG")]))
+    files = flags.config or [path for path in [environment("DEPLOY_CONFIG")] if path]
     if not files:
         files, root = find_configuration()
         if root and not environment("DEPLOY_DEPLOY_ROOT"):
@@ -11814,14 +11786,12 @@ def find_configuration() -> Tuple[List[str], str]:
         here = os.getcwd()
     while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
         here = os.path.dirname(here)
-    if not here.strip("/"):
-        default = f"{CONFIG_DIRECTORY}/deploy.ini"
-        return [default] if os.path.exists(default) else [], ""
     for path in configurations():
-        root = load_settings([path], {}, [], refuse=False).deploy.root
-        if root and os.path.realpath(root) == here:
+        is_default = not here.strip("/") and path == f"{CONFIG_DIRECTORY}/deploy.ini"
+        if is_default or here == os.path.realpath(
+                load_settings([path], {}, [], refuse=False).deploy.root or "/dev/null"):
             return [path], ""
-    return [], here
+    return [], here.strip("/") and here
 
 
 def check_settings(settings: Settings) -> None:
