@@ -1701,11 +1701,10 @@ CANDIDATE_PORT = "${DEPLOY_CANDIDATE_PORT}"  # replaced in a command, and in wha
 OF_SLOTS = ("${slot}", "${port}")
 KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anything else is a path
 QUOTES = " '\"[](){}"
-SEVERAL = r",|\A- "  # what lists look like elsewhere
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 # What stands in quotes, or behind a backslash, is nothing to a shell either.
-_QUOTED = re.compile(r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\"")
-_SHELL_SYNTAX = re.compile(
+_QUOTED = r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\""
+_SHELL_SYNTAX = (
     r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
 SHELL_WORDS = (". : alias bg bind builtin case cd declare eval exec exit export fg for function "
                "hash history if jobs let local popd pushd read readonly return set shift shopt "
@@ -1758,27 +1757,14 @@ def _relative(text: str) -> str:
     return path
 
 
-def _lines(read: Callable[[str], Any], apart: str = SEVERAL) -> Callable[[str], List[Any]]:
-    """Make what reads one item a line; `apart` is the pattern that shows a line to hold several."""
-    def read_lines(text: str) -> List[Any]:
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        for line in lines:
-            if re.search(apart, line) and not re.search(r"\s[#;]", line):
-                items = [item.strip(QUOTES) for item in re.split(apart, line)]
-                right = " and ".join(filter(None, items))
-                raise ValueError(f"expected one a line; write {right} on a line of its own each")
-        return [read(line) for line in lines]
-    return read_lines
-
-
 def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
     """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
     import shlex
     words = shlex.split(text)
     # Of a word in double quotes a shell reads `$` and backquotes.
-    bare = _QUOTED.sub(lambda quoted: "_" + "".join(
+    bare = re.sub(_QUOTED, lambda quoted: "_" + "".join(
         re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), re.sub(filled_in, "", text))
-    found = _SHELL_SYNTAX.search(bare)
+    found = re.search(_SHELL_SYNTAX, bare)
     if found:
         raise ValueError(f"{found.group()} is for a shell, and none runs here; write sh -c "
                          f"{shlex.quote(text)}, or put it in single quotes where it is meant "
@@ -1869,7 +1855,8 @@ mode        file mode     a file mode such as 0640                    0?[0-7]{3}
 slot        port          a port, 1 to 65535                          @PORT@
 port        auto or a port  auto or a port from 1 to 65535            auto|@PORT@
 statuses    status codes  HTTP status codes such as 200-299, 301      \s*@CODE@([\s,]+@CODE@)*\s*
-addresses   [host:]port, one a line  PORT or HOST:PORT  [\s,]*(([^\s,]*:)?@PORT@([\s,]+|\Z))*
+address     [host:]port   PORT or HOST:PORT                           ([^\s,]*:)?@PORT@
+addresses   [host:]port, one a line      -  -
 syslog      /dev/log or udp://ADDRESS:PORT  a socket's path, or udp://ADDRESS:PORT (not a name)
     /.*|udp://(\[[0-9A-Fa-f:.]+\]|[0-9.]+):@PORT@
 collector   URL, or environment  http://HOST:PORT, https://HOST/... or environment
@@ -1888,9 +1875,8 @@ signal      name of a signal  the name of a signal, such as HUP       (?i)(SIG)?
 # do raises ValueError with words of its own, or KeyError.
 READERS: Dict[str, Callable[[str], Any]] = {
     "name": _plain, "unit": _plain, "pattern": _plain, "relative": _relative,
-    "names": _lines(_plain, r"[\s,]"), "list": _lines(_plain), "relatives": _lines(_relative),
-    "path": _path, "private": _path, "paths": _lines(_path),
-    "keys": _lines(lambda text: text if KEY_LITERAL.match(text) else _path(text)),
+    "path": _path, "private": _path, "window": _window, "address": _address,
+    "key": lambda text: text if KEY_LITERAL.match(text) else _path(text),
     "int": int, "times": int, "slot": int, "factor": float, "share": float,
     "port": lambda text: int(text.replace("auto", "0")), "mode": lambda text: int(text, 8),
     "size": lambda text: int(text.rstrip("kKMGT")) << 10 * ("KMGT".find(text[-1].upper()) + 1),
@@ -1898,8 +1884,6 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "bool": lambda text: text.lower() in ("yes", "true", "on", "1"), "statuses": _statuses,
     "argv": _argv, "filled": lambda text: _argv(text, re.escape(CANDIDATE_PORT)),
     "probe_argv": lambda text: _argv(text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS)))),
-    "commands": _lines(_argv, r"\A\Z"), "windows": _lines(_window, r"\A\Z"),
-    "addresses": lambda text: list(map(_address, re.findall(r"[^\s,]+", text))),
     "syslog": lambda text: native(text) if text[0] == "/" else _address(text),
     "events": lambda text: re.findall(r"\w+", text),
     "signal": lambda text: signal.Signals["SIG" + text.upper().replace("SIG", "")].name[3:],
@@ -1931,8 +1915,24 @@ def kind_of_value(kind: str) -> List[str]:
     return KINDS.get(kind, [shown, shown, kind])
 
 
+# Of each list the kind of its lines, and the pattern that shows one to hold several.
+LISTS = {"names": ("name", r"[\s,]"), "list": ("name", r",|\A- "), "paths": ("path", r",|\A- "),
+         "keys": ("key", r",|\A- "), "relatives": ("relative", r",|\A- "),
+         "addresses": ("address", r"[\s,]"), "commands": ("argv", r"\A\Z"),
+         "windows": ("window", r"\A\Z")}
+
+
 def read_value(kind: str, text: str) -> Any:
     """Read a text as a kind of value; ValueError says what was expected."""
+    if kind in LISTS:
+        item, apart = LISTS[kind]
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        for line in lines:
+            if re.search(apart, line) and not re.search(r"\s[#;]", line):
+                parts = [part.strip(QUOTES) for part in re.split(apart, line)]
+                right = " and ".join(filter(None, parts))
+                raise ValueError(f"expected one a line; write {right} on a line of its own each")
+        return [read_value(item, line) for line in lines]
     _, expected, pattern = kind_of_value(kind)
     try:
         if re.fullmatch(pattern or "(?s).*", text):
@@ -2318,7 +2318,7 @@ shell                bash|zsh     completion  whose script
 --log-format=log.format  text|json  -  -
 """
 FLAG_KINDS = {"splay": "duration", "wait": "limit", "until": "moment", "since": "moment",
-              "expires": "moment", "limit": "int", "listen": "addresses", "sha256": "digest",
+              "expires": "moment", "limit": "int", "listen": "address", "sha256": "digest",
               "release_version": "version"}
 
 
@@ -2463,16 +2463,16 @@ class Settings:
 
     def _value(self, option: Option, section: str, key: str, given: Given) -> Any:
         self.rows.append((section, key, given.text, given.origin))
+        value: Any = [] if option.kind in LISTS or option.takes == "command" else ""
+        if option.default:  # it needs no check, which would compile the pattern
+            value = READERS.get(option.kind, str)(option.default)
         try:
-            value = read_value(option.kind, given.text)
+            if given.text != option.default:
+                value = read_value(option.kind, given.text)
         except ValueError as error:
-            if given.text or option.default:  # else empty is as good as none
-                self.mistakes.append(UsageError(
-                    f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
-                    f"{option.key}: {option.help}"))
-            with suppress(ValueError):
-                return read_value(option.kind, option.default)
-            return ""
+            self.mistakes.append(UsageError(
+                f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
+                f"{option.key}: {option.help}"))
         if option.kind in ("paths", "keys"):
             return [path if KEY_LITERAL.match(path) else
                     absolute(os.path.join(given.directory, path)) for path in value]
@@ -10851,8 +10851,7 @@ def serve_maintenance(run: Run) -> None:
     import functools
     import socket
     path, page = run.flags.health or "/healthz", b"Down for maintenance.\n"
-    addresses = read_value("addresses", run.flags.listen or "")
-    if len(addresses) != 1 or path[0] != "/":
+    if not run.flags.listen or path[0] != "/":
         raise UsageError("maintenance serve needs one --listen HOST:PORT, and --health a /PATH",
                          "such as --listen 127.0.0.1:8503 --health /healthz")
     healthy = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
@@ -10882,10 +10881,11 @@ def serve_maintenance(run: Run) -> None:
     run.console.say(f"503 for everybody on {run.flags.listen}")
     if run.flags.dry_run:
         return
-    family = socket.AF_INET6 if ":" in addresses[0][0] else socket.AF_INET
+    address = read_value("address", run.flags.listen)
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener, suppress(Interrupted):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(addresses[0])
+        listener.bind(address)
         listener.listen(128)
         while True:
             run.interrupts.wait(LONGEST_SECONDS, listener.fileno())
