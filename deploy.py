@@ -11504,7 +11504,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise UsageError, with the nearest word that may stand there."""
-        found = re.search(r"(?:choice: '|arguments: )([^\s'=]+)", message)
+        found = re.search(r"(?:choice: '|arguments: (?=-))([^\s'=]+)", message)
         word, names = found.group(1) if found else "", list(COMMANDS)
         if word.startswith("-"):
             names = [name for flag in FLAGS for name in flag.names]

@@ -411,7 +411,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.ini"
     path.write_bytes(b"[deploy]\napplication = caf\xe9\n")
     error = run_deploy("config", config=path, check=2).data["error"]
-    assert str(path) in error["message"] and "UTF-8" in error["message"]
+    assert str(path) in error["message"] and "utf-8" in error["message"]
 
 
 def test_a_byte_order_mark_and_carriage_returns_are_accepted(tmp_path: Path) -> None:
