@@ -6228,7 +6228,7 @@ class Conversation(Forked):
                  keep: Sequence[int] = ()) -> None:
         __import__("socket")  # where it is missing, the caller shall learn it
         self.limit_seconds = limit
-        self.known: Answer = {"stage": "starting"}
+        self.known: Answer = {"stage": "starting (EAGAIN: too many processes?)"}
         self.socket: Any = None
 
         def work() -> Answer:
@@ -6455,7 +6455,7 @@ PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
     ("TLS: |TLS handshake", "name the authority with tls_ca, or correct the host and port in url"),
     ("old process may still", "see that the service is restarted, and runs from current"),
     ("cannot start ", HOW_TO_RUN),
-    ("", "look at the service's own log, and at what the probe asks and expects"))
+    ("", "look at the service's own log"))
 SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
 NO_ANSWER: Answer = {"status": None, "body": "", "named": None, "heard": False, "final": False}
 
