@@ -3925,7 +3925,6 @@ MAX_EXTENSIONS = 16
 MAX_STREAMS = 100000
 MAX_LINK_HOPS = 40
 MAX_LINK_STEPS = 4000000
-MAX_NOTES = 5
 MAX_REFUSALS = 20
 MAX_SIZE_BYTES = 1 << 47
 SHOWN_CHARACTERS = 300
@@ -3964,7 +3963,7 @@ def show(name: bytes) -> str:
 
 def some_of(names: Sequence[bytes]) -> str:
     """Name the first few."""
-    return ", ".join(map(show, names[:3])) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(show, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
@@ -4025,6 +4024,7 @@ class Artifact(Descriptor):
     sha256 = ""
     sha256_source = ""
     read_sha256 = ""
+    read_bytes = 0
     # Its signature's file, the SHA256SUMS that is signed instead, what begins to verify it; who
     # signed, and why that does not count, or not yet.
     signature_file = ""
@@ -4070,29 +4070,23 @@ class Artifact(Descriptor):
             if stat.S_ISDIR(self.status.st_mode):
                 self.format = "directory"
             elif limits is not None:
-                self._open_archive(limits)
+                # What is no regular file has no size.
+                self.format = format_of(self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes)))
+                if not self.format:
+                    raise ArtifactRefused(
+                        f"artifact {self.path} is empty, begins with zeros, or has an unknown "
+                        "format", "check the build or the copy; deploy a .tar, .tar.gz, .tar.bz2, "
+                        ".tar.xz, .tar.zst, a .zip or a directory")
+                if 0 < limits.max_artifact < self.size_bytes:
+                    raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
+                                  limits.max_artifact, "max_artifact")
+                # For the modules and libraries that it will need; nothing is decoded yet.
+                decompress(self.format, iter(()))
+                if self.format == "zip":
+                    read_central(self, limits)
         except BaseException:
             self.close()
             raise
-
-    def _open_archive(self, limits: Any) -> None:
-        why = "is neither a regular file nor a directory"
-        if stat.S_ISREG(self.status.st_mode):
-            head = self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes))
-            self.format = format_of(head)
-            why = "has an unknown format" if any(head) else "is empty, or begins with zeros"
-        if not self.format:
-            raise ArtifactRefused(
-                f"artifact {self.path} {why}", "check the build or the copy; deploy a .tar, "
-                ".tar.gz, .tar.bz2, .tar.xz, .tar.zst, a .zip or a directory")
-        if 0 < limits.max_artifact < self.size_bytes:
-            raise exceeds(f"{self.name} has {format_size(self.size_bytes)},",
-                          limits.max_artifact, "max_artifact")
-        if self.format == "zip":
-            read_central(self, limits)
-        else:
-            # For the modules and programs that it will need; nothing is decoded yet.
-            decompress(self.format, iter(()))
 
     def identity(self) -> Dict[str, int]:
         """Say which file this is, so that a later run can tell it is the same one."""
@@ -4101,22 +4095,20 @@ class Artifact(Descriptor):
 
     def read_at(self, offset: int, size_bytes: int) -> bytes:
         """Read a piece; ArtifactRefused when the disk fails or the file ends early."""
-        try:
+        with blaming(ArtifactRefused, f"cannot read artifact {self.path}",
+                     "wait until it is fully copied, and check the disk it lies on"):
             data = os.pread(self.descriptor, size_bytes, offset)
-            why = "it became shorter while it was read"
-        except OSError as error:
-            data, why = b"", reason(error)
-        if len(data) < size_bytes:
-            raise ArtifactRefused(f"cannot read artifact {self.path}: {why}",
-                                  "wait until it is fully copied, and check the disk it lies on")
-        return data
+            if len(data) < size_bytes:
+                raise ValueError("it became shorter while it was read")
+            return data
 
     def blocks(self) -> Iterator[bytes]:
         """Read the whole file, which gives `read_sha256` and verifies the signature.
 
         A zip's central directory is not read again after it was judged.
         """
-        end, hasher, self.read_sha256 = self.size_bytes - len(self.tail), hashlib.sha256(), ""
+        end, hasher = self.size_bytes - len(self.tail), hashlib.sha256()
+        self.read_sha256, self.read_bytes = "", 0
         verification = self.verify() if self.verify and self.is_approved else None
         pieces = (self.read_at(offset, min(BLOCK_BYTES, end - offset))
                   for offset in range(0, end, BLOCK_BYTES))
@@ -4124,6 +4116,7 @@ class Artifact(Descriptor):
             hasher.update(block)
             if verification:
                 verification.feed(block)
+            self.read_bytes += len(block)
             yield block
         self.read_sha256 = hasher.hexdigest()
         try:
@@ -4135,53 +4128,49 @@ class Artifact(Descriptor):
 
     def find_signature(self, settings: Settings, given: str) -> None:
         """Read the first signature that there is; `distrust` says why it does not count yet."""
-        sums = os.path.join(os.path.dirname(self.path), "SHA256SUMS")
-        places = [self.path + suffix for suffix in SIGNATURES] + [sums + ".minisig", sums + ".sig"]
-        found = [absolute(given)] if given else list(filter(os.path.lexists, places))
-        if self.format == "directory":
-            found = [given] if given else []
-        if not found and settings.signature.verify == "if-present":
+        wanted, sums = settings.signature, os.path.join(os.path.dirname(self.path), "SHA256SUMS")
+        listed = [sums + ".minisig", sums + ".sig"]
+        places = [self.path + suffix for suffix in SIGNATURES] + listed
+        found = [] if self.format == "directory" else list(filter(os.path.lexists, places))
+        found = [absolute(given)] if given else found
+        if not found and wanted.verify == "if-present":
             return
         self.distrust = ArtifactRefused(
             f"{self.name} has no signature: no .minisig, .sig or .intoto.jsonl of its name, nor "
             "SHA256SUMS.minisig or .sig", "have it signed, or SHA256SUMS; pack a directory")
         if not found:
             return
-        self.signature_file, self.is_approved = found[0], not settings.signature.command
+        self.signature_file, self.is_approved = found[0], not wanted.command
         try:
             with blaming(ArtifactRefused, found[0], SUSPECT):
-                self.verify = self._verification(settings, sums if found[0] in places[3:] else "")
+                name = os.path.basename(found[0])
+                signature = read_file(found[0], MAX_SIDECAR_BYTES, self.links)
+                begin: Any = partial(verifier_of(settings).begin, signature, name)
+                if not wanted.keys and not wanted.allowed_signers:
+                    claim = "command", wanted.command[0], None, None
+                    begin = lambda: Verification(name, [(claim, hashlib.sha256(), bool)], [])
+                verification = begin()  # which tells what is wrong with it already
+                if found[0] in listed:
+                    self.listing = read_file(sums, MAX_SIDECAR_BYTES, self.links)
+                    digests = [digest for entry, digest in read_digests(self.listing)
+                               if os.path.basename(entry) == os.fsencode(self.name)]
+                    if len(digests) != 1:
+                        raise ValueError(f"SHA256SUMS does not list {self.name} once")
+                    verification.feed(self.listing)
+                    signed = (*verification.finish().values(), "SHA256SUMS")
+                    begin = lambda: Verification(f"{name}: SHA256SUMS has another digest", [
+                        (signed, hashlib.sha256(),
+                         lambda hasher: hasher.hexdigest() == digests[0])], [])
+                self.verify = begin
         except ArtifactRefused as error:
             self.distrust = error
 
-    def _verification(self, settings: Settings, sums: str) -> Any:
-        """Make what verifies it, and notice what is wrong already; the same errors as blaming()."""
-        wanted, name = settings.signature, os.path.basename(self.signature_file)
-        signature = read_file(self.signature_file, MAX_SIDECAR_BYTES, self.links)
-        begin: Any = partial(verifier_of(settings).begin, signature, name)
-        if not wanted.keys and not wanted.allowed_signers:
-            claim = "command", wanted.command[0], None, None
-            begin = lambda: Verification(name, [(claim, hashlib.sha256(), bool)], [])
-        verification = begin()
-        if not sums:
-            return begin
-        self.listing = read_file(sums, MAX_SIDECAR_BYTES, self.links)
-        digests = [digest for entry, digest in read_digests(self.listing)
-                   if os.path.basename(entry) == os.fsencode(self.name)]
-        if len(digests) != 1:
-            raise ValueError(f"SHA256SUMS does not list {self.name} once")
-        verification.feed(self.listing)
-        listed = (*verification.finish().values(), "SHA256SUMS")
-        return lambda: Verification(f"{name}: SHA256SUMS has another digest", [
-            (listed, hashlib.sha256(), lambda hasher: hasher.hexdigest() == digests[0])], [])
-
     def hash(self, settings: Settings, watch: Watch) -> str:
         """Return the SHA-256 of an archive's bytes, or of the tree that a directory becomes."""
-        done_bytes, judge = 0, Judge(settings, self)
+        judge = Judge(settings, self)
         if self.format != "directory":
-            for block in self.blocks():
-                done_bytes += len(block)
-                watch(done_bytes)
+            for _ in self.blocks():
+                watch(self.read_bytes)
             return self.read_sha256
         for member, pieces in read_directory(self, watch):
             # Judged before it is read: a sparse file can have terabytes.
@@ -4216,19 +4205,17 @@ class Artifact(Descriptor):
                          "--sha256"), suppress(FileNotFoundError, NotADirectoryError):
                 entries = read_digests(read_file(
                     os.path.join(directory, source), MAX_SIDECAR_BYTES, self.links))
-                # Under its very name, else its base name, else (in its own file) without one.
-                own = os.fsencode(name)
-                digests = {digest for entry, digest in entries if entry in (own, b"./" + own)} or {
-                    digest for entry, digest in entries if entry.rpartition(b"/")[2] == own}
-                if source != "SHA256SUMS":
-                    digests = digests or {digest for entry, digest in entries if not entry}
-                    if not digests:
-                        raise ValueError(f"it has no entry for {name}")
+                # By its base name; in its own file a digest may stand alone.
+                names = {os.fsencode(name)} if source == "SHA256SUMS" else {os.fsencode(name), b""}
+                digests = {digest for entry, digest in entries
+                           if entry.rpartition(b"/")[2] in names}
                 if len(digests) > 1:
                     raise ValueError(f"it is ambiguous: it has different digests for {name}")
                 if digests:
                     self.sha256, self.sha256_source = digests.pop(), source
                     return
+                if source != "SHA256SUMS":
+                    raise ValueError(f"it has no entry for {name}")
         # A directory was not transferred: there is no promise about its bytes to keep.
         if required and self.format != "directory":
             raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
@@ -4264,11 +4251,9 @@ _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
 
 
 def unescape_name(name: bytes) -> bytes:
-    """Read a name as coreutils escape it; ValueError for an escape that they never write."""
-    if b"\\" in re.sub(rb"\\[\\nr]", b"", name):
-        raise ValueError(f"unknown escape in the name {show(name)}")
+    """Read a name as coreutils escape it; KeyError for an escape that they never write."""
     plain = {escaped: byte for byte, escaped in _ESCAPES.items()}
-    return re.sub(rb"\\[\\nr]", lambda found: plain[found.group()], name)
+    return re.sub(rb"\\.?", lambda found: plain[found.group()], name, flags=re.DOTALL)
 
 
 def read_digests(data: bytes) -> List[Tuple[bytes, str]]:
@@ -4490,8 +4475,6 @@ class Judge:
                         expansion_limit(artifact, limits)]
         # In a tar, a backslash is meant: systemd writes - in a unit's name as \x2d.
         self._backslash_hint = WINDOWS_HINT if artifact.format == "zip" else REBUILD
-        self._parent = b""  # a directory that was there when it was last looked for
-        self._implied: Set[bytes] = set()
         self._members = 0
         self._expanded_bytes = 0
         self._steps = 0
@@ -4536,24 +4519,20 @@ class Judge:
         if problem:
             raise refuse(member.name, problem,
                          self._backslash_hint if b"\\" in member.name else REBUILD)
-        parent = above = name.rpartition(b"/")[0]
-        while above != self._parent and above not in manifest and above:
+        above = name.rpartition(b"/")[0]
+        while above and above not in manifest:  # what the archive did not mention
             made.insert(0, Member(above, DIRECTORY, _MODE_DIRECTORY))
             above = above.rpartition(b"/")[0]
         if above and manifest[above].kind != DIRECTORY:
             raise refuse(member.name, f"it lies below {show(above)}, a {manifest[above].kind}")
-        self._parent = parent
-        for implied in made:  # which the archive did not mention
+        for implied in made:
             manifest[implied.name] = implied
-            self._implied.add(implied.name)
         known = manifest.get(name)
+        if known is not None and (known.kind, kind) != (DIRECTORY, DIRECTORY):
+            raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
         # No special bits, writable by its owner, never closed to him.
         mode = member.mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
         entry = Member(name, kind, mode, member.size_bytes, member.mtime_ns)
-        if known is not None and (known.kind, kind) != (DIRECTORY, DIRECTORY):
-            raise refuse(member.name, f"the name comes twice; it is a {known.kind} already")
-        if known is not None and name not in self._implied and known.mode != mode:
-            raise refuse(member.name, "the directory comes twice with different modes")
         if kind == SYMLINK:  # of anything else a target means nothing
             entry = Member(name, kind, 0o777, content=target)
         elif kind == HARD_LINK:
@@ -4563,13 +4542,12 @@ class Judge:
                 raise refuse(target, problem)
             if source is None or source.kind == DIRECTORY:
                 raise refuse(member.name, f"it is a hard link to {show(target)}, which is no "
-                             f"earlier file or symlink of the archive")
+                             "earlier file or symlink of the archive")
             entry = source._replace(name=name)
             if source.kind == FILE:  # a symlink's copy is made with the symlinks
                 made.append(Member(name, kind, *source[2:5], source_name))
         elif known is None:
             made.append(entry)
-        self._implied.discard(name)
         manifest[name] = entry
 
     # -- the whole archive ---------------------------------------------------
@@ -4581,37 +4559,30 @@ class Judge:
 
     def check(self) -> None:
         """Raise ArtifactRefused where members were refused; it names them all."""
-        if self.refused == 1:
-            raise self._refusals[0]
         if self.refused:
             members = [refusal.message.partition(": member ")[2] for refusal in self._refusals]
             if self.refused > len(members):
                 members.append(f"and {self.refused - len(members):,} more")
             hints = dict.fromkeys(refusal.hint for refusal in self._refusals)
-            raise ArtifactRefused(f"artifact refused: {self.refused:,} members: "
+            raise ArtifactRefused(f"artifact refused: {count(self.refused, 'member')}: "
                                   + "; ".join(members), "; ".join(hints))
 
     def finish(self) -> List[str]:
-        """Judge what only the whole archive tells: where symlinks lead; return notes."""
-        for name in names_of(self.manifest, SYMLINK):
+        """Judge what only the whole archive tells: where symlinks lead; note what is odd."""
+        manifest, notes, odd = self.manifest, [], {}
+        for name in names_of(manifest, SYMLINK):
             try:
                 self._follow(name)
             except ArtifactRefused as refusal:
                 self._note(refusal)
         self.check()
-        if not self.manifest:
+        if not manifest:
             raise ArtifactRefused("the artifact holds nothing, or nothing below strip_components",
                                   "look at what the build put into it; nothing was kept")
-        return self._oddities() + self._twins()
-
-    def _oddities(self) -> List[str]:
-        """Note what may go live, and was hardly meant to."""
-        manifest, notes, odd = self.manifest, [], {}
-        tops = [name for name in manifest if b"/" not in name]
         files = [name for name, member in manifest.items() if member.kind == FILE]
-        if not self._settings.strip_components and len(tops) == 1 \
-                and manifest[tops[0]].kind == DIRECTORY and files:
-            notes.append(f"everything lies under {show(tops[0] + b'/')}: "
+        tops = {name.partition(b"/")[0] for name in manifest}
+        if not self._settings.strip_components and len(tops) == 1 and files and tops != {*files}:
+            notes.append(f"everything lies under {show(min(tops))}: "
                          f"strip_components = 1 would drop it")
         if len(files) == 1 and ARCHIVE_SUFFIX.search(os.fsdecode(files[0])):
             notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
@@ -4625,26 +4596,17 @@ class Judge:
         if private:
             odd[f"{count(len(private), 'file')} that only the owner may read, as a build under "
                 "umask 077 makes them"] = private
-        return notes + [f"{some_of(names)}: {what}" for what, names in odd.items()]
-
-    def _twins(self) -> List[str]:
-        """Note names that are one on systems that ignore case or Unicode form."""
-        import unicodedata
         # By hashes: all folded names would take more memory than all else.
+        import unicodedata
         seen: Dict[int, bytes] = {}
-        pairs = []
-        for name in filter(_MAY_FOLD.search, self.manifest):
-            key = name.lower()
-            if max(name) > 127:
-                text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
-                key = unicodedata.normalize("NFC", text.casefold()).encode(
-                    "utf-8", "surrogateescape")
-            other = key if key in self.manifest else seen.setdefault(hash(key), name)
+        for name in filter(_MAY_FOLD.search, manifest):
+            text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
+            key = unicodedata.normalize("NFC", text.casefold()).encode("utf-8", "surrogateescape")
+            other = key if key in manifest else seen.setdefault(hash(key), name)
             if other != name:
-                pairs.append(f"{show(other)} and {show(name)}")
-        some = ", ".join(pairs[:MAX_NOTES]) + (", ..." if len(pairs) > MAX_NOTES else "")
-        return [f"the same name on systems that ignore case or Unicode form: {some}"] \
-            if pairs else []
+                odd.setdefault("the same names on systems that ignore case or Unicode form",
+                               []).extend((other, name))
+        return notes + [f"{some_of(names)}: {what}" for what, names in odd.items()]
 
     def _follow(self, name: bytes) -> None:
         """Follow a symlink by the archive's own map, never by the disk, as the kernel would.
@@ -4654,28 +4616,30 @@ class Judge:
         place, _, last = name.rpartition(b"/")
         parts, hops, top = [last], 0, b""  # the next part is the last one
         while parts and not top:
-            part, above = parts.pop(), place
-            if part == b"..":
-                known = self.manifest.get(place)
-                if not place:
-                    # From where a release stands; what lies in any other is outside.
-                    parts.append(part)
-                    top = self._roots[1] + b"/releases/-"
-                elif known is None or known.kind != DIRECTORY:
+            part = parts.pop()
+            known = self.manifest.get(place)
+            if part == b".." and not place:
+                # From where a release stands; what lies in any other is outside.
+                parts.append(part)
+                top = self._roots[1] + b"/releases/-"
+            elif part == b"..":
+                if known is None or known.kind != DIRECTORY:
                     raise refuse(name, "its symlink target climbs out of what is no directory of "
                                        "the archive")
                 place = place.rpartition(b"/")[0]
             elif part not in (b"", b"."):
-                place = place + b"/" + part if place else part
-                known = self.manifest.get(place)
-                if known is not None and known.kind == SYMLINK and hops <= MAX_LINK_HOPS:
-                    target = known.content.split(b"/")
-                    parts += reversed(target)
-                    place, hops = above, hops + 1
-                    self._steps += len(target)
-                    top = b"" if target[0] else b"/"
-            if self._steps > MAX_LINK_STEPS:
-                raise refuse(name, "the archive's symlinks are too many and too long to follow")
+                inside = place + b"/" + part if place else part
+                known = self.manifest.get(inside)
+                if known is None or known.kind != SYMLINK or hops > MAX_LINK_HOPS:
+                    place = inside
+                    continue
+                target = known.content.split(b"/")
+                parts += reversed(target)
+                hops += 1
+                self._steps += len(target)
+                top = b"" if target[0] else b"/"
+                if self._steps > MAX_LINK_STEPS:
+                    raise refuse(name, "the archive's symlinks are too many and too long to follow")
         if not top or self._settings.symlinks == "any":
             return
         from fnmatch import fnmatchcase
@@ -4736,7 +4700,6 @@ class LibZstd:
         import ctypes
         self._types, self._library = ctypes, ctypes.CDLL("libzstd.so.1")
         self._library.ZSTD_createDCtx.restype = ctypes.c_void_p
-        self._library.ZSTD_decompressStream.restype = ctypes.c_size_t
         self._library.ZSTD_getErrorName.restype = ctypes.c_char_p
         self._context = ctypes.c_void_p(self._library.ZSTD_createDCtx())
         self._library.ZSTD_DCtx_setParameter(self._context, 100, MAX_WINDOW_LOG)
@@ -4746,27 +4709,25 @@ class LibZstd:
 
     def decompress(self, data: bytes, most_bytes: int) -> bytes:
         """Decode what there is, into so many bytes at most; ValueError for damaged data."""
-        types, library = self._types, self._library
-        given = types.create_string_buffer(data, len(data) + 1)
-        space = types.create_string_buffer(most_bytes)
+        address, triple = self._types.addressof, self._types.c_size_t * 3
+        given = self._types.create_string_buffer(data, len(data) + 1)
+        space = self._types.create_string_buffer(most_bytes)
         # Where the bytes lie, how many, and how many of them are done: ZSTD_inBuffer, -outBuffer.
-        source = (types.c_size_t * 3)(types.addressof(given), len(data), 0)
-        target = (types.c_size_t * 3)(types.addressof(space), most_bytes, 0)
-        left = types.c_size_t(library.ZSTD_decompressStream(self._context, target, source))
-        if library.ZSTD_isError(left):
-            raise ValueError(library.ZSTD_getErrorName(left).decode())
-        self.eof = not left.value
-        if self.eof:
-            self.unused_data = data[source[2]:]
-        self.unconsumed_tail = data[source[2]:]
-        return bytes(types.string_at(space, target[2]))
+        source, target = triple(address(given), len(data), 0), triple(address(space), most_bytes, 0)
+        left = self._library.ZSTD_decompressStream(self._context, target, source)
+        if left < 0:  # a size_t, of which int has the errors
+            name: bytes = self._library.ZSTD_getErrorName(self._types.c_size_t(left))
+            raise ValueError(name.decode())
+        self.eof = not left
+        self.unused_data = self.unconsumed_tail = data[source[2]:]
+        return bytes(self._types.string_at(space, target[2]))
 
 
 def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Decode a file's blocks; ImportError or ArtifactRefused, at once, for what is missing here."""
     make: Any = partial(zlib.decompressobj, 31)
     errors: Any = zlib.error
-    if kind == "tar":
+    if kind in ("tar", "zip"):
         return blocks
     if kind == "tar.bz2":
         import bz2
@@ -4832,31 +4793,22 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
     import queue
     most_bytes, option = expansion_limit(artifact, settings.limits)
     items: Any = queue.Queue(QUEUE_BLOCKS)
-    read_bytes, stopping = 0, False
-
-    def read() -> Iterator[bytes]:
-        nonlocal read_bytes
-        for block in artifact.blocks():
-            if stopping:
-                return
-            read_bytes += len(block)
-            yield block
+    stopping = False
 
     def work() -> None:
-        raw, decoded_bytes = read(), 0
+        raw, decoded_bytes = artifact.blocks(), 0
         try:
             decode = partial(decode_zip, artifact) if artifact.format == "zip" else \
                 partial(decompress, artifact.format)
-            for item in decode(raw):
+            # What trails is hashed as well.
+            for item in itertools.chain(decode(raw), (b"" for _ in raw)):
                 decoded_bytes += len(item)  # of a zip its directory has said it
                 if decoded_bytes > most_bytes:
                     raise exceeds(f"{artifact.name} expands to", most_bytes, option)
-                if item:
-                    items.put(item)
                 if stopping:
                     return
-            for _ in raw:  # what trails is hashed as well
-                pass
+                if item:
+                    items.put(item)
             items.put(b"")
         except BaseException as error:
             items.put(error)
@@ -4869,7 +4821,7 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
             item = None
             with suppress(queue.Empty):  # the disk or a decoder takes its time: a signal must not
                 item = items.get(timeout=WATCH_SECONDS)
-            watch(read_bytes)
+            watch(artifact.read_bytes)
             if isinstance(item, BaseException):
                 raise item
             if item:
@@ -5066,7 +5018,7 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
         values = tuple(wide)
     disk, first_disk, here, number, size_bytes, start = values
     if disk or first_disk or here != number:
-        raise ArtifactRefused("the zip is split over several disks", "build it as one file")
+        raise damaged("it is split over several disks")
     if start + size_bytes != end or size_bytes > MAX_CENTRAL_BYTES or size_bytes < 46 * number:
         raise damaged("its central directory is not where it should be, or too large")
     return start, size_bytes, number
@@ -5389,18 +5341,16 @@ def differences(old: Manifest, new: Manifest) -> Differences:
     """Name every path that is not in one tree as it was in the other."""
     found: Differences = {"changed": {}, "missing": {}, "added": {}}
     for name in sorted({*old, *new}):
-        was, now, word, why = old.get(name), new.get(name), "changed", ""
+        was, now, path = old.get(name), new.get(name), os.fsdecode(name)
         if was is None or now is None:
-            word = "added" if was is None else "missing"
-        elif (now.kind, now.mode, now.content) == (was.kind, was.mode, was.content):
-            continue
+            found["added" if was is None else "missing"][path] = ""
         elif now.kind != was.kind:
-            why = f"is a {now.kind}, was a {was.kind}"
-        elif now.content == was.content:
-            why = f"has mode {now.mode:04o}, was {was.mode:04o}"
-        elif now.kind == SYMLINK:
-            why = f"leads to {os.fsdecode(now.content)}, was {os.fsdecode(was.content)}"
-        found[word][os.fsdecode(name)] = why
+            found["changed"][path] = f"is a {now.kind}, was a {was.kind}"
+        elif now.content != was.content:
+            what = f"led to {os.fsdecode(was.content)}" if now.kind == SYMLINK else ""
+            found["changed"][path] = what
+        elif now.mode != was.mode:
+            found["changed"][path] = f"has mode {now.mode:04o}, was {was.mode:04o}"
     return found
 
 
@@ -5408,20 +5358,6 @@ def differences(old: Manifest, new: Manifest) -> Differences:
 
 _WRITE_FLAGS = _CREATE_FLAGS ^ os.O_WRONLY | os.O_RDWR
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
-
-
-def members_of(artifact: Artifact, settings: Settings, watch: Watch,
-               forbidden: Tuple[int, int] = (0, 0)) -> Members:
-    """Go through an artifact's members; an archive is read to its end and its digest compared."""
-    if artifact.format == "directory":
-        yield from read_directory(artifact, watch, forbidden)
-        return
-    with closing(pump(artifact, settings, watch)) as blocks:  # type: ignore
-        if artifact.format == "zip":
-            yield from read_zip(blocks)
-        else:
-            yield from read_tar(artifact, Stream(blocks))
-    artifact.compare(artifact.read_sha256)
 
 
 def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch: Watch,
@@ -5433,12 +5369,16 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     ArtifactRefused, also where the bytes have not the digest that was found for them, and OSError
     from writing (a full disk) as the system gives it.
     """
-    place, judge = destination.descriptor, Judge(settings, artifact)
+    place, judge, kind = destination.descriptor, Judge(settings, artifact), artifact.format
     manifest, status = judge.manifest, os.fstat(place)
+    blocks: Any = read_directory(artifact, watch, (status.st_dev, status.st_ino)) \
+        if kind == "directory" else pump(artifact, settings, watch)
+    members = blocks
+    if kind != "directory":
+        members = read_zip(blocks) if kind == "zip" else read_tar(artifact, Stream(blocks))
     umask = os.umask(0)
     # What is made here lives on: looking through all of it for cycles takes a tenth of the time.
     gc.disable()
-    members: Any = members_of(artifact, settings, watch, (status.st_dev, status.st_ino))
     try:
         for member, pieces in members:
             for entry in judge.admit(member):
@@ -5451,20 +5391,22 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
                     with Descriptor() as source:
                         source.descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
                         write_file(entry, blocks_of(source.descriptor), place, sharer)
+        if kind != "directory":
+            artifact.compare(artifact.read_sha256)
         notes = judge.finish()
         for name in names_of(manifest, SYMLINK):
             os.symlink(manifest[name].content, name, dir_fd=place)
     except ArtifactRefused:
-        if artifact.sha256 and artifact.format != "directory":
+        if artifact.sha256 and kind != "directory":
             # Wrong bytes explain best why they could not be read.
             artifact.compare(artifact.read_sha256 or artifact.hash(settings, watch))
         judge.check()
         raise
     finally:
-        members.close()
+        blocks.close()
         gc.enable()
         os.umask(umask)
-    if artifact.format == "directory":
+    if kind == "directory":
         artifact.read_sha256 = tree_digest(manifest)
         artifact.compare(artifact.read_sha256)
     if artifact.distrust:
@@ -5511,10 +5453,7 @@ class Sharer(Descriptor):
         self._parent: Optional[bytes] = None  # whose descriptor this is
 
     def share(self, entry: Member, digest: bytes, descriptor: int, place: int) -> None:
-        """Let a new file have the blocks of the live one, or be a link to it, if it is the same.
-
-        OSError where the live one changed in the meantime, and now the new one is damaged.
-        """
+        """Let a new file have the blocks of the live one, or be a link to it, if it is the same."""
         parent, _, base = entry.name.rpartition(b"/")
         how, temporary = self.how, temporary_name("shared")
         with suppress(OSError), Descriptor() as live:
@@ -5532,6 +5471,9 @@ class Sharer(Descriptor):
                 self.how = "no"
                 fcntl.ioctl(descriptor, _FICLONE, live.descriptor)
                 self.how = how
+                if hash_pieces(blocks_of(descriptor)) != digest:
+                    raise StepFailed(f"{show(entry.name)} changes in the live release while it is "
+                                     "copied", "run it again")
             elif (status.st_mode, status.st_uid) == (stat.S_IFREG | entry.mode, os.geteuid()) \
                     and entry.mtime_ns in (None, status.st_mtime_ns) \
                     and set(os.listxattr(live.descriptor)) <= {"security.selinux"}:
@@ -5541,13 +5483,11 @@ class Sharer(Descriptor):
             else:
                 return
             self.shared_files += 1
-        if self.how == "reflink" and hash_pieces(blocks_of(descriptor)) != digest:
-            raise OSError(errno.EBUSY, "it changes in the live release", os.fsdecode(entry.name))
 
 
 # -- what it will cost, and packing --------------------------------------------
 
-GUESSED_RATIO = {"tar.gz": 4, "tar.bz2": 5, "tar.xz": 6, "tar.zst": 5, "tar": 1}
+GUESSED_RATIO = 5
 GUESSED_FILE_BYTES = 16 << 10
 PACKED_EPOCH = "315532800"  # 1980-01-01, the first that a zip could hold as well
 
@@ -5565,17 +5505,14 @@ def estimate_cost(artifact: Artifact) -> None:
             size_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
         artifact.exact = packed_bytes <= size_bytes <= 1032 * packed_bytes
         if not artifact.exact:
-            size_bytes = packed_bytes * GUESSED_RATIO[artifact.format]
+            size_bytes = packed_bytes * (1 if artifact.format == "tar" else GUESSED_RATIO)
         artifact.counted, artifact.expanded_bytes = False, size_bytes
         artifact.files = size_bytes // GUESSED_FILE_BYTES + 1
 
 
 def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],
                found: Dict[str, List[bytes]]) -> Iterator[Any]:
-    """Write members as GNU tar does, judged as an artifact would be; `found` takes some names.
-
-    A time with a fraction stands in a pax header.
-    """
+    """Write members as GNU tar does, judged as an artifact would be; `found` takes some names."""
     import tarfile
     stamp = ((seconds or 0) & 0xffffffff).to_bytes(4, "little")
     for member, pieces in members:
@@ -5588,9 +5525,8 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
         info.size, info.uname, info.gname = size_bytes, "root", "root"
         info.linkname = os.fsdecode(target)
         info.type = {FILE: b"0", DIRECTORY: b"5", SYMLINK: b"2"}[kind]
-        info.mtime, fraction = (seconds, 0) if seconds is not None else divmod(mtime_ns, 10 ** 9)
-        info.pax_headers = {"mtime": f"{info.mtime}.{fraction:09}"}
-        yield info.tobuf(tarfile.PAX_FORMAT if fraction else tarfile.GNU_FORMAT, "utf-8",
+        info.mtime = mtime_ns / 10 ** 9 if seconds is None else seconds
+        yield info.tobuf(tarfile.PAX_FORMAT if seconds is None else tarfile.GNU_FORMAT, "utf-8",
                          "surrogateescape")
         found[kind].append(name)
         if kind == FILE and not mode & 0o044:
