@@ -10036,7 +10036,7 @@ def describe_ends(run: Run, plan: Plan) -> None:
     """Put into the result where the plan leads, before anything can go wrong on the way."""
     facts, outcome, diff, after = run.facts, run.outcome, run.console.diff, plan.to_release
     before = outcome.previous = plan.from_release
-    outcome.release = run.console.log_context["release"] = after
+    outcome.release, run.console.log_context["release"] = after or None, after
     if before == after:
         target = rollback_target(facts, before)
         outcome.previous = target.id if target else None
@@ -10520,7 +10520,7 @@ def command_show(run: Run) -> None:
     names = [(name, entry) for entry in entries for name in (
         entry.deploy_id, str(entry.sequence), entry.release, entry.version) if name]
     exact = [entry for name, entry in names if name == text]
-    exact.sort(key=lambda entry: entry.operation not in NOTING)  # that it was pinned comes last
+    exact.sort(key=lambda entry: entry.operation not in NOTING)  # a move counts before a note
     found = exact[-1:] or [entry for name, entry in names if name.startswith(text)]
     if text == "latest":
         found = entries[-1:]
@@ -11025,11 +11025,8 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     is not this program's own is replaced: it may belong to somebody else.
     """
     path, samples = run.settings.metrics.textfile_dir, {metric: {} for metric, _, _ in METRICS}
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", run.application)[:100]
-    if name != run.application:  # where characters had to go, a digest keeps two of them apart
-        application = run.application.encode("utf-8", "surrogateescape")
-        name += "-" + hashlib.sha256(application).hexdigest()[:8]
-    name, own, lines = f"deploy_{name}.prom", re.escape(label(run)), []
+    name = re.sub(r"[^A-Za-z0-9._-]", lambda found: f"_{ord(found.group()):x}", run.application)
+    name, own, lines = f"deploy_{name[:200]}.prom", re.escape(label(run)), []
     own = rf'^(\w+)\{{({own}(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*)\}} (\d{{1,20}}(?:\.\d+)?)$'
     try:
         with Directory(path) as directory:

@@ -326,7 +326,7 @@ def test_any_application_gets_a_file_of_its_own_that_can_be_read(app):
             assert app.run("stage", artifact, check=0).data["warnings"] == []
     found = {path.name: parse(path.read_text(encoding="utf-8")) for path in textfiles(app).iterdir()}
     assert len(found) == len(NAMES) + 1 and "deploy_a_.._b.prom" in found
-    assert all(re.match(r"deploy_[A-Za-z0-9._-]{1,120}\.prom\Z", name) for name in found)
+    assert all(re.match(r"deploy_[A-Za-z0-9._-]{1,205}\.prom\Z", name) for name in found)
     assert {labels[0][1] for samples in found.values() for _, labels in samples} == \
         {name.replace("\\", "\\\\").replace('"', '\\"') for name in NAMES} | {"a_.._b"}
     assert all(sum(value for (name, _), value in samples.items() if name == "deploy_runs_total") == 2 for samples in found.values())

@@ -43,6 +43,15 @@ def live(shop: Shop) -> Dict[str, Any]:
     return {"slot": name, "version": shop.app.version, "pid": shop.pid(name)}
 
 
+def test_logs_are_those_of_the_live_slots_unit_or_of_the_slot_that_is_named(shop: Shop, tmp_path: Path) -> None:
+    journal = fake_command(tmp_path / "bin", "journalctl", "print('started')")
+    shop.deploy("1.0")
+    for words in ([], ["green"]):
+        data = shop.app.run("logs", *words, env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}, check=0).data
+        assert data["logs"] == ["started"]
+    assert [call[-2:] for call in journal.calls()] == [["-u", "shop@blue.service"], ["-u", "shop@green.service"]]
+
+
 def test_each_release_starts_in_the_idle_slot_and_the_other_one_stops(shop: Shop, tmp_path: Path) -> None:
     reload = fake_command(tmp_path, "reload")
     shop.configure(reload=str(reload.path))
