@@ -11109,7 +11109,8 @@ NOTIFY_GRACE_SECONDS = 0.3  # what a command that was told to end has left befor
 
 # type: the keys of which exactly one must be given, the others that mean something to it, and the
 # body that it takes.
-URL_KEYS, CHAT_KEYS = ("url", "url_file"), ("tls_ca", "proxy")
+URL_KEYS = ("url", "url_file")
+CHAT_KEYS = ("tls_ca", "proxy")
 NOTIFIERS = {
     "webhook": (URL_KEYS, ("token_file", "header", "body", *CHAT_KEYS),
                 '{"event": "${event}", "text": "${text}", "result": ${result}}'),
