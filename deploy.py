@@ -839,7 +839,7 @@ def environment_names() -> List[str]:
 def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
     """Return the time on the wall in a zone; to the C library one without its file is UTC."""
     path, before = f"/usr/share/zoneinfo/{zone}", os.environ.copy()
-    if zone != "UTC" and not (os.path.isfile(path) and read_file(path, 1 << 20)[:4] == b"TZif"):
+    if zone != "UTC" and not os.path.isfile(path):
         raise PreflightFailed(f"timezone {zone} is unknown here: there is no {path}",
                               "correct [policy] timezone, or install tzdata")
     os.environ["TZ"] = "UTC0" if zone == "UTC" else path
@@ -1220,26 +1220,25 @@ def trust_problems(path: str, owners: Sequence[int] = (), *,
 class CommandResult:
     """How a command ended: exit code (negative: the signal), and the last lines it wrote."""
 
+    exit_code = 127
+    timed_out = False
+    seconds = 0.0
+    rest = b""  # a line that has no end yet
+
     def __init__(self, argv: Sequence[str], mask: Callable[[str], str],
                  on_line: Callable[[str], Any]) -> None:
         self.argv = list(argv)
-        self.exit_code = 127
-        self.timed_out = False
         self.tail: List[str] = []
-        self.seconds = 0.0
         self._mask = mask
         self._on_line = on_line
-        self.rest = b""  # a line that has no end yet
 
     def take(self, data: bytes) -> None:
         """Take a piece of its output: whole lines are masked, cut, passed on, and the last kept."""
         *lines, rest = (self.rest + data).split(b"\n")
         self.rest = rest[:MASKED_BYTES]
-        # Masked all at once, which costs little however many lines there are.
-        block = b"\n".join(line[:MASKED_BYTES] for line in lines)
-        text = self._mask(block.decode("utf-8", "backslashreplace"))
-        for line in text.split("\n") if lines else ():
-            self.tail.append(line.rstrip("\r")[:OUTPUT_LINE_CHARACTERS])
+        for line in lines:
+            text = self._mask(line[:MASKED_BYTES].decode("utf-8", "backslashreplace"))
+            self.tail.append(text.rstrip("\r")[:OUTPUT_LINE_CHARACTERS])
             self._on_line(self.tail[-1])
         del self.tail[:-OUTPUT_TAIL_LINES]
 
@@ -1325,7 +1324,7 @@ def become_user(name: str) -> Callable[[], None]:
     return change
 
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.005
 KILL_AFTER_SECONDS = 5.0
 READ_BYTES = 1 << 14  # between two looks for a signal, and this may be as many lines
 DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full is left alone
@@ -1336,7 +1335,8 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
                 kill_after_seconds: float = KILL_AFTER_SECONDS, run_as: str = "",
                 on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str,
                 stdin: Any = None, begun: Callable[[int], Any] = int,
-                lasts: Optional[Callable[[Any], bool]] = None) -> CommandResult:
+                lasts: Callable[[Any], bool] = lambda process: process.poll() is None,
+                ) -> CommandResult:
     """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
     `environ` is the whole environment (its PATH leads to the program); without it a minimal one
@@ -1360,19 +1360,16 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
         return result
     output = process.stdout
     os.set_blocking(output.fileno(), False)
-    data = b"begins"
-    pause_seconds = 0.001
+    watched = [output.fileno()]
     try:
         begun(process.pid)
-        while (lasts(process) if lasts else process.poll() is None) and not result.timed_out:
+        while lasts(process) and not result.timed_out:
             left_seconds = timeout_seconds - (time.monotonic() - started_seconds)
             result.timed_out = left_seconds <= 0
-            if data == b"":  # it has closed its output
-                interrupts.wait(min(pause_seconds, left_seconds))
-                pause_seconds = min(POLL_SECONDS, 2 * pause_seconds)
-            elif interrupts.wait(min(POLL_SECONDS, left_seconds), output.fileno()):
+            if interrupts.wait(min(POLL_SECONDS, left_seconds), *watched):
                 data = output.read(READ_BYTES)
                 result.take(data or b"")
+                watched = [] if data == b"" else watched  # it has closed its output
     finally:
         result.seconds = time.monotonic() - started_seconds  # killing it is not its time
         for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
@@ -1383,8 +1380,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
             with suppress(subprocess.TimeoutExpired):
                 process.wait(kill_after_seconds)
         left = iter(lambda: output.read(READ_BYTES) or b"", b"")
-        for data in itertools.islice(left, DRAIN_READS):
-            result.take(data)
+        result.take(b"".join(itertools.islice(left, DRAIN_READS)))
         if result.rest:
             result.take(b"\n")
         output.close()
@@ -1412,7 +1408,7 @@ def end_groups(find: Callable[[], Optional[Set[int]]]) -> None:
                     os.killpg(group, number)
         if left_seconds < -KILL_AFTER_SECONDS:
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(10 * POLL_SECONDS)
 
 
 def end_group(group: int, deploy_id: str) -> None:
@@ -1473,40 +1469,6 @@ def start_thread(work: Callable[[], None]) -> Any:
         # What fork(2) gives at the limit of processes, which threads count for.
         raise OSError(errno.EAGAIN, str(error))
     return done
-
-
-SYNC_PAUSE_SECONDS = 0.1
-
-
-@contextmanager
-def early_sync(directory: int) -> Iterator[int]:
-    """Have a filesystem written to the disk while it is being filled: the last sync is short then.
-
-    Through a descriptor of its own, which this gives: each is told once of a write that failed,
-    and it is the sync at the end, which alone counts, that must hear of it.
-    """
-    import threading
-    ended = threading.Event()
-    own = os.open(".", _DIRECTORY_FLAGS, dir_fd=directory)
-
-    def work() -> None:
-        pause_seconds = SYNC_PAUSE_SECONDS
-        with suppress(OSError):  # the last sync says why
-            while not ended.wait(pause_seconds):
-                started_seconds = time.monotonic()
-                sync_filesystem(own)
-                # A slow disk has at least half of the time to itself.
-                pause_seconds = max(SYNC_PAUSE_SECONDS, time.monotonic() - started_seconds)
-
-    try:
-        done = start_thread(work)
-        try:
-            yield own
-        finally:
-            ended.set()
-            done.wait()
-    finally:
-        os.close(own)
 
 
 class Forked(Descriptor):
@@ -3096,12 +3058,9 @@ class Store:
         found = []
         for path, pattern in LEFTOVERS.items():
             pattern = pattern.replace("current", f"(?:current|{re.escape(self.flag)})")
-            try:
+            names: List[str] = []
+            with suppress(StateError):  # shared/ is the application's, and may be a link elsewhere
                 names = self.names(path)
-            except StateError:
-                if path != "shared":
-                    raise
-                continue  # it is the application's, and may be a link elsewhere
             for name in names:
                 is_stray = path in (MANIFESTS, TREES) and known is not None and name not in known
                 if not path and name == self.flag:
@@ -3261,22 +3220,18 @@ class Store:
         self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> List[str]:
-        """Say which lines were changed or are missing; those cut off at the end only `chain` tells.
+        """Say which lines were changed or follow a missing one; the last ones only `chain` tells.
 
         A history that begins anew, since a person moved the old one away, is whole.
         """
-        problems, sequence, chain = [], 0, ""
+        problems, chain = [], ""
         lines, torn = self.read_history()
         for number, line in enumerate(lines, 1):
-            sequence += 1
             try:
                 entry = decode(HistoryEntry, line, f"line {number}")
-                if entry.sequence != sequence:
-                    problems.append(f"line {number}: entry {sequence} is missing, "
-                                    f"{entry.sequence} follows")
-                elif chain and entry.previous_sha256 != chain:
-                    problems.append(f"line {number}: the line before it was changed")
-                sequence = entry.sequence
+                # Earlier versions began anew with `unknown`.
+                if entry.previous_sha256 != chain and (chain or entry.previous_sha256 != "unknown"):
+                    problems.append(f"line {number}: the line before it was changed or is missing")
             except StateError as error:
                 problems.append(error.message)
             chain = hashlib.sha256(line).hexdigest()
@@ -3438,43 +3393,58 @@ class Context(NamedTuple):
     def variables(self) -> Dict[str, str]:
         """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
         names = {
-            "DEPLOY_APPLICATION": self.application, "DEPLOY_ROOT": self.root,
-            "DEPLOY_RELEASE": self.release, "DEPLOY_VERSION": self.version,
-            "DEPLOY_RELEASE_PATH": self.release_path, "DEPLOY_ID": self.deploy_id,
-            "DEPLOY_CURRENT_PATH": f"{self.root}/current",
-            "DEPLOY_SHARED_PATH": f"{self.root}/shared", "DEPLOY_PREVIOUS_RELEASE": self.previous}
-        if self.note:
-            names["DEPLOY_NOTE"] = self.note
-        if self.candidate_port:
-            names["DEPLOY_CANDIDATE_PORT"] = self.candidate_port
+            "APPLICATION": self.application, "ROOT": self.root, "RELEASE": self.release,
+            "VERSION": self.version, "RELEASE_PATH": self.release_path, "ID": self.deploy_id,
+            "CURRENT_PATH": f"{self.root}/current", "SHARED_PATH": f"{self.root}/shared",
+            "PREVIOUS_RELEASE": self.previous}
+        sometimes = {"NOTE": self.note, "CANDIDATE_PORT": self.candidate_port,
+                     "FAILED_RELEASE": self.failed,
+                     "FAILED_PATH": self.failed and f"{self.root}/releases/{self.failed}"}
         if self.slot:
-            names.update(DEPLOY_SLOT=self.slot.name, DEPLOY_SLOT_PORT=str(self.slot.port))
-        if self.failed:
-            names["DEPLOY_FAILED_RELEASE"] = self.failed
-            names["DEPLOY_FAILED_PATH"] = f"{self.root}/releases/{self.failed}"
-        return names
+            sometimes.update(SLOT=self.slot.name, SLOT_PORT=str(self.slot.port))
+        names.update((name, value) for name, value in sometimes.items() if value)
+        return {f"DEPLOY_{name}": value for name, value in names.items()}
 
 
 class Outcome:
     """What a command did, for people and for --json."""
 
+    changed = False
+    rolled_back = False
+    release: Optional[str] = None
+    previous: Optional[str] = None
+    message = ""
+    result = ""  # what the history calls it, where it has a line there
+    is_repeated = False  # what was told before: nobody is notified again
+    error: Optional[DeployError] = None
+
     def __init__(self, command: str) -> None:
         self.command = command
-        self.changed = False
-        self.rolled_back = False
-        self.release: Optional[str] = None
-        self.previous: Optional[str] = None
-        self.message = ""
-        self.result = ""  # what the history calls it, where it has a line there
-        self.is_repeated = False  # what was told before: nobody is notified again
         self.steps: List[StepResult] = []
         self.checks: List[CheckResult] = []
-        self.error: Optional[DeployError] = None
         self.extra: Json = {}  # what this command adds to the object of --json
 
 
 class Run:
     """One run of this program: what was asked, with which settings, and what came of it."""
+
+    # The open root, what was observed there, and the open artifact, while there are such.
+    store: Any = None
+    facts: Any = None
+    artifact: Any = None
+    plan: Any = None
+    # What sync found to deploy, and the directory that it fetches into, if it may.
+    offer: Any = None
+    cache: Any = None
+    # What the steps hand on: the staged tree's name and manifest.
+    staging = ""
+    manifest: Any = None
+    journal: Optional[Journal] = None  # as it was written last
+    down_failed = ""  # why, where a `down` did
+    left_is_healthy = False  # what a rollback leaves: only then is there a way back
+    # For those who are notified: where it was to lead, and whether the settings count.
+    target = ""
+    is_believed = False
 
     def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
                  flags: Any = SimpleNamespace(command="")) -> None:
@@ -3488,33 +3458,17 @@ class Run:
         if settings.trace.otlp and not self.traceparent:
             self.traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
         self.by = who()
-        self.note = console.secrets.mask(portable(getattr(flags, "message", None) or ""))
+        notes = [portable(getattr(flags, "message", None) or "")]
         if getattr(flags, "override", None):
-            self.note += console.secrets.mask(f"{self.note and '; '}override: {flags.override}")
+            notes.append(f"override: {flags.override}")
+        self.note = console.secrets.mask("; ".join(filter(None, notes)))
         root = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(root) or "application"
         self.outcome = Outcome(flags.command)
-        # The open root, what was observed there, and the open artifact, while there are such.
-        self.store: Any = None
-        self.facts: Any = None
-        self.artifact: Any = None
-        self.plan: Any = None
         self.judged: Dict[str, str] = {}  # why [policy] judge let these digests pass
-        # What sync found to deploy, and the directory that it fetches into, if it may.
-        self.offer: Any = None
-        self.cache: Any = None
-        # What the steps hand on: the staged tree's name and manifest, a command's last lines.
-        self.staging = ""
-        self.manifest: Any = None
-        self.output: List[str] = []
-        self.journal: Optional[Journal] = None  # as it was written last
-        self.migration: Dict[str, Any] = {}  # what is to be written there
-        self.down_failed = ""  # why, where a `down` did
+        self.output: List[str] = []  # a command's last lines, for the step's result
+        self.migration: Dict[str, Any] = {}  # what is to be written in the journal
         self.signalled: Set[str] = set()  # services whose process was there to be signalled
-        self.left_is_healthy = False  # what a rollback leaves: only then is there a way back
-        # For those who are notified: where it was to lead, and whether the settings count.
-        self.target = ""
-        self.is_believed = False
 
     @property
     def root(self) -> str:
@@ -8386,8 +8340,6 @@ def do_unpack(run: Run, step: Step) -> str:
         if live and how != "no" and not (how == "hardlink" and written):
             release = stack.enter_context(run.store.directory("releases").child(live))
             sharer = stack.enter_context(Sharer(release, how))
-        if run.settings.deploy.durable:
-            stack.enter_context(early_sync(tree.descriptor))
         run.manifest, notes = unpack(
             run.artifact, tree, run.settings, progress, sharer)
     for note in notes:

@@ -1,11 +1,9 @@
 """The artifact: digests, versions, manifests, judging, unpacking, comparing and packing."""
 
-import errno
 import gzip
 import hashlib
 import io
 import os
-import queue
 import shutil
 import signal
 import socket
@@ -789,33 +787,3 @@ def test_every_difference_in_a_large_tree_is_named(many):
     found = deploy.differences(manifest, deploy.scan_tree(directory, nothing, known=manifest))
     assert set(found["changed"]) == set(changed) - {"d1/f8"} | {"d0/f7"} and list(found["missing"]) == ["d1/f8"]
     assert list(found["added"]) == ["added", "d0/f7/x"] and found["changed"]["d0/f7"] == "is a directory, was a file"
-
-
-def test_a_filesystem_is_synced_while_it_is_filled_through_a_descriptor_of_its_own(tmp_path, monkeypatch):
-    """The kernel tells each open file once of a write that failed: the sync at the end must not find it told already."""
-    synced = queue.Queue()
-    monkeypatch.setattr(deploy, "sync_filesystem", lambda descriptor: synced.put(os.fstat(descriptor)))
-    with deploy.Directory(str(tmp_path)) as directory:
-        with deploy.early_sync(directory.descriptor) as used:
-            for _ in range(3):
-                assert os.path.samestat(synced.get(timeout=60), os.stat(str(tmp_path)))
-            os.set_blocking(directory.descriptor, False)
-            assert os.get_blocking(used), "a copy of the descriptor shares the open file"
-        synced.queue.clear()
-        assert not os.path.exists(f"/proc/self/fd/{used}") and synced.empty()
-
-
-def test_a_disk_that_fails_early_ends_the_early_syncs_and_nothing_else(tmp_path, monkeypatch):
-    failed, work = [], []
-
-    def fail(descriptor):
-        failed.append(descriptor)
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(deploy, "sync_filesystem", fail)
-    done = threading.Event()
-    done.set()
-    monkeypatch.setattr(deploy, "start_thread", lambda run: work.append(run) or done)
-    with deploy.Directory(str(tmp_path)) as directory, deploy.early_sync(directory.descriptor) as used:
-        work[0]()  # here, where an exception would be seen
-        assert failed == [used]

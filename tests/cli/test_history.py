@@ -45,8 +45,8 @@ def without(path: Path, number: int) -> None:
 
 
 LOSSES = [
-    ("first line", lambda path: without(path, 1), "entry 1 is missing, 2 follows"),
-    ("second line", lambda path: without(path, 2), "entry 2 is missing, 3 follows"),
+    ("first line", lambda path: without(path, 1), "line 1: the line before it"),
+    ("second line", lambda path: without(path, 2), "line 2: the line before it"),
     ("last line changed", lambda path: path.write_text(path.read_text().replace('"1.2"', '"9.9"')), "line 3 is damaged"),
     ("last line rubbish", lambda path: path.write_text(path.read_text() + "rubbish\n"), "line 4 is damaged"),
 ]  # type: List[Tuple[str, Callable[[Path], Any], str]]
