@@ -301,7 +301,7 @@ FAULTS = {
     "file cannot be created": Fault("openat", r"\.new-.*\"VERSION\"", "EMFILE", 1),
     "file cannot be written": Fault("write", r"\.new-.*data\.txt", "ENOSPC", 1),
     "link cannot be made": Fault("symlinkat", r"\.new-", "ENOSPC", 1),
-    "unpacked files do not reach the disk": Fault("syncfs", r"releases>", "EIO", 1),
+    "unpacked files do not reach the disk": Fault("syncfs", r"releases", "EIO", 1),
     "release is not renamed": Fault("renameat", r"\.new-.*releases>", "EIO", 1),
     "releases is not synced": Fault("fsync", r"root/releases>", "EIO", 1),
     "manifest is not written": Fault("write", r"manifests", "ENOSPC", 1),
