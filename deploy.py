@@ -7514,10 +7514,6 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
     units = {unit for service in services if service.unit
              for unit in (service.unit, f"{service.unit}.service")}
     pidfiles = [service.pidfile for service in services if service.pidfile]
-
-    def status(process: str) -> Dict[str, str]:
-        return dict(re.findall(r"(?m)^(\w+):\s*(\S+)", read_text(f"/proc/{process}/status")))
-
     processes = filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ())
     for process, name in itertools.product(processes, ("cwd", "exe")):
         with suppress(OSError, ValueError, KeyError):  # it has ended, or may not be looked at
@@ -7526,12 +7522,12 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
             if not target.startswith(inside) or release in found:
                 continue
             # The real user: who may run something setuid is not its owner for that.
-            user, owner = int(status(process)["Uid"]), os.lstat(inside + release).st_uid
+            known = dict(re.findall(r"(?m)^(\w+):\s*(\S+)", read_text(f"/proc/{process}/status")))
+            user, owner = int(known["Uid"]), os.lstat(inside + release).st_uid
             groups = read_text(f"/proc/{process}/cgroup").strip().split("/") if units else []
-            pids, line = {read_text(path).strip() for path in pidfiles}, [process]
-            while pids and line[-1] != "0":
-                line.append(status(line[-1])["PPid"])
-            if user in (0, owner) or units.intersection(groups) or pids.intersection(line):
+            own = {process, known["PPid"], *groups}
+            if user in (0, owner) or own.intersection(units) or any(
+                    read_text(path).strip() in own for path in filter(os.path.isfile, pidfiles)):
                 found[release] = f"pid {process} of {user_name(user)}"
     return found
 
@@ -7610,11 +7606,10 @@ def check_configuration(run: Run) -> Findings:
                 tls_context(probe)
         except (OSError, ValueError) as error:
             yield ("fail", f"[probe:{name}] {', '.join(paths)}: {network_error(error)}",
-                   "auth_file holds the Authorization header's value or user:password, tls_ca a "
-                   "certificate, tls_cert one with tls_key as its own key, in PEM, not encrypted")
-    for key, wanted in (("[hooks] run_as", settings.hooks.run_as),
-                        ("[deploy] app_user",
-                         settings.deploy.writable and settings.deploy.app_user)):
+                   "auth_file holds one header's value or user:password; tls_* are PEM, and "
+                   "tls_key is tls_cert's and not encrypted")
+    for key, wanted in (("run_as", settings.hooks.run_as),
+                        ("app_user", settings.deploy.writable and settings.deploy.app_user)):
         if wanted and account("user", wanted, key) and os.geteuid() != 0:
             yield "fail", f"{key} = {wanted} needs root", f"run as root, or remove {key}"
     yield "ok", ", ".join(settings.files) or "no file; defaults and command line", ""
@@ -7691,32 +7686,31 @@ def check_root(run: Run) -> Findings:
                "mount it read-write")
     for name in ("releases", *PRIVATE_DIRECTORIES) if run.store else ():
         path = f"{root}/{name}"
-        found = os.lstat(path) if os.path.lexists(path) else os.stat(root)
-        if not stat.S_ISDIR(found.st_mode):
-            yield "fail", f"{path} is not a directory", "move it out of the way"
-        elif found.st_dev != os.stat(root).st_dev:
-            yield "fail", f"{path} lies on another filesystem than the root", f"unmount {path}"
+        found = os.lstat(path if os.path.lexists(path) else root)
+        if not stat.S_ISDIR(found.st_mode) or found.st_dev != os.lstat(root).st_dev:
+            yield ("fail", f"{path} is no directory of the root's filesystem",
+                   f"move it away, or unmount {path}")
     yield "ok", root if run.store else f"{root} will be made", ""
 
 
 def check_application(run: Run) -> Findings:
     """No other application deploys to this root; compared where both were given a name."""
-    ours, facts = run.settings.deploy.application, run.facts
-    known = [record for record in facts.records.values() if record.application]
-    theirs = max(known, key=attrgetter("sequence")).application if known else ours
-    if theirs != ours:
-        yield ("warn" if run.flags.force else "fail",
-               f"this root is {theirs}'s, and what is to be deployed is {ours}",
+    ours, flags = run.settings.deploy.application, run.flags
+    newest = max((record for record in run.facts.records.values() if record.application),
+                 key=attrgetter("sequence"), default=None)
+    if newest and newest.application != ours:
+        yield ("warn" if flags.force else "fail",
+               f"this root is {newest.application}'s, and what is to be deployed is {ours}",
                "name the right root, or take it over: --force")
 
 
 def check_hold(run: Run) -> Findings:
     """Nobody has asked that what is live stays live; only a rollback may pass then."""
-    hold, by = run.facts.hold, run.facts.hold.get("by") or {}
-    if run.flags.command != "rollback":
-        until = f" until {hold['until']}" if hold.get("until") else ""
-        yield ("warn" if run.flags.command == "stage" else "fail",
-               f"{by.get('user')} on {by.get('host')} holds what is live, since "
+    hold, command = run.facts.hold, run.flags.command
+    if command != "rollback":
+        until = f" until {hold['until']}" if hold["until"] else ""
+        yield ("warn" if command == "stage" else "fail",
+               f"{hold['by'].get('user')} on {hold['by'].get('host')} holds what is live, since "
                f"{hold.get('since')}{until}: {hold.get('note')}",
                f"wait, or ask whoever it was: {run.settings.command_line('unhold')}")
 
@@ -7866,22 +7860,19 @@ def bad_refusal(bad: Record) -> Problem:
 
 def check_room(run: Run) -> Findings:
     """Bytes and inodes for what is still to be unpacked, and what must stay free on top."""
-    root, artifact = run.facts.root, run.facts.artifact
-    found = os.statvfs(root if run.store is not None else os.path.dirname(root))
-    if artifact is None or artifact.release:
-        artifact = SimpleNamespace(expanded_bytes=0, files=0, exact=True, counted=True)
-    for free, needed, spare, is_known, show in (
-            (found.f_bavail * found.f_frsize, artifact.expanded_bytes,
-             run.settings.deploy.min_free, artifact.exact, format_size),
+    root, artifact, needed_bytes, needed_files = run.facts.root, run.facts.artifact, 0, 0
+    found = os.statvfs(root if run.store else os.path.dirname(root))
+    if artifact and not artifact.release:
+        # An estimate must not stop what may well fit; that the disk is full is found in time.
+        needed_bytes = artifact.expanded_bytes if artifact.exact else 0
+        needed_files = artifact.files if artifact.counted else 0
+    for free, needed, spare, show in (
+            (found.f_bavail * found.f_frsize, needed_bytes, run.settings.deploy.min_free,
+             format_size),
             # Some filesystems count no inodes; a deployment writes a few beside the release.
-            (found.f_favail if found.f_files else 1 << 60, artifact.files, 64, artifact.counted,
-             "{:,} inodes".format)):
-        status = "ok" if free >= needed + spare else "fail"
-        if status == "fail" and not is_known and free >= spare:
-            # An estimate must not stop what may well fit; that the disk is full is found in time.
-            status = "warn"
-        yield (status, f"{show(free)} free, {'' if is_known else 'about '}{show(needed)} needed "
-               f"and {show(spare)} kept free",
+            (found.f_favail if found.f_files else 1 << 60, needed_files, 64, "{:,} inodes".format)):
+        yield ("ok" if free >= needed + spare else "fail",
+               f"{show(free)} free, {show(needed)} needed and {show(spare)} kept free",
                "free some space (deploy.py prune), or lower [deploy] min_free")
 
 
@@ -7898,24 +7889,17 @@ def check_shared(run: Run) -> Findings:
         if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
             yield ("fail", f"{place} is not a directory itself", "put the directory there (or "
                    f"mount it: mount --bind), or move {place} away")
-    paths = sorted(path + "/" for path in directories + files)
-    for other, one in zip(paths, paths[1:]):
-        if one.startswith(other):
-            yield ("fail", f"shared {one} lies inside shared {other}",
-                   "name the outer one alone, once")
 
 
 def check_required(run: Run) -> Findings:
     """[preflight] require_* and free_ports."""
     asked = run.settings.preflight
-    for key, is_there, problem, fix in (
-            ("require_commands", find_command, "is not found", "install {}, or extend PATH"),
-            ("require_env", environment, "is not set", "set {} in the environment of deploy.py"),
-            ("require_files", lambda path: os.access(path, os.R_OK),
-             "is missing or cannot be read", "create {}, readable by the user who runs deploy.py")):
+    for key, is_there in (("require_commands", find_command), ("require_env", environment),
+                          ("require_files", lambda path: os.access(path, os.R_OK))):
         for name in getattr(asked, key):
             if not is_there(name):
-                yield "fail", f"{name} {problem}", fix.format(name)
+                yield ("fail", f"{name} of {key} is not there, empty, or not to be read",
+                       f"install, set or create {name} for {user_name()}")
     yield from check_ports(asked.free_ports)
 
 
@@ -7947,6 +7931,7 @@ def check_services(run: Run) -> Findings:
 
 def check_slots(run: Run) -> Findings:
     """Both units are known, the idle one's port is nobody else's, and all agree on the live one."""
+    import glob
     facts = run.facts
     for problem in slot_problem(facts):
         yield ("fail", *problem)
@@ -7954,12 +7939,11 @@ def check_slots(run: Run) -> Findings:
         unit = UnitService(run, slot)
         yield from unit.check()
         found = sockets(slot.port, "0A") if unit.down() else []
+        pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*") if found
+                and os.path.exists(path) and str(os.stat(path).st_ino) in found]
         if found:
-            import glob
-            pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*")
-                    if os.path.exists(path) and str(os.stat(path).st_ino) in found]
             yield ("fail", f"port {slot.port} of slot {name} is taken by process "
-                   f"{''.join(pids[:1]) or 'unknown'}, and {slot.unit} is down",
+                   f"{', '.join(pids[:1])}, and {slot.unit} is down",
                    "end that process, or correct [slots]")
     if facts.current.release and not facts.live_conf:
         yield ("warn", f"{facts.current.release} is live in no slot: what runs of it is left alone",
@@ -7985,6 +7969,8 @@ def check_probes(run: Run) -> Findings:
         if not found.ok:
             yield ("fail" if probe.required else "warn", found.complaint(),
                    "correct what it asks for before deploying")
+
+
 # name, check, whether it also guards activate and rollback (a way back must not wait for free
 # space or for a file that only the next release needs), what of the run it is about, and its
 # result where nothing of that is given.
