@@ -6733,9 +6733,9 @@ def judge_promotion(run: Run, found: Any, place: str, data: bytes) -> Finding:
 
 def is_denied(terms: str, patterns: str) -> bool:
     """Tell whether a license expression leaves no choice; one with brackets is not taken apart."""
-    terms = terms.lower().strip("()")
+    terms = re.sub(r"\A\(([^()]*)\)\Z", r"\1", " ".join(terms.lower().split()))
     choices = [terms] if "(" in terms else terms.split(" or ")
-    return all(any(fits(name.strip("()"), patterns) for name in choice.split())
+    return all(any(fits(name.strip("()"), patterns) for name in (choice, *choice.split()))
                for choice in choices)
 
 
@@ -6743,7 +6743,8 @@ def note_built(run: Run, text: Any, *, is_best: bool = True) -> None:
     """Note when the artifact was built (RFC 3339, UTC); what is no such time says nothing."""
     artifact, found = run.facts.artifact, re.match(r"(\S{10}T\S{8})(?:\.\d+)?Z\Z", str(text))
     if artifact and found and (is_best or not artifact.built_at):
-        artifact.built_at = f"{found.group(1)}Z"
+        with suppress(ValueError):
+            artifact.built_at = format_time(read_value("moment", f"{found.group(1)}Z")(0, 1))
 
 
 def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
@@ -7154,6 +7155,7 @@ def bring(run: Run) -> str:
         if offer.ref:
             archive(run, f"{name}.part")
             offer.sha256 = run.flags.sha256 = sha256()
+            run.judged = {offer.sha256: why for why in run.judged.values()}  # by the commit
         actual, status = sha256(), 206
         while actual != offer.sha256 and status == 206:  # what came in one piece is what there is
             status = fetch(run, offer.path, files=files)["status"]

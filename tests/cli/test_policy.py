@@ -378,7 +378,7 @@ SBOMS = [
     ([FINE], "warn", 0, "1 package"), ([], "warn", 3, "no package"), ([FINE, ("x", "1", "AGPL-3.0-only")], "warn", 3, "x@1 (AGPL-3.0-only)"),
     ([("x", "1", "MIT OR AGPL-3.0-only")], "warn", 0, "ok"), ([("x", "1", "MIT AND AGPL-3.0-only")], "warn", 3, "x@1"),
     ([("x", "1", "AGPL-3.0-only AND (MIT OR Apache-2.0)")], "warn", 3, "x@1"), ([("x", "1", "BSD-2-Clause AND (MIT OR AGPL-3.0-only)")], "warn", 3, "x@1"),
-    ([("x", "1", "(MIT OR AGPL-3.0-only)")], "warn", 0, "ok"),
+    ([("x", "1", "(MIT OR AGPL-3.0-only)")], "warn", 0, "ok"), ([("x", "1", "(MIT OR AGPL-3.0-only) AND AGPL-3.0-only")], "warn", 3, "x@1"),
     ([("x", "1", "agpl-3.0-only WITH GCC-exception-3.1")], "warn", 3, "x@1"), ([FINE, ("event-stream", "3.3.6", "MIT")], "warn", 3, "event-stream@3.3.6"),
     ([("event-stream", "3.3.5", "MIT")], "warn", 0, "ok"), ([("colors", "2", "MIT")], "warn", 3, "colors"),
     ([FINE, ("y", "2", None)], "warn", 0, "1 license unknown: y@2"), ([FINE, ("y", "2", None)], "deny", 3, "y@2"),
@@ -430,7 +430,7 @@ def test_an_sbom_counts_only_where_a_signed_list_has_it_and_the_artifact(app: Ap
 
 @pytest.mark.parametrize("write_sbom, at, built_at", [
     (cyclonedx, "2026-11-20T10:30:00.5Z", "2026-11-20T10:30:00Z"), (spdx, "2026-11-20T10:00:00Z", "2026-11-20T10:00:00Z"),
-    (spdx, "yesterday", None), (cyclonedx, 3, None)])
+    (spdx, "yesterday", None), (spdx, "2026-99-20T10:00:00Z", None), (cyclonedx, 3, None)])
 def test_an_sbom_says_when_it_was_built_where_nothing_better_does(app: App, pem: Path, write_sbom: Any, at: Any, built_at: Any) -> None:
     app.configure(f"[signature]\nkeys = {pem}.pub\n[policy]\nsbom = yes")
     artifact = app.artifact("1.0")
