@@ -1905,14 +1905,10 @@ def read_value(kind: str, text: str) -> Any:
 
 
 class Option(NamedTuple):
-    """One row: where it stands in the INI, how its text is read, and what it means.
+    """One row: where it stands in the INI, how its text is read, and what it means."""
 
-    A section `probe:*` may be given many times, each with a name; a key `*` or
-    `json.*` stands for keys that the operator chooses.
-    """
-
-    section: str
-    key: str
+    section: str  # `probe:*` may be given many times, each with a name
+    key: str  # `*` or `json.*` stands for keys that the operator chooses
     kind: str
     default: str
     help: str
@@ -2191,24 +2187,19 @@ COMMAND_HELP = {name: (text, example) for name, example, text in read_table(3, C
 
 
 class Flag(NamedTuple):
-    """A flag or argument: the names, what it takes, the commands that take it, and where it goes.
-
-    Without commands it is everybody's, before and after the command; without a metavar it is a
-    switch, `[X]` need not be given, `X...` may repeat.  `dest` is argparse's name of its value,
-    `kind` one of KINDS, `option` the one of the configuration that it gives, `section.key`.
-    """
+    """A flag or argument of the command line."""
 
     names: Tuple[str, ...]
-    metavar: str
-    commands: Tuple[str, ...]
+    metavar: str  # none: a switch; `[X]` need not be given, `X...` may repeat
+    commands: Tuple[str, ...]  # none: everybody's, before and after the command
     help: str
-    dest: str
-    kind: str
-    option: str
+    dest: str  # argparse's name of its value
+    kind: str  # one of KINDS, or of none
+    option: str  # section.key of the configuration that it gives
     is_argument: bool
 
 
-# names (=dest, or =the option that it gives, which has its help), metavar, commands, help
+# names (=dest, or =the option that it gives), metavar (/kind), commands, help
 FLAG_TABLE = """\
 -c --config          FILE...      -  configuration file; may repeat, a later one wins
 -n --dry-run         -            -  show the plan, change nothing
@@ -2231,18 +2222,18 @@ release              RELEASE      diff  @RELEASE@
 other                [RELEASE]    diff  @RELEASE@; default: current
 service              [SERVICE]    logs  a configured service; default: all of them
 -f --follow          -            logs  go on showing what they write
---until              TIME         hold  2026-11-30T06:00:00Z, or a duration; default: until unhold
+--until              TIME/moment  hold  2026-11-30T06:00:00Z, or a duration; default: until unhold
 assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
---sha256             HEX          deploy stage preflight  digest the artifact must have
+--sha256             HEX/digest   deploy stage preflight  digest the artifact must have
 --signature          FILE         deploy stage preflight  its signature, wherever that lies
---release-version    V            deploy stage preflight pack  version, instead of the name's
+--release-version    V/version    deploy stage preflight pack  version, instead of the name's
 --allow-downgrade    -            deploy stage preflight sync  take one older than what is live
 -f --force           -            deploy stage preflight activate rollback prune sync
     insist: a bad or changed release, another application's root, pruning what was written to
 --override           WHY          deploy activate sync preflight
     pass windows, approvals and promotion where [policy] lets you; it is recorded and told
---expires            TIME         approve  until when the approval counts; default: 7d
---splay              DURATION     deploy stage activate rollback prune recover sync
+--expires            TIME/moment  approve  until when the approval counts; default: 7d
+--splay       DURATION/duration   deploy stage activate rollback prune recover sync
     wait first, this host's own share of DURATION: always the same, evenly spread over hosts
 --check              -            sync  only look: exit 7 where something new waits, 0 where not
 --version            V            sync  this version of the source's, instead of the newest
@@ -2251,18 +2242,18 @@ names                [NAME...]    probe  configured probes; default: all
 --tcp                ADDRESS      probe  connect to host:port or unix:/path
 --command=probe_command  PROGRAM  probe  run this program, with its arguments
 --expect             KEY=VALUE...  probe  any key of [probe:NAME], without one; may repeat
---wait               DURATION     probe  try until it is healthy, so long at most; default: one try
+--wait               DURATION/limit  probe  try until it is healthy, so long at most; default: once
 --verify             -            history  check the hash chain
---since              TIME         history report  2026-11-30, or a duration back, such as 7d
+--since              TIME/moment  history report  2026-11-30, or a duration back, such as 7d
 --format      text|csv|json|html  report  how it is written
 --failed             -            history  only what failed
 --operation          NAME         history  only this operation, such as deploy
---limit              N            history  newest entries to show, 20 without; 0 means all
+--limit              N/int        history  newest entries to show, 20 without; 0 means all
 id                   [ID]         show  id, prefix or number, or a release; default: the last one
 --all                -            status  of every root in /etc/deploy/*.ini
 --to                 RELEASE      recover  settle on this release, whatever the journal says
 action               on|off|serve  maintenance  put it up, take it away, answer 503 with the page
---listen             HOST:PORT    maintenance  where `serve` listens
+--listen      HOST:PORT/address   maintenance  where `serve` listens
 --page               FILE         maintenance  HTML that `serve` shows; default: a line of text
 --health             PATH         maintenance  where `serve` answers 200; default: /healthz
 directory            DIRECTORY    pack  directory to pack
@@ -2274,35 +2265,28 @@ directory            DIRECTORY    pack  directory to pack
 --unit               UNIT         config  its service, with --minimal
 topic                [TOPIC]      help  systemd, cron, hooks, config, or a command
 shell                bash|zsh     completion  whose script
---root=deploy.root   DIR          -  -
---wait-lock=deploy.lock_wait  DURATION  -  -
---log-file=log.file  FILE         -  -
---log-format=log.format  text|json  -  -
+--root=deploy.root   DIR          -  directory that holds current, releases, shared and .deploy
+--wait-lock=deploy.lock_wait  DURATION  -  how long to wait for another run to finish
+--log-file=log.file  FILE         -  log file to append to
+--log-format=log.format  text|json  -  log lines as text or as JSON objects
 """
-FLAG_KINDS = {"splay": "duration", "wait": "limit", "until": "moment", "since": "moment",
-              "expires": "moment", "limit": "int", "listen": "address", "sha256": "digest",
-              "release_version": "version"}
 
 
-def read_flags(text: str) -> Iterator[Flag]:
+def read_flags() -> Iterator[Flag]:
     """Read the table of flags."""
     for words, metavar, commands, about in read_table(
-            4, text,
+            4, FLAG_TABLE,
             RELEASE="id, unique prefix, version, digest prefix, current, previous or latest"):
         spelled, _, name = words.partition("=")
-        section, is_option, key = name.partition(".")
-        names = tuple(spelled.split())
-        dest, option = names[-1].lstrip("-").replace("-", "_"), ""
-        kind = FLAG_KINDS.get(dest, metavar if "|" in metavar else "")
-        if is_option:
-            about, kind, option = OPTIONS[section][key].help, "", name
-        elif name:
-            dest = name
-        yield Flag(names, metavar, tuple(commands.split()), about, dest, kind, option,
-                   is_argument=not spelled.startswith("-"))
+        metavar, _, kind = metavar.partition("/")
+        names, option = tuple(spelled.split()), name if "." in name else ""
+        if option or not name:
+            name = names[-1].lstrip("-").replace("-", "_")
+        yield Flag(names, metavar, tuple(commands.split()), about, name,
+                   metavar if "|" in metavar else kind, option, not spelled.startswith("-"))
 
 
-FLAGS = tuple(read_flags(FLAG_TABLE))
+FLAGS = tuple(read_flags())
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -2367,12 +2351,9 @@ Layer = Dict[Tuple[str, str], Given]  # by section and key
 
 
 class Settings:
-    """Every option's value, typed, with its origin.
+    """Every option's value: `settings.deploy.root`, `settings.probe["web"].header["Accept"]`.
 
-    Sections are attributes (`settings.deploy.root`); sections with names are
-    dictionaries of such objects (`settings.probe["web"].url`); chosen keys are
-    dictionaries (`settings.env`, `settings.probe["web"].header`).  A value that
-    cannot be read is among the mistakes, and its default in its place.
+    A value that cannot be read is among the mistakes, and its default in its place.
     """
 
     def __init__(self, given: Layer, files: List[str]) -> None:
@@ -2480,9 +2461,8 @@ class Settings:
 
 def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
                   assignments: Sequence[str], *, refuse: bool = True) -> Settings:
-    """Put the layers together: default, files, environment, command line; a later one wins.
+    """Put the layers together: default, files, environment, flags, --set; a later one wins.
 
-    `flags` are options that have a flag of their own, `assignments` the texts of --set.
     UsageError tells all that is wrong; without `refuse` it is in the result's `mistakes`.
     """
     given: Layer = {}
@@ -9705,7 +9685,7 @@ options:
   release: {type: str, description: "release to activate, to go back to, to verify, to pin"}
   config: {type: list, elements: path, description: "configuration files, a later one wins"}
   root: {type: path, description: "directory that holds current, releases, shared and .deploy"}
-  set: {type: dict, description: 'options: "section.key": value, or section: {key: value}'}
+  set: {type: dict, description: 'options: "section.key": value'}
   sha256: {type: str, description: "digest the artifact must have"}
   release_version: {type: str, description: "version, instead of the one in the artifact's name"}
   force: {type: bool, default: no, description: "insist, as on a bad or a changed release"}
@@ -9726,7 +9706,7 @@ EXAMPLES = """\
   deploy:
     root: /srv/shop
     artifact: /var/lib/artifacts/shop-1.4.2.tar.gz
-    set: {deploy.keep_releases: 3, "probe:web": {url: "http://127.0.0.1:8080/health"}}
+    set: {deploy.keep_releases: 3, "probe:web.url": "http://127.0.0.1:8080/health"}
 
 - name: Go back to the previous good release
   deploy: {command: rollback, config: /etc/deploy/shop.ini}
@@ -11480,10 +11460,6 @@ def parse_command_line(argv: List[str]) -> Any:
 NO_PARAMETERS = "dry_run json verbose quiet no_color detailed_exitcode debug delegate".split()
 # What state and history are made of: no_log cannot hide it.
 NOT_HIDDEN = "release release_version sha256 id names to root config".split()
-# What YAML may have made of an unquoted value, and it is still right.  Of any other option int.
-YAML_TYPES = {
-    "mode": (), "bool": (bool, int), "factor": (int, float), "share": (int, float),
-    "json.*": (bool, int)}
 
 
 def read_parameters(argv: List[str]) -> Optional[Json]:
@@ -11588,7 +11564,11 @@ def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
         except ValueError as error:
             raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
     if name == "set" and isinstance(value, dict):
-        return [text for key, item in value.items() for text in parameter_assignments(key, item)]
+        return [f"{key}=" + "\n".join(
+            # As a number 0640 is something else, and 1.10 is 1.1.
+            parameter_text(f"set: {key}", item, bool, str if key.endswith(".mode") else int)
+            for item in (items if isinstance(items, list) else [items]))
+                for key, items in value.items()]
     if "..." in metavar:
         items = value if isinstance(value, list) else parameter_text(name, value).split(",")
         return [parameter_text(name, item).strip() for item in items]
@@ -11603,25 +11583,6 @@ def parameter_text(name: str, value: Any, *fine: type) -> str:
                          f"{json.dumps(value)}",
                          "quote it: unquoted, 1.10 becomes 1.1, and 0640 or no something else")
     return str(value) if kind is str else str(value).lower()
-
-
-def parameter_assignments(name: str, value: Any) -> Iterator[str]:
-    """Write an option of a dictionary, nested or with a dotted name, as SECTION.KEY=VALUE."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from parameter_assignments(f"{name}.{key}", item)
-        return
-    section, _, key = name.partition(".")
-    option = find_option(section, key)
-    if option is None:
-        raise unknown(section, key, "set")
-    fine = YAML_TYPES.get(option.key, YAML_TYPES.get(option.kind, (int,)))
-    if not isinstance(value, list):
-        text = parameter_text(f"set: {name}", value, *fine)
-    else:
-        texts = [parameter_text(f"set: {name}", item, *fine) for item in value]
-        text = spell(texts) if option.takes == "command" else "\n".join(texts)
-    yield f"{name}={text}"
 
 
 # -- what is true before a command runs ------------------------------------------

@@ -280,7 +280,7 @@ def test_a_wrong_file_ends_the_run_with_two_lines_and_exit_code_2(name: str, tex
     ("set", {"args": ["--set", "deploy.min_free=x"]}, "--set"),
     ("flag", {"args": ["--wait-lock", "soon"]}, "command line"),
     ("environment", {"env": {"DEPLOY_DEPLOY_MIN_FREE": "x"}}, "DEPLOY_DEPLOY_MIN_FREE"),
-    ("log-format", {"args": ["--log-format", "xml"]}, "command line"),
+    ("log-format", {"args": ["--log-format", "xml"]}, "--log-format"),
 ], ids=["set", "flag", "environment", "log-format"])
 def test_a_bad_value_from_elsewhere_is_named_with_its_origin(how: str, options: Dict[str, Any], origin: str) -> None:
     result = run_deploy("config", *options.get("args", []), env=options.get("env"), check=2)
