@@ -4382,10 +4382,9 @@ def expansion_limit(artifact: Artifact, limits: Any) -> Tuple[int, str]:
 
 
 # What ends up in archives unnoticed, by the name of a file or directory, and what it is.
-_ODDITIES = dict.fromkeys(
-    (b"._", b"__MACOSX", b".DS_Store"), "left there by macOS; pack with COPYFILE_DISABLE=1 tar "
-    "--exclude .DS_Store, or zip -X")
-_ODDITIES[b".git"] = "a Git repository, with all of its history; pack with git archive"
+_MACOS = "left there by macOS; pack with COPYFILE_DISABLE=1 tar --exclude .DS_Store, or zip -X"
+_ODDITIES = {b"._": _MACOS, b"__MACOSX": _MACOS, b".DS_Store": _MACOS,
+             b".git": "a Git repository, with all of its history; pack with git archive"}
 _MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
 
 
