@@ -8048,8 +8048,8 @@ ORDER = {
     "deploy": (STAGE + " " + GO, AFTER, "open? drain | prune"),
     "sync": (STAGE + " " + GO, AFTER, "open? drain | prune"),
     "activate": ("verify " + GO, AFTER, "open? drain | prune"),
-    "rollback": ("verify health pre_rollback check close_early backup up slot close proxy activate",
-                 "down services probes post_rollback", "open? drain |"),
+    "rollback": ("verify health? pre_rollback check close_early backup up slot close proxy "
+                 "activate", "down services probes post_rollback", "open? drain |"),
     # Of these no journal is kept.  recover --to: a person has decided, so only a damaged release
     # stops it.
     "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", ""),
@@ -8070,7 +8070,6 @@ NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 LEAST_DRAIN_SECONDS = 1.0  # in which the proxy reads live.conf
 DRAIN_LOOK_SECONDS = 0.2
 KEPT_BAD_RELEASES = 1
-KEPT_BAD_RECORDS = 50
 KEPT_DIFFERENCES = 200  # lines of them in the history
 
 
@@ -8495,8 +8494,6 @@ def do_seal(run: Run, step: Step) -> None:
 def undo_seal(run: Run, step: Step) -> None:
     """Forget the release."""
     run.store.forget(f"{RECORDS}/{step.move.to_release}.json")
-    run.facts.records.pop(step.move.to_release, None)
-    run.facts.on_disk.discard(step.move.to_release)
 
 
 # -- ... from there to what is live --------------------------------------------
@@ -8811,29 +8808,20 @@ def do_probe(run: Run, step: Step) -> str:
     return found.detail
 
 
-def make_health(word: str, facts: Facts, move: Move) -> List[Step]:
+def do_health(run: Run, step: Step) -> Any:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
-    left, settings = move.from_release, facts.settings
+    left, facts, settings = step.move.from_release, run.facts, run.settings
+    if not left or is_under_way(facts.journal, left):
+        return False  # it was never seen to be healthy, and the rollback is its verdict
     services = [name for name, service in settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
     probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")
               and (facts.live_slot or not probe.of_slot)]
-    # What was never seen to be healthy is not asked: the rollback is its verdict.
-    if not left or is_under_way(facts.journal, left) or not services + probes:
-        return []
-    return [Step(word, f"ask once how {left} is doing: only a healthy one is a way back",
-                 do_health, optional=True, what=(services, probes))]
-
-
-def do_health(run: Run, step: Step) -> str:
-    """Note whether all of it is healthy; that it is not stops nothing."""
-    services, probes = step.what
     failed = [make_service(run, name).down() for name in services]
-    context = context_for(run.facts, step.move.from_release)
     for probe in probes:
-        found = run_probe(run, probe, context, expect_release=True, once=True)
+        found = run_probe(run, probe, context_for(facts, left), expect_release=True, once=True)
         failed.append("" if found.ok else found.detail)
-    why = "; ".join(filter(None, failed))
+    why = "; ".join(filter(None, failed)) or not failed and "nothing could be asked"
     run.left_is_healthy = not why
     return f"not healthy, no way back to it: {why}" if why else "healthy"
 
@@ -8862,11 +8850,9 @@ def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
     gone = [record for record in [*good[max(1, facts.settings.deploy.keep_releases) - arriving:],
                                   *bad[KEPT_BAD_RELEASES:]]
             if record.id not in keep and not record.pinned]
-    pruned = [record for record in facts.records.values() if record.pruned_at]
     return [Step(f"prune:{record.id}",
                  f"delete {record.id} ({record.state}, sequence {record.sequence})",
-                 do_prune, optional=True, what=record)
-            for record in gone + newest_first(pruned)[KEPT_BAD_RECORDS:]]
+                 do_prune, optional=True, what=record) for record in gone]
 
 
 def do_prune(run: Run, step: Step) -> str:
@@ -8874,15 +8860,13 @@ def do_prune(run: Run, step: Step) -> str:
     record, in_use = step.what, releases_in_use(run.settings, run.store.path)
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
-    on_disk = record.id in run.facts.on_disk
-    written = strangers(run, record) if on_disk and not run.flags.force else []
+    written = [] if run.flags.force else strangers(run, record)
     if written:
         raise StepFailed(
             f"{not_brought(record.id, written)}; it is kept: save them, then prune --force",
             "what the application writes belongs into shared_dirs, or into mutable")
-    if on_disk:
-        run.store.remove_release(record.id)
-    if on_disk and (record.migrated or refused_record(run.facts, record.sha256) == record):
+    run.store.remove_release(record.id)
+    if record.migrated or refused_record(run.facts, record.sha256) == record:
         run.store.save(record._replace(pruned_at=format_time(time.time())))
     else:
         run.store.forget(f"{RECORDS}/{record.id}.json")
@@ -8941,23 +8925,20 @@ def do_hold(run: Run, step: Step) -> None:
 
 def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
     """Set feature flags: on, off, a share of those who ask, or a text; nothing removes one."""
-    flags, said = dict(facts.flags), []
+    flags, values = dict(facts.flags), {"on": True, "off": False}
     for text in map(portable, facts.request.assignments):
-        name, _, value = text.partition("=")
         # Other languages read no JSON with half a surrogate pair.
-        if not re.match(r"[A-Za-z0-9_.-]{1,100}=[^\ud800-\udfff]*\Z", text) or \
-                value.endswith("%") and not re.match(r"(?:100|[0-9]{1,2})%\Z", value):
+        found = re.match(r"([A-Za-z0-9_.-]{1,100})="
+                         r"(?:(100|[0-9]{1,2})%|([^\ud800-\udfff]*(?<!%)))\Z", text)
+        if not found:
             raise UsageError(f"{text!r} sets no flag", "write NAME=on, NAME=off, NAME=25%, "
                              "NAME=TEXT in UTF-8, or NAME= to remove it; letters, digits, . _ -")
-        before = show_flag(flags.pop(name, None))
-        if value.endswith("%"):
-            flags[name] = {"percent": int(value[:-1])}
-        elif value:
-            flags[name] = {"on": True, "off": False}.get(value, value)
-        after = show_flag(flags.get(name))
-        if before != after:
-            said.append(f"{name}: {before} -> {after}")
-    return [Step(word, "set " + ", ".join(said), do_flags, what=flags)] if said else []
+        name, percent, value = found.groups()
+        flags[name] = {"percent": int(percent)} if percent else values.get(value, value)
+        if value == "":
+            del flags[name]
+    text = "set " + " ".join(facts.request.assignments)
+    return [Step(word, text, do_flags, what=flags)] if flags != facts.flags else []
 
 
 def do_flags(run: Run, step: Step) -> None:
@@ -8997,7 +8978,8 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
     "seal": ("", lambda word, facts, move: "write manifest and record", do_seal, undo_seal),
     "verify": ("", lambda word, facts, move: f"verify {move.to_release} against its manifest",
                do_verify),
-    "health": ("service probe", make_health),
+    "health": ("service probe", lambda word, facts, move: f"ask once how {move.from_release} is "
+               "doing: only a healthy one is a way back", do_health),
     "candidate": ("candidate.command", lambda word, facts, move:
                   f"start {' '.join(facts.settings.candidate.command)} on port "
                   f"{facts.settings.candidate.port or 'auto'}, probe it there, end it",
@@ -9359,13 +9341,6 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
     return changed
 
 
-# What helps where the system's own word does not say it.
-ERRNO_HINTS = {errno.ENOSPC: "free some space, then run again",
-               errno.EDQUOT: "raise the quota or free some space, then run again",
-               errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
-               errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=), then run again"}
-
-
 def step_error(error: Exception, step: str) -> DeployError:
     """Turn what a step raised into an error that a person can act on."""
     if isinstance(error, DeployError):
@@ -9380,8 +9355,12 @@ def step_error(error: Exception, step: str) -> DeployError:
     where = ""
     if isinstance(error.filename, (str, bytes)):  # os.listdir() of a descriptor puts a number there
         where = f" at {escape(portable(os.fsdecode(error.filename)))}"
-    return StepFailed(f"{step}: {reason(error)}{where}",
-                      ERRNO_HINTS.get(error.errno or 0, "fix the cause, then run again"))
+    hint = "fix the cause, then run again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space, then run again"
+    elif error.errno in (errno.EMFILE, errno.EAGAIN):
+        hint = "raise the limit (ulimit -n, -u; TasksMax=), then run again"
+    return StepFailed(f"{step}: {reason(error)}{where}", hint)
 
 
 # -- recovery ------------------------------------------------------------------

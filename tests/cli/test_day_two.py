@@ -126,7 +126,7 @@ def test_flags_are_set_at_once_and_each_change_is_in_the_history(app: App) -> No
     assert app.run("flags", check=0).data["flags"] == {"checkout": True, "search": {"percent": 50}, "banner": "Hello"}
     last = app.history()[-1]
     assert (last["operation"], last["result"], last["note"]) == ("flags", "flagged", "half of them")
-    assert last["steps"][0]["detail"] == "old: off -> none, search: 25% -> 50%"
+    assert last["steps"][0]["detail"] == "set old= search=50%"
     assert "search    50%" in app.run("flags", json=False, check=0).stdout
 
 
@@ -134,7 +134,7 @@ def test_a_flag_that_is_set_already_is_no_change(app: App) -> None:
     app.run("flags", "checkout=on", "search=25%", check=0)
     lines = len(app.history())
     planned = app.run("-n", "flags", "checkout=off", "search=25%", check=0).data
-    assert planned["plan"][0]["description"] == "set checkout: on -> off" and planned["flags"]["checkout"] is True
+    assert planned["plan"][0]["description"] == "set checkout=off search=25%" and planned["flags"]["checkout"] is True
     assert app.run("flags", "checkout=on", "gone=", check=0).data["changed"] is False
     assert app.run("-q", "flags", "checkout=on", json=False, check=0).stdout == ""
     assert len(app.history()) == lines
