@@ -817,8 +817,8 @@ class Console:
 
 # ============================================================================
 # 4  System
-#    Files through directory descriptors, commands, environment, signals,
-#    identity.  The only section that knows subprocess and os.environ.
+#    Files, commands, environment, threads, signals, identity.  The only section
+#    that knows subprocess and os.environ.
 # ============================================================================
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -927,15 +927,6 @@ def open_file(path: str, flags: int = 0, dir_fd: Optional[int] = None) -> Any:
     return os.fdopen(descriptor, "rb")
 
 
-def open_own_file(path: str) -> int:
-    """Open a regular file that has no other name, following no link; UsageError for all else."""
-    with suppress(OSError), Directory(os.path.dirname(path)) as place:
-        with open_file(os.path.basename(path), os.O_NOFOLLOW, place.descriptor) as stream:
-            if os.fstat(stream.fileno()).st_nlink == 1:
-                return os.dup(stream.fileno())
-    raise UsageError(f"{path} is no regular file of one name", "copy the artifact itself there")
-
-
 def read_file(path: str, limit_bytes: int, flags: int = 0, dir_fd: Optional[int] = None) -> bytes:
     """Read a regular file, never waiting; OSError(EFBIG) for one beyond the limit."""
     with open_file(path, flags, dir_fd) as stream:
@@ -943,148 +934,6 @@ def read_file(path: str, limit_bytes: int, flags: int = 0, dir_fd: Optional[int]
     if len(data) > limit_bytes:
         raise OSError(errno.EFBIG, f"larger than {format_size(limit_bytes)}", path)
     return data
-
-
-class Descriptor:
-    """Something that is held open by its descriptor, up to the end of a `with` block."""
-
-    descriptor = -1
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        # Forgotten first: what was closed twice could be another's.
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self.close()
-
-
-class Directory(Descriptor):
-    """A directory held open by descriptor.
-
-    Every name is a single component and no symlink is followed, so that a local user who swaps a
-    path between a check and its use gains nothing.  Methods raise OSError as the system gives it.
-    """
-
-    def __init__(self, path: str, descriptor: int = -1) -> None:
-        self.path = path
-        self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
-
-    def child(self, path: str, *, make: bool = False, mode: int = 0o755,
-              group: int = -1) -> "Directory":
-        """Open a directory below, name by name; make what is missing if asked to, for a group."""
-        here = Directory(self.path, os.dup(self.descriptor))
-        for name in path.split("/"):
-            with here:
-                is_new = False
-                if make:
-                    with suppress(FileExistsError):
-                        os.mkdir(name, mode, dir_fd=here.descriptor)
-                        os.fsync(here.descriptor)
-                        is_new = True
-                here = Directory(f"{here.path}/{name}", os.open(
-                    name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
-                if is_new:
-                    give_to_group(here.descriptor, group)
-        return here
-
-    def status(self, name: str) -> Optional[os.stat_result]:
-        """Return lstat of an entry, or None where there is none."""
-        try:
-            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
-        """Replace a file durably: a temporary file, fsync, rename, fsync of the directory.
-
-        Returns the SHA-256 of what was written.
-        """
-        hasher = hashlib.sha256()
-        temporary = temporary_name(name)
-        descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
-        try:
-            with open(descriptor, "wb") as stream:
-                for piece in [data] if isinstance(data, bytes) else data:
-                    stream.write(piece)
-                    hasher.update(piece)
-                stream.flush()
-                # Not left to open(): the umask would take bits away that were asked for.
-                os.fchmod(descriptor, mode)
-                os.fsync(descriptor)
-            self.rename(temporary, self, name)
-        except BaseException:
-            self.discard(temporary)
-            raise
-        os.fsync(self.descriptor)
-        return hasher.hexdigest()
-
-    def rename(self, name: str, target: "Directory", new_name: str) -> None:
-        """Rename an entry into `target`, atomically; replaces what is there as rename(2) does."""
-        os.rename(name, new_name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
-
-    def discard(self, name: str) -> None:
-        """Remove a file or symlink if it is there."""
-        with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self.descriptor)
-
-    def remove_tree(self, name: str) -> None:
-        """Remove an entry and all below it, never following a symlink; nothing there is fine.
-
-        What lies very deep is brought up here first, so that no tree, however
-        deep an application made it, exhausts the stack or the descriptors.
-        """
-        pending = [name]
-        while pending:
-            self._remove(pending.pop(), self, pending, 0)
-
-    def _remove(self, name: str, top: "Directory", pending: List[str], level: int) -> None:
-        found = self.status(name)
-        if found is None:
-            return
-        if not stat.S_ISDIR(found.st_mode):
-            self.discard(name)
-            return
-        if found.st_mode & 0o700 != 0o700 and found.st_uid == os.geteuid() != 0:
-            # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod
-            # follows a link swapped in.  To a group's member, another's may be open all the same.
-            os.chmod(name, 0o700, dir_fd=self.descriptor)
-        if level > MAX_DEPTH:
-            pending.append(temporary_name("deep"))
-            self.rename(name, top, pending[-1])
-            return
-        with self.child(name) as below:
-            for entry in os.listdir(below.descriptor):
-                below._remove(entry, top, pending, level + 1)
-        os.rmdir(name, dir_fd=self.descriptor)
-
-
-def temporary_name(name: str) -> str:
-    """Make a name no earlier run can have left behind."""
-    return f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-
-
-def sync_filesystem(descriptor: int) -> None:
-    """Make everything written to a filesystem durable, in one call for all files.
-
-    `descriptor` must have been opened before the writing: syncfs(2) then
-    reports a write that failed on its way to the disk, which sync(2) cannot.
-    Without ctypes or syncfs it is sync(2), which waits on Linux.
-    """
-    try:
-        import ctypes
-        library = ctypes.CDLL(None, use_errno=True)
-        failed = library.syncfs(descriptor) != 0
-    except (ImportError, OSError, AttributeError):
-        os.sync()
-        return
-    if failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 # -- who and where -----------------------------------------------------------
@@ -1300,13 +1149,6 @@ def account(kind: str, name: str, option: str) -> Any:
                          f"create it, or correct {option}")
 
 
-def give_to_group(descriptor: int, group: int) -> None:
-    """Let a group write in a directory and have what is made there; nothing where it is -1."""
-    if group >= 0:
-        os.fchown(descriptor, -1, group)
-        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o2070)
-
-
 def become_user(name: str) -> Callable[[], None]:
     """Return a function that gives a child the identity of `name`, all groups included.
 
@@ -1438,7 +1280,7 @@ def end_children() -> None:
     end_groups(find)
 
 
-# -- threads and forked processes --------------------------------------------
+# -- threads -----------------------------------------------------------------
 
 def start_thread(work: Callable[[], None]) -> Any:
     """Do work in a second thread, which does not outlive the program; OSError where there is none.
@@ -1469,129 +1311,6 @@ def start_thread(work: Callable[[], None]) -> Any:
         # What fork(2) gives at the limit of processes, which threads count for.
         raise OSError(errno.EAGAIN, str(error))
     return done
-
-
-class Forked(Descriptor):
-    """A forked process that computes something, for work that nothing else could stop.
-
-    Used in a `with` block, whose end kills and reaps it.  It has no descriptor
-    but its pipe and those to `keep`: it must not hold the lock, which close-on-exec
-    does not give up.  SIGALRM ends it at its limit, whatever it is doing.
-    """
-
-    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
-
-    def __init__(self, work: Callable[[], Any], limit_seconds: float,
-                 keep: Sequence[int] = ()) -> None:
-        import warnings
-        self._pid = -1
-        self.descriptor, self._writing = os.pipe()
-        with warnings.catch_warnings(), suppress(OSError):  # too many processes
-            # 3.12 and later warn of threads: the child needs no lock that one might hold.
-            warnings.simplefilter("ignore")
-            self._pid = os.fork()
-        if self._pid == 0:
-            exit_code = EXIT_INTERNAL
-            try:
-                signal.set_wakeup_fd(-1)  # its number may become a socket's
-                kept = sorted([self._writing, *keep])
-                for low, high in zip([2, *kept], [*kept, self.HIGHEST_DESCRIPTOR]):
-                    os.closerange(low + 1, high)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
-                self.tell(work())
-                exit_code = EXIT_OK
-            finally:
-                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
-        os.close(self._writing)
-
-    def tell(self, value: Any) -> None:
-        """Say, in the process, what is known so far."""
-        write_all(self._writing, json.dumps(value).encode("ascii") + b"\n")
-
-    def result(self, interrupts: "Interrupts", heard: Callable[[Any], Any] = id) -> Any:
-        """Wait for the end and return what the work returned.
-
-        Where it failed or ran out of time, what it told last, or None.  `heard` is given what it
-        tells meanwhile.
-        """
-        if self._pid < 0:
-            return None
-        told, known = b"", None
-        piece = b"begins"
-        while piece:
-            if interrupts.wait(LONGEST_SECONDS, self.descriptor):
-                piece = os.read(self.descriptor, 1 << 16)
-                *lines, told = (told + piece).split(b"\n")
-                if lines:
-                    known = json.loads(lines[-1].decode("ascii"))
-                    heard(known)
-        os.waitpid(self._pid, 0)
-        self._pid = -1
-        return known
-
-    def close(self) -> None:
-        """End it, if it has not ended."""
-        super().close()
-        if self._pid > 0:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-
-
-class Guard(Forked):
-    """A command that runs beside this process up to the end of a `with` block, and what it starts.
-
-    The forked process reads their output, and orphans fall to it, whatever their session.  It ends
-    all of them in time, once nothing listens, and when this process has died, by kill -9 too.
-    """
-
-    def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
-                 **options: Any) -> None:
-        import ctypes
-        self.ends_seconds = time.monotonic() + timeout_seconds
-        # In the end: whether it was started, why it had ended before, and what it wrote last.
-        self.found: Any = None
-        told, self._telling = os.pipe()
-        why, until_seconds = None, 0.0
-
-        def lasts(process: Any) -> bool:
-            nonlocal why, until_seconds
-            now_seconds, is_up = time.monotonic(), process.poll() is None
-            if not is_up:
-                try:
-                    os.waitpid(-1, os.WNOHANG)
-                except ChildProcessError:
-                    return False  # nothing is left
-            # Of a daemon the first process may end before the last one listens.
-            if is_up or sockets(port, "0A"):
-                until_seconds = now_seconds + 2.0
-            if Interrupts().wait(0, told):
-                why = ""
-            elif now_seconds > self.ends_seconds + 0.5:  # a probe's deadline says more
-                why = "was not healthy in time"
-            elif now_seconds < until_seconds:
-                return True
-            end_children()
-            return False
-
-        def work() -> Tuple[bool, str, List[str]]:
-            os.setsid()  # who kills the group of the run does not kill its guard
-            if ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER, prctl(2)
-                return False, "was not started: the kernel allows no guard for it", []
-            result = run_command(argv, lasts=lasts, timeout_seconds=LONGEST_SECONDS,
-                                 **dict(options, interrupts=Interrupts()))
-            return result.seconds > 0, result.verdict() if why is None else why, result.tail
-
-        super().__init__(work, LONGEST_SECONDS, [told])
-        os.close(told)
-
-    def close(self) -> None:
-        """End all of it, if it has not ended."""
-        if not self.found:
-            os.close(self._telling)
-            self.found = self.result(Interrupts()) or (False, "lost its guard", [])
-        super().close()
 
 
 # -- signals -----------------------------------------------------------------
@@ -2546,9 +2265,172 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
 # ============================================================================
 # 6  State
 #    What is on disk under one root, as plain values, and the only code that
-#    changes it: lock, links, records, journal, history.  Every change is
-#    durable when the call returns; every name is unique or replaced by rename.
+#    changes it, through directory descriptors: lock, links, records, journal,
+#    history.  Every change is durable when the call returns; every name is
+#    unique or replaced by rename.
 # ============================================================================
+
+# -- directories, held open ----------------------------------------------------
+
+def open_own_file(path: str) -> int:
+    """Open a regular file that has no other name, following no link; UsageError for all else."""
+    with suppress(OSError), Directory(os.path.dirname(path)) as place:
+        with open_file(os.path.basename(path), os.O_NOFOLLOW, place.descriptor) as stream:
+            if os.fstat(stream.fileno()).st_nlink == 1:
+                return os.dup(stream.fileno())
+    raise UsageError(f"{path} is no regular file of one name", "copy the artifact itself there")
+
+
+class Descriptor:
+    """Something that is held open by its descriptor, up to the end of a `with` block."""
+
+    descriptor = -1
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        # Forgotten first: what was closed twice could be another's.
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.close()
+
+
+class Directory(Descriptor):
+    """A directory held open by descriptor.
+
+    Every name is a single component and no symlink is followed, so that a local user who swaps a
+    path between a check and its use gains nothing.  Methods raise OSError as the system gives it.
+    """
+
+    def __init__(self, path: str, descriptor: int = -1) -> None:
+        self.path = path
+        self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
+
+    def child(self, path: str, *, make: bool = False, mode: int = 0o755,
+              group: int = -1) -> "Directory":
+        """Open a directory below, name by name; make what is missing if asked to, for a group."""
+        here = Directory(self.path, os.dup(self.descriptor))
+        for name in path.split("/"):
+            with here:
+                is_new = False
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, mode, dir_fd=here.descriptor)
+                        os.fsync(here.descriptor)
+                        is_new = True
+                here = Directory(f"{here.path}/{name}", os.open(
+                    name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
+                if is_new:
+                    give_to_group(here.descriptor, group)
+        return here
+
+    def status(self, name: str) -> Optional[os.stat_result]:
+        """Return lstat of an entry, or None where there is none."""
+        try:
+            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
+        """Replace a file durably: a temporary file, fsync, rename, fsync of the directory.
+
+        Returns the SHA-256 of what was written.
+        """
+        hasher = hashlib.sha256()
+        temporary = temporary_name(name)
+        descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
+        try:
+            with open(descriptor, "wb") as stream:
+                for piece in [data] if isinstance(data, bytes) else data:
+                    stream.write(piece)
+                    hasher.update(piece)
+                stream.flush()
+                # Not left to open(): the umask would take bits away that were asked for.
+                os.fchmod(descriptor, mode)
+                os.fsync(descriptor)
+            self.rename(temporary, self, name)
+        except BaseException:
+            self.discard(temporary)
+            raise
+        os.fsync(self.descriptor)
+        return hasher.hexdigest()
+
+    def rename(self, name: str, target: "Directory", new_name: str) -> None:
+        """Rename an entry into `target`, atomically; replaces what is there as rename(2) does."""
+        os.rename(name, new_name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
+
+    def discard(self, name: str) -> None:
+        """Remove a file or symlink if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.descriptor)
+
+    def remove_tree(self, name: str) -> None:
+        """Remove an entry and all below it, never following a symlink; nothing there is fine.
+
+        What lies very deep is brought up here first, so that no tree, however
+        deep an application made it, exhausts the stack or the descriptors.
+        """
+        pending = [name]
+        while pending:
+            self._remove(pending.pop(), self, pending, 0)
+
+    def _remove(self, name: str, top: "Directory", pending: List[str], level: int) -> None:
+        found = self.status(name)
+        if found is None:
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            self.discard(name)
+            return
+        if found.st_mode & 0o700 != 0o700 and found.st_uid == os.geteuid() != 0:
+            # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod
+            # follows a link swapped in.  To a group's member, another's may be open all the same.
+            os.chmod(name, 0o700, dir_fd=self.descriptor)
+        if level > MAX_DEPTH:
+            pending.append(temporary_name("deep"))
+            self.rename(name, top, pending[-1])
+            return
+        with self.child(name) as below:
+            for entry in os.listdir(below.descriptor):
+                below._remove(entry, top, pending, level + 1)
+        os.rmdir(name, dir_fd=self.descriptor)
+
+
+def temporary_name(name: str) -> str:
+    """Make a name no earlier run can have left behind."""
+    return f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+
+
+def sync_filesystem(descriptor: int) -> None:
+    """Make everything written to a filesystem durable, in one call for all files.
+
+    `descriptor` must have been opened before the writing: syncfs(2) then
+    reports a write that failed on its way to the disk, which sync(2) cannot.
+    Without ctypes or syncfs it is sync(2), which waits on Linux.
+    """
+    try:
+        import ctypes
+        library = ctypes.CDLL(None, use_errno=True)
+        failed = library.syncfs(descriptor) != 0
+    except (ImportError, OSError, AttributeError):
+        os.sync()
+        return
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def give_to_group(descriptor: int, group: int) -> None:
+    """Let a group write in a directory and have what is made there; nothing where it is -1."""
+    if group >= 0:
+        os.fchown(descriptor, -1, group)
+        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o2070)
+
+
+# -- what is written down ----------------------------------------------------------
 
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
@@ -5545,6 +5427,131 @@ Answer = Json  # what is known of what was asked of a peer or a probe
 def read_text(path: str) -> str:
     """Read a regular file of at most 64 KiB; never waits for a FIFO."""
     return read_file(path, 65536).decode("utf-8", "replace")
+
+
+# -- forked processes ------------------------------------------------------------
+
+class Forked(Descriptor):
+    """A forked process that computes something, for work that nothing else could stop.
+
+    Used in a `with` block, whose end kills and reaps it.  It has no descriptor
+    but its pipe and those to `keep`: it must not hold the lock, which close-on-exec
+    does not give up.  SIGALRM ends it at its limit, whatever it is doing.
+    """
+
+    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
+
+    def __init__(self, work: Callable[[], Any], limit_seconds: float,
+                 keep: Sequence[int] = ()) -> None:
+        import warnings
+        self._pid = -1
+        self.descriptor, self._writing = os.pipe()
+        with warnings.catch_warnings(), suppress(OSError):  # too many processes
+            # 3.12 and later warn of threads: the child needs no lock that one might hold.
+            warnings.simplefilter("ignore")
+            self._pid = os.fork()
+        if self._pid == 0:
+            exit_code = EXIT_INTERNAL
+            try:
+                signal.set_wakeup_fd(-1)  # its number may become a socket's
+                kept = sorted([self._writing, *keep])
+                for low, high in zip([2, *kept], [*kept, self.HIGHEST_DESCRIPTOR]):
+                    os.closerange(low + 1, high)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
+                self.tell(work())
+                exit_code = EXIT_OK
+            finally:
+                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
+        os.close(self._writing)
+
+    def tell(self, value: Any) -> None:
+        """Say, in the process, what is known so far."""
+        write_all(self._writing, json.dumps(value).encode("ascii") + b"\n")
+
+    def result(self, interrupts: "Interrupts", heard: Callable[[Any], Any] = id) -> Any:
+        """Wait for the end and return what the work returned.
+
+        Where it failed or ran out of time, what it told last, or None.  `heard` is given what it
+        tells meanwhile.
+        """
+        if self._pid < 0:
+            return None
+        told, known = b"", None
+        piece = b"begins"
+        while piece:
+            if interrupts.wait(LONGEST_SECONDS, self.descriptor):
+                piece = os.read(self.descriptor, 1 << 16)
+                *lines, told = (told + piece).split(b"\n")
+                if lines:
+                    known = json.loads(lines[-1].decode("ascii"))
+                    heard(known)
+        os.waitpid(self._pid, 0)
+        self._pid = -1
+        return known
+
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        super().close()
+        if self._pid > 0:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+class Guard(Forked):
+    """A command that runs beside this process up to the end of a `with` block, and what it starts.
+
+    The forked process reads their output, and orphans fall to it, whatever their session.  It ends
+    all of them in time, once nothing listens, and when this process has died, by kill -9 too.
+    """
+
+    def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
+                 **options: Any) -> None:
+        import ctypes
+        self.ends_seconds = time.monotonic() + timeout_seconds
+        # In the end: whether it was started, why it had ended before, and what it wrote last.
+        self.found: Any = None
+        told, self._telling = os.pipe()
+        why, until_seconds = None, 0.0
+
+        def lasts(process: Any) -> bool:
+            nonlocal why, until_seconds
+            now_seconds, is_up = time.monotonic(), process.poll() is None
+            if not is_up:
+                try:
+                    os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    return False  # nothing is left
+            # Of a daemon the first process may end before the last one listens.
+            if is_up or sockets(port, "0A"):
+                until_seconds = now_seconds + 2.0
+            if Interrupts().wait(0, told):
+                why = ""
+            elif now_seconds > self.ends_seconds + 0.5:  # a probe's deadline says more
+                why = "was not healthy in time"
+            elif now_seconds < until_seconds:
+                return True
+            end_children()
+            return False
+
+        def work() -> Tuple[bool, str, List[str]]:
+            os.setsid()  # who kills the group of the run does not kill its guard
+            if ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER, prctl(2)
+                return False, "was not started: the kernel allows no guard for it", []
+            result = run_command(argv, lasts=lasts, timeout_seconds=LONGEST_SECONDS,
+                                 **dict(options, interrupts=Interrupts()))
+            return result.seconds > 0, result.verdict() if why is None else why, result.tail
+
+        super().__init__(work, LONGEST_SECONDS, [told])
+        os.close(told)
+
+    def close(self) -> None:
+        """End all of it, if it has not ended."""
+        if not self.found:
+            os.close(self._telling)
+            self.found = self.result(Interrupts()) or (False, "lost its guard", [])
+        super().close()
 
 
 # -- commands under the rules for hooks --------------------------------------
