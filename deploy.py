@@ -5729,14 +5729,7 @@ class Service:
         return missing_programs(self.run.settings, f"service:{self.settings.name}")
 
     def down(self) -> str:
-        """Say why the service is not up now; nothing when it is, or when nobody can know."""
-        try:
-            return self.look()
-        except StepFailed as error:
-            return error.message
-
-    def look(self) -> str:
-        """Say why it is not up, or did not stay so."""
+        """Say why it is not up, or did not stay so; nothing where it did, or nobody can know."""
         return ""
 
     def act(self, context: Context) -> str:
@@ -5761,10 +5754,10 @@ class Service:
         left_seconds = 1.0
         while left_seconds > 0:
             left_seconds = ends_seconds - time.monotonic()
-            why = self.look()
+            why = self.down()
             if why and self.settings.pidfile:
                 interrupts.wait(WATCH_SECONDS)  # a re-exec may be between process and new pidfile
-                why = self.look()
+                why = self.down()
             if why:
                 raise self.failed(why)
             interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
@@ -5810,9 +5803,13 @@ class UnitService(Service):
             yield ("fail", f"unit {unit} cannot be reloaded: it has no ExecReload=",
                    "use action = restart or reload-or-restart")
 
-    def look(self) -> str:
-        """Say why the unit is not up, or not as it was first; StepFailed without systemctl."""
-        state, unit = self.state(), self.settings.unit
+    def down(self) -> str:
+        """Say why the unit is not up, or not as it was first."""
+        unit = self.settings.unit
+        try:
+            state = self.state()
+        except StepFailed as error:
+            return error.message.partition(": ")[2]
         active, sub, kind = state["ActiveState"], state["SubState"], state["Type"]
         # A timer or socket has no Type and never is "running".
         if active == "active" and (sub == "running" or not kind) \
@@ -5910,7 +5907,7 @@ class PidfileService(Service):
 
     def check(self) -> Findings:
         """Look for the process; that it is down stops nothing."""
-        why = self.look() if self.settings.action != "none" else ""
+        why = self.down() if self.settings.action != "none" else ""
         if why:
             yield ("warn" if self.is_gone else "fail", f"service {self.settings.name}: {why}",
                    "start it, or correct pidfile")
@@ -5920,7 +5917,7 @@ class PidfileService(Service):
         name, number, signalled = self.settings.name, self.settings.signal, self.run.signalled
         if not context.previous:
             return "nothing to signal: nothing was live before"
-        why = self.look()
+        why = self.down()
         if why and self.is_gone and name not in signalled:
             # It was down before the switch: no reason to go back.
             self.run.console.warn(f"service {name}: {why}: start it")
@@ -5936,7 +5933,7 @@ class PidfileService(Service):
         self.settle(context)
         return f"{number} sent to process {self.pid}, which is up"
 
-    def look(self) -> str:
+    def down(self) -> str:
         """Say why the process does not run, or why the pidfile is not believed.
 
         Whoever may write it must not choose which process of ours or of others is signalled.
@@ -6013,15 +6010,9 @@ def split_address(text: str) -> Tuple[str, int]:
     return found.group(1).strip("[]"), int(found.group(2))
 
 
-class Url(NamedTuple):
-    """The parts of a URL that a request is made from; the first three are its origin (RFC 6454)."""
-
-    scheme: str
-    host: str
-    port: int
-    authority: str
-    target: str
-    userinfo: str
+# What a request is made from; the first three are its origin (RFC 6454).
+Url = NamedTuple("Url", [("scheme", str), ("host", str), ("port", int), ("authority", str),
+                         ("target", str), ("userinfo", str)])
 
 
 def parse_url(text: str) -> Url:
@@ -6559,9 +6550,8 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     `expect_release`: the answer must name the context's version or release.
     `restarted`: this run has just acted on the services.  `guard`: it is a candidate that is asked.
     """
-    started_seconds, services, slot = time.monotonic(), run.settings.service, context.slot
-    if slot:
-        services = dict(services, **{slot.name: slot})
+    started_seconds, slot = time.monotonic(), context.slot
+    services = [*run.settings.service.values(), *([slot] if slot else [])]
     if probe.of_slot and not slot:
         raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
                            "deploy something first")
@@ -6570,18 +6560,18 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     # Where this run has restarted whatever could answer, the new release answers; a proxy may lead
     # to the other slot yet.
     is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
-        service.unit and service.action == "restart" for service in services.values())
+        service.unit and service.action == "restart" for service in services)
     wanted = answers_naming(run, context) if expect_release else []
     found = ProbeRun(run, probe, context, wanted, progress)
     answer = found.attempt(probe.timeout) if once else found.full(guard, is_new=is_new)
     error = answer["error"]
     found.ok = not error
     found.detail = error or f"{answer['said']} ({count(found.tries, 'try', 'tries')})"
-    found.evidence = {"status": answer["status"], "body": answer["body"], "error": error,
-                      "tries": found.tries}
+    found.evidence = {key: answer[key] for key in ("status", "body", "error")}
+    found.evidence["tries"] = found.tries
     if error and not once and not guard and (expect_release or probe.service):
-        found.evidence.update(journal_of(run, [service for name, service in services.items()
-                                               if probe.service in ("", name)]))
+        found.evidence.update(journal_of(run, [
+            service for service in services if probe.service in ("", service.name)]))
     found.seconds = round(time.monotonic() - started_seconds, 3)
     return found
 

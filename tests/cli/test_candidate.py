@@ -249,7 +249,7 @@ def test_a_fixed_port_that_is_taken_fails_preflight_of_what_would_start_one(shop
         shop.candidate(f"port = {listener.getsockname()[1]}")
         begun = shop.started()
         refused = shop.run("deploy", shop.artifact("1.2", shop.files("well")), check=3).data["error"]
-        assert "preflight: candidate: port" in refused["message"] and "ss -ltnp" in refused["hint"]
+        assert "preflight: programs: port" in refused["message"] and "ss -ltnp" in refused["hint"]
         shop.run("activate", "1.0", check=3)
         shop.run("stage", shop.artifact("1.2", shop.files("well")), check=0)
         shop.run("rollback", check=0)
