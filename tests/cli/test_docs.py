@@ -83,6 +83,12 @@ def test_the_readme_is_short_enough_to_be_read() -> None:
     assert [line for line in lines if len(line) > 160 and not line.startswith(("|", "    "))] == []
 
 
+def test_every_link_within_the_readme_leads_to_a_heading() -> None:
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"(?m)^#+ (.*)$", readme())}
+    links = set(re.findall(r"\]\(#([^)]*)\)", readme()))
+    assert links and links <= anchors
+
+
 def tour() -> List[Tuple[str, str]]:
     """Each command of the README's first five minutes, and what it says that this shows."""
     text = section("Five minutes")
