@@ -1593,7 +1593,7 @@ KINDS = {kind: row for kind, *row in read_table(
 def kind_of_value(kind: str) -> List[str]:
     """Find what the documentation calls a kind, what it expects, and its pattern."""
     shown = kind.replace("|", ", ")
-    return KINDS.get(kind, [shown, shown, kind])
+    return KINDS.get(kind, [shown, shown, kind if "|" in kind else ""])
 
 
 # Of each list the kind of its lines, and the pattern that shows one to hold several.
