@@ -37,6 +37,10 @@ class Part(NamedTuple):
     set: str
     share: str
 
+    def name(self) -> str:
+        """The Python, as people name it."""
+        return "%d.%d" % self.version
+
 
 class Outcome(NamedTuple):
     """How a part ended."""
@@ -102,7 +106,7 @@ def run_part(part: Part, inside: str, arguments: List[str]) -> Outcome:
     env = dict(os.environ, DEPLOY_TEST_SET=part.set, DEPLOY_TEST_SHARE=part.share)
     done = subprocess.run(argv, cwd=TOP, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = done.stdout.decode("utf-8", "replace").rstrip()
-    show(f"===== Python %d.%d, {part.set} set, part {part.share} =====\n{output}" % part.version)
+    show(f"===== Python {part.name()}, {part.set} set, part {part.share} =====\n{output}")
     # 5: of so few cases as were asked for this part has none.
     return Outcome(done.returncode % 5 if arguments else done.returncode, time.monotonic() - started, output.split("\n")[-1].strip("= "))
 
@@ -126,14 +130,14 @@ def main() -> int:
     options = parser.parse_args()
     arguments = shlex.split(os.environ.get("PYTEST_ARGUMENTS", "")) + options.arguments
     parts = parts_of(find_pythons() if options.all else {}, options.jobs, everything=options.all)
-    venvs = {part.version: os.path.join(TOP, ".venvs", "%d.%d" % part.version) for part in parts}
+    venvs = {part.version: os.path.join(TOP, ".venvs", part.name()) for part in parts}
     inside = {part.version: make_venv(part.python, venvs[part.version]) for part in parts}
     with ThreadPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(lambda part: run_part(part, inside[part.version], arguments), parts))
     show("\n===== summary =====")
     for part, outcome in zip(parts, outcomes):
         word = "FAILED" if outcome.exit_code else "passed"
-        show(f"%d.%-3d {part.set:<6}{part.share:<5} {word}  {outcome.seconds:6.1f} s  {outcome.summary}" % part.version)
+        show(f"{part.name():<5} {part.set:<6}{part.share:<5} {word}  {outcome.seconds:6.1f} s  {outcome.summary}")
     missing = sorted(set(VERSIONS) - set(venvs)) if options.all else []
     if missing:
         show("not installed: " + ", ".join("%d.%d" % version for version in missing))
