@@ -7254,6 +7254,7 @@ def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False
         if unlocked and unlocked.lock_used() != used:
             # A run began or ended meanwhile, and half of each state is neither.
             run.facts = observe_root(run, locked=locked)
+    run.outcome.release = run.facts.current.release
     if artifact:
         try:
             found = observe_artifact(run, artifact, confirm=confirm)
@@ -9949,7 +9950,6 @@ def describe_ends(run: Run, plan: Plan) -> None:
 def preflight(run: Run, *, show: bool = True) -> None:
     """Run the checks that guard this command; raise for what failed, the artifact's first."""
     console, facts, started_seconds = run.console, run.facts, time.monotonic()
-    run.outcome.release = facts.current.release
     results = run_checks(run, going_back=run.flags.command in ("rollback", "activate"))
     failed = [result for result in results if result.status == "fail"]
     for name, status, detail, _ in results if show or failed else []:
@@ -10017,16 +10017,14 @@ def command_move(run: Run) -> None:
     if not outcome.steps or pins:
         conclude(run, message)
         return
-    facts, back, then = run.facts, outcome.previous, {}
-    before = facts.release(back or "")
+    facts, then = run.facts, {"before": outcome.previous}
+    before = facts.release(outcome.previous or "")
     if command == "stage":
-        then["go live"] = facts.command_line(f"activate {outcome.release}")
+        then = {"go live": facts.command_line(f"activate {outcome.release}")}
     elif command == "rollback" and before and before.state != STATE_BAD:
-        then.update(before=back, undo=facts.command_line(f"activate {back}"))
-    elif back:
-        then["before"] = back
-        if command != "rollback" and rollback_target(facts, outcome.release):
-            then["undo"] = facts.command_line("rollback")
+        then["undo"] = facts.command_line(f"activate {before.id}")
+    elif command != "rollback" and before and rollback_target(facts, outcome.release):
+        then["undo"] = facts.command_line("rollback")
     conclude(run, "\n".join([f"{run.application}: {message}", *block(then)]))
     outcome.message = message
 
@@ -10058,8 +10056,7 @@ def command_recover(run: Run) -> None:
         return
     if not is_untouched(run):
         with looking(run, must_exist=False) if flags.dry_run else changing(run):
-            facts = observe(run, locked=True)
-            outcome.release, lost = facts.current.release, lost_current(facts)
+            lost = lost_current(observe(run, locked=True))
             done = preview_recovery(run) if flags.dry_run else outcome.extra["recovered"]
     if flags.dry_run:
         outcome.changed = bool(done)
@@ -10094,7 +10091,6 @@ def command_preflight(run: Run) -> None:
     outcome, console, asked = run.outcome, run.console, run.flags.artifact or ""
     with looking(run, must_exist=False):
         facts = observe(run, locked=False, artifact=asked, confirm=True)
-        outcome.release = facts.current.release
         if facts.artifact:
             release = facts.artifact.release or new_release_id(facts, facts.artifact.version)
             run.plan = make_plan(facts, Move("deploy", outcome.release, release))
@@ -10199,7 +10195,7 @@ def command_probe(run: Run) -> None:
     if run.settings.deploy.root:  # without one there is nothing to compare the answer with
         with looking(run, must_exist=False):
             facts = observe(run, locked=False)
-        release = run.outcome.release = facts.current.release
+        release = facts.current.release
         live, context = release in facts.records, context_for(facts, release)
     if not live and flags.expect and probes[0].release:
         raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, "
@@ -10288,7 +10284,7 @@ def show_status(run: Run) -> None:
             last = next(iter(store.history(1)), None)
         except StateError as error:
             problems.append((error.message, error.hint))
-    name = outcome.release = facts.current.release
+    name = outcome.release
     previous = rollback_target(facts, name)
     outcome.previous = previous.id if previous else None
     found = outcome.extra["status"] = {
@@ -10355,7 +10351,7 @@ def command_releases(run: Run) -> None:
     """List the releases, newest first, `*` on the current one."""
     with looking(run):
         facts = observe(run, locked=False)
-    live = run.outcome.release = facts.current.release
+    live = facts.current.release
     newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
                     key=attrgetter("sequence"), reverse=True)
     rows = run.outcome.extra["releases"] = [dict(encode(record), current=record.id == live)

@@ -103,13 +103,13 @@ def test_status_of_a_broken_state_is_a_problem_with_a_hint(name: str, damage: Ca
 
 @pytest.mark.parametrize("path", ["manifests", "trees"])
 @pytest.mark.parametrize("role", ["current", "previous"])
-def test_status_tells_a_manifest_that_was_cut_off(role: str, path: str, deployed: App) -> None:
+def test_status_tells_a_manifest_that_is_gone(role: str, path: str, deployed: App) -> None:
     deployed.deploy("1.1")
     name = release(deployed, "1.1" if role == "current" else "1.0")
     manifest = deployed.root / ".deploy" / path / name
-    manifest.write_bytes(manifest.read_bytes()[:-10])
+    manifest.unlink()
     error = deployed.run("status", check=7).data["error"]
-    assert name in error["message"] and "manifest is damaged" in error["message"] and error["hint"]
+    assert name in error["message"] and "manifest is missing" in error["message"] and error["hint"]
 
 
 def test_status_of_what_was_switched_and_not_settled_does_not_invent_a_time(deployed: App) -> None:
@@ -158,7 +158,7 @@ def test_a_look_during_which_a_run_ends_sees_one_state(name: str, deployed: App,
             runs.append(deployed.deploy("2.0"))
         return found
     monkeypatch.setattr(store, name, then_run)
-    run = SimpleNamespace(settings=settings, store=store, facts=None, offer=None, flags=SimpleNamespace(command="status"), deploy_id="", note="", application="")
+    run = SimpleNamespace(settings=settings, store=store, facts=None, offer=None, outcome=SimpleNamespace(), flags=SimpleNamespace(command="status"), deploy_id="", note="", application="")
     facts = deploy.observe(run, locked=False)
     assert deploy.state_problems(run) == [] and facts.release(facts.current.release).version == "2.0"
     assert len(runs) == 1
