@@ -1512,6 +1512,7 @@ list        one a line                   -  -
 path        path                         -  -
 private     path                         -  -
 paths       paths, one a line            -  -
+key         key or its file              -  -
 keys        keys or their files, one a line  -  -
 relative    relative path                -  -
 relatives   relative paths, one a line   -  -
@@ -1544,6 +1545,7 @@ collector   URL, or environment  http://HOST:PORT, https://HOST/... or environme
     environment|https?://[^\s/@]+(/[^\s@]*)?
 events      events        some of @NAMED@                             ((@EVENTS@)([\s,]+|\Z))+
 pattern     text          @v where the version stands                 .*@v.*
+window      window                       -  -
 windows     windows, one a line          -  -
 flag        file name     one name of letters, digits, `.`, `_`, `-`, and none of deploy.py's own
     (?!(current|releases|shared|slots|\.deploy|\.\.?)\Z|\.current\.)[\w.-]{1,50}
@@ -2233,8 +2235,11 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
     parser.optionxform = str  # type: ignore  # keys keep their case
     directory = os.path.dirname(absolute(path))
     try:
-        parser.read_string(read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig"), path)
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        text = read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+        if "\0" in text:  # no program, file or variable can
+            raise ValueError("it holds a NUL character")
+        parser.read_string(text, path)
+    except (OSError, ValueError, configparser.Error) as error:
         problem = " ".join(reason(error).split())
         if isinstance(error, configparser.ParsingError):
             # Not its own words: they quote the line, which may hold a password.
@@ -2250,16 +2255,13 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
         if not options_of(section):
             mistakes.append(unknown(section, "", path))
             continue
-        if ":" in section and not parser.items(section):
-            given[section, ""] = Given("", path, directory)  # declared, and nothing more
+        if ":" in section:
+            given[section, ""] = Given("", path, directory)  # declared, maybe nothing more
         for key, text in parser.items(section):
-            if not find_option(section, key):
-                mistakes.append(unknown(section, key, path))
-            elif "\0" in text + key:
-                mistakes.append(UsageError(f"{path}: [{section}] {key} holds a NUL character",
-                                           "no program, file or variable can: take it out"))
-            else:
+            if find_option(section, key):
                 given[section, key] = Given(text.strip(), path, directory)
+            else:
+                mistakes.append(unknown(section, key, path))
 
 
 # ============================================================================
@@ -11671,13 +11673,12 @@ def slots_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     """Tell the console every private value, before a hook or a server can show it."""
-    receivers = [*settings.probe.values(), *settings.notify.values(), settings.source]
     named = [(name, environment(name)) for name in environment_names()
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
-    for values in [settings.env, settings.vars, *[receiver.header for receiver in receivers]]:
-        named += values.items()
+    named += [*settings.env.items(), *settings.vars.items()]
     found: List[str] = []
-    for receiver in receivers:
+    for receiver in (*settings.probe.values(), *settings.notify.values(), settings.source):
+        named += receiver.header.items()
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
             with suppress(OSError):  # preflight tells
@@ -11685,8 +11686,8 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         for text in texts:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
-        found += re.findall(r"[?&][^=&#]*=([^&#]{8,})", receiver.url)
-        named += re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
+        found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
+                  if len(value) >= 8 or SECRET_NAME.search(name)]
         for url in [receiver.url, *texts] if receiver.name in settings.notify else ():
             # The long words of a notifier's path let anybody post there.
             found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])

@@ -238,7 +238,6 @@ BAD_VALUES = [
     ("no-time-for-a-try", "probe:web", "timeout", "0s"), ("no-deadline", "probe:web", "deadline", "0h"),
     ("too-long", "probe:web", "timeout", "481h"), ("for-ever", "deploy", "lock_wait", "999999999h"),
     ("regex-too-deep", "probe:web", "body", "(" * 5000), ("regex-too-often", "probe:web", "body", "a{99999999999}"),
-    ("nul", "env", "A", "x\0y"), ("nul-name", "env", "A\0B", "x"), ("nul-command", "hooks", "pre_stage", "echo a\0b"),
     ("match-without-@v", "artifact", "match", "myapp.tar.gz"),
     *[("signal " + name, "service:web", "signal", name) for name in ("NOSUCH", "SIG", "9", "_DFL", "SIG_IGN", "HUP;", "")],
     *[("unit " + name, "service:web", "unit", name) for name in ("-H root@other", "../x", "--help", "*.service")],
@@ -399,6 +398,7 @@ FILES = [
     ("no-section", "root = /srv/x\n", "line 1"),
     ("no-equals", "[deploy]\nroot\n", "line"),
     ("colon", "[deploy]\nroot: /srv/x\n", "line"),
+    ("nul", "[env]\nA = x\0y\n", "NUL"), ("nul-name", "[env]\nA\0B = x\n", "NUL"),
 ]
 
 
