@@ -7537,11 +7537,12 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
         return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
     outcome.result = entry.result
-    with suppress(StateError):  # a damaged line; `history --verify` finds it
-        known = run.store.history(REMEMBERED_ENTRIES)[::-1] if entry.result == "refused" else []
-        since = itertools.takewhile(
-            lambda earlier: earlier.result not in GOES_LIVE or earlier.automatic, known)
-        outcome.is_repeated = refused(entry) in map(refused, since)
+    if entry.result == "refused":
+        with suppress(StateError):  # a damaged line; `history --verify` finds it
+            since = itertools.takewhile(
+                lambda earlier: earlier.result not in GOES_LIVE or earlier.automatic,
+                reversed(run.store.history(REMEMBERED_ENTRIES)))
+            outcome.is_repeated = refused(entry) in map(refused, since)
     if not outcome.is_repeated:
         run.store.append_history(entry)
 
