@@ -144,6 +144,7 @@ finally:
 # ============================================================================
 
 Json = Dict[str, Any]  # an object
+OptionalText = Optional[str]
 VERSION = "2.0.0"
 SCHEMA = 1
 
@@ -479,8 +480,6 @@ def send_datagram(address: Any, data: bytes, wait_seconds: float) -> None:
 
 # As syslog(3) and the journal count them.
 PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
-FACILITIES = {"user": 1, "daemon": 3, "cron": 9,
-              **{f"local{number}": 16 + number for number in range(8)}}
 
 
 class Log:
@@ -490,11 +489,7 @@ class Log:
     report: Any = None
 
     def line(self, record: Any, limit: Optional[int] = None) -> str:
-        """Write a record as text or as one JSON object, without an end.
-
-        Its `context` says what it is about; `event` holds `event` (a key of EVENTS) and `result`
-        where it is the end of a step or of the run.
-        """
+        """Write a record as text or as JSON; its `event` is what ended (of EVENTS)."""
         message = record.msg[:limit]
         if self.as_json:
             return json.dumps({"time": format_time(record.created),
@@ -552,18 +547,18 @@ class Syslog(Log):
 
     LONGEST_CHARACTERS = 1000  # every receiver should take 2,048 bytes (RFC 5424, 6.1)
 
-    def __init__(self, address: Any, facility: str) -> None:
+    def __init__(self, address: Any) -> None:
         self._address = address  # a socket's path, or (address, port)
         is_local = isinstance(address, str)
         self._host = "" if is_local else os.uname().nodename.partition(".")[0] + " "
-        self._facility = FACILITIES[facility]
         self._wait_seconds = 1.0
 
     def send(self, record: Any) -> None:
         """Send one line."""
         stamp = time.strftime("%b %e %H:%M:%S", time.localtime(record.created))
-        line = f"<{self._facility * 8 + PRIORITIES[record.levelname.lower()]}>{stamp} " \
-               f"{self._host}deploy.py[{os.getpid()}]: {self.line(record, self.LONGEST_CHARACTERS)}"
+        priority = 3 * 8 + PRIORITIES[record.levelname.lower()]  # facility daemon
+        line = f"<{priority}>{stamp} {self._host}deploy.py[{os.getpid()}]: " \
+               f"{self.line(record, self.LONGEST_CHARACTERS)}"
         try:
             send_datagram(self._address, line.encode("utf-8", "backslashreplace"),
                           self._wait_seconds)
@@ -709,11 +704,9 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int = 0) -> Iterator[Callable[..., None]]:
-        """One line that is redrawn while work lasts over a second, ten times a second.
+        """One line that is redrawn while work lasts over a second; else systemd hears of it.
 
-        Off a terminal only a supervisor hears of it, once a second.  What it gives is told how
-        much of `total` is done, in one unit; the total is 0 where it is unknown; and it heeds
-        signals.
+        What it gives heeds signals, and is told how much of `total` (0: unknown) is done.
         """
         pause_seconds = 0.1 if self.shows_progress else 1.0
         next_seconds = time.monotonic() + 1.0
@@ -742,7 +735,6 @@ class Console:
         """Tell systemd what is under way and that it may take twice so long (sd_notify(3)).
 
         Without a bound the last one begins anew.  `state` is a word of its own (READY=1).
-        Nothing that goes wrong here matters.
         """
         if self.supervisor[:1] not in ("/", "@"):
             return
@@ -773,10 +765,7 @@ class Console:
             self._show(*line)
 
     def _show(self, level: str, text: str, about: Dict[str, str]) -> None:
-        """Write to stderr, or an event to the journal where stderr leads: nothing stands twice.
-
-        By its native protocol, with its fields: `journalctl DEPLOY_ID=... -o json` shows them.
-        """
+        """Write to stderr; an event with its fields to the journal, where stderr leads there."""
         if about and sys.stderr in self._in_journal:
             fields = {JOURNAL_FIELDS[name]: value for name, value in about.items()
                       if name in JOURNAL_FIELDS and value}
@@ -956,21 +945,16 @@ def user_name(uid: int = -1) -> str:
 
 
 def traceparent(parent: str = "") -> str:
-    """Return $TRACEPARENT where it is one of W3C trace context, version 00, else nothing.
-
-    Children are handed the same trace, with this run for their `parent`.
-    """
+    """Return $TRACEPARENT (W3C trace context 00) with this run as its `parent`; else nothing."""
     found = re.match(r"(00-(?!0{32})[0-9a-f]{32}-)((?!0{16})[0-9a-f]{16})(-[0-9a-f]{2})\Z",
                      environment("TRACEPARENT"))
     return f"{found[1]}{parent or found[2]}{found[3]}" if found else ""
 
 
 def who() -> Json:
-    """Say who runs this and as whom, where, what started it, and the trace it is part of.
+    """Say who runs this and as whom, where, and what started it, as far as one can guess.
 
     The person is sudo's (which anybody but root may have invented), else the login's, else ours.
-    What started it is a guess: Ansible is known by the name of its modules, and cron gives
-    everybody the same shell, and nobody a terminal.
     """
     import pwd
     uid = os.geteuid()
@@ -1038,11 +1022,10 @@ def owner_problem(path: str, found: os.stat_result, owners: Sequence[int] = (), 
 
 def trust_problems(path: str, owners: Sequence[int] = (), *,
                    spare_root: bool = False) -> Problems:
-    """Say why a file that root is about to believe could have been written by somebody else.
+    """Say, by path, why a file that is about to be believed could have been written by others.
 
-    Goes the way that the kernel goes, and looks at every directory, link and file on it: each
-    must belong to its `owners` (root or the effective user) and not be writable by group or others
-    (a sticky directory such as /tmp may be).  Returns the problems by path.
+    Goes the way that the kernel goes, and looks at every directory, link and file on it: each must
+    be its `owners`' (root's or ours), and not for group or others to write.
     """
     problems: Problems = {}
     here = "/"
@@ -1121,8 +1104,7 @@ def base_environment() -> Dict[str, str]:
 def program_places(name: str, directory: str, path: str) -> List[str]:
     """List where starting a program in `directory` looks for it, up to the first place where it is.
 
-    A bare name is looked for in `path`, whose relative entries start from the
-    directory as well; what comes before the right place could be put there.
+    What comes before the right place could be put there.
     """
     places: List[str] = []
     for entry in path.split(":") if "/" not in name else [""]:
@@ -1150,10 +1132,7 @@ def account(kind: str, name: str, option: str) -> Any:
 
 
 def become_user(name: str) -> Callable[[], None]:
-    """Return a function that gives a child the identity of `name`, all groups included.
-
-    Raises UsageError for an unknown user.
-    """
+    """Return a function that gives a child the identity of `name`, all groups included."""
     entry = account("user", name, "run_as in [hooks]")
     # Looked up here: between fork and exec a name service must not be asked (it may lock, or
     # load libraries).
@@ -1166,7 +1145,7 @@ def become_user(name: str) -> Callable[[], None]:
     return change
 
 
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02
 KILL_AFTER_SECONDS = 5.0
 READ_BYTES = 1 << 14  # between two looks for a signal, and this may be as many lines
 DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full is left alone
@@ -1181,11 +1160,10 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
                 ) -> CommandResult:
     """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
-    `environ` is the whole environment (its PATH leads to the program); without it a minimal one
-    is made.  When its time is up, on a signal or any error, its whole group is killed.  `mask` is
-    applied to each line before it is cut.  A program that cannot be started gives exit code 127
-    and says why in `tail`.  A child that still holds its stdout is not waited for, unless `lasts`
-    says so.  `begun` is told the process group: in the child, as it starts, and then here.
+    `environ` is the whole environment.  When its time is up, on a signal or any error, its whole
+    group is killed.  What cannot be started gives exit code 127 and says why in `tail`.  A child
+    that holds its stdout is not waited for, unless `lasts` says so.  `begun` is told the process
+    group: in the child, as it starts, and then here.
     """
     import subprocess
     result = CommandResult(argv, mask, on_line)
@@ -1211,7 +1189,10 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
             if interrupts.wait(min(POLL_SECONDS, left_seconds), *watched):
                 data = output.read(READ_BYTES)
                 result.take(data or b"")
-                watched = [] if data == b"" else watched  # it has closed its output
+                if data == b"":  # it has closed its output, and most often ends now
+                    watched = []
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(POLL_SECONDS)
     finally:
         result.seconds = time.monotonic() - started_seconds  # killing it is not its time
         for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
@@ -1250,7 +1231,7 @@ def end_groups(find: Callable[[], Optional[Set[int]]]) -> None:
                     os.killpg(group, number)
         if left_seconds < -KILL_AFTER_SECONDS:
             return
-        time.sleep(10 * POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def end_group(group: int, deploy_id: str) -> None:
@@ -1318,8 +1299,8 @@ def start_thread(work: Callable[[], None]) -> Any:
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, where stopping is safe.
 
-    A signal sets a number and wakes a `wait`; `check` raises.  While it `is_closed` signals change
-    nothing, as the way back is not interrupted; what came meanwhile counts after that.
+    A signal sets a number and wakes a `wait`; `check` raises, but not while it `is_closed`, as on
+    the way back: what came meanwhile counts after that.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -1350,10 +1331,7 @@ class Interrupts:
             raise Interrupted(number)
 
     def wait(self, seconds: float, *descriptors: int) -> List[int]:
-        """Wait at most so long until a descriptor can be read, and return those that can.
-
-        A signal ends it as `check` does.
-        """
+        """Wait at most so long until a descriptor can be read; a signal ends it as `check` does."""
         import select
         ends_seconds = time.monotonic() + min(seconds, LONGEST_SECONDS)
         poll = select.poll()
@@ -1846,7 +1824,6 @@ otlp              collector  -       base URL of a collector that takes OTLP ove
 [log] where everything that is said is kept: a file, syslog, or both
 file              path       -       log file to append to
 syslog            syslog     -       syslog daemon: its socket, or another host's address
-facility          @FACILITIES@  daemon  syslog facility
 format            text|json  text    log lines as text or as JSON objects
 """
 
@@ -1856,8 +1833,7 @@ def read_options(text: str) -> Iterator[Tuple[str, str, Dict[str, Option]]]:
     for part in text.split("\n\n"):
         heading, _, table = part.partition("\n")
         section, _, about = heading[1:].partition("] ")
-        rows = read_table(4, table, FACILITIES="|".join(FACILITIES),
-                          EVENTS=", ".join(DEFAULT_EVENTS))
+        rows = read_table(4, table, EVENTS=", ".join(DEFAULT_EVENTS))
         yield section, about, {row[0]: Option(section, *row, kind_of_value(row[1])[0])
                                for row in rows}
 
@@ -2303,10 +2279,9 @@ class Descriptor:
 
 
 class Directory(Descriptor):
-    """A directory held open by descriptor.
+    """A directory held open by descriptor; names are single components, no symlink is followed.
 
-    Every name is a single component and no symlink is followed, so that a local user who swaps a
-    path between a check and its use gains nothing.  Methods raise OSError as the system gives it.
+    So a local user who swaps a path between a check and its use gains nothing.
     """
 
     def __init__(self, path: str, descriptor: int = -1) -> None:
@@ -2339,10 +2314,7 @@ class Directory(Descriptor):
             return None
 
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
-        """Replace a file durably: a temporary file, fsync, rename, fsync of the directory.
-
-        Returns the SHA-256 of what was written.
-        """
+        """Replace a file by temporary file, fsync, rename, fsync; return its SHA-256."""
         hasher = hashlib.sha256()
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
@@ -2372,10 +2344,9 @@ class Directory(Descriptor):
             os.unlink(name, dir_fd=self.descriptor)
 
     def remove_tree(self, name: str) -> None:
-        """Remove an entry and all below it, never following a symlink; nothing there is fine.
+        """Remove an entry and all below it, following no symlink; nothing there is fine.
 
-        What lies very deep is brought up here first, so that no tree, however
-        deep an application made it, exhausts the stack or the descriptors.
+        What lies very deep is brought up first: no tree exhausts the stack or the descriptors.
         """
         pending = [name]
         while pending:
@@ -2408,11 +2379,9 @@ def temporary_name(name: str) -> str:
 
 
 def sync_filesystem(descriptor: int) -> None:
-    """Make everything written to a filesystem durable, in one call for all files.
+    """Make all that was written to a filesystem durable in one call; sync(2) where no syncfs(2) is.
 
-    `descriptor` must have been opened before the writing: syncfs(2) then
-    reports a write that failed on its way to the disk, which sync(2) cannot.
-    Without ctypes or syncfs it is sync(2), which waits on Linux.
+    `descriptor` must have been opened before the writing: syncfs then reports a write that failed.
     """
     try:
         import ctypes
@@ -2437,9 +2406,6 @@ def give_to_group(descriptor: int, group: int) -> None:
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
-    artifact: name, source, format, size, sha256, signature, strip_components, identity.
-    tree: files, directories, symlinks, bytes; manifest and tree, each _sha256 and _bytes.
-    rollback: release, command.  failure: step, reason, evidence; or None.
     previous: what was live when this went forward last.  rolled_back_at: when a rollback left it;
     none returns to it.  note: what -m said.  Times are RFC 3339 UTC; sizes are bytes.
     """
@@ -2452,18 +2418,18 @@ class Record(NamedTuple):
     artifact: Json
     tree: Json
     created_at: str
-    activated_at: Optional[str]
-    deactivated_at: Optional[str]
-    previous: Optional[str]
+    activated_at: OptionalText
+    deactivated_at: OptionalText
+    previous: OptionalText
     by: Json
     rollback: Json
     failure: Optional[Json]
-    rolled_back_at: Optional[str]
-    pruned_at: Optional[str]
-    note: Optional[str] = None
-    application: Optional[str] = None
-    built_at: Optional[str] = None
-    slot: Optional[str] = None
+    rolled_back_at: OptionalText
+    pruned_at: OptionalText
+    note: OptionalText = None
+    application: OptionalText = None
+    built_at: OptionalText = None
+    slot: OptionalText = None
     migrated: bool = False
 
     @property
@@ -2487,7 +2453,7 @@ class Journal(NamedTuple):
 
     deploy_id: str
     operation: str
-    from_release: Optional[str]
+    from_release: OptionalText
     to_release: str
     phase: str
     artifact_sha256: str
@@ -2505,12 +2471,8 @@ class Journal(NamedTuple):
 class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
 
-    result: deployed, staged, activated, rolled_back (`automatic`: it failed after activation;
-    earlier versions wrote reverted), failed (undone before activation), left_live, rollback_failed,
-    refused (preflight or the artifact), pruned, pinned, unpinned, adopted, held, unheld, flagged,
-    aborted (found half done) or recovered (settled by hand). `previous_sha256` is the SHA-256 of
-    the line before, without its newline; empty in the first, `unknown` where what came before was
-    lost.
+    result: a word of RUN_RESULTS, or aborted (found half done).  automatic: it failed after
+    activation.  previous_sha256: of the line before, without its newline; empty in the first.
     """
 
     sequence: int
@@ -2518,9 +2480,9 @@ class HistoryEntry(NamedTuple):
     deploy_id: str
     operation: str
     result: str
-    release: Optional[str]
-    version: Optional[str]
-    previous: Optional[str]
+    release: OptionalText
+    version: OptionalText
+    previous: OptionalText
     exit_code: int
     seconds: float
     message: str
@@ -2528,9 +2490,9 @@ class HistoryEntry(NamedTuple):
     steps: List[Any]
     failure: Optional[Json]
     previous_sha256: str
-    artifact_sha256: Optional[str] = None
-    built_at: Optional[str] = None
-    note: Optional[str] = None
+    artifact_sha256: OptionalText = None
+    built_at: OptionalText = None
+    note: OptionalText = None
     automatic: Optional[bool] = None
 
 
@@ -2556,10 +2518,7 @@ def seal(data: Json) -> Json:
 
 
 def decode(kind: Any, data: bytes, what: str, hint: str = "") -> Any:
-    """Read a sealed Record, Journal or HistoryEntry; StateError where it is damaged, or none.
-
-    A field that has a default may be missing: an earlier version did not write it.
-    """
+    """Read a sealed object; StateError for a damaged one.  What has a default may be missing."""
     try:
         found = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -2614,21 +2573,20 @@ DEPLOY_AGAIN = "deploy its artifact again: deploy.py deploy --force --allow-down
 class Current(NamedTuple):
     """Where `current` points: a release, nothing yet, or a problem with the command that fixes it.
 
-    `missing` is the release of which only the link is left: it can be replaced without harm.
+    `missing` is a release of which only the link is left: it can be replaced without harm.
     """
 
-    release: Optional[str]
+    release: OptionalText
     problem: str = ""
     hint: str = ""
-    missing: Optional[str] = None
+    missing: OptionalText = None
 
 
 class Store:
     """One root, opened; what lies in it is named by its path from there.
 
-    Locking rule: whoever changes anything holds the lock, from before the first
-    look to after pruning; whoever only looks takes none, and may see a run half
-    way.  Everything is entered by descriptor from the root on: where that is the
+    Whoever changes anything holds the lock, from before the first look to after pruning; whoever
+    only looks takes none.  Everything is entered by descriptor from the root on: where that is the
     application's own, its user could swap `.deploy` or `releases` for a link.
     """
 
@@ -2691,11 +2649,7 @@ class Store:
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, looking: bool = False) -> None:
-        """Refuse a .deploy that somebody else made or could write: what stands in it is acted on.
-
-        Raises StateError with the command that fixes it.  One that is wholly another's may be
-        looked at.
-        """
+        """Refuse a .deploy that others could write; one wholly another's may be looked at."""
         for name in PRIVATE_DIRECTORIES:
             try:
                 found = os.fstat(self.directory(name).descriptor)
@@ -2721,10 +2675,7 @@ class Store:
             self._open.popitem()[1].close()
 
     def directory(self, path: str) -> Directory:
-        """Open a directory, once; FileNotFoundError where none is, StateError for a forbidden one.
-
-        No symlink is followed on the way.
-        """
+        """Open a directory, once, following no symlink; StateError for a forbidden one."""
         if path not in self._open:
             above, name = os.path.split(path)
             try:
@@ -2837,7 +2788,7 @@ class Store:
                            f"where none is: rm {link}, then deploy", release)
         return Current(release)
 
-    def switch(self, expected: Optional[str], target: Optional[str], *, keep: bool = False) -> None:
+    def switch(self, expected: OptionalText, target: OptionalText, *, keep: bool = False) -> None:
         """Point `current` at a release, or take it away; one rename, durable when this returns.
 
         Compare and swap: StepFailed when `current` is not what the plan saw.  `keep` makes the
@@ -2915,10 +2866,7 @@ class Store:
 
     def sweep(self, known: Optional[Set[str]] = None,
               warn: Optional[Callable[[str], None]] = None) -> List[str]:
-        """Remove what a crash left, and manifests of what is not `known`.
-
-        Returns what was removed and warns of what could not be; without `warn` it only looks.
-        """
+        """Remove what a crash left, and manifests of none `known`; without `warn` only look."""
         found = []
         for path, pattern in LEFTOVERS.items():
             pattern = pattern.replace("current", f"(?:current|{re.escape(self.flag)})")
@@ -2942,10 +2890,7 @@ class Store:
         return found
 
     def reserve(self, *, keep: bool) -> None:
-        """Set a mebibyte aside where there is ample room; else let a full disk have it back.
-
-        It is for what frees space or goes back.
-        """
+        """Set a mebibyte aside where there is ample room; else let a full disk have it back."""
         disk = os.fstatvfs(self.root.descriptor)
         free_bytes = disk.f_bavail * disk.f_frsize
         if not keep and (free_bytes < RESERVE_BYTES or disk.f_files and not disk.f_favail):
@@ -2995,9 +2940,7 @@ class Store:
         """Write a release's two manifests durably; returns what its record says of them."""
         written = {}
         for path, name, lines in ((TREES, "tree", tree), (MANIFESTS, "manifest", manifest)):
-            # 200,000 lines are never in memory as a whole.
-            blocks = iter(lambda: b"".join(itertools.islice(lines, 1000)), b"")
-            written[f"{name}_sha256"] = self.directory(path).write(release, blocks, self.file_mode)
+            written[f"{name}_sha256"] = self.directory(path).write(release, lines, self.file_mode)
         return written
 
     def read_journal(self) -> Optional[Journal]:
@@ -3084,10 +3027,7 @@ class Store:
         self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> List[str]:
-        """Say which lines were changed or follow a missing one; the last ones only `chain` tells.
-
-        A history that begins anew, since a person moved the old one away, is whole.
-        """
+        """Say which lines were changed or follow a missing one; of the last only `chain` tells."""
         problems, chain = [], ""
         lines, torn = self.read_history()
         for number, line in enumerate(lines, 1):
@@ -3131,11 +3071,10 @@ LOOK_SECONDS = 5.0
 
 @contextmanager
 def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts) -> Iterator[None]:
-    """Hold the kernel's flock on `.deploy/lock`: it dies with its holder and needs no clean-up.
+    """Hold the kernel's flock on `.deploy/lock`; Busy, which names the holder, once the time is up.
 
-    Raises Busy, which names who holds it, once the time is up.  What stands inside the file is
-    information for people only.  It is never unlinked, or two runs could each hold a lock on a
-    file of that name.
+    It dies with its holder.  The file's content is information for people only.  It is never
+    unlinked, or two runs could each hold a lock on a file of that name.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     # Whatever is readable: who can open it can hold it.
@@ -3172,10 +3111,7 @@ def try_lock(descriptor: int, operation: int) -> bool:
 
 
 def lock_holder(store: Store) -> Optional[Json]:
-    """Say who holds the lock, without having it for longer than the question; None if nobody.
-
-    Empty where the holder has written nothing (proper) about itself.
-    """
+    """Say who holds the lock, empty where it does not say; None if nobody."""
     try:
         descriptor = os.open("lock", _READ_FLAGS, dir_fd=store.directory(".deploy").descriptor)
     except PermissionError:
@@ -3275,8 +3211,8 @@ class Outcome:
 
     changed = False
     rolled_back = False
-    release: Optional[str] = None
-    previous: Optional[str] = None
+    release: OptionalText = None
+    previous: OptionalText = None
     message = ""
     result = ""  # what the history calls it, where it has a line there
     is_repeated = False  # what was told before: nobody is notified again
@@ -3376,12 +3312,11 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     """The ordered steps of one operation, computed before anything changes.
 
-    `steps` lead to the verdict, `last` come after it.  `way_back` makes `from_release` live
-    again when a step fails after the switch; before it, steps are undone instead.
+    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch.
     """
 
     operation: str
-    from_release: Optional[str]
+    from_release: OptionalText
     to_release: str
     steps: List[Step]
     last: List[Step]
@@ -5436,9 +5371,8 @@ def read_text(path: str) -> str:
 class Forked(Descriptor):
     """A forked process that computes something, for work that nothing else could stop.
 
-    Used in a `with` block, whose end kills and reaps it.  It has no descriptor
-    but its pipe and those to `keep`: it must not hold the lock, which close-on-exec
-    does not give up.  SIGALRM ends it at its limit, whatever it is doing.
+    The end of its `with` block kills it, and SIGALRM at its limit.  It keeps no descriptor but its
+    pipe and those to `keep`: it must not hold the lock, which close-on-exec does not give up.
     """
 
     HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
@@ -5473,11 +5407,7 @@ class Forked(Descriptor):
         write_all(self._writing, json.dumps(value).encode("ascii") + b"\n")
 
     def result(self, interrupts: "Interrupts", heard: Callable[[Any], Any] = id) -> Any:
-        """Wait for the end and return what the work returned.
-
-        Where it failed or ran out of time, what it told last, or None.  `heard` is given what it
-        tells meanwhile.
-        """
+        """Wait for its end, hear what it tells, and return what it told last, or None."""
         if self._pid < 0:
             return None
         told, known = b"", None
@@ -5504,8 +5434,8 @@ class Forked(Descriptor):
 class Guard(Forked):
     """A command that runs beside this process up to the end of a `with` block, and what it starts.
 
-    The forked process reads their output, and orphans fall to it, whatever their session.  It ends
-    all of them in time, once nothing listens, and when this process has died, by kill -9 too.
+    The forked process reads their output, and orphans fall to it.  It ends all of them in time,
+    once nothing listens, and when this process has died, by kill -9 too.
     """
 
     def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
@@ -11723,8 +11653,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
     if log.file:
         console.add_log(LogFile(log.file), console.warn, as_json=as_json)
     if log.syslog:
-        console.add_log(Syslog(log.syslog, log.facility), console.debug, as_json=as_json)
-        console.debug(f"the log goes to syslog, facility {log.facility}")
+        console.add_log(Syslog(log.syslog), console.debug, as_json=as_json)
 
 
 # -- what root lets a person do ----------------------------------------------------
