@@ -347,7 +347,7 @@ def test_a_syslog_that_is_not_there_or_hangs_costs_little_and_changes_nothing(pl
 
 
 def test_why_syslog_cannot_be_reached_is_told_to_who_asks(app: App, tmp_path: Path) -> None:
-    result = app.run("-v", "status", "--set", f"log.syslog={tmp_path}/none", check=0)
+    result = app.run("-v", "deploy", app.artifact("1.0"), "--set", f"log.syslog={tmp_path}/none", check=0)
     assert "not all that is said is in the log: No such file" in result.stderr
 
 
