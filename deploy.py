@@ -10218,25 +10218,22 @@ def show_status(run: Run) -> None:
         except StateError as error:
             problems.append((error.message, error.hint))
     name = outcome.release
-    previous = rollback_target(facts, name)
-    outcome.previous = previous.id if previous else None
-    found = outcome.extra["status"] = {
-        key: encode(value) if value else None for key, value in (
-            ("current", facts.release(name or "")), ("previous", previous),
-            ("journal", facts.journal), ("last", last))}
-    found.update(
-        lock=facts.holder, maintenance=flag or None, hold=facts.hold or None,
-        releases=len(facts.on_disk & set(facts.records)), configuration=run.settings.files,
-        problems=[problem for problem, _ in problems])
+    current, previous = facts.release(name or ""), rollback_target(facts, name)
+    outcome.previous = previous and previous.id
     links = {slot: release for release, slot in facts.slots.items()}
-    if run.settings.slots:
-        found["slots"] = {slot: {"port": values.port, "release": links.get(slot),
-                                 "live": slot == facts.live_slot}
-                          for slot, values in run.settings.slots.items()}
+    found = outcome.extra["status"] = {
+        "current": current and encode(current), "previous": previous and encode(previous),
+        "journal": facts.journal and encode(facts.journal), "last": last and encode(last),
+        "lock": facts.holder, "maintenance": flag or None, "hold": facts.hold or None,
+        "releases": len(facts.on_disk & set(facts.records)), "configuration": run.settings.files,
+        "problems": [problem for problem, _ in problems],
+        "slots": {slot: {"port": values.port, "release": links.get(slot),
+                         "live": slot == facts.live_slot}
+                  for slot, values in run.settings.slots.items()}}
     run.console.result("\n".join(block({
         "application": facts.application, "root": facts.root, **found,
         "current": found["current"] or name or "nothing is live",
-        "state": "" if problems else "ok"})))
+        "slots": found["slots"] or None, "state": "" if problems else "ok"})))
     outcome.message = f"{name or 'nothing'} is live; state: {'; '.join(found['problems']) or 'ok'}"
     if problems:
         raise ProblemFound(*problems[0])
