@@ -4191,15 +4191,6 @@ def judge_name(name: bytes, strip: int = 0) -> Tuple[bytes, str]:
     return name, problem or ("" if name else NO_NAME)
 
 
-def expansion_limit(artifact: Artifact, limits: Any) -> Tuple[int, str]:
-    """Return how many bytes may come out of an artifact, and the option that says so."""
-    bound = limits.max_expanded or MAX_SIZE_BYTES, "max_expanded"
-    if limits.max_ratio and artifact.format != "directory":
-        most_bytes = RATIO_FLOOR_BYTES + artifact.size_bytes * limits.max_ratio
-        bound = min(bound, (most_bytes, "max_ratio"))
-    return bound
-
-
 # What ends up in archives unnoticed, by the name of a file or directory, and what it is.
 _MACOS = "left there by macOS; pack with COPYFILE_DISABLE=1 tar --exclude .DS_Store, or zip -X"
 _ODDITIES = {b"._": _MACOS, b"__MACOSX": _MACOS, b".DS_Store": _MACOS,
@@ -4217,14 +4208,17 @@ class Judge:
 
     def __init__(self, settings: Settings, artifact: Artifact) -> None:
         limits, root = settings.limits, settings.deploy.root or "/-"
+        most = limits.max_expanded or MAX_SIZE_BYTES, "max_expanded"
+        if limits.max_ratio and artifact.format != "directory":
+            most = min(most, (RATIO_FLOOR_BYTES + artifact.size_bytes * limits.max_ratio,
+                              "max_ratio"))
         self.manifest: Manifest = {}
         self.refused = 0
         self._refusals: List[ArtifactRefused] = []  # the first of them
         self._settings = settings.artifact
         self._roots = [os.fsencode(path) for path in (root, os.path.realpath(root))]
-        self._limits = [(limits.max_files or MAX_SIZE_BYTES, "max_files"),
-                        (limits.max_file or MAX_SIZE_BYTES, "max_file"),
-                        expansion_limit(artifact, limits)]
+        self.limits = [(limits.max_files or MAX_SIZE_BYTES, "max_files"),
+                       (limits.max_file or MAX_SIZE_BYTES, "max_file"), most]
         # In a tar, a backslash is meant: systemd writes - in a unit's name as \x2d.
         self._backslash_hint = WINDOWS_HINT if artifact.format == "zip" else REBUILD
         self._members = 0
@@ -4246,7 +4240,7 @@ class Judge:
         self._expanded_bytes += size_bytes
         # Directories that only a long name implies cost as much as members do.
         found = max(self._members, len(self.manifest)), size_bytes, self._expanded_bytes
-        for value, (most, option) in zip(found, self._limits):
+        for value, (most, option) in zip(found, self.limits):
             if value > most:
                 self.check()
                 raise exceeds(f"artifact refused: member {show(member.name)}: it has or leads to",
@@ -4452,7 +4446,6 @@ class LibZstd:
         import ctypes
         self._types, self._library = ctypes, ctypes.CDLL("libzstd.so.1")
         self._library.ZSTD_createDCtx.restype = ctypes.c_void_p
-        self._library.ZSTD_getErrorName.restype = ctypes.c_char_p
         self._context = ctypes.c_void_p(self._library.ZSTD_createDCtx())
         self._library.ZSTD_DCtx_setParameter(self._context, 100, MAX_WINDOW_LOG)
 
@@ -4467,9 +4460,8 @@ class LibZstd:
         # Where the bytes lie, how many, and how many of them are done: ZSTD_inBuffer, -outBuffer.
         source, target = triple(address(given), len(data), 0), triple(address(space), most_bytes, 0)
         left = self._library.ZSTD_decompressStream(self._context, target, source)
-        if left < 0:  # a size_t, of which int has the errors
-            name: bytes = self._library.ZSTD_getErrorName(self._types.c_size_t(left))
-            raise ValueError(name.decode())
+        if left < 0:  # a size_t, of which int has the errors (zstd_errors.h)
+            raise ValueError("its window is too large" if left == -16 else f"zstd error {-left}")
         self.eof = not left
         self.unused_data = self.unconsumed_tail = data[source[2]:]
         return bytes(self._types.string_at(space, target[2]))
@@ -4540,10 +4532,9 @@ def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
         raise damaged("the compressed data end too early")
 
 
-def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
+def pump(artifact: Artifact, most: Tuple[int, str], watch: Watch) -> Iterator[Any]:
     """Read, hash and decode in a second thread; `artifact.read_sha256` is set at the end."""
     import queue
-    most_bytes, option = expansion_limit(artifact, settings.limits)
     items: Any = queue.Queue(QUEUE_BLOCKS)
     stopping = False
 
@@ -4555,8 +4546,8 @@ def pump(artifact: Artifact, settings: Settings, watch: Watch) -> Iterator[Any]:
             # What trails is hashed as well.
             for item in itertools.chain(decode(raw), (b"" for _ in raw)):
                 decoded_bytes += len(item)  # of a zip its directory has said it
-                if decoded_bytes > most_bytes:
-                    raise exceeds(f"{artifact.name} expands to", most_bytes, option)
+                if decoded_bytes > most[0]:
+                    raise exceeds(f"{artifact.name} expands to", *most)
                 if stopping:
                     return
                 if item:
@@ -4616,10 +4607,8 @@ def tar_number(field: bytes) -> int:
 def checksum_holds(header: bytes) -> bool:
     """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
     claimed, blanked = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
-    # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum(); old tars
-    # added signed bytes.  The blanks alone are 256.
-    return claimed > 0 and (claimed == zlib.adler32(blanked) - 1 & 0xffff or claimed in (
-        sum(blanked), sum(struct.unpack("512b", blanked))))
+    # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
+    return claimed == zlib.adler32(blanked) - 1 & 0xffff or 65519 < claimed == sum(blanked)
 
 
 def read_tar(artifact: Artifact, stream: Stream) -> Members:
@@ -4808,21 +4797,30 @@ def read_central(artifact: Artifact, limits: Any) -> None:
 
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
+    from calendar import timegm
     (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
      extra_length, comment_length, disk, attributes, offset) = struct.unpack_from(
          "<4sxB2xHHHHIIIHHHH2xII", central, position)
     name_end = position + 46 + name_length
-    raw_name = central[position + 46:name_end]
-    fields = extra_fields(central[name_end:name_end + extra_length])
+    raw_name = name = central[position + 46:name_end]
     if signature != b"PK\1\2" or disk not in (0, 0xffff):
         raise damaged("its central directory is malformed")
-    size_bytes, packed_bytes, offset = zip64_values(
-        fields, (size_bytes, packed_bytes, offset), raw_name)
     if flags & _ENCRYPTED or method not in (0, 8):
         raise refuse(raw_name, f"it is encrypted, or compressed by method {method}",
                      "build the zip with deflate and without a password")
+    fields, (size_bytes, packed_bytes, offset) = read_extra(
+        central[name_end:name_end + extra_length], (size_bytes, packed_bytes, offset), raw_name)
+    # The Unicode path field (4.6.9) counts where its CRC says that it was made for this name.
     unicode_name = fields.get(0x7075, b"")
-    name = zip_name(raw_name, flags, system, unicode_name)
+    if unicode_name[:5] == struct.pack("<BI", 1, zlib.crc32(raw_name)):
+        name = unicode_name[5:]
+        if flags & _UTF8 and name != raw_name:
+            raise refuse(raw_name, f"its Unicode path field has another name: {show(name)}")
+    else:
+        try:  # Info-ZIP on Unix writes UTF-8 and leaves the flag out
+            raw_name.decode("utf-8" if system == 3 or flags & _UTF8 else "ascii")
+        except UnicodeDecodeError:
+            name = raw_name.decode("cp437").encode("utf-8")
     # Unix modes come from the external attributes; Maven writes every bit of a directory's type.
     mode = attributes >> 16 if system == 3 else 0
     kind = _KINDS_ON_DISK.get(stat.S_IFMT(mode) or stat.S_IFREG, "special file")
@@ -4831,63 +4829,37 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     if name.endswith(b"/") != (kind == DIRECTORY):
         raise refuse(name, f"its name and its attributes, of a {kind}, disagree about what it is")
     mode = stat.S_IMODE(mode) or (_MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE)
-    member = Member(name, kind, mode, size_bytes, zip_time(fields.get(0x5455, b""), date, clock))
+    # The extended timestamp, else the DOS time, whose zone nobody knows: the same on every host.
+    stamp, seconds = fields.get(0x5455, b""), None
+    if len(stamp) >= 5 and stamp[0] & 1:
+        seconds = int.from_bytes(stamp[1:5], "little", signed=True)
+    elif 0 < date >> 5 & 15 < 13:
+        seconds = timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
+                          clock >> 5 & 63, 2 * (clock & 31)))
+    mtime_ns = None if seconds is None else seconds * 10 ** 9
+    member = Member(name, kind, mode, size_bytes, mtime_ns)
     return (member, raw_name, unicode_name, flags, method, crc, packed_bytes, size_bytes,
             offset), name_end + extra_length + comment_length
 
 
-def extra_fields(extra: bytes) -> Dict[int, bytes]:
-    """Split the extra field (APPNOTE 4.5); the first of a kind counts."""
+def read_extra(extra: bytes, values: Tuple[int, ...], name: bytes) -> Tuple[Any, Any]:
+    """Split the extra field, of which the first of a kind counts (APPNOTE 4.5).
+
+    Saturated 32-bit values are replaced by those of the zip64 field (4.5.3).
+    """
     fields: Dict[int, bytes] = {}
     position = 0
     while position + 4 <= len(extra):
         kind, size_bytes = struct.unpack_from("<HH", extra, position)
         position += 4 + size_bytes
         fields.setdefault(kind, extra[position - size_bytes:position])
-    return fields
-
-
-def zip64_values(fields: Dict[int, bytes], values: Tuple[int, ...], name: bytes) -> Tuple[int, ...]:
-    """Replace saturated 32-bit values by those of the zip64 extra field (APPNOTE 4.5.3)."""
     saturated = values.count(_FULL)
-    if not saturated:
-        return values
-    field = fields.get(0x0001, b"")
-    if len(field) < 8 * saturated:
-        raise refuse(name, "its sizes are in a zip64 field that is missing")
-    full = iter(struct.unpack_from(f"<{saturated}Q", field))
-    return tuple(next(full) if value == _FULL else value for value in values)
-
-
-def zip_name(raw: bytes, flags: int, system: int, field: bytes) -> bytes:
-    """Return a name in UTF-8.
-
-    The Unicode path field (APPNOTE 4.6.9) counts where its CRC says that it was
-    made for this name.  Info-ZIP on Unix writes UTF-8 and leaves the flag out.
-    """
-    if field and field[:5] == struct.pack("<BI", 1, zlib.crc32(raw)):
-        if flags & _UTF8 and field[5:] != raw:
-            raise refuse(raw, f"its Unicode path field has another name: {show(field[5:])}")
-        return field[5:]
-    try:
-        raw.decode("utf-8" if system == 3 or flags & _UTF8 else "ascii")
-    except UnicodeDecodeError:
-        return raw.decode("cp437").encode("utf-8")
-    return raw
-
-
-def zip_time(field: bytes, date: int, clock: int) -> Optional[int]:
-    """Read when a file was changed, in nanoseconds: the extended timestamp, else the DOS time.
-
-    That has no zone; as UTC it is the same on every host.
-    """
-    from calendar import timegm
-    if len(field) >= 5 and field[0] & 1:
-        return int.from_bytes(field[1:5], "little", signed=True) * 10 ** 9
-    with suppress(ValueError):  # a month that is none
-        return 10 ** 9 * timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
-                                 clock >> 5 & 63, 2 * (clock & 31)))
-    return None
+    if saturated:
+        if len(fields.get(0x0001, b"")) < 8 * saturated:
+            raise refuse(name, "its sizes are in a zip64 field that is missing")
+        full = iter(struct.unpack_from(f"<{saturated}Q", fields[0x0001]))
+        values = tuple(next(full) if value == _FULL else value for value in values)
+    return fields, values
 
 
 def decode_zip(artifact: Artifact, blocks: Iterator[bytes]) -> Iterator[List[Any]]:
@@ -4941,11 +4913,11 @@ def local_header(entry: ZipEntry, stream: Stream) -> int:
     (own_name, *_), raw_name, unicode_name, flags, method, *told, _ = entry
     mark, found_flags, found_method, crc, packed_bytes, size_bytes, name_length, extra_length = \
         struct.unpack("<4s2xHH4xIIIHH", stream.take(30))
-    name, fields = stream.take(name_length), extra_fields(stream.take(extra_length))
+    name, extra = stream.take(name_length), stream.take(extra_length)
     # Any of the three may be left for the descriptor, which is held against them as well.
     later = (0, _FULL) if flags & _DESCRIBED_LATER else ()
-    if not later:
-        size_bytes, packed_bytes = zip64_values(fields, (size_bytes, packed_bytes), name)
+    fields, sizes = read_extra(extra, () if later else (size_bytes, packed_bytes), name)
+    size_bytes, packed_bytes = sizes or (size_bytes, packed_bytes)
     if (mark, name, found_flags, found_method) != (b"PK\3\4", raw_name, flags, method) \
             or fields.get(0x7075, unicode_name) != unicode_name \
             or any(value not in (right, *later)
@@ -5124,7 +5096,7 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     place, judge, kind = destination.descriptor, Judge(settings, artifact), artifact.format
     manifest, status = judge.manifest, os.fstat(place)
     blocks: Any = read_directory(artifact, watch, (status.st_dev, status.st_ino)) \
-        if kind == "directory" else pump(artifact, settings, watch)
+        if kind == "directory" else pump(artifact, judge.limits[-1], watch)
     members = blocks
     if kind != "directory":
         members = read_zip(blocks) if kind == "zip" else read_tar(artifact, Stream(blocks))
