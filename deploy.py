@@ -114,7 +114,7 @@ try:
     import time
     import zlib
     from contextlib import ExitStack, closing, contextmanager, suppress
-    from functools import partial
+    from functools import lru_cache, partial
     from operator import attrgetter
     from types import SimpleNamespace
     from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
@@ -4250,17 +4250,18 @@ class Judge:
     def _judge(self, member: Member, made: List[Member]) -> None:
         kind, target, manifest = member.kind, member.content, self.manifest
         name, problem = judge_name(member.name, self._settings.strip_components)
+        is_link = kind == SYMLINK
         if problem == NO_NAME and kind == DIRECTORY and member.name:
             return  # the top itself
         if kind not in (FILE, DIRECTORY, SYMLINK, HARD_LINK):
             problem = f"it is a {kind}, which a release cannot hold"
         elif member.size_bytes and kind != FILE:
             problem = f"it is a {kind} and has data"
-        elif kind == SYMLINK and self._settings.symlinks == "refuse":
+        elif is_link and self._settings.symlinks == "refuse":
             problem = "it is a symlink, and [artifact] symlinks = refuse"
-        elif kind == SYMLINK and not 0 < len(target) <= MAX_PATH_BYTES:
+        elif is_link and not 0 < len(target) <= MAX_PATH_BYTES:
             problem = "its symlink target is empty or too long"
-        elif kind == SYMLINK and len(target.translate(None, _UNSAFE_BYTES)) != len(target):
+        elif is_link and len(target.translate(None, _UNSAFE_BYTES)) != len(target):
             problem = f"its symlink target {UNSAFE}"
         if problem:
             raise refuse(member.name, problem,
@@ -4279,7 +4280,7 @@ class Judge:
         # No special bits, writable by its owner, never closed to him.
         mode = member.mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
         entry = Member(name, kind, mode, member.size_bytes, member.mtime_ns)
-        if kind == SYMLINK:  # of anything else a target means nothing
+        if is_link:  # of anything else a target means nothing
             entry = Member(name, kind, 0o777, content=target)
         elif kind == HARD_LINK:
             source_name, problem = judge_name(target, self._settings.strip_components)
@@ -4421,7 +4422,7 @@ class Stream:
     def pieces(self, size_bytes: int) -> Iterator[memoryview]:
         """Take so many bytes in pieces that are not copied; ArtifactRefused when it ends before."""
         while size_bytes:
-            if not self.peek():
+            if not self.view and not self.peek():
                 raise damaged("it ends in the middle of a member, or without its end-of-archive")
             piece = self.view[:size_bytes]
             self.view = self.view[size_bytes:]
@@ -4673,29 +4674,26 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
 
 def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
     """Read what an extension header says of the next member (pax, GNU); the rest is passed over."""
-    found: List[Tuple[bytes, bytes]] = []
     position = 0
-    if flag in b"LK":
-        found = [(b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0"))]
-        position = len(data)
     while position < len(data):
-        record = _PAX_RECORD.match(data, position)
-        end = position + int(record.group(1)) if record else 0
-        if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
-            raise refuse(name, "its pax header is malformed")
-        found.append((record.group(2), data[record.end():end - 1]))
-        position = end
-    for key, value in found:
+        if flag in b"LK":
+            key, value = b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0")
+            position = len(data)
+        else:
+            record = _PAX_RECORD.match(data, position)
+            end = position + int(record.group(1)) if record else 0
+            if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
+                raise refuse(name, "its pax header is malformed")
+            key, value, position = record.group(2), data[record.end():end - 1], end
         if key.startswith((b"GNU.sparse", b"GNU.dumpdir")):
             raise refuse(name, "it is a sparse file or part of an incremental archive, which a "
                          "release cannot hold", "build the archive without --sparse and -g")
-        if key in (b"path", b"linkpath", b"size", b"mtime"):
-            # A global one, as `git archive` writes for its commit, may not name or size members.
-            if key != b"mtime" and (flag == b"g" or key in special):
-                raise refuse(name, f"its extension headers give {key.decode()} twice, or a global "
-                                   f"one gives it to every member")
-            if flag != b"g":
-                special[key] = value
+        # A global one, as `git archive` writes for its commit, may not name or size members.
+        if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
+            raise refuse(name, f"its extension headers give {key.decode()} twice, or a global one "
+                               "gives it to every member")
+        if key in (b"path", b"linkpath", b"size", b"mtime") and flag != b"g":
+            special[key] = value
 
 
 def extended(member: Member, special: Dict[bytes, bytes]) -> Member:
@@ -4795,9 +4793,16 @@ def read_central(artifact: Artifact, limits: Any) -> None:
                               f"it does not tell; taken for cp437: {some_of(unknown)}")
 
 
+@lru_cache(maxsize=64)
+def dos_day(date: int) -> int:
+    """Return when a day of a DOS time begins, in seconds; a month that is none has January's."""
+    from datetime import date as day
+    month = date >> 5 & 15 if 0 < date >> 5 & 15 < 13 else 1
+    return (day(1980 + (date >> 9), month, 1).toordinal() - 719164 + (date & 31)) * 86400
+
+
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
-    from calendar import timegm
     (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
      extra_length, comment_length, disk, attributes, offset) = struct.unpack_from(
          "<4sxB2xHHHHIIIHHHH2xII", central, position)
@@ -4812,7 +4817,7 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
         central[name_end:name_end + extra_length], (size_bytes, packed_bytes, offset), raw_name)
     # The Unicode path field (4.6.9) counts where its CRC says that it was made for this name.
     unicode_name = fields.get(0x7075, b"")
-    if unicode_name[:5] == struct.pack("<BI", 1, zlib.crc32(raw_name)):
+    if unicode_name and unicode_name[:5] == struct.pack("<BI", 1, zlib.crc32(raw_name)):
         name = unicode_name[5:]
         if flags & _UTF8 and name != raw_name:
             raise refuse(raw_name, f"its Unicode path field has another name: {show(name)}")
@@ -4830,13 +4835,12 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
         raise refuse(name, f"its name and its attributes, of a {kind}, disagree about what it is")
     mode = stat.S_IMODE(mode) or (_MODE_DIRECTORY if kind == DIRECTORY else _MODE_FILE)
     # The extended timestamp, else the DOS time, whose zone nobody knows: the same on every host.
-    stamp, seconds = fields.get(0x5455, b""), None
+    stamp, mtime_ns = fields.get(0x5455, b""), None
     if len(stamp) >= 5 and stamp[0] & 1:
-        seconds = int.from_bytes(stamp[1:5], "little", signed=True)
-    elif 0 < date >> 5 & 15 < 13:
-        seconds = timegm((1980 + (date >> 9), date >> 5 & 15, date & 31, clock >> 11,
-                          clock >> 5 & 63, 2 * (clock & 31)))
-    mtime_ns = None if seconds is None else seconds * 10 ** 9
+        mtime_ns = 10 ** 9 * int.from_bytes(stamp[1:5], "little", signed=True)
+    elif date:
+        mtime_ns = 10 ** 9 * (dos_day(date) + (clock >> 11) * 3600 + (clock >> 5 & 63) * 60
+                              + 2 * (clock & 31))
     member = Member(name, kind, mode, size_bytes, mtime_ns)
     return (member, raw_name, unicode_name, flags, method, crc, packed_bytes, size_bytes,
             offset), name_end + extra_length + comment_length
@@ -4979,14 +4983,21 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Tuple[Member, int
                 os.close(descriptor)
 
 
-def open_blocks(member: Member, descriptor: int, watch: Watch, done_bytes: int) -> Iterator[bytes]:
-    """Read an open file as far as its size went when it was opened."""
-    left_bytes = member.size_bytes
-    while left_bytes > 0:
-        watch(done_bytes + member.size_bytes - left_bytes)
-        block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
-        left_bytes = left_bytes - len(block) if block else 0
-        yield block
+def tree_members(directory: int, watch: Watch) -> Iterator[Tuple[Member, Any, Iterable[bytes]]]:
+    """Go through a tree: members, their status, and a file's data as far as its size went."""
+    def data() -> Iterator[bytes]:
+        left_bytes = member.size_bytes
+        while left_bytes > 0:
+            watch(done_bytes + member.size_bytes - left_bytes)
+            block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
+            left_bytes = left_bytes - len(block) if block else 0
+            yield block
+
+    done_bytes = 0
+    for member, descriptor, status in walk_tree(directory):
+        watch(done_bytes)
+        yield member, status, data() if member.kind == FILE else ()
+        done_bytes += member.size_bytes
 
 
 def reading(artifact: Artifact, items: Iterable[Any]) -> Iterator[Any]:
@@ -5001,28 +5012,18 @@ def reading(artifact: Artifact, items: Iterable[Any]) -> Iterator[Any]:
 
 def read_directory(artifact: Artifact, watch: Watch, forbidden: Tuple[int, int] = (0, 0),
                    skipped: Iterable[Tuple[int, int]] = ()) -> Members:
-    """Go through a directory's members; ArtifactRefused for what cannot be read, or changes.
+    """Go through a directory's members; ArtifactRefused for what cannot be read.
 
     `forbidden` is a (device, inode) that must not lie inside, `skipped` are files to leave out.
     """
-    def steady(member: Member, descriptor: int) -> Iterator[bytes]:
-        yield from open_blocks(member, descriptor, watch, done_bytes)
-        after = os.fstat(descriptor)
-        if (after.st_size, after.st_mtime_ns) != (member.size_bytes, member.mtime_ns):
-            raise refuse(member.name, "it changed while it was read",
-                         "wait until nothing writes to the directory")
-
-    done_bytes = 0
-    for member, descriptor, status in reading(artifact, walk_tree(artifact.descriptor)):
+    tree = tree_members(artifact.descriptor, watch)
+    for member, status, pieces in reading(artifact, tree):
         place = status.st_dev, status.st_ino
         if place == forbidden:
             raise refuse(member.name, "the release would be made inside the artifact",
                          "deploy a directory that does not hold the root")
         if place not in skipped:
-            watch(done_bytes)
-            is_file = member.kind == FILE
-            yield member, reading(artifact, steady(member, descriptor)) if is_file else ()
-            done_bytes += member.size_bytes
+            yield member, reading(artifact, pieces)
 
 
 def hash_pieces(pieces: Iterable[Any]) -> bytes:
@@ -5041,18 +5042,15 @@ def scan_tree(directory: Directory, watch: Watch, mutable: Any = None,
     have no end, are passed over.
     """
     manifest: Manifest = {}
-    done_bytes = 0
-    for member, descriptor, _ in walk_tree(directory.descriptor):
+    for member, _, pieces in tree_members(directory.descriptor, watch):
         name, kind, mode, size_bytes, _, content = member
         if mutable and kind != DIRECTORY and mutable.match(os.fsdecode(name)):
             continue
         if known is None and kind not in (FILE, DIRECTORY, SYMLINK):
             raise refuse(name, f"it is a {kind}, which a release cannot hold")
-        watch(done_bytes)
         if kind == FILE and (known is None or name in known):
-            content = hash_pieces(open_blocks(member, descriptor, watch, done_bytes))
+            content = hash_pieces(pieces)
         manifest[name] = Member(name, kind, mode, size_bytes, None, content)
-        done_bytes += size_bytes
     return manifest
 
 
@@ -5256,7 +5254,9 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
         if kind == FILE and not mode & 0o044:
             found["private"].append(name)
         is_bytecode = seconds is not None and name.endswith(b".pyc") and b"__pycache__/" in name
+        left_bytes = size_bytes
         for piece in pieces:
+            left_bytes -= len(piece)
             # Of another time than its source will have (PEP 552): behind flags, of which 1 and 3
             # say that it goes by a digest, or, up to Python 3.6, in their place.
             if is_bytecode and piece[4:8] not in (b"\1\0\0\0", b"\3\0\0\0", stamp) \
@@ -5264,6 +5264,8 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
                 found["stale"].append(name)
             is_bytecode = False
             yield piece
+        if left_bytes:
+            raise refuse(name, "it became shorter while it was read", "pack it again")
         yield bytes(-size_bytes % TAR_BLOCK_BYTES)
     judge.finish()
     yield bytes(2 * TAR_BLOCK_BYTES)
