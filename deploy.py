@@ -2639,7 +2639,8 @@ class Store:
             slots = ["slots"] if settings.slots else []
             for path in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
                 mode = store.directory_mode if path in PRIVATE_DIRECTORIES else 0o755
-                store.root.child(path, make=True, mode=mode, group=store.group).close()
+                if store.status(path) is None:  # shared/ may be a link, and is no business of ours
+                    store.root.child(path, make=True, mode=mode, group=store.group).close()
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
@@ -7196,7 +7197,8 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     try:
         hold = store.load_json(HOLD)
         with blaming(StateError, f"{store.path}/{HOLD} cannot be read", ""):
-            if hold and dict(hold["by"]) and (hold["until"] or "9") > format_time(now_seconds):
+            if hold and dict(hold["by"]) is not None \
+                    and (hold["until"] or "9") > format_time(now_seconds):
                 seen["hold"] = hold
     except StateError as error:
         problems.append(error.message)
