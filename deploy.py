@@ -1955,7 +1955,6 @@ action               on|off|serve  maintenance  put it up, take it away, answer 
 --health             PATH         maintenance  where `serve` answers 200; default: /healthz
 directory            DIRECTORY    pack  directory to pack
 -o --output          FILE         pack report  file to write; default: NAME[-V].tar.gz, or stdout
---prefix             NAME         pack  directory to put everything under
 --keep-mtimes        -            pack  keep the files' own times, instead of one for all
 --example            -            config  print a configuration file with every option
 --minimal            -            config  print one of ten lines, to begin with
@@ -5233,17 +5232,17 @@ def estimate_cost(artifact: Artifact) -> None:
         artifact.files = size_bytes // GUESSED_FILE_BYTES + 1
 
 
-def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[int],
+def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
                found: Dict[str, List[bytes]]) -> Iterator[Any]:
     """Write members as GNU tar does, judged as an artifact would be; `found` takes some names."""
     import tarfile
     stamp = ((seconds or 0) & 0xffffffff).to_bytes(4, "little")
     for member, pieces in members:
         name, kind, mode, size_bytes, mtime_ns, target = member
-        judge.admit(member._replace(name=prefix + name))
+        judge.admit(member)
         if judge.refused:
             continue
-        info = tarfile.TarInfo(os.fsdecode(prefix + name))
+        info = tarfile.TarInfo(os.fsdecode(name))
         info.mode = 0o755 if kind == DIRECTORY or mode & 0o100 else 0o644
         info.size, info.uname, info.gname = size_bytes, "root", "root"
         info.linkname = os.fsdecode(target)
@@ -5272,7 +5271,7 @@ def tar_pieces(members: Members, judge: Judge, prefix: bytes, seconds: Optional[
     yield bytes(2 * TAR_BLOCK_BYTES)
 
 
-def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch, *,
+def pack(source: str, target: str, settings: Settings, watch: Watch, *,
          keep_mtimes: bool = False) -> Tuple[Json, List[str]]:
     """Write a directory as a reproducible .tar.gz and its .sha256; return what it is, and warnings.
 
@@ -5285,7 +5284,6 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
         raise UsageError(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds",
                          "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
     directory, base = os.path.split(absolute(target))
-    top = judge_name(os.fsencode(prefix))[0]
     found: Dict[str, List[bytes]] = {
         word: [] for word in (FILE, DIRECTORY, SYMLINK, "private", "stale")}
 
@@ -5296,7 +5294,7 @@ def pack(source: str, target: str, prefix: str, settings: Settings, watch: Watch
         members = read_directory(artifact, watch, skipped={
             (status.st_dev, status.st_ino) for status in own})
         encoder = zlib.compressobj(6, zlib.DEFLATED, 31)
-        for piece in tar_pieces(members, Judge(settings, artifact), top + b"/" if top else b"",
+        for piece in tar_pieces(members, Judge(settings, artifact),
                                 None if keep_mtimes else int(epoch), found):
             yield encoder.compress(piece)
         yield encoder.flush()
@@ -10632,7 +10630,7 @@ def serve_maintenance(run: Run) -> None:
 
 def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
-    flags, outcome, prefix = run.flags, run.outcome, run.flags.prefix or ""
+    flags, outcome = run.flags, run.outcome
     directory = absolute(flags.directory)
     version = f"-{flags.release_version}" if flags.release_version else ""
     shown = flags.output or f"{os.path.basename(directory)}{version}.tar.gz"
@@ -10641,14 +10639,10 @@ def command_pack(run: Run) -> None:
         raise UsageError(f"{directory} is not a directory",
                          "name the directory to pack: deploy.py pack DIRECTORY")
     refuse_odd_files(target, f"{target}.sha256")
-    problem = prefix and judge_name(os.fsencode(prefix))[1]
-    if problem:
-        raise UsageError(f"--prefix {prefix!r}: {problem}",
-                         "name a relative directory, such as shop-1.4.2")
     text, warnings = f"pack {directory} into {target} and {target}.sha256", []
     outcome.extra["plan"], message = [{"name": "pack", "description": text}], f"would {text}"
     if not flags.dry_run:
-        made, warnings = pack(directory, target, prefix, run.settings,
+        made, warnings = pack(directory, target, run.settings,
                               lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
         outcome.extra["artifact"] = dict(made, path=portable(target))
         message = f"{portable(shown)}: {count(made['files'], 'file')}, " \
