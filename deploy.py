@@ -6736,8 +6736,8 @@ class Offer(Artifact):
         vars(self).update(told)
 
 
-def check_source(settings: Settings) -> None:
-    """Raise UsageError for what does not go together in [source]."""
+def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
+    """Find what does not go together in [source]."""
     source, is_json = settings.source, settings.source.index.endswith(".json")
     for is_wrong, what in (
             (source.channel and not is_json, "channel needs an index in JSON"),
@@ -6748,14 +6748,13 @@ def check_source(settings: Settings) -> None:
             (source.insecure and settings.origin("source", "insecure") not in settings.files,
              "insecure counts in a configuration file alone"),
             (source.url.startswith("http:") and not source.insecure, "url: expected https://"),
-            (wrong_header(source.header), wrong_header(source.header))):
-        if is_wrong:
-            raise settings.wrong("source", what)
+            (wrong_header(source.header), wrong_header(source.header) or "")):
+        yield "source", is_wrong, what
     try:
         if source.url[:1] not in ("", "/"):
             parse_url(source.url)
     except ValueError as error:
-        raise settings.wrong("source", str(error))
+        yield "source", True, str(error)
 
 
 def uapi_key(version: str) -> List[Any]:
@@ -7095,7 +7094,7 @@ def archive(run: Run, file: str) -> None:
     if found != offer.sha256:
         raise DeployError(f"{offer.ref} has moved to {found} meanwhile", "run it again")
     if wanted.verify != "off":
-        kind = git(run, *own, "cat-file", "-t", "refs/it")[0]
+        kind = "tag" if offer.ref.startswith("refs/tags/") else "commit"
         try:
             said = " ".join(git(run, *own, f"verify-{kind}", "refs/it"))
         except DeployError as error:
@@ -7857,47 +7856,47 @@ def check_probes(run: Run) -> Findings:
                    "correct what it asks for before deploying")
 
 
-# name, check, whether it also guards activate and rollback (a way back must not wait for free
-# space or for a file that only the next release needs), what of the run it is about, and its
-# result where nothing of that is given.
-CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], bool, str, str], ...] = (
-    ("configuration", check_configuration, True, "", ""),
-    ("permissions", check_trust, True, "", ""),
-    ("root", check_root, True, "", ""),
-    ("state", check_state, True, "", ""),
-    ("application", check_application, True, "settings.deploy.application", ""),
-    ("hold", check_hold, True, "facts.hold", "nobody holds what is live"),
-    ("lock", check_lock, True, "", ""),
-    ("artifact", check_artifact, False, "facts.artifact facts.refusal", "no artifact given"),
-    ("signature", check_signature, False, "settings.signature.given", ""),
-    ("origin", check_origin, False, "facts.artifact", "no artifact given"),
-    ("space", check_room, False, "", ""),
-    ("required", check_required, False, "settings.preflight.given", ""),
-    ("shared", check_shared, False, "settings.deploy.shared_dirs settings.deploy.shared_files", ""),
+# name, check, and what of the run it is about: it is skipped where nothing of that is given.
+CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], str], ...] = (
+    ("configuration", check_configuration, ""),
+    ("permissions", check_trust, ""),
+    ("root", check_root, ""),
+    ("state", check_state, ""),
+    ("application", check_application, "settings.deploy.application"),
+    ("hold", check_hold, "facts.hold"),
+    ("lock", check_lock, ""),
+    ("artifact", check_artifact, "facts.artifact facts.refusal"),
+    ("signature", check_signature, "settings.signature.given"),
+    ("origin", check_origin, "facts.artifact"),
+    ("space", check_room, ""),
+    ("required", check_required, "settings.preflight.given"),
+    ("shared", check_shared, "settings.deploy.shared_dirs settings.deploy.shared_files"),
     # Those in the release can only be looked for once it is there.
-    ("programs", check_programs, True, "settings.probe settings.candidate.command settings.slots "
-     "settings.migrate.up " + " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES), ""),
-    ("services", check_services, False, "settings.service", ""),
-    ("slots", check_slots, True, "settings.slots", ""),
-    ("probes", check_probes, False, "settings.probe", ""),
-    ("windows", rule(judge_windows, passable=True), True, "settings.policy.windows", ""),
+    ("programs", check_programs, "settings.probe settings.candidate.command settings.slots "
+     "settings.migrate.up " + " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES)),
+    ("services", check_services, "settings.service"),
+    ("slots", check_slots, "settings.slots"),
+    ("probes", check_probes, "settings.probe"),
+    ("windows", rule(judge_windows, passable=True), "settings.policy.windows"),
     ("approvals", rule(judge_approvals, ".approval", "deploy.py approve says what to sign",
-                       passable=True), True, "settings.policy.approvals", ""),
+                       passable=True), "settings.policy.approvals"),
     ("promotion", rule(judge_promotion, ".attestation", "deploy.py attest, on a host where it was "
-                       "live, says what to sign", passable=True), True,
-     "settings.policy.promoted_from", ""),
+                       "live, says what to sign", passable=True), "settings.policy.promoted_from"),
     ("sbom", rule(judge_sbom, ".cdx.json .spdx.json", "let the build write it without what is "
-                  "denied, list it in SHA256SUMS with the artifact, and sign that"), True,
-     "settings.policy.sbom settings.policy.deny_licenses settings.policy.deny_packages", ""),
+                  "denied, list it in SHA256SUMS with the artifact, and sign that"),
+     "settings.policy.sbom settings.policy.deny_licenses settings.policy.deny_packages"),
     ("provenance", rule(judge_provenance, ".intoto.jsonl",
-                        "let an allowed builder write it, for this artifact, and sign it"), True,
-     "settings.policy.builders settings.policy.sources", ""),
+                        "let an allowed builder write it, for this artifact, and sign it"),
+     "settings.policy.builders settings.policy.sources"),
     ("override", lambda run: [] if run.settings.policy.override else [
-        ("fail", "[policy] override = no", "go without --override")], True, "flags.override", ""),
+        ("fail", "[policy] override = no", "go without --override")], "flags.override"),
     # The last: it is told what the others found.
-    ("judge", rule(judge_by_command), True, "settings.policy.judge", ""),
+    ("judge", rule(judge_by_command), "settings.policy.judge"),
 )
 
+# A way back must not wait for free space, or for a file that only the next release needs.
+AHEAD_CHECKS = ("artifact", "signature", "origin", "space", "required", "shared", "services",
+                "probes")
 # A check that fails for one of these reasons refuses the artifact, not the host.
 ARTIFACT_CHECKS = ("artifact", "signature")
 # These run what is configured: not where somebody else could have written it.
@@ -7908,12 +7907,12 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
     """Run every check, whatever the others found; each becomes one result, its worst finding."""
     results: List[CheckResult] = []
     run.outcome.checks, failed = results, set()
-    for name, check, guards_way_back, about, otherwise in CHECKS:
-        if going_back and not guards_way_back:
+    for name, check, about in CHECKS:
+        if going_back and name in AHEAD_CHECKS:
             continue
         try:
             if about and not any(attrgetter(path)(run) for path in about.split()):
-                found = [("skip", otherwise or "not configured", "")]
+                found = [("skip", "nothing to check", "")]
             elif name in ACTING_CHECKS and "permissions" in failed:
                 found = [("skip", "not asked: see permissions", "")]
             else:
@@ -11506,7 +11505,7 @@ def check_settings(settings: Settings) -> None:
     wrong = " ".join(mistake.message for mistake in mistakes)
     for check_all, is_needed in (
             (services_in_order, settings.service),
-            (verifier_of, settings.signature.given), (check_source, settings.source.given)):
+            (verifier_of, settings.signature.given)):
         try:
             if is_needed:
                 check_all(settings)
@@ -11550,6 +11549,8 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
                settings.probe[name].auth_file and (notifier.url_file or notifier.token_file),
                f"its file and that of [probe:{name}] would be the same credential, {name}: "
                "give it another name")
+    if settings.source.given:
+        yield from source_mistakes(settings)
     if settings.has_slots:
         yield from slots_mistakes(settings)
 

@@ -678,7 +678,7 @@ def test_checksum_off_and_if_present_do_without_a_digest(app: App) -> None:
 
 def test_a_template_is_rendered_with_vars_environment_and_deploy_variables(app: App) -> None:
     app.configure("[vars]\nport = 8080\nname.with.dots = d\n[template:conf]\nsource = conf.in\ntarget = etc/app.conf\nmode = 0640")
-    app.deploy("1.0", {"conf.in": "${port} ${name.with.dots} ${FROM_ENV} ${DEPLOY_VERSION} $${kept} $x"}, check=3)
+    app.deploy("1.0", {"conf.in": "${port} ${name.with.dots} ${FROM_ENV} ${DEPLOY_VERSION} $${kept} $x"}, check=1)
     app.run("deploy", app.directory / "artifacts" / "myapp-1.0.tar.gz", env={"FROM_ENV": "env"}, check=0)
     target = app.root / "current" / "etc" / "app.conf"
     assert target.read_text() == "8080 d env 1.0 ${kept} $x"
