@@ -2596,7 +2596,7 @@ class Store:
         self.command_line = settings.command_line
         self.flag: str = settings.maintenance.flag
         # Whose members deploy here, each what another deployed; -1 where only the owner does.
-        self.group = group_id(group)
+        self.group = group_id(group) if group else -1
         # What the files and directories of .deploy are made with.
         self.file_mode = {"owner": 0o600, "group": 0o640, "all": 0o644}[readable]
         self.directory_mode = self.file_mode | (self.file_mode & 0o444) >> 2
@@ -2626,11 +2626,13 @@ class Store:
     @classmethod
     def create(cls, settings: Settings) -> "Store":
         """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
-        check_group(settings.deploy.group)
+        group = -1
+        if settings.deploy.group:
+            check_group(settings.deploy.group)
+            group = group_id(settings.deploy.group)
         parent, name = os.path.split(os.path.realpath(settings.deploy.root))
         try:
             with Directory(parent) as above:
-                group = group_id(settings.deploy.group)
                 store = cls(above.child(name, make=True, group=group), settings)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
@@ -2831,7 +2833,8 @@ class Store:
         name = temporary_name(STAGING_PREFIX[1:] + "release")
         os.mkdir(name, 0o777, dir_fd=self.directory("releases").descriptor)
         tree = self.directory(f"releases/{name}").descriptor
-        give_to_group(tree, self.group)  # any member may have to remove it
+        if self.group >= 0:
+            give_to_group(tree, self.group)  # any member may have to remove it
         # What umask, setgid bit and default ACL made of it is what it is to have at the end.
         self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
         os.fchmod(tree, self._published_mode & ~(0o077 if self.group < 0 else 0o007))
@@ -2945,6 +2948,8 @@ class Store:
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
+        if self.status(JOURNAL) is None:
+            return None
         hint = "check that the release you want is live, then: " \
             f"{self.command_line('recover --to RELEASE')}"
         data = self.read(JOURNAL, hint)
@@ -3049,16 +3054,16 @@ class Store:
 
 
 def group_id(name: str) -> int:
-    """Return the number of [deploy] group; -1 where there is none."""
-    return account("group", name, "[deploy] group").gr_gid if name else -1
+    """Return the number of [deploy] group."""
+    return account("group", name, "[deploy] group").gr_gid
 
 
 def check_group(group: str) -> None:
     """Refuse to deploy for a group as root, who would believe its members, or as none of them."""
-    if group and os.geteuid() == 0:
+    if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
                          "run it as one of them, or remove group")
-    if group and group_id(group) not in (os.getegid(), *os.getgroups()):
+    if group_id(group) not in (os.getegid(), *os.getgroups()):
         raise StateError(f"{user_name()} is not in the group {group}, whose members deploy here",
                          f"usermod -aG {group} {user_name()}, then log in again")
 
@@ -7505,7 +7510,8 @@ def check_trust(run: Run) -> Findings:
     serious = "fail" if os.geteuid() == 0 else "warn"
     store, root = run.store, run.facts.root
     private = f"{root}/.deploy"
-    check_group(run.settings.deploy.group)
+    if run.settings.deploy.group:
+        check_group(run.settings.deploy.group)
     refused, accepted = untrusted(run.settings)
     # Where root runs nothing of a release, that it could be changed is the application's own risk.
     for path, (problem, fix) in {**trust_problems(f"{root}/releases"), **refused}.items():
@@ -8056,8 +8062,9 @@ def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
         before += [record.id for record in newest_first(facts.records.values())
                    if record.sequence < facts.records[live].sequence]
     for name in before[1:]:
-        record = facts.release(name)
-        if record and name != live and record.state != STATE_STAGED and not is_refused(record):
+        record = facts.records.get(name) if name in facts.on_disk else None
+        is_good = record and record.state in (STATE_ACTIVE, STATE_RETIRED)
+        if is_good and name != live and not record.rolled_back_at:  # type: ignore
             return record
         if certain and name in facts.on_disk and not record and facts.state_problems:
             raise StateError(
@@ -8373,7 +8380,8 @@ def keep_record(run: Run, release: str, counts: Dict[str, int], **fields: Any) -
 def do_seal(run: Run, step: Step) -> None:
     """Keep what was unpacked, and what post_stage made of it: it must not change any more."""
     release, found, mask = step.move.to_release, run.facts.artifact, run.console.secrets.mask
-    created_at = format_time(time.time())
+    created_at, masked_source = format_time(time.time()), mask(found.sha256_source)
+    masked = {name: mask(run.outcome.extra["artifact"][name]) for name in ("name", "source")}
     if run.settings.hooks.post_stage:
         run.manifest = scan_release(run, release, "post_stage left",
                                     "correct [hooks] post_stage")
@@ -8383,10 +8391,9 @@ def do_seal(run: Run, step: Step) -> None:
             sync_filesystem(run.store.directory("releases").descriptor)
     run.outcome.extra["artifact"]["signature"] = found.signature  # known by now
     # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-    artifact = dict(run.outcome.extra["artifact"], sha256_source=mask(found.sha256_source),
+    artifact = dict(run.outcome.extra["artifact"], sha256_source=masked_source, **masked,
                     strip_components=run.settings.artifact.strip_components,
                     identity=None if found.format == "directory" else found.identity())
-    artifact.update((name, mask(artifact[name])) for name in ("name", "source"))
     keep_record(run, release, count_members(run.manifest), version=found.version,
                 state=STATE_STAGED, artifact=artifact, created_at=created_at,
                 sequence=1 + max([0, *map(attrgetter("sequence"), run.facts.records.values())]),
@@ -8739,14 +8746,15 @@ def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
     runs from and everything without a record stay.  A release that is about to be made counts
     as one of those that are kept.
     """
-    live, previous, lost = move.to_release or None, move.from_release, lost_current(facts)
+    live, previous = move.to_release or None, move.from_release
     if live == previous:
         target = rollback_target(facts, live)
         previous = target.id if target else None
     keep = {live, previous, *facts.in_use, *facts.slots}
-    if lost:
-        keep |= {lost.id, lost.previous}
-    there = newest_first(map(facts.release, facts.records))
+    if facts.current.release is None:  # what should be live is known by its record alone
+        for record in facts.records.values():
+            keep |= {record.id, record.previous} if record.state == STATE_ACTIVE else set()
+    there = newest_first(facts.records[name] for name in facts.on_disk if name in facts.records)
     good = [record for record in there
             if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
@@ -9285,12 +9293,32 @@ def recover(run: Run) -> List[str]:
                 store.switch(current.release, live)  # it follows live.conf
         done.append(settle_journal(run, journal, store.current().release))
         run.facts = observe_root(run, locked=True)
+    facts, live = run.facts, run.facts.current.release
     # Where a record cannot be read, what it may need stays.
-    known = None if run.facts.state_problems else run.facts.on_disk
+    known = None if facts.state_problems else facts.on_disk
     done += [f"removed {name}" for name in store.sweep(known, run.console.warn)]
     if store.read_history(1, cut=True)[1]:
         done.append("cut off a torn line of the history")
-    return done + agree_with_disk(run)
+    # The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
+    # should be live stays known.  Records without files go, but what is bad stays known as bad.
+    for record in list(facts.records.values()):
+        there, state = record.id in facts.on_disk, record.state
+        if record.id == live:
+            state = STATE_ACTIVE
+        elif state == STATE_ACTIVE and (live or not there):
+            state = STATE_RETIRED
+        changed = record._replace(state=state)
+        if state != record.state:
+            done.append(f"{record.id} is {state}, not {record.state}")
+        if not (there or record.pruned_at or record.id == live or facts.state_problems):
+            done.append(f"forgot {record.id}: its files are gone")
+            changed = changed._replace(pruned_at=format_time(time.time()))
+            if not is_refused(record) and not record.migrated:
+                store.forget(f"{RECORDS}/{record.id}.json")
+                continue
+        if changed != record:
+            store.save(changed)
+    return done
 
 
 def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
@@ -9396,34 +9424,6 @@ def by_hand(store: Store) -> str:
     """Say how a person settles what no program can decide."""
     return "see which release should be live, then settle on it: " \
         + store.command_line("recover --to RELEASE")
-
-
-def agree_with_disk(run: Run) -> List[str]:
-    """Bring the records into line with what is there; returns what was done.
-
-    The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
-    should be live stays known.  Records without files go, but what is bad stays known as bad.
-    """
-    facts, done = run.facts, []
-    live = facts.current.release
-    for record in list(facts.records.values()):
-        there, state = record.id in facts.on_disk, record.state
-        if record.id == live:
-            state = STATE_ACTIVE
-        elif state == STATE_ACTIVE and (live or not there):
-            state = STATE_RETIRED
-        changed = record._replace(state=state)
-        if state != record.state:
-            done.append(f"{record.id} is {state}, not {record.state}")
-        if not (there or record.pruned_at or record.id == live or facts.state_problems):
-            done.append(f"forgot {record.id}: its files are gone")
-            changed = changed._replace(pruned_at=format_time(time.time()))
-            if not is_refused(record) and not record.migrated:
-                run.store.forget(f"{RECORDS}/{record.id}.json")
-                continue
-        if changed != record:
-            run.store.save(changed)
-    return done
 
 
 # ============================================================================
@@ -11580,8 +11580,9 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         named += receiver.header.items()
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
+            path = getattr(receiver, key, "")
             with suppress(OSError):  # preflight tells
-                texts.append(read_text(getattr(receiver, key, "")).strip())
+                texts += [read_text(path).strip()] if path else []
         for text in texts:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
