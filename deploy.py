@@ -2733,7 +2733,7 @@ class Store:
 
     def load_json(self, path: str) -> Json:
         """Read an object that nobody sealed, empty where there is none; StateError says why not."""
-        data = self.read(path)
+        data = self.read(path) if self.status(path) else None
         if data is None:
             return {}
         with suppress(ValueError, RecursionError):
@@ -8207,18 +8207,18 @@ def do_hook(run: Run, step: Step) -> None:
 
 def do_unpack(run: Run, step: Step) -> str:
     """Unpack; ArtifactRefused for what is wrong with it."""
-    run.staging, live = run.store.new_staging(), run.facts.current.release
-    how, sharer = run.settings.deploy.share_unchanged, None
-    tree = run.store.directory(f"releases/{run.staging}")
+    live, how, sharer = run.facts.current.release, run.settings.deploy.share_unchanged, None
     with ExitStack() as stack:
         progress = stack.enter_context(run.console.progress("unpack", run.artifact.size_bytes))
+        run.staging = run.store.new_staging()
+        tree = run.store.directory(f"releases/{run.staging}")
         # Who may write to the files would reach into the live release through hard links.
         written = run.settings.hooks.post_stage or run.settings.deploy.writable
         if live and how != "no" and not (how == "hardlink" and written):
             release = stack.enter_context(run.store.directory("releases").child(live))
-            sharer = stack.enter_context(Sharer(release, how))
-        run.manifest, notes = unpack(
-            run.artifact, tree, run.settings, progress, sharer)
+            sharer = Sharer(release, how)
+            stack.callback(sharer.close)
+        run.manifest, notes = unpack(run.artifact, tree, run.settings, progress, sharer)
     for note in notes:
         run.console.warn(note)
     counts, more = count_members(run.manifest), ""
@@ -8324,9 +8324,10 @@ def do_writable(run: Run, step: Step) -> None:
 
 def do_publish(run: Run, step: Step) -> None:
     """Make the staged tree durable, then give it its name under releases/."""
+    directories = names_of(run.manifest, DIRECTORY)
     tree = run.store.directory(f"releases/{run.staging}")
     # Nothing will be made in them any more; what lies below goes first.
-    for name in reversed(names_of(run.manifest, DIRECTORY)):
+    for name in reversed(directories):
         if run.manifest[name].mode != _MODE_DIRECTORY:
             os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
     if run.store.group >= 0:
@@ -9045,9 +9046,9 @@ class Executor:
             journal = Journal(
                 deploy_id=self.deploy_id, operation=plan.operation, phase=phase,
                 from_release=plan.from_release, to_release=plan.to_release,
-                artifact_sha256=found.sha256 if found else "", boot_id=boot_id(),
-                started_at=format_time(run.facts.now_seconds), recoveries=0,
-                plan=run.console.secrets.mask_json(plan.to_json()), done=[], failure=None,
+                artifact_sha256=found.sha256 if found else "",
+                plan=run.console.secrets.mask_json(plan.to_json()), recoveries=0, done=[],
+                started_at=format_time(run.facts.now_seconds), boot_id=boot_id(), failure=None,
                 by=run.by, chain=run.store.chain)
         done = journal.done + [step.name for step in self.done if step.name not in journal.done]
         run.journal = journal._replace(phase=phase, done=done, migration=run.migration,
@@ -9924,7 +9925,7 @@ def command_move(run: Run) -> None:
         conclude(run, message)
         return
     facts, then = run.facts, {"before": outcome.previous}
-    before = facts.release(outcome.previous or "")
+    before = facts.records.get(outcome.previous or "")
     if command == "stage":
         then = {"go live": facts.command_line(f"activate {outcome.release}")}
     elif command == "rollback" and before and before.state != STATE_BAD:
@@ -11167,9 +11168,9 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
             except Exception as problem:  # a defect here must not make a failure of what is done
                 console.warn(step_error(problem, name).message)
     result = result_object(error, run, exit_code, seconds)
-    console.working(result["msg"], state="" if error else "READY=1")
     if not dry_run:
         end = {"event": "run_failed" if error else "run_done", "result": run_result(run, exit_code)}
+    console.working(result["msg"], state="" if error else "READY=1")
     if outcome.steps or outcome.checks:
         text = "checked {checked}, changed {changed}, failed {failed}".format(**result["summary"])
         if console.warnings:
