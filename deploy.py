@@ -2938,14 +2938,6 @@ class Store:
                                      f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
             yield found[0], found[1]
 
-    def write_manifest(self, release: str, manifest: Iterator[bytes],
-                       tree: Iterator[bytes]) -> Json:
-        """Write a release's two manifests durably; returns what its record says of them."""
-        written = {}
-        for path, name, lines in ((TREES, "tree", tree), (MANIFESTS, "manifest", manifest)):
-            written[f"{name}_sha256"] = self.directory(path).write(release, lines, self.file_mode)
-        return written
-
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
         if self.status(JOURNAL) is None:
@@ -8034,17 +8026,16 @@ def unrecorded(facts: Facts) -> str:
     return f"{adopt}: {names}" if names else "none in releases/ is known: deploy an artifact"
 
 
-def lost_current(facts: Facts) -> Optional[Record]:
-    """Return what should be live where `current` is gone: its record alone still says so."""
-    lost = [record for record in facts.records.values()
-            if record.state == STATE_ACTIVE and record.id in facts.on_disk]
-    return lost[0] if lost and facts.current.release is None else None
+def lost_current(facts: Facts) -> Optional[StateError]:
+    """Make the error for what should be live where `current` is gone: its record still says so.
 
-
-def without_current(facts: Facts, lost: Record) -> StateError:
-    """Make the error for it; `recover --to` keeps what was live before, `activate` would not."""
-    return StateError(f"{lost.id} should be live, but current is missing",
-                      facts.command_line(f"recover --to {lost.id}"))
+    `recover --to` keeps what was live before, `activate` would not.
+    """
+    for record in facts.records.values() if facts.current.release is None else ():
+        if record.state == STATE_ACTIVE and record.id in facts.on_disk:
+            return StateError(f"{record.id} should be live, but current is missing",
+                              facts.command_line(f"recover --to {record.id}"))
+    return None
 
 
 def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
@@ -8135,7 +8126,7 @@ def choose_target(facts: Facts) -> Record:
     if named:
         return select_release(facts, named)
     if lost:
-        raise without_current(facts, lost)
+        raise lost
     target = rollback_target(facts, live, certain=True)
     if is_under_way(facts.journal, live):
         target = facts.release(facts.journal.from_release) or target
@@ -8368,8 +8359,11 @@ def scan_release(run: Run, release: str, whose: str, fix: str) -> Manifest:
 
 def keep_record(run: Run, release: str, counts: Dict[str, int], **fields: Any) -> None:
     """Write manifest and record of a release that is whole: from here on it is known."""
-    digests = run.store.write_manifest(
-        release, digest_lines(run.manifest), tree_lines(run.manifest))
+    digests = {}
+    for path, name, lines in ((TREES, "tree", tree_lines(run.manifest)),
+                              (MANIFESTS, "manifest", digest_lines(run.manifest))):
+        digests[f"{name}_sha256"] = run.store.directory(path).write(
+            release, lines, run.store.file_mode)
     record = Record(**dict(
         dict.fromkeys(Record._fields), id=release, pinned=False, migrated=False, by=run.by,
         rollback={"release": None, "command": None}, note=run.note or None,
@@ -9970,7 +9964,7 @@ def command_recover(run: Run) -> None:
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
     conclude(run, "; ".join(done) or "nothing to recover")
     if lost:
-        raise without_current(run.facts, lost)
+        raise lost
     if run.facts and run.facts.state_problems:
         raise StateError("; ".join(run.facts.state_problems), RESTORE)
 
@@ -10239,10 +10233,9 @@ def state_problems(run: Run) -> List[Problem]:
         problems.append(("maintenance is on, and the run that wanted it has ended",
                          command_line("recover")))
     if lost:
-        error = without_current(facts, lost)
-        problems.append((error.message, error.hint))
+        problems.append((lost.message, lost.hint))
     for record in facts.records.values():
-        if record.state == STATE_ACTIVE and record.id != live and record != lost:
+        if record.state == STATE_ACTIVE and record.id != live and not lost:
             problems.append((f"{record.id} should be live, but current points to {live}",
                              command_line(f"activate {record.id}") + "; or recover, to go by it"))
         elif record.id == live and record.failure:
