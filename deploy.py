@@ -2080,18 +2080,18 @@ class Settings:
         kind, _, name = section.partition(":")
         values = SimpleNamespace(name=name, given=[])
         own = {key: value for (place, key), value in self.given.items() if place == section}
-        for option in options.values():
-            prefix, is_chosen, _ = option.key.partition("*")
-            found = {key: value for key, value in own.items()
-                     if find_option(section, key) is option}
-            if not found and not is_chosen:
-                found = {option.key: Given(option.default, "default", "")}
-            read = {key[len(prefix):]: self._value(option, section, key, value)
-                    for key, value in found.items()}
+        for key, option in options.items():
+            prefix, is_chosen, _ = key.partition("*")
             attribute = prefix.rstrip(".") or "ports"
-            if any(value.text != option.default for value in found.values()):
+            if is_chosen:
+                read = {other[len(prefix):]: self._value(option, section, other, value)
+                        for other, value in own.items() if find_option(section, other) is option}
+            else:
+                read = self._value(option, section, key,
+                                   own.get(key, Given(option.default, "default", "")))
+            if read if is_chosen else key in own and own[key].text != option.default:
                 values.given.append(attribute)
-            setattr(values, attribute, read if is_chosen else read[""])
+            setattr(values, attribute, read)
         for group in ONE_OF.get(kind, ()):
             present = [key for key in group.split() if key in values.given]
             if len(present) != 1 and (name or values.given):
@@ -11187,19 +11187,8 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 #    code, two lines of error, or one JSON object.
 # ============================================================================
 
-COMMANDS = {
-    "deploy": command_move, "stage": command_move, "activate": command_move,
-    "rollback": command_move, "preflight": command_preflight, "probe": command_probe,
-    "verify": command_verify, "status": command_status, "releases": command_releases,
-    "history": command_history, "show": command_show, "diff": command_diff, "logs": command_logs,
-    "prune": command_prune, "pin": command_move, "unpin": command_move, "adopt": command_move,
-    "sync": command_move,
-    "hold": command_move, "unhold": command_move, "flags": command_flags,
-    "report": command_report, "approve": command_approve, "attest": command_attest,
-    "maintenance": command_maintenance,
-    "recover": command_recover, "pack": command_pack, "config": command_config,
-    "help": command_help, "completion": command_completion,
-}
+# What moves releases is one function: command_NAME of all others is their own.
+COMMANDS = {name: globals().get(f"command_{name}", command_move) for name in COMMAND_HELP}
 
 # Commands that tell about the program itself: they read no configuration, a broken one stops none.
 TELLING = ("help", "completion")
@@ -11229,7 +11218,7 @@ class Parser(argparse.ArgumentParser):
         hint = f"see {self.prog} --help: the flags of a command stand behind it"
         if word not in names:
             hint = nearest(word, names) or hint
-        raise UsageError(re.sub(r" \(choose from .*", "", message), hint)
+        raise UsageError(re.sub(r"\Aargument | \(choose from .*", "", message), hint)
 
     def _get_option_tuples(self, option_string: str) -> Any:
         # Nothing can be abbreviated; allow_abbrev=False forbids joined short options before 3.8.
@@ -11242,22 +11231,33 @@ class Parser(argparse.ArgumentParser):
 
 def add_flag(group: Any, flag: Flag) -> None:
     """Add one row of the table to a parser or a group of one."""
-    metavar = flag.metavar.strip("[].")
-    if flag.is_argument:
-        nargs = ("*" if "..." in flag.metavar else "?") if "[" in flag.metavar else None
-        group.add_argument(flag.dest, metavar=metavar, nargs=nargs, help=flag.help)
-        return
-    # A common flag has no default: what stands before the command must not undo what stands behind.
-    kind: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
-    kind["default"] = None if flag.commands else argparse.SUPPRESS
-    if flag.metavar.endswith("..."):
-        values: List[str] = []  # one list of all: `append` begins anew behind the command
+    values: List[str] = []  # one list of all: `append` begins anew behind the command
 
-        def collect(text: str) -> List[str]:
-            values.append(text)
-            return values
-        kind["type"] = collect
-    group.add_argument(*flag.names, dest=flag.dest, help=flag.help, **kind)
+    def read(text: str) -> Any:
+        # A variable that was never set must not pass for an option that was never given.
+        if not text:
+            raise argparse.ArgumentTypeError("given, but empty")
+        if flag.metavar == "DURATION" and re.match(r"[0-9]+\Z", text):
+            text += "s"
+        try:
+            if flag.kind:
+                read_value(flag.kind, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}")
+        values.append(text)
+        return values if flag.metavar.endswith("...") else text
+
+    # A common flag has no default: what stands before the command must not undo what stands behind.
+    kind: Json = {"default": None if flag.commands else argparse.SUPPRESS, "help": flag.help}
+    if flag.metavar:
+        kind.update(metavar=flag.metavar.strip("[]."), type=read)
+    else:
+        kind["action"] = "store_true"
+    if flag.is_argument:
+        kind["nargs"] = ("*" if "..." in flag.metavar else "?") if "[" in flag.metavar else None
+        group.add_argument(flag.dest, **kind)
+    else:
+        group.add_argument(*flag.names, dest=flag.dest, **kind)
 
 
 def build_parser(names: Iterable[str]) -> Parser:
@@ -11297,17 +11297,7 @@ def parse_command_line(argv: List[str]) -> Any:
     asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
     flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
     for flag in FLAGS:
-        name, text = flag.names[-1], vars(flags).setdefault(flag.dest, None)
-        # A variable that was never set must not pass for an option that was never given.
-        if text == "" or isinstance(text, list) and "" in text:
-            raise UsageError(f"{name} is given, but empty", "give a value, or leave it out")
-        if text and flag.metavar == "DURATION" and re.match(r"[0-9]+\Z", text):
-            setattr(flags, flag.dest, f"{text}s")
-        try:
-            if text and flag.kind:
-                read_value(flag.kind, getattr(flags, flag.dest))
-        except ValueError as error:
-            raise UsageError(f"{name} {text!r}: {error}", f"{name}: {flag.help}")
+        vars(flags).setdefault(flag.dest, None)
     if flags.delegate:
         raise UsageError("--delegate FILE stands first, as two words, and once",
                          "deploy.py --delegate FILE COMMAND ...")

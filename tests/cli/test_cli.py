@@ -521,10 +521,10 @@ def test_output_is_ascii_when_the_locale_is_c(tmp_path: Path) -> None:
 # -- mistakes are told in the words that were typed ---------------------------
 
 @pytest.mark.parametrize("words, message, hint", [
-    (["prune", "--splay="], "--splay is given, but empty", "leave it out"),
-    (["prune", "--log-file", ""], "--log-file is given, but empty", "leave it out"),
-    (["probe", "--command", ""], "--command is given, but empty", "leave it out"),
-    (["pin", ""], "release is given, but empty", "leave it out"),
+    (["prune", "--splay="], "--splay: given, but empty", "stand behind it"),
+    (["prune", "--log-file", ""], "--log-file: given, but empty", "stand behind it"),
+    (["probe", "--command", ""], "--command: given, but empty", "stand behind it"),
+    (["pin", ""], "RELEASE: given, but empty", "stand behind it"),
     (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeout"], "--expect 'timeout': expected KEY=VALUE", "--expect json.status=ok"),
     (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeuot=1s"], "--expect: unknown key 'timeuot'", "did you mean 'timeout'?"),
 ])
