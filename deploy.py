@@ -3931,11 +3931,34 @@ class Artifact(Descriptor):
         return tree_digest(judge.manifest)
 
     def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
-        """Find digest, version and cost; `sha256` and `version` are what the operator gave."""
-        if sha256:
-            self.sha256, self.sha256_source = sha256[-64:].lower(), "--sha256"
-        elif settings.artifact.checksum != "off":
-            self._find_digest(required=settings.artifact.checksum == "required")
+        """Find digest, version and cost; `sha256` and `version` are what the operator gave.
+
+        The digest is in ARTIFACT.sha256, else in SHA256SUMS beside it, by the artifact's base name;
+        in its own file it may stand alone.
+        """
+        from shlex import quote
+        (directory, name), policy = os.path.split(self.path), settings.artifact.checksum
+        self.sha256, self.sha256_source = sha256[-64:].lower(), "--sha256"
+        for source in () if sha256 or policy == "off" else (name + ".sha256", "SHA256SUMS"):
+            with blaming(ArtifactRefused, f"cannot use {source}", "correct or remove it, or give "
+                         "--sha256"), suppress(FileNotFoundError, NotADirectoryError):
+                names = {os.fsencode(name)} if source == "SHA256SUMS" else {os.fsencode(name), b""}
+                digests = {digest for entry, digest in read_digests(read_file(
+                    os.path.join(directory, source), MAX_SIDECAR_BYTES, self.links))
+                    if entry.rpartition(b"/")[2] in names}
+                if len(digests) > 1:
+                    raise ValueError(f"it is ambiguous: it has different digests for {name}")
+                if digests:
+                    self.sha256, self.sha256_source = digests.pop(), source
+                    break
+                if source != "SHA256SUMS":
+                    raise ValueError(f"it has no entry for {name}")
+        # A directory was not transferred: there is no promise about its bytes to keep.
+        if not self.sha256 and policy == "required" and self.format != "directory":
+            raise ArtifactRefused(
+                f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 or SHA256SUMS",
+                f"where the artifact was built: cd {quote(directory)} && "
+                f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
         if not self.sha256:
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
@@ -3943,33 +3966,6 @@ class Artifact(Descriptor):
         if self.exact and 0 < settings.limits.max_expanded < self.expanded_bytes:
             raise exceeds(f"{self.name} expands to {format_size(self.expanded_bytes)},",
                           settings.limits.max_expanded, "max_expanded")
-
-    def _find_digest(self, *, required: bool) -> None:
-        """Take it from ARTIFACT.sha256, else from SHA256SUMS beside it."""
-        from shlex import quote
-        directory, name = os.path.split(self.path)
-        hint = (f"where the artifact was built: cd {quote(directory)} && "
-                f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
-        for source in (name + ".sha256", "SHA256SUMS"):
-            with blaming(ArtifactRefused, f"cannot use {source}", "correct or remove it, or give "
-                         "--sha256"), suppress(FileNotFoundError, NotADirectoryError):
-                entries = read_digests(read_file(
-                    os.path.join(directory, source), MAX_SIDECAR_BYTES, self.links))
-                # By its base name; in its own file a digest may stand alone.
-                names = {os.fsencode(name)} if source == "SHA256SUMS" else {os.fsencode(name), b""}
-                digests = {digest for entry, digest in entries
-                           if entry.rpartition(b"/")[2] in names}
-                if len(digests) > 1:
-                    raise ValueError(f"it is ambiguous: it has different digests for {name}")
-                if digests:
-                    self.sha256, self.sha256_source = digests.pop(), source
-                    return
-                if source != "SHA256SUMS":
-                    raise ValueError(f"it has no entry for {name}")
-        # A directory was not transferred: there is no promise about its bytes to keep.
-        if required and self.format != "directory":
-            raise ArtifactRefused(f"no SHA-256 to compare {name} with: no --sha256, {name}.sha256 "
-                                  f"or SHA256SUMS", hint)
 
     def confirm(self, settings: Settings, watch: Watch, known: str = "") -> None:
         """Compare where no unpacking will tell; `known` is what these bytes had when last read."""
@@ -4428,11 +4424,7 @@ class Stream:
 
     def take(self, size_bytes: int) -> bytes:
         """Take so many bytes; ArtifactRefused as in pieces()."""
-        if size_bytes > len(self.view):
-            return b"".join(self.pieces(size_bytes))
-        data = bytes(self.view[:size_bytes])
-        self.view = self.view[size_bytes:]
-        return data
+        return b"".join(self.pieces(size_bytes))
 
 
 class LibZstd:

@@ -713,10 +713,10 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
         stream.write("x")
     os.symlink("/".join(["d" * 60] * 4) + "/long", odd_release + "/longlink")
     targets = [bench.path + "/one-1.0.tar.gz", odd_release + "/two-1.0.tar.gz"]
-    results = [deploy.pack(odd_release, target, "app-1.0", settings(), nothing) for target in targets]
+    results = [deploy.pack(odd_release, target, settings(), nothing) for target in targets]
     os.utime(odd_release + "/plain", (1, 1))
     os.umask(0o077)
-    results.append(deploy.pack(odd_release, targets[1], "app-1.0", settings(), nothing))
+    results.append(deploy.pack(odd_release, targets[1], settings(), nothing))
     os.umask(0o022)
     contents = []
     for target in targets:
@@ -726,7 +726,7 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
     assert (results[0][0]["sha256"], results[0][0]["size"]) == (hashlib.sha256(contents[0]).hexdigest(), len(contents[0]))
     assert subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "one-1.0.tar.gz.sha256"], cwd=bench.path).returncode == 0
     os.unlink(targets[1]), os.unlink(targets[1] + ".sha256")
-    unpacked = bench.unpack(targets[0], artifact__strip_components=1)
+    unpacked = bench.unpack(targets[0])
     with deploy.Directory(odd_release) as source:
         assert deploy.differences(unpacked.manifest, deploy.scan_tree(source, nothing, known=unpacked.manifest)) == {"changed": {}, "missing": {}, "added": {}}
     listing = subprocess.run(["tar", "-tvzf", targets[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -738,7 +738,7 @@ def test_packing_is_reproducible_and_deploys(bench, odd_release):
 def test_pack_refuses_what_could_not_be_deployed(bench, tree):
     os.symlink("/etc", tree + "/out")
     with pytest.raises(deploy.ArtifactRefused, match="leaves"):
-        deploy.pack(tree, bench.path + "/x.tar.gz", "", settings(), nothing)
+        deploy.pack(tree, bench.path + "/x.tar.gz", settings(), nothing)
     assert not [name for name in os.listdir(bench.path) if "x.tar.gz" in name]
 
 
