@@ -9631,13 +9631,12 @@ def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing:
 def block(values: Json, indent: str = "  ") -> Iterator[str]:
     """Write each value that is known on a line of its own, and what belongs together below it."""
     for name, value in values.items():
-        items = value if isinstance(value, list) else [value]
-        if isinstance(value, dict) and not in_short(name, value):
+        if value and name in ("failure", "evidence", "slots"):
             yield f"{indent}{name}"
             yield from block(value, indent + "  ")
-            items = []
-        for item in items:
-            if item not in (None, ""):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if item not in (None, "", {}):
                 yield f"{indent}{name:<16} {in_short(name, item)}"
                 name = ""
 
@@ -9981,7 +9980,7 @@ def preview_recovery(run: Run) -> List[str]:
 
 def command_preflight(run: Run) -> None:
     """Run every read-only check, and show them as a table."""
-    outcome, console, asked = run.outcome, run.console, run.flags.artifact or ""
+    outcome, asked = run.outcome, run.flags.artifact or ""
     with looking(run, must_exist=False):
         facts = observe(run, locked=False, artifact=asked, confirm=True)
         if facts.artifact:
@@ -9989,13 +9988,10 @@ def command_preflight(run: Run) -> None:
             run.plan = make_plan(facts, Move("deploy", outcome.release, release))
             outcome.extra["artifact"] = artifact_json(facts.artifact)
         results = run_checks(run)
-    show_table(run, "STATUS|CHECK|FOUND", "status name detail",
+    show_table(run, "STATUS|CHECK|FOUND|WHAT TO DO", "status name detail hint",
                [result._asdict() for result in results])
-    for name, status, detail, hint in results:
-        if hint:
-            console.result(f"hint ({name}): {hint}")
-        if status == "warn":
-            console.warnings.append(f"{name}: {detail}")
+    run.console.warnings += [f"{result.name}: {result.detail}" for result in results
+                             if result.status == "warn"]
     failed = [result for result in results if result.status == "fail"]
     outcome.message = f"{count(len(results), 'check')}, {len(failed)} failed"
     if failed:
@@ -10045,12 +10041,9 @@ def command_logs(run: Run) -> None:
     idle = set(slots) - {facts.live_slot}
     units = [service for name, service in services.items()
              if service.unit and (name == wanted or not wanted and name not in idle)]
-    if not units:
-        raise UsageError(f"{wanted or 'none'} is no systemd unit, and only units have a journal",
-                         "set `unit` in [service:NAME], or look where the service logs to")
-    if run.flags.follow and (run.flags.json or len(units) > 1):
-        raise UsageError("--follow has no end, and shows one journal",
-                         "name one service, without --json")
+    if not units or run.flags.follow and (run.flags.json or len(units) > 1):
+        raise UsageError("logs shows the journals of systemd units, and --follow one of them",
+                         "name one service that has a unit, and --follow without --json")
     since_seconds = read_value("moment", live.activated_at or live.created_at)(0.0, 1)
     for service in units:
         argv = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
@@ -10193,7 +10186,7 @@ def show_status(run: Run) -> None:
     run.console.result("\n".join(block({
         "application": facts.application, "root": facts.root, **found,
         "current": found["current"] or name or "nothing is live",
-        "slots": found["slots"] or None, "state": "" if problems else "ok"})))
+        "state": "" if problems else "ok"})))
     outcome.message = f"{name or 'nothing'} is live; state: {'; '.join(found['problems']) or 'ok'}"
     if problems:
         raise ProblemFound(*problems[0])
@@ -10315,10 +10308,7 @@ def command_show(run: Run) -> None:
     run.outcome.message = found[-1].result
     for entry in shown:
         steps = [part for step in entry["steps"] for part in (step, *step.get("output", ()))]
-        failure = entry["failure"] or {}
-        run.console.result("\n".join(block({
-            **(failure.get("evidence") or {}), **entry, "steps": steps,
-            "failure": failure.get("step"), "reason": failure.get("reason")})))
+        run.console.result("\n".join(block(dict(entry, steps=steps))))
 
 
 # -- how deployments went over time --------------------------------------------
@@ -10551,13 +10541,12 @@ def command_maintenance(run: Run) -> None:
     with looking(run) as store:
         found = store.maintenance()
         outcome.changed = not found or "deploy_id" in found if is_on else bool(found)
-        if not outcome.changed or run.flags.dry_run:
-            pass
-        elif is_on:
-            whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
-            store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
-        else:
-            store.forget(flag)
+        if outcome.changed and not run.flags.dry_run:
+            if is_on:
+                whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
+                store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
+            else:
+                store.forget(flag)
     conclude(run, f"maintenance is {run.flags.action}: {run.root}/{flag}")
     run.console.say(outcome.message, shown="")
 

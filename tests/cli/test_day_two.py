@@ -55,7 +55,7 @@ def test_logs_asks_the_journal_for_the_units_since_the_release_went_live(app: Ap
     assert journal.calls()[-1][0] == "--user"
     assert "did you mean 'web'?" in app.run("logs", "wbe", env=env, check=2).data["error"]["hint"]
     app.configure("[service:web]\ncommand = true")
-    assert "no systemd unit" in app.run("logs", "web", env=env, check=2).data["msg"]
+    assert "journals of systemd units" in app.run("logs", "web", env=env, check=2).data["msg"]
 
 
 def test_logs_follow_ends_with_its_caller(app: App, tmp_path: Path) -> None:

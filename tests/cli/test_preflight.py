@@ -522,7 +522,7 @@ def test_people_get_a_table_and_the_hints_of_everything_that_failed(app: App) ->
     app.configure("min_free = 999T\n[preflight]\nrequire_commands = no-such-program")
     result = app.run("preflight", json=False, check=3)
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["STATUS", "CHECK", "FOUND"] and len(lines) >= 1 + len(NAMES)
+    assert lines[0].split()[:3] == ["STATUS", "CHECK", "FOUND"] and len(lines) >= 1 + len(NAMES)
     assert [line.split()[1] for line in lines if line.startswith("fail")] == ["space", "required"]
     everything = result.stdout + result.stderr
     assert "min_free" in everything and "create no-such-program" in everything
