@@ -2640,7 +2640,7 @@ class Store:
             slots = ["slots"] if settings.slots else []
             for path in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
                 mode = store.directory_mode if path in PRIVATE_DIRECTORIES else 0o755
-                if store.status(path) is None:  # shared/ may be a link, and is no business of ours
+                if path != "shared" or store.status(path) is None:  # a link is the operator's
                     store.root.child(path, make=True, mode=mode, group=store.group).close()
             return store
         except OSError as error:
@@ -9948,32 +9948,30 @@ def command_recover(run: Run) -> None:
         return
     if not is_untouched(run):
         with looking(run, must_exist=False) if flags.dry_run else changing(run):
-            lost = lost_current(observe(run, locked=True))
-            done = preview_recovery(run) if flags.dry_run else outcome.extra["recovered"]
+            facts = observe(run, locked=not flags.dry_run)
+            lost, journal = lost_current(facts), facts.journal
+            done = outcome.extra.get("recovered", [])
+            if flags.dry_run:
+                # First what it would be refused with.
+                if facts.holder is not None:
+                    raise busy(facts.holder)
+                if facts.current.problem:
+                    raise StateError(facts.current.problem, facts.current.hint)
+                stray = journal and stray_error(run.store, journal, facts.current.release)
+                if stray:
+                    raise stray
+                if journal:
+                    what = f"{journal.operation} of {journal.to_release}"
+                    done.append(f"recover the {what} ({journal.phase})")
+                done += [f"remove {path}" for path in run.store.sweep()]
+                outcome.changed = bool(done)
     if flags.dry_run:
-        outcome.changed = bool(done)
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
     conclude(run, "; ".join(done) or "nothing to recover")
     if lost:
         raise lost
     if run.facts and run.facts.state_problems:
         raise StateError("; ".join(run.facts.state_problems), RESTORE)
-
-
-def preview_recovery(run: Run) -> List[str]:
-    """Say what `recover` would do; raises what it would be refused with."""
-    holder, journal, current = lock_holder(run.store), run.facts.journal, run.facts.current
-    if holder is not None:
-        raise busy(holder)
-    if current.problem:
-        raise StateError(current.problem, current.hint)
-    plan = [f"remove {path}" for path in run.store.sweep()]
-    if journal:
-        stray = stray_error(run.store, journal, current.release)
-        if stray:
-            raise stray
-        plan.insert(0, f"recover the {journal.operation} of {journal.to_release} ({journal.phase})")
-    return plan
 
 
 # -- commands that only look ---------------------------------------------------
