@@ -5492,9 +5492,11 @@ def foreign_program(settings: Settings, where: str, program: str, directory: str
             for path, (problem, hint) in trust_problems(place).items()}
 
 
-def accepting(paths: Iterable[str]) -> str:
-    """Say how the risk of these paths is accepted."""
-    return f"accept the risk in [preflight] accept_risk, a path a line: {', '.join(paths)}"
+def accepting(settings: Settings, paths: Iterable[str]) -> str:
+    """Write the option that accepts the risk of these paths, beside those accepted so far."""
+    risks = "\n".join(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
+    option = spell(["--set", f"preflight.accept_risk={risks}"])
+    return f"accept the risk, for every such path: {option}"
 
 
 def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
@@ -5508,7 +5510,7 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
         found.pop(path, None)
     for problem, hint in found.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
-                         f"{hint}; or {accepting(found)}")
+                         f"{hint}; or {accepting(settings, found)}")
 
 
 def working_directory(context: Context) -> str:
@@ -5636,8 +5638,8 @@ class Service:
         """Make the error of a service that is not healthy."""
         hint = "look into its own log; pidfile must name a living process that follows `current`"
         if self.settings.unit:
-            hint = ("systemctl status {0}; journalctl -u {0}; if it is slow, give it more time "
-                    "with `timeout`").format(self.settings.unit)
+            hint = ("systemctl status {0}; journalctl -u {0}; give it more time with `timeout`; "
+                    "without systemd use pidfile or command").format(self.settings.unit)
         if self.is_acting:
             evidence.update(journal_of(self.run, [self.settings]))
         return StepFailed(f"service {self.settings.name}: {why}", hint, evidence)
@@ -5678,13 +5680,7 @@ class UnitService(Service):
 
     def check(self) -> Findings:
         """Look for the unit, and refuse to restart the one that this program runs in."""
-        unit, action = self.settings.unit, self.settings.action
-        try:
-            state = self.state()
-        except StepFailed as failed:
-            yield ("fail", failed.message,
-                   "systemctl must work here; without systemd use pidfile or command")
-            return
+        unit, action, state = self.settings.unit, self.settings.action, self.state()
         groups = re.split("[/\n]", read_text("/proc/self/cgroup"))  # cgroups(7)
         if action != "none" and (unit in groups or f"{unit}.service" in groups):
             yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
@@ -5789,10 +5785,9 @@ def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
         # Without the first, what it has just said might not be there yet.
         for arguments in (["--sync"], [*manager, "-u", service.unit, "-n", "10", "--no-pager"]):
             done = run_command(["journalctl", *arguments], timeout_seconds=5.0,
-                               interrupts=run.interrupts, mask=run.console.secrets.mask)
+                               interrupts=run.interrupts, on_line=run.console.output,
+                               mask=run.console.secrets.mask)
         lines += done.tail
-    for line in lines:
-        run.console.output(line)
     return {"journal": lines} if lines else {}
 
 
@@ -5885,8 +5880,9 @@ def services_in_order(settings: Settings) -> List[str]:
     while left:
         ready = [name for name in left if set(order).issuperset(settings.service[name].after)]
         if not ready:
-            raise settings.wrong(f"service:{left[0]}", "after: one of them is no [service:NAME], "
-                                 f"or they wait for each other: {', '.join(left)}")
+            after = ", ".join(settings.service[left[0]].after)
+            raise settings.wrong(f"service:{left[0]}", f"after = {after}: there is no such "
+                                 f"[service:NAME], or these wait for each other: {', '.join(left)}")
         order += ready
         left = [name for name in left if name not in ready]
     return order
@@ -6166,11 +6162,9 @@ def probe_kind(probe: Any) -> str:
 
 def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     """Say what is wrong with a probe's settings, without asking anything."""
-    if probe.of_slot:
-        probe = filled(probe, dict.fromkeys(OF_SLOTS, "1"))
     kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
-    if is_candidates:
-        probe = filled(probe, {CANDIDATE_PORT: "1"})
+    places = [*OF_SLOTS, CANDIDATE_PORT] if is_candidates else OF_SLOTS
+    probe = filled(probe, dict.fromkeys(places, "1"))
     wrong, key = "", "url"
     try:
         if probe.url:
@@ -6446,10 +6440,10 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     """
     started_seconds, slot = time.monotonic(), context.slot
     services = [*run.settings.service.values(), *([slot] if slot else [])]
-    if probe.of_slot and not slot:
-        raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
-                           "deploy something first")
     if probe.of_slot:
+        if not slot:
+            raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
+                               "deploy something first")
         probe = filled(probe, slot.places)
     # Where this run has restarted whatever could answer, the new release answers; a proxy may lead
     # to the other slot yet.
@@ -7708,7 +7702,7 @@ def check_origin(run: Run) -> Findings:
     for path, (why, fix) in found.items():
         yield ("warn" if path in settings.preflight.accept_risk else "fail", why,
                f"{fix}; or give its digest from where it was built: --sha256; or "
-               f"{accepting(found)}")
+               f"{accepting(settings, found)}")
 
 
 def is_refused(record: Record) -> bool:
@@ -11665,7 +11659,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
             for problem, hint in refused.values():
                 raise PreflightFailed(
                     f"what root acts on could have been written by others: {problem}", f"{hint}; "
-                    f"or {accepting(refused)}")
+                    f"or {accepting(settings, refused)}")
         run.is_believed = True
         if flags.splay:
             wait_splay(run)

@@ -377,7 +377,7 @@ def test_all_that_is_wrong_is_told_at_once(app: App) -> None:
         for part in (f"{more}: unknown section [artefact] [did you mean 'artifact'?]", f"{more}: unknown key 'keep_release' in [deploy]",
                      f"{more}: [deploy] min_free = 'lots': expected a size", f"{app.config}: [service:web] unit = 'a # b': a comment",
                      f"{app.config}: unknown section [deploy:x]", "[limits] max_file = 'x': expected a size", "--set 'nonsense': expected",
-                     "[service:db] after: one of them is no [service:NAME]", "[probe:one] url", "[probe:two] tcp",
+                     "[service:db] after = nosuch: there is no such", "[probe:one] url", "[probe:two] tcp",
                      "[template:t] target = log: it meets log"):
             assert part in error["message"], part
         assert error["message"].startswith("11 mistakes in the configuration: (1) ")

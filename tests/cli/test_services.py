@@ -94,7 +94,10 @@ def session_with(*assignments):
 
 def against(service):
     """What is against acting on a service, and what to do about it; None for nothing."""
-    found = list(service.check())
+    try:
+        found = list(service.check())
+    except deploy.StepFailed as failed:  # which whoever checks makes a row of
+        return failed.message, failed.hint
     return found[0][1:] if found else None
 
 
