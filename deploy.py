@@ -5882,7 +5882,7 @@ def services_in_order(settings: Settings) -> List[str]:
         if not ready:
             after = ", ".join(settings.service[left[0]].after)
             raise settings.wrong(f"service:{left[0]}", f"after = {after}: there is no such "
-                                 f"[service:NAME], or these wait for each other: {', '.join(left)}")
+                                 f"[service:NAME], or they wait for each other: {', '.join(left)}")
         order += ready
         left = [name for name in left if name not in ready]
     return order
