@@ -9413,7 +9413,7 @@ def by_hand(store: Store) -> str:
 #    its words, what ansible-doc reads.  Texts alone.
 # ============================================================================
 
-# The README has the same pages.
+# The README leads to these pages.
 HELP = {
     "systemd": """\
 `systemctl enable --now deploy@shop.timer deploy-recover@shop` for shop.ini:
