@@ -178,7 +178,7 @@ def test_expectations_for_configured_probes_are_refused(app: App) -> None:
 
 def test_too_many_successes_are_told_as_such(tmp_path: Path) -> None:
     result = run_deploy("probe", "--command", "true", "--wait", "1s", "--expect", "successes=50", "--expect", "period=10ms", check=7)
-    assert "tries in a row were healthy" in result.data["error"]["message"]
+    assert "answers in a row were healthy" in result.data["error"]["message"]
 
 
 def test_names_of_a_zip_made_on_unix_are_utf8_without_the_flag(tmp_path: Path) -> None:
@@ -230,12 +230,12 @@ def test_a_flag_before_its_command_is_told_where_it_belongs(words: List[str], tm
 def test_a_log_is_never_written_through_a_symlink_and_that_is_told(tmp_path: Path) -> None:
     (tmp_path / "log").symlink_to(tmp_path / "other")
     error = run_deploy("status", "--log-file", tmp_path / "log", root=tmp_path, check=2).data["error"]
-    assert error["message"].endswith("log: it is a symlink") and not (tmp_path / "other").exists()
+    assert "symbolic links" in error["message"] and not (tmp_path / "other").exists()
 
 
 def test_show_knows_the_release_that_is_live_and_says_when_there_is_none(app: App) -> None:
     app.root.mkdir(exist_ok=True)
-    assert app.run("show", "current", check=2).data["error"]["hint"] == "nothing was deployed here so far"
+    assert app.run("show", "current", check=2).data["error"]["hint"].endswith("none was deployed here so far")
     app.deploy("1.0")
     app.deploy("1.1")
     app.run("rollback", check=0)
