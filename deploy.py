@@ -9613,7 +9613,9 @@ def in_short(name: str, value: Any) -> str:
         return "*" if value else ""
     if value is None or value == "":
         return "-"
-    return format_seconds(value) if name.endswith("seconds") else str(value)
+    if isinstance(value, float) and name.endswith("seconds"):
+        return format_seconds(value)
+    return str(value)
 
 
 def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str = "") -> None:
@@ -10305,9 +10307,6 @@ def command_show(run: Run) -> None:
 
 # -- how deployments went over time --------------------------------------------
 
-NEEDED_A_PERSON = ("left_live", "rollback_failed")
-
-
 def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     """Work out the four keys of DORA, and rework, from the history between two times in RFC 3339.
 
@@ -10330,7 +10329,8 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     broken: List[Json] = []
     for entry in entries:
         last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
-        is_broken, goes_live = entry.result in NEEDED_A_PERSON, entry.result in GOES_LIVE
+        goes_live = entry.result in GOES_LIVE
+        is_broken = entry.result in ("left_live", "rollback_failed")  # it needed a person
         # What a recovery made of a run has the run's own id.
         is_end = entry.deploy_id == last.get("deploy_id")
         left = by_release.get(entry.previous)
@@ -10772,9 +10772,6 @@ def run_result(run: Run, exit_code: int) -> str:
 
 # -- metrics -------------------------------------------------------------------
 
-Samples = Dict[str, Dict[str, float]]  # by metric, by its labels
-
-
 def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
     """Bring the application's file in [metrics] textfile_dir up to date.
 
@@ -10823,8 +10820,8 @@ def label(run: Run, **labels: str) -> str:
     return ",".join(pairs)
 
 
-def describe_run(samples: Samples, run: Run, exit_code: int, seconds: float) -> None:
-    """Put this run in place of the one before; what it says nothing of stays."""
+def describe_run(samples: Json, run: Run, exit_code: int, seconds: float) -> None:
+    """Put this run, by metric and labels, in place of the one before; the rest stays."""
     command, succeeded, now = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED), time.time()
     # One that found nothing to do is no news, unless the one before had failed.
     is_news = run.outcome.changed or not succeeded or \
