@@ -7978,11 +7978,9 @@ def newest_first(records: Iterable[Any]) -> List[Record]:
 
 
 def select_release(facts: Facts, text: str) -> Record:
-    """Find the release that a person means.
+    """Find the release of an id or the start of one, a version, a digest's start, or a role.
 
-    An id, a unique prefix of one, a version, a digest prefix, current, previous or latest.
-    Raises UsageError where there is none, or more than one; StateError where it may be one
-    that cannot be read.
+    UsageError where there is none, or more than one; StateError where it may be unreadable.
     """
     there, live = newest_first(map(facts.release, facts.records)), facts.current.release
     named = live or "/" if text == "current" else text
@@ -8028,8 +8026,7 @@ def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
                     ) -> Optional[Record]:
     """Choose where a rollback goes: the last good release that was live before this one.
 
-    Follows what the records say was live before, past what is bad or gone; a second rollback
-    therefore goes further back, never to what was just left.  StateError where that must be
+    A second rollback goes further back, never to what was just left.  StateError where it must be
     `certain`, and a record on the way cannot be read.
     """
     before: List[Any] = [live]
@@ -8059,10 +8056,7 @@ def is_under_way(journal: Optional[Journal], live: Optional[str]) -> bool:
 # -- the planner -------------------------------------------------------------
 
 def plan_operation(facts: Facts) -> Plan:
-    """Plan what was asked for; a plan without steps where there is nothing to do.
-
-    Raises DeployError for what cannot be planned: no such release, a bad one, no artifact.
-    """
+    """Plan what was asked for; without steps where there is nothing to do, or raise why not."""
     asked, live, artifact = facts.request, facts.current.release, facts.artifact
     operation, release, is_done = asked.command, live or "", False
     if operation in ("deploy", "stage", "sync"):
@@ -8150,7 +8144,10 @@ def expand(words: str, phase: str, facts: Facts, move: Move) -> List[Step]:
         values = [attrgetter(option)(facts.settings) for option in needed.split()]
         if needed and not any(value and value != "never" for value in values):
             continue
-        made = make(name, facts, move)
+        if isinstance(make, str):
+            made: Any = make.format(release=move.to_release, left=move.from_release)
+        else:
+            made = make(name, facts, move)
         for step in [Step(name, made, *actions)] if actions else made:
             steps.append(step._replace(
                 phase=now, move=move, optional=step.optional or word != name,
@@ -8723,9 +8720,8 @@ def do_health(run: Run, step: Step) -> Any:
 def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
     """Let go what retention does not keep: good releases beyond keep_releases, bad beyond one.
 
-    What will be live, what a rollback would then go to, pinned releases, those that a process
-    runs from and everything without a record stay.  A release that is about to be made counts
-    as one of those that are kept.
+    What will be live, what a rollback would then go to, what is pinned, what a process runs from
+    and what has no record stay.  A release that is about to be made counts as kept.
     """
     live, previous = move.to_release or None, move.from_release
     if live == previous:
@@ -8850,7 +8846,7 @@ def show_flag(value: Any) -> str:
 
 
 # word of the table -> what must be configured for it, then its text, what does it, and what takes
-# it back; or, in place of these, what makes its steps
+# it back, or what makes its steps; a text is as it stands, or made of the facts
 WORDS: Dict[str, Tuple[Any, ...]] = {
     "unpack": ("", lambda word, facts, move:
                f"verify and unpack {facts.artifact.name if facts.artifact else 'the artifact'}",
@@ -8868,11 +8864,10 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
     "publish": ("", lambda word, facts, move: f"move to releases/{move.to_release}" + (
         ", once it is synced to disk" if facts.settings.deploy.durable else ""),
                 do_publish, undo_publish),
-    "seal": ("", lambda word, facts, move: "write manifest and record", do_seal, undo_seal),
-    "verify": ("", lambda word, facts, move: f"verify {move.to_release} against its manifest",
-               do_verify),
-    "health": ("service probe", lambda word, facts, move: f"ask once how {move.from_release} is "
-               "doing: only a healthy one is a way back", do_health),
+    "seal": ("", "write manifest and record", do_seal, undo_seal),
+    "verify": ("", "verify {release} against its manifest", do_verify),
+    "health": ("service probe", "ask once how {left} is doing: only a healthy one is a way back",
+               do_health),
     "candidate": ("candidate.command", lambda word, facts, move:
                   f"start {' '.join(facts.settings.candidate.command)} on port "
                   f"{facts.settings.candidate.port or 'auto'}, probe it there, end it",
@@ -8895,15 +8890,14 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
         if facts.settings.service[name].action != "none"]),
     "probes": ("probe", make_probes),
     "prune": ("", make_prune),
-    "pin": ("", lambda word, facts, move: f"pin {move.to_release}", do_pin),
-    "unpin": ("", lambda word, facts, move: f"unpin {move.to_release}", do_pin),
-    "adopt": ("", lambda word, facts, move: f"hash releases/{move.to_release}, and keep a record "
-              "of it", do_adopt),
+    "pin": ("", "pin {release}", do_pin),
+    "unpin": ("", "unpin {release}", do_pin),
+    "adopt": ("", "hash releases/{release}, and keep a record of it", do_adopt),
     "hold": ("", make_hold),
-    "unhold": ("", lambda word, facts, move: "let what is live be replaced again",
+    "unhold": ("", "let what is live be replaced again",
                lambda run, step: run.store.forget(HOLD)),
     "flags": ("", make_flags),
-    "sweep": ("", lambda word, facts, move: "remove what a crash left", lambda run, step:
+    "sweep": ("", "remove what a crash left", lambda run, step:
               ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left")}
 for _name in HOOK_NAMES:  # after the switch a recovery must not run them again
     WORDS[_name] = (f"hooks.{_name}", lambda word, facts, move: [Step(
@@ -9261,8 +9255,7 @@ def step_error(error: Exception, step: str) -> DeployError:
 def recover(run: Run) -> List[str]:
     """Finish or undo what an earlier run left, and say what was done; twice changes nothing more.
 
-    Raises StateError where nothing may be concluded, RollbackFailed when it was tried before
-    and failed.
+    StateError where nothing may be concluded, RollbackFailed when it was tried and failed.
     """
     store, done, current, journal = run.store, [], run.facts.current, run.store.read_journal()
     if current.problem:
