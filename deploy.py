@@ -9088,7 +9088,8 @@ class Executor:
         run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
         blind = run.migration.get("down") or \
             plan.operation == "rollback" and not run.left_is_healthy
-        chosen = plan.operation == "recover" and run.store.current().release == plan.to_release
+        chosen = plan.operation == "recover" and plan.from_release != plan.to_release \
+            and run.store.current().release == plan.to_release
         stays = chosen or self.phase == PHASE_SWITCHED and (
             blind or not run.settings.deploy.auto_rollback)
         is_switched = chosen or self.phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)

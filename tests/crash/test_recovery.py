@@ -644,6 +644,13 @@ def test_something_else_in_the_place_of_the_state_is_named_and_refused(live: App
     assert recover_and_judge(live, ["1.0"]) == []
 
 
+def test_a_choice_by_hand_of_what_is_live_and_damaged_changes_nothing(app: App) -> None:
+    app.configure("durable = no\n")
+    live = app.deploy("1.0").data["release"]
+    next(path for path in (app.root / "releases" / live).iterdir() if path.is_file()).write_text("changed")
+    assert app.run("recover", "--to", "1.0", check=1).data["release"] == app.current == live
+
+
 def test_a_choice_by_hand_that_is_refused_names_what_is_live(app: App) -> None:
     app.configure("durable = no\n")
     first, second = app.deploy("1.0").data["release"], app.deploy("1.1").data["release"]
