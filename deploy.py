@@ -113,7 +113,7 @@ try:
     import struct
     import time
     import zlib
-    from contextlib import ExitStack, closing, contextmanager, suppress
+    from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
     from functools import lru_cache, partial
     from operator import attrgetter
     from types import SimpleNamespace
@@ -2258,7 +2258,7 @@ def open_own_file(path: str) -> int:
     raise UsageError(f"{path} is no regular file of one name", "copy the artifact itself there")
 
 
-class Descriptor:
+class Descriptor(AbstractContextManager):  # type: ignore
     """Something that is held open by its descriptor, up to the end of a `with` block."""
 
     descriptor = -1
@@ -2269,9 +2269,6 @@ class Descriptor:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-
-    def __enter__(self) -> Any:
-        return self
 
     def __exit__(self, *details: Any) -> None:
         self.close()
