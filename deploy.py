@@ -2089,7 +2089,7 @@ class Settings:
             else:
                 read = self._value(option, section, key,
                                    own.get(key, Given(option.default, "default", "")))
-            if read if is_chosen else key in own and own[key].text != option.default:
+            if any(read.values()) if is_chosen else key in own and own[key].text != option.default:
                 values.given.append(attribute)
             setattr(values, attribute, read)
         for group in ONE_OF.get(kind, ()):
