@@ -530,7 +530,7 @@ class LogFile(Log):
 
     def _write(self, data: bytes) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-                             | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+                             | os.O_NONBLOCK, 0o640)
         try:
             if data and os.write(descriptor, data) < len(data):
                 raise OSError(errno.ENOSPC, "it is full")
@@ -810,9 +810,9 @@ class Console:
 #    that knows subprocess and os.environ.
 # ============================================================================
 
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
 def environment(name: str) -> str:
@@ -909,7 +909,7 @@ def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
 
 def open_file(path: str, flags: int = 0, dir_fd: Optional[int] = None) -> Any:
     """Open a regular file as a binary stream, never waiting; OSError(EINVAL) for what is none."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=dir_fd)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
@@ -2740,12 +2740,15 @@ class Store:
         raise StateError(f"{self.path}/{path} cannot be read: it is no JSON object",
                          "correct it, or move it out of the way")
 
+    def write(self, path: str, data: Union[bytes, Iterable[bytes]], mode: int = 0) -> str:
+        """Replace a file durably, by default as those of .deploy; return its SHA-256."""
+        place, name = self.at(path)
+        return place.write(name, data, mode or self.file_mode)
+
     def save(self, value: Any) -> None:
         """Write a record or the journal durably."""
         path = JOURNAL if isinstance(value, Journal) else f"{RECORDS}/{value.id}.json"
-        place, name = self.at(path)
-        data = json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n"
-        place.write(name, data, self.file_mode)
+        self.write(path, json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n")
 
     def maintenance(self) -> Dict[str, Any]:
         """Read whose the maintenance flag is, a run's with its deploy_id; empty where none is."""
@@ -2898,8 +2901,7 @@ class Store:
         if keep and free_bytes >= RESERVE_SHARE * RESERVE_BYTES and self.status(RESERVE) is None:
             with suppress(OSError):  # the next run tries again
                 # Of zeros, a filesystem that compresses would keep next to nothing.
-                filler = os.urandom(RESERVE_BYTES)
-                self.directory(".deploy").write("reserve", filler, self.file_mode)
+                self.write(RESERVE, os.urandom(RESERVE_BYTES))
 
     # -- records, manifests and the journal ----------------------------------
 
@@ -2924,16 +2926,13 @@ class Store:
     @contextmanager
     def open_manifest(self, release: str) -> Iterator[Tuple[Any, Any]]:
         """Open a release's manifest and tree as binary streams; StateError where one is missing."""
-        with ExitStack() as stack:
-            found = []
-            for path in (MANIFESTS, TREES):
-                try:
-                    found.append(stack.enter_context(open_file(
-                        release, os.O_NOFOLLOW, self.directory(path).descriptor)))
-                except FileNotFoundError:
-                    raise StateError(f"{release} cannot be verified: "
-                                     f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
-            yield found[0], found[1]
+        for path in (MANIFESTS, TREES):
+            if self.status(f"{path}/{release}") is None:
+                raise StateError(f"{release} cannot be verified: "
+                                 f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
+        with open_file(release, os.O_NOFOLLOW, self.directory(MANIFESTS).descriptor) as manifest, \
+                open_file(release, os.O_NOFOLLOW, self.directory(TREES).descriptor) as tree:
+            yield manifest, tree
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
@@ -2989,7 +2988,7 @@ class Store:
     def _write_history(self, data: bytes, size_bytes: Optional[int] = None) -> None:
         """Cut the history at a size, if one is given, and write at its end, durably."""
         place, name = self.at(HISTORY)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
         with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
             if size_bytes is not None:
                 stream.truncate(size_bytes)
@@ -3013,9 +3012,7 @@ class Store:
                 sequence = len(self.read_history()[0])
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:
-            # Its name is sure before its first line counts.
-            place, name = self.at(HISTORY)
-            place.write(name, b"", self.file_mode)
+            self.write(HISTORY, b"")  # its name is sure before its first line counts
         line = json.dumps(seal(encode(entry))).encode("ascii")
         self._write_history(line + b"\n")
         self.chain = hashlib.sha256(line).hexdigest()
@@ -3070,13 +3067,14 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
     It dies with its holder.  The file's content is information for people only.  It is never
     unlinked, or two runs could each hold a lock on a file of that name.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    place, name = store.at(LOCK)
     # Whatever is readable: who can open it can hold it.
-    descriptor = os.open("lock", flags, 0o600, dir_fd=store.directory(".deploy").descriptor)
-    if store.group >= 0 and os.fstat(descriptor).st_uid == os.geteuid():
-        os.fchmod(descriptor, 0o660)
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
+                         dir_fd=place.descriptor)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
-    try:
+    with open(descriptor, "r+b", buffering=0) as stream:
+        if store.group >= 0 and os.fstat(descriptor).st_uid == os.geteuid():
+            os.fchmod(descriptor, 0o660)
         while not try_lock(descriptor, fcntl.LOCK_EX):
             late_seconds = time.monotonic() - ends_seconds
             found = lock_holder(store) if late_seconds >= 0 else None
@@ -3084,15 +3082,13 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
                 raise busy(found or {})
             interrupts.wait(0.02)
         with suppress(OSError):  # a full disk must not stop the prune that would help it
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode("ascii"), 0)
+            stream.truncate(0)
+            stream.write(json.dumps(holder).encode("ascii"))
         try:
             yield
         finally:
             with suppress(OSError):  # the next one writes its own a moment after it has the lock
-                os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
+                stream.truncate(0)
 
 
 def try_lock(descriptor: int, operation: int) -> bool:
@@ -3107,25 +3103,23 @@ def try_lock(descriptor: int, operation: int) -> bool:
 def lock_holder(store: Store) -> Optional[Json]:
     """Say who holds the lock, empty where it does not say; None if nobody."""
     try:
-        descriptor = os.open("lock", _READ_FLAGS, dir_fd=store.directory(".deploy").descriptor)
+        place, name = store.at(LOCK)
+        with open_file(name, os.O_NOFOLLOW, place.descriptor) as stream:
+            if try_lock(stream.fileno(), fcntl.LOCK_SH):
+                return None
+            holder = json.loads(stream.read(4096).decode("ascii"))
+            return holder if {"pid", "user", "host", "command", "since"} <= set(holder) else {}
     except PermissionError:
         # Who may only look is told by the kernel, which knows it by its inode.
         with suppress(OSError):
             held = f"FLOCK .* WRITE .*:{store.status(LOCK).st_ino} "  # type: ignore
             if re.search(held.encode("ascii"), read_file("/proc/locks", MAX_STATE_BYTES)):
                 return {}
-        return None
-    except OSError:
-        return None
-    try:
-        if try_lock(descriptor, fcntl.LOCK_SH):
-            return None
-        holder = json.loads(os.pread(descriptor, 4096, 0).decode("ascii"))
-        return holder if {"pid", "user", "host", "command", "since"} <= set(holder) else {}
-    except (ValueError, TypeError, OSError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         return {}
-    finally:
-        os.close(descriptor)
+    except OSError:
+        pass
+    return None
 
 
 def busy(holder: Json) -> Busy:
@@ -6849,7 +6843,7 @@ def remember(run: Run, seen: Dict[str, Any], **found: Any) -> None:
     seen.update(found)
     if run.cache:
         data = json.dumps(seal(seen), indent=2).encode("ascii") + b"\n"
-        run.store.directory(".deploy").write("source.json", data, run.store.file_mode)
+        run.store.write(SOURCE, data)
 
 
 def verify_index(run: Run, found: Json) -> Optional[Json]:
@@ -8528,7 +8522,7 @@ def put_flag_up(run: Run, step: Step) -> bool:
     needed = not (step.what and run.migration.get("idle") or found and "deploy_id" not in found)
     if needed:
         whose = {"deploy_id": run.deploy_id, "since": format_time(time.time())}
-        run.store.root.write(run.store.flag, json.dumps(whose).encode("ascii"), 0o644)
+        run.store.write(run.store.flag, json.dumps(whose).encode("ascii"), 0o644)
     return needed
 
 
@@ -8620,8 +8614,7 @@ def do_proxy(run: Run, step: Step) -> None:
     if target == facts.live_slot:
         conf = facts.live_conf
     if conf:
-        run.store.directory("slots").write(
-            "live.conf", conf.encode("utf-8", "surrogateescape"), 0o644)
+        run.store.write("slots/live.conf", conf.encode("utf-8", "surrogateescape"), 0o644)
     else:
         run.store.forget("slots/live.conf")
     context = step_context(run, step)._replace(directory=run.root, slot=slots.get(target))
@@ -8805,8 +8798,7 @@ def make_hold(word: str, facts: Facts, move: Move) -> List[Step]:
 def do_hold(run: Run, step: Step) -> None:
     """Write it down."""
     hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": step.what}
-    run.store.directory(".deploy").write(
-        "hold.json", json.dumps(hold).encode("ascii"), run.store.file_mode)
+    run.store.write(HOLD, json.dumps(hold).encode("ascii"))
 
 
 def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
@@ -8830,7 +8822,7 @@ def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
 def do_flags(run: Run, step: Step) -> None:
     """Write shared/flags.json at once: applications read it without a lock."""
     data = json.dumps(step.what, indent=2, sort_keys=True).encode("ascii") + b"\n"
-    run.store.directory("shared").write("flags.json", data, 0o644)
+    run.store.write(FLAGS_FILE, data, 0o644)
     run.facts = run.facts._replace(flags=step.what)
 
 
@@ -10527,7 +10519,7 @@ def command_maintenance(run: Run) -> None:
         if outcome.changed and not run.flags.dry_run:
             if is_on:
                 whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
-                store.root.write(flag, json.dumps(whose).encode("ascii"), 0o644)
+                store.write(flag, json.dumps(whose).encode("ascii"), 0o644)
             else:
                 store.forget(flag)
     conclude(run, f"maintenance is {run.flags.action}: {run.root}/{flag}")
