@@ -2628,6 +2628,7 @@ class Store:
             check_group(settings.deploy.group)
             group = group_id(settings.deploy.group)
         parent, name = os.path.split(os.path.realpath(settings.deploy.root))
+        is_new = not os.path.isdir(f"{parent}/{name}")
         try:
             with Directory(parent) as above:
                 store = cls(above.child(name, make=True, group=group), settings)
