@@ -353,9 +353,9 @@ _ANY_SECRET_WORD = "|".join(map("".join, _SECRET_WORDS.items()))
 SECRET_NAME = re.compile(rf"(?i){_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
 # What looks private in any text: words without which it is not there, its form, what is shown.
 _SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
-    # A URL's user and password, and its query.
-    (["://"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)([^/\s?#'\"]*@)", rf"\1{MASK}@"),
-    (["://"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://[^\s?#'\"]*\?)[^\s#'\"]+", rf"\1{MASK}"),
+    # A URL's user and password, and its query, also where it was taken for a path.
+    ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?)([^/\s?#'\"]*@)", rf"\1{MASK}@"),
+    ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?[^\s?#'\"]*\?)[^\s#'\"]+", rf"\1{MASK}"),
     (["authorization", "cookie"],
      r"(?i)\b((?:authorization|proxy-authorization|cookie|set-cookie)[\"']?[ \t]*[:=][ \t]*)"
      r"\S[^\r\n]*", rf"\1{MASK}"),
@@ -416,9 +416,12 @@ class Secrets(List[str]):
             return {key: self.mask_json(item, str(key)) for key, item in value.items()}
         if not isinstance(value, (list, tuple)):
             return value
-        # --token and its value may be two words of a command.
-        before = [item if isinstance(item, str) and item[:1] == "-" else "" for item in value]
-        return [self.mask_json(item, word) for item, word in zip(value, ["", *before])]
+        items = [self.mask_json(item) for item in value]
+        for number, (word, item) in enumerate(zip(value, value[1:]), 1):
+            # --token and its value, as two words of a command.
+            if str(word)[:1] == "-" and self.mask(f"{word} {item}").endswith(MASK):
+                items[number] = MASK
+        return items
 
 
 def format_size(size_bytes: float) -> str:
@@ -2294,7 +2297,6 @@ class Directory(Descriptor):
                 if make:
                     with suppress(FileExistsError):
                         os.mkdir(name, mode, dir_fd=here.descriptor)
-                        os.fsync(here.descriptor)
                         is_new = True
                 here = Directory(f"{here.path}/{name}", os.open(
                     name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
@@ -2640,6 +2642,7 @@ class Store:
                 mode = store.directory_mode if path in PRIVATE_DIRECTORIES else 0o755
                 if path != "shared" or store.status(path) is None:  # a link is the operator's
                     store.root.child(path, make=True, mode=mode, group=store.group).close()
+            os.fsync(store.root.descriptor)
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
