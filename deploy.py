@@ -2634,6 +2634,8 @@ class Store:
         try:
             with Directory(parent) as above:
                 store = cls(above.child(name, make=True, group=group), settings)
+                if is_new:
+                    os.fsync(above.descriptor)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
