@@ -7805,9 +7805,9 @@ def check_slots(run: Run) -> Findings:
         unit = UnitService(run, slot)
         yield from unit.check()
         found = sockets(slot.port, "0A") if unit.down() else []
-        pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*") if found
-                and os.path.exists(path) and str(os.stat(path).st_ino) in found]
         if found:
+            pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*")
+                    if os.path.exists(path) and str(os.stat(path).st_ino) in found]
             yield ("fail", f"port {slot.port} of slot {name} is taken by process "
                    f"{', '.join(pids[:1])}, and {slot.unit} is down",
                    "end that process, or correct [slots]")
