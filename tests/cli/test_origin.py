@@ -1,6 +1,7 @@
 """Where an artifact comes from: as root, one that somebody else could have written is refused, unless something vouches for it."""
 
 import os
+import shlex
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,8 +76,8 @@ def test_what_somebody_else_could_have_written_is_refused_until_the_hint_is_take
     assert f"origin: {path} " in error["message"] and snapshot(app.root) == before, error
     found = origin(app, given, check=3)
     assert found["status"] == "fail" and found["hint"] == error["hint"]
-    named = error["hint"].split("a path a line: ")[1].split(", ")
-    assert origin(app, given, "--set", "preflight.accept_risk=" + "\n".join(named))["status"] == "warn"
+    words = shlex.split(error["hint"].split("every such path: ")[1])
+    assert words[0] == "--set" and origin(app, given, *words)["status"] == "warn"
     configure(app, f"[preflight]\naccept_risk = {path}\n")
     assert str(path) in app.run("deploy", given, check=0).data["warnings"][0]
 

@@ -439,14 +439,15 @@ def executable(text: str) -> Any:
 
 
 def refused(app: App, artifact: Path, *problems: str) -> None:
-    """A deployment is refused before anything, for these reasons; the paths that the hint names accept the risk."""
+    """A deployment is refused before anything, for these reasons; the option that the hint has accepts the risk."""
     before = snapshot(app.root)
     error = app.run("deploy", artifact, check=3).data["error"]
     for problem in problems:
         assert problem in error["message"] + permissions(app.run("preflight", artifact))["detail"], described(error)
     assert snapshot(app.root) == before
-    named = error["hint"].rpartition("a path a line: ")[2].split(", ")
-    app.run("-n", "deploy", artifact, "--set", "preflight.accept_risk=" + "\n".join(named), check=0)
+    words = shlex.split(error["hint"].rpartition("every such path: ")[2])
+    assert words[0] == "--set"
+    app.run("-n", "deploy", artifact, *words, check=0)
 
 
 @as_root
