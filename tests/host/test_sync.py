@@ -790,6 +790,19 @@ def test_the_nginx_of_the_readme(app: App, nginx: Nginx, keys: Path, tmp_path: P
     assert app.version == "1.4.2" and app.record(app.current)["artifact"]["sha256"] == sha256_of(artifact)
 
 
+@pytest.mark.parametrize("kind", ["https", "git"])
+def test_the_judge_is_asked_once_though_it_is_fetched_in_between(kind: str, app: App, origin: Source, nginx: Nginx, tmp_path: Path) -> None:
+    judge = f"[policy]\njudge = sh -c 'echo asked >> {app.directory}/asked'"
+    origin.add("1.0")
+    origin.sums()
+    follow(app, origin.url, f"tls_ca = {nginx.certificate}\n{judge}")  # type: ignore
+    if kind == "git":
+        committed(tmp_path / "repository", "1.0")
+        configure(app, f"[source]\ngit = {tmp_path / 'repository'}\n{judge}")
+    app.run("sync", check=0)
+    assert (app.directory / "asked").read_text() == "asked\n" and app.version == "1.0"
+
+
 # -- a fleet ------------------------------------------------------------------------------
 
 def test_a_tick_of_every_host_costs_one_small_request(app: App, origin: Source, nginx: Nginx, tmp_path: Path) -> None:
@@ -887,7 +900,7 @@ def test_a_commit_or_tag_must_be_signed_where_signatures_are_asked_for(ref: str,
 def example(start: str) -> List[str]:
     """The configuration and the shell commands of a paragraph of the README; where it has no block, its `key = value` are [source]'s."""
     text = "\n" + section("Sources that were tried")
-    part = re.split(r"(?m)^(?=A |GitHub|GitLab|S3)", text[text.index(f"\n{start}") + 1:])[1]
+    part = re.split(r"\n(?=A |GitHub|GitLab|S3)", text[text.index(f"\n{start}") + 1:])[0] + "\n"
     shell = "".join(re.findall(r"(?m)^    (.*\n)", part))
     ini = re.findall(r"(?ms)^```ini\n(.*?)^```", part)
     return [ini[0] if ini else "[source]\n" + "".join(f"{line}\n" for line in re.findall(r"`(\w+ = [^`]*)`", part)), shell]
