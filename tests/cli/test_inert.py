@@ -21,7 +21,8 @@ STEMS = {"notify": "notif", "metrics": "metric", "slots": "slot", "migrate": "mi
          # These two are read by whatever runs a command or renders a template; [preflight] is a list of checks by other names.
          "env": r"\Z.", "vars": r"\Z.", "hooks": "run_hook|make_hook|missing_programs", "preflight": "check_required|check_ports"}
 # What another section asks for as well, or every run looks at: whether there is anything to do.
-SHARED = {"releases_in_use"}
+# A person's flag of maintenance needs no configuration, so `status` looks whether there is one.
+SHARED = {"releases_in_use", "maintenance"}
 
 TRACER = """
 import importlib.util, json, os, sys
