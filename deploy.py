@@ -3802,7 +3802,9 @@ class Artifact(Descriptor):
         self.links = os.O_NOFOLLOW if delegated else 0
         self.name = os.path.basename(self.path)
         self.notes: List[str] = []
-        self.entries: List[Tuple[int, int]] = []  # a zip's: where their data and their headers are
+        # Of a zip: where each entry begins and, in the low 32 bits, where the central directory
+        # has it; as numbers, which take the least memory.
+        self.entries: List[int] = []
         try:
             self.descriptor = open_own_file(self.path) if delegated else os.open(
                 self.path, _READ_FLAGS)
@@ -4282,7 +4284,7 @@ class Judge:
                              "earlier file or symlink of the archive")
             entry = source._replace(name=name)
             if source.kind == FILE:  # a symlink's copy is made with the symlinks
-                made.append(Member(name, kind, *source[2:5], source_name))
+                made.append(Member(name, kind, source.mode, source.size_bytes, None, source_name))
         elif known is None:
             made.append(entry)
         manifest[name] = entry
@@ -4760,7 +4762,7 @@ def read_central(artifact: Artifact, limits: Any) -> None:
         while position < size_bytes:
             entry, end = zip_entry(artifact.tail, position)
             (name, *_), raw_name, unicode_name, *_, full_bytes, offset = entry
-            artifact.entries.append((offset, position))
+            artifact.entries.append(offset << 32 | position)
             artifact.expanded_bytes += full_bytes
             if name not in (raw_name, unicode_name[5:]):
                 unknown.append(name)
@@ -4771,8 +4773,8 @@ def read_central(artifact: Artifact, limits: Any) -> None:
     if (position, artifact.files) != (size_bytes, number):
         raise damaged(f"its central directory is malformed, or has not {number} entries")
     artifact.entries.sort()
-    artifact.entries.append((start, size_bytes))
-    if artifact.entries[0][0]:
+    artifact.entries.append(start << 32)
+    if artifact.entries[0] >> 32:
         raise refuse(b"", "something is hidden before the first entry")
     if unknown:
         artifact.notes.append(f"{count(len(unknown), 'name')} of the zip are in an encoding that "
@@ -4861,10 +4863,10 @@ def decode_zip(artifact: Artifact, blocks: Iterator[bytes]) -> Iterator[List[Any
     """
     stream, batch, batch_bytes = Stream(blocks), [], 0
     following = itertools.islice(artifact.entries, 1, None)
-    for (_, position), (end, _) in zip(artifact.entries, following):
-        entry, _ = zip_entry(artifact.tail, position)
+    for place, end in zip(artifact.entries, following):
+        entry, _ = zip_entry(artifact.tail, place & _FULL)
         (name, *_), _, _, flags, method, crc, packed_bytes, size_bytes, offset = entry
-        gap_bytes = end - offset - local_header(entry, stream) - packed_bytes
+        gap_bytes = (end >> 32) - offset - local_header(entry, stream) - packed_bytes
         pieces: Iterator[Any] = stream.pieces(packed_bytes)
         if method:
             pieces = decode_streams(pieces, partial(zlib.decompressobj, -15), zlib.error, 1)
@@ -5094,11 +5096,13 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
                     os.mkdir(entry.name, _MODE_DIRECTORY | status.st_mode & 0o020, dir_fd=place)
                 elif entry.kind == FILE:
                     digest = write_file(entry, pieces, place, sharer)
-                    manifest[entry.name] = Member(*entry[:5], digest)
+                    manifest[entry.name] = Member(*entry[:4], None, digest)
                 else:  # one file changed by hand must not change another
                     with Descriptor() as source:
                         source.descriptor = os.open(entry.content, _READ_FLAGS, dir_fd=place)
-                        write_file(entry, blocks_of(source.descriptor), place, sharer)
+                        mtime_ns = os.fstat(source.descriptor).st_mtime_ns
+                        write_file(entry._replace(mtime_ns=mtime_ns),
+                                   blocks_of(source.descriptor), place, sharer)
         if kind != "directory":
             artifact.compare(artifact.read_sha256)
         notes = judge.finish()
