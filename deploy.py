@@ -1555,11 +1555,8 @@ READERS: Dict[str, Callable[[str], Any]] = {
 
 
 def read_table(columns: int, text: str, **texts: str) -> Iterator[List[str]]:
-    """Read rows of cells two or more spaces apart, `-` for none; an indented line continues.
-
-    `@NAME@` in it stands for one of `texts`.
-    """
-    text = re.sub("@([A-Z]+)@", lambda found: texts[found.group(1)], text)
+    """Read rows of cells two or more spaces apart, `-` for none; an indented line continues."""
+    text = re.sub("@([A-Z]+)@", lambda found: texts[found.group(1)], text)  # @NAME@ is one of them
     for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
         cells = re.split(r" {2,}", row, maxsplit=columns - 1)
         yield ["" if cell == "-" else cell for cell in cells]
@@ -11546,11 +11543,7 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
 
 
 def open_log(flags: Any, settings: Settings, console: Console) -> None:
-    """Open everything that [log] names; UsageError when a file cannot be opened.
-
-    As root not what a configuration names that others could have written:
-    lines at the end of a file of their choice may be all they need.
-    """
+    """Open everything that [log] names; UsageError when a file cannot be opened."""
     log = settings.log
     if settings.deploy.root and log.file and re.match(
             re.escape(os.path.realpath(settings.deploy.root)) + r"/(\.deploy|releases)/",
@@ -11559,6 +11552,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
                          "places", "write it to another place, such as /var/log")
     if flags.dry_run:
         return
+    # Lines at the end of a file of their choice may be all that others need.
     if os.geteuid() == 0 and any(map(trust_problems, settings.files)):
         for key in ("file", "syslog"):
             if settings.origin("log", key) in settings.files:
