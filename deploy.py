@@ -10147,8 +10147,8 @@ def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     outcome, last = run.outcome, None
     with looking(run) as store:
-        facts, flag = observe(run, locked=False), store.maintenance()
-        problems = state_problems(run)
+        facts, problems = observe(run, locked=False), state_problems(run)
+        flag = store.maintenance() if store.status(store.flag) else None
         try:
             store.check_owner(looking=True)
             last = next(iter(store.history(1)), None)
@@ -10161,7 +10161,7 @@ def show_status(run: Run) -> None:
     found = outcome.extra["status"] = {
         "current": current and encode(current), "previous": previous and encode(previous),
         "journal": facts.journal and encode(facts.journal), "last": last and encode(last),
-        "lock": facts.holder, "maintenance": flag or None, "hold": facts.hold or None,
+        "lock": facts.holder, "maintenance": flag, "hold": facts.hold or None,
         "releases": len(facts.on_disk & set(facts.records)), "configuration": run.settings.files,
         "problems": [problem for problem, _ in problems],
         "slots": {slot: {"port": values.port, "release": links.get(slot),
@@ -10198,7 +10198,7 @@ def state_problems(run: Run) -> List[Problem]:
             command_line("recover --to RELEASE" if by_hand else "recover")))
     if journal or facts.current.problem:
         return problems
-    if "deploy_id" in store.maintenance():
+    if store.status(store.flag) and "deploy_id" in store.maintenance():
         problems.append(("maintenance is on, and the run that wanted it has ended",
                          command_line("recover")))
     if lost:
