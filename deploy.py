@@ -7927,29 +7927,25 @@ STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
 GO = "pre_activate check close_early backup up candidate slot close proxy activate"
 AFTER = "down post_activate services probes post_deploy"
 
-# operation: what is done before the switch, after it, and once the verdict is in; the journal stays
-# for what stands before a bar.
+# operation: what is done before the switch, after it, once the verdict is in (the journal stays for
+# what stands before a bar), and what the history calls it when it went through.
 ORDER = {
-    "stage": (STAGE, "", ""),
-    "deploy": (STAGE + " " + GO, AFTER, "open? drain | prune"),
-    "sync": (STAGE + " " + GO, AFTER, "open? drain | prune"),
-    "activate": ("verify " + GO, AFTER, "open? drain | prune"),
+    "stage": (STAGE, "", "", "staged"),
+    "deploy": (STAGE + " " + GO, AFTER, "open? drain | prune", "deployed"),
+    "sync": (STAGE + " " + GO, AFTER, "open? drain | prune", "synced"),
+    "activate": ("verify " + GO, AFTER, "open? drain | prune", "activated"),
     "rollback": ("verify health? pre_rollback check close_early backup up slot close proxy "
-                 "activate", "down services probes post_rollback", "open? drain |"),
+                 "activate", "down services probes post_rollback", "open? drain |", "rolled_back"),
     # Of these no journal is kept.  recover --to: a person has decided, so only a damaged release
     # stops it.
-    "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", ""),
-    "prune": ("prune", "", ""), "adopt": ("adopt", "", ""), "flags": ("flags", "", ""),
-    "pin": ("pin", "", ""), "unpin": ("unpin", "", ""),
-    "hold": ("hold", "", ""), "unhold": ("unhold", "", "")}
+    "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", "", "recovered"),
+    "prune": ("prune", "", "", "pruned"), "adopt": ("adopt", "", "", "adopted"),
+    "pin": ("pin", "", "", "pinned"), "unpin": ("unpin", "", "", "unpinned"),
+    "hold": ("hold", "", "", "held"), "unhold": ("unhold", "", "", "unheld"),
+    "flags": ("flags", "", "", "flagged")}
 # After the switch a failure takes the way back; ? means that its own failure is a warning.
 WAY_BACK = "pre_rollback? proxy activate down services probes post_rollback? open? drain"
 
-# What the history calls an operation that went through.
-RESULTS = {"stage": "staged", "deploy": "deployed", "sync": "synced", "activate": "activated",
-           "rollback": "rolled_back", "prune": "pruned", "pin": "pinned", "unpin": "unpinned",
-           "adopt": "adopted", "hold": "held", "unhold": "unheld", "flags": "flagged",
-           "recover": "recovered"}
 # What only writes something down: every release stays what it is.
 NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 
@@ -8116,7 +8112,7 @@ def choose_target(facts: Facts) -> Record:
 
 def make_plan(facts: Facts, move: Move) -> Plan:
     """Expand the words of an operation, and those of its way back."""
-    before, after, ends = ORDER[move.operation]
+    before, after, ends, _ = ORDER[move.operation]
     closing, _, last = ends.rpartition("|")
     steps = expand(before, PHASE_INTENT if after else "", facts, move)
     steps += expand(after, PHASE_SWITCHED, facts, move)
@@ -8958,7 +8954,7 @@ class Executor:
                 raise StepFailed(run.down_failed, "correct the data, or put the backup back")
             # The verdict is in: signals from here on change nothing.
             run.interrupts.is_closed = True
-            self.end(RESULTS[plan.operation])
+            self.end(ORDER[plan.operation][-1])
         except Exception as error:
             run.interrupts.is_closed = True
             if isinstance(error, Interrupted):
@@ -10250,8 +10246,8 @@ def command_history(run: Run) -> None:
         entries, outcome.extra["chain"] = store.history(), store.chain
     if flags.since:
         since = format_time(read_value("moment", flags.since)(time.time(), -1))
-    if flags.operation and flags.operation not in RESULTS:
-        raise no_such("operation", flags.operation, RESULTS)
+    if flags.operation and flags.operation not in ORDER:
+        raise no_such("operation", flags.operation, ORDER)
     found = [encode(entry) for entry in entries
              if entry.at >= since and flags.operation in (None, entry.operation)
              and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
@@ -11100,7 +11096,7 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
 
 # -- all of it -------------------------------------------------------------------
 
-WRITING = tuple(RESULTS)
+WRITING = tuple(ORDER)
 
 
 def report(run: Run, exit_code: int, seconds: float) -> None:
