@@ -8906,11 +8906,6 @@ WORDS.update({name: (f"migrate.{name}", make_migrate) for name in MIGRATE_NAMES}
 #    Recovery is the same table and the same functions.
 # ============================================================================
 
-# With which exit code a run ends that has such a result; others end with their error's.
-RESULT_CODES = {"left_live": EXIT_ROLLBACK_FAILED, "rollback_failed": EXIT_ROLLBACK_FAILED,
-                "rolled_back": EXIT_ROLLED_BACK}
-
-
 class Executor:
     """Carries one plan through to a verdict.
 
@@ -9024,7 +9019,7 @@ class Executor:
 
     # -- the end ---------------------------------------------------------------
 
-    def end(self, result: str, error: Optional[DeployError] = None, *,
+    def end(self, result: str, error: Optional[DeployError] = None, exit_code: int = EXIT_OK, *,
             keep_journal: bool = False) -> None:
         """Close the run: records, then the history, then the journal goes.
 
@@ -9036,13 +9031,12 @@ class Executor:
         for record in settled(self, result, failure, is_bad=is_bad):
             run.store.save(record)
             run.facts.records[record.id] = record
-        code = RESULT_CODES.get(result, error.exit_code) if error else EXIT_OK
         results = run.outcome.steps
         starts = [format_time(step.started_at) for step in results]
         note_ending(
             run, run.facts.records.get(plan.to_release) or run.facts.artifact, error,
             deploy_id=self.deploy_id, operation=plan.operation, result=result,
-            release=plan.to_release or None, previous=plan.from_release, exit_code=code,
+            release=plan.to_release or None, previous=plan.from_release, exit_code=exit_code,
             seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
             steps=[dict(step.to_json(), started_at=at) for step, at in zip(results, starts)],
             automatic=automatic if result == "rolled_back" else None)
@@ -9106,7 +9100,8 @@ class Executor:
             result, final = self.go_back(error) if is_switched else self.undo(error, undone)
         try:
             if self.phase and result:
-                self.end(result, error, keep_journal=result == "rollback_failed")
+                self.end(result, error, final.exit_code,
+                         keep_journal=result == "rollback_failed")
         except FAILURES as problem:
             run.console.warn("the verdict could not be written, and the next run recovers it: "
                              + step_error(problem, "history").message)
@@ -9307,7 +9302,7 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     if run.flags.command == "rollback" and is_under_way(journal, live):
         # No restart and probe of what is being left.  Its journal stays until the rollback's own.
         Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
-                                         keep_journal=True)
+                                         EXIT_FAILED, keep_journal=True)
         return f"{what} ends here: the rollback is its verdict"
     run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at})")
     if journal.recoveries >= MAX_RECOVERIES:
@@ -9357,7 +9352,7 @@ def abort(run: Run, plan: Plan, journal: Journal) -> str:
         if not (sealed and step.phase == PHASE_STAGING):
             step.undo(run, step)
     why = (journal.failure or {}).get("reason", "interrupted before activation")
-    executor.end("aborted", StepFailed(str(why)))
+    executor.end("aborted", StepFailed(str(why)), EXIT_FAILED)
     what = "was not finished; the release stays staged" if sealed else \
         "was undone: it had not been activated"
     return f"{journal.operation} of {journal.to_release} {what}"
