@@ -7328,13 +7328,14 @@ def strangers(run: Run, record: Record) -> List[str]:
     except (OSError, ValueError, StateError):
         return []
     top += record.id + "/"
-    for place, directories, files in os.walk(top):  # which follows no link
-        run.interrupts.check()
-        inside = os.path.join(place, "")[len(top):]
-        links = [name for name in directories if os.path.islink(f"{place}/{name}")]
-        found += [name for name in (inside + name for name in files + links)
-                  if name not in known and not written.match(name)]
-        directories[:] = [name for name in directories if not written.match(f"{inside}{name}/")]
+    with suppress(RecursionError):  # of so deep a tree what was found is enough
+        for place, directories, files in os.walk(top):  # which follows no link
+            run.interrupts.check()
+            inside = os.path.join(place, "")[len(top):]
+            links = [name for name in directories if os.path.islink(f"{place}/{name}")]
+            found += [name for name in (inside + name for name in files + links)
+                      if name not in known and not written.match(name)]
+            directories[:] = [name for name in directories if not written.match(f"{inside}{name}/")]
     return sorted(found)
 
 
