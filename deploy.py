@@ -11052,11 +11052,13 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
     outcome, mask, caller = run.outcome, run.console.secrets.mask, traceparent()
     _, trace, own, sampled = run.traceparent.split("-")
     target = run.settings.trace.otlp
+    whole = target == "environment" and environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     if target == "environment":
-        target = environment("OTEL_EXPORTER_OTLP_ENDPOINT")
-    if not target or not int(sampled, 16) & 1:
+        target = whole or environment("OTEL_EXPORTER_OTLP_ENDPOINT")
+    disabled = environment("OTEL_SDK_DISABLED").lower() == "true"
+    if not target or not int(sampled, 16) & 1 or disabled:
         return
-    if not target.endswith("/v1/traces"):
+    if not whole and not target.endswith("/v1/traces"):
         target = target.rstrip("/") + "/v1/traces"
 
     def describe(name: str, begun_seconds: float, taken_seconds: float, why: str,
@@ -11084,10 +11086,14 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
                        spanId=os.urandom(8).hex(), parentSpanId=own)
               for step in outcome.steps if step.started_at]
     content = json.dumps({"resourceSpans": [{
-        "resource": {"attributes": attributes(service_name=run.application)},
+        "resource": {"attributes": attributes(
+            service_name=environment("OTEL_SERVICE_NAME") or run.application)},
         "scopeSpans": [{"scope": {"name": "deploy.py", "version": VERSION}, "spans": spans}]}]})
+    from urllib.parse import unquote
+    pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
+    headers = {name: unquote(value.strip()) for name, value in pairs}
     settings = SimpleNamespace(tls_ca="", proxy="none")
-    deliver(run, {"trace: not sent": lambda asked: post(asked, target, {}, settings, content)})
+    deliver(run, {"trace: not sent": lambda asked: post(asked, target, headers, settings, content)})
 
 
 # -- all of it -------------------------------------------------------------------

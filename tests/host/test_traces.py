@@ -79,20 +79,27 @@ def test_a_failure_is_the_status_of_its_step_and_of_the_run(app: App, collector:
     assert [step["name"] for step in steps if step["status"]["code"] == 2] == ["hook:post_activate"]
 
 
-def test_nothing_is_sent_that_nobody_wants(app: App, collector: Receiver) -> None:
+@pytest.mark.parametrize("env", [{"OTEL_SDK_DISABLED": "true"}, {"TRACEPARENT": f"00-{TRACE}-{PARENT}-00"}], ids=["disabled", "unsampled"])
+def test_nothing_is_sent_that_nobody_wants(env: Dict[str, str], app: App, collector: Receiver) -> None:
     traced(app, collector)
-    app.run("deploy", app.artifact("1.0"), env={"TRACEPARENT": f"00-{TRACE}-{PARENT}-00"}, check=0)
+    app.run("deploy", app.artifact("1.0"), env=env, check=0)
     app.run("status", check=0)
     app.run("-n", "deploy", app.artifact("1.1"), check=0)
     assert collector.posts == []
 
 
-def test_the_environment_says_where_to(app: App, collector: Receiver) -> None:
+def test_the_environment_says_where_to_and_with_which_headers(app: App, collector: Receiver) -> None:
     app.configure("[trace]\notlp = environment")
     app.run("deploy", app.artifact("1.0"), check=0)
     assert collector.posts == []
-    app.run("deploy", app.artifact("1.1"), env={"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url + "/base"}, check=0)
-    assert collector.posts[-1]["path"] == "/base/v1/traces"
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url + "/base", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=a%20b, x-other=c",
+           "OTEL_SERVICE_NAME": "shop"}
+    app.run("deploy", app.artifact("1.1"), env=env, check=0)
+    post = collector.posts[-1]
+    assert post["path"] == "/base/v1/traces" and (post["headers"]["x-key"], post["headers"]["x-other"]) == ("a b", "c")
+    assert post["body"]["resourceSpans"][0]["resource"]["attributes"][0]["value"] == {"stringValue": "shop"}
+    app.run("deploy", app.artifact("1.2"), env=dict(env, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=collector.url + "/own"), check=0)
+    assert collector.posts[-1]["path"] == "/own"
 
 
 def test_a_collector_that_hangs_costs_a_warning_once_the_lock_is_free(app: App) -> None:

@@ -141,7 +141,9 @@ def sizes_stay_below_the_ceilings(source: Source) -> List[str]:
     found = {"lines": len(source.text.splitlines()), "bytes": len(source.text.encode("utf-8")),
              "columns": max(map(len, source.lines)), "functions": len(list(source.functions())),
              "classes": sum(isinstance(node, ast.ClassDef) for node in nodes), "nodes": len(nodes)}
-    return [f"{found[name]} {name}, at most {most}" for name, most in CEILINGS.items() if found[name] > most]
+    if sys.version_info < (3, 9):
+        del found["nodes"]  # an Index around each subscript comes on top
+    return [f"{found[name]} {name}, at most {most}" for name, most in CEILINGS.items() if found.get(name, 0) > most]
 
 
 def positional_parameters(node: Function, *, is_method: bool) -> List[Any]:
