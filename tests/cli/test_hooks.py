@@ -172,7 +172,8 @@ def test_what_only_a_shell_could_do_is_refused_with_the_line_to_write(line: str,
 
 def test_a_variable_before_a_command_belongs_into_env(app: App) -> None:
     app.configure("[service:web]\ncommand = RAILS_ENV=production bin/restart\n")
-    assert "write RAILS_ENV = production into [env], or sh -c " in app.run("config", check=2).data["error"]["message"]
+    message = app.run("config", check=2).data["error"]["message"]
+    assert "write sh -c 'RAILS_ENV=production bin/restart', and a variable as NAME = value into [env]" in message
 
 
 def test_a_relative_program_is_the_releases_own(app: App) -> None:
