@@ -6196,8 +6196,19 @@ def probe_seconds(probe: Any) -> float:
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
-    given = [f"probe:ad-hoc.{text}" for text in [f"{kind}={target}", *assignments]]
-    return load_settings([], {}, given).probe["ad-hoc"]
+    section = "probe:ad-hoc"
+    given = {(section, kind): Given(target, f"--{kind}", "")}
+    for text in assignments:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise UsageError(f"--expect {text!r}: expected KEY=VALUE",
+                             "for example --expect json.status=ok")
+        if not find_option(section, key):
+            raise unknown(section, key, "--expect")
+        given[section, key] = Given(value, "--expect", "")
+    settings = Settings(given, [])
+    settings.refuse_mistakes()
+    return settings.probe["ad-hoc"]
 
 
 # -- probes: asking ----------------------------------------------------------
@@ -10197,8 +10208,10 @@ def state_problems(run: Run) -> List[Problem]:
         problems.append((lost.message, lost.hint))
     for record in facts.records.values():
         if record.state == STATE_ACTIVE and record.id != live and not lost:
-            problems.append((f"{record.id} should be live, but current points to {live}",
-                             command_line(f"activate {record.id}") + "; or recover, to go by it"))
+            is_there = record.id in facts.on_disk
+            what = f"current points to {live}" if is_there else "its files are gone"
+            problems.append((f"{record.id} should be live, but {what}",
+                             command_line(f"activate {record.id}" if is_there else "recover")))
         elif record.id == live and record.failure:
             problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
                              command_line("rollback") if back else "deploy a corrected version"))

@@ -525,7 +525,9 @@ def test_output_is_ascii_when_the_locale_is_c(tmp_path: Path) -> None:
     (["prune", "--log-file", ""], "--log-file: given, but empty", "stand behind it"),
     (["probe", "--command", ""], "--command: given, but empty", "stand behind it"),
     (["pin", ""], "RELEASE: given, but empty", "stand behind it"),
-    (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeuot=1s"], "--set: unknown key 'timeuot' in [probe:ad-hoc]", "did you mean 'timeout'?"),
+    (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeuot=1s"], "--expect: unknown key 'timeuot'", "did you mean 'timeout'?"),
+    (["probe", "--tcp", "127.0.0.1:1", "--expect", "timeout"], "--expect 'timeout': expected KEY=VALUE", "json.status=ok"),
+    (["probe", "--tcp", "127.0.0.1:1", "--expect", "period=x"], "--expect: [probe:ad-hoc] period = 'x'", "deadline is near"),
 ])
 def test_a_mistake_is_told_in_the_words_that_were_typed(words: List[str], message: str, hint: str) -> None:
     error = run_deploy(*words, check=2).data["error"]
