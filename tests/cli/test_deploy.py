@@ -763,19 +763,6 @@ def test_durable_syncs_before_the_release_gets_its_name(app: App, durable: str, 
     assert synced == (durable == "yes")
 
 
-@pytest.mark.parametrize("durable", ["yes", "no"])
-def test_the_disk_works_while_the_artifact_is_unpacked(app: App, durable: str, tmp_path: Path) -> None:
-    """Each write takes a tenth of a second, so that the unpacking takes two at least."""
-    trace, files = tmp_path / "trace", {f"file{number}": "x" for number in range(20)}
-    argv = [needs("strace"), "-f", "-o", str(trace), "-e", "trace=syncfs,write", "-e", "inject=write:delay_exit=100000"]
-    argv += deploy_argv("stage", app.artifact("1.0", files), "--set", f"deploy.durable={durable}", config=app.config)
-    subprocess.run(argv, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120, check=True)
-    lines = trace.read_text().splitlines()
-    main = lines[0].split()[0]
-    early = [line for line in lines if re.match(rf"(?!{main}\b)\d+ +syncfs\(", line)]
-    assert len(early) >= 2 if durable == "yes" else not any("syncfs" in line for line in lines), trace.read_text()
-
-
 # -- options of [artifact] --------------------------------------------------------
 
 @pytest.mark.parametrize("checksum, beside, code", [
