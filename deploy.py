@@ -2057,6 +2057,7 @@ class Settings:
         self.files = files
         self.delegate: Optional[str] = None  # the file of --delegate
         self.mistakes: List[UsageError] = []
+        self.unread: List[Tuple[str, str]] = []  # sections and keys whose values are a mistake
         self.rows: List[Tuple[str, str, str, str]] = []  # section, key, text, origin of all
         declared = sorted({section for section, _ in given})
         for table in OPTIONS:
@@ -2109,6 +2110,7 @@ class Settings:
             if given.text != option.default:
                 value = read_value(option.kind, given.text)
         except ValueError as error:
+            self.unread.append((section, key))
             self.mistakes.append(UsageError(
                 f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
                 f"{option.key}: {option.help}"))
@@ -6154,12 +6156,13 @@ PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
 
 
 def probe_kind(probe: Any) -> str:
-    """Return which of PROBE_KINDS a probe is."""
-    return next(kind for kind in PROBE_KINDS if getattr(probe, kind))
+    """Return which of PROBE_KINDS a probe is; nothing where it is not one of them."""
+    kinds = [kind for kind in PROBE_KINDS if kind in probe.given]
+    return kinds[0] if len(kinds) == 1 else ""
 
 
-def check_probe(settings: Settings, probe: Any) -> Optional[str]:
-    """Say what is wrong with a probe's settings, without asking anything."""
+def check_probe(settings: Settings, probe: Any) -> List[str]:
+    """Say all that is wrong with a probe's settings, without asking anything."""
     kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
     places = [*OF_SLOTS, CANDIDATE_PORT] if is_candidates else OF_SLOTS
     probe = filled(probe, dict.fromkeys(places, "1"))
@@ -6172,12 +6175,12 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
     except ValueError as error:
         wrong = f"{key}: {error}"
     service = settings.service.get(probe.service)
-    return next(filter(None, [
-        meaningless(probe, PROBE_KINDS[kind], f"a {kind} probe"),
+    return list(filter(None, [
+        meaningless(probe, PROBE_KINDS.get(kind, ()), f"a {kind} probe"),
         is_candidates and not settings.candidate.command
         and "when = candidate needs a [candidate] with its command",
         is_candidates and kind == "service" and "a candidate is no service",
-        probe.of_slot and (not settings.slots or probe.when != "after")
+        probe.of_slot and (not settings.has_slots or probe.when != "after")
         and "${slot} and ${port} need [slots], and when = after",
         release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
         and f"release = {release}: expected json:PATH, header:NAME or body",
@@ -6186,7 +6189,7 @@ def check_probe(settings: Settings, probe: Any) -> Optional[str]:
         service and service.command
         and f"whether [service:{probe.service}] is up cannot be known: it has only a command",
         wrong,
-        wrong_header(probe.header)]), None)
+        wrong_header(probe.header)]))
 
 
 def probe_seconds(probe: Any) -> float:
@@ -10104,9 +10107,9 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
         probe.when = "after"  # no candidate is started here
         if flags.wait is not None:
             probe.deadline = read_value("limit", flags.wait)
-        problem = check_probe(settings, probe)
-        if problem:
-            raise UsageError(f"probe {probe.name}: {problem}",
+        problems = check_probe(settings, probe)
+        if problems:
+            raise UsageError(f"probe {probe.name}: {'; '.join(problems)}",
                              "correct it in the configuration or on the command line")
     return probes
 
@@ -10889,7 +10892,7 @@ def check_notifier(settings: Any) -> Optional[str]:
     unused = meaningless(settings, others, f"type = {settings.type}")
     if unused:
         return unused
-    if sum(bool(getattr(settings, key)) for key in needs) != 1:
+    if sum(key in settings.given for key in needs) != 1:
         return f"type = {settings.type} needs {' or '.join(needs)}"
     words = dict.fromkeys([*NOTE_WORDS, *Context("", "", "", "", "", "", "").variables()], "1")
     key, headers = "smtp", {f"header.{name}": value for name, value in settings.header.items()}
@@ -11457,7 +11460,6 @@ def find_configuration() -> Tuple[List[str], str]:
 def check_settings(settings: Settings) -> None:
     """Raise UsageError for all that is wrong, also what does not go together."""
     mistakes = settings.mistakes
-    wrong = " ".join(mistake.message for mistake in mistakes)
     for check_all, is_needed in (
             (services_in_order, settings.service),
             (verifier_of, settings.signature.given)):
@@ -11466,14 +11468,10 @@ def check_settings(settings: Settings) -> None:
                 check_all(settings)
         except UsageError as error:
             mistakes.append(error)
-    for kind, check in (("probe", partial(check_probe, settings)), ("notify", check_notifier)):
-        for name, values in getattr(settings, kind).items():
-            # What is made of a mistake is no second one.
-            problem = "" if f"[{kind}:{name}]" in wrong else check(values)
-            if problem:
-                mistakes.append(settings.wrong(f"{kind}:{name}", problem))
     for section, is_wrong, problem in disagreements(settings):
-        if is_wrong and f"[{section}]" not in wrong:
+        told = f"[{section}] {problem}"  # what a value that is no such makes is no second mistake
+        if is_wrong and not any(f"[{place}]" in told and key in re.findall(r"[\w.-]+", problem)
+                                for place, key in settings.unread):
             mistakes.append(settings.wrong(section, problem))
     settings.refuse_mistakes()
 
@@ -11481,6 +11479,12 @@ def check_settings(settings: Settings) -> None:
 def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
     """Find what does not go together: (section, whether that is so, what is wrong with it)."""
     deploy, signature, policy = settings.deploy, settings.signature, settings.policy
+    for name, probe in settings.probe.items():
+        for problem in check_probe(settings, probe):
+            yield f"probe:{name}", True, problem
+    for name, notifier in settings.notify.items():
+        problem = check_notifier(notifier) or ""
+        yield f"notify:{name}", problem, problem
     yield ("signature", signature.verify != "off" and not TRUSTED.intersection(signature.given),
            f"verify = {signature.verify} needs keys, allowed_signers or command")
     taken = deploy.shared_dirs + deploy.shared_files
@@ -11489,7 +11493,7 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
         yield ("deploy", not deploy.app_user or is_shared,
                f"writable = {path} needs app_user, and a place that is not shared")
     for name, template in settings.template.items():
-        for place in filter(None, taken):
+        for place in filter(None, taken if template.target else ()):
             yield (f"template:{name}", os.path.commonpath([template.target, place]) in (
                 template.target, place), f"target = {template.target}: it meets {place}")
         taken = taken + [template.target]
@@ -11506,7 +11510,7 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
                "give it another name")
     if settings.source.given:
         yield from source_mistakes(settings)
-    if settings.has_slots:
+    if settings.has_slots and "slots" not in dict(settings.unread):
         yield from slots_mistakes(settings)
 
 

@@ -387,6 +387,28 @@ def test_all_that_is_wrong_is_told_at_once(app: App) -> None:
 def test_a_value_that_is_wrong_makes_no_second_mistake(tmp_path: Path) -> None:
     error = refusal("[probe:web]\ncommand = cd x\nstatus = 200\n", tmp_path)
     assert "cd is no program" in error.message and "mistakes" not in error.message
+    for text in ("[probe:web]\ncommand = cd x\nstatus = 200\n", "[probe:web]\nservice = a # b\n",
+                 "[notify:ops]\ntype = slack\nurl_file = a # b\n", "[policy]\napprovals = x\n",
+                 "[template:t]\nsource = a\n[deploy]\nshared_dirs = log\n",
+                 "[deploy]\nwritable = cache\napp_user = a # b\n", "[source]\nindex = a # b\nurl = https://h/\nchannel = x\n",
+                 "[slots]\nblue = x\nunit = a@${slot}\ninclude = ${port}\nreload = true\n[probe:web]\nurl = http://h:${port}/\n"):
+        found = every_mistake(text, tmp_path)
+        assert "mistakes" not in found, found
+
+
+def every_mistake(text: str, tmp_path: Path) -> str:
+    return run_deploy("config", config=write(tmp_path / "wrong.ini", text), check=2).data["error"]["message"]
+
+
+def test_a_section_with_a_wrong_value_is_looked_at_for_all_else(tmp_path: Path) -> None:
+    found = every_mistake("[deploy]\nkeep_releases = x\nwritable = cache\n[policy]\nwindows = never\napprovals = 2\n"
+                          "[probe:web]\ntcp = a:1\nperiod = x\nstatus = 204\nheader.X = a\n  b\n[notify:ops]\ntype = slack\nevents = nothing\n"
+                          "[source]\ntimeout = x\nurl = https://h/\nchannel = a\n", tmp_path)
+    for part in ("[deploy] keep_releases = 'x'", "[deploy] writable = cache needs app_user", "[policy] windows = 'never'",
+                 "[policy] approvals needs approvers", "[probe:web] period = 'x'", "[probe:web] status and header mean nothing",
+                 "[probe:web] the value of header.X holds a line break", "[notify:ops] events = 'nothing'", "[notify:ops] type = slack needs",
+                 "[source] timeout = 'x'", "[source] channel needs"):
+        assert part in found, (part, found)
 
 
 # -- the file itself ---------------------------------------------------------

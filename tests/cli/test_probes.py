@@ -971,7 +971,7 @@ def test_service(tmp_path):
 def test_check_probe(kind, target, assignments, message):
     probe = deploy.adhoc_probe(kind, target, assignments)
     found = deploy.check_probe(session_with().settings, probe)
-    assert (message in found) if message else found is None, found
+    assert (message in found[0] and len(found) == 1) if message else found == [], found
 
 
 def test_adhoc_probe_has_the_tables_defaults_and_reports_mistakes():
