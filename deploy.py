@@ -7546,7 +7546,7 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
     for section, key, (program, *_), in_root, in_release in commands(settings):
         directories = [root or "/"] if in_root or not root else []
         if in_release and root:
-            directories += [f"{root}/releases/(new)", f"{root}/current"]
+            directories += [f"{root}/releases/(new)", os.path.realpath(f"{root}/current")]
             if (os.path.normpath(native(program)) + "/").startswith(shared):
                 directories.append(f"{root}/shared")
         for directory in directories:
