@@ -831,8 +831,8 @@ def environment_names() -> List[str]:
 def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
     """Return the time on the wall in a zone; to the C library one without its file is UTC."""
     path, before = f"/usr/share/zoneinfo/{zone}", os.environ.copy()
-    if zone != "UTC" and not os.path.isfile(path):
-        raise PreflightFailed(f"timezone {zone} is unknown here: there is no {path}",
+    if zone != "UTC" and not (os.path.isfile(path) and read_file(path, 1 << 20)[:4] == b"TZif"):
+        raise PreflightFailed(f"timezone {zone} is unknown here: {path} is no zone",
                               "correct [policy] timezone, or install tzdata")
     os.environ["TZ"] = "UTC0" if zone == "UTC" else path
     time.tzset()
