@@ -6515,7 +6515,8 @@ def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
         command, policy = run.flags.command, run.settings.policy
         found = run.plan and (run.facts.artifact
                               or run.facts.records.get(run.plan.to_release))
-        if not found or command == "rollback" or command == "activate" and found.activated_at:
+        is_asked = found or command == "preflight" and judge is judge_windows
+        if not is_asked or command == "rollback" or command == "activate" and found.activated_at:
             return [("skip", "nothing is to go live for the first time", "")]
         try:
             if not suffixes:

@@ -116,7 +116,7 @@ def test_rules_guard_what_goes_live_for_the_first_time_and_no_way_back(app: App)
     for words in (["deploy", app.artifact("1.2")], ["-n", "deploy", app.artifact("1.2")], ["preflight", app.artifact("1.2")]):
         result = app.run(*words, check=3)
         assert rows(result)["windows"].endswith("; deny # closed") and rows(result)["judge"].startswith("fail: false exited with code 1")
-    assert rows(app.run("preflight", check=0))["judge"].startswith("skip")
+    assert rows(app.run("preflight", check=3))["judge"].startswith("skip")
     staged = app.run("stage", app.artifact("1.2"), check=0)
     assert [warning.split(":")[0] for warning in staged.data["warnings"]] == ["windows", "judge"]
     app.run("activate", "1.2", check=3)
