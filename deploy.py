@@ -2435,6 +2435,11 @@ class Record(NamedTuple):
         return str(self.artifact.get("sha256", ""))
 
     @property
+    def name(self) -> str:
+        """What that artifact was called."""
+        return native(str(self.artifact.get("name", "")))
+
+    @property
     def path(self) -> str:
         """Where that artifact was when it was staged."""
         return native(str(self.artifact.get("source", "")))
@@ -3258,6 +3263,7 @@ class Run:
         root = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(root) or "application"
         self.outcome = Outcome(flags.command)
+        self.fetch: Any = None  # how to get, once, what [policy] wants beside sync's artifact
         self.judged: Dict[str, str] = {}  # why [policy] judge let these digests pass
         self.output: List[str] = []  # a command's last lines, for the step's result
         self.migration: Dict[str, Any] = {}  # what is to be written in the journal
@@ -6521,15 +6527,27 @@ def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
         try:
             if not suffixes:
                 return [judge(run, found)]
-            places = [found.path + suffix for suffix in suffixes.split()]
-            place = next(filter(os.path.exists, places), places[-1])
+            with blaming(PreflightFailed, found.path, hint):
+                place, data = read_beside(run, found.path, *suffixes.split())
             with blaming(PreflightFailed, place, hint):
-                return [judge(run, found, place, read_file(place, MAX_STATE_BYTES))]
+                return [judge(run, found, place, data)]
         except (UsageError, PreflightFailed, ArtifactRefused, StepFailed) as error:
             lets = passable and policy.override
             status = "warn" if command == "stage" or lets and run.flags.override else "fail"
             return [(status, error.message, error.hint + ("; or --override WHY" if lets else ""))]
     return check
+
+
+def read_beside(run: Run, path: str, *suffixes: str) -> Tuple[str, bytes]:
+    """Read the first that is there of the files with these suffixes, here or at [source]."""
+    for place in (path + suffix for suffix in suffixes):
+        if run.fetch and "://" in place:
+            body = run.fetch(place).get("body")
+            if body is not None:
+                return place, body.encode("latin-1")
+        with suppress(FileNotFoundError):
+            return place, read_file(place, MAX_STATE_BYTES)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
 
 
 def judge_windows(run: Run, found: Any) -> Finding:
@@ -6552,7 +6570,7 @@ def judge_windows(run: Run, found: Any) -> Finding:
 
 def approval(run: Run, found: Any, expires: str) -> bytes:
     """Write what approvers sign: six lines, the same bytes in any locale."""
-    name = portable(os.path.basename(found.path))
+    name = portable(found.name)
     lines = ("deploy-approval 1", f"application {run.application}",
              f"environment {run.settings.policy.environment}", f"artifact {name}",
              f"sha256 {found.sha256}", f"expires {expires}")
@@ -6563,20 +6581,27 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
     """So many have signed, each counted once, and not who runs this."""
     import glob
     policy, signed, others = run.settings.policy, set(), set()
-    verifier = Verifier([], list(read_signers(policy.approvers)), "deploy-approval")
+    signers = list(read_signers(policy.approvers))
+    verifier = Verifier([], signers, "deploy-approval")
+    # An origin lists no files: there each is asked for by whose it is.
+    names = {who.partition("@")[0] for globs, *_ in signers for who in globs.split(",")}
+    asked = ["", *(f".{name}" for name in names if re.fullmatch(r"[\w.-]+", name))]
+    paths = glob.glob(f"{glob.escape(place)}.*sig") or [f"{place}{name}.sig" for name in asked]
     expires = text[-21:-1].decode("ascii")
     if text != approval(run, found, expires):
         raise ValueError(f"it is about something else: {text!r}")
     if read_value("moment", expires)(0, 1) <= run.facts.now_seconds:
         raise ValueError(f"it expired at {expires}")
-    for path in sorted(glob.glob(f"{glob.escape(place)}.*sig")):
+    for path in sorted(paths):
         try:
-            who = verifier.verify(text, read_file(path, MAX_STATE_BYTES), path)["signer"]
+            who = verifier.verify(text, read_beside(run, path, "")[1], path)["signer"]
             # A pattern is nobody's name, and could be that of who runs this.
             is_own = run.by["user"] in (who, who.partition("@")[0])
             (others if is_own or re.search("[*?]", who) else signed).add(who)
         except ArtifactRefused as error:
             others.add(error.message)
+        except FileNotFoundError:
+            pass
     told = [", ".join(sorted(who)) or "nobody" for who in (signed, others)]
     said = f"{len(signed)} of {policy.approvals}: {told[0]}; not counted: {told[1]}"
     if len(signed) < policy.approvals:
@@ -6586,9 +6611,9 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
 
 def judge_promotion(run: Run, found: Any, place: str, data: bytes) -> Finding:
     """An attestation says that it was live elsewhere, for long enough and not too long ago."""
-    policy, name = run.settings.policy, f"{place}.sig"
+    policy, (name, signature) = run.settings.policy, read_beside(run, place, ".sig")
     verifier = Verifier([], list(read_signers(policy.attesters)), "deploy-attestation")
-    who = verifier.verify(data, read_file(name, MAX_STATE_BYTES), name)["signer"]
+    who = verifier.verify(data, signature, name)["signer"]
     told = json.loads(data.decode("utf-8"))
     made = told["predicate"]
     for what, said, right in (
@@ -6627,13 +6652,13 @@ def note_built(run: Run, text: Any, *, is_best: bool = True) -> None:
 def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
     """An SBOM in a signed SHA256SUMS, CycloneDX or SPDX 2, lists nothing that is denied."""
     policy, wrong, unknown = run.settings.policy, [], []
-    sums = os.path.join(os.path.dirname(place), "SHA256SUMS")
-    signature = sums + (".minisig" if os.path.exists(f"{sums}.minisig") else ".sig")
-    listing = read_file(sums, MAX_STATE_BYTES)
-    verifier_of(run.settings).verify(listing, read_file(signature, MAX_STATE_BYTES), signature)
-    for path, sha256 in (found.path, found.sha256), (place, hashlib.sha256(data).hexdigest()):
-        if (os.fsencode(os.path.basename(path)), sha256) not in read_digests(listing):
-            raise ValueError(f"{sums} does not list {path} with its digest")
+    sums, listing = read_beside(run, os.path.join(os.path.dirname(place), "SHA256SUMS"), "")
+    name, signature = read_beside(run, sums, ".minisig", ".sig")
+    verifier_of(run.settings).verify(listing, signature, name)
+    own = found.name + place[len(found.path):]
+    for name, sha256 in (found.name, found.sha256), (own, hashlib.sha256(data).hexdigest()):
+        if (os.fsencode(name), sha256) not in read_digests(listing):
+            raise ValueError(f"{sums} does not list {name} with its digest")
     packages, licenses = (",".join(globs).lower()
                           for globs in (policy.deny_packages, policy.deny_licenses))
     document = json.loads(data.decode("utf-8"))
@@ -6694,7 +6719,7 @@ def judge_by_command(run: Run, found: Any) -> Finding:
         "schema": SCHEMA, "operation": run.plan.operation, "application": run.application,
         "environment": policy.environment, "host": run.by["host"], "by": run.by,
         "now": format_time(facts.now_seconds), "override": run.flags.override,
-        "artifact": {"name": portable(os.path.basename(found.path)), "version": found.version,
+        "artifact": {"name": portable(found.name), "version": found.version,
                      "source": portable(found.path), "sha256": found.sha256},
         "current": live and encode(live), "previous": before and encode(before),
         "plan": run.plan.to_json(), "checks": [check._asdict() for check in run.outcome.checks]})
@@ -6820,7 +6845,8 @@ def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str]
     """Take a body, as long as it keeps coming; refuse one that could be cut off unseen."""
     source, status, total, body = run.settings.source, response.status, response.length, []
     part, etag = response.getheader("Content-Range"), response.getheader("ETag") or ""
-    begin, most_bytes, take = 0, MAX_INDEX_BYTES, body.append
+    # Without an offer yet, it is the index that is read.
+    begin, take, most_bytes = 0, body.append, MAX_STATE_BYTES if run.offer else MAX_INDEX_BYTES
     asking.at("reading the answer", etag=etag, wait=response.getheader("Retry-After") or "")
     if status == 304 and "If-None-Match" in asked:
         return {}
@@ -7915,9 +7941,9 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
                 found = [("skip", "not asked: see permissions", "")]
             else:
                 found = list(check(run)) or [("ok", "as it should be", "")]
-        except Interrupted:
-            raise
         except DeployError as error:
+            if type(error) in (Interrupted, DeployError):  # the network's no is about nothing else
+                raise
             # Whichever check reads it: what is wrong with the artifact refuses the artifact.
             name = "artifact" if isinstance(error, ArtifactRefused) else name
             found = [("fail", error.message, error.hint)]
@@ -9776,6 +9802,7 @@ def find_new(run: Run) -> str:
             give_to_group(run.cache.descriptor, store.group)
         cached = os.listdir(run.cache.descriptor)
     seen, listed = look(run)
+    run.fetch = lru_cache(maxsize=None)(partial(fetch, run))
     offer, live = run.offer, facts.release(facts.current.release or "")
     for record in facts.records.values() if offer.ref else ():
         if record.artifact["source"] == run.console.secrets.mask(offer.path):

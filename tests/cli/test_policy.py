@@ -15,6 +15,7 @@ from typing import Any, Dict, List
 
 import pytest
 
+from origins import Nginx, Source, make_certificate
 from support import DEPLOY, App, load_deploy, make_artifact, needs
 
 deploy = load_deploy()
@@ -475,3 +476,56 @@ def test_provenance_names_a_builder_and_a_source_that_are_allowed(app: App, pem:
     provenance(artifact, pem, version, builder, uri)
     app.run("deploy", artifact, check=0)
     assert app.record(app.current)["built_at"] == app.history()[-1]["built_at"] == "2026-11-20T10:00:00Z"
+
+
+# -- beside an artifact that sync fetches ------------------------------------------------
+
+def test_sync_fetches_what_the_policy_asks_for_and_nothing_else(app: App, keys: Path, pem: Path, tmp_path: Path) -> None:
+    place, builder = tmp_path / "nginx", "https://ci.example.com/build@v2"
+    place.mkdir()
+    nginx = Nginx(place, make_certificate(place))
+    source = Source(nginx.files / "shop")
+    common = (f"[artifact]\nmatch = myapp-@v.tar.gz\n[signature]\nkeys = {pem}.pub\n[source]\nurl = https://127.0.0.1:{nginx.port}/shop\n"
+              f"tls_ca = {nginx.certificate}\n[policy]\nenvironment = production\n")
+    rules = {"approvals": f"approvals = 2\napprovers = {keys}/signers", "promotion": f"promoted_from = staging\nattesters = {keys}/signers",
+             "sbom": "sbom = yes", "provenance": f"builders = {builder}"}
+    try:
+        artifact = source.add("1.0+a")
+        sbom = Path(f"{artifact}.spdx.json")
+        sbom.write_text(json.dumps(spdx(FINE)))
+        list_signed(pem, artifact, sbom)
+        app.configure(common + "\n".join(rules.values()))
+        sbom.rename(sbom.with_name("later"))
+        told = rows(app.run("sync", check=3))
+        assert {name for name in rules if "No such file or directory" in told[name]} == set(rules) and not app.releases()
+        sbom.with_name("later").rename(sbom)
+        text = write(app, artifact, "approve", str(artifact), "--set", "artifact.checksum=off")
+        sign(keys, "alice", text)
+        assert rows(app.run("-n", "sync", check=3))["approvals"].startswith("fail: ") and "1 of 2: alice" in rows(app.run("sync", check=3))["approvals"]
+        sign(keys, "bob", text, to=".bob")
+        staging = App(tmp_path / "staging")
+        staging.configure("[policy]\nenvironment = staging")
+        staging.run("deploy", artifact, "--set", "artifact.checksum=off", check=0)
+        sign(keys, "web1", write(staging, artifact, "attest"), "deploy-attestation")
+        provenance(artifact, pem, "v1", builder, "https://git.example.com/shop")
+        nginx.asked()
+        result = app.run("sync", check=0)
+        assert app.version == "1.0+a" and all(rows(result)[name].startswith("ok: ") for name in rules), rows(result)
+        paths = [line.split()[1] for line in nginx.asked() if "/SHA256SUMS " not in line]
+        assert len(paths) == len(set(paths)), paths
+        artifact = source.add("1.1")
+        list_signed(pem, artifact)
+        app.configure(common + rules["provenance"])
+        provenance(artifact, pem, "v1", builder, "https://git.example.com/shop")
+        app.run("sync", check=0)
+        asked = [line.split()[1] for line in nginx.asked()]
+        assert f"/shop/{artifact.name}.intoto.jsonl" in asked and not [path for path in asked if "approv" in path or "attest" in path or ".json" in path[-5:]]
+        artifact = source.add("1.2")
+        list_signed(pem, artifact)
+        Path(f"{artifact}.intoto.jsonl").symlink_to(artifact.name + ".intoto.jsonl")  # a loop
+        assert "status 403" in app.run("sync", check=1).data["error"]["message"] and app.version == "1.1"
+        Path(f"{artifact}.intoto.jsonl").unlink()
+        Path(f"{artifact}.intoto.jsonl").write_bytes(b" " * (17 << 20))
+        assert "more than 16 MiB" in app.run("sync", check=3).data["error"]["message"] and app.version == "1.1"
+    finally:
+        nginx.stop()
