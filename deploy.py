@@ -6198,11 +6198,6 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
         wrong_header(probe.header)]))
 
 
-def probe_seconds(probe: Any) -> float:
-    """Return how long a probe may take to its verdict."""
-    return float(probe.initial_delay + probe.deadline + probe.soak)
-
-
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
     section = "probe:ad-hoc"
@@ -7872,7 +7867,7 @@ def check_probes(run: Run) -> Findings:
                    "[artifact] match), or --release-version VERSION")
         if probe.when in ("after", "candidate"):
             continue
-        run.console.working(f"probe {name}", probe_seconds(probe))
+        run.console.working(f"probe {name}", probe.initial_delay + probe.deadline + probe.soak)
         with run.console.progress(f"probe {name}") as progress:
             found = run_probe(run, probe, context, expect_release=False, progress=progress)
         if not found.ok:
