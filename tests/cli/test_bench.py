@@ -43,10 +43,3 @@ def test_every_row_is_measured_and_written_as_json(tmp_path: Path) -> None:
             assert figure["name"] in printed and bool(figure["values"]) != bool(figure["note"]), row
             assert figure["unit"] not in ("s", "MiB") or figure["median"] is None or figure["median"] > 0 \
                 or figure["name"] in ("fixed start-up", "compile only"), row
-
-
-def test_rows_are_picked_by_name(tmp_path: Path) -> None:
-    picked = [name for name in names() if name.startswith("switch")]
-    printed = bench("--scale", 0.0004, "--rows", "^switch", "--json", tmp_path / "bench.json")
-    assert [row["row"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == picked
-    assert "Store.switch" in printed and "deploy.py stage" not in printed

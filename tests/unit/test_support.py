@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,63 +12,7 @@ import pytest
 
 import conftest
 import support
-from support import (TESTS, Server, clean_environment, compress, directory, fake_command, file, free_port, link, make_artifact,
-                     make_tar, make_tree, make_zip, member, needs, pax_global, run_deploy, sha256_of, snapshot, tar_bytes, wait_until)
-
-
-def test_make_tree_writes_files_links_and_directories_with_modes(tmp_path: Path) -> None:
-    top = make_tree(tmp_path / "tree", {"a/b": "text", "run": file(b"x", 0o750), "l": link("a/b"), "e": None,
-                                        "sealed": directory(0o555), "sealed/file": "in a read-only directory"})
-    assert (top / "a" / "b").read_text() == "text"
-    assert (top / "run").stat().st_mode & 0o777 == 0o750
-    assert os.readlink(str(top / "l")) == "a/b" and (top / "e").is_dir()
-    assert (top / "sealed").stat().st_mode & 0o777 == 0o555 and (top / "sealed" / "file").exists()
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"])
-def test_an_artifact_is_readable_reproducible_and_has_its_checksum(tmp_path: Path, suffix: str) -> None:
-    first = make_artifact(tmp_path / "one", "1.0.0", suffix=suffix)
-    second = make_artifact(tmp_path / "two", "1.0.0", suffix=suffix)
-    assert first.read_bytes() == second.read_bytes()
-    with tarfile.open(str(first)) as archive:
-        names = archive.getnames()
-    assert names == ["VERSION", "bin", "bin/run", "data", "lib", "lib/nested", "lib/nested/data.txt", "log"]
-    checksum = (first.parent / (first.name + ".sha256")).read_text()
-    assert checksum == f"{sha256_of(first)}  {first.name}\n"
-
-
-def test_make_tar_writes_hostile_members_as_told(tmp_path: Path) -> None:
-    path = make_tar(tmp_path / "evil.tar", [
-        pax_global(comment="x"), member("../evil", "x"), member("/abs", "y"), member("fifo", type=tarfile.FIFOTYPE),
-        member("hard", type=tarfile.LNKTYPE, linkname="../evil"), member("suid", mode=0o6755),
-        member("pax", "z", pax_headers={"path": "../renamed"})])
-    with tarfile.open(str(path)) as archive:
-        members = archive.getmembers()
-    assert [found.name for found in members] == ["../evil", "/abs", "fifo", "hard", "suid", "../renamed"]
-    assert members[2].isfifo() and members[3].linkname == "../evil" and members[4].mode == 0o6755
-
-
-def test_a_member_may_lie_about_its_size() -> None:
-    negative = tar_bytes([member("x", size=-512)], tarfile.GNU_FORMAT)
-    assert tarfile.TarInfo.frombuf(negative[:512], "utf-8", "strict").size == -512
-    assert len(tar_bytes([member("x", "short", size=1 << 40)], tarfile.GNU_FORMAT)) == 4 * 512
-
-
-def test_zstd_and_zip_are_what_the_system_reads(tmp_path: Path) -> None:
-    packed = compress(b"data" * 1000, "zst")
-    assert subprocess.run([needs("zstd"), "-d", "-c"], input=packed, stdout=subprocess.PIPE).stdout == b"data" * 1000
-    path = make_zip(tmp_path / "a.zip", {"run": file("#!", 0o755), "l": link("run"), "e": None})
-    subprocess.run([needs("unzip"), "-q", str(path), "-d", str(tmp_path)], check=True)
-    assert os.access(str(tmp_path / "run"), os.X_OK) and (tmp_path / "l").is_symlink() and (tmp_path / "e").is_dir()
-
-
-def test_a_fake_command_logs_its_calls_and_runs_its_script(tmp_path: Path) -> None:
-    command = fake_command(tmp_path / "bin", "systemctl", "sys.exit(3)")
-    assert command.calls() == []
-    done = subprocess.run(["systemctl", "restart", "a b"], env=clean_environment(dict(command.env, EXTRA="1")))  # type: ignore
-    assert done.returncode == 3
-    assert command.calls() == [["restart", "a b"]]
-    assert command.details()[0]["env"]["EXTRA"] == "1"
+from support import (TESTS, Server, clean_environment, free_port, link, make_tree, needs, run_deploy, snapshot, wait_until)
 
 
 def test_a_snapshot_sees_every_kind_of_change(tmp_path: Path) -> None:
@@ -93,14 +36,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, directory: Path, program: str) -> 
     monkeypatch.setattr(support, "WARM", 0)
 
 
-def test_run_deploy_gives_a_clean_environment_and_decodes_the_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, tmp_path, "import json, os, sys; print(json.dumps([sys.argv[1:], sorted(os.environ)]).join(['{\"a\":', '}']))")
-    result = run_deploy("status", root="/r", config="/c", env={"EXTRA": "1", "LANG": None}, check=0)
-    argv, names = result.data["a"]
-    assert argv == ["--json", "--root", "/r", "-c", "/c", "status"]
-    assert set(names) - {"LC_CTYPE"} == {"EXTRA", "HOME", "PATH"}  # Python 3.7 and later set LC_CTYPE themselves
-
-
 @pytest.mark.parametrize("program, message", [
     ("print('{}'); print('{}')", "not one JSON value"),
     ("print('[]')", "not a JSON object"),
@@ -113,29 +48,11 @@ def test_run_deploy_fails_with_everything_shown(tmp_path: Path, monkeypatch: pyt
         run_deploy("status", timeout=1, check=0)
 
 
-def test_a_background_child_that_keeps_stdout_does_not_hold_run_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, tmp_path, "import subprocess; subprocess.Popen(['sleep', '90']); print('{}', flush=True)")
-    run_deploy("status", check=0)
-
-
 def ask(server: Server) -> dict:
     """The server's answer, decoded."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.url, timeout=5) as answer:
         return json.loads(answer.read().decode("ascii"))
-
-
-def test_a_server_answers_its_old_version_until_it_is_restarted(tmp_path: Path) -> None:
-    version = tmp_path / "VERSION"
-    version.write_text("1.0.0\n")
-    server = Server(version, tmp_path / "bin")
-    try:
-        version.write_text("2.0.0\n")
-        assert ask(server) == {"status": "ok", "version": "1.0.0"}
-        subprocess.run([str(server.restart_command.path)], check=True)
-        assert ask(server) == {"status": "ok", "version": "2.0.0"}
-    finally:
-        server.stop()
 
 
 def test_a_missing_tool_skips_here_and_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
