@@ -2498,6 +2498,10 @@ class HistoryEntry(NamedTuple):
     automatic: Optional[bool] = None
 
 
+# What a field of such a type holds, whoever wrote and sealed it.
+JSON_TYPES: Dict[Any, Any] = {
+    float: (float, int), List[Any]: list, Json: dict, OptionalText: (str, type(None)),
+    Optional[bool]: (bool, type(None)), Optional[Json]: (dict, type(None))}
 # `from` cannot be the name of a field.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
 # What a text must be: ids become file names.  What another tool made in releases/ may have any.
@@ -2531,11 +2535,13 @@ def decode(kind: Any, data: bytes, what: str, hint: str = "") -> Any:
         raise StateError(f"{what} has schema {found.get('schema')!r}, "
                          f"this program knows {SCHEMA}", hint)
     values = {}
-    for field in kind._fields:
+    for field, annotation in kind.__annotations__.items():
         name = JSON_NAMES.get(field, field)
         values[field] = value = found.get(name, kind._field_defaults.get(field, ...))
         form = TEXT_FORMS.get(name, "") if value is not None else ""
-        if value is ... or form and not re.fullmatch(form, str(value)):
+        if not isinstance(value, JSON_TYPES.get(annotation, annotation)) \
+                or form and not re.fullmatch(form, value) \
+                or name == "tree" and not isinstance(value.get("bytes", 0), int):
             raise StateError(f"{what} has no proper {name!r}", hint)
     return kind(**values)
 

@@ -644,6 +644,22 @@ def test_something_else_in_the_place_of_the_state_is_named_and_refused(live: App
     assert recover_and_judge(live, ["1.0"]) == []
 
 
+@pytest.mark.parametrize("path,key,value", [
+    ("releases/{release}.json", "tree", {"bytes": "many"}), ("releases/{release}.json", "tree", []), ("releases/{release}.json", "artifact", []),
+    ("releases/{release}.json", "sequence", "1"), ("releases/{release}.json", "state", 1), ("releases/{release}.json", "by", None),
+    ("journal.json", "plan", None), ("journal.json", "recoveries", "x"), ("journal.json", "to", 3)], ids=str)
+def test_what_was_edited_by_hand_and_sealed_again_is_no_traceback(live: App, path: str, key: str, value: Any) -> None:
+    live.configure(f"[hooks]\npost_activate = {KILL}\n")
+    killed(live, "deploy", live.artifact("1.1"))
+    live.configure()
+    edited = live.root / ".deploy" / path.format(release=live.current)
+    data = dict(json.loads(edited.read_text()), **{key: value})
+    edited.write_text(json.dumps(load_deploy().seal(data)))
+    for words in (["status"], ["releases"], ["recover"], ["-n", "recover"], ["rollback"]):
+        result = live.run(*words)
+        assert result.exit_code in (3, 7) and "proper" in result.stderr or words == ["releases"] and result.exit_code == 0, result.describe()
+
+
 def test_a_choice_by_hand_of_what_is_live_and_damaged_changes_nothing(app: App) -> None:
     app.configure("durable = no\n")
     live = app.deploy("1.0").data["release"]
