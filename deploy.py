@@ -4622,9 +4622,9 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     head = stream.peek(TAR_BLOCK_BYTES)
     inner = format_of(head)
     if inner != "tar" and head[257:262] != b"ustar" and (any(head) or not head):
-        raise ArtifactRefused(
-            f"what is compressed here is {f'a {inner} and ' if inner else ''}no tar: it begins "
-            f"with {show(head[:60])}", "deploy a tar, compressed once: tar -czf app.tar.gz .")
+        what = f"a {inner} and no tar" if inner else "no tar"
+        raise ArtifactRefused(f"what is compressed here is {what}",
+                              "deploy a tar, compressed once: tar -czf app.tar.gz .")
     while True:
         header = stream.take(padding + TAR_BLOCK_BYTES)[padding:]
         if not any(header):
@@ -4737,7 +4737,7 @@ def find_central(artifact: Artifact) -> Tuple[int, int, int]:
         rest_at = found.start() + 22 + int.from_bytes(found.group(1), "little")
         rest = tail[rest_at:]
         if rest.strip(b"\0"):
-            why = f"not its end: {len(rest)} bytes of no entry lie behind it: {show(rest[:60])}"
+            why = f"not its end: {len(rest)} bytes of no entry lie behind it"
         elif rest_at <= len(tail):  # what follows fills up a tape's record
             ends.append(found.start())
     if len(ends) != 1:
@@ -6547,7 +6547,9 @@ def read_beside(run: Run, path: str, *suffixes: str) -> Tuple[str, bytes]:
             if body is not None:
                 return place, body.encode("latin-1")
         with suppress(FileNotFoundError):
-            return place, read_file(place, MAX_STATE_BYTES)
+            # A link in an inbox could lead to what is root's.
+            flags = os.O_NOFOLLOW if run.flags.delegate else 0
+            return place, read_file(place, MAX_STATE_BYTES, flags)
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
 
 
@@ -6590,7 +6592,7 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
     paths = glob.glob(f"{glob.escape(place)}.*sig") or [f"{place}{name}.sig" for name in asked]
     expires = text[-21:-1].decode("ascii")
     if text != approval(run, found, expires):
-        raise ValueError(f"it is about something else: {text!r}")
+        raise ValueError("it is about something else: another application, environment or artifact")
     if read_value("moment", expires)(0, 1) <= run.facts.now_seconds:
         raise ValueError(f"it expired at {expires}")
     for path in sorted(paths):

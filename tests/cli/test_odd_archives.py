@@ -315,12 +315,13 @@ def test_zeros_behind_a_zip_s_end_are_padding(app: App) -> None:
 @pytest.mark.parametrize("data, words", [
     (gzip.compress(gzip.compress(tar(entry(b"f", b"x")))), ["a tar.gz and no tar", "compressed once"]),
     (gzip.compress(lzma.compress(tar(entry(b"f", b"x")))), ["a tar.xz and no tar", "compressed once"]),
-    (bz2.compress(b"#!/bin/sh\necho hello\n" * 50), ["no tar", "#!/bin/sh", "tar -czf"]),
-    (gzip.compress(b"{}\n"), ["no tar", r"{}\n"]), (gzip.compress(b""), ["no tar", "begins with ''"]),
+    (bz2.compress(b"#!/bin/sh\necho hello\n" * 50), ["no tar", "tar -czf"]),
+    (gzip.compress(b"{}\n"), ["no tar"]), (gzip.compress(b""), ["no tar"]),
 ], ids=["gzip in gzip", "xz in gzip", "a script", "next to nothing", "nothing"])
 def test_what_is_compressed_and_no_tar_is_called_what_it_is(app: App, data: bytes, words: List[str]) -> None:
     text = refused(app, data)
     assert all(word in text for word in words) and "checksum" not in text
+    assert "echo" not in text and "{}" not in text, "what it holds may be private"
 
 
 def test_too_many_streams_and_too_large_dictionaries_say_how_to_pack(app: App) -> None:

@@ -304,6 +304,22 @@ def test_a_digest_that_is_a_link_is_not_read(desk: Desk) -> None:
     assert done.returncode == 4 and "private-name" not in done.stderr and "ELOOP" in done.stderr, done.stderr
 
 
+def test_an_approval_that_is_a_link_is_not_read(desk: Desk) -> None:
+    """Who may write into the inbox would be shown what only root may read."""
+    artifact, config = make_artifact(desk.inbox, "1.6"), desk.app.config.read_text()
+    secret = desk.app.directory / "secret" / "password"
+    secret.write_text("root:$6$private:20000:0:99999:7:::\n")
+    signers = desk.app.directory / "signers"
+    signers.write_text("")
+    artifact.with_name(artifact.name + ".approval").symlink_to(secret)
+    try:
+        desk.app.config.write_text(f"{config}\n[policy]\napprovals = 1\napprovers = {signers}\n")
+        done = desk.sudo("deploy", artifact)
+    finally:
+        desk.app.config.write_text(config)
+    assert done.returncode == 3 and "ELOOP" in done.stderr and "private" not in done.stdout + done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("way", ["delegated", "sudo", "root"])
 def test_of_a_file_of_unknown_format_only_its_name_is_told_to_who_may_not_read_it(way: str, desk: Desk) -> None:
     path = desk.inbox / "shadow-1.tar.gz"
