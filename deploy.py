@@ -10775,8 +10775,8 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         steps=[step.to_json() for step in outcome.steps],
         checks=[check._asdict() for check in outcome.checks],
         summary={"checked": len(outcome.checks), "warnings": len(warnings),
-                 "changed": max(statuses.count("done"), outcome.changed and not is_dry),
-                 "failed": max(failures, failed)},
+                 "changed": max(statuses.count("done"), int(outcome.changed and not is_dry)),
+                 "failed": max(failures, int(failed))},
         warnings=warnings, seconds=round(seconds, 3),
         error={"message": error.message, "hint": error.hint} if error else None)
 

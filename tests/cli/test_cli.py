@@ -40,7 +40,7 @@ def wrong_with(result: Result) -> List[str]:
     problems = [f"no {name}" for name in sorted(KEYS - set(data))]
     if problems:
         return problems
-    if set(data["summary"]) != SUMMARY_KEYS:
+    if set(data["summary"]) != SUMMARY_KEYS or any(type(number) is not int for number in data["summary"].values()):
         problems.append(f"summary is {data['summary']}")
     if data["exit_code"] != result.exit_code:
         problems.append(f"exit_code {data['exit_code']}, really {result.exit_code}")
