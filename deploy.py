@@ -7001,7 +7001,7 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
             (signed_at < oldest,
              f"was signed at {signed_at or 'an unknown time'}, longer ago than max_age"),
             (goes_back, f"has {best.version} for its newest, and had {last['version']}"),
-            (best.version == last["version"] and best.sha256 != last["sha256"],
+            (best.version == last["version"] and best.sha256 != last.get("sha256"),
              f"has other bytes of {best.version} than before")):
         if wrong:
             raise ArtifactRefused(f"the index of {source.git or source.url} {what}",

@@ -489,6 +489,8 @@ def test_versions_have_an_order(app: App, beside: Source, order: str, versions: 
 
 def test_a_channel_may_point_back_and_a_withdrawn_release_is_passed_over(app: App, beside: Source) -> None:
     follow(app, beside.directory, "index = index.json\nchannel = stable", more="")
+    beside.index()
+    assert "has no stable that fits" in app.run("sync", check=4).data["msg"]
     for version in ("1.0", "1.1", "1.2"):
         beside.add(version)
     releases = [beside.release(version) for version in ("1.0", "1.1", "1.2")]
