@@ -10413,7 +10413,7 @@ def command_report(run: Run) -> None:
     with looking(run) as store:
         found = measure(store.history(), since, format_time(now_seconds))
     run.outcome.extra["report"], runs = found, found["runs"]
-    measures = {key: value for key, value in found.items() if key != "runs"}
+    measures = {key: in_short(key, value) for key, value in found.items() if key != "runs"}
     text = "\n".join([*block(measures), ""])
     if flags.format == "json":
         text = json.dumps(found, indent=2) + "\n"
@@ -10496,7 +10496,7 @@ def report_page(application: str, runs: List[Json], measures: Json) -> str:
         marks.append(f'<rect class="{kind}" x="{990 * (at - first) / (last - first):.1f}" y="12" '
                      'width="6" height="40"><title>{}: {} {}</title></rect>'.format(*cells))
         rows.insert(0, f'<tr class="{kind}"><td>{"</td><td>".join(cells)}</td></tr>')
-    shown = [f"<div><dt>{key}</dt><dd>{quote(in_short(key, value))}</dd></div>"
+    shown = [f"<div><dt>{key}</dt><dd>{quote(value)}</dd></div>"
              for key, value in measures.items()]
     return REPORT_PAGE.format(name=quote(application), measures="\n".join(shown),
                               marks="\n".join(marks), runs="\n".join(rows))

@@ -124,7 +124,7 @@ def test_every_form_says_the_same(app: App, tmp_path: Path) -> None:
     assert {key: value for key, value in json.loads(printed).items() if key not in ("since", "until")} == {
         key: value for key, value in found.items() if key not in ("since", "until")}
     text = app.run("report", json=False, check=0).stdout
-    assert "deployments      2" in text and "change_fail_rate 0.5" in text
+    assert "deployments      2" in text and "change_fail_rate 0.5" in text and "  lead_seconds     -\n" in text
     rows = list(csv.DictReader(io.StringIO(app.run("report", "--format", "csv", json=False, check=0).stdout)))
     assert [(row["version"], row["failed"]) for row in rows] == [("1.0", "False"), ("1.1", "True")]
     assert app.run("report", "--since", "2126-01-01", check=0).data["report"]["deployments"] == 0
