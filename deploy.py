@@ -930,13 +930,6 @@ def read_file(path: str, limit_bytes: int, flags: int = 0, dir_fd: Optional[int]
 
 # -- who and where -----------------------------------------------------------
 
-def boot_id() -> str:
-    """Return the kernel's id of this boot, or an empty string where there is none."""
-    with suppress(OSError):
-        return read_file("/proc/sys/kernel/random/boot_id", 64).decode("ascii").strip()
-    return ""
-
-
 def user_name(uid: int = -1) -> str:
     """Return a user's name, by default the effective one's; the number without a passwd entry."""
     import pwd
@@ -2459,7 +2452,6 @@ class Journal(NamedTuple):
     to_release: str
     phase: str
     artifact_sha256: str
-    boot_id: str
     started_at: str
     recoveries: int
     plan: List[Any]
@@ -2575,6 +2567,7 @@ LEFTOVERS = {
 # Set aside for the day when the disk is full, as long as so many times as much is free.
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
+RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
 DEPLOY_AGAIN = "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
 
 
@@ -2746,7 +2739,7 @@ class Store:
 
     def load_json(self, path: str) -> Json:
         """Read an object that nobody sealed, empty where there is none; StateError says why not."""
-        data = self.read(path) if self.status(path) else None
+        data = self.read(path)
         if data is None:
             return {}
         with suppress(ValueError, RecursionError):
@@ -2952,8 +2945,6 @@ class Store:
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
-        if self.status(JOURNAL) is None:
-            return None
         hint = "check that the release you want is live, then: " \
             f"{self.command_line('recover --to RELEASE')}"
         data = self.read(JOURNAL, hint)
@@ -3729,9 +3720,9 @@ def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
     return ArtifactRefused(f"artifact refused: member {show(name)}: {why}", hint)
 
 
-def damaged(why: str, hint: str = COPY_AGAIN) -> ArtifactRefused:
+def damaged(why: str) -> ArtifactRefused:
     """Make the error for an archive that cannot be what its maker wrote."""
-    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", hint)
+    return ArtifactRefused(f"the archive is damaged or incomplete: {why}", COPY_AGAIN)
 
 
 def exceeds(what: str, most: int, option: str) -> ArtifactRefused:
@@ -4031,14 +4022,13 @@ def digest_line(sha256: str, name: bytes) -> bytes:
 
 # -- the version -------------------------------------------------------------
 
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z")
+_VERSION = re.compile(KINDS["version"][2] + r"\Z")
 # What builds append for the platform is not part of the version.
 _PLATFORM = re.compile(
     r"(?i)(?:[-_.](?:linux|darwin|windows|unknown|gnu|musl|amd64|arm64|x86_64|x64|x86|i[36]86|"
     r"aarch64|armv[67]l?|ppc64le|s390x|noarch|any|all|src|source|orig|bin|dist|release))+\Z")
 _IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"),
             re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
-ROLES = ("current", "previous", "latest")  # what a release may be called instead of by its name
 
 
 def find_version(name: str, pattern: str, sha256: str) -> str:
@@ -4054,7 +4044,7 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
     else:
         stem = _PLATFORM.sub("", stem)
         found = _IN_NAME[0].search(stem) or _IN_NAME[1].search(stem)
-    if found and _VERSION.match(found.group(1)) and not (pattern and found.group(1) in ROLES):
+    if found and _VERSION.match(found.group(1)):
         return found.group(1)
     if pattern:
         raise ArtifactRefused(
@@ -5479,11 +5469,6 @@ def commands(settings: Settings) -> List[Any]:
     return [command for command in found if command[2]]
 
 
-def hook_path(settings: Settings) -> str:
-    """Return the PATH in which hooks and commands are looked for."""
-    return native(settings.env.get("PATH", command_path()))
-
-
 def missing_programs(settings: Settings, *wanted: str) -> Findings:
     """Find the programs of such sections that are not there, as checks do."""
     for section, key, (program, *_), _, _ in commands(settings):
@@ -5497,7 +5482,8 @@ def missing_programs(settings: Settings, *wanted: str) -> Findings:
 
 def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Problems:
     """Find what others could change on the way to a program that root is to run, by path."""
-    places = program_places(native(program), directory, hook_path(settings))
+    path = native(settings.env.get("PATH", command_path()))  # in which hooks are looked for
+    places = program_places(native(program), directory, path)
     return {path: (f"{problem}, on the way to {program} of {where}",
                    f"{hint}; or [hooks] run_as = USER, so that root does not run it")
             for place in places if not settings.hooks.run_as  # then it has that user's rights
@@ -7054,8 +7040,7 @@ def bring(run: Run) -> str:
                 os.fchmod(files[-1], run.store.file_mode)
 
         def sha256() -> str:
-            offsets = range(0, os.fstat(files[0]).st_size, BLOCK_BYTES)
-            return hash_pieces(os.pread(files[0], BLOCK_BYTES, offset) for offset in offsets).hex()
+            return hash_pieces(blocks_of(files[0])).hex()
 
         if offer.ref:
             archive(run, f"{name}.part")
@@ -7631,7 +7616,7 @@ def check_state(run: Run) -> Findings:
     """`current` leads to a release, or nothing yet, and records and journal can be read."""
     facts, command_line = run.facts, run.facts.command_line
     current, serious = facts.current, "fail"
-    fix = "restore the file from a backup, or move it away: its release is then unknown"
+    fix = RESTORE
     if run.flags.command in ("rollback", "activate"):
         fix += f"; or go to a whole one: {command_line('recover --to RELEASE')}"
         if current.release in facts.records:
@@ -7686,7 +7671,7 @@ def check_signature(run: Run) -> Findings:
         yield "skip", "no artifact given, or verify = off", ""
         return
     if run.settings.signature.command and artifact.verify:
-        ask_command(run, artifact)
+        ask_signature_command(run, artifact)
     if artifact.verify and not artifact.read_sha256:
         yield "ok", f"{artifact.signature_file} is verified once the bytes are read", ""
     elif artifact.distrust:
@@ -7700,7 +7685,7 @@ def check_signature(run: Run) -> Findings:
         yield "skip", "it has no signature", ""
 
 
-def ask_command(run: Run, artifact: Artifact) -> None:
+def ask_signature_command(run: Run, artifact: Artifact) -> None:
     """Hand what was signed to [signature] command, which must agree with the keys, if any."""
     import tempfile
     artifact.is_approved = True
@@ -8419,11 +8404,6 @@ def do_seal(run: Run, step: Step) -> None:
     run.facts.on_disk.add(release)
 
 
-def undo_seal(run: Run, step: Step) -> None:
-    """Forget the release."""
-    run.store.forget(f"{RECORDS}/{step.move.to_release}.json")
-
-
 # -- ... from there to what is live --------------------------------------------
 
 def not_brought(release: str, names: Sequence[str]) -> str:
@@ -8901,7 +8881,8 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
     "publish": ("", lambda word, facts, move: f"move to releases/{move.to_release}" + (
         ", once it is synced to disk" if facts.settings.deploy.durable else ""),
                 do_publish, undo_publish),
-    "seal": ("", "write manifest and record", do_seal, undo_seal),
+    "seal": ("", "write manifest and record", do_seal, lambda run, step:
+             run.store.forget(f"{RECORDS}/{step.move.to_release}.json")),
     "verify": ("", "verify {release} against its manifest", do_verify),
     "health": ("service probe", "ask once how {left} is doing: only a healthy one is a way back",
                do_health),
@@ -9054,8 +9035,8 @@ class Executor:
                 from_release=plan.from_release, to_release=plan.to_release,
                 artifact_sha256=found.sha256 if found else "",
                 plan=run.console.secrets.mask_json(plan.to_json()), recoveries=0, done=[],
-                started_at=format_time(run.facts.now_seconds), boot_id=boot_id(), failure=None,
-                by=run.by, chain=run.store.chain)
+                started_at=format_time(run.facts.now_seconds), failure=None, by=run.by,
+                chain=run.store.chain)
         done = journal.done + [step.name for step in self.done if step.name not in journal.done]
         run.journal = journal._replace(phase=phase, done=done, migration=run.migration,
                                        failure=failure or journal.failure)
@@ -9616,9 +9597,6 @@ rolled_back: {type: bool, returned: always, description: "the release from befor
 #    One function each: observe, plan, show, execute.  What they find goes into
 #    the Outcome, and people are shown the same.
 # ============================================================================
-
-RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
-
 
 def no_such(what: str, name: str, names: Iterable[str]) -> UsageError:
     """Make the error for a name that nothing has, with those that there are."""
@@ -10257,10 +10235,9 @@ def command_releases(run: Run) -> None:
     with looking(run):
         facts = observe(run, locked=False)
     live = facts.current.release
-    newest = sorted((record for record in facts.records.values() if record.id in facts.on_disk),
-                    key=attrgetter("sequence"), reverse=True)
-    rows = run.outcome.extra["releases"] = [dict(encode(record), current=record.id == live)
-                                            for record in newest]
+    rows = run.outcome.extra["releases"] = [
+        dict(encode(record), current=record.id == live)
+        for record in newest_first(map(facts.release, facts.records))]
     run.outcome.message = count(len(rows), "release")
     shown = [dict(row, size=format_size(int(row["tree"].get("bytes") or 0)),
                   state=row["state"] + (", pinned" if row["pinned"] else "")) for row in rows]
@@ -11145,16 +11122,13 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
 
 # -- all of it -------------------------------------------------------------------
 
-WRITING = tuple(ORDER)
-
-
 def report(run: Run, exit_code: int, seconds: float) -> None:
     """Show the end: metrics and notifications, the error or the summary line, the JSON object.
 
     The lock is free by now, and whatever goes wrong with telling others is a warning.
     """
     outcome, console, settings, end = run.outcome, run.console, run.settings, None
-    error, dry_run, writes = outcome.error, run.flags.dry_run, run.flags.command in WRITING
+    error, dry_run, writes = outcome.error, run.flags.dry_run, run.flags.command in ORDER
     if not dry_run and run.is_believed and writes:
         for name, send, is_wanted in (
                 ("metrics", write_metrics, settings.metrics.textfile_dir and settings.deploy.root),
