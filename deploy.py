@@ -692,7 +692,7 @@ class Console:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
         lines = "\n".join(map(self.clean, text.split("\n")))
         if self.quiet and not self.json_mode:
-            self._held.append(("info", lines, {}))
+            self._held.append(("", lines + "\n", {}))
         else:
             self.raw_result(lines + "\n")
 
@@ -764,8 +764,11 @@ class Console:
     def release_held(self) -> None:
         """Write what --quiet held back: there was a change or a failure after all."""
         held, self._held = self._held, []
-        for line in held:
-            self._show(*line)
+        for level, text, about in held:
+            if level:
+                self._show(level, text, about)
+            else:
+                self.raw_result(text)
 
     def _show(self, level: str, text: str, about: Dict[str, str]) -> None:
         """Write to stderr; an event with its fields to the journal, where stderr leads there."""
@@ -10413,6 +10416,9 @@ def command_report(run: Run) -> None:
         return
     path = absolute(output)
     refuse_odd_files(path)
+    if flags.dry_run:
+        conclude(run, f"would write {output}: {run.outcome.message}")
+        return
     with blaming(UsageError, f"cannot write {output}", "name another: -o FILE"), \
             Directory(os.path.realpath(os.path.dirname(path))) as place:
         place.write(os.path.basename(path), text.encode("utf-8", "backslashreplace"), 0o644)
