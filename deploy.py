@@ -7449,8 +7449,8 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
         "built_at": found.built_at if found else None, **fields})
 
     def refused(refusal: HistoryEntry) -> Any:
-        # What is free on the disk is another number at every tick.
-        message = re.sub(r"\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
+        # What is free on the disk is another number at every tick, and a window's day has a name.
+        message = re.sub(r"([A-Z]\w\w )?\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
         return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
     outcome.result = entry.result

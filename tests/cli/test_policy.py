@@ -207,6 +207,18 @@ def test_a_judge_that_is_late_is_a_no(app: App, tmp_path: Path) -> None:
     assert done.returncode == 3 and b"sleep 60 timed out" in done.stderr
 
 
+def test_a_closed_window_is_written_down_once_though_the_days_go_by(app: App, tmp_path: Path) -> None:
+    app.deploy("1.0")
+    app.configure(f"[policy]\n{NEVER}")
+    artifact, text = app.artifact("1.1"), DEPLOY.read_text(encoding="utf-8")
+    for day in range(3):
+        later = tmp_path / f"deploy{day}.py"
+        later.write_text(text.replace("run.flags.command, time.time()", f"run.flags.command, time.time() + {day * 86400}"), encoding="utf-8")
+        done = subprocess.run([sys.executable, str(later), "-c", str(app.config), "deploy", str(artifact)], stderr=subprocess.PIPE)
+        assert done.returncode == 3 and b"; deny # closed" in done.stderr
+    assert [line["result"] for line in app.history()] == ["deployed", "refused"]
+
+
 # -- approvals ---------------------------------------------------------------------
 
 def test_each_approver_counts_once_and_who_runs_it_does_not(app: App, keys: Path) -> None:
