@@ -40,7 +40,9 @@ On disk
     ROOT/.deploy/releases/ID.json   the record
     ROOT/.deploy/manifests/ID       `sha256sum -c` reads it inside the release
     ROOT/.deploy/trees/ID           the rest of it: directories, links, modes
-    ROOT/.deploy/trash              swept by recovery
+    ROOT/.deploy/trash, cache       swept by recovery
+    ROOT/.deploy/source.json        what sync has seen of the source
+    ROOT/.deploy/hold.json          who holds what is live, and why
     ROOT/.deploy/reserve            given up on a full disk
 
 A release's states
@@ -243,7 +245,7 @@ MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 
 # ============================================================================
 # 2  Errors
-#    One hierarchy; the class says the exit code.  Caught in one place, main().
+#    One hierarchy; the class says the exit code.  All of them end in main().
 # ============================================================================
 
 class DeployError(Exception):
@@ -570,7 +572,7 @@ class Syslog(Log):
             raise
 
 
-# -- the journal -------------------------------------------------------------
+# -- systemd's journal -------------------------------------------------------
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 # A datagram takes some 200 kB, and what is longer would have to be handed over as a file.
@@ -902,6 +904,13 @@ def fits(name: str, patterns: str) -> bool:
     found = [pattern[:1] for pattern in patterns.split(",") if re.fullmatch(
         re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name)]
     return bool(found) and "!" not in found
+
+
+def path_pattern(glob: str) -> str:
+    """Turn a glob into a pattern: `*` and `?` stay within a directory, `**` does not."""
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    words = re.split(r"(\*\*/?|\*|\?)", native(glob))
+    return "".join(known.get(word) or re.escape(word) for word in words)
 
 
 # -- files -------------------------------------------------------------------
@@ -1599,6 +1608,15 @@ def read_value(kind: str, text: str) -> Any:
     raise ValueError(f"expected {expected}")
 
 
+def seconds_of(text: str) -> float:
+    """Read a time that a program wrote, RFC 3339 in UTC, to the second; ValueError for no such."""
+    import calendar
+    found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?Z", text)
+    if not found:
+        raise ValueError(f"{text!r} is no time such as 2026-11-30T06:00:00Z")
+    return float(calendar.timegm(tuple(map(int, found.groups()))))
+
+
 class Option(NamedTuple):
     """One row: where it stands in the INI, how its text is read, and what it means."""
 
@@ -2239,10 +2257,9 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
 
 # ============================================================================
 # 6  State
-#    What is on disk under one root, as plain values, and the only code that
-#    changes it, through directory descriptors: lock, links, records, journal,
-#    history.  Every change is durable when the call returns; every name is
-#    unique or replaced by rename.
+#    What is on disk under one root, and the only code that changes it, through
+#    directory descriptors: lock, links, records, journal, history.  Every change
+#    is durable when the call returns.  Last, what one run carries with it.
 # ============================================================================
 
 # -- directories, held open ----------------------------------------------------
@@ -3660,9 +3677,7 @@ class Verifier(NamedTuple):
 # 8  Artifact
 #    Digest, archive, manifest.  The artifact is opened once; the bytes that
 #    are hashed are the bytes that are unpacked, and nothing is written that
-#    the Judge has not admitted.  The rest of the file uses Artifact, unpack,
-#    Sharer, scan_tree, differences, pack,
-#    and the functions on a Manifest.
+#    the Judge has not admitted.
 # ============================================================================
 
 BLOCK_BYTES = 512 << 10
@@ -4385,14 +4400,11 @@ class Judge:
                     raise refuse(name, "the archive's symlinks are too many and too long to follow")
         if not top or self._settings.symlinks == "any":
             return
-        from fnmatch import fnmatchcase
         place = b"/" + os.path.normpath(b"/".join([top, *reversed(parts)])).lstrip(b"/")
         own = tuple(root + word for root in self._roots for word in (b"/shared/", b"/current/"))
-        # `*` stays within a directory, `**` does not.
-        fits = [glob for glob in map(os.fsencode, self._settings.allow_links)
-                if fnmatchcase(place, glob)
-                and (b"**" in glob or glob.count(b"/") == place.count(b"/"))]
-        if not fits and not (place + b"/").startswith(own):
+        is_meant = any(re.fullmatch(path_pattern(glob), os.fsdecode(place))
+                       for glob in self._settings.allow_links)
+        if not is_meant and not (place + b"/").startswith(own):
             raise refuse(name, f"it is a symlink to {show(self.manifest[name].content)}, which "
                                f"leaves the release for {show(place)}", LINK_HINT)
 
@@ -5393,9 +5405,10 @@ class Forked(Descriptor):
     def close(self) -> None:
         """End it, if it has not ended."""
         super().close()
-        if self._pid > 0:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+        pid, self._pid = self._pid, -1
+        if pid > 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 class Guard(Forked):
@@ -6486,8 +6499,8 @@ def hold_port(host: str, port: int) -> Any:
 
 # ============================================================================
 # 10  Policy
-#    When, by whom and after what a release may go live: pure judgements over
-#    bytes and times, which rows of the checks table ask for.
+#    When, by whom and after what a release may go live: judgements that rows of
+#    the table of checks ask for.  Nothing here is changed.
 # ============================================================================
 
 JUDGE_SECONDS = 30.0
@@ -6582,7 +6595,7 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
     expires = text[-21:-1].decode("ascii")
     if text != approval(run, found, expires):
         raise ValueError("it is about something else: another application, environment or artifact")
-    if read_value("moment", expires)(0, 1) <= run.facts.now_seconds:
+    if seconds_of(expires) <= run.facts.now_seconds:
         raise ValueError(f"it expired at {expires}")
     for path in sorted(paths):
         try:
@@ -6619,8 +6632,8 @@ def judge_promotion(run: Run, found: Any, place: str, data: bytes) -> Finding:
     said = f"live in {policy.promoted_from} for {format_seconds(soaked)} at {at}, says {who}"
     if policy.promoted_after and not soaked >= policy.promoted_after(0, 1):
         raise ValueError(f"{said}; promoted_after is longer")
-    if policy.promoted_within and read_value("moment", at)(0, 1) < \
-            policy.promoted_within(run.facts.now_seconds, -1):
+    if policy.promoted_within and \
+            seconds_of(at) < policy.promoted_within(run.facts.now_seconds, -1):
         raise ValueError(f"{said}; promoted_within is shorter ago")
     return "ok", said, ""
 
@@ -6635,10 +6648,10 @@ def is_denied(terms: str, patterns: str) -> bool:
 
 def note_built(run: Run, text: Any, *, is_best: bool = True) -> None:
     """Note when the artifact was built (RFC 3339, UTC); what is no such time says nothing."""
-    artifact, found = run.facts.artifact, re.match(r"(\S{10}T\S{8})(?:\.\d+)?Z\Z", str(text))
-    if artifact and found and (is_best or not artifact.built_at):
+    artifact = run.facts.artifact
+    if artifact and (is_best or not artifact.built_at):
         with suppress(ValueError):
-            artifact.built_at = format_time(read_value("moment", f"{found.group(1)}Z")(0, 1))
+            artifact.built_at = format_time(seconds_of(str(text)))
 
 
 def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
@@ -6978,8 +6991,9 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
     if source.max_age:
         oldest = format_time(now_seconds - source.max_age)
     pairs = {(offer.version, offer.sha256) for offer in offers}
+    before = order(last["version"])  # nothing where it was chosen in another order
     goes_back = "releases" not in head and not wanted and fitting and last["version"] and \
-        order(best.version) < order(last["version"])
+        before and order(best.version) < before
     for wrong, what in (
             (not fitting, f"has no {wanted or 'release'} that fits"),
             (len(pairs) > len(dict(pairs)), "has two digests of one version"),
@@ -7344,10 +7358,7 @@ def mutable_pattern(deploy: Any, *, bytecode: bool = True) -> Any:
     """Compile the names in a release that may change: bytecode, [deploy] mutable and writable."""
     parts = [r"(?:.*/)?__pycache__(?:/|\Z)", r".*\.py[co]\Z"] if bytecode else [r"(?!)"]
     parts += [re.escape(path) + r"(?:/|\Z)" for path in deploy.writable]
-    for glob in deploy.mutable:
-        words = re.split(r"(\*\*/?|\*|\?)", native(glob).strip("/"))
-        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-        parts.append("".join(known.get(word) or re.escape(word) for word in words) + r"(?:/|\Z)")
+    parts += [path_pattern(glob.strip("/")) + r"(?:/|\Z)" for glob in deploy.mutable]
     return re.compile("|".join(parts), re.DOTALL)
 
 
@@ -10010,8 +10021,7 @@ def command_verify(run: Run) -> None:
         lines = name_differences(run, check_release(run, release))
     conclude(run, f"{release.id}: {count(len(lines), 'difference')}", lines)
     if lines:
-        more = ", ..." if len(lines) > 5 else ""
-        raise ProblemFound(f"{run.outcome.message}: {', '.join(lines[:5])}{more}",
+        raise ProblemFound(f"{run.outcome.message}: {', '.join(lines[:5])}",
                            f"{DEPLOY_AGAIN}, or roll back")
 
 
@@ -10046,7 +10056,7 @@ def command_logs(run: Run) -> None:
     if not units or run.flags.follow and (run.flags.json or len(units) > 1):
         raise UsageError("logs shows the journals of systemd units, and --follow one of them",
                          "name one service that has a unit, and --follow without --json")
-    since_seconds = read_value("moment", live.activated_at or live.created_at)(0.0, 1)
+    since_seconds = seconds_of(live.activated_at or live.created_at)
     for service in units:
         argv = [re.sub(r"(?:.*/)?systemctl\Z", "journalctl", word) for word in service.systemctl]
         argv += ["--no-pager", f"--since=@{since_seconds:.0f}", "-u", service.unit]
@@ -10323,15 +10333,10 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     or was left to a person.  Recovery counts from going live to healthy again, lead time from the
     build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
     """
-    from calendar import timegm
     from statistics import mean, median
 
     def span(begin: Any, end: Any) -> Optional[float]:
-        if not (begin and end):
-            return None
-        first, last = [timegm(tuple(map(int, re.findall("[0-9]+", text)[:6])))
-                       for text in (begin, end)]
-        return float(last - first)
+        return seconds_of(end) - seconds_of(begin) if begin and end else None
 
     runs: List[Json] = []
     by_release: Dict[Any, Json] = {}
@@ -10469,8 +10474,8 @@ rect.bad {{ fill: var(--bad) }}
 def report_page(application: str, runs: List[Json], measures: Json) -> str:
     """Write the report as one page that needs nothing else; the same on every Python."""
     from html import escape as quote
-    first, *places, last = [read_value("moment", at)(0.0, 1) for at in (
-        measures["since"], *[run["at"] for run in runs], measures["until"])]
+    first, *places, last = map(seconds_of, (
+        measures["since"], *[run["at"] for run in runs], measures["until"]))
     marks, rows = [], []
     for run, at in zip(runs, places):
         kind = "bad" if run["failed"] else "good"
@@ -10499,8 +10504,7 @@ def command_attest(run: Run) -> None:
         raise ProblemFound(f"{record.id} is {record.state}: it did not run here, or not well",
                            f"name one that did: {facts.command_line('releases')}")
     now = format_time(facts.now_seconds)
-    began, ended = (read_value("moment", text)(0, 1)
-                    for text in (record.activated_at, record.deactivated_at or now))
+    soaked_seconds = seconds_of(record.deactivated_at or now) - seconds_of(record.activated_at)
     name = portable(os.path.basename(record.path))
     statement = {
         "_type": "https://in-toto.io/Statement/v1", "predicateType": DEPLOYMENT,
@@ -10508,7 +10512,7 @@ def command_attest(run: Run) -> None:
             "application": run.application, "environment": run.settings.policy.environment,
             "host": run.by["host"], "version": record.version, "release": record.id,
             "activatedAt": record.activated_at, "attestedAt": now,
-            "soakedSeconds": max(0, int(ended - began)), "deployId": entries[-1].deploy_id,
+            "soakedSeconds": max(0, int(soaked_seconds)), "deployId": entries[-1].deploy_id,
             "result": entries[-1].result, "chain": store.chain,
             "manifestSha256": record.tree.get("manifest_sha256")}}
     show_signable(run, json.dumps(statement) + "\n", f"{name}.attestation",
@@ -10865,7 +10869,7 @@ def describe_run(samples: Json, run: Run, exit_code: int, seconds: float) -> Non
                 label(run, release=portable(release), sha256=sha256): 1}
         if record and record.activated_at:
             samples["deploy_release_activated_timestamp_seconds"] = {
-                label(run): read_value("moment", record.activated_at)(0, 1)}
+                label(run): seconds_of(record.activated_at)}
 
 
 # -- notifications -------------------------------------------------------------
