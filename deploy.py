@@ -80,6 +80,8 @@ Sections, each using only what stands above it
 
 To follow a deployment, read the table of operations in section 13, then
 `transact` in section 16: observe, plan, check, execute.
+To add a flag: a row of FLAG_TABLE (5), its use in `command_NAME` (16), where
+`select_release` reads a RELEASE; `make example`, and a test by the command line.
 """
 
 import sys
@@ -1911,6 +1913,7 @@ class Flag(NamedTuple):
 
 
 # names (=dest, or =the option that it gives), metavar (/kind), commands, help
+# All commands share one namespace: a name that means something else elsewhere needs `=dest`.
 FLAG_TABLE = """\
 -c --config          FILE...      -  configuration file; may repeat, a later one wins
 -n --dry-run         -            -  show the plan, change nothing
@@ -2485,8 +2488,9 @@ class Journal(NamedTuple):
 class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
 
-    result: a word of RUN_RESULTS, or aborted (found half done).  automatic: it failed after
-    activation.  previous_sha256: of the line before, without its newline; empty in the first.
+    release: where the run led to; what was pinned; of prune, what is live.  result: a word of
+    RUN_RESULTS, or aborted (found half done).  automatic: it failed after activation.
+    previous_sha256: of the line before, without its newline; empty in the first.
     """
 
     sequence: int
@@ -11613,6 +11617,7 @@ def parse_delegated(argv: List[str]) -> Any:
     refused = [name for name in environment_names() if name.startswith("DEPLOY_")]
     refused += [word.partition("=")[0] for word in words if re.match(r"[@{]|--\Z|--.*=", word)]
     refused += [flag.names[-1] for flag in FLAGS if getattr(flags, flag.dest)
+                and flags.command in (flag.commands or (flags.command,))
                 and not flag.is_argument and not set(flag.names).intersection(DELEGATED_FLAGS)]
     if refused:
         raise UsageError(f"a delegated run takes no {refused[0]}",

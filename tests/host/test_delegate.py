@@ -92,7 +92,7 @@ def test_what_is_delegated_works_by_sudo_and_is_the_persons_deed(desk: Desk) -> 
     assert (entry["by"]["user"], entry["by"]["as"], entry["note"]) == ("nobody", "root", "as asked = in 4711")
     said = desk.sudo("deploy", artifact)
     assert said.returncode == 0 and "nothing to do" in said.stdout, said.stderr
-    assert desk.sudo("rollback").returncode == 0 and desk.app.version == "1.0"
+    assert desk.sudo("rollback", "1.0").returncode == 0 and desk.app.version == "1.0"
     assert "--delegate" not in desk.sudo("status").stderr
     assert not (desk.desk / "ran").exists(), "a deploy.ini of the person's was read"
 
