@@ -2451,11 +2451,6 @@ class Record(NamedTuple):
         return str(self.artifact.get("sha256", ""))
 
     @property
-    def name(self) -> str:
-        """What that artifact was called."""
-        return native(str(self.artifact.get("name", "")))
-
-    @property
     def path(self) -> str:
         """Where that artifact was when it was staged."""
         return native(str(self.artifact.get("source", "")))
@@ -6545,6 +6540,12 @@ def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
     return check
 
 
+def base_name(path: str) -> str:
+    """Return the name of a file, or of what a URL leads to."""
+    from urllib.parse import unquote
+    return os.path.basename(unquote(path.partition("?")[0]) if "://" in path else path)
+
+
 def read_beside(run: Run, path: str, *suffixes: str) -> Tuple[str, bytes]:
     """Read the first that is there of the files with these suffixes, here or at [source]."""
     for place in (path + suffix for suffix in suffixes):
@@ -6579,7 +6580,7 @@ def judge_windows(run: Run, found: Any) -> Finding:
 
 def approval(run: Run, found: Any, expires: str) -> bytes:
     """Write what approvers sign: six lines, the same bytes in any locale."""
-    name = portable(found.name)
+    name = portable(base_name(found.path))
     lines = ("deploy-approval 1", f"application {run.application}",
              f"environment {run.settings.policy.environment}", f"artifact {name}",
              f"sha256 {found.sha256}", f"expires {expires}")
@@ -6664,10 +6665,9 @@ def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
     sums, listing = read_beside(run, os.path.join(os.path.dirname(place), "SHA256SUMS"), "")
     name, signature = read_beside(run, sums, ".minisig", ".sig")
     verifier_of(run.settings).verify(listing, signature, name)
-    own = found.name + place[len(found.path):]
-    for name, sha256 in (found.name, found.sha256), (own, hashlib.sha256(data).hexdigest()):
-        if (os.fsencode(name), sha256) not in read_digests(listing):
-            raise ValueError(f"{sums} does not list {name} with its digest")
+    for path, sha256 in (found.path, found.sha256), (place, hashlib.sha256(data).hexdigest()):
+        if (os.fsencode(base_name(path)), sha256) not in read_digests(listing):
+            raise ValueError(f"{sums} does not list {path} with its digest")
     packages, licenses = (",".join(globs).lower()
                           for globs in (policy.deny_packages, policy.deny_licenses))
     document = json.loads(data.decode("utf-8"))
@@ -6728,7 +6728,7 @@ def judge_by_command(run: Run, found: Any) -> Finding:
         "schema": SCHEMA, "operation": run.plan.operation, "application": run.application,
         "environment": policy.environment, "host": run.by["host"], "by": run.by,
         "now": format_time(facts.now_seconds), "override": run.flags.override,
-        "artifact": {"name": portable(found.name), "version": found.version,
+        "artifact": {"name": portable(base_name(found.path)), "version": found.version,
                      "source": portable(found.path), "sha256": found.sha256},
         "current": live and encode(live), "previous": before and encode(before),
         "plan": run.plan.to_json(), "checks": [check._asdict() for check in run.outcome.checks]})
