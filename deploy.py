@@ -9801,7 +9801,7 @@ def find_new(run: Run) -> str:
             give_to_group(run.cache.descriptor, store.group)
         cached = os.listdir(run.cache.descriptor)
     seen, listed = look(run)
-    run.fetch = lru_cache(maxsize=None)(partial(fetch, run))
+    run.fetch = source.url and lru_cache(maxsize=None)(partial(fetch, run))
     offer, live = run.offer, facts.release(facts.current.release or "")
     for record in facts.records.values() if offer.ref else ():
         if record.artifact["source"] == run.console.secrets.mask(offer.path):
