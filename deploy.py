@@ -9901,7 +9901,10 @@ def show_plan(run: Run, plan: Plan) -> None:
     outcome.message = f"would {run.flags.command}: {number}"
     lines = [f"plan of {plan.operation} ({number}; nothing was changed)", *block(
         {f"{number:>2}  {step.name:<16}": step.text for number, step in enumerate(steps, 1)})]
-    if plan.way_back:
+    is_blind = plan.operation == "rollback" and all(step.name != "health" for step in plan.steps)
+    if plan.way_back and (is_blind or not run.settings.deploy.auto_rollback):
+        lines.append(f"should anything fail after activation: {plan.to_release} stays live")
+    elif plan.way_back:
         lines += ["should anything fail after activation:", *block(
             {f"    {step.name:<16}": step.text for step in plan.way_back})]
     run.console.result("\n".join(lines))

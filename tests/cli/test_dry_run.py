@@ -313,6 +313,16 @@ def test_the_plan_is_shown_to_people_with_the_way_back(app: App, server: Server)
     assert shown.index("point current at") < shown.rindex("point current at")
 
 
+def test_no_way_back_is_shown_that_a_run_would_not_take(app: App) -> None:
+    two_releases(app)
+    stays = "should anything fail after activation: {} stays live"
+    assert stays.format(app.releases()[0]) in app.run("-n", "rollback", json=False, check=0).stdout  # nothing could be asked
+    path = artifact(app, "1.2")
+    assert "(was " in app.run("-n", "deploy", path, json=False, check=0).stdout.split("should anything fail after activation:\n")[1]
+    off = app.run("-n", "deploy", path, "--set", "deploy.auto_rollback=no", json=False, check=0).stdout
+    assert off.rstrip().endswith("-1.2 stays live")
+
+
 def test_a_dry_run_masks_secrets_in_the_plan(app: App) -> None:
     app.configure("[env]\nDB_PASSWORD = swordfish-9\n[hooks]\npre_activate = echo --password=swordfish-9")
     for as_json in (True, False):
