@@ -1030,8 +1030,7 @@ def owner_problem(path: str, found: os.stat_result, owners: Sequence[int] = (), 
     return {}
 
 
-def trust_problems(path: str, owners: Sequence[int] = (), *,
-                   spare_root: bool = False) -> Problems:
+def trust_problems(path: str, owners: Sequence[int] = (), *, spare_root: bool = False) -> Problems:
     """Say, by path, why a file that is about to be believed could have been written by others.
 
     Goes the way that the kernel goes, and looks at every directory, link and file on it: each must
@@ -2966,10 +2965,8 @@ class Store:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
         hint = "check that the release you want is live, then: " \
             f"{self.command_line('recover --to RELEASE')}"
-        data = self.read(JOURNAL, hint)
-        if data is None:
-            return None
-        return decode(Journal, data, f"the journal {self.path}/{JOURNAL}", hint)  # type: ignore
+        data, what = self.read(JOURNAL, hint), f"the journal {self.path}/{JOURNAL}"
+        return decode(Journal, data, what, hint) if data is not None else None
 
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
@@ -5096,10 +5093,11 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     """
     place, judge, kind = destination.descriptor, Judge(settings, artifact), artifact.format
     manifest, status = judge.manifest, os.fstat(place)
-    blocks: Any = read_directory(artifact, watch, (status.st_dev, status.st_ino)) \
-        if kind == "directory" else pump(artifact, judge.limits[-1], watch)
-    members = blocks
-    if kind != "directory":
+    blocks: Any
+    if kind == "directory":
+        members = blocks = read_directory(artifact, watch, (status.st_dev, status.st_ino))
+    else:
+        blocks = pump(artifact, judge.limits[-1], watch)
         members = read_zip(blocks) if kind == "zip" else read_tar(artifact, Stream(blocks))
     umask = os.umask(0)
     # What is made here lives on: looking through all of it for cycles takes a tenth of the time.
@@ -5516,8 +5514,10 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
                             directory: str) -> None:
     """Raise StepFailed where root would run a (place, program) that others could have written."""
     # Also just before it is run: a release may hold links that only a hook has made.
+    if os.geteuid() != 0:
+        return
     found: Problems = {}
-    for where, program in what if os.geteuid() == 0 else ():
+    for where, program in what:
         found.update(foreign_program(settings, where, program, directory))
     for path in settings.preflight.accept_risk:
         found.pop(path, None)
@@ -5561,7 +5561,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     """Run an operator's command, show its output; StepFailed where it exits with over `most`."""
     left_bytes = SHOWN_BYTES
 
-    def show(line: str) -> None:
+    def pass_on(line: str) -> None:
         nonlocal left_bytes
         left_bytes -= len(line) + SHOWN_LINE_BYTES
         if left_bytes >= 0:
@@ -5570,8 +5570,8 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     typed, directory = spell(argv), working_directory(context)
     run.console.working(f"{what}: {typed}", timeout_seconds)
     run.console.debug(f"{what}: {typed} (in {directory})")
-    result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds, on_line=show,
-                           **options)
+    result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds,
+                           on_line=pass_on, **options)
     for line in [TOO_MUCH, *result.tail] if left_bytes < 0 else ():
         run.console.output(line)
     if 0 <= result.exit_code <= most and not result.timed_out:
@@ -6101,7 +6101,7 @@ def answers_naming(run: Run, context: Context) -> List[str]:
             for word in (context.version, context.release) if word]
 
 
-def judge(probe: Any, wanted: List[str], text: str,
+def compare_answer(probe: Any, wanted: List[str], text: str,
           header: Callable[[str], Optional[str]]) -> Answer:
     """Hold an answer's text and headers against what is expected.
 
@@ -6239,8 +6239,9 @@ class ProbeRun:
     """A probe's tries from the first to the verdict, and what came of them.
 
     ask_KIND asks once and returns "error" (nothing where all is as expected), "said", "status",
-    the start of the "body", "named" (see judge()), "heard" where it is an answer (`failures` in a
-    row of the new release's own end it early), and "final" where nothing better can come.
+    the start of the "body", "named" (see compare_answer()), "heard" where it is an answer
+    (`failures` in a row of the new release's own end it early), and "final" where nothing better
+    can come.
     """
 
     def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
@@ -6390,7 +6391,7 @@ class ProbeRun:
                 raise ConnectionError("it ended before its Content-Length")
             text = data.decode("utf-8-sig", "replace")
             asking.at(COMPARING, body=text[:8 * EVIDENCE_CHARACTERS], said=f"status {status}")
-            found = judge(probe, self.wanted, text, response.getheader)
+            found = compare_answer(probe, self.wanted, text, response.getheader)
             if not any(low <= status <= high for low, high in probe.status):
                 ranges = ", ".join(f"{low}-{high}" for low, high in probe.status)
                 found["error"] = f"status {status}, expected {ranges}"
@@ -6427,7 +6428,7 @@ class ProbeRun:
 
         def compare(asking: Conversation) -> Answer:
             asking.at(COMPARING, status=result.exit_code, body=text[:8 * EVIDENCE_CHARACTERS])
-            found = judge(probe, self.wanted, text, lambda name: None)
+            found = compare_answer(probe, self.wanted, text, lambda name: None)
             if not result.ok:
                 found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
             return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
@@ -6521,8 +6522,7 @@ def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
     """
     def check(run: Run) -> List[Finding]:
         command, policy = run.flags.command, run.settings.policy
-        found = run.plan and (run.facts.artifact
-                              or run.facts.records.get(run.plan.to_release))
+        found = run.plan and (run.facts.artifact or run.facts.records.get(run.plan.to_release))
         is_asked = found or command == "preflight" and judge is judge_windows
         if not is_asked or command == "rollback" or command == "activate" and found.activated_at:
             return [("skip", "nothing is to go live for the first time", "")]
@@ -7342,8 +7342,7 @@ def check_release(run: Run, record: Record) -> Differences:
                 if run.settings.deploy.writable:  # of any size by now
                     manifest = {name: member for name, member in manifest.items()
                                 if not written.match(os.fsdecode(name))}
-                found = differences(manifest, scan_tree(
-                    directory, progress, known=manifest))
+                found = differences(manifest, scan_tree(directory, progress, known=manifest))
     except ValueError as error:
         raise StateError(f"{release} cannot be verified: {error}", DEPLOY_AGAIN)
     except PermissionError as error:
@@ -7427,8 +7426,8 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
     units = {unit for service in services if service.unit
              for unit in (service.unit, f"{service.unit}.service")}
     pidfiles = [service.pidfile for service in services if service.pidfile]
-    processes = filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ())
-    for process, name in itertools.product(processes, ("cwd", "exe")):
+    numbers = filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ())
+    for process, name in itertools.product(numbers, ("cwd", "exe")):
         with suppress(OSError, ValueError, KeyError):  # it has ended, or may not be looked at
             target = os.readlink(f"/proc/{process}/{name}")
             release = target[len(inside):].split("/")[0]
@@ -7516,7 +7515,7 @@ def check_configuration(run: Run) -> Findings:
             wrong = " " in text and wrong_header({"Authorization": text})
             if wrong:
                 raise ValueError(wrong)
-            if paths[bool(text):]:
+            if set(paths) - {probe.auth_file}:
                 tls_context(probe)
         except (OSError, ValueError) as error:
             yield ("fail", f"[probe:{name}] {', '.join(paths)}: {network_error(error)}",
@@ -8250,19 +8249,16 @@ def open_made(run: Run, path: str) -> Directory:
 
     A symlink of the artifact on the way is refused: it could lead outside.
     """
-    tree, made = run.store.directory(f"releases/{run.staging}"), ""
-    here = Directory(tree.path, os.dup(tree.descriptor))
+    made = ""
     for name in filter(None, path.split("/")):
         made = f"{made}/{name}".lstrip("/")
-        with here:
-            found = here.status(name)
-            if found is None:
-                add_member(run.manifest, Member(os.fsencode(made), DIRECTORY, 0o755))
-            elif not stat.S_ISDIR(found.st_mode):
-                raise StepFailed(f"{made} is not a directory in the artifact",
-                                 f"choose another place than {path}/")
-            here = here.child(name, make=True)
-    return here
+        found = run.manifest.get(os.fsencode(made))
+        if found is None:
+            add_member(run.manifest, Member(os.fsencode(made), DIRECTORY, _MODE_DIRECTORY))
+        elif found.kind != DIRECTORY:
+            raise StepFailed(f"{made} is not a directory in the artifact",
+                             f"choose another place than {path}/")
+    return run.store.directory(f"releases/{run.staging}").child(path, make=bool(path))
 
 
 def put_member(run: Run, member: Member, data: bytes = b"") -> None:
@@ -8403,8 +8399,7 @@ def do_seal(run: Run, step: Step) -> None:
     created_at, masked_source = format_time(time.time()), mask(found.sha256_source)
     masked = {name: mask(run.outcome.extra["artifact"][name]) for name in ("name", "source")}
     if run.settings.hooks.post_stage:
-        run.manifest = scan_release(run, release, "post_stage left",
-                                    "correct [hooks] post_stage")
+        run.manifest = scan_release(run, release, "post_stage left", "correct [hooks] post_stage")
         if run.store.group >= 0:
             open_to_group(run)
         if run.settings.deploy.durable:
@@ -8503,7 +8498,9 @@ def make_migrate(word: str, facts: Facts, move: Move) -> List[Step]:
     """Have the new release migrate the data; or have what others did to them undone by each."""
     ahead = Move(move.operation, move.to_release, move.from_release) if move.back else move
     left, is_asked = migrations_left(facts, ahead), word == "down" and not move.back
-    releases = left or [] if is_asked else [ahead.to_release][:left is None]
+    releases = [ahead.to_release] if left is None else []
+    if is_asked:
+        releases = left or []
     text = " ".join(getattr(facts.settings.migrate, word))
     return [Step(f"migrate:{word}", f"run {text} in {release}", do_migrate, undo_migrate,
                  optional=is_asked, what=release) for release in releases]
@@ -8592,13 +8589,13 @@ def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
 
 
 def do_activate(run: Run, step: Step) -> None:
-    """Switch, and tell what the release that is left holds beside its artifact."""
+    """Switch, and warn of what the release that is left holds beside its artifact."""
     target, source = step.move.to_release, step.what
     # After the switch a full disk may have no room for the link that leads back.
     keep = not step.move.back and step.move.operation != "recover"
-    run.store.switch(source, target, keep=keep)
     left = run.facts.release(source) if keep else None
-    written = strangers(run, left) if left else []
+    written = strangers(run, left) if left else []  # now: after the switch services wait for it
+    run.store.switch(source, target, keep=keep)
     if written:
         run.console.warn(f"{not_brought(source, written)}; {target} has none of that: name its "
                          "place in shared_dirs or mutable")
@@ -8809,7 +8806,7 @@ def do_adopt(run: Run, step: Step) -> str:
     run.manifest = scan_release(run, release, f"{release} holds", "remove it")
     sequence = 1 + max([0, *(record.sequence for record in records.values()
                              if record.created_at <= made_at)])
-    for record in list(records.values()):
+    for record in newest_first(records.values()):  # no two have one number meanwhile
         if record.sequence >= sequence:
             records[record.id] = record._replace(sequence=record.sequence + 1)
             run.store.save(records[record.id])
@@ -9144,8 +9141,7 @@ class Executor:
             result, final = self.go_back(error) if is_switched else self.undo(error, undone)
         try:
             if self.phase and result:
-                self.end(result, error, final.exit_code,
-                         keep_journal=result == "rollback_failed")
+                self.end(result, error, final.exit_code, keep_journal=result == "rollback_failed")
         except FAILURES as problem:
             run.console.warn("the verdict could not be written, and the next run recovers it: "
                              + step_error(problem, "history").message)
@@ -10215,8 +10211,7 @@ def state_problems(run: Run) -> List[Problem]:
     """Say what is broken, each with what to do about it."""
     facts, store, command_line = run.facts, run.store, run.facts.command_line
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
-    problems = [(problem, fix) for status, problem, fix in check_state(run)
-                if status != "ok"]
+    problems = [(problem, fix) for status, problem, fix in check_state(run) if status != "ok"]
     if facts.settings.slots:
         problems += slot_problem(facts)
     back = rollback_target(facts, live)
@@ -10568,7 +10563,6 @@ def command_maintenance(run: Run) -> None:
 
 def serve_maintenance(run: Run) -> None:
     """Answer 503 and the page to everybody, and 200 where a balancer asks, up to a signal."""
-    import functools
     import socket
     path, page = run.flags.health or "/healthz", b"Down for maintenance.\n"
     if not run.flags.listen or path[0] != "/":
@@ -10610,7 +10604,7 @@ def serve_maintenance(run: Run) -> None:
         while True:
             run.interrupts.wait(LONGEST_SECONDS, listener.fileno())
             try:
-                start_thread(functools.partial(answer, listener.accept()[0]))
+                start_thread(partial(answer, listener.accept()[0]))
             except OSError:
                 run.interrupts.wait(0.1)  # too many at once
 
@@ -11250,7 +11244,8 @@ def add_flag(group: Any, flag: Flag) -> None:
     else:
         kind["action"] = "store_true"
     if flag.is_argument:
-        kind["nargs"] = ("*" if "..." in flag.metavar else "?") if "[" in flag.metavar else None
+        if "[" in flag.metavar:
+            kind["nargs"] = "*" if "..." in flag.metavar else "?"
         group.add_argument(flag.dest, **kind)
     else:
         group.add_argument(*flag.names, dest=flag.dest, **kind)
