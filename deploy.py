@@ -1610,12 +1610,15 @@ def read_value(kind: str, text: str) -> Any:
 
 
 def seconds_of(text: str) -> float:
-    """Read a time that a program wrote, RFC 3339 in UTC, to the second; ValueError for no such."""
+    """Read a time that a program wrote, RFC 3339, to the second; ValueError for no such."""
     import calendar
-    found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?Z", text)
+    found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?"
+                         r"(?:Z|([+-]\d\d):(\d\d))", text)
     if not found:
         raise ValueError(f"{text!r} is no time such as 2026-11-30T06:00:00Z")
-    return float(calendar.timegm(tuple(map(int, found.groups()))))
+    *moment, hours, minutes = found.groups("0")
+    ahead_seconds = int(hours) * 3600 + int(hours[0] + minutes) * 60
+    return float(calendar.timegm(tuple(map(int, moment))) - ahead_seconds)
 
 
 class Option(NamedTuple):
@@ -6778,6 +6781,8 @@ def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
             (source.insecure and settings.origin("source", "insecure") not in settings.files,
              "insecure counts in a configuration file alone"),
             (source.url.startswith("http:") and not source.insecure, "url: expected https://"),
+            (not re.match("(none|environment)$|http://.", source.proxy),
+             "proxy: expected none, environment or http://HOST:PORT"),
             (wrong_header(source.header), wrong_header(source.header) or "")):
         yield "source", is_wrong, what
     try:

@@ -441,7 +441,7 @@ def test_an_sbom_counts_only_where_a_signed_list_has_it_and_the_artifact(app: Ap
 
 
 @pytest.mark.parametrize("write_sbom, at, built_at", [
-    (cyclonedx, "2026-11-20T10:30:00.5Z", "2026-11-20T10:30:00Z"), (spdx, "2026-11-20T10:00:00Z", "2026-11-20T10:00:00Z"),
+    (cyclonedx, "2026-11-20T12:30:00.5+02:00", "2026-11-20T10:30:00Z"), (spdx, "2026-11-19T23:30:00-09:30", "2026-11-20T09:00:00Z"), (spdx, "2026-11-20T10:00:00Z", "2026-11-20T10:00:00Z"),
     (spdx, "yesterday", None), (spdx, "2026-99-20T10:00:00Z", None), (cyclonedx, 3, None)])
 def test_an_sbom_says_when_it_was_built_where_nothing_better_does(app: App, pem: Path, write_sbom: Any, at: Any, built_at: Any) -> None:
     app.configure(f"[signature]\nkeys = {pem}.pub\n[policy]\nsbom = yes")

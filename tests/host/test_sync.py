@@ -417,7 +417,7 @@ def test_a_certificate_that_is_not_trusted_is_final(app: App, origin: Source, ng
 
 @pytest.mark.parametrize("text, problem", [
     ("url = http://h/", "https"), ("url = https://h/\nchannel = stable", "channel"), ("url = ftp://h/", "http"),
-    ("url = https://h/\nheader.X = a\x07b", "control"),
+    ("url = https://h/\nheader.X = a\x07b", "control"), ("url = https://h/\nproxy = socks://h", "http"),
     ("url = https://h/", "match")], ids=lambda text: text.split("\n")[-1] if "url" in text else "")
 def test_a_source_that_cannot_be_is_exit_2(app: App, text: str, problem: str) -> None:
     configure(app, f"{'' if problem == 'match' else SUMS}\n[source]\n{text}\n")
