@@ -5939,12 +5939,12 @@ def parse_url(text: str) -> Url:
                unquote(userinfo))
 
 
-def wrong_header(sent: Dict[str, str]) -> Optional[str]:
-    """Say which header's value cannot be sent (RFC 9110, 5.5)."""
+def wrong_header(sent: Dict[str, str]) -> str:
+    """Say which header's value cannot be sent (RFC 9110, 5.5); nothing where all can."""
     for name, value in sent.items():
         if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # which may be private
             return f"the value of header.{name} holds a line break or a control character"
-    return None
+    return ""
 
 
 def tls_context(tls: Any) -> Any:
@@ -6190,22 +6190,23 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
             split_address(getattr(probe, key))
     except ValueError as error:
         wrong = f"{key}: {error}"
-    service = settings.service.get(probe.service)
-    return list(filter(None, [
-        meaningless(probe, PROBE_KINDS.get(kind, ()), f"a {kind} probe"),
-        is_candidates and not settings.candidate.command
-        and "when = candidate needs a [candidate] with its command",
-        is_candidates and kind == "service" and "a candidate is no service",
-        probe.of_slot and (not settings.has_slots or probe.when != "after")
-        and "${slot} and ${port} need [slots], and when = after",
-        release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release)
-        and f"release = {release}: expected json:PATH, header:NAME or body",
-        kind == "command" and release.startswith("header:") and "a command's output has no headers",
-        kind == "service" and not service and f"there is no [service:{probe.service}]",
-        service and service.command
-        and f"whether [service:{probe.service}] is up cannot be known: it has only a command",
-        wrong,
-        wrong_header(probe.header)]))
+    service, header = settings.service.get(probe.service), wrong_header(probe.header)
+    unused = meaningless(probe, PROBE_KINDS.get(kind, ()), f"a {kind} probe")
+    return [what for is_wrong, what in (
+        (unused, unused),
+        (is_candidates and not settings.candidate.command,
+         "when = candidate needs a [candidate] with its command"),
+        (is_candidates and kind == "service", "a candidate is no service"),
+        (probe.of_slot and (not settings.has_slots or probe.when != "after"),
+         "${slot} and ${port} need [slots], and when = after"),
+        (release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release),
+         f"release = {release}: expected json:PATH, header:NAME or body"),
+        (kind == "command" and release.startswith("header:"), "a command's output has no headers"),
+        (kind == "service" and not service, f"there is no [service:{probe.service}]"),
+        (service and service.command,
+         f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
+        (wrong, wrong),
+        (header, header)) if is_wrong]
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
@@ -6783,7 +6784,7 @@ def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
             (source.url.startswith("http:") and not source.insecure, "url: expected https://"),
             (not re.match("(none|environment)$|http://.", source.proxy),
              "proxy: expected none, environment or http://HOST:PORT"),
-            (wrong_header(source.header), wrong_header(source.header) or "")):
+            (wrong_header(source.header), wrong_header(source.header))):
         yield "source", is_wrong, what
     try:
         if source.url[:1] not in ("", "/"):
@@ -10183,7 +10184,7 @@ def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     outcome, last = run.outcome, None
     with looking(run) as store:
-        facts, problems = observe(run, locked=False), state_problems(run)
+        facts, problems = observe(run, locked=False), status_problems(run)
         flag = store.maintenance() if store.status(store.flag) else None
         try:
             store.check_owner(looking=True)
@@ -10212,7 +10213,7 @@ def show_status(run: Run) -> None:
         raise ProblemFound(*problems[0])
 
 
-def state_problems(run: Run) -> List[Problem]:
+def status_problems(run: Run) -> List[Problem]:
     """Say what is broken, each with what to do about it."""
     facts, store, command_line = run.facts, run.store, run.facts.command_line
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
@@ -10909,8 +10910,8 @@ NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "
               "previous", "previous_version", "deploy_id", "exit_code", "seconds", "note")
 
 
-def check_notifier(settings: Any) -> Optional[str]:
-    """Say what is wrong with a [notify:NAME], without a word to anybody; None when nothing is."""
+def check_notifier(settings: Any) -> str:
+    """Say what is wrong with a [notify:NAME], without a word to anybody."""
     needs, takes, _ = NOTIFIERS[settings.type]
     others = {key for row in NOTIFIERS.values() for key in row[0] + row[1]} - {*needs, *takes}
     unused = meaningless(settings, others, f"type = {settings.type}")
@@ -11505,7 +11506,7 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
         for problem in check_probe(settings, probe):
             yield f"probe:{name}", True, problem
     for name, notifier in settings.notify.items():
-        problem = check_notifier(notifier) or ""
+        problem = check_notifier(notifier)
         yield f"notify:{name}", problem, problem
     yield ("signature", signature.verify != "off" and not TRUSTED.intersection(signature.given),
            f"verify = {signature.verify} needs keys, allowed_signers or command")

@@ -588,7 +588,7 @@ def test_the_configuration_of_the_page_is_a_proper_one(app):
     app.configure(block + inline + "".join(f"[{name}]\n{rest}\n" for name, rest in re.findall(r"`\[(metrics|trace)\] ([^`]*)`", page)))
     settings = deploy.load_settings([str(app.config)], {}, [])
     assert {notifier.type for notifier in settings.notify.values()} == set(deploy.NOTIFIERS)
-    assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [None] * len(settings.notify)
+    assert [deploy.check_notifier(notifier) for notifier in settings.notify.values()] == [""] * len(settings.notify)
     assert settings.metrics.textfile_dir == "/var/lib/prometheus/node-exporter"
     words = set(re.findall(r"\$\{(\w+)\}", page.split("In `text` stand")[1].split("\n\n")[0]))
     assert words == set(deploy.NOTE_WORDS)
