@@ -1518,7 +1518,7 @@ size        size          a size such as 64k, 10M or 2G               [0-9]{1,12
 duration    duration      a duration such as 500ms, 3s, 2m or 1h      @TIME@
 limit       duration      a duration such as 3s or 2m, more than 0s   (?=.*[1-9])@TIME@
 moment      time          a time such as 2026-11-30T06:00:00Z or 2026-11-30, or such as 7d
-    [0-9]{1,6}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8}Z)?
+    [0-9]{1,6}[smh]|[0-9]{1,4}[dw]|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8}Z)?
 bool        yes or no     yes or no      (?i)yes|true|on|1|no|false|off|0
 mode        file mode     a file mode such as 0640                    0?[0-7]{3}
 slot        port          a port, 1 to 65535                          @PORT@

@@ -147,7 +147,7 @@ def test_the_page_is_whole_by_itself(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words, said", [
     (["--format", "pdf"], "expected text, csv, json, html"), (["--since", "yesterday"], "expected a time"),
-    (["-o", "/nonexistent/report.html"], "/nonexistent: No such file")])
+    (["--since", "999999w"], "expected a time"), (["-o", "/nonexistent/report.html"], "/nonexistent: No such file")])
 def test_a_report_that_is_mistyped_is_usage(words: List[str], said: str, app: App) -> None:
     assert said in app.run("report", *words, check=2).data["msg"]
 
