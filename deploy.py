@@ -7786,14 +7786,14 @@ def check_room(run: Run) -> Findings:
         # An estimate must not stop what may well fit; that the disk is full is found in time.
         needed_bytes = artifact.expanded_bytes if artifact.exact else 0
         needed_files = artifact.files if artifact.counted else 0
-    for free, needed, spare, show in (
+    for free, needed, spare, show, hint in (
             (found.f_bavail * found.f_frsize, needed_bytes, run.settings.deploy.min_free,
-             format_size),
+             format_size, "free some space (deploy.py prune), or lower [deploy] min_free"),
             # Some filesystems count no inodes; a deployment writes a few beside the release.
-            (found.f_favail if found.f_files else 1 << 60, needed_files, 64, "{:,} inodes".format)):
+            (found.f_favail if found.f_files else 1 << 60, needed_files, 64, "{:,} inodes".format,
+             "remove files (deploy.py prune), or give the filesystem more inodes")):
         yield ("ok" if free >= needed + spare else "fail",
-               f"{show(free)} free, {show(needed)} needed and {show(spare)} kept free",
-               "free some space (deploy.py prune), or lower [deploy] min_free")
+               f"{show(free)} free, {show(needed)} needed and {show(spare)} kept free", hint)
 
 
 def check_shared(run: Run) -> Findings:

@@ -155,6 +155,7 @@ def test_too_few_inodes_are_refused_before_anything_changes(few_inodes: SmallDis
     many = {f"many/{number}": "x" for number in range(200)}
     result = few_inodes.run("deploy", app.artifact("1.1", many, suffix=".zip"), check=3)
     assert "inodes" in result.data["error"]["message"], result.describe()
+    assert "min_free" not in result.data["error"]["hint"], "lowering it would free no inode"
     assert but_what_is_told(app) == before
 
 
