@@ -8054,7 +8054,7 @@ def unrecorded(facts: Facts) -> str:
     """Say how to come to a release where none is known."""
     names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
     adopt = facts.command_line("adopt RELEASE")
-    return f"{adopt}: {names}" if names else "none in releases/ is known: deploy an artifact"
+    return f"{adopt}: {names}" if names else "no other in releases/ is known: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[StateError]:
@@ -8158,8 +8158,11 @@ def choose_target(facts: Facts) -> Record:
     if is_under_way(facts.journal, live):
         target = facts.release(facts.journal.from_release) or target
     if target is None:
-        raise PreflightFailed("there is no previous good release to roll back to",
-                              unrecorded(facts))
+        names = ", ".join(sorted(facts.on_disk.intersection(facts.records) - {live})[-9:])
+        raise PreflightFailed(
+            "there is no previous good release to roll back to",
+            f"the releases are {names}: {facts.command_line('activate RELEASE')} goes to any, to a "
+            "bad one with --force" if names else unrecorded(facts))
     return target
 
 
