@@ -1554,7 +1554,7 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "bool": lambda text: text.lower() in ("yes", "true", "on", "1"), "statuses": _statuses,
     "argv": _argv, "filled": lambda text: _argv(text, re.escape(CANDIDATE_PORT)),
     "probe_argv": lambda text: _argv(text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS)))),
-    "syslog": lambda text: native(text) if text[0] == "/" else _address(text),
+    "syslog": lambda text: _path(text) if text[0] == "/" else _address(text),
     "events": lambda text: re.findall(r"\w+", text),
     "signal": lambda text: signal.Signals["SIG" + text.upper().replace("SIG", "")].name[3:],
 }
@@ -1583,7 +1583,7 @@ def kind_of_value(kind: str) -> List[str]:
 
 
 # Of each list the kind of its lines, and the pattern that shows one to hold several.
-LISTS = {"names": ("name", r"[\s,]"), "list": ("name", r",|\A- "), "paths": ("path", r",|\A- "),
+LISTS = {"names": ("name", r"[\s,]"), "list": ("path", r",|\A- "), "paths": ("path", r",|\A- "),
          "keys": ("key", r",|\A- "), "relatives": ("relative", r",|\A- "),
          "addresses": ("address", r"[\s,]"), "commands": ("argv", r"\A\Z"),
          "windows": ("window", r"\A\Z")}
@@ -5909,7 +5909,7 @@ def services_in_order(settings: Settings) -> List[str]:
 def split_address(text: str) -> Tuple[str, int]:
     """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
     if text.startswith("unix:/"):
-        return text[5:], 0
+        return _path(text[5:]), 0
     found = re.match(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/@:]+):([0-9]{1,5})\Z", text)
     if not found or not 0 < int(found.group(2)) < 65536:
         raise ValueError(f"expected host:port, [IPv6 address]:port or unix:/path, not {text!r}")
@@ -6464,6 +6464,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
     `restarted`: this run has just acted on the services.  `guard`: it is a candidate that is asked.
     """
     started_seconds, slot = time.monotonic(), context.slot
+    run.console.working(f"probe {probe.name}", probe.initial_delay + probe.deadline + probe.soak)
     services = [*run.settings.service.values(), *([slot] if slot else [])]
     if probe.of_slot:
         if not slot:
@@ -6787,8 +6788,8 @@ def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
             (wrong_header(source.header), wrong_header(source.header))):
         yield "source", is_wrong, what
     try:
-        if source.url[:1] not in ("", "/"):
-            parse_url(source.url)
+        read = _path if source.url[:1] in ("", "/", "~", "$") else parse_url
+        read(source.url)
     except ValueError as error:
         yield "source", True, str(error)
 
@@ -7515,18 +7516,18 @@ def check_configuration(run: Run) -> Findings:
     if user not in ("", user_name(), str(os.geteuid())):
         yield "fail", f"run by {user_name()}, not by {user}", f"sudo -u {user} deploy.py ..."
     for name, probe in sorted(settings.probe.items()):
-        paths = [path for path in (getattr(probe, key, "") for key in KEY_FILES) if path]
+        named = [f"{key} {getattr(probe, key)}" for key in KEY_FILES if getattr(probe, key, "")]
         try:
             text = read_text(probe.auth_file).strip() if probe.auth_file else ""
             wrong = " " in text and wrong_header({"Authorization": text})
             if wrong:
                 raise ValueError(wrong)
-            if set(paths) - {probe.auth_file}:
+            if named[bool(probe.auth_file):]:
                 tls_context(probe)
         except (OSError, ValueError) as error:
-            yield ("fail", f"[probe:{name}] {', '.join(paths)}: {network_error(error)}",
-                   "auth_file holds one header's value or user:password; tls_* are PEM, and "
-                   "tls_key is tls_cert's and not encrypted")
+            yield ("fail", f"[probe:{name}] {', '.join(named)}: {network_error(error)}",
+                   "auth_file holds a header's value or user:password; tls_* are PEM, tls_key is "
+                   "not encrypted")
     for key, wanted in (("run_as", settings.hooks.run_as),
                         ("app_user", settings.deploy.writable and settings.deploy.app_user)):
         if wanted and account("user", wanted, key) and os.geteuid() != 0:
@@ -7883,7 +7884,6 @@ def check_probes(run: Run) -> Findings:
                    "[artifact] match), or --release-version VERSION")
         if probe.when in ("after", "candidate"):
             continue
-        run.console.working(f"probe {name}", probe.initial_delay + probe.deadline + probe.soak)
         with run.console.progress(f"probe {name}") as progress:
             found = run_probe(run, probe, context, expect_release=False, progress=progress)
         if not found.ok:
@@ -8170,6 +8170,8 @@ def make_plan(facts: Facts, move: Move) -> Plan:
     """Expand the words of an operation, and those of its way back."""
     before, after, ends, _ = ORDER[move.operation]
     closing, _, last = ends.rpartition("|")
+    if not move.from_release or is_under_way(facts.journal, move.from_release):
+        before = before.replace("health?", "")  # it was never seen to be healthy
     steps = expand(before, PHASE_INTENT if after else "", facts, move)
     steps += expand(after, PHASE_SWITCHED, facts, move)
     back = Move(move.operation, move.to_release, move.from_release, back=True)
@@ -8739,11 +8741,9 @@ def do_probe(run: Run, step: Step) -> str:
     return found.detail
 
 
-def do_health(run: Run, step: Step) -> Any:
+def do_health(run: Run, step: Step) -> str:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
     left, facts, settings = step.move.from_release, run.facts, run.settings
-    if not left or is_under_way(facts.journal, left):
-        return False  # it was never seen to be healthy, and the rollback is its verdict
     services = [name for name, service in settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
     probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")
@@ -9025,7 +9025,13 @@ class Executor:
         run.interrupts.check()
         self.done.append(step)
         console.log_context["step"] = step.name
-        console.working(step.text, UNLIMITED_SECONDS)
+        (kind, _, name), settings = step.name.partition(":"), run.settings
+        bound_seconds = UNLIMITED_SECONDS
+        if kind == "hook":
+            bound_seconds = settings.hooks.timeout * len(getattr(settings.hooks, name))
+        elif kind == "service":
+            bound_seconds = settings.service[name].timeout + settings.service[name].settle
+        console.working(step.text, bound_seconds)
         run.output, status, detail = [], "failed", "internal error"
         started_at, started_seconds = time.time(), time.monotonic()
         try:
@@ -10630,6 +10636,8 @@ def command_pack(run: Run) -> None:
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory",
                          "name the directory to pack: deploy.py pack DIRECTORY")
+    if flags.output == "-":
+        raise UsageError("an artifact needs a name", "name it: pack -o FILE")
     refuse_odd_files(target, f"{target}.sha256")
     text, warnings = f"pack {directory} into {target} and {target}.sha256", []
     outcome.extra["plan"], message = [{"name": "pack", "description": text}], f"would {text}"

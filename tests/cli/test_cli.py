@@ -252,6 +252,7 @@ ERRORS = [
     ("probe-wait", ["probe", "--command", "true", "--wait", "soon"], 2), ("probe-expect", ["probe", "--command", "true", "--expect", "x"], 2),
     ("probe-fails", ["probe", "--command", "false"], 7), ("probe-no-program", ["probe", "--command", "no-such-program"], 7),
     ("pack-missing", ["pack", "/nonexistent"], 2), ("pack-a-file", ["pack", "{text}"], 2),
+    ("pack-to-a-pipe", ["pack", "{directory}", "-o", "-"], 2),
     ("pack-into-nothing", ["pack", "{directory}", "-o", "/nonexistent/x.tar.gz"], 1),
     ("log-unwritable", ["--log-file", "/nonexistent/x.log", "status"], 2), ("log-is-a-directory", ["--log-file", "/", "status"], 2),
     ("preflight-fails", ["preflight", "--set", "deploy.min_free=999T"], 3),

@@ -350,6 +350,8 @@ HABITS = [
     ("tilde", "deploy", "root", "~/shop", "write the path in full"), ("variable", "log", "file", "$HOME/log", "write the path in full"),
     ("variable-in-a-list", "preflight", "require_files", "/a\n  ${HOME}/b", "write the path in full"),
     ("variable-in-a-template", "template:t", "target", "$HOME/x", "write the path in full"),
+    ("tilde-in-a-glob", "artifact", "allow_links", "~/.cache/*", "write the path in full"),
+    ("comment-on-a-syslog", "log", "syslog", "/dev/log # here", "write /dev/log"),
     ("lines", "deploy", "root", "/srv/a\n  /srv/b", "expected one line"),
 ]
 
@@ -359,6 +361,16 @@ def test_what_another_format_would_take_is_refused_with_the_right_form(
         name: str, section: str, key: str, value: str, right: str, tmp_path: Path) -> None:
     error = refusal(f"[{section}]\n{key} = {value}\n", tmp_path)
     assert f"[{section}] {key} = " in error.message and right in error.message
+
+
+@pytest.mark.parametrize("section,right", [
+    ("[probe:web]\ntcp = unix:/run/web.sock # the web", "write /run/web.sock"),
+    ("[probe:web]\nurl = http://web/\nconnect = unix:/run/$NAME", "write the path in full"),
+    ("[source]\nindex = i.json\nurl = /srv/outbox # the source", "write /srv/outbox"),
+    ("[source]\nindex = i.json\nurl = ~/outbox", "write the path in full")])
+def test_a_path_is_held_to_the_same_where_something_else_may_stand(app: App, section: str, right: str) -> None:
+    app.configure(section)
+    assert right in app.run("config", check=2).data["error"]["message"]
 
 
 def test_an_expression_a_url_and_a_command_may_hold_what_a_path_may_not(tmp_path: Path) -> None:

@@ -228,8 +228,10 @@ def test_a_rollback_met_by_a_killed_deployment_goes_one_release_back_and_asks_no
     app.run("deploy", app.artifact("3.0"), json=False)
     assert app.version == "3.0" and (app.root / ".deploy" / "journal.json").exists()
     asked = len(probe.calls())
+    dry = app.run("-n", "rollback", check=0).data
+    planned = dry["release"]
+    assert "probe:web" in str(dry["plan"]) and "health" not in str(dry["plan"]), "what is left is asked nothing"
     configure(app)
-    planned = app.run("-n", "rollback", check=0).data["release"]
     done = app.run("rollback", check=0).data
     assert app.current == done["release"] == planned == second
     assert len(probe.calls()) == asked and [entry["result"] for entry in app.history()[-2:]] == ["aborted", "rolled_back"]
