@@ -6196,6 +6196,8 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
         (unused, unused),
         (is_candidates and not settings.candidate.command,
          "when = candidate needs a [candidate] with its command"),
+        (not is_candidates and CANDIDATE_PORT in str(probe.command),
+         f"{CANDIDATE_PORT} is known while a candidate is asked: when = candidate"),
         (is_candidates and kind == "service", "a candidate is no service"),
         (probe.of_slot and (not settings.has_slots or probe.when != "after"),
          "${slot} and ${port} need [slots], and when = after"),

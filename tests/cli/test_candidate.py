@@ -275,6 +275,7 @@ def test_it_runs_as_the_user_of_the_hooks_and_is_ended_all_the_same() -> None:
     ("[candidate]\ncommand = a\nport = 0\n", "[candidate] port"), ("[candidate]\ncommand = a\ntimeout = 0s\n", "[candidate] timeout"),
     ("[candidate]\ncommand = a ${PORT}\n", "is for a shell"), ("[hooks]\npre_stage = a ${DEPLOY_CANDIDATE_PORT}\n", "is for a shell"),
     ("[probe:x]\nurl = http://a:${DEPLOY_CANDIDATE_PORT}/\n", "[probe:x] url: "),
+    ("[probe:x]\ncommand = true ${DEPLOY_CANDIDATE_PORT}\n", "known while a candidate is asked"),
     ("[candidate]\ncommand = a\n[service:s]\nunit = s\n[probe:x]\nservice = s\nwhen = candidate\n", "a candidate is no service")])
 def test_what_does_not_go_together_is_told_at_once(app: App, text: str, message: str) -> None:
     app.configure(text)
