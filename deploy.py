@@ -3522,10 +3522,10 @@ def read_key(text: str) -> PublicKey:
     with blaming(UsageError, f"key {text} line {1 + data.startswith(b'untrusted')}", hint):
         pem = _ARMOR.match(data)
         blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
-        for kind, (_, mark) in _KINDS.items() if pem else ():
+        for kind, (_, mark) in _KINDS.items():
             _, found, value = blob.partition(binascii.unhexlify(mark))
             size = int.from_bytes(value[9:11], "big")
-            if found:
+            if pem and found:
                 return PublicKey(kind, blob, [value] if kind != "rsa" else [
                     value[11:11 + size], value[13 + size:]])
         if pem or len(blob) != 42 or blob[:2] != b"Ed":
@@ -5575,8 +5575,9 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     run.console.debug(f"{what}: {typed} (in {directory})")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds,
                            on_line=pass_on, **options)
-    for line in [TOO_MUCH, *result.tail] if left_bytes < 0 else ():
-        run.console.output(line)
+    if left_bytes < 0:
+        for line in [TOO_MUCH, *result.tail]:
+            run.console.output(line)
     if 0 <= result.exit_code <= most and not result.timed_out:
         return result
     hint = "its output says why; correct the command or the release, then run this again"
@@ -6614,7 +6615,8 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
             who = verifier.verify(text, read_beside(run, path, "")[1], path)["signer"]
             # A pattern is nobody's name, and could be that of who runs this.
             is_own = run.by["user"] in (who, who.partition("@")[0])
-            (others if is_own or re.search("[*?]", who) else signed).add(who)
+            counted = others if is_own or re.search("[*?]", who) else signed
+            counted.add(who)
         except ArtifactRefused as error:
             others.add(error.message)
         except FileNotFoundError:
@@ -6692,8 +6694,10 @@ def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
         terms = [text for text in terms if text not in (None, "NONE", "NOASSERTION")]
         hits = [text for text in names if fits(text.lower(), packages)]
         hits += [text for text in terms if is_denied(text, licenses)]
-        if hits or not terms:
-            (wrong if hits else unknown).append(f"{name} ({hits[0]})" if hits else name)
+        if hits:
+            wrong.append(f"{name} ({hits[0]})")
+        elif not terms:
+            unknown.append(name)
     said = f"{count(len(parts), 'package')}, {count(len(unknown), 'license')} unknown"
     if policy.unknown_licenses == "deny":
         wrong += unknown
@@ -7745,11 +7749,11 @@ def check_origin(run: Run) -> Findings:
         return
     for path in paths:
         found.update(trust_problems(path, spare_root=True))
-    for member, _, status in (
-            walk_tree(artifact.descriptor) if artifact.format == "directory" else ()):
-        path = os.path.join(artifact.path, os.fsdecode(member.name))
-        for why, fix in owner_problem(path, status, spare_root=True).values():
-            found.setdefault(artifact.path, (f"{artifact.path}: {why}", fix))
+    if artifact.format == "directory":
+        for member, _, status in walk_tree(artifact.descriptor):
+            path = os.path.join(artifact.path, os.fsdecode(member.name))
+            for why, fix in owner_problem(path, status, spare_root=True).values():
+                found.setdefault(artifact.path, (f"{artifact.path}: {why}", fix))
     # It may have been somebody's link, which was gone when it was looked at.
     if not os.path.samestat(artifact.status, os.stat(given)):
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
@@ -8064,8 +8068,9 @@ def lost_current(facts: Facts) -> Optional[StateError]:
 
     `recover --to` keeps what was live before, `activate` would not.
     """
-    for record in facts.records.values() if facts.current.release is None else ():
-        if record.state == STATE_ACTIVE and record.id in facts.on_disk:
+    live = facts.current.release
+    for record in facts.records.values():
+        if live is None and record.state == STATE_ACTIVE and record.id in facts.on_disk:
             return StateError(f"{record.id} should be live, but current is missing",
                               facts.command_line(f"recover --to {record.id}"))
     return None
@@ -9816,8 +9821,8 @@ def find_new(run: Run) -> str:
     seen, listed = look(run)
     run.fetch = source.url and lru_cache(maxsize=None)(partial(fetch, run))
     offer, live = run.offer, facts.release(facts.current.release or "")
-    for record in facts.records.values() if offer.ref else ():
-        if record.artifact["source"] == run.console.secrets.mask(offer.path):
+    for record in facts.records.values():
+        if offer.ref and record.artifact["source"] == run.console.secrets.mask(offer.path):
             offer.sha256 = record.sha256
     run.facts = facts._replace(artifact=offer)
     flags.sha256, flags.release_version = offer.sha256, offer.version
@@ -11583,9 +11588,10 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
         found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
                   if len(value) >= 8 or SECRET_NAME.search(name)]
-        for url in [receiver.url, *texts] if receiver.name in settings.notify else ():
+        if receiver.name in settings.notify:
             # The long words of a notifier's path let anybody post there.
-            found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
+            for url in [receiver.url, *texts]:
+                found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
     for value in found + [value for name, value in named if SECRET_NAME.search(name)]:
         secrets.add(value)
         if "%" in value or "+" in value:
