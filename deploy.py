@@ -10921,6 +10921,7 @@ NOTIFIERS = {
     "email": (("to",), ("from", "smtp"), ""),
     "command": (("command",), (), ""),
 }
+JSON_BEGINS = ("{", "[")
 MOST_CHARACTERS = 2000  # of a text that is posted: Discord takes no more
 
 # What `${name}` may stand for in a text, beside DEPLOY_*.
@@ -10943,7 +10944,7 @@ def check_notifier(settings: Any) -> str:
         split_address(settings.smtp)
         for key, template in dict(headers, text=settings.text, body=settings.body).items():
             rendered = render_template(template, words, key)
-        if is_json(settings.body):
+        if settings.body.startswith(JSON_BEGINS):
             json.loads(rendered)
     except StepFailed as error:
         return error.message
@@ -10951,11 +10952,6 @@ def check_notifier(settings: Any) -> str:
         return f"{key}: {error}"
     wrong = settings.url and wrong_target(settings.url)
     return f"url: {wrong}" if wrong else wrong_header(settings.header)
-
-
-def is_json(body: str) -> bool:
-    """Say whether a body is meant as JSON, so that what stands in it is escaped."""
-    return body.lstrip().startswith(("{", "["))
 
 
 def wrong_target(url: str) -> str:
@@ -11037,7 +11033,7 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
         headers["Authorization"] = f"Bearer {secrets['token']}"
     body = settings.body or NOTIFIERS[settings.type][2]
     words["text"] = text[:MOST_CHARACTERS]
-    if is_json(body):
+    if body.startswith(JSON_BEGINS):  # then what stands in it is escaped
         words = {name: json.dumps(value)[1:-1] for name, value in words.items()}
     else:
         headers.setdefault("Content-Type", "text/plain; charset=utf-8")
