@@ -461,7 +461,8 @@ def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     with suppress(OSError):  # no terminal
-        left = os.get_terminal_size(1).columns - 2 * (len(widths) - 1)
+        # One that does not know its width says 0.
+        left = (os.get_terminal_size(1).columns or 80) - 2 * (len(widths) - 1)
         while sum(widths) > left and max(widths) > 16:
             widths[widths.index(max(widths))] -= 1
     lines = []
@@ -619,7 +620,7 @@ class Console:
         self.heed: Callable[[], None] = lambda: None  # raises where a signal has come
         self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
         self._log: Any = None
-        self._held: List[Tuple[str, str, Dict[str, str]]] = []
+        self._held: List[Callable[[], None]] = []
         self._broken: List[Any] = []
         self._bound_seconds = UNLIMITED_SECONDS
         self._in_journal = []  # those that lead to $JOURNAL_STREAM (device:inode, systemd.exec(5))
@@ -657,11 +658,12 @@ class Console:
         if status:
             shown = f"  {self.paint(status, f'{status:<7}')} {{}}"
         # What an event is about now may be something else by the time it is shown.
-        line = level, shown.replace("{}", text), {**self.log_context, **event} if event else {}
+        write = partial(self._show, level, shown.replace("{}", text),
+                        {**self.log_context, **event} if event else {})
         if self.quiet and shown:
-            self._held.append(line)
+            self._held.append(write)
         elif shown:
-            self._show(*line)
+            write()
 
     def warn(self, text: str) -> None:
         """A warning: shown, logged, and kept for the result."""
@@ -696,7 +698,7 @@ class Console:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
         lines = "\n".join(map(self.clean, text.split("\n")))
         if self.quiet and not self.json_mode:
-            self._held.append(("", lines + "\n", {}))
+            self._held.append(partial(self.raw_result, lines + "\n"))
         else:
             self.raw_result(lines + "\n")
 
@@ -730,7 +732,8 @@ class Console:
             self.working(text)
             if self.shows_progress:
                 is_shown = True
-                self._write(sys.stderr, f"\r\033[K  {text[:os.get_terminal_size(2).columns - 3]}")
+                columns = os.get_terminal_size(2).columns or 80
+                self._write(sys.stderr, f"\r\033[K  {text[:columns - 3]}")
 
         try:
             yield update
@@ -768,11 +771,8 @@ class Console:
     def release_held(self) -> None:
         """Write what --quiet held back: there was a change or a failure after all."""
         held, self._held = self._held, []
-        for level, text, about in held:
-            if level:
-                self._show(level, text, about)
-            else:
-                self.raw_result(text)
+        for write in held:
+            write()
 
     def _show(self, level: str, text: str, about: Dict[str, str]) -> None:
         """Write to stderr; an event with its fields to the journal, where stderr leads there."""
@@ -10445,12 +10445,10 @@ def command_report(run: Run) -> None:
         return
     path = absolute(output)
     refuse_odd_files(path)
-    if flags.dry_run:
-        conclude(run, f"would write {output}: {run.outcome.message}")
-        return
     with blaming(UsageError, f"cannot write {output}", "name another: -o FILE"), \
             Directory(os.path.realpath(os.path.dirname(path))) as place:
-        place.write(os.path.basename(path), text.encode("utf-8", "backslashreplace"), 0o644)
+        if not flags.dry_run:
+            place.write(os.path.basename(path), text.encode("utf-8", "backslashreplace"), 0o644)
     conclude(run, f"{run.outcome.message}: {output}")
 
 

@@ -484,6 +484,15 @@ def test_a_table_is_not_wider_than_the_terminal_and_loses_nothing(words: List[st
     assert sorted(re.sub(r"[\s\d]", "", "".join(narrow))) == sorted(re.sub(r"[\s\d]", "", "".join(wide)))
 
 
+def test_a_terminal_that_does_not_know_its_width_has_eighty_columns(app: App) -> None:
+    app.deploy("1.0")
+    shown = run_on_terminal("releases", config=app.config, env={"TERM": "xterm"}, columns=0)
+    assert str(app.current).encode() in shown.output
+    app.configure(f"[probe:web]\ntcp = 127.0.0.1:{free_port()}\ndeadline = 1500ms\nperiod = 100ms\nperiod_max = 100ms\nwhen = before")
+    shown = run_on_terminal("preflight", config=app.config, env={"TERM": "xterm"}, columns=0)
+    assert re.search(rb"\r\x1b\[K *probe web try \d+: .*ECONN", shown.output), shown.output
+
+
 def test_no_colour_and_no_control_characters_in_a_pipe(app: App) -> None:
     result = app.run("deploy", app.artifact("1.0"), env={"TERM": "xterm"}, json=False, check=0)
     assert re.search("[\x00-\x09\x0b-\x1f\x7f]", result.stdout + result.stderr) is None
