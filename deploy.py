@@ -6829,6 +6829,7 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
         elif known:
             asked["If-None-Match"] = known
         for _ in range(6):
+            asking.at("reading its address")
             url = parse_url(here)
             if url.scheme == "http" and (not source.insecure or before == "https"):
                 return {"error": f"{here} is not https", "again": False}
@@ -6981,6 +6982,8 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
                               ("built_at", _MOMENT)):
                 if not re.fullmatch(form, row.get(key) or ""):
                     raise ValueError(f"{key} {row.get(key)!r} of {name!r}")
+            if row.get("built_at"):
+                seconds_of(row["built_at"])  # there is such a day
             url = row.get("url") or quote(row["name"])
             offers.append(Offer(
                 path=urljoin(base, url) if "://" in base else base + unquote(url), name=name,
@@ -7134,7 +7137,8 @@ def archive(run: Run, file: str) -> None:
     git(run, "init", "-q", "--bare", "git")
     git(run, *own, "fetch", "-q", "--depth=1", run.settings.source.git, f"+{offer.ref}:refs/it")
     found, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
-    offer.built_at = format_time(int(seconds))
+    if re.fullmatch("[0-9]{1,11}", seconds):  # a commit may claim any other time, or none
+        offer.built_at = format_time(int(seconds))
     if found != offer.sha256:
         raise DeployError(f"{offer.ref} has moved to {found} meanwhile", "run it again")
     if wanted.verify != "off":

@@ -362,6 +362,8 @@ def test_what_may_pass_is_tried_four_times_and_what_may_not_once(told: Dict[str,
     assert all(tries[name] <= 4 for name in ("no-answer", "head-drips"))
     assert {tries[name] for name in ("index-403", "no-http", "index-without-length", "to-file", "headers-endless")} == {1}
     assert tries["to-itself"] == 6
+    for name in ("to-file", "index-of-a-file"):
+        assert "its address: ValueError" in told[name].result.data["msg"], told[name].result.describe()
 
 
 def test_a_token_goes_to_the_sources_own_host_alone_and_never_to_http(app: App, tmp_path: Path, certificate: Path) -> None:
@@ -526,6 +528,7 @@ GOING_BACK = {  # what is changed in the index of 1.0 and 1.1, once that was see
     "two-digests": (lambda source: source.index(source.release("1.1"), source.release("1.1", sha256="0" * 64)), "two digests"),
     "nothing": (lambda source: source.index(), "no release"),
     "no-sequence": (lambda source: source.index(sequence="9"), "damaged"),
+    "no-such-day": (lambda source: source.index(source.release("1.1", built_at="0000-00-00T00:00:00Z")), "damaged"),
     "schema": (lambda source: source.index(source.release("1.1"), schema=2), "damaged"),
 }  # type: Dict[str, Any]
 
@@ -866,6 +869,22 @@ def test_a_branch_of_a_repository_and_the_same_digest_on_every_host(app: App, tm
     app.run("sync", check=0)
     app.run("rollback", check=0)
     assert "rolled back from" in refused_once(app)
+
+
+@pytest.mark.parametrize("seconds", ["9999999999999", "99999999999999999999999", "-5"])
+def test_a_commit_may_claim_any_time(seconds: str, app: App, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    configure(app, f"[source]\ngit = {repository}\n")
+    committed(repository, "1.0")
+    git = ["git", "-C", str(repository)]
+    text = subprocess.run([*git, "cat-file", "commit", "HEAD"], check=True, stdout=subprocess.PIPE).stdout.decode("ascii")
+    claimed = re.sub(r"(?m)^(committer .*>) .*", rf"\1 {seconds} +0000", text)
+    commit = subprocess.run([*git, "hash-object", "-t", "commit", "-w", "--stdin", "--literally"], input=claimed.encode("ascii"), check=True,
+                            stdout=subprocess.PIPE).stdout.decode("ascii").strip()
+    subprocess.run([*git, "update-ref", "refs/heads/main", commit], check=True)
+    app.run("sync", check=0)
+    assert app.version == "1.0" and app.record(app.current)["built_at"] is None
+    app.run("report", check=0)
 
 
 def test_the_newest_tag_of_a_repository(app: App, tmp_path: Path) -> None:
