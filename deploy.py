@@ -11648,9 +11648,10 @@ def parse_delegated(argv: List[str]) -> Any:
     settings, artifact = load(flags), getattr(flags, "artifact", None)
     delegated, inbox = settings.deploy.delegated, settings.deploy.inbox
     if flags.command not in delegated or flags.command in ("pack", *TELLING):
-        # pack reads any directory.
+        # pack reads any directory; of what tells about itself no file was read.
         raise UsageError(f"{flags.command} is not delegated by {path}",
-                         f"delegated: {', '.join(delegated) or 'nothing'}")
+                         f"deploy.py {flags.command}, without sudo" if flags.command in TELLING
+                         else f"delegated: {', '.join(delegated) or 'nothing'}")
     if artifact:
         place, name = os.path.split(absolute(artifact))
         is_signed = settings.signature.verify == "required" and any(

@@ -274,6 +274,11 @@ def test_it_stands_first_with_a_file_and_a_command(words: str, app: App) -> None
     run_deploy(*(given if "--delegate" in words else ["--delegate", *given]), json=False, check=2)
 
 
+def test_help_is_told_where_it_can_be_had(app: App) -> None:
+    app.configure("delegated = status\n")
+    assert "without sudo" in run_deploy("--delegate", app.config, "help", json=False, check=2).stderr
+
+
 # -- what lies in the inbox -----------------------------------------------------------
 
 def test_a_link_that_is_swapped_in_while_the_run_waits_is_not_followed(desk: Desk) -> None:
