@@ -3370,7 +3370,7 @@ Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtv
 AMaFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1m
 ARg5KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ""")}
 # kind of key: the hash that goes with it, and how its PEM begins (RFC 3279, 5480, 8410).
-_KINDS = {
+_KEY_KINDS = {
     "rsa": ("sha256", "300d06092a864886f70d01010105000382"),
     "ed25519": ("sha512", "302a300506032b6570032100"),
     "nistp256": ("sha256", "3059301306072a8648ce3d020106082a8648ce3d030107034200"),
@@ -3479,7 +3479,7 @@ class PublicKey:
     def begin(self, signature: Any, message: bytes = b"", name: str = "") -> Any:
         """Return the hash of what was signed, to be fed the message, or the rest of it."""
         prefix = signature[:32] + self.numbers if self.kind == "ed25519" else b""
-        return hashlib.new(name or _KINDS[self.kind][0], prefix + message)
+        return hashlib.new(name or _KEY_KINDS[self.kind][0], prefix + message)
 
     def holds(self, signature: Any, hasher: Any) -> bool:
         """Say whether it signed what was hashed; ValueError or IndexError for no signature."""
@@ -3508,7 +3508,7 @@ def _read_ssh_key(data: bytes) -> PublicKey:
     # before, or an application behind.
     name, *fields = _read_strings(data)
     kind = re.sub(rb"\A(sk-)?(ssh|ecdsa-sha2)-|@openssh\.com\Z", b"", name).decode("ascii")
-    if kind not in _KINDS:
+    if kind not in _KEY_KINDS:
         raise ValueError(f"a key of type {name.decode('ascii')} is not taken")
     fields = fields[::-1] if kind == "rsa" else fields[:1 + kind.startswith("nist")]
     return PublicKey(kind, data, fields)
@@ -3522,7 +3522,7 @@ def read_key(text: str) -> PublicKey:
     with blaming(UsageError, f"key {text} line {1 + data.startswith(b'untrusted')}", hint):
         pem = _ARMOR.match(data)
         blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
-        for kind, (_, mark) in _KINDS.items():
+        for kind, (_, mark) in _KEY_KINDS.items():
             _, found, value = blob.partition(binascii.unhexlify(mark))
             size = int.from_bytes(value[9:11], "big")
             if pem and found:
@@ -10574,7 +10574,9 @@ def command_maintenance(run: Run) -> None:
         return
     with looking(run) as store:
         found = store.maintenance()
-        outcome.changed = not found or "deploy_id" in found if is_on else bool(found)
+        outcome.changed = bool(found)
+        if is_on:  # a run's own becomes the person's
+            outcome.changed = not found or "deploy_id" in found
         if outcome.changed and not run.flags.dry_run:
             if is_on:
                 whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
