@@ -4074,9 +4074,8 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
 def version_key(version: str) -> Optional[Tuple[Any, ...]]:
     """Return something to order versions by (numbers, then pre-release), or None for a guess."""
     found = re.match(
-        r"v?(\d+(?:\.\d+)*)"
-        r"(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?(?:\+.*)?\Z",
-        version, re.IGNORECASE)
+        r"v?(\d+(?:\.\d+)*)(?:[-.~]?((?:a|b|c|rc|alpha|beta|pre|preview|dev)[.-]?\d*(?:\.\d+)*))?"
+        r"(?:\+.*)?\Z", version, re.IGNORECASE)
     if not found or len(found.group(1)) > 40:
         return None
     numbers, before = found.groups()
@@ -5312,15 +5311,12 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
     made = {"sha256": digest, "size": size_bytes, "files": len(found[FILE])}
     return made, [f"{count(len(found[word]), 'file')} ({some_of(found[word])}): {what}"
-                  for word, what in PACK_WARNINGS if found[word]]
-
-
-PACK_WARNINGS = (
-    ("private", "readable by their owner alone, and in a release by all; what is secret belongs "
-                "into shared/"),
-    ("stale", "bytecode that will be stale, and written anew in the release; pack with "
-              "--keep-mtimes or without __pycache__"),
-)
+                  for word, what in (
+                      ("private", "readable by their owner alone, and in a release by all; what "
+                                  "is secret belongs into shared/"),
+                      ("stale", "bytecode that will be stale, and written anew in the release; "
+                                "pack with --keep-mtimes or without __pycache__"))
+                  if found[word]]
 
 
 # ============================================================================
@@ -7255,22 +7251,19 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     if not locked:
         seen["holder"] = lock_holder(store)
     if settings.slots:
-        seen.update(observe_slots(settings, store.path))
+        # Where the slots' links and live.conf lead.
+        links = {name: f"{store.path}/slots/{name}" for name in settings.slots}
+        seen["slots"] = {os.path.basename(os.readlink(link)): name
+                         for name, link in links.items() if os.path.islink(link)}
+        path = f"{store.path}/slots/live.conf"
+        conf = seen["live_conf"] = read_text(path) if os.path.isfile(path) else ""
+        # Written before `include` was changed, it has the port in it all the same.
+        named = [name for name, slot in settings.slots.items() if conf == slot.include] or [
+            name for name, slot in settings.slots.items() if re.search(rf"\b{slot.port}\b", conf)]
+        seen["live_slot"] = named[0] if len(named) == 1 else ""
     on_disk = {name for name in store.names("releases")
                if not name.startswith(STAGING_PREFIX) and store.is_release(name)}
     return facts._replace(records=records, state_problems=problems, on_disk=on_disk, **seen)
-
-
-def observe_slots(settings: Settings, root: str) -> Dict[str, Any]:
-    """Look where the slots' links and live.conf lead."""
-    links = {os.path.basename(os.readlink(f"{root}/slots/{name}")): name
-             for name in settings.slots if os.path.islink(f"{root}/slots/{name}")}
-    path = f"{root}/slots/live.conf"
-    conf = read_text(path) if os.path.isfile(path) else ""
-    # Written before `include` was changed, it has the port in it all the same.
-    named = [name for name, slot in settings.slots.items() if conf == slot.include] or [
-        name for name, slot in settings.slots.items() if re.search(rf"\b{slot.port}\b", conf)]
-    return {"slots": links, "live_slot": named[0] if len(named) == 1 else "", "live_conf": conf}
 
 
 def slot_problem(facts: Facts) -> Iterator[Problem]:
@@ -8460,8 +8453,7 @@ def do_verify(run: Run, step: Step) -> str:
         raise StepFailed(
             f"{release} is not what was staged: {problem}",
             f"see all of it: {run.settings.command_line(f'verify {release}')}; then {DEPLOY_AGAIN},"
-            " or go there all the same: --force; what the service may write belongs into "
-            "[deploy] mutable")
+            " or insist: --force; what the service may write belongs into [deploy] mutable")
     if problem:
         run.console.warn(f"{release} is not what was staged: {problem}")
     if added:
@@ -8855,13 +8847,12 @@ def make_hold(word: str, facts: Facts, move: Move) -> List[Step]:
         until = format_time(read_value("moment", wanted)(facts.now_seconds, 1))
         if until <= format_time(facts.now_seconds):
             raise UsageError(f"--until {wanted} is past", "name a time to come, or a duration: 12h")
-    return [Step(word, f"hold what is live until {until or 'unhold'}", do_hold, what=until)]
 
+    def do(run: Run, step: Step) -> None:
+        hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": until}
+        run.store.write(HOLD, json.dumps(hold).encode("ascii"))
 
-def do_hold(run: Run, step: Step) -> None:
-    """Write it down."""
-    hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": step.what}
-    run.store.write(HOLD, json.dumps(hold).encode("ascii"))
+    return [Step(word, f"hold what is live until {until or 'unhold'}", do)]
 
 
 def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
