@@ -6979,7 +6979,7 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
                 if not re.fullmatch(form, row.get(key) or ""):
                     raise ValueError(f"{key} {row.get(key)!r} of {name!r}")
             if row.get("built_at"):
-                seconds_of(row["built_at"])  # there is such a day
+                seconds_of(row["built_at"])  # or raise
             url = row.get("url") or quote(row["name"])
             offers.append(Offer(
                 path=urljoin(base, url) if "://" in base else base + unquote(url), name=name,
@@ -7133,7 +7133,7 @@ def archive(run: Run, file: str) -> None:
     git(run, "init", "-q", "--bare", "git")
     git(run, *own, "fetch", "-q", "--depth=1", run.settings.source.git, f"+{offer.ref}:refs/it")
     found, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
-    if re.fullmatch("[0-9]{1,11}", seconds):  # a commit may claim any other time, or none
+    if re.fullmatch("[0-9]{1,11}", seconds):  # it may claim anything
         offer.built_at = format_time(int(seconds))
     if found != offer.sha256:
         raise DeployError(f"{offer.ref} has moved to {found} meanwhile", "run it again")
@@ -7795,7 +7795,7 @@ def check_room(run: Run) -> Findings:
              format_size, "free some space (deploy.py prune), or lower [deploy] min_free"),
             # Some filesystems count no inodes; a deployment writes a few beside the release.
             (found.f_favail if found.f_files else 1 << 60, needed_files, 64, "{:,} inodes".format,
-             "remove files (deploy.py prune), or give the filesystem more inodes")):
+             "remove files: deploy.py prune")):
         yield ("ok" if free >= needed + spare else "fail",
                f"{show(free)} free, {show(needed)} needed and {show(spare)} kept free", hint)
 
@@ -8162,11 +8162,10 @@ def choose_target(facts: Facts) -> Record:
     if is_under_way(facts.journal, live):
         target = facts.release(facts.journal.from_release) or target
     if target is None:
-        names = ", ".join(sorted(facts.on_disk.intersection(facts.records) - {live})[-9:])
+        names = ", ".join(sorted(facts.on_disk.intersection(facts.records) - {live}))
         raise PreflightFailed(
             "there is no previous good release to roll back to",
-            f"the releases are {names}: {facts.command_line('activate RELEASE')} goes to any, to a "
-            "bad one with --force" if names else unrecorded(facts))
+            f"{facts.command_line('activate RELEASE')}: {names}" if names else unrecorded(facts))
     return target
 
 
@@ -11641,9 +11640,9 @@ def parse_delegated(argv: List[str]) -> Any:
     settings, artifact = load(flags), getattr(flags, "artifact", None)
     delegated, inbox = settings.deploy.delegated, settings.deploy.inbox
     if flags.command not in delegated or flags.command in ("pack", *TELLING):
-        # pack reads any directory; of what tells about itself no file was read.
+        # pack reads any directory.
         raise UsageError(f"{flags.command} is not delegated by {path}",
-                         f"deploy.py {flags.command}, without sudo" if flags.command in TELLING
+                         "run it without sudo" if flags.command in TELLING
                          else f"delegated: {', '.join(delegated) or 'nothing'}")
     if artifact:
         place, name = os.path.split(absolute(artifact))
