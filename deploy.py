@@ -2471,7 +2471,6 @@ class Journal(NamedTuple):
     from_release: OptionalText
     to_release: str
     phase: str
-    artifact_sha256: str
     started_at: str
     recoveries: int
     plan: List[Any]
@@ -7847,12 +7846,6 @@ def check_ports(places: Sequence[Tuple[str, int]]) -> Findings:
                    f"see who has it: ss -ltnp 'sport = :{port}'; or correct free_ports")
 
 
-def check_services(run: Run) -> Findings:
-    """Every service is known to its manager."""
-    for name in services_in_order(run.settings):
-        yield from make_service(run, name).check()
-
-
 def check_slots(run: Run) -> Findings:
     """Both units are known, the idle one's port is nobody else's, and all agree on the live one."""
     import glob
@@ -7912,7 +7905,9 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], str], ...] = (
     # Those in the release can only be looked for once it is there.
     ("programs", check_programs, "settings.probe settings.candidate.command settings.slots "
      "settings.migrate.up " + " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES)),
-    ("services", check_services, "settings.service"),
+    ("services", lambda run: itertools.chain.from_iterable(
+        make_service(run, name).check() for name in services_in_order(run.settings)),
+     "settings.service"),
     ("slots", check_slots, "settings.slots"),
     ("probes", check_probes, "settings.probe"),
     ("windows", rule(judge_windows, passable=True), "settings.policy.windows"),
@@ -9060,11 +9055,9 @@ class Executor:
         """Write down durably what is about to be done, what was, and what failed."""
         plan, run, journal = self.plan, self.run, self.run.journal
         if journal is None:
-            found = run.facts.artifact or run.facts.records.get(plan.to_release)
             journal = Journal(
                 deploy_id=self.deploy_id, operation=plan.operation, phase=phase,
                 from_release=plan.from_release, to_release=plan.to_release,
-                artifact_sha256=found.sha256 if found else "",
                 plan=run.console.secrets.mask_json(plan.to_json()), recoveries=0, done=[],
                 started_at=format_time(run.facts.now_seconds), failure=None, by=run.by,
                 chain=run.store.chain)
