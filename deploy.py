@@ -6977,8 +6977,7 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
                               ("built_at", _MOMENT)):
                 if not re.fullmatch(form, row.get(key) or ""):
                     raise ValueError(f"{key} {row.get(key)!r} of {name!r}")
-            if row.get("built_at"):
-                seconds_of(row["built_at"])  # or raise
+            seconds_of(row.get("built_at") or "1970-01-01T00:00:00Z")  # or raise
             url = row.get("url") or quote(row["name"])
             offers.append(Offer(
                 path=urljoin(base, url) if "://" in base else base + unquote(url), name=name,
