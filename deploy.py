@@ -657,7 +657,6 @@ class Console:
                                       extra={"context": self.log_context, "event": event or {}})
         if status:
             shown = f"  {self.paint(status, f'{status:<7}')} {{}}"
-        # What an event is about now may be something else by the time it is shown.
         write = partial(self._show, level, shown.replace("{}", text),
                         {**self.log_context, **event} if event else {})
         if self.quiet and shown:
@@ -703,7 +702,7 @@ class Console:
             self.raw_result(lines + "\n")
 
     def raw_result(self, text: str) -> None:
-        """Text that is the result as it stands (generated files); not escaped, own words only."""
+        """The result as it stands (generated files); not escaped, own words only."""
         if not self.json_mode:
             self._write(sys.stdout, text)
 
@@ -7471,7 +7470,7 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
         "built_at": found.built_at if found else None, **fields})
 
     def refused(refusal: HistoryEntry) -> Any:
-        # What is free on the disk is another number at every tick, and a window's day has a name.
+        # Free space is another number at every tick, a window's day another name.
         message = re.sub(r"([A-Z]\w\w )?\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
         return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
@@ -7484,6 +7483,7 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
             outcome.is_repeated = refused(entry) in map(refused, since)
     if not outcome.is_repeated:
         run.store.append_history(entry)
+    outcome.extra["chain"] = run.store.chain
 
 
 def remember_refusal(run: Run, error: DeployError) -> None:
@@ -9089,7 +9089,6 @@ class Executor:
             seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
             steps=[dict(step.to_json(), started_at=at) for step, at in zip(results, starts)],
             automatic=automatic if result == "rolled_back" else None)
-        run.outcome.extra["chain"] = run.store.chain
         if not keep_journal:
             self.close(plan.last if error is None else [])
 
@@ -9231,7 +9230,7 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
     plan, run = executor.plan, executor.run
     records, now = run.facts.records, format_time(time.time())
     new, old = records.get(plan.to_release), records.get(plan.from_release or "")
-    # Neither a full disk nor an interruption says anything against the release.
+    # A full disk or an interruption says nothing against the release.
     proven = failure and not executor.blameless and not failure["interrupted"]
     changed = []
     if is_bad:

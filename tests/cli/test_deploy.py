@@ -900,4 +900,7 @@ def test_the_head_of_the_historys_chain_is_told(app: App) -> None:
     lines = (app.root / ".deploy" / "history.jsonl").read_bytes().splitlines()
     data = app.run("history", check=0).data
     assert told == hashlib.sha256(lines[-1]).hexdigest() == data["chain"] and data["total"] == 1
+    app.configure("[preflight]\nrequire_files = /nonexistent")  # a refusal tells it too, the second time as well
+    refused = [app.run("deploy", app.artifact("1.1"), check=3).data["chain"] for _ in range(2)]
+    assert set(refused) == {app.run("history", check=0).data["chain"]} != {told}
     assert all(step["started_at"] for step in data["history"][0]["steps"])
