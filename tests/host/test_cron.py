@@ -73,7 +73,7 @@ def test_the_environment_of_cron_is_enough(environ: Dict[str, str], app: App) ->
     app.configure("[preflight]\nrequire_commands = chroot\n[hooks]\npre_activate = /bin/sh -c 'command -v chroot'\n")
     argv = deploy_argv("-q", "deploy", app.artifact("1.0"), config=app.config, json=False)
     done = subprocess.run(argv, env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stdout) == (0, b"") and b"sbin/chroot\n" in done.stderr
+    assert done.returncode == 0 and b" is live\n" in done.stdout and b"sbin/chroot\n" in done.stderr
     done = subprocess.run(argv, env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
@@ -135,7 +135,7 @@ def test_commands_that_only_look_do_not_wait(words: List[str], app: App) -> None
 
 
 def test_a_splay_is_a_duration_and_what_is_wrong_is_told_before_the_wait(app: App, tmp_path: Path) -> None:
-    for words, said in ([["rollback", "--splay", "5x"], "--splay '5x': expected a duration"],
+    for words, said in ([["rollback", "--splay", "5x"], "--splay: '5x': expected a duration"],
                         [["activate", "1.0", "--splay", "5m", "--set", "hooks.timeout=x"], "[hooks] timeout"]):
         assert said in app.run(*words, check=2).data["error"]["message"]
     assert "no root is given" in run_deploy("prune", "--splay", "480h", cwd=tmp_path, check=2).data["error"]["message"]
