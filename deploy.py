@@ -6502,7 +6502,7 @@ def hold_port(host: str, port: int) -> Any:
 # ============================================================================
 # 10  Policy
 #    When, by whom and after what a release may go live: judgements that rows of
-#    the table of checks ask for.  Nothing here is changed.
+#    the table of checks ask for.
 # ============================================================================
 
 JUDGE_SECONDS = 30.0
@@ -7152,8 +7152,8 @@ def archive(run: Run, file: str) -> None:
 
 # ============================================================================
 # 12  Facts and preflight
-#    What is true before anything changes, and a table of checks over it.
-#    Reads everything, changes nothing.
+#    What is true before anything changes, and a table of checks over it.  Reads
+#    everything; writes nothing but a refusal's line in the history.
 # ============================================================================
 
 class Facts(NamedTuple):
