@@ -540,7 +540,8 @@ def test_sync_fetches_what_the_policy_asks_for_and_nothing_else(app: App, keys: 
         Path(f"{artifact}.intoto.jsonl").write_bytes(b" " * (17 << 20))
         assert "more than 16.8 MB" in app.run("sync", check=3).data["error"]["message"] and app.version == "1.1"
         # It is called what its URL ends in, whatever the index calls it.
-        artifact = artifact.rename(source.directory / "shop+.tar.gz")
+        artifact.rename(source.directory / "shop+.tar.gz")
+        artifact = source.directory / "shop+.tar.gz"
         source.index(dict(source.release("1.1"), version="1.3", name="shop-1.3.tar.gz", url="shop%2B.tar.gz", sha256=sha256_of(artifact), size=artifact.stat().st_size))
         Path(f"{artifact}.spdx.json").write_text(json.dumps(spdx(FINE)))
         (source.directory / "index.json.sig").write_text(sign_raw(pem, (source.directory / "index.json").read_bytes()))
