@@ -6595,7 +6595,7 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
     policy, signed, others = run.settings.policy, set(), set()
     signers = list(read_signers(policy.approvers))
     verifier = Verifier([], signers, "deploy-approval")
-    # An origin lists no files: there each is asked for by whose it is.
+    # An origin lists no files: each is asked for by whose it is.
     names = {who.partition("@")[0] for globs, *_ in signers for who in globs.split(",")}
     asked = ["", *(f".{name}" for name in names if re.fullmatch(r"[\w.-]+", name))]
     paths = glob.glob(f"{glob.escape(place)}.*sig") or [f"{place}{name}.sig" for name in asked]
@@ -6862,7 +6862,7 @@ def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str]
     """Take a body, as long as it keeps coming; refuse one that could be cut off unseen."""
     source, status, total, body = run.settings.source, response.status, response.length, []
     part, etag = response.getheader("Content-Range"), response.getheader("ETag") or ""
-    # Without an offer yet, it is the index that is read.
+    # Without an offer yet it is the index.
     begin, take, most_bytes = 0, body.append, MAX_STATE_BYTES if run.offer else MAX_INDEX_BYTES
     asking.at("reading the answer", etag=etag, wait=response.getheader("Retry-After") or "")
     if status == 304 and "If-None-Match" in asked:
@@ -7950,7 +7950,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
             else:
                 found = list(check(run)) or [("ok", "as it should be", "")]
         except DeployError as error:
-            if type(error) in (Interrupted, DeployError):  # the network's no is about nothing else
+            if type(error) in (Interrupted, DeployError):  # the network's
                 raise
             # Whichever check reads it: what is wrong with the artifact refuses the artifact.
             name = "artifact" if isinstance(error, ArtifactRefused) else name

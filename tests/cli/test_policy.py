@@ -546,7 +546,7 @@ def test_sync_fetches_what_the_policy_asks_for_and_nothing_else(app: App, keys: 
         Path(f"{artifact}.spdx.json").write_text(json.dumps(spdx(FINE)))
         (source.directory / "index.json.sig").write_text(sign_raw(pem, (source.directory / "index.json").read_bytes()))
         list_signed(pem, artifact, Path(f"{artifact}.spdx.json"))
-        app.configure(common.replace("[policy]", "index = index.json\n[policy]").replace("match", "# match") + rules["approvals"].replace("2", "1") + "\nsbom = yes")
+        app.configure(common.replace("[policy]", "index = index.json\n[policy]").replace("match", "# match") + rules["approvals"].replace("= 2", "= 1") + "\nsbom = yes")
         sign(keys, "bob", write(app, artifact, "approve", str(artifact), "--set", "artifact.checksum=off"), to=".bob")
         app.run("sync", check=0)
         assert app.record(app.current)["version"] == "1.3"
