@@ -3836,8 +3836,9 @@ class Artifact(Descriptor):
             if stat.S_ISDIR(self.status.st_mode):
                 self.format = "directory"
             elif limits is not None:
-                # What is no regular file has no size.
-                self.format = format_of(self.read_at(0, min(TAR_BLOCK_BYTES, self.size_bytes)))
+                # What is no regular file has no size; of a pipe not even nothing can be read.
+                self.format = format_of(self.size_bytes and self.read_at(
+                    0, min(TAR_BLOCK_BYTES, self.size_bytes)) or b"")
                 if not self.format:
                     raise ArtifactRefused(
                         f"artifact {self.path} is empty, begins with zeros, or has an unknown "

@@ -286,3 +286,9 @@ def test_a_tar_without_members_is_told_as_such(blocks: int, app: App) -> None:
     write_checksum(path)
     error = app.run("deploy", path, check=4).data["error"]
     assert "begins with zeros" in error["message"] and error["hint"]
+
+
+def test_a_pipe_is_no_archive_that_is_still_being_copied(app: App) -> None:
+    os.mkfifo(str(app.directory / "myapp-1.0.tar"))
+    error = app.run("deploy", app.directory / "myapp-1.0.tar", check=4).data["error"]
+    assert "unknown format" in error["message"] and "fully copied" not in error["hint"]
