@@ -7805,7 +7805,7 @@ def check_shared(run: Run) -> Findings:
     for path in files:
         place = f"{run.facts.root}/shared/{path}"
         if not os.path.isfile(place):
-            yield "fail", f"{place} is missing", f"put the real file at {place}"
+            yield "fail", f"{place} is missing, or no file", f"put the real file at {place}"
     # What leads to a shared directory is walked by root later, and no symlink is followed.
     for place in sorted({place for path in directories for place in itertools.accumulate(
             [run.facts.root, "shared", *path.split("/")], "{}/{}".format)} - {run.facts.root}):

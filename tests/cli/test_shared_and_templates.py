@@ -63,6 +63,7 @@ def test_a_shared_file_that_is_not_there_is_refused_and_never_invented(app: App,
     before = content(app.root)
     result = app.run("deploy", app.artifact("1.1"), check=3)
     assert f"shared/{name}" in result.data["error"]["message"] and f"shared/{name}" in result.data["error"]["hint"]
+    assert "or no file" in result.data["error"]["message"], "a directory is there"
     assert content(app.root) == before
 
 
