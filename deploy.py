@@ -8052,7 +8052,7 @@ def unrecorded(facts: Facts) -> str:
     """Say how to come to a release where none is known."""
     names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
     adopt = facts.command_line("adopt RELEASE")
-    return f"{adopt}: {names}" if names else "no other in releases/ is known: deploy an artifact"
+    return f"{adopt}: {names}" if names else "nothing is left to adopt: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[StateError]:

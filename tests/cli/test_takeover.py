@@ -253,6 +253,11 @@ def test_a_rollback_where_nothing_is_known_names_adopt(app: App) -> None:
     assert "adopt" in app.run("rollback", check=2).data["error"]["hint"]
 
 
+def test_where_all_is_known_nothing_is_left_to_adopt(app: App) -> None:
+    app.deploy("1.0")
+    assert "left to adopt" in app.run("adopt", "nope", check=2).data["error"]["hint"]
+
+
 def test_a_socket_that_the_service_made_stands_in_nobodys_way_where_it_is_mutable(app: App) -> None:
     left_by_capistrano(app.root, {OLD: {"VERSION": "1.4", "tmp/sockets/.keep": ""}}, ["log"])
     os.mknod(str(app.root / "releases" / OLD / "tmp/sockets/puma.sock"), 0o600 | stat.S_IFSOCK)
