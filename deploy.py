@@ -8157,10 +8157,11 @@ def choose_target(facts: Facts) -> Record:
     if is_under_way(facts.journal, live):
         target = facts.release(facts.journal.from_release) or target
     if target is None:
-        names = ", ".join(sorted(facts.on_disk.intersection(facts.records) - {live}))
-        raise PreflightFailed(
-            "there is no previous good release to roll back to",
-            f"{facts.command_line('activate RELEASE')}: {names}" if names else unrecorded(facts))
+        names = ", ".join(sorted(facts.on_disk - {live}))
+        is_known = facts.on_disk <= {*facts.records}
+        raise PreflightFailed("there is no previous good release to roll back to",
+                              f"{facts.command_line('activate RELEASE')}: {names}"
+                              if names and is_known else unrecorded(facts))
     return target
 
 
