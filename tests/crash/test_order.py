@@ -299,8 +299,8 @@ def test_a_sample_of_the_states_that_a_power_cut_leaves_is_recovered(plays: Dict
 
 @deep
 @pytest.mark.parametrize("path, call, expected", [
-    ("root/releases", "syncfs", "is not whole"),
-    (STATE + "/.journal.json.tmp", "fsync", "the journal cannot be read"),
+    ("root/releases/.new-release.tmp", "syncfs", "is not whole"),
+    (STATE + "/.journal.json.tmp", "fsync", "journal.json.*(is damaged|cannot be read)"),
     (STATE + "/releases/.1.2.json.tmp", "fsync", "JSONDecodeError|is damaged"),
 ])
 def test_the_replay_sees_a_sync_that_is_missing(plays: Dict[str, Play], path: str, call: str, expected: str) -> None:

@@ -128,7 +128,7 @@ def section(heading: str) -> str:
 
 def blocks() -> List[str]:
     """Every indented block of the README, without its indentation."""
-    text = re.sub(r"(?ms)^```.*?^```$", "", README.read_text(encoding="utf-8"))
+    text = re.sub(r"(?ms)^```.*?^```$", "```", README.read_text(encoding="utf-8"))
     return [re.sub("(?m)^    ", "", block.lstrip("\n")) for block in re.findall(r"(?m)^(?:    .*\n|\n(?=    ))+", text)]
 
 
