@@ -6303,8 +6303,8 @@ class ProbeRun:
                 healthy += 1
                 failed = refused = 0
                 spacing_seconds = probe.period
-            elif not is_cut or left_seconds > 0 or not self.failure:
-                # A try that the deadline cut short tells less than the failure before it.
+            elif not is_cut or left_seconds > 0 or not (self.failure or healthy):
+                # A try that the deadline cut short tells less than what was seen before it.
                 self.failure = answer
                 failed += 1
                 healthy = 0
