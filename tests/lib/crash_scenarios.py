@@ -368,6 +368,14 @@ class Stage:
 
     def try_point(self, point: Point, number: int = 0) -> List[str]:
         """Stop the command there: what is not as it must be afterwards.  Every third time the next deployment recovers."""
+        for _ in range(5):
+            problems = self._try_once(point, number)
+            # A run that waits for another process makes some of its calls more often than it did when they were counted.
+            if not any("instead of" in problem or "was not hit" in problem for problem in problems):
+                break
+        return problems
+
+    def _try_once(self, point: Point, number: int) -> List[str]:
         self.saved.restore()
         try:
             if point.error:
