@@ -1,9 +1,11 @@
 """Fixtures: a root, an application, a server."""
 
 import os
+import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator, List
 
@@ -14,7 +16,7 @@ os.umask(0o022)
 
 sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("lib", "tools")]
 
-from support import App, Server  # noqa: E402  (no bytecode beside the sources)
+from support import SET, App, Server  # noqa: E402  (no bytecode beside the sources)
 
 
 @pytest.fixture
@@ -48,6 +50,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
     """Under DEPLOY_TEST_SHARE=1/3 run the second of every three cases."""
+    if SET == "quick":
+        items[:] = sampled(items)
     number, shares = (int(word) for word in os.environ.get("DEPLOY_TEST_SHARE", "0/1").split("/"))
     # What is prepared once for all tests of a kind stays together.
     units = [(item.fspath, item.callspec.params["stage"]) if "stage" in getattr(item, "fixturenames", ()) else item for item in items]
@@ -55,6 +59,19 @@ def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
     kept = [item for item, unit in zip(items, units) if places[unit] % shares == number]
     config.hook.pytest_deselected(items=[item for item, unit in zip(items, units) if places[unit] % shares != number])
     items[:] = kept
+
+
+def sampled(items: List[Any]) -> List[Any]:
+    """Of a long table of cases every third; each Python takes others.  The rules of the source and of the README stay whole."""
+    cases, kept = Counter(), []  # type: Counter[Any], List[Any]
+    long = {function for function, count in Counter(getattr(item, "function", None) for item in items).items() if count > 12}
+    for item in items:
+        function = getattr(item, "function", None)
+        cases[function] += 1
+        if function not in long or function is None or re.search(r"/unit/|test_docs|test_help", str(item.fspath)) \
+                or cases[function] % 3 == sys.version_info[1] % 3:
+            kept.append(item)
+    return kept
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -11,12 +11,14 @@ from support import deep, needs, sized
 
 # Every how many points one is tried, beside the first of each phase; crash_matrix.py tries them all.
 STRIDE = sized(quick=211, whole=37)
+# What everything else is made of.
+CORE = ["deploy-failing", "deploy-first", "deploy-second", "deploy-slots", "prune", "recover-back", "rollback", "sync"]
 # Each Python tries other points.
 OFFSET = 13 * sys.version_info[1]
 PHASES = {"", "staging", "intent", "switched", "rolling_back", "closed"}
 
 
-@pytest.fixture(scope="module", params=sorted(SCENARIOS))
+@pytest.fixture(scope="module", params=sized(quick=CORE, whole=sorted(SCENARIOS)))
 def stage(request: Any, tmp_path_factory: Any) -> Stage:
     """A scenario, prepared once for all tests."""
     needs("strace")

@@ -14,7 +14,7 @@ import pytest
 
 from crash_scenarios import KILL
 from scenes import Gate, configure, deploy_all
-from support import App, Server, free_port, needs, snapshot, start_deploy, wait_until
+from support import deep, App, Server, free_port, needs, snapshot, start_deploy, wait_until
 from test_snippets import SNIPPETS, kind_of
 
 FLAG_IS = "/bin/sh -c 'echo $DEPLOY_HOOK $(ls $DEPLOY_ROOT | grep -c maintenance) >> $DEPLOY_ROOT/../seen'"
@@ -225,6 +225,7 @@ def test_everybody_gets_503_with_the_page_and_a_balancer_200(app: App, tmp_path:
         assert snapshot(app.root) == before
 
 
+@deep
 def test_slow_clients_keep_nobody_waiting_and_are_cut_off(app: App, monkeypatch: Any) -> None:
     with serving(app) as port:
         slow = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(60)]

@@ -53,7 +53,7 @@ TOP = TESTS.parent
 DEPLOY = TOP / "deploy.py"
 # How much is run: "quick" (make test) covers every promise, "whole" (make test-all) each case, "proof" (make test-crash) takes as long
 # as it takes.
-SET = os.environ.get("DEPLOY_TEST_SET", "quick")
+SET = os.environ.get("DEPLOY_TEST_SET", "whole")
 # Runs are forked from a Python that has deploy.py loaded, but one in so many, which starts a Python of its own: the same suite in half
 # the time.
 WARM = 20
