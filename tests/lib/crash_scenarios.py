@@ -317,7 +317,7 @@ BY_PHASE = {"": (1, 3), "staging": (1,), "intent": (1,), "switched": (5,), "roll
 ANY = (0, 1, 3, 5, 6)
 BY_COMMAND = {"prune": (0, 1, 3), "pin": (1, 3), "recover": (0, 1, 3, 6)}
 # What only makes the next run faster, or is made anew by it: nobody need be told that it could not be written.
-SILENT = re.compile(r"\.reserve\.|after reserve|(ftruncate|pwrite64)\(.*\.deploy/lock>")
+SILENT = re.compile(r"\.reserve\.|after reserve|(ftruncate|write)\(.*\.deploy/lock>")
 
 
 class Point(NamedTuple):
