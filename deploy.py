@@ -7802,13 +7802,18 @@ def check_room(run: Run) -> Findings:
 def check_shared(run: Run) -> Findings:
     """Shared files exist: an empty file in their place would be a lie."""
     directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
+    if not directories and not files:
+        return
+    from pathlib import Path
+    shared = Path(run.facts.root, "shared")
     for path in files:
-        place = f"{run.facts.root}/shared/{path}"
-        if not os.path.isfile(place):
-            yield "fail", f"{place} is missing, or no file", f"put the real file at {place}"
+        if not os.path.isfile(shared / path):
+            yield ("fail", f"{shared / path} is missing, or no file",
+                   f"put the real file at {shared / path}")
     # What leads to a shared directory is walked by root later, and no symlink is followed.
-    for place in sorted({place for path in directories for place in itertools.accumulate(
-            [run.facts.root, "shared", *path.split("/")], "{}/{}".format)} - {run.facts.root}):
+    for place in sorted({place for path in directories
+                         for place in (shared / path, *(shared / path).parents)
+                         if place == shared or shared in place.parents}):
         if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
             yield ("fail", f"{place} is not a directory itself", "put the directory there (or "
                    f"mount it: mount --bind), or move {place} away")
@@ -10622,10 +10627,11 @@ def serve_maintenance(run: Run) -> None:
 
 def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
+    from pathlib import Path
     flags, outcome = run.flags, run.outcome
     directory = absolute(flags.directory)
     version = f"-{flags.release_version}" if flags.release_version else ""
-    shown = flags.output or f"{os.path.basename(directory)}{version}.tar.gz"
+    shown = flags.output or f"{Path(directory).name}{version}.tar.gz"
     target = absolute(shown)
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory",
