@@ -3789,12 +3789,13 @@ class Artifact(Descriptor):
     sha256_source = ""
     read_sha256 = ""
     read_bytes = 0
-    # Its signature's file, the SHA256SUMS that is signed instead, what begins to verify it; who
-    # signed, and why that does not count, or not yet.
+    # Its signature's file, the SHA256SUMS that is signed instead, what begins to verify it, what
+    # [signature] command is handed once it was read; who signed, and why that does not count, or
+    # not yet.
     signature_file = ""
     listing = b""
-    is_approved = True  # by [signature] command
     verify: Any = None
+    copy: Any = None
     signature: Optional[Json] = None
     distrust: Optional[ArtifactRefused] = None
     version = ""
@@ -3876,13 +3877,18 @@ class Artifact(Descriptor):
         """
         end, hasher = self.size_bytes - len(self.tail), hashlib.sha256()
         self.read_sha256, self.read_bytes = "", 0
-        verification = self.verify() if self.verify and self.is_approved else None
+        verification = self.verify() if self.verify else None
+        copy = None if self.listing else self.copy
+        if copy:
+            copy.seek(copy.truncate(0))
         pieces = (self.read_at(offset, min(BLOCK_BYTES, end - offset))
                   for offset in range(0, end, BLOCK_BYTES))
         for block in itertools.chain(pieces, [self.tail]):
             hasher.update(block)
             if verification:
                 verification.feed(block)
+            if copy:
+                copy.write(block)
             self.read_bytes += len(block)
             yield block
         self.read_sha256 = hasher.hexdigest()
@@ -3907,7 +3913,7 @@ class Artifact(Descriptor):
             "SHA256SUMS.minisig or .sig", "have it signed, or SHA256SUMS; pack a directory")
         if not found:
             return
-        self.signature_file, self.is_approved = found[0], not wanted.command
+        self.signature_file = found[0]
         try:
             with blaming(ArtifactRefused, found[0], SUSPECT):
                 name = os.path.basename(found[0])
@@ -3929,6 +3935,10 @@ class Artifact(Descriptor):
                         (signed, hashlib.sha256(),
                          lambda hasher: hasher.hexdigest() == digests[0])], [])
                 self.verify = begin
+                if wanted.command:
+                    from tempfile import TemporaryFile
+                    self.copy = TemporaryFile()  # of which nobody has the name
+                    self.copy.write(self.listing)
         except ArtifactRefused as error:
             self.distrust = error
 
@@ -7696,7 +7706,7 @@ def check_signature(run: Run) -> Findings:
     if artifact is None or run.settings.signature.verify == "off":
         yield "skip", "no artifact given, or verify = off", ""
         return
-    if run.settings.signature.command and artifact.verify:
+    if artifact.copy and (artifact.listing or not artifact.distrust):
         ask_signature_command(run, artifact)
     if artifact.verify and not artifact.read_sha256:
         yield "ok", f"{artifact.signature_file} is verified once the bytes are read", ""
@@ -7713,22 +7723,15 @@ def check_signature(run: Run) -> Findings:
 
 def ask_signature_command(run: Run, artifact: Artifact) -> None:
     """Hand what was signed to [signature] command, which must agree with the keys, if any."""
-    import tempfile
-    artifact.is_approved = True
-    with tempfile.TemporaryFile() as copy:  # of which nobody has the name
-        copy.write(artifact.listing)
-        for block in artifact.blocks():
-            run.interrupts.check()
-            copy.write(b"" if artifact.listing else block)
-        artifact.compare(artifact.read_sha256)
-        copy.seek(0)
-        try:
-            perform_command(run, context_for(run.facts, None), "signature",
-                            run.settings.signature.command, 60.0, stdin=copy,
-                            variables={"DEPLOY_SIGNATURE": artifact.signature_file})
-        except StepFailed as error:
-            artifact.verify = artifact.signature = None
-            artifact.distrust = ArtifactRefused(error.message, error.hint)
+    copy, artifact.copy = artifact.copy, None
+    copy.seek(0)
+    try:
+        perform_command(run, context_for(run.facts, None), "signature",
+                        run.settings.signature.command, 60.0, stdin=copy,
+                        variables={"DEPLOY_SIGNATURE": artifact.signature_file})
+    except StepFailed as error:
+        artifact.verify = artifact.signature = None
+        artifact.distrust = ArtifactRefused(error.message, error.hint)
 
 
 def check_origin(run: Run) -> Findings:
@@ -8249,6 +8252,10 @@ def do_unpack(run: Run, step: Step) -> str:
             sharer = Sharer(release, how)
             stack.callback(sharer.close)
         run.manifest, notes = unpack(run.artifact, tree, run.settings, progress, sharer)
+    if run.artifact.copy:
+        ask_signature_command(run, run.artifact)
+        if run.artifact.distrust:
+            raise run.artifact.distrust
     for note in notes:
         run.console.warn(note)
     counts, more = count_members(run.manifest), ""

@@ -37,7 +37,7 @@ DAMAGED = {
 def spoil(path: Path, line: int, letter: str = "") -> Path:
     """Cut off or replace one letter of a line."""
     lines = path.read_text().split("\n")
-    lines[line] = lines[line][:9] + letter + lines[line][10:]
+    lines[line] = lines[line][:9] + ("B" if letter == lines[line][9] else letter) + lines[line][10:]
     path.write_text("\n".join(lines))
     return path
 
@@ -286,8 +286,10 @@ def test_gpgv_is_asked_as_the_readme_says(app: App) -> None:
 
 # -- the host --------------------------------------------------------------------------
 
-def test_no_tool_is_needed_on_the_host_and_the_file_is_read_once(mini: Signed) -> None:
+@pytest.mark.parametrize("command, programs", [("", 1), ("command = /bin/true", 2)])
+def test_no_tool_is_needed_on_the_host_and_the_file_is_read_once(mini: Signed, command: str, programs: int) -> None:
     app, trace = mini.app, mini.app.directory / "trace"
+    app.configure(f"[signature]\n{command}" if command else f"[signature]\nkeys = {mini.keys}/minisign.pub")
     app.artifact("1.0", {"big": os.urandom(2000000)})
     mini.path.write_bytes(mini.sign(mini.keys, mini.artifact))
     strace = [needs("strace"), "-f", "-y", "-e", "trace=pread64,execve", "-o", str(trace)]
@@ -297,8 +299,13 @@ def test_no_tool_is_needed_on_the_host_and_the_file_is_read_once(mini: Signed) -
         lines = trace.read_text()
         read = sum(int(size) for size in re.findall(rf"<{re.escape(str(mini.artifact))}>.* = (\d+)\n", lines))
         assert os.path.getsize(str(mini.artifact)) <= read <= os.path.getsize(str(mini.artifact)) + 4096, words
-        assert lines.count("execve(") == 1
+        assert lines.count("execve(") == programs
     assert app.version == "1.0"
+    if command:
+        # What it does not approve of was unpacked meanwhile, and is nowhere.
+        app.configure("[signature]\ncommand = /bin/false")
+        assert "exited with code 1" in refused(app, app.artifact("1.1"), "--signature", mini.path)
+        assert [path.name for path in (app.root / "releases").iterdir()] == [app.current]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
