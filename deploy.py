@@ -3833,6 +3833,9 @@ class Artifact(Descriptor):
                                   "what is on the network or in a pipe must be saved first")
         self.status = os.fstat(self.descriptor)
         self.size_bytes = self.status.st_size
+        # Which file it is, so that a later run can tell that it is the same one.
+        self.identity = {key: getattr(self.status, f"st_{key}")
+                         for key in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
         try:
             if stat.S_ISDIR(self.status.st_mode):
                 self.format = "directory"
@@ -3855,11 +3858,6 @@ class Artifact(Descriptor):
         except BaseException:
             self.close()
             raise
-
-    def identity(self) -> Dict[str, int]:
-        """Say which file this is, so that a later run can tell it is the same one."""
-        return {"dev": self.status.st_dev, "ino": self.status.st_ino, "size": self.size_bytes,
-                "mtime_ns": self.status.st_mtime_ns, "ctime_ns": self.status.st_ctime_ns}
 
     def read_at(self, offset: int, size_bytes: int) -> bytes:
         """Read a piece; ArtifactRefused when the disk fails or the file ends early."""
@@ -4629,8 +4627,8 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     Raises ArtifactRefused for bad checksums, contradicting headers and an
     archive without its end (CVE-2025-8194: no size is negative here).
     """
-    special: Dict[bytes, bytes] = {}
-    extensions = extension_bytes = padding = 0
+    extensions: List[Tuple[bytes, bytes]] = []
+    extension_bytes = padding = 0
     head = stream.peek(TAR_BLOCK_BYTES)
     inner = format_of(head)
     if inner != "tar" and head[257:262] != b"ustar" and (any(head) or not head):
@@ -4650,29 +4648,29 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
         if size_bytes < 0 or mode < 0:
             raise refuse(name, "its header has a negative or unreadable number")
         if flag in b"xgLK":
-            extensions, extension_bytes = extensions + 1, extension_bytes + size_bytes
-            if extensions > MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES \
+            extension_bytes += size_bytes
+            if len(extensions) == MAX_EXTENSIONS or size_bytes > MAX_HEADER_BYTES \
                     or extension_bytes > MAX_HEADERS_BYTES:
                 raise refuse(name, "its extension headers are too many or too large")
-            read_extension(flag, stream.take(size_bytes), name, special)
+            extensions.append((flag, stream.take(size_bytes)))
         else:
             if magic == b"ustar\0" and prefix[0]:
                 name = prefix.partition(b"\0")[0] + b"/" + name
             kind = TAR_KINDS.get(flag) or f"member of the unknown type {flag!r}"
             mtime_ns = seconds * 10 ** 9 if abs(seconds) < 1 << 36 else None
             member = Member(name, kind, mode, size_bytes, mtime_ns, target.partition(b"\0")[0])
-            if special:
-                member = extended(member, special)
-                special, size_bytes = {}, member.size_bytes
+            if extensions:
+                member = extended(member, extensions)
+                extensions, size_bytes = [], member.size_bytes
             if flag in b"0\0" and member.name.endswith(b"/"):
                 member = member._replace(kind=DIRECTORY)  # as tar wrote them before POSIX
             pieces = stream.pieces(size_bytes)
             yield member, pieces
             for _ in pieces:  # what nobody took
                 pass
-            extensions = 0
         padding = -size_bytes % TAR_BLOCK_BYTES
-    if special or stream.peek() and any(stream.take(TAR_BLOCK_BYTES)):
+    if any(flag != b"g" for flag, _ in extensions) \
+            or stream.peek() and any(stream.take(TAR_BLOCK_BYTES)):
         raise damaged("it has data after a single end-of-archive block")
     is_filled = False
     while stream.peek():  # what fills up a tape's record means nothing
@@ -4683,33 +4681,34 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
                               "part of the release")
 
 
-def read_extension(flag: bytes, data: bytes, name: bytes, special: Dict[bytes, bytes]) -> None:
-    """Read what an extension header says of the next member (pax, GNU); the rest is passed over."""
-    position = 0
-    while position < len(data):
-        if flag in b"LK":
-            key, value = b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0")
-            position = len(data)
-        else:
-            record = _PAX_RECORD.match(data, position)
-            end = position + int(record.group(1)) if record else 0
-            if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
-                raise refuse(name, "its pax header is malformed")
-            key, value, position = record.group(2), data[record.end():end - 1], end
-        if key.startswith((b"GNU.sparse", b"GNU.dumpdir")):
-            raise refuse(name, "it is a sparse file or part of an incremental archive, which a "
-                         "release cannot hold", "build the archive without --sparse and -g")
-        # A global one, as `git archive` writes for its commit, may not name or size members.
-        if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
-            raise refuse(name, f"its extension headers give {key.decode()} twice, or a global one "
-                               "gives it to every member")
-        if key in (b"path", b"linkpath", b"size", b"mtime") and flag != b"g":
-            special[key] = value
+def extended(member: Member, extensions: List[Tuple[bytes, bytes]]) -> Member:
+    """Let extension headers (pax, GNU) replace what a header says, and pass over what else they do.
 
-
-def extended(member: Member, special: Dict[bytes, bytes]) -> Member:
-    """Let extension headers replace what a header says; ArtifactRefused where they disagree."""
+    ArtifactRefused where they are malformed or disagree.
+    """
     name, kind, mode, size_bytes, mtime_ns, target = member
+    special: Dict[bytes, bytes] = {}
+    for flag, data in extensions:
+        position = 0
+        while position < len(data):
+            if flag in b"LK":
+                key, value = b"path" if flag == b"L" else b"linkpath", data.rstrip(b"\0")
+                position = len(data)
+            else:
+                record = _PAX_RECORD.match(data, position)
+                end = position + int(record.group(1)) if record else 0
+                if not record or not record.end() < end <= len(data) or data[end - 1:end] != b"\n":
+                    raise refuse(name, "its pax header is malformed")
+                key, value, position = record.group(2), data[record.end():end - 1], end
+            if key.startswith((b"GNU.sparse", b"GNU.dumpdir")):
+                raise refuse(name, "it is a sparse file or part of an incremental archive, which a "
+                             "release cannot hold", "build the archive without --sparse and -g")
+            # A global one, as `git archive` writes for its commit, may not name or size members.
+            if key in (b"path", b"linkpath", b"size") and (flag == b"g" or key in special):
+                raise refuse(name, f"its extension headers give {key.decode()} twice, or a global "
+                                   "one gives it to every member")
+            if flag != b"g":
+                special[key] = value
     name = special.get(b"path", name)
     if b"linkpath" in special and kind not in (SYMLINK, HARD_LINK):
         raise refuse(name, f"its extension header makes a link of it, its own header a {kind}")
@@ -4804,14 +4803,6 @@ def read_central(artifact: Artifact, limits: Any) -> None:
                               f"it does not tell; taken for cp437: {some_of(unknown)}")
 
 
-@lru_cache(maxsize=64)
-def dos_day(date: int) -> int:
-    """Return when a day of a DOS time begins, in seconds; a month that is none has January's."""
-    from datetime import date as day
-    month = date >> 5 & 15 if 0 < date >> 5 & 15 < 13 else 1
-    return (day(1980 + (date >> 9), month, 1).toordinal() - 719164 + (date & 31)) * 86400
-
-
 def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     """Read one entry of the central directory, and where the next one begins."""
     (signature, system, flags, method, clock, date, crc, packed_bytes, size_bytes, name_length,
@@ -4850,8 +4841,10 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
     if len(stamp) >= 5 and stamp[0] & 1:
         mtime_ns = 10 ** 9 * int.from_bytes(stamp[1:5], "little", signed=True)
     elif date:
-        mtime_ns = 10 ** 9 * (dos_day(date) + (clock >> 11) * 3600 + (clock >> 5 & 63) * 60
-                              + 2 * (clock & 31))
+        import calendar
+        month = min(date >> 5 & 15 or 1, 12)  # whatever stands there
+        mtime_ns = 10 ** 9 * calendar.timegm((1980 + (date >> 9), month, date & 31, clock >> 11,
+                                              clock >> 5 & 63, 2 * (clock & 31)))
     member = Member(name, kind, mode, size_bytes, mtime_ns)
     return (member, raw_name, unicode_name, flags, method, crc, packed_bytes, size_bytes,
             offset), name_end + extra_length + comment_length
@@ -5127,8 +5120,9 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
                         mtime_ns = os.fstat(source.descriptor).st_mtime_ns
                         write_file(entry._replace(mtime_ns=mtime_ns),
                                    blocks_of(source.descriptor), place, sharer)
-        if kind != "directory":
-            artifact.compare(artifact.read_sha256)
+        if kind == "directory":
+            artifact.read_sha256 = tree_digest(manifest)
+        artifact.compare(artifact.read_sha256)
         notes = judge.finish()
         for name in names_of(manifest, SYMLINK):
             os.symlink(manifest[name].content, name, dir_fd=place)
@@ -5142,9 +5136,6 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
         blocks.close()
         gc.enable()
         os.umask(umask)
-    if kind == "directory":
-        artifact.read_sha256 = tree_digest(manifest)
-        artifact.compare(artifact.read_sha256)
     if artifact.distrust:
         raise artifact.distrust
     return manifest, artifact.notes + notes
@@ -7316,7 +7307,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
         if before or confirm:
             # What is still the file that it was unpacked from need not be read again, unless
             # reading it is what makes it believed.
-            is_same = before and before.artifact.get("identity") == artifact.identity() \
+            is_same = before and before.artifact.get("identity") == artifact.identity \
                 and not artifact.distrust
             artifact.confirm(settings, progress, before.sha256 if is_same else "")
     if not before:
@@ -8430,7 +8421,7 @@ def do_seal(run: Run, step: Step) -> None:
     # What is not words is not masked: a secret such as 1234 may well stand in a digest.
     artifact = dict(run.outcome.extra["artifact"], sha256_source=masked_source, **masked,
                     strip_components=run.settings.artifact.strip_components,
-                    identity=None if found.format == "directory" else found.identity())
+                    identity=None if found.format == "directory" else found.identity)
     keep_record(run, release, count_members(run.manifest), version=found.version,
                 state=STATE_STAGED, artifact=artifact, created_at=created_at,
                 sequence=1 + max([0, *map(attrgetter("sequence"), run.facts.records.values())]),

@@ -169,7 +169,7 @@ def test_a_symlink_to_an_artifact_is_resolved_once(bench):
     os.symlink("app-1.0.tar", bench.path + "/latest")
     with opened(bench.path + "/latest") as artifact:
         assert (artifact.path, artifact.name) == (path, "app-1.0.tar")
-        assert artifact.identity()["size"] == len(PLAIN)
+        assert artifact.identity["size"] == len(PLAIN)
 
 
 # -- tar -----------------------------------------------------------------------
