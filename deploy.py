@@ -3780,8 +3780,8 @@ class Artifact(Descriptor):
     """An archive or a directory, opened once and never again by name.
 
     `sha256` is what its bytes must have once `identify` has found it, and `read_sha256` what they
-    had when they were last read to the end.  What it takes on disk is `exact` where it says so
-    itself, `counted` where its files could be counted.  `notes` are for the operator.
+    had when they were last read to the end.  `expanded_bytes` and `files` are what it takes on
+    disk, 0 where only unpacking will tell.  `notes` are for the operator.
     """
 
     format = ""
@@ -3804,8 +3804,6 @@ class Artifact(Descriptor):
     release: Optional[str] = None
     expanded_bytes = 0
     files = 0
-    exact = True
-    counted = True
     # A zip's central directory and all behind it, read once.
     tail = b""
 
@@ -3987,8 +3985,16 @@ class Artifact(Descriptor):
         if not self.sha256:
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
-        estimate_cost(self)
-        if self.exact and 0 < settings.limits.max_expanded < self.expanded_bytes:
+        if self.format == "directory":
+            tree = reading(self, walk_tree(self.descriptor))
+            sizes = [member.size_bytes for member, _, _ in tree]
+            self.expanded_bytes, self.files = sum(sizes), len(sizes)
+        elif self.format == "tar.gz" and 4 <= self.size_bytes < 1 << 29:
+            # gzip's trailer says it modulo 4 GiB (RFC 1952); of a zip it is known already.
+            said_bytes = int.from_bytes(self.read_at(self.size_bytes - 4, 4), "little")
+            if self.size_bytes <= said_bytes <= 1032 * self.size_bytes:
+                self.expanded_bytes = said_bytes
+        if 0 < settings.limits.max_expanded < self.expanded_bytes:
             raise exceeds(f"{self.name} expands to {format_size(self.expanded_bytes)},",
                           settings.limits.max_expanded, "max_expanded")
 
@@ -5212,34 +5218,14 @@ class Sharer(Descriptor):
             self.shared_files += 1
 
 
-# -- what it will cost, and packing --------------------------------------------
+# -- packing -------------------------------------------------------------------
 
-GUESSED_RATIO = 5
-GUESSED_FILE_BYTES = 16 << 10
 PACKED_EPOCH = "315532800"  # 1980-01-01, the first that a zip could hold as well
 
 
-def estimate_cost(artifact: Artifact) -> None:
-    """Estimate what an artifact will take on disk without reading it through."""
-    packed_bytes, size_bytes = artifact.size_bytes, 0
-    if artifact.format == "directory":
-        tree = reading(artifact, walk_tree(artifact.descriptor))
-        sizes = [member.size_bytes for member, _, _ in tree]
-        artifact.expanded_bytes, artifact.files = sum(sizes), len(sizes)
-    elif artifact.format != "zip":  # of which read_central has added it up
-        if artifact.format == "tar.gz" and 4 <= packed_bytes < 1 << 29:
-            # What gzip's trailer says, modulo 4 GiB (RFC 1952).
-            size_bytes = int.from_bytes(artifact.read_at(packed_bytes - 4, 4), "little")
-        artifact.exact = packed_bytes <= size_bytes <= 1032 * packed_bytes
-        if not artifact.exact:
-            size_bytes = packed_bytes * (1 if artifact.format == "tar" else GUESSED_RATIO)
-        artifact.counted, artifact.expanded_bytes = False, size_bytes
-        artifact.files = size_bytes // GUESSED_FILE_BYTES + 1
-
-
 def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
-               found: Dict[str, List[bytes]]) -> Iterator[Any]:
-    """Write members as GNU tar does, judged as an artifact would be; `found` takes some names."""
+               stale: List[bytes]) -> Iterator[Any]:
+    """Write members as GNU tar does, judged as an artifact would be; tell `stale` bytecode."""
     import tarfile
     stamp = ((seconds or 0) & 0xffffffff).to_bytes(4, "little")
     for member, pieces in members:
@@ -5255,9 +5241,6 @@ def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
         info.mtime = mtime_ns / 10 ** 9 if seconds is None else seconds
         yield info.tobuf(tarfile.PAX_FORMAT if seconds is None else tarfile.GNU_FORMAT, "utf-8",
                          "surrogateescape")
-        found[kind].append(name)
-        if kind == FILE and not mode & 0o044:
-            found["private"].append(name)
         is_bytecode = seconds is not None and name.endswith(b".pyc") and b"__pycache__/" in name
         left_bytes = size_bytes
         for piece in pieces:
@@ -5266,7 +5249,7 @@ def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
             # say that it goes by a digest, or, up to Python 3.6, in their place.
             if is_bytecode and piece[4:8] not in (b"\1\0\0\0", b"\3\0\0\0", stamp) \
                     and piece[8:12] != stamp:
-                found["stale"].append(name)
+                stale.append(name)
             is_bytecode = False
             yield piece
         if left_bytes:
@@ -5289,34 +5272,33 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
         raise UsageError(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds",
                          "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
     directory, base = os.path.split(absolute(target))
-    found: Dict[str, List[bytes]] = {
-        word: [] for word in (FILE, DIRECTORY, SYMLINK, "private", "stale")}
+    stale: List[bytes] = []
 
-    def compressed(artifact: Artifact, place: Directory) -> Iterator[bytes]:
+    def compressed() -> Iterator[bytes]:
         # Neither what is being written nor what an earlier run left may become part of it.
         own = [os.stat(name, dir_fd=place.descriptor) for name in os.listdir(place.descriptor)
                if name in (base, f"{base}.sha256") or name.startswith(f".{base}.{os.getpid()}.")]
         members = read_directory(artifact, watch, skipped={
             (status.st_dev, status.st_ino) for status in own})
         encoder = zlib.compressobj(6, zlib.DEFLATED, 31)
-        for piece in tar_pieces(members, Judge(settings, artifact),
-                                None if keep_mtimes else int(epoch), found):
+        for piece in tar_pieces(members, judge, None if keep_mtimes else int(epoch), stale):
             yield encoder.compress(piece)
         yield encoder.flush()
 
     with Artifact(source, settings.limits) as artifact, \
             Directory(os.path.realpath(directory)) as place:
-        digest = place.write(base, compressed(artifact, place), 0o644)
+        judge = Judge(settings, artifact)
+        digest = place.write(base, compressed(), 0o644)
         place.write(base + ".sha256", digest_line(digest, os.fsencode(base)), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
-    made = {"sha256": digest, "size": size_bytes, "files": len(found[FILE])}
-    return made, [f"{count(len(found[word]), 'file')} ({some_of(found[word])}): {what}"
-                  for word, what in (
-                      ("private", "readable by their owner alone, and in a release by all; what "
-                                  "is secret belongs into shared/"),
-                      ("stale", "bytecode that will be stale, and written anew in the release; "
-                                "pack with --keep-mtimes or without __pycache__"))
-                  if found[word]]
+    files = names_of(judge.manifest, FILE)
+    private = [name for name in files if not judge.manifest[name].mode & 0o044]
+    return {"sha256": digest, "size": size_bytes, "files": len(files)}, [
+        f"{count(len(names), 'file')} ({some_of(names)}): {what}" for names, what in (
+            (private, "readable by their owner alone, and in a release by all; what is secret "
+                      "belongs into shared/"),
+            (stale, "bytecode that will be stale, and written anew in the release; pack with "
+                    "--keep-mtimes or without __pycache__")) if names]
 
 
 # ============================================================================
@@ -7780,9 +7762,8 @@ def check_room(run: Run) -> Findings:
     root, artifact, needed_bytes, needed_files = run.facts.root, run.facts.artifact, 0, 0
     found = os.statvfs(root if run.store else os.path.dirname(root))
     if artifact and not artifact.release:
-        # An estimate must not stop what may well fit; that the disk is full is found in time.
-        needed_bytes = artifact.expanded_bytes if artifact.exact else 0
-        needed_files = artifact.files if artifact.counted else 0
+        # What nobody knows must not stop what may well fit; that the disk is full shows in time.
+        needed_bytes, needed_files = artifact.expanded_bytes, artifact.files
     for free, needed, spare, show, hint in (
             (found.f_bavail * found.f_frsize, needed_bytes, run.settings.deploy.min_free,
              format_size, "free some space (deploy.py prune), or lower [deploy] min_free"),

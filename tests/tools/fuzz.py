@@ -17,6 +17,7 @@ import bz2
 import collections
 import faulthandler
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -445,6 +446,7 @@ class Ground:
         """Unpack one input as a deployment would; returns how it ended, raises for what must not be."""
         with open(self.path, "wb") as stream:
             stream.write(given.data)
+        self.sha256 = hashlib.sha256(given.data).hexdigest()
         os.mkdir(self.release, 0o700)
         settings = deploy.Settings({key: deploy.Given(value, "fuzz", "/") for key, value in given.values.items()}, [])
         deploy.BLOCK_BYTES, deploy.SLICE_BYTES = given.pieces
@@ -460,7 +462,7 @@ class Ground:
         try:
             with deploy.Artifact(self.path, settings.limits) as artifact, \
                     deploy.Directory(self.release) as destination:
-                deploy.estimate_cost(artifact)
+                artifact.identify(settings, nothing, self.sha256)
                 manifest, _ = deploy.unpack(artifact, destination, settings, nothing)
                 self._check(manifest, destination)
         except deploy.ArtifactRefused as refusal:
