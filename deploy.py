@@ -657,8 +657,8 @@ class Console:
                                       extra={"context": self.log_context, "event": event or {}})
         if status:
             shown = f"  {self.paint(status, f'{status:<7}')} {{}}"
-        write = partial(self._show, level, shown.replace("{}", text),
-                        {**self.log_context, **event} if event else {})
+        about = {**self.log_context, **event} if event else None
+        write = partial(self._write, sys.stderr, shown.replace("{}", text) + "\n", level, about)
         if self.quiet and shown:
             self._held.append(write)
         elif shown:
@@ -685,7 +685,8 @@ class Console:
         text = f"deploy.py: {self.paint('error', 'error:')} {self.clean(message)}"
         if hint:
             text += f"\nhint: {self.clean(hint)}"
-        self._show("error", text, {**self.log_context, **event} if event else {})
+        self._write(sys.stderr, text + "\n", "error",
+                    {**self.log_context, **event} if event else None)
 
     def traceback(self) -> None:
         """Show the exception being handled with its traceback, for --debug and internal errors."""
@@ -695,11 +696,11 @@ class Console:
 
     def result(self, text: str) -> None:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
-        lines = "\n".join(map(self.clean, text.split("\n")))
-        if self.quiet and not self.json_mode:
-            self._held.append(partial(self.raw_result, lines + "\n"))
+        write = partial(self.raw_result, "\n".join(map(self.clean, text.split("\n"))) + "\n")
+        if self.quiet:
+            self._held.append(write)
         else:
-            self.raw_result(lines + "\n")
+            write()
 
     def raw_result(self, text: str) -> None:
         """The result as it stands (generated files); not escaped, own words only."""
@@ -773,12 +774,18 @@ class Console:
         for write in held:
             write()
 
-    def _show(self, level: str, text: str, about: Dict[str, str]) -> None:
-        """Write to stderr; an event with its fields to the journal, where stderr leads there."""
-        if about and sys.stderr in self._in_journal:
-            fields = {JOURNAL_FIELDS[name]: value for name, value in about.items()
-                      if name in JOURNAL_FIELDS and value}
-            fields.update(MESSAGE=text[:JOURNAL_MESSAGE_CHARACTERS],
+    def _write(self, stream: Any, text: str, level: str = "info",
+               about: Optional[Dict[str, str]] = None) -> None:
+        """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing.
+
+        An event is all that it is `about` to the journal, where the stream leads there.
+        """
+        if stream is None or stream in self._broken:
+            return
+        if about and stream in self._in_journal:
+            fields = {field: about[name] for name, field in JOURNAL_FIELDS.items()
+                      if about.get(name)}
+            fields.update(MESSAGE=text.rstrip("\n")[:JOURNAL_MESSAGE_CHARACTERS],
                           PRIORITY=str(PRIORITIES[level]), MESSAGE_ID=EVENTS[about["event"]],
                           SYSLOG_IDENTIFIER="deploy.py")
             entry = b""
@@ -788,12 +795,6 @@ class Console:
             with suppress(OSError):
                 send_datagram(JOURNAL_SOCKET, entry, 1.0)
                 return
-        self._write(sys.stderr, text + "\n", level)
-
-    def _write(self, stream: Any, text: str, level: str = "info") -> None:
-        """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing."""
-        if stream is None or stream in self._broken:
-            return
         if stream in self._in_journal:
             text = re.sub(r"(?m)^(?=.)", f"<{PRIORITIES[level]}>", text)
         try:
@@ -824,14 +825,9 @@ _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
-def environment(name: str) -> str:
-    """Read one variable of this process's environment; empty where there is none."""
-    return os.environ.get(name, "")
-
-
-def environment_names() -> List[str]:
-    """List the names of this process's environment variables."""
-    return list(os.environ)
+# One variable of this process's environment, empty where there is none; and the names of all.
+environment: Callable[[str], str] = partial(os.environ.get, default="")
+environment_names: Callable[[], List[str]] = partial(list, os.environ)
 
 
 def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
@@ -1313,10 +1309,9 @@ class Interrupts:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
-        self._pending = 0
-        self.is_closed = False
-        self._waking = -1  # can be read once a signal has come
+    is_closed = False
+    _pending = 0
+    _waking = -1  # can be read once a signal has come
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
@@ -2320,13 +2315,6 @@ class Directory(Descriptor):
                     give_to_group(here.descriptor, group)
         return here
 
-    def status(self, name: str) -> Optional[os.stat_result]:
-        """Return lstat of an entry, or None where there is none."""
-        try:
-            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
         """Replace a file by temporary file, fsync, rename, fsync; return its SHA-256."""
         hasher = hashlib.sha256()
@@ -2341,21 +2329,13 @@ class Directory(Descriptor):
                 # Not left to open(): the umask would take bits away that were asked for.
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
-            self.rename(temporary, self, name)
+            os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
         except BaseException:
-            self.discard(temporary)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=self.descriptor)
             raise
         os.fsync(self.descriptor)
         return hasher.hexdigest()
-
-    def rename(self, name: str, target: "Directory", new_name: str) -> None:
-        """Rename an entry into `target`, atomically; replaces what is there as rename(2) does."""
-        os.rename(name, new_name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
-
-    def discard(self, name: str) -> None:
-        """Remove a file or symlink if it is there."""
-        with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self.descriptor)
 
     def remove_tree(self, name: str) -> None:
         """Remove an entry and all below it, following no symlink; nothing there is fine.
@@ -2364,14 +2344,13 @@ class Directory(Descriptor):
         """
         pending = [name]
         while pending:
-            self._remove(pending.pop(), self, pending, 0)
+            with suppress(FileNotFoundError):
+                self._remove(pending.pop(), self, pending, 0)
 
     def _remove(self, name: str, top: "Directory", pending: List[str], level: int) -> None:
-        found = self.status(name)
-        if found is None:
-            return
+        found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         if not stat.S_ISDIR(found.st_mode):
-            self.discard(name)
+            os.unlink(name, dir_fd=self.descriptor)
             return
         if found.st_mode & 0o700 != 0o700 and found.st_uid == os.geteuid() != 0:
             # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod
@@ -2379,11 +2358,12 @@ class Directory(Descriptor):
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
-            self.rename(name, top, pending[-1])
+            os.rename(name, pending[-1], src_dir_fd=self.descriptor, dst_dir_fd=top.descriptor)
             return
         with self.child(name) as below:
             for entry in os.listdir(below.descriptor):
-                below._remove(entry, top, pending, level + 1)
+                with suppress(FileNotFoundError):  # somebody else was faster
+                    below._remove(entry, top, pending, level + 1)
         os.rmdir(name, dir_fd=self.descriptor)
 
 
@@ -2602,8 +2582,8 @@ class Current(NamedTuple):
     missing: OptionalText = None
 
 
-class Store:
-    """One root, opened; what lies in it is named by its path from there.
+class Store(ExitStack):
+    """One root, opened, up to its `close`; what lies in it is named by its path from there.
 
     Whoever changes anything holds the lock, from before the first look to after pruning; whoever
     only looks takes none.  Everything is entered by descriptor from the root on: where that is the
@@ -2611,13 +2591,14 @@ class Store:
     """
 
     def __init__(self, root: Directory, settings: Settings) -> None:
+        super().__init__()
         group, readable = settings.deploy.group, settings.deploy.readable
-        self.root = root
+        self.root = self.enter_context(root)
         self.path = root.path
         self.command_line = settings.command_line
         self.flag: str = settings.maintenance.flag
         # Whose members deploy here, each what another deployed; -1 where only the owner does.
-        self.group = group_id(group) if group else -1
+        self.group = account("group", group, "[deploy] group").gr_gid if group else -1
         # What the files and directories of .deploy are made with.
         self.file_mode = {"owner": 0o600, "group": 0o640, "all": 0o644}[readable]
         self.directory_mode = self.file_mode | (self.file_mode & 0o444) >> 2
@@ -2647,10 +2628,7 @@ class Store:
     @classmethod
     def create(cls, settings: Settings) -> "Store":
         """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
-        group = -1
-        if settings.deploy.group:
-            check_group(settings.deploy.group)
-            group = group_id(settings.deploy.group)
+        group = check_group(settings.deploy.group) if settings.deploy.group else -1
         parent, name = os.path.split(os.path.realpath(settings.deploy.root))
         is_new = not os.path.isdir(f"{parent}/{name}")
         try:
@@ -2696,17 +2674,12 @@ class Store:
                                  f"(mode {stat.S_IMODE(found.st_mode):04o})",
                                  f"chmod -R go-w {self.path}/.deploy")
 
-    def close(self) -> None:
-        """Close every descriptor."""
-        while self._open:
-            self._open.popitem()[1].close()
-
     def directory(self, path: str) -> Directory:
         """Open a directory, once, following no symlink; StateError for a forbidden one."""
         if path not in self._open:
             above, name = os.path.split(path)
             try:
-                self._open[path] = self.directory(above).child(name)
+                self._open[path] = self.enter_context(self.directory(above).child(name))
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EACCES):
                     raise
@@ -2730,10 +2703,11 @@ class Store:
 
     def status(self, path: str) -> Optional[os.stat_result]:
         """Return lstat of what stands at a path, or None."""
-        with suppress(FileNotFoundError):
+        try:
             place, name = self.at(path)
-            return place.status(name)
-        return None
+            return os.stat(name, dir_fd=place.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
 
     def is_release(self, name: str) -> bool:
         """Tell whether there is a real directory of that name under releases/."""
@@ -2745,28 +2719,27 @@ class Store:
         found = self.status(LOCK)
         return found.st_mtime_ns if found else 0
 
-    def read(self, path: str,
-             hint: str = "correct it, or move it out of the way") -> Optional[bytes]:
-        """Read a file, None where there is none; StateError for what cannot be read."""
+    def load(self, path: str, kind: Any = dict, hint: str = "") -> Any:
+        """Read an object, which is sealed unless it is a dict; None where there is no file.
+
+        StateError for what cannot be read or believed.
+        """
+        what = f"{'the journal ' if kind is Journal else ''}{self.path}/{path}"
+        hint = hint or "correct it, or move it out of the way"
         try:
             place, name = self.at(path)
-            return read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, place.descriptor)
+            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, place.descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StateError(f"{self.path}/{path} cannot be read: {reason(error)}", hint)
-
-    def load_json(self, path: str) -> Json:
-        """Read an object that nobody sealed, empty where there is none; StateError says why not."""
-        data = self.read(path)
-        if data is None:
-            return {}
+            raise StateError(f"{what} cannot be read: {reason(error)}", hint)
+        if kind is not dict:
+            return decode(kind, data, what, hint)
         with suppress(ValueError, RecursionError):
             found = json.loads(data.decode("utf-8"))
             if isinstance(found, dict):
                 return found
-        raise StateError(f"{self.path}/{path} cannot be read: it is no JSON object",
-                         "correct it, or move it out of the way")
+        raise StateError(f"{what} cannot be read: it is no JSON object", hint)
 
     def write(self, path: str, data: Union[bytes, Iterable[bytes]], mode: int = 0) -> str:
         """Replace a file durably, by default as those of .deploy; return its SHA-256."""
@@ -2781,7 +2754,7 @@ class Store:
     def maintenance(self) -> Dict[str, Any]:
         """Read whose the maintenance flag is, a run's with its deploy_id; empty where none is."""
         try:
-            return self.load_json(self.flag)
+            return self.load(self.flag) or {}
         except StateError:
             return {"by": "somebody"}  # a file of that name is enough
 
@@ -2789,7 +2762,8 @@ class Store:
         """Remove files durably, where they are there."""
         for path in paths:
             place, name = self.at(path)
-            place.discard(name)
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=place.descriptor)
             os.fsync(place.descriptor)
 
     # -- releases and current ------------------------------------------------
@@ -2844,17 +2818,18 @@ class Store:
             self._links[release] = temporary
         if missing:
             os.fsync(self.root.descriptor)  # on disk before one of them takes that place
-        self.root.rename(self._links[target], self.root, "current")
+        os.rename(self._links[target], "current",
+                  src_dir_fd=self.root.descriptor, dst_dir_fd=self.root.descriptor)
         del self._links[target]
         os.fsync(self.root.descriptor)
 
     def put_in_slot(self, name: str, release: str) -> None:
         """Have a slot's link lead to a release, durably."""
-        place = self.directory("slots")
+        slots = self.directory("slots").descriptor
         temporary = temporary_name(name)
-        os.symlink(f"../releases/{release}", temporary, dir_fd=place.descriptor)
-        place.rename(temporary, place, name)
-        os.fsync(place.descriptor)
+        os.symlink(f"../releases/{release}", temporary, dir_fd=slots)
+        os.rename(temporary, name, src_dir_fd=slots, dst_dir_fd=slots)
+        os.fsync(slots)
 
     def new_staging(self) -> str:
         """Make an empty private directory in releases/ to unpack into, and return its name."""
@@ -2870,14 +2845,15 @@ class Store:
 
     def publish(self, staging: str, release: str) -> None:
         """Give an unpacked and synced tree its name under releases/."""
-        releases, tree = self.directory("releases"), self.directory(f"releases/{staging}")
-        os.fchmod(tree.descriptor, self._published_mode)
-        os.fsync(tree.descriptor)
+        releases = self.directory("releases").descriptor
+        tree = self.directory(f"releases/{staging}").descriptor
+        os.fchmod(tree, self._published_mode)
+        os.fsync(tree)
         if self.status(f"releases/{release}") is not None:
             raise StepFailed(f"releases/{release} exists already",
                              "look at what made it, then run again")
-        releases.rename(staging, releases, release)
-        os.fsync(releases.descriptor)
+        os.rename(staging, release, src_dir_fd=releases, dst_dir_fd=releases)
+        os.fsync(releases)
 
     def remove_release(self, release: str) -> None:
         """Take a release away: renamed out of sight at once, then deleted, then its manifest."""
@@ -2885,7 +2861,8 @@ class Store:
         if self.status(f"releases/{release}") is not None:
             name = temporary_name(release)
             try:
-                releases.rename(release, trash, name)
+                os.rename(release, name, src_dir_fd=releases.descriptor,
+                          dst_dir_fd=trash.descriptor)
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
@@ -2939,16 +2916,15 @@ class Store:
         for name in self.names(RECORDS):
             if not name.endswith(".json") or name.startswith("."):
                 continue
-            path = f"{self.path}/{RECORDS}/{name}"
             try:
-                data = self.read(f"{RECORDS}/{name}")
-                record = decode(Record, data, path) if data is not None else None
-                if record and record.id + ".json" != name:
-                    raise StateError(f"{path} is the record of {record.id}")
-                if record:
-                    records[record.id] = record
+                record = self.load(f"{RECORDS}/{name}", Record)
             except StateError as error:
                 problems.append(error.message)
+                continue
+            if record and record.id + ".json" != name:
+                problems.append(f"{self.path}/{RECORDS}/{name} is the record of {record.id}")
+            elif record:
+                records[record.id] = record
         return records, problems
 
     @contextmanager
@@ -2964,15 +2940,16 @@ class Store:
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
-        hint = "check that the release you want is live, then: " \
-            f"{self.command_line('recover --to RELEASE')}"
-        data, what = self.read(JOURNAL, hint), f"the journal {self.path}/{JOURNAL}"
-        return decode(Journal, data, what, hint) if data is not None else None
+        hint = "check that the release you want is live, then: "
+        found: Optional[Journal] = self.load(
+            JOURNAL, Journal, hint + self.command_line("recover --to RELEASE"))
+        return found
 
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
         while self._links:  # those that were made and not used
-            self.root.discard(self._links.popitem()[1])
+            with suppress(FileNotFoundError):
+                os.unlink(self._links.popitem()[1], dir_fd=self.root.descriptor)
         if self.status(JOURNAL) is not None:
             self.forget(JOURNAL)
 
@@ -3004,21 +2981,13 @@ class Store:
                 position = start
         *lines, torn = data.split(b"\n")
         if cut and torn:
-            self._write_history(b"", end - len(torn))
+            flags = os.O_WRONLY | os.O_NOFOLLOW
+            with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
+                stream.truncate(end - len(torn))
+                os.fsync(stream.fileno())
         if lines:
             self.chain = hashlib.sha256(lines[-1]).hexdigest()
         return lines[-newest:], torn
-
-    def _write_history(self, data: bytes, size_bytes: Optional[int] = None) -> None:
-        """Cut the history at a size, if one is given, and write at its end, durably."""
-        place, name = self.at(HISTORY)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-        with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
-            if size_bytes is not None:
-                stream.truncate(size_bytes)
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
 
     def history(self, newest: int = 0) -> List[HistoryEntry]:
         """Read the history, oldest first; StateError for a damaged line."""
@@ -3038,7 +3007,12 @@ class Store:
         if self.status(HISTORY) is None:
             self.write(HISTORY, b"")  # its name is sure before its first line counts
         line = json.dumps(seal(encode(entry))).encode("ascii")
-        self._write_history(line + b"\n")
+        place, name = self.at(HISTORY)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+        with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
+            stream.write(line + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
         self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> List[str]:
@@ -3063,19 +3037,19 @@ class Store:
         return problems
 
 
-def group_id(name: str) -> int:
-    """Return the number of [deploy] group."""
-    return account("group", name, "[deploy] group").gr_gid
+def check_group(group: str) -> int:
+    """Return the number of [deploy] group, which may be of no use here.
 
-
-def check_group(group: str) -> None:
-    """Refuse to deploy for a group as root, who would believe its members, or as none of them."""
+    StateError as root, who would believe its members, and for who is none of them.
+    """
     if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
                          "run it as one of them, or remove group")
-    if group_id(group) not in (os.getegid(), *os.getgroups()):
+    number: int = account("group", group, "[deploy] group").gr_gid
+    if number not in (os.getegid(), *os.getgroups()):
         raise StateError(f"{user_name()} is not in the group {group}, whose members deploy here",
                          f"usermod -aG {group} {user_name()}, then log in again")
+    return number
 
 
 # -- the lock ------------------------------------------------------------------
@@ -3099,7 +3073,10 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
     with open(descriptor, "r+b", buffering=0) as stream:
         if store.group >= 0 and os.fstat(descriptor).st_uid == os.geteuid():
             os.fchmod(descriptor, 0o660)
-        while not try_lock(descriptor, fcntl.LOCK_EX):
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             late_seconds = time.monotonic() - ends_seconds
             found = lock_holder(store) if late_seconds >= 0 else None
             if found is not None or late_seconds > LOOK_SECONDS:
@@ -3115,21 +3092,13 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
                 stream.truncate(0)
 
 
-def try_lock(descriptor: int, operation: int) -> bool:
-    """Take a flock where that can be done at once; tell whether it was."""
-    try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def lock_holder(store: Store) -> Optional[Json]:
     """Say who holds the lock, empty where it does not say; None if nobody."""
     try:
         place, name = store.at(LOCK)
         with open_file(name, os.O_NOFOLLOW, place.descriptor) as stream:
-            if try_lock(stream.fileno(), fcntl.LOCK_SH):
+            with suppress(BlockingIOError):
+                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
             holder = json.loads(stream.read(4096).decode("ascii"))
             return holder if {"pid", "user", "host", "command", "since"} <= set(holder) else {}
@@ -7012,7 +6981,7 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
 
 def look(run: Run) -> Tuple[Json, Set[str]]:
     """Find out what the source wants live: run.offer; returns what is seen, and all digests."""
-    source, seen = run.settings.source, run.store.load_json(SOURCE) if run.store else {}
+    source, seen = run.settings.source, run.store and run.store.load(SOURCE) or {}
     own = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
            "channel": source.channel, "prereleases": source.prereleases}
     if seen != seal(seen) or not own.items() <= seen.items():
@@ -7217,7 +7186,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     except StateError as error:
         problems.append(error.message)
     try:
-        hold = store.load_json(HOLD)
+        hold = store.load(HOLD)
         with blaming(StateError, f"{store.path}/{HOLD} cannot be read", ""):
             if hold and dict(hold["by"]) is not None \
                     and (hold["until"] or "9") > format_time(now_seconds):
@@ -7228,7 +7197,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
         # Going through /proc costs more than all the rest.
         seen["in_use"] = releases_in_use(settings, store.path)
     if command == "flags":
-        seen["flags"] = store.load_json(FLAGS_FILE)
+        seen["flags"] = store.load(FLAGS_FILE) or {}
     if not locked:
         seen["holder"] = lock_holder(store)
     if settings.slots:
@@ -10799,7 +10768,8 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
         with Directory(path) as directory:
             with suppress(OSError):  # no such locks there (NFS)
                 for _ in range(100):  # of two runs at once both are counted; none takes longer
-                    if try_lock(directory.descriptor, fcntl.LOCK_EX):
+                    with suppress(BlockingIOError):
+                        fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     time.sleep(0.01)
             with suppress(OSError):  # none yet, or none of ours
