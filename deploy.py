@@ -353,10 +353,11 @@ _SECRET_WORDS = {
     "_pwd": "(?![a-z])", "-pwd": "(?![a-z])",
 }
 _ANY_SECRET_WORD = "|".join(map("".join, _SECRET_WORDS.items()))
-# The name of what is private, as a whole.
-SECRET_NAME = re.compile(rf"(?i){_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
-# What looks private in any text: words without which it is not there, its form, what is shown.
-_SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
+# The name of what is private, as a whole, in small letters.
+SECRET_NAME = re.compile(rf"{_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
+# What looks private in any text: words without which it is not there, its form (compiled where one
+# of them is met: that takes as long as a hundred checks), what is shown.
+_SECRET_FORMS = [
     # A URL's user and password, and its query, also where it was taken for a path.
     ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?)([^/\s?#'\"]*@)", rf"\1{MASK}@"),
     ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?[^\s?#'\"]*\?)[^\s#'\"]+", rf"\1{MASK}"),
@@ -382,7 +383,7 @@ _SECRET_FORMS = [(words, re.compile(form), shown) for words, form, shown in [
      r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+", rf"\1{MASK}"),
     # A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
     (["eyj"], r"eyJ(?<![\w.-]eyJ)[\w-]{6,}(?:\.[\w-]*){2,4}", MASK),
-]]
+]
 
 
 def escape(text: str) -> str:
@@ -406,15 +407,15 @@ class Secrets(List[str]):
         for value in self:
             text = text.replace(value, MASK)
         lowered = text.lower()
-        for words, pattern, shown in _SECRET_FORMS:
+        for words, form, shown in _SECRET_FORMS:
             if any(word in lowered for word in words):
-                text = pattern.sub(shown, text)
+                text = re.sub(form, shown, text)
         return text
 
     def mask_json(self, value: Any, name: str = "") -> Any:
         """Mask every string in a JSON-like value, and what a `name` that looks secret announces."""
         if isinstance(value, str):
-            is_secret = SECRET_NAME.search(name) and not value.startswith("SHA256:")
+            is_secret = SECRET_NAME.search(name.lower()) and not value.startswith("SHA256:")
             return MASK if value and is_secret else self.mask(value)
         if isinstance(value, dict):
             return {key: self.mask_json(item, str(key)) for key, item in value.items()}
@@ -1375,8 +1376,8 @@ SHELL_WORDS = (". : alias bg bind builtin case cd declare eval exec exit export 
 
 
 def _duration(text: str) -> float:
-    number, unit = re.findall(r"[0-9.]+|[a-z]+", text)
-    seconds = float(number) * _SECONDS[unit]
+    number = text.rstrip("hms")
+    seconds = float(number) * _SECONDS[text[len(number):]]
     if seconds > LONGEST_SECONDS:
         raise ValueError(f"expected at most {LONGEST_SECONDS // 3600}h")
     return seconds
@@ -1471,10 +1472,11 @@ def _regex(text: str) -> str:
 
 
 def _statuses(text: str) -> List[Tuple[int, int]]:
-    spans = [(int(low), int(high or low))
-             for low, high in re.findall(r"([0-9]+)(?:\s*-\s*([0-9]+))?", text)]
-    if any(low > high for low, high in spans):
-        raise ValueError("a range ends before it begins")
+    spans = []
+    for span in "-".join(map(str.strip, text.split("-"))).replace(",", " ").split():
+        spans.append((int(span[:3]), int(span[-3:])))
+        if span[:3] > span[-3:]:
+            raise ValueError("a range ends before it begins")
     return spans
 
 
@@ -1549,7 +1551,7 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "argv": _argv, "filled": lambda text: _argv(text, re.escape(CANDIDATE_PORT)),
     "probe_argv": lambda text: _argv(text, "|".join(map(re.escape, (CANDIDATE_PORT, *OF_SLOTS)))),
     "syslog": lambda text: _path(text) if text[0] == "/" else _address(text),
-    "events": lambda text: re.findall(r"\w+", text),
+    "events": lambda text: text.replace(",", " ").split(),
     "signal": lambda text: signal.Signals["SIG" + text.upper().replace("SIG", "")].name[3:],
 }
 
@@ -1570,12 +1572,6 @@ KINDS = {kind: row for kind, *row in read_table(
     NAMED=", ".join(dict(NOTIFY_EVENTS)))}
 
 
-def kind_of_value(kind: str) -> List[str]:
-    """Find what the documentation calls a kind, what it expects, and its pattern."""
-    shown = kind.replace("|", ", ")
-    return KINDS.get(kind, [shown, shown, kind if "|" in kind else ""])
-
-
 # Of each list the kind of its lines, and the pattern that shows one to hold several.
 LISTS = {"names": ("name", r"[\s,]"), "list": ("path", r",|\A- "), "paths": ("path", r",|\A- "),
          "keys": ("key", r",|\A- "), "relatives": ("relative", r",|\A- "),
@@ -1594,7 +1590,8 @@ def read_value(kind: str, text: str) -> Any:
                 right = " and ".join(filter(None, parts))
                 raise ValueError(f"expected one a line; write {right} on a line of its own each")
         return [read_value(item, line) for line in lines]
-    _, expected, pattern = kind_of_value(kind)
+    choices = kind.replace("|", ", ")
+    _, expected, pattern = KINDS.get(kind, [choices, choices, kind])
     try:
         if re.fullmatch(pattern or "(?s).*", text):
             return READERS.get(kind, str)(text)
@@ -1615,7 +1612,7 @@ def seconds_of(text: str) -> float:
     return float(calendar.timegm(tuple(map(int, moment))) - ahead_seconds)
 
 
-class Option(NamedTuple):
+class Option(SimpleNamespace):  # a NamedTuple would cost every start a quarter of a millisecond
     """One row: where it stands in the INI, how its text is read, and what it means."""
 
     section: str  # `probe:*` may be given many times, each with a name
@@ -1624,6 +1621,7 @@ class Option(NamedTuple):
     default: str
     help: str
     takes: str  # what sort of text, in words
+    value: Any  # the default, read
 
 
 # Of each section what it is, then of each option: key, kind, default, help.
@@ -1840,17 +1838,23 @@ format            text|json  text    log lines as text or as JSON objects
 """
 
 
-def read_options(text: str) -> Iterator[Tuple[str, str, Dict[str, Option]]]:
+def read_options() -> Iterator[Tuple[str, str, Dict[str, Option]]]:
     """Read each section's name, what it is, and its options by key."""
-    for part in text.split("\n\n"):
+    for part in OPTION_TABLES.split("\n\n"):
         heading, _, table = part.partition("\n")
         section, _, about = heading[1:].partition("] ")
-        rows = read_table(4, table, EVENTS=", ".join(DEFAULT_EVENTS))
-        yield section, about, {row[0]: Option(section, *row, kind_of_value(row[1])[0])
-                               for row in rows}
+        options = {}
+        for key, kind, default, text in read_table(4, table, EVENTS=", ".join(DEFAULT_EVENTS)):
+            takes = KINDS.get(kind, [kind.replace("|", ", ")])[0]
+            value: Any = default.split()  # a list, or a command without quotes
+            if kind not in LISTS and takes != "command":
+                value = default and READERS.get(kind, str)(default)  # it needs no check
+            options[key] = Option(section=section, key=key, kind=kind, default=default, help=text,
+                                  takes=takes, value=value)
+        yield section, about, options
 
 
-SECTIONS = tuple(read_options(OPTION_TABLES))
+SECTIONS = tuple(read_options())
 OPTIONS = {section: options for section, _, options in SECTIONS}
 
 TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
@@ -1895,12 +1899,12 @@ completion  completion bash  print what makes bash or zsh complete the words of 
 COMMAND_HELP = {name: (text, example) for name, example, text in read_table(3, COMMAND_TABLE)}
 
 
-class Flag(NamedTuple):
+class Flag(SimpleNamespace):
     """A flag or argument of the command line."""
 
-    names: Tuple[str, ...]
+    names: List[str]
     metavar: str  # none: a switch; `[X]` need not be given, `X...` may repeat
-    commands: Tuple[str, ...]  # none: everybody's, before and after the command
+    commands: List[str]  # none: everybody's, before and after the command
     help: str
     dest: str  # argparse's name of its value
     kind: str  # one of KINDS, or of none
@@ -1983,27 +1987,28 @@ shell                bash|zsh     completion  whose script
 
 def read_flags() -> Iterator[Flag]:
     """Read the table of flags."""
-    for words, metavar, commands, about in read_table(
-            4, FLAG_TABLE,
-            RELEASE="id, unique prefix, version, digest prefix, current, previous or latest"):
-        spelled, _, name = words.partition("=")
+    release = "id, unique prefix, version, digest prefix, current, previous or latest"
+    for words, metavar, commands, about in read_table(4, FLAG_TABLE, RELEASE=release):
+        spelled, _, dest = words.partition("=")
         metavar, _, kind = metavar.partition("/")
-        names, option = tuple(spelled.split()), name if "." in name else ""
-        if option or not name:
-            name = names[-1].lstrip("-").replace("-", "_")
-        yield Flag(names, metavar, tuple(commands.split()), about, name,
-                   metavar if "|" in metavar else kind, option, not spelled.startswith("-"))
+        names, option = spelled.split(), dest if "." in dest else ""
+        if option or not dest:
+            dest = names[-1].lstrip("-").replace("-", "_")
+        yield Flag(names=names, metavar=metavar, commands=commands.split(), help=about, dest=dest,
+                   kind=metavar if "|" in metavar else kind, option=option,
+                   is_argument=spelled[0] != "-")
 
 
 FLAGS = tuple(read_flags())
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Suggest the name that was probably meant: `did you mean 'X'?`, or nothing."""
+def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """Suggest the name that was probably meant; where none is near, those that there are."""
     import difflib
     known = {name.lower(): name for name in names}
-    found = difflib.get_close_matches(name.lower(), list(known), n=1)
-    return f"did you mean {known[found[0]]!r}?" if found else ""
+    for found in difflib.get_close_matches(name.lower(), list(known), n=1):
+        return f"did you mean {known[found]!r}?"
+    return otherwise or f"there are {', '.join(known.values()) or 'none'}"
 
 
 def options_of(section: str) -> Dict[str, Option]:
@@ -2023,8 +2028,7 @@ def unknown(section: str, key: str, origin: str) -> UsageError:
     if not names:
         names = [name.replace(":*", ":NAME") for name in OPTIONS]
         word, what = section, f"section [{section}]"
-    return UsageError(f"{origin}: unknown {what}",
-                      nearest(word, names) or f"there are {', '.join(names)}")
+    return UsageError(f"{origin}: unknown {what}", nearest(word, names))
 
 
 def spell(argv: Sequence[str]) -> str:
@@ -2048,15 +2052,8 @@ def filled(section: Any, values: Dict[str, Any]) -> Any:
     return SimpleNamespace(**json.loads(text))
 
 
-class Given(NamedTuple):
-    """One value as somebody gave it, and where, for errors and for `config`."""
-
-    text: str
-    origin: str
-    directory: str
-
-
-Layer = Dict[Tuple[str, str], Given]  # by section and key
+# By section and key: the text that somebody gave, and where (a file, or what has no slash).
+Layer = Dict[Tuple[str, str], Tuple[str, str]]
 
 
 class Settings:
@@ -2093,19 +2090,17 @@ class Settings:
         """Read one section; its `given` are the options that are not what they are by default."""
         kind, _, name = section.partition(":")
         values = SimpleNamespace(name=name, given=[])
-        own = {key: value for (place, key), value in self.given.items() if place == section}
+        own = [(key, find_option(section, key)) for place, key in self.given if place == section]
         for key, option in options.items():
             prefix, is_chosen, _ = key.partition("*")
             attribute = prefix.rstrip(".") or "ports"
-            if is_chosen:
-                read = {other[len(prefix):]: self._value(option, section, other, value)
-                        for other, value in own.items() if find_option(section, other) is option}
-            else:
-                read = self._value(option, section, key,
-                                   own.get(key, Given(option.default, "default", "")))
-            if any(read.values()) if is_chosen else key in own and own[key].text != option.default:
+            named = [other for other, found in own if found is option]
+            read = {other[len(prefix):]: self._value(option, section, other) for other in named}
+            if any(self.given[section, other][0] != option.default for other in named):
                 values.given.append(attribute)
-            setattr(values, attribute, read)
+            if not read and not is_chosen:
+                self.rows.append((section, key, option.default, "default"))
+            setattr(values, attribute, read if is_chosen else read.get("", option.value))
         for group in ONE_OF.get(kind, ()):
             present = [key for key in group.split() if key in values.given]
             if len(present) != 1 and (name or values.given):
@@ -2114,24 +2109,22 @@ class Settings:
                     section, f"needs {wanted}, and has {' and '.join(present) or 'none'}"))
         return values.ports if list(options) == ["*"] else values
 
-    def _value(self, option: Option, section: str, key: str, given: Given) -> Any:
-        self.rows.append((section, key, given.text, given.origin))
-        value: Any = [] if option.kind in LISTS or option.takes == "command" else ""
-        if option.default:  # it needs no check, which would compile the pattern
-            value = READERS.get(option.kind, str)(option.default)
+    def _value(self, option: Option, section: str, key: str) -> Any:
+        text, origin = self.given[section, key]
+        self.rows.append((section, key, text, origin))
+        value, directory = option.value, os.path.dirname(origin)
         try:
-            if given.text != option.default:
-                value = read_value(option.kind, given.text)
+            if text != option.default:
+                value = read_value(option.kind, text)
         except ValueError as error:
             self.unread.append((section, key))
-            self.mistakes.append(UsageError(
-                f"{given.origin}: [{section}] {key} = {given.text!r}: {error}",
-                f"{option.key}: {option.help}"))
+            self.mistakes.append(UsageError(f"{origin}: [{section}] {key} = {text!r}: {error}",
+                                            f"{option.key}: {option.help}"))
         if option.kind in ("paths", "keys"):
-            return [path if KEY_LITERAL.match(path) else
-                    absolute(os.path.join(given.directory, path)) for path in value]
+            return [path if KEY_LITERAL.match(path) else absolute(os.path.join(directory, path))
+                    for path in value]
         if option.kind in ("path", "private") and value:
-            value = absolute(os.path.join(given.directory, value))
+            value = absolute(os.path.join(directory, value))
             # What systemd hands over (LoadCredential=) goes before.
             handed = os.path.join(environment("CREDENTIALS_DIRECTORY") or "/dev/null",
                                   section.rpartition(":")[2])
@@ -2141,12 +2134,12 @@ class Settings:
 
     def wrong(self, section: str, problem: str) -> UsageError:
         """Make the error for a section whose values do not go together."""
-        origin = next(given.origin for (name, _), given in self.given.items() if name == section)
+        origin = next(origin for (name, _), (_, origin) in self.given.items() if name == section)
         return UsageError(f"{origin}: [{section}] {problem}", f"correct the section [{section}]")
 
     def origin(self, section: str, key: str) -> str:
         """Say where a value came from."""
-        return self.given.get((section, key), Given("", "default", "")).origin
+        return self.given.get((section, key), ("", "default"))[1]
 
     def command_line(self, text: str) -> str:
         """Write the command line that does something with this root under this configuration."""
@@ -2181,21 +2174,21 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
     for path in files:
         read_ini(path, given, mistakes)
     # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
-    named = sorted({section for section, _ in given if ":" in section})
-    names = [name for name in environment_names() if name.startswith("DEPLOY_")]
-    for section in [section for section in OPTIONS if ":" not in section] + named:
-        prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
-        options = options_of(section)
-        for name in names:
-            # DEPLOY_CANDIDATE_PORT is an option, but for what a candidate's run has started.
-            if name.startswith(prefix) and not (
-                    name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK")):
-                key = name[len(prefix):]
-                key = key.lower() if key.lower() in options else key
-                if key in options or "*" in options:
-                    given[section, key] = Given(environment(name), f"environment {name}", "")
+    sections = [section for section in OPTIONS if ":" not in section]
+    sections += {section for section, _ in given if ":" in section}
+    for name in environment_names():
+        # DEPLOY_CANDIDATE_PORT is an option, but for what a candidate's run has started.
+        if not name.startswith("DEPLOY_") or (
+                name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK")):
+            continue
+        for section in sections:
+            prefix = "DEPLOY_" + re.sub(r"[^A-Z0-9]", "_", section.upper()) + "_"
+            options, key = options_of(section), name[len(prefix):]
+            key = key.lower() if key.lower() in options else key
+            if name.startswith(prefix) and (key in options or "*" in options):
+                given[section, key] = environment(name), f"environment {name}"
     for place, text in flags.items():
-        given[place] = Given(text, "command line", "")
+        given[place] = text, "command line"
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         section, dot, key = name.strip().partition(".")  # a later `.` belongs to the key
@@ -2205,7 +2198,7 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         elif not find_option(section, key):
             mistakes.append(unknown(section, key, "--set"))
         else:
-            given[section, key] = Given(value.strip(), "command line (--set)", "")
+            given[section, key] = value.strip(), "command line (--set)"
     settings = Settings(given, list(files))
     settings.mistakes[:0] = mistakes
     if not settings.signature.verify:
@@ -2223,9 +2216,8 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
         default_section="\0none")
     parser.optionxform = str  # type: ignore  # keys keep their case
-    directory = os.path.dirname(absolute(path))
     try:
-        text = read_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+        text = read_file(absolute(path), MAX_CONFIG_BYTES).decode("utf-8-sig")
         if "\0" in text:  # no program, file or variable can
             raise ValueError("it holds a NUL character")
         parser.read_string(text, path)
@@ -2246,10 +2238,10 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
             mistakes.append(unknown(section, "", path))
             continue
         if ":" in section:
-            given[section, ""] = Given("", path, directory)  # declared, maybe nothing more
+            given[section, ""] = "", path  # declared, maybe nothing more
         for key, text in parser.items(section):
             if find_option(section, key):
-                given[section, key] = Given(text.strip(), path, directory)
+                given[section, key] = text.strip(), path
             else:
                 mistakes.append(unknown(section, key, path))
 
@@ -6162,7 +6154,7 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
     """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
     section = "probe:ad-hoc"
-    given = {(section, kind): Given(target, f"--{kind}", "")}
+    given = {(section, kind): (target, f"--{kind}")}
     for text in assignments:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
@@ -6170,7 +6162,7 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
                              "for example --expect json.status=ok")
         if not find_option(section, key):
             raise unknown(section, key, "--expect")
-        given[section, key] = Given(value, "--expect", "")
+        given[section, key] = value, "--expect"
     settings = Settings(given, [])
     settings.refuse_mistakes()
     return settings.probe["ad-hoc"]
@@ -8274,7 +8266,7 @@ def do_templates(run: Run, step: Step) -> None:
         for escaped, key in PLACEHOLDER.findall(data.decode("utf-8", "replace")):
             # A query is masked as well, and need not be secret.
             is_masked = MASK in mask(values.get(key, "")).replace("?" + MASK, "")
-            if not escaped and (SECRET_NAME.search(key) or is_masked) \
+            if not escaped and (SECRET_NAME.search(key.lower()) or is_masked) \
                     and run.settings.origin(section, "mode") == "default":
                 mode = 0o640  # what is secret is not for every user of the host
         target = Member(os.fsencode(template.target), FILE, mode, len(rendered), None,
@@ -9576,8 +9568,7 @@ rolled_back: {type: bool, returned: always, description: "the release from befor
 
 def no_such(what: str, name: str, names: Iterable[str]) -> UsageError:
     """Make the error for a name that nothing has, with those that there are."""
-    return UsageError(f"there is no {what} {name!r}",
-                      nearest(name, names) or f"there are {', '.join(names) or 'none'}")
+    return UsageError(f"there is no {what} {name!r}", nearest(name, names))
 
 
 # What is shown in one line of a record, a run, a step or a person, in this order.
@@ -10106,8 +10097,10 @@ CONFIG_DIRECTORY = "/etc/deploy"
 
 def configurations() -> List[str]:
     """List the configurations of this host's applications."""
-    from glob import glob
-    return sorted(glob(f"{CONFIG_DIRECTORY}/*.ini"))
+    with suppress(OSError):
+        return sorted(f"{CONFIG_DIRECTORY}/{name}" for name in os.listdir(CONFIG_DIRECTORY)
+                      if name.endswith(".ini") and name[0] != ".")
+    return []
 
 
 def command_status(run: Run) -> None:
@@ -10641,7 +10634,9 @@ def command_config(run: Run) -> None:
     rows = []
     for section, key, text, origin in run.settings.rows:
         chosen = section in ("env", "vars") or key.startswith("header.")
-        shown = MASK if chosen and text and SECRET_NAME.search(key) else text.replace("\n", " | ")
+        shown = text.replace("\n", " | ")
+        if chosen and text and SECRET_NAME.search(key.lower()):
+            shown = MASK
         rows.append((section, key, shown, origin))
         found[f"{section}.{key}"] = {"value": shown, "origin": origin}
     given = {name.partition(":")[0] for name, _ in run.settings.given}
@@ -11169,7 +11164,7 @@ class Parser(argparse.ArgumentParser):
             names = [name for flag in FLAGS for name in flag.names]
         hint = f"see {self.prog} --help: the flags of a command stand behind it"
         if word not in names:
-            hint = nearest(word, names) or hint
+            hint = nearest(word, names, hint)
         raise UsageError(re.sub(r"\Aargument | \(choose from .*", "", message), hint)
 
     def _get_option_tuples(self, option_string: str) -> Any:
@@ -11247,7 +11242,8 @@ def build_parser(names: Iterable[str]) -> Parser:
 def parse_command_line(argv: List[str]) -> Any:
     """Read the command line; UsageError for every mistake."""
     # Making all parsers takes a third of a short run; --help alone needs those that are not named.
-    asks_help = any(re.match(r"--help\Z|-[a-z]*h[a-z]*\Z", word) for word in argv)
+    asks_help = "--help" in argv or any(
+        word.startswith("-") and not word.startswith("--") and "h" in word for word in argv)
     flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
     for flag in FLAGS:
         vars(flags).setdefault(flag.dest, None)
@@ -11333,8 +11329,7 @@ def module_argv(parameters: Json, secrets: Secrets) -> List[str]:
     command = given.pop("command", "deploy")
     commands = [name for name in COMMANDS if name not in TELLING]
     if command not in commands:
-        raise UsageError(f"command: there is no {command!r}",
-                         nearest(str(command), commands) or f"there are {', '.join(commands)}")
+        raise UsageError(f"command: there is no {command!r}", nearest(str(command), commands))
     argv, arguments, known = ["--json", command], ["--"], parameters_of(command)
     if parameter_texts("_ansible_check_mode", "", parameters.get("_ansible_check_mode") or False):
         argv.append("-n")
@@ -11343,7 +11338,7 @@ def module_argv(parameters: Json, secrets: Secrets) -> List[str]:
     for name, value in given.items():
         if name not in known:
             raise UsageError(f"unknown parameter {name!r} of the command {command}",
-                             nearest(name, known) or f"it takes {', '.join(known)}")
+                             nearest(name, known, f"it takes {', '.join(known)}"))
         flag = known[name]
         texts = parameter_texts(name, flag.metavar, value)
         if parameters.get("_ansible_no_log") and name not in NOT_HIDDEN:
@@ -11395,7 +11390,11 @@ def parameter_text(name: str, value: Any, *fine: type) -> str:
 # -- what is true before a command runs ------------------------------------------
 
 def load(flags: Any) -> Settings:
-    """Load the settings that the flags ask for; UsageError tells all that is wrong with them."""
+    """Load the settings that the flags ask for; UsageError tells all that is wrong with them.
+
+    Where nobody named a configuration: of the root that the working directory lies in it is that
+    one in /etc/deploy, without which no service would be restarted.
+    """
     if flags.command in TELLING:
         return Settings({}, [])
     given = {}
@@ -11403,37 +11402,28 @@ def load(flags: Any) -> Settings:
         if flag.option and getattr(flags, flag.dest) is not None:
             section, _, key = flag.option.partition(".")
             given[section, key] = getattr(flags, flag.dest)
-    files = flags.config or [path for path in [environment("DEPLOY_CONFIG")] if path]
+    files, here = flags.config, ""
     if not files:
-        files, root = find_configuration()
-        if root and not environment("DEPLOY_DEPLOY_ROOT"):
-            given.setdefault(("deploy", "root"), root)
+        named = environment("DEPLOY_CONFIG")
+        files = [named] if named else list(filter(os.path.exists, ["deploy.ini"]))
+    if not files:
+        with suppress(OSError):  # it may be gone
+            here = os.getcwd()
+        while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
+            here = os.path.dirname(here)
+        if here.strip("/"):
+            files = [path for path in configurations() if here == os.path.realpath(
+                load_settings([path], {}, [], refuse=False).deploy.root or "/dev/null")][:1]
+            if not files and not environment("DEPLOY_DEPLOY_ROOT"):
+                given.setdefault(("deploy", "root"), here)
+        else:
+            files = list(filter(os.path.lexists, [f"{CONFIG_DIRECTORY}/deploy.ini"]))
     settings = load_settings(files, given, flags.set or [], refuse=False)
     settings.delegate = flags.delegate
     if settings.mistakes and (flags.command not in LOOKING or flags.command == "config"):
         check_settings(settings)
     settings.refuse_mistakes()
     return settings
-
-
-def find_configuration() -> Tuple[List[str], str]:
-    """Find the configuration that nobody named, and the root that the working directory lies in.
-
-    Of a root that has one in /etc/deploy it is that one: without it no service would be restarted.
-    """
-    if os.path.exists("deploy.ini"):
-        return ["deploy.ini"], ""
-    here = ""
-    with suppress(OSError):  # it may be gone
-        here = os.getcwd()
-    while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
-        here = os.path.dirname(here)
-    for path in configurations():
-        is_default = not here.strip("/") and path == f"{CONFIG_DIRECTORY}/deploy.ini"
-        if is_default or here == os.path.realpath(
-                load_settings([path], {}, [], refuse=False).deploy.root or "/dev/null"):
-            return [path], ""
-    return [], here.strip("/") and here
 
 
 def check_settings(settings: Settings) -> None:
@@ -11514,7 +11504,8 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
     named += [*settings.env.items(), *settings.vars.items()]
     found: List[str] = []
-    for receiver in (*settings.probe.values(), *settings.notify.values(), settings.source):
+    receivers = [*settings.probe.values(), *settings.notify.values(), settings.source]
+    for receiver in filter(attrgetter("given"), receivers):
         named += receiver.header.items()
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
@@ -11525,12 +11516,12 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
             found += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
         found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
-                  if len(value) >= 8 or SECRET_NAME.search(name)]
+                  if len(value) >= 8 or SECRET_NAME.search(name.lower())]
         if receiver.name in settings.notify:
             # The long words of a notifier's path let anybody post there.
             for url in [receiver.url, *texts]:
                 found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
-    for value in found + [value for name, value in named if SECRET_NAME.search(name)]:
+    for value in found + [value for name, value in named if SECRET_NAME.search(name.lower())]:
         secrets.add(value)
         if "%" in value or "+" in value:
             from urllib.parse import unquote_plus
@@ -11611,9 +11602,9 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     flags = parse_delegated(argv) if argv[:1] == ["--delegate"] else parse_command_line(argv)
     is_terminal = bool(sys.stderr) and sys.stderr.isatty()
     plain = flags.no_color or environment("NO_COLOR") or environment("TERM") == "dumb"
-    console.json_mode = bool(flags.json)
-    console.quiet = bool(flags.quiet)
-    console.verbose = bool(flags.verbose or flags.debug)
+    console.json_mode = flags.json
+    console.quiet = flags.quiet
+    console.verbose = flags.verbose or flags.debug
     console.colour = is_terminal and not plain
     console.shows_progress = is_terminal and not flags.quiet
     locale = environment("LC_ALL") or environment("LC_CTYPE") or environment("LANG")

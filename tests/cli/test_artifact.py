@@ -28,7 +28,7 @@ deploy = load_deploy()
 # -- unpacking -----------------------------------------------------------------
 
 def settings(**values):
-    return deploy.Settings({tuple(key.split("__")): deploy.Given(str(value), "test", "/") for key, value in values.items()}, [])
+    return deploy.Settings({tuple(key.split("__")): (str(value), "test") for key, value in values.items()}, [])
 
 
 def nothing(done_bytes):

@@ -188,7 +188,7 @@ def test_the_example_shows_every_option_with_its_default(tmp_path: Path) -> None
     path.write_text(uncommented(), encoding="utf-8")
     layer = {}  # type: Dict[Tuple[str, str], Any]
     deploy.read_ini(str(path), layer, [])
-    shown = {(section.replace("NAME", "*"), key.replace("NAME", "*")): given.text for (section, key), given in layer.items() if key}
+    shown = {(section.replace("NAME", "*"), key.replace("NAME", "*")): text for (section, key), (text, _) in layer.items() if key}
     assert shown == {(option.section, option.key): option.default for option in OPTIONS}
 
 

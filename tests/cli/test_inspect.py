@@ -148,7 +148,7 @@ def test_a_dry_run_beside_a_running_deployment_says_who_runs(deployed: App) -> N
 @pytest.mark.parametrize("name", ["current", "records", "read_journal", "names"])
 def test_a_look_during_which_a_run_ends_sees_one_state(name: str, deployed: App, monkeypatch: Any) -> None:
     """Whoever only looks takes no lock: a whole run may lie between any two of its looks."""
-    settings = deploy.Settings({("deploy", "root"): deploy.Given(str(deployed.root), "--root", "/")}, [])
+    settings = deploy.Settings({("deploy", "root"): (str(deployed.root), "--root")}, [])
     store = deploy.Store.open(settings)
     look, runs = getattr(store, name), []  # type: Any, List[Any]
 

@@ -448,7 +448,7 @@ class Ground:
             stream.write(given.data)
         self.sha256 = hashlib.sha256(given.data).hexdigest()
         os.mkdir(self.release, 0o700)
-        settings = deploy.Settings({key: deploy.Given(value, "fuzz", "/") for key, value in given.values.items()}, [])
+        settings = deploy.Settings({key: (value, "fuzz") for key, value in given.values.items()}, [])
         deploy.BLOCK_BYTES, deploy.SLICE_BYTES = given.pieces
         try:
             return self._unpack(settings)
