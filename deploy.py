@@ -5284,127 +5284,6 @@ def read_text(path: str) -> str:
     return read_file(path, 65536).decode("utf-8", "replace")
 
 
-# -- forked processes ------------------------------------------------------------
-
-class Forked(Descriptor):
-    """A forked process that computes something, for work that nothing else could stop.
-
-    The end of its `with` block kills it, and SIGALRM at its limit.  It keeps no descriptor but its
-    pipe and those to `keep`: it must not hold the lock, which close-on-exec does not give up.
-    """
-
-    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
-
-    def __init__(self, work: Callable[[], Any], limit_seconds: float,
-                 keep: Sequence[int] = ()) -> None:
-        import warnings
-        self._pid = -1
-        self.descriptor, self._writing = os.pipe()
-        with warnings.catch_warnings(), suppress(OSError):  # too many processes
-            # 3.12 and later warn of threads: the child needs no lock that one might hold.
-            warnings.simplefilter("ignore")
-            self._pid = os.fork()
-        if self._pid == 0:
-            exit_code = EXIT_INTERNAL
-            try:
-                signal.set_wakeup_fd(-1)  # its number may become a socket's
-                kept = sorted([self._writing, *keep])
-                for low, high in zip([2, *kept], [*kept, self.HIGHEST_DESCRIPTOR]):
-                    os.closerange(low + 1, high)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
-                self.tell(work())
-                exit_code = EXIT_OK
-            finally:
-                os._exit(exit_code)  # nothing of the parent's may be cleaned up or written twice
-        os.close(self._writing)
-
-    def tell(self, value: Any) -> None:
-        """Say, in the process, what is known so far."""
-        write_all(self._writing, json.dumps(value).encode("ascii") + b"\n")
-
-    def result(self, interrupts: "Interrupts", heard: Callable[[Any], Any] = id) -> Any:
-        """Wait for its end, hear what it tells, and return what it told last, or None."""
-        if self._pid < 0:
-            return None
-        told, known = b"", None
-        piece = b"begins"
-        while piece:
-            if interrupts.wait(LONGEST_SECONDS, self.descriptor):
-                piece = os.read(self.descriptor, 1 << 16)
-                *lines, told = (told + piece).split(b"\n")
-                if lines:
-                    known = json.loads(lines[-1].decode("ascii"))
-                    heard(known)
-        os.waitpid(self._pid, 0)
-        self._pid = -1
-        return known
-
-    def close(self) -> None:
-        """End it, if it has not ended."""
-        super().close()
-        pid, self._pid = self._pid, -1
-        if pid > 0:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-class Guard(Forked):
-    """A command that runs beside this process up to the end of a `with` block, and what it starts.
-
-    The forked process reads their output, and orphans fall to it.  It ends all of them in time,
-    once nothing listens, and when this process has died, by kill -9 too.
-    """
-
-    def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
-                 **options: Any) -> None:
-        import ctypes
-        self.ends_seconds = time.monotonic() + timeout_seconds
-        # In the end: whether it was started, why it had ended before, and what it wrote last.
-        self.found: Any = None
-        told, self._telling = os.pipe()
-        why, until_seconds = None, 0.0
-
-        def lasts(process: Any) -> bool:
-            nonlocal why, until_seconds
-            now_seconds, is_up = time.monotonic(), process.poll() is None
-            if not is_up:
-                try:
-                    os.waitpid(-1, os.WNOHANG)
-                except ChildProcessError:
-                    return False  # nothing is left
-            # Of a daemon the first process may end before the last one listens.
-            if is_up or sockets(port, "0A"):
-                until_seconds = now_seconds + 2.0
-            if Interrupts().wait(0, told):
-                why = ""
-            elif now_seconds > self.ends_seconds + 0.5:  # a probe's deadline says more
-                why = "was not healthy in time"
-            elif now_seconds < until_seconds:
-                return True
-            end_children()
-            return False
-
-        def work() -> Tuple[bool, str, List[str]]:
-            os.setsid()  # who kills the group of the run does not kill its guard
-            if ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER, prctl(2)
-                return False, "was not started: the kernel allows no guard for it", []
-            result = run_command(argv, lasts=lasts, timeout_seconds=LONGEST_SECONDS,
-                                 **dict(options, interrupts=Interrupts()))
-            return result.seconds > 0, result.verdict() if why is None else why, result.tail
-
-        super().__init__(work, LONGEST_SECONDS, [told])
-        os.close(told)
-
-    def close(self) -> None:
-        """End all of it, if it has not ended."""
-        if not self.found:
-            os.close(self._telling)
-            self.found = self.result(Interrupts()) or (False, "lost its guard", [])
-        super().close()
-
-
 # -- commands under the rules for hooks --------------------------------------
 
 def commands(settings: Settings) -> List[Any]:
@@ -5500,7 +5379,7 @@ TOO_MUCH = "... too much output: here is its end ..."
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
                     timeout_seconds: float, *, most: int = 0, **options: Any) -> CommandResult:
-    """Run an operator's command, show its output; StepFailed where it exits with over `most`."""
+    """Run an operator's command, show and keep its output; StepFailed for exits over `most`."""
     left_bytes = SHOWN_BYTES
 
     def pass_on(line: str) -> None:
@@ -5514,6 +5393,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     run.console.debug(f"{what}: {typed} (in {directory})")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds,
                            on_line=pass_on, **options)
+    run.output = [*run.output, *result.tail][-OUTPUT_TAIL_LINES:]
     if left_bytes < 0:
         for line in [TOO_MUCH, *result.tail]:
             run.console.output(line)
@@ -5528,13 +5408,6 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     raise StepFailed(f"{what} failed: {typed} {result.verdict()} in {directory}{last}", hint, {
         "argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
         "output": result.tail})
-
-
-def run_hook(run: Run, name: str, context: Context) -> List[CommandResult]:
-    """Run every command of a hook in order, in the release; StepFailed at the first that fails."""
-    hooks = run.settings.hooks
-    return [perform_command(run, context, f"hook {name}", argv, hooks.timeout)
-            for argv in getattr(hooks, name)]
 
 
 # -- templates ---------------------------------------------------------------
@@ -5566,15 +5439,16 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
 class Service:
     """Something that has to notice that `current` has changed; here, by a command of its own."""
 
+    is_acting = False  # then an error brings the end of the unit's journal
+    is_gone = False  # its process, when it was looked at last
+    pid = ""
+    shown: Dict[str, str] = {}  # the state of a unit that was read last
+    first: Dict[str, str] = {}  # and as it came up, which it must keep
+
     def __init__(self, run: Run, settings: Any) -> None:
         self.run = run
         self.settings = settings
         self.limit_seconds = settings.timeout
-        self.is_acting = False  # then an error brings the end of the unit's journal
-        self.is_gone = False  # its process, when it was looked at last
-        self.pid = ""
-        self.shown: Dict[str, str] = {}  # the state of a unit that was read last
-        self.first: Dict[str, str] = {}  # and as it came up, which it must keep
 
     def check(self) -> Findings:
         """Find what is against acting on it on this host."""
@@ -5628,7 +5502,7 @@ class Service:
 
 
 UNIT_PROPERTIES = ("LoadState,ActiveState,SubState,MainPID,InvocationID,NRestarts,"
-                   "NeedDaemonReload,Type,Result,ExecMainStatus,CanReload")
+                   "NeedDaemonReload,Type,Result,ExecMainStatus,CanReload,UnitFileState")
 
 
 class UnitService(Service):
@@ -5696,8 +5570,7 @@ class UnitService(Service):
 
     def at_boot(self, verb: str, before: str) -> None:
         """Enable or disable it, where its file has an [Install] section."""
-        shown = self.systemctl("show", "-p", "UnitFileState", self.settings.unit).tail
-        if shown == [f"UnitFileState={before}"]:
+        if self.state()["UnitFileState"] == before:
             self.systemctl(verb, self.settings.unit)
 
     def stop(self) -> None:
@@ -5930,37 +5803,64 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
 COMPARING = "comparing the answer with what is expected"
 
 
-class Conversation(Forked):
-    """Something asked of a peer by a forked process, which is killed when its time is up.
+class Conversation(Descriptor):
+    """What a forked process does, most often asking a peer, for nothing else could stop it.
 
     So neither a name look-up, nor TLS, nor a peer that drips a byte a second, nor a regular
-    expression without end can hold the run.  `talk` runs there and returns what it found (JSON).
+    expression without end can hold the run: SIGALRM ends it at its limit, the end of the `with`
+    block kills it.  `talk` runs there and returns what it found (JSON).  It keeps no descriptor but
+    its pipe and those to `keep`: it must not hold the lock, which close-on-exec does not give up.
     """
+
+    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
 
     def __init__(self, talk: Callable[["Conversation"], Answer], limit: float,
                  keep: Sequence[int] = ()) -> None:
+        import warnings
         __import__("socket")  # where it is missing, the caller shall learn it
         self.limit_seconds = limit
         self.known: Answer = {"stage": "starting (EAGAIN: too many processes?)"}
         self.socket: Any = None
-
-        def work() -> Answer:
+        self._pid = -1
+        self.descriptor, self._writing = os.pipe()
+        with warnings.catch_warnings(), suppress(OSError):  # too many processes
+            # 3.12 and later warn of threads: the child needs no lock that one might hold.
+            warnings.simplefilter("ignore")
+            self._pid = os.fork()
+        if self._pid == 0:
             try:
-                found = talk(self)
-                return {**self.known, "error": "", **found}
-            except Exception as error:  # whatever a peer makes the libraries raise is an answer
-                # A broken answer or a certificate is no better the next time.
-                is_final = isinstance(error, ValueError) or "CERTIFICATE" in str(error)
-                return dict(self.known, error=f"{self.known['stage']}: {network_error(error)}",
-                            again=isinstance(error, OSError) and not is_final or
-                            type(error).__name__ == "IncompleteRead")
+                signal.set_wakeup_fd(-1)  # its number may become a socket's
+                kept = sorted([self._writing, *keep])
+                for low, high in zip([2, *kept], [*kept, self.HIGHEST_DESCRIPTOR]):
+                    os.closerange(low + 1, high)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit))
+                try:
+                    found = {"error": "", **talk(self)}
+                except Exception as error:  # whatever a peer makes the libraries raise is an answer
+                    # A broken answer or a certificate is no better the next time.
+                    is_final = isinstance(error, ValueError) or "CERTIFICATE" in str(error)
+                    found = {"error": f"{self.known['stage']}: {network_error(error)}",
+                             "again": isinstance(error, OSError) and not is_final or
+                             type(error).__name__ == "IncompleteRead"}
+                self.at(self.known["stage"], **found)
+            finally:
+                os._exit(EXIT_OK)  # nothing of the parent's may be cleaned up or written twice
+        os.close(self._writing)
 
-        super().__init__(work, limit, keep)
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        super().close()
+        pid, self._pid = self._pid, -1
+        if pid > 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def at(self, stage: str, **found: Any) -> None:
         """Tell what is going on, and what has been found: that is known if time runs out."""
         self.known.update(found, stage=stage)
-        self.tell(self.known)
+        write_all(self._writing, json.dumps(self.known).encode("ascii") + b"\n")
 
     def connect(self, address: Tuple[str, int]) -> Answer:
         """Open self.socket to (host, port), or to a unix socket's (path, 0)."""
@@ -5971,12 +5871,13 @@ class Conversation(Forked):
         if not port:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.socket.connect(native(host))
-            return {"said": f"{where} accepts connections"}
-        made = self.socket = socket.create_connection(address)
-        # The peer's name is not to be had where it has hung up already.
-        if made.getsockname()[1] == port and made.getsockname() == made.getpeername():
-            # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: nobody listens")
+        else:
+            made = self.socket = socket.create_connection(address)
+            # The peer's name is not to be had where it has hung up already.
+            if made.getsockname()[1] == port and made.getsockname() == made.getpeername():
+                # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
+                raise ConnectionRefusedError(errno.ECONNREFUSED,
+                                             "Connection refused: nobody listens")
         return {"said": f"{where} accepts connections"}
 
     def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
@@ -6022,10 +5923,74 @@ class Conversation(Forked):
         return response
 
     def answer(self, interrupts: Interrupts, heard: Callable[[Answer], Any] = id) -> Answer:
-        """Wait, and return what was found; its "error" says why that is not all."""
-        found = dict(self.result(interrupts, heard) or self.known)
+        """Wait, hear what it tells, return what was found; "error" says why that is not all."""
+        told, piece = b"", b"begins"
+        while self._pid > 0 and piece:
+            if interrupts.wait(LONGEST_SECONDS, self.descriptor):
+                piece = os.read(self.descriptor, 1 << 16)
+                *lines, told = (told + piece).split(b"\n")
+                if lines:
+                    self.known = json.loads(lines[-1].decode("ascii"))
+                    heard(self.known)
         return {"error": f"no answer within {format_seconds(self.limit_seconds)}, it was still "
-                         f"{found['stage']}", **found}
+                         f"{self.known['stage']}", **self.known}
+
+
+class Guard(Conversation):
+    """A command that runs beside this process up to the end of a `with` block, and what it starts.
+
+    The forked process reads their output, and orphans fall to it.  It ends all of them in time,
+    once nothing listens, and when this process has died, by kill -9 too.
+    """
+
+    def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
+                 **options: Any) -> None:
+        import ctypes
+        self.ends_seconds = time.monotonic() + timeout_seconds
+        # In the end: whether it was started, why it had ended before, and what it wrote last.
+        self.found: Any = None
+        told, self._telling = os.pipe()
+        why, until_seconds = None, 0.0
+
+        def lasts(process: Any) -> bool:
+            nonlocal why, until_seconds
+            now_seconds, is_up = time.monotonic(), process.poll() is None
+            if not is_up:
+                try:
+                    os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    return False  # nothing is left
+            # Of a daemon the first process may end before the last one listens.
+            if is_up or sockets(port, "0A"):
+                until_seconds = now_seconds + 2.0
+            if Interrupts().wait(0, told):
+                why = ""
+            elif now_seconds > self.ends_seconds + 0.5:  # a probe's deadline says more
+                why = "was not healthy in time"
+            elif now_seconds < until_seconds:
+                return True
+            end_children()
+            return False
+
+        def talk(asking: Conversation) -> Answer:
+            nonlocal why
+            os.setsid()  # who kills the group of the run does not kill its guard
+            if ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER, prctl(2)
+                return {"found": [False, "was not started: the kernel allows no guard for it", []]}
+            result = run_command(argv, lasts=lasts, timeout_seconds=LONGEST_SECONDS,
+                                 **dict(options, interrupts=Interrupts()))
+            why = result.verdict() if why is None else why
+            return {"found": [result.seconds > 0, why, result.tail]}
+
+        super().__init__(talk, LONGEST_SECONDS, [told])
+        os.close(told)
+
+    def close(self) -> None:
+        """End all of it, if it has not ended."""
+        if not self.found:
+            os.close(self._telling)
+            self.found = self.answer(Interrupts()).get("found", [False, "lost its guard", []])
+        super().close()
 
 
 # -- probes: what is expected ------------------------------------------------
@@ -6079,9 +6044,8 @@ def compare_answer(probe: Any, wanted: List[str], text: str,
 
 def matches(pattern: str, text: Optional[str]) -> bool:
     """Search for a pattern; a leading ! wants it absent, as it is from no text at all."""
-    if pattern.startswith("!"):
-        return text is None or not re.search(pattern[1:], text)
-    return text is not None and bool(re.search(pattern, text))
+    is_wanted = not pattern.startswith("!")
+    return is_wanted == bool(text is not None and re.search(pattern[not is_wanted:], text))
 
 
 def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
@@ -6112,9 +6076,8 @@ PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
 
 
 def probe_kind(probe: Any) -> str:
-    """Return which of PROBE_KINDS a probe is; nothing where it is not one of them."""
-    kinds = [kind for kind in PROBE_KINDS if kind in probe.given]
-    return kinds[0] if len(kinds) == 1 else ""
+    """Return which of PROBE_KINDS a probe is; nothing where it is none of them."""
+    return next((kind for kind in PROBE_KINDS if kind in probe.given), "")
 
 
 def check_probe(settings: Settings, probe: Any) -> List[str]:
@@ -6122,15 +6085,13 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
     kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
     places = [*OF_SLOTS, CANDIDATE_PORT] if is_candidates else OF_SLOTS
     probe = filled(probe, dict.fromkeys(places, "1"))
-    wrong, key = "", "url"
+    wrong, service = wrong_header(probe.header), settings.service.get(probe.service)
     try:
-        if probe.url:
-            parse_url(probe.url)
-        for key in filter(partial(getattr, probe), ("tcp", "connect")):
-            split_address(getattr(probe, key))
+        for key, read in ("url", parse_url), ("tcp", split_address), ("connect", split_address):
+            if getattr(probe, key):
+                read(getattr(probe, key))
     except ValueError as error:
         wrong = f"{key}: {error}"
-    service, header = settings.service.get(probe.service), wrong_header(probe.header)
     unused = meaningless(probe, PROBE_KINDS.get(kind, ()), f"a {kind} probe")
     return [what for is_wrong, what in (
         (unused, unused),
@@ -6147,8 +6108,7 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
         (kind == "service" and not service, f"there is no [service:{probe.service}]"),
         (service and service.command,
          f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
-        (wrong, wrong),
-        (header, header)) if is_wrong]
+        (wrong, wrong)) if is_wrong]
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
@@ -6178,7 +6138,8 @@ PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
     ("cannot start ", HOW_TO_RUN),
     ("", "look at the service's own log"))
 SHORTEST_WAIT_SECONDS = 0.02  # what a period of 0s comes to
-NO_ANSWER: Answer = {"status": None, "body": "", "named": None, "heard": False, "final": False}
+NO_ANSWER: Answer = {"error": "too few answers in a row were healthy", "status": None, "body": "",
+                     "named": None, "heard": False, "final": False}
 
 
 class ProbeRun:
@@ -6190,23 +6151,24 @@ class ProbeRun:
     can come.
     """
 
+    tries = 0
+    failure = NO_ANSWER  # the last one
+    restarts: Optional[int] = None  # of its unit, when that was looked at first
+    # Once it is over; the evidence is status, start of the body, error, tries.
+    ok: bool
+    detail: str
+    evidence: Answer
+    seconds: float
+
     def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
                  progress: Any) -> None:
         self.run = run
         self.probe = probe
+        self.name = probe.name
+        self.required = probe.required
         self.context = context
         self.wanted = wanted
         self.progress = progress
-        self.restarts = -1
-        self.failure: Answer = {}  # the last one
-        # What is told of it; evidence: status, start of the body, error, tries.
-        self.name = probe.name
-        self.ok = False
-        self.required = probe.required
-        self.tries = 0
-        self.seconds = 0.0
-        self.detail = ""
-        self.evidence: Answer = {}
 
     def to_json(self) -> Json:
         """Return what is told of it."""
@@ -6247,7 +6209,7 @@ class ProbeRun:
                 healthy += 1
                 failed = refused = 0
                 spacing_seconds = probe.period
-            elif not is_cut or left_seconds > 0 or not (self.failure or healthy):
+            elif not is_cut or left_seconds > 0 or not (failed or healthy):
                 # A try that the deadline cut short tells less than what was seen before it.
                 self.failure = answer
                 failed += 1
@@ -6261,7 +6223,7 @@ class ProbeRun:
                 is_soaking = True
                 left_seconds = probe.soak
                 ends_seconds = time.monotonic() + left_seconds
-            error = self.failure.get("error", "too few answers in a row were healthy")
+            error = self.failure["error"]
             if answer["final"] or refused >= probe.failures and not is_soaking:
                 why = f"the new release itself failed: {error}"
             elif is_soaking and failed >= probe.failures:
@@ -6276,7 +6238,7 @@ class ProbeRun:
                 # Towards the end a further try is worth more than the whole of its wait.
                 pause_seconds = min(pause_seconds, left_seconds / (1 if is_soaking else 2))
             pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
-        return dict(NO_ANSWER, **dict(self.failure, error=why))
+        return dict(self.failure, error=why)
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
@@ -6290,11 +6252,6 @@ class ProbeRun:
         if self.progress:
             self.progress(self.tries, reported)
         return answer
-
-    def converse(self, talk: Callable[[Conversation], Answer], limit_seconds: float) -> Answer:
-        """Have a forked process ask."""
-        with Conversation(talk, limit_seconds) as asking:
-            return asking.answer(self.run.interrupts)
 
     def ask_url(self, limit_seconds: float) -> Answer:
         """Ask over HTTP or HTTPS."""
@@ -6345,12 +6302,14 @@ class ProbeRun:
             found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
             return found
 
-        return self.converse(talk, limit_seconds)
+        with Conversation(talk, limit_seconds) as asking:
+            return asking.answer(self.run.interrupts)
 
     def ask_tcp(self, limit_seconds: float) -> Answer:
         """See whether somebody accepts a connection."""
         address = split_address(self.probe.tcp)
-        return self.converse(lambda asking: asking.connect(address), limit_seconds)
+        with Conversation(lambda asking: asking.connect(address), limit_seconds) as asking:
+            return asking.answer(self.run.interrupts)
 
     def ask_command(self, limit_seconds: float) -> Answer:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
@@ -6380,21 +6339,23 @@ class ProbeRun:
             return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
 
         # An output that came in time is looked at, however late it was.
-        return self.converse(compare, max(0.05, ends_seconds - time.monotonic()))
+        with Conversation(compare, max(0.05, ends_seconds - time.monotonic())) as asking:
+            return asking.answer(self.run.interrupts)
 
     def ask_service(self, limit_seconds: float) -> Answer:
         """See whether a [service:NAME] is up."""
         service = make_service(self.run, self.probe.service)
         service.limit_seconds = min(service.limit_seconds, limit_seconds)
         error, state = service.down(), service.shown
-        restarts = int(state.get("NRestarts") or 0)
-        if self.restarts < 0:
+        target, restarts = f"service {self.probe.service}", int(state.get("NRestarts") or 0)
+        if self.restarts is None:
             self.restarts = restarts
-        target, restarts = f"service {self.probe.service}", restarts - self.restarts
-        if restarts >= self.probe.failures:  # in a crash loop it is up at most looks
-            error = error or f"{target} was restarted {count(restarts, 'time')}"
-        final = restarts >= self.probe.failures or state.get("ActiveState") == "failed"
-        return {"error": error, "said": f"{target} is up", "final": error and final}
+        restarts -= self.restarts
+        is_looping = restarts >= self.probe.failures  # then it is up at most looks
+        if is_looping and not error:
+            error = f"{target} was restarted {count(restarts, 'time')}"
+        return {"error": error, "said": f"{target} is up",
+                "final": error and (is_looping or state.get("ActiveState") == "failed")}
 
 
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
@@ -6703,7 +6664,6 @@ def judge_by_command(run: Run, found: Any) -> Finding:
 
 MAX_INDEX_BYTES = 2 << 20  # kept in source.json, where a byte may take six
 GIT_SECONDS = 3600.0
-_MOMENT = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z)?"  # RFC 3339: such texts sort by time
 
 
 class Offer(Artifact):
@@ -6754,29 +6714,26 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
             return {"status": 200, "body": read_file(address, MAX_INDEX_BYTES).decode("latin-1")}
         return {"status": 404}
     # What the operator gave for the source's own host goes to no other.
-    home, elsewhere = parse_url(source.url)[:3], SimpleNamespace(
-        header={}, tls_ca=source.tls_ca, proxy=source.proxy)
-    token = read_text(source.token_file).strip() if source.token_file else ""
+    home, token = parse_url(source.url)[:3], {}
+    if source.token_file:
+        token["Authorization"] = f"Bearer {read_text(source.token_file).strip()}"
+    ours = SimpleNamespace(**dict(vars(source), header={**token, **source.header}))
+    elsewhere = SimpleNamespace(header={}, tls_ca=source.tls_ca, proxy=source.proxy)
 
     def talk(asking: Conversation) -> Answer:
         from urllib.parse import urljoin
-        asked, here, before = {"Accept-Encoding": "identity"}, address, ""
+        asked, here, before = {"If-None-Match": etag} if etag else {}, address, ""
         done = os.fstat(files[0]).st_size if files else 0
-        known = os.pread(files[1], 4096, 0).decode("latin-1") if done else etag
-        if known and done:
-            asked.update({"Range": f"bytes={done}-", "If-Range": known})
-        elif known:
-            asked["If-None-Match"] = known
+        known = os.pread(files[1], 4096, 0).decode("latin-1") if done else ""
+        if known:
+            asked = {"Range": f"bytes={done}-", "If-Range": known}
         for _ in range(6):
             asking.at("reading its address")
             url = parse_url(here)
             if url.scheme == "http" and (not source.insecure or before == "https"):
                 return {"error": f"{here} is not https", "again": False}
-            is_home = url[:3] == home
-            own = {"Authorization": f"Bearer {token}"} if token and is_home else {}
             signal.setitimer(signal.ITIMER_REAL, source.timeout)
-            response = asking.request("GET", url, {**asked, **own},
-                                      source if is_home else elsewhere)
+            response = asking.request("GET", url, asked, ours if url[:3] == home else elsewhere)
             location = response.getheader("Location")
             if response.status not in (301, 302, 303, 307, 308) or not location:
                 return receive(run, asking, response, asked, files)
@@ -6900,33 +6857,35 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
                  "publish it again, whole"):
         if source.index.endswith(".json"):
             head = json.loads(data.decode("utf-8"))
-            rows, right = head["releases"], head["schema"] == 1 and type(head["sequence"]) is int \
-                and re.fullmatch(_MOMENT, head.get("expires") or "")
+            rows = head["releases"]
+            right = head["schema"] == 1 and type(head["sequence"]) is int
         else:
-            rows, right = [{"name": name.decode("utf-8", "surrogateescape"), "sha256": digest}
-                           for name, digest in read_digests(data)], data.endswith(b"\n")
+            rows = [{"name": name.decode("utf-8", "surrogateescape"), "sha256": digest}
+                    for name, digest in read_digests(data)]
+            right = data.endswith(b"\n")
         if not right:
-            raise ValueError("schema, sequence or expires, or its last line has no end")
+            raise ValueError("its schema or sequence, or its last line has no end")
         head["wanted"] = source.channel and head["channels"].get(source.channel, source.channel)
         for row in rows:
             name = row["name"].rpartition("/")[2]
             if name.startswith("BEST-BEFORE-"):
-                head["expires"] = f"{name[12:]}T24"
+                head["expires"] = f"{name[12:]}T23:59:59Z"
             with suppress(ArtifactRefused):  # a signature, or for another platform
                 row.setdefault("version", find_version(
                     name, run.settings.artifact.match, row["sha256"]))
             if "version" not in row:
                 continue
-            for key, form in (("version", _VERSION.pattern), ("sha256", "[0-9a-f]{64}"),
-                              ("built_at", _MOMENT)):
-                if not re.fullmatch(form, row.get(key) or ""):
-                    raise ValueError(f"{key} {row.get(key)!r} of {name!r}")
-            seconds_of(row.get("built_at") or "1970-01-01T00:00:00Z")  # or raise
-            url = row.get("url") or quote(row["name"])
+            for key, form in ("version", _VERSION.pattern), ("sha256", "[0-9a-f]{64}"):
+                if not re.fullmatch(form, row[key]):
+                    raise ValueError(f"{key} {row[key]!r} of {name!r}")
+            url, built_at = row.get("url") or quote(row["name"]), row.get("built_at")
             offers.append(Offer(
                 path=urljoin(base, url) if "://" in base else base + unquote(url), name=name,
                 version=row["version"], sha256=row["sha256"], size_bytes=int(row.get("size") or 0),
-                built_at=row.get("built_at") or None, withdrawn=bool(row.get("withdrawn"))))
+                built_at=format_time(seconds_of(built_at)) if built_at else None,
+                withdrawn=bool(row.get("withdrawn"))))
+        if head.get("expires"):
+            head["expires"] = format_time(seconds_of(head["expires"]))
     return head, offers
 
 
@@ -6940,18 +6899,17 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
         is_before = (0, 0, "") in key or False in key[1:2]
         fits = offer.version == wanted if wanted else key and (source.prereleases or not is_before)
         if fits and not offer.withdrawn:
-            fitting.append(offer)
+            fitting.append((key, offer))
         elif not key:
             run.console.say(f"{offer.name}: {offer.version} has no place in the order")
-    best = max(fitting, key=lambda offer: order(offer.version) or [], default=Offer(version=""))
+    key, best = max(fitting, key=operator.itemgetter(0), default=((), Offer(version="")))
     ours, expires, oldest = run.settings.deploy.application, head.get("expires") or "9", ""
     signed_at, last = head["signed_at"], seen.get("newest") or {"version": "", "sequence": 0}
     if source.max_age:
         oldest = format_time(now_seconds - source.max_age)
     pairs = {(offer.version, offer.sha256) for offer in offers}
-    before = order(last["version"])  # nothing where it was chosen in another order
-    goes_back = "releases" not in head and not wanted and fitting and last["version"] and \
-        before and order(best.version) < before
+    before = last["version"] and order(last["version"])  # not where it was chosen in another order
+    goes_back = "releases" not in head and not wanted and fitting and before and key < before
     for wrong, what in (
             (not fitting, f"has no {wanted or 'release'} that fits"),
             (len(pairs) > len(dict(pairs)), "has two digests of one version"),
@@ -8166,9 +8124,10 @@ def step_context(run: Run, step: Step) -> Context:
 # -- what the words stand for: from the artifact to a sealed release -----------
 
 def do_hook(run: Run, step: Step) -> None:
-    """Run the operator's commands for one hook."""
-    results = run_hook(run, step.name.partition(":")[2], step_context(run, step))
-    run.output = [line for result in results for line in result.tail][-OUTPUT_TAIL_LINES:]
+    """Run the operator's commands for one hook in order, up to the first that fails."""
+    name, hooks = step.name.partition(":")[2], run.settings.hooks
+    for argv in getattr(hooks, name):
+        perform_command(run, step_context(run, step), f"hook {name}", argv, hooks.timeout)
 
 
 def do_unpack(run: Run, step: Step) -> str:
@@ -8488,7 +8447,6 @@ def do_migrate(run: Run, step: Step) -> Any:
         run.down_failed = f"{reason(error)}; the backup: {saved}"
         raise RollbackFailed(run.down_failed, "correct the data, or put the backup back, then: "
                              + run.settings.command_line("recover"))
-    run.output = result.tail
     said = "".join(result.tail[-1:]) or f"its command {result.verdict()}"
     state.update({word: said, "up": word == "up", "idle": word == "check" and result.ok})
     return said
@@ -8496,7 +8454,7 @@ def do_migrate(run: Run, step: Step) -> Any:
 
 def undo_migrate(run: Run, step: Step) -> None:
     """Run `down` where `up` had begun; it is no step of the plan, and shown all the same."""
-    begun_at = time.time()
+    begun_at, run.output = time.time(), []
     said = do_migrate(run, step._replace(name="migrate:down", move=step.move._replace(back=True)))
     if said:
         run.console.say(f"{'migrate:down':<20} {said}", status="done")

@@ -394,8 +394,8 @@ spec = importlib.util.spec_from_file_location("deploy", sys.argv.pop(1))
 deploy = importlib.util.module_from_spec(spec)
 sys.modules["deploy"] = deploy
 spec.loader.exec_module(deploy)
-hooks, proper = sys.argv.pop(1).split(","), deploy.run_hook
-deploy.run_hook = lambda session, name, context: {}["a defect"] if name in hooks else proper(session, name, context)
+hooks, proper = sys.argv.pop(1).split(","), deploy.perform_command
+deploy.perform_command = lambda run, context, what, *rest: {}["a defect"] if what[5:] in hooks else proper(run, context, what, *rest)
 sys.exit(deploy.main())
 """
 

@@ -115,7 +115,7 @@ def test_restart_reads_the_state_in_one_call_and_confirms_it(systemd):
     assert systemd.verbs() == ["reset-failed", "restart"]
     shows = [call for call in systemd.calls() if call[0] == "show"]
     assert shows[0] == ["show", "-p", "LoadState,ActiveState,SubState,MainPID,InvocationID,NRestarts,"
-                        "NeedDaemonReload,Type,Result,ExecMainStatus,CanReload", "app.service"]
+                        "NeedDaemonReload,Type,Result,ExecMainStatus,CanReload,UnitFileState", "app.service"]
 
 
 def test_daemon_reload_only_where_it_is_needed_and_before_the_action(systemd):

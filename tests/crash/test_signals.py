@@ -183,8 +183,8 @@ reading, writing = os.pipe()
      "interrupts.is_closed = False; print(ended_by(lambda: interrupts.wait(60)))", "(True, True) []\n(143, True)"),
     ("signal.signal(signal.SIGUSR1, lambda *_: None); later(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1))\n"
      "started = time.monotonic(); print(interrupts.wait(0.5), 0.5 <= time.monotonic() - started < 5)", "[] True"),
-    ("later(0.2, terminate)\nwith deploy.Forked(lambda: time.sleep(60), 60) as forked:\n"
-     "    print(ended_by(lambda: forked.result(interrupts)))", "(143, True)"),
+    ("later(0.2, terminate)\nwith deploy.Conversation(lambda asking: time.sleep(60), 60) as forked:\n"
+     "    print(ended_by(lambda: forked.answer(interrupts)))", "(143, True)"),
 ], ids=["descriptor", "nothing", "before", "readable", "closed", "another signal", "forked"])
 def test_a_signal_ends_a_wait_and_nothing_else_does(code: str, expected: str) -> None:
     """However it arrives: before the wait, within it, while nobody listens to it."""
@@ -198,16 +198,18 @@ def test_a_forked_process_answers_fails_or_is_killed_at_its_limit(tmp_path: Path
     deploy, interrupts = load_deploy(), load_deploy().Interrupts()
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-        with deploy.Forked(lambda: [None, {"a": "\u00e4"}, sorted(map(int, os.listdir("/proc/self/fd")))], 60) as forked:
-            nothing, text, descriptors = forked.result(interrupts)
-    assert (nothing, text) == (None, {"a": "\u00e4"})
+        with deploy.Conversation(lambda asking: {"a": None, "\u00e4": sorted(map(int, os.listdir("/proc/self/fd")))}, 60) as forked:
+            answer = forked.answer(interrupts)
+    descriptors = answer["\u00e4"]
+    assert (answer["error"], answer["a"]) == ("", None)
     assert len([number for number in descriptors if number > 2]) == 2, "its pipe, and the directory it reads"
-    for work in (lambda: 1 / 0, lambda: re.match("(a+)+$", "a" * 64 + "b")):
+    for work, error in ((lambda asking: 1 / 0, "ZeroDivisionError: division by zero"),
+                        (lambda asking: re.match("(a+)+$", "a" * 64 + "b"), "no answer within 0.30s")):
         started = time.monotonic()
-        with deploy.Forked(work, 0.3) as forked:
-            assert forked.result(interrupts) is None
+        with deploy.Conversation(work, 0.3) as forked:
+            assert error in forked.answer(interrupts)["error"]
         assert time.monotonic() - started < 30
-    with deploy.Forked(lambda: time.sleep(600), 600) as forked:
+    with deploy.Conversation(lambda asking: time.sleep(600), 600) as forked:
         pid = forked._pid
     assert not is_running(pid)
 

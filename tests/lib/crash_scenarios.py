@@ -157,8 +157,8 @@ def candidate_failing(app: App) -> List[Any]:
 
 def slots(app: App) -> List[Any]:
     """A deployment into the idle one of two slots, whose units are always up."""
-    systemctl = script(app.directory / "systemctl", "case $3 in UnitFileState) echo $3=static ;; *) printf '%s\\n' LoadState=loaded "
-                       "ActiveState=active SubState=running Type=simple Result=success ;; esac")
+    systemctl = script(app.directory / "systemctl", "printf '%s\\n' LoadState=loaded UnitFileState=static "
+                       "ActiveState=active SubState=running Type=simple Result=success")
     app.configure(f"keep_releases = 1\n[slots]\nblue = 1\ngreen = 2\nunit = x@${{slot}}\ninclude = to ${{port}}\nreload = true\n"
                   f"drain = 0s\nsettle = 0s\nsystemctl = {systemctl}\n[service:sick]\ncommand = {FAILS_FOR_1_2}\n")
     for version in ("1.0", "1.1"):

@@ -57,8 +57,7 @@ up() {{ state=Z; [ -z "$pid" ] || read -r state < /proc/$pid/stat; case $state i
 end() {{ if up; then kill $pid; while up; do sleep 0.01; done; fi; }}
 case $1 in
     show)
-        if [ $3 = UnitFileState ]; then echo UnitFileState=$boot; exit; fi
-        printf '%s\\n' LoadState=loaded NRestarts=0 NeedDaemonReload=no Type=simple Result=success ExecMainStatus=0 CanReload=no
+        printf '%s\\n' UnitFileState=$boot LoadState=loaded NRestarts=0 NeedDaemonReload=no Type=simple Result=success ExecMainStatus=0 CanReload=no
         if up; then printf '%s\\n' ActiveState=active SubState=running MainPID=$pid InvocationID=$pid
         else printf '%s\\n' ActiveState=inactive SubState=dead MainPID=0 InvocationID=$pid; fi ;;
     stop) end ;;

@@ -40,9 +40,15 @@ def script(context, name, code):
     return path
 
 
+def run_hook(session, name, context):
+    """Each command's result, of a hook as its step runs it."""
+    hooks = session.settings.hooks
+    return [deploy.perform_command(session, context, f"hook {name}", argv, hooks.timeout) for argv in getattr(hooks, name)]
+
+
 def run(context, commands, *assignments, name="pre_activate"):
     session = session_with(f"hooks.{name}={commands}", *assignments)
-    return session, deploy.run_hook(session, name, context)
+    return session, run_hook(session, name, context)
 
 
 SHOW = "import json, os; print(json.dumps([os.getcwd(), dict(os.environ)]))"
@@ -120,7 +126,7 @@ def test_a_signal_interrupts_a_hook(place):
     threading.Thread(target=lambda: (up.wait(50), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     try:
         with pytest.raises(deploy.Interrupted):
-            deploy.run_hook(session, "pre_stage", place)
+            run_hook(session, "pre_stage", place)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -133,7 +139,7 @@ def test_run_as_changes_the_user_and_its_home(place):
         pytest.skip("env is not here")
     session = session_with("hooks.pre_activate=/usr/bin/env\n/usr/bin/id -u", "hooks.run_as=nobody")
     # Not in the release: pytest's own directories are closed to others.
-    environ, uid = deploy.run_hook(session, "pre_activate", place)
+    environ, uid = run_hook(session, "pre_activate", place)
     assert f"HOME={nobody.pw_dir}" in environ.tail and uid.tail == [str(nobody.pw_uid)]
 
 
