@@ -2,9 +2,11 @@
 
 import http.server
 import os
+import select
 import signal
 import socket
 import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -111,16 +113,36 @@ class Listener:
         self.socket.bind("\0" + address[1:] if address.startswith("@") else address)
         self.socket.setblocking(False)
         self.env = {"NOTIFY_SOCKET": address}
+        self.found = []  # type: List[Dict[str, str]]
+
+    def read(self) -> None:
+        """Take what is in the queue."""
+        with suppress(BlockingIOError):
+            while True:
+                data = self.socket.recv(65536)
+                self.found.append(dict(line.split("=", 1) for line in data.decode("utf-8").split("\n") if line))
 
     def told(self) -> List[Dict[str, str]]:
-        """Every datagram so far, as {variable: value}."""
-        found = []
-        while True:
-            try:
-                data = self.socket.recv(65536)
-            except BlockingIOError:
-                return found
-            found.append(dict(line.split("=", 1) for line in data.decode("utf-8").split("\n") if line))
+        """Every datagram since the last call, as {variable: value}."""
+        self.read()
+        found, self.found = self.found, []
+        return found
+
+    @contextmanager
+    def read_along(self) -> Iterator[None]:
+        """Keep the queue short, as systemd does: it may hold no more than ten (net.unix.max_dgram_qlen)."""
+        ended = threading.Event()
+
+        def follow() -> None:
+            while not ended.is_set():
+                select.select([self.socket], [], [], 0.1)
+                self.read()
+
+        reader = threading.Thread(target=follow)
+        reader.start()
+        yield
+        ended.set()
+        reader.join()
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -135,7 +157,8 @@ def test_each_step_is_told_with_twice_the_time_it_may_take(app, server, listener
     app.configure(f"[hooks]\ntimeout = 7s\npre_activate = env\n  true\n"
                   f"[service:web]\ncommand = {server.restart_command.path}\ntimeout = 20s\nsettle = 0s\n"
                   f"[probe:web]\nurl = {server.url}\ninitial_delay = 100ms\ndeadline = 30s\nsoak = 1s\nperiod = 10ms\n")
-    result = app.run("deploy", app.artifact("1.0"), env=listener.env, check=0)
+    with listener.read_along():
+        result = app.run("deploy", app.artifact("1.0"), env=listener.env, check=0)
     told = listener.told()
     seconds = {words["STATUS"]: int(words["EXTEND_TIMEOUT_USEC"]) / 1e6 for words in told}
     assert seconds["run hook pre_activate: env; true"] == 28
@@ -150,7 +173,8 @@ def test_each_step_is_told_with_twice_the_time_it_may_take(app, server, listener
 
 def test_a_long_probe_tells_its_tries_and_a_failure_is_never_ready(app, listener):
     app.configure("[probe:web]\ntcp = 127.0.0.1:1\nperiod = 300ms\nbackoff = 1\ndeadline = 2s\n")
-    app.run("deploy", app.artifact("1.0"), env=listener.env, check=5)
+    with listener.read_along():
+        app.run("deploy", app.artifact("1.0"), env=listener.env, check=5)
     told = listener.told()
     assert any(words["STATUS"].startswith("probe:web try ") and "refused" in words["STATUS"] for words in told)
     assert not any("READY" in words for words in told)
