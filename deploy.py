@@ -9575,16 +9575,17 @@ def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
 # -- a root, opened ------------------------------------------------------------
 
 @contextmanager
-def looking(run: Run, *, must_exist: bool = True) -> Iterator[Optional[Store]]:
-    """Open the root for looking: nothing is made, locked or recovered.
+def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterator[Optional[Store]]:
+    """Open the root, and close it at the end; unless it is to `make`, nothing is made for that.
 
-    Raises UsageError where there is no root and there must be one, ProblemFound for a state
-    that is not as it was left.
+    Nothing is locked or recovered.  Raises UsageError where there is no root and there must be one,
+    ProblemFound for a state that is not as it was left.
     """
-    run.store = Store.open(run.settings) if run.root else None
+    root, open_root = run.root, Store.create if make else Store.open
+    run.store = open_root(run.settings)
     try:
         if must_exist and run.store is None:
-            raise UsageError(f"the root {run.root} does not exist",
+            raise UsageError(f"the root {root} does not exist",
                              "name another with --root DIR, or deploy something first")
         yield run.store
     except PreflightFailed as error:
@@ -9592,25 +9593,24 @@ def looking(run: Run, *, must_exist: bool = True) -> Iterator[Optional[Store]]:
             raise ProblemFound(error.message, error.hint)
         raise
     finally:
-        close_root(run)
+        for opened in filter(None, (run.artifact, run.store, run.cache)):
+            opened.close()
+        run.artifact = run.store = run.cache = None
 
 
 @contextmanager
 def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
     """Open the root for changing it: lock first, then finish what an earlier run left."""
-    command, wait_seconds = run.flags.command, run.settings.deploy.lock_wait
-    store = run.store = Store.create(run.settings)
-    try:
+    command, outcome, wait_seconds = run.flags.command, run.outcome, run.settings.deploy.lock_wait
+    holder = dict(run.by, command=command, since=format_time(time.time()), deploy_id=run.deploy_id)
+    with looking(run, must_exist=False, make=True) as store:
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
-        holder = dict(run.by, command=command, since=format_time(time.time()),
-                      deploy_id=run.deploy_id)
         with lock(store, wait_seconds, holder, run.interrupts):
             store.read_history(1)  # what takes no line must be known before anything changes
             if command in ("rollback", "recover", "prune"):
                 store.reserve(keep=False)
             if recover_first:
                 # What a recovery does is not what the command did: its steps are its own.
-                outcome = run.outcome
                 if command != "recover":
                     run.outcome = Outcome("recover")
                 try:
@@ -9628,18 +9628,8 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
             except (PreflightFailed, ArtifactRefused) as error:
                 remember_refusal(run, error)
                 raise
-            if run.outcome.changed:
+            if outcome.changed:
                 store.reserve(keep=True)
-    finally:
-        close_root(run)
-
-
-def close_root(run: Run) -> None:
-    """Close the artifact and the root."""
-    for opened in (run.artifact, run.store, run.cache):
-        if opened is not None:
-            opened.close()
-    run.artifact = run.store = run.cache = None
 
 
 def is_untouched(run: Run) -> bool:
@@ -9655,21 +9645,13 @@ def is_untouched(run: Run) -> bool:
 
 def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
-    flags, asked = run.flags, getattr(run.flags, "artifact", None) or ""
+    flags, outcome, diff = run.flags, run.outcome, run.console.diff
+    asked = flags.artifact or ""
     if run.note:
-        run.outcome.extra["note"] = run.note
+        outcome.extra["note"] = run.note
     flags.dry_run = flags.dry_run or flags.check
     if is_untouched(run):
-        if flags.command not in ("deploy", "stage", "adopt", "sync"):
-            raise UsageError(f"nothing was ever deployed to {run.root}",
-                             "name another root: --root DIR; or deploy or adopt something first")
-        if not flags.dry_run and flags.command != "adopt":
-            # Before a root is made, everything else must be right: it may be a slip of the pen.
-            with looking(run, must_exist=False):
-                facts = observe(run, locked=True, artifact=asked)
-                run.plan = plan_operation(facts) if facts.artifact else None
-                preflight(run, show=False)
-            run.facts = run.plan = None
+        check_untouched(run)
     opened = changing(run, recover_first=recover_first)
     if flags.dry_run:
         opened = looking(run, must_exist=False)
@@ -9678,22 +9660,49 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
             asked = find_new(run)
         facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
         if facts.artifact:
-            run.outcome.extra["artifact"] = artifact_json(facts.artifact)
+            outcome.extra["artifact"] = artifact_json(facts.artifact)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken and recover_first:
             preflight(run)
         plan = run.plan = plan_operation(facts)
-        run.target = plan.to_release
-        if checks and plan.steps + plan.last:
+        steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
+        run.target = after
+        if checks and steps:
             preflight(run, show=not broken)
-        describe_ends(run, plan)
+        # Where it leads is known before anything can go wrong on the way.
+        outcome.previous, outcome.release = before, after or None
+        run.console.log_context["release"] = after
+        if before == after:
+            target = rollback_target(facts, before)
+            outcome.previous = target and target.id
+        moves = any(step.name == "activate" for step in steps)
+        for when, live in (("before", before), ("after", after if moves else before)):
+            known = facts.records.get(live or "") or when == "after" and moves and facts.artifact
+            text = f"release: {live}\n" if live else ""
+            if known:
+                text += f"version: {known.version}\nsha256: {known.sha256}\n"
+            diff.update({f"{when}_header": f"{facts.root}/current", when: text})
         if flags.dry_run:
             show_plan(run, plan)
-        elif plan.steps + plan.last:
+        elif steps:
             Executor(run, plan).execute()
             if run.cache:
                 with suppress(OSError):  # the next run tries again
                     run.store.directory(".deploy").remove_tree("cache")
+
+
+def check_untouched(run: Run) -> None:
+    """Before a root is made, all else must be right: its name may be a slip of the pen."""
+    flags, asked = run.flags, run.flags.artifact or ""
+    if flags.command not in ("deploy", "stage", "adopt", "sync"):
+        raise UsageError(f"nothing was ever deployed to {run.root}",
+                         "name another root: --root DIR; or deploy or adopt something first")
+    if not flags.dry_run and flags.command != "adopt":
+        with looking(run, must_exist=False):
+            facts = observe(run, locked=True, artifact=asked)
+            run.plan = plan_operation(facts) if facts.artifact else None
+            preflight(run, show=False)
+        run.facts = run.plan = None
 
 
 def find_new(run: Run) -> str:
@@ -9744,25 +9753,6 @@ def find_new(run: Run) -> str:
         remember(run, seen, refused={"sha256": offer.sha256, "reason": error.message,
                                      "at": format_time(time.time())})
         raise
-
-
-def describe_ends(run: Run, plan: Plan) -> None:
-    """Put into the result where the plan leads, before anything can go wrong on the way."""
-    facts, outcome, diff, after = run.facts, run.outcome, run.console.diff, plan.to_release
-    before = outcome.previous = plan.from_release
-    outcome.release, run.console.log_context["release"] = after or None, after
-    if before == after:
-        target = rollback_target(facts, before)
-        outcome.previous = target.id if target else None
-    # What current points to before and after, in the form that Ansible shows.
-    moves = any(step.name == "activate" for step in plan.steps)
-    for when, release in (("before", before), ("after", after if moves else before)):
-        known, text = facts.records.get(release or ""), f"release: {release}\n"
-        if when == "after" and moves:
-            known = known or facts.artifact
-        if known:
-            text += f"version: {known.version}\nsha256: {known.sha256}\n"
-        diff.update({f"{when}_header": f"{facts.root}/current", when: text if release else ""})
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
@@ -9828,15 +9818,13 @@ MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate
 
 def command_move(run: Run) -> None:
     """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
-    command, outcome, pins = run.flags.command, run.outcome, run.flags.command in NOTING
-    transact(run, checks=not pins)
+    command, outcome, notes = run.flags.command, run.outcome, run.flags.command in NOTING
+    transact(run, checks=not notes)
     if run.flags.dry_run:
         return
     message = f"{outcome.release or 'nothing'} {MOVED[command]}"
-    if not outcome.steps and not pins:
-        message += " already; nothing to do"
-    if not outcome.steps or pins:
-        conclude(run, message)
+    if notes or not outcome.steps:
+        conclude(run, message if notes else f"{message} already; nothing to do")
         return
     facts, then = run.facts, {"before": outcome.previous}
     before = facts.records.get(outcome.previous or "")
@@ -9846,8 +9834,8 @@ def command_move(run: Run) -> None:
         then["undo"] = facts.command_line(f"activate {before.id}")
     elif command != "rollback" and before and rollback_target(facts, outcome.release):
         then["undo"] = facts.command_line("rollback")
-    conclude(run, "\n".join([f"{run.application}: {message}", *block(then)]))
     outcome.message = message
+    run.console.result("\n".join([f"{run.application}: {message}", *block(then)]))
 
 
 def command_prune(run: Run) -> None:
@@ -10091,15 +10079,16 @@ def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     outcome, last = run.outcome, None
     with looking(run) as store:
-        facts, problems = observe(run, locked=False), status_problems(run)
+        facts = observe(run, locked=False)
+        name = outcome.release
+        current, previous = facts.release(name or ""), rollback_target(facts, name)
+        problems = list(status_problems(run, previous))
         flag = store.maintenance() if store.status(store.flag) else None
         try:
             store.check_owner(looking=True)
             last = next(iter(store.history(1)), None)
         except StateError as error:
             problems.append((error.message, error.hint))
-    name = outcome.release
-    current, previous = facts.release(name or ""), rollback_target(facts, name)
     outcome.previous = previous and previous.id
     links = {slot: release for release, slot in facts.slots.items()}
     found = outcome.extra["status"] = {
@@ -10120,42 +10109,39 @@ def show_status(run: Run) -> None:
         raise ProblemFound(*problems[0])
 
 
-def status_problems(run: Run) -> List[Problem]:
-    """Say what is broken, each with what to do about it."""
+def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
+    """Say what is broken, each with what to do about it; `back` is where a rollback goes."""
     facts, store, command_line = run.facts, run.store, run.facts.command_line
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
-    problems = [(problem, fix) for status, problem, fix in check_state(run) if status != "ok"]
+    for status, problem, fix in check_state(run):
+        if status != "ok":
+            yield problem, fix
     if facts.settings.slots:
-        problems += slot_problem(facts)
-    back = rollback_target(facts, live)
+        yield from slot_problem(facts)
     for record in filter(None, (facts.release(live or ""), back)):
         if not all(store.status(f"{path}/{record.id}") for path in (MANIFESTS, TREES)):
-            problems.append((f"{record.id} cannot be verified: its manifest is missing",
-                             DEPLOY_AGAIN))
+            yield f"{record.id} cannot be verified: its manifest is missing", DEPLOY_AGAIN
     if facts.holder is not None:
-        return problems
+        return
     if journal:
         by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
-        problems.append((
-            f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
-            command_line("recover --to RELEASE" if by_hand else "recover")))
+        yield (f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
+               command_line("recover --to RELEASE" if by_hand else "recover"))
     if journal or facts.current.problem:
-        return problems
+        return
     if store.status(store.flag) and "deploy_id" in store.maintenance():
-        problems.append(("maintenance is on, and the run that wanted it has ended",
-                         command_line("recover")))
+        yield "maintenance is on, and the run that wanted it has ended", command_line("recover")
     if lost:
-        problems.append((lost.message, lost.hint))
+        yield lost.message, lost.hint
     for record in facts.records.values():
         if record.state == STATE_ACTIVE and record.id != live and not lost:
-            is_there = record.id in facts.on_disk
-            what = f"current points to {live}" if is_there else "its files are gone"
-            problems.append((f"{record.id} should be live, but {what}",
-                             command_line(f"activate {record.id}" if is_there else "recover")))
+            what, fix = "its files are gone", "recover"
+            if record.id in facts.on_disk:
+                what, fix = f"current points to {live}", f"activate {record.id}"
+            yield f"{record.id} should be live, but {what}", command_line(fix)
         elif record.id == live and record.failure:
-            problems.append((f"{live} is live, but failed: {record.failure.get('reason')}",
-                             command_line("rollback") if back else "deploy a corrected version"))
-    return problems
+            yield (f"{live} is live, but failed: {record.failure.get('reason')}",
+                   command_line("rollback") if back else "deploy a corrected version")
 
 
 def command_releases(run: Run) -> None:

@@ -160,7 +160,7 @@ def test_a_look_during_which_a_run_ends_sees_one_state(name: str, deployed: App,
     monkeypatch.setattr(store, name, then_run)
     run = SimpleNamespace(settings=settings, store=store, facts=None, offer=None, outcome=SimpleNamespace(), flags=SimpleNamespace(command="status"), deploy_id="", note="", application="")
     facts = deploy.observe(run, locked=False)
-    assert deploy.status_problems(run) == [] and facts.release(facts.current.release).version == "2.0"
+    assert list(deploy.status_problems(run, None)) == [] and facts.release(facts.current.release).version == "2.0"
     assert len(runs) == 1
 
 
