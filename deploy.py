@@ -10673,27 +10673,9 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         error={"message": error.message, "hint": error.hint} if error else None)
 
 
-# What an exit code says of a run that the history knows nothing of.
-ENDS = {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
-        EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
-        EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
-
-
-def run_result(run: Run, exit_code: int) -> str:
-    """Say in one word how a run ended: the word of history, events, metrics and log."""
-    result = run.outcome.result
-    if exit_code == EXIT_ROLLBACK_FAILED:
-        return result or "rollback_failed"  # or left_live
-    if exit_code not in (EXIT_OK, EXIT_CHANGED):
-        return ENDS.get(exit_code, "interrupted")
-    if result and run.flags.command != "recover":
-        return result
-    return "recovered" if result or run.outcome.extra.get("recovered") else "unchanged"
-
-
 # -- metrics -------------------------------------------------------------------
 
-def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
+def write_metrics(run: Run, ended: str, result: Json) -> None:
     """Bring the application's file in [metrics] textfile_dir up to date.
 
     Nothing in that directory is acted on, no link in it is followed, and what
@@ -10715,13 +10697,13 @@ def write_metrics(run: Run, exit_code: int, seconds: float) -> None:
                 data = read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor)
                 for metric, key, value in re.findall(f"(?m){own}", data.decode("utf-8", "replace")):
                     samples.setdefault(metric, {})[key] = float(value)
-            if exit_code not in (EXIT_BUSY, EXIT_USAGE):
-                describe_run(samples, run, exit_code, seconds)
+            if result["exit_code"] not in (EXIT_BUSY, EXIT_USAGE):
+                describe_run(samples, run, result)
             # Every other result begins at 0, or its first time would not show as an increase.
-            counts, ended = samples["deploy_runs_total"], run_result(run, exit_code)
-            for result in RUN_RESULTS:
-                key = label(run, result=result)
-                counts[key] = counts.get(key, 0) + (result == ended)
+            counts = samples["deploy_runs_total"]
+            for word in RUN_RESULTS:
+                key = label(run, result=word)
+                counts[key] = counts.get(key, 0) + (word == ended)
             for metric, kind, text in METRICS:
                 if samples[metric]:
                     lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
@@ -10742,11 +10724,11 @@ def label(run: Run, **labels: str) -> str:
     return ",".join(pairs)
 
 
-def describe_run(samples: Json, run: Run, exit_code: int, seconds: float) -> None:
+def describe_run(samples: Json, run: Run, result: Json) -> None:
     """Put this run, by metric and labels, in place of the one before; the rest stays."""
-    command, succeeded, now = run.flags.command, exit_code in (EXIT_OK, EXIT_CHANGED), time.time()
+    command, now = run.flags.command, time.time()
     # One that found nothing to do is no news, unless the one before had failed.
-    is_news = run.outcome.changed or not succeeded or \
+    is_news = result["changed"] or result["failed"] or \
         not all(samples["deploy_last_deployment_success"].values())
     families = ["run"]
     # A recovery that brings one to its end is its verdict.
@@ -10754,10 +10736,10 @@ def describe_run(samples: Json, run: Run, exit_code: int, seconds: float) -> Non
                     or command == "recover" and run.outcome.result):
         families.append("deployment")
     for family in families:
-        for name, value in (("timestamp_seconds", now), ("success", succeeded),
-                            ("exit_code", exit_code), ("duration_seconds", seconds)):
+        for name, value in (("timestamp_seconds", now), ("success", result["ok"]), (
+                "exit_code", result["exit_code"]), ("duration_seconds", result["seconds"])):
             samples[f"deploy_last_{family}_{name}"] = {label(run, command=command): value}
-    if succeeded:
+    if result["ok"]:
         samples["deploy_last_success_timestamp_seconds"] = {label(run): now}
     steps = samples["deploy_step_duration_seconds"] = {}
     for step in run.outcome.steps:
@@ -10858,20 +10840,16 @@ def deliver(run: Run, sending: Dict[str, Callable[[Conversation], Json]]) -> Non
                 run.console.warn(f"{failure}: {why[:2 * EVIDENCE_CHARACTERS]}")
 
 
-def notify(run: Run, exit_code: int, seconds: float) -> None:
+def notify(run: Run, ended: str, result: Json) -> None:
     """Report to every notifier what it wants to know.
 
     The events are what the run recovered first, and how it ended where that is one.
     """
-    ended = run_result(run, exit_code)
-    if ended in ("interrupted", "internal_error"):
-        ended = "failed"
-    events = {"recovered"} if run.outcome.extra.get("recovered") else set()
+    events = {"recovered"} if result.get("recovered") else set()
     # Before there is a root nothing remembers a refusal, and a timer would tell it at every tick.
     if not (run.outcome.is_repeated or ended == "refused" and is_untouched(run)):
-        events.add(ended)
-    result = run.console.secrets.mask_json(
-        result_object(run.outcome.error, run, exit_code, seconds))
+        events.add("failed" if ended in ("interrupted", "internal_error") else ended)
+    result = run.console.secrets.mask_json(result)
     deliver(run, {f"notify {settings.name}: not told of {event}":
                   lambda asked, event=event, settings=settings: tell(
                       asked, run, settings, event, result)
@@ -10983,11 +10961,10 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Js
 
 # -- traces ----------------------------------------------------------------------
 
-def send_trace(run: Run, exit_code: int, seconds: float) -> None:
+def send_trace(run: Run, ended: str, result: Json) -> None:
     """Send a span for the run and one for each step by OTLP/HTTP in JSON; at worst a warning."""
-    outcome, mask, caller = run.outcome, run.console.secrets.mask, traceparent()
+    mask, caller, target = run.console.secrets.mask, traceparent(), run.settings.trace.otlp
     _, trace, own, sampled = run.traceparent.split("-")
-    target = run.settings.trace.otlp
     whole = target == "environment" and environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     if target == "environment":
         target = whole or environment("OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -11008,19 +10985,18 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
         return [{"key": key.replace("_", ".", 1), "value": {"stringValue": mask(str(text))}}
                 for key, text in texts.items()]
 
-    exit_attribute = {"key": "deploy.exit_code", "value": {"intValue": str(exit_code)}}
+    exit_attribute = {"key": "deploy.exit_code", "value": {"intValue": str(result["exit_code"])}}
     spans = [describe(
-        f"deploy.py {run.flags.command}", time.time() - seconds, seconds,
-        outcome.error.message if outcome.error else "", spanId=own,
+        f"deploy.py {run.flags.command}", time.time() - result["seconds"], result["seconds"],
+        result["msg"] if result["failed"] else "", spanId=own,
         attributes=[exit_attribute, *attributes(
-            deploy_id=run.deploy_id, deploy_release=outcome.release,
-            deploy_result=run_result(run, exit_code))])]
+            deploy_id=run.deploy_id, deploy_release=result["release"], deploy_result=ended)])]
     if caller:
         spans[0]["parentSpanId"] = caller.split("-")[2]
     spans += [describe(step.name, step.started_at, step.seconds,
                        step.detail if step.status == "failed" else "",
                        spanId=os.urandom(8).hex(), parentSpanId=own)
-              for step in outcome.steps if step.started_at]
+              for step in run.outcome.steps if step.started_at]
     content = json.dumps({"resourceSpans": [{
         "resource": {"attributes": attributes(
             service_name=environment("OTEL_SERVICE_NAME") or run.application)},
@@ -11034,13 +11010,28 @@ def send_trace(run: Run, exit_code: int, seconds: float) -> None:
 
 # -- all of it -------------------------------------------------------------------
 
+# What an exit code says of a run that the history knows nothing of.
+ENDS = {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
+        EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
+        EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
+
+
 def report(run: Run, exit_code: int, seconds: float) -> None:
     """Show the end: metrics and notifications, the error or the summary line, the JSON object.
 
     The lock is free by now, and whatever goes wrong with telling others is a warning.
     """
-    outcome, console, settings, end = run.outcome, run.console, run.settings, None
-    error, dry_run, writes = outcome.error, run.flags.dry_run, run.flags.command in ORDER
+    outcome, console, settings, command = run.outcome, run.console, run.settings, run.flags.command
+    error, dry_run, writes, end = outcome.error, run.flags.dry_run, command in ORDER, None
+    # How it ended, in the one word of history, events, metrics and log.
+    ended = outcome.result
+    if exit_code == EXIT_ROLLBACK_FAILED:
+        ended = ended or "rollback_failed"  # or left_live
+    elif error:
+        ended = ENDS.get(exit_code, "interrupted")
+    elif command == "recover" or not ended:
+        ended = "recovered" if ended or outcome.extra.get("recovered") else "unchanged"
+    result = result_object(error, run, exit_code, seconds)
     if not dry_run and run.is_believed and writes:
         for name, send, is_wanted in (
                 ("metrics", write_metrics, settings.metrics.textfile_dir and settings.deploy.root),
@@ -11048,12 +11039,12 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
                 ("trace", send_trace, settings.trace.otlp)):
             try:
                 if is_wanted:
-                    send(run, exit_code, seconds)
+                    send(run, ended, result)
             except Exception as problem:  # a defect here must not make a failure of what is done
                 console.warn(step_error(problem, name).message)
-    result = result_object(error, run, exit_code, seconds)
+    result["summary"]["warnings"] = len(console.warnings)
     if not dry_run:
-        end = {"event": "run_failed" if error else "run_done", "result": run_result(run, exit_code)}
+        end = {"event": "run_failed" if error else "run_done", "result": ended}
     console.working(result["msg"], state="" if error else "READY=1")
     if outcome.steps or outcome.checks:
         text = "checked {checked}, changed {changed}, failed {failed}".format(**result["summary"])
