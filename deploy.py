@@ -3215,8 +3215,6 @@ class Run:
     journal: Optional[Journal] = None  # as it was written last
     down_failed = ""  # why, where a `down` did
     left_is_healthy = False  # what a rollback leaves: only then is there a way back
-    # For those who are notified: where it was to lead, and whether the settings count.
-    target = ""
     is_believed = False
 
     def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
@@ -7090,7 +7088,7 @@ class Facts(NamedTuple):
         return self.records.get(name) if name in self.on_disk else None
 
 
-def observe(run: Run, *, locked: bool, artifact: str = "", confirm: bool = False) -> Facts:
+def observe(run: Run, *, locked: bool = False, artifact: str = "", confirm: bool = False) -> Facts:
     """Look at the root, where that is still to be done, and at the artifact; keeps `run.facts`.
 
     A refused artifact is a fact, too.  `confirm`: no unpacking will tell whether it is right.
@@ -9540,11 +9538,9 @@ def in_short(name: str, value: Any) -> str:
         return "  ".join(in_short(key, value[key]) for key in IN_SHORT.split() if value.get(key))
     if isinstance(value, bool):
         return "*" if value else ""
-    if value is None or value == "":
-        return "-"
     if isinstance(value, float) and name.endswith("seconds"):
         return format_seconds(value)
-    return str(value)
+    return "-" if value in (None, "") else str(value)
 
 
 def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str = "") -> None:
@@ -9599,8 +9595,12 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
 
 
 @contextmanager
-def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
-    """Open the root for changing it: lock first, then finish what an earlier run left."""
+def changing(run: Run, *, recover_first: bool = True) -> Iterator[Facts]:
+    """Open the root for changing it: lock first, then finish what an earlier run left; -n looks."""
+    if run.flags.dry_run:
+        with looking(run, must_exist=False):
+            yield observe(run)
+        return
     command, outcome, wait_seconds = run.flags.command, run.outcome, run.settings.deploy.lock_wait
     holder = dict(run.by, command=command, since=format_time(time.time()), deploy_id=run.deploy_id)
     with looking(run, must_exist=False, make=True) as store:
@@ -9624,7 +9624,7 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Store]:
                     outcome.changed, run.facts = True, None  # it is not what it was
                 run.interrupts.is_closed = False
             try:
-                yield store
+                yield observe(run, locked=True)
             except (PreflightFailed, ArtifactRefused) as error:
                 remember_refusal(run, error)
                 raise
@@ -9652,13 +9652,10 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
     flags.dry_run = flags.dry_run or flags.check
     if is_untouched(run):
         check_untouched(run)
-    opened = changing(run, recover_first=recover_first)
-    if flags.dry_run:
-        opened = looking(run, must_exist=False)
-    with opened:
+    with changing(run, recover_first=recover_first):
         if flags.command == "sync":
             asked = find_new(run)
-        facts = observe(run, locked=not flags.dry_run, artifact=asked, confirm=flags.dry_run)
+        facts = observe(run, artifact=asked, confirm=flags.dry_run)
         if facts.artifact:
             outcome.extra["artifact"] = artifact_json(facts.artifact)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
@@ -9666,7 +9663,6 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
             preflight(run)
         plan = run.plan = plan_operation(facts)
         steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
-        run.target = after
         if checks and steps:
             preflight(run, show=not broken)
         # Where it leads is known before anything can go wrong on the way.
@@ -9699,6 +9695,7 @@ def check_untouched(run: Run) -> None:
                          "name another root: --root DIR; or deploy or adopt something first")
     if not flags.dry_run and flags.command != "adopt":
         with looking(run, must_exist=False):
+            # As if it were locked: another run that makes the root just now is waited for.
             facts = observe(run, locked=True, artifact=asked)
             run.plan = plan_operation(facts) if facts.artifact else None
             preflight(run, show=False)
@@ -9710,7 +9707,7 @@ def find_new(run: Run) -> str:
     flags, store, source = run.flags, run.store, run.settings.source
     if not source.url and not source.git:
         raise UsageError("there is no source to fetch from", "name it: [source] url, or git")
-    facts, cached = observe(run, locked=not flags.dry_run), []
+    facts, cached = run.facts, []
     if not flags.dry_run:
         run.cache = store.directory(".deploy").child("cache", make=True)
         with suppress(PermissionError):  # another member's, who gave it
@@ -9835,7 +9832,8 @@ def command_move(run: Run) -> None:
     elif command != "rollback" and before and rollback_target(facts, outcome.release):
         then["undo"] = facts.command_line("rollback")
     outcome.message = message
-    run.console.result("\n".join([f"{run.application}: {message}", *block(then)]))
+    lines = [f"  {what:<16} {how}" for what, how in then.items() if how]
+    run.console.result("\n".join([f"{run.application}: {message}", *lines]))
 
 
 def command_prune(run: Run) -> None:
@@ -9855,34 +9853,33 @@ def command_prune(run: Run) -> None:
 
 def command_recover(run: Run) -> None:
     """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
-    flags, outcome, done, lost = run.flags, run.outcome, [], None
-    if flags.to:
+    outcome, dry_run, done, lost = run.outcome, run.flags.dry_run, [], None
+    if run.flags.to:
         transact(run, checks=False, recover_first=False)
-        if not flags.dry_run:
+        if not dry_run:
             outcome.changed = True
             conclude(run, f"{outcome.release} is live, and nothing is under way")
             outcome.extra["recovered"] = [outcome.message]
         return
     if not is_untouched(run):
-        with looking(run, must_exist=False) if flags.dry_run else changing(run):
-            facts = observe(run, locked=not flags.dry_run)
-            lost, journal = lost_current(facts), facts.journal
+        with changing(run) as facts:
+            lost, journal, current = lost_current(facts), facts.journal, facts.current
             done = outcome.extra.get("recovered", [])
-            if flags.dry_run:
+            if dry_run:
                 # First what it would be refused with.
                 if facts.holder is not None:
                     raise busy(facts.holder)
-                if facts.current.problem:
-                    raise StateError(facts.current.problem, facts.current.hint)
-                stray = journal and stray_error(run.store, journal, facts.current.release)
-                if stray:
-                    raise stray
+                if current.problem:
+                    raise StateError(current.problem, current.hint)
                 if journal:
-                    what = f"{journal.operation} of {journal.to_release}"
-                    done.append(f"recover the {what} ({journal.phase})")
+                    stray = stray_error(run.store, journal, current.release)
+                    if stray:
+                        raise stray
+                    done.append(f"recover the {journal.operation} of {journal.to_release} "
+                                f"({journal.phase})")
                 done += [f"remove {path}" for path in run.store.sweep()]
                 outcome.changed = bool(done)
-    if flags.dry_run:
+    if dry_run:
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
     conclude(run, "; ".join(done) or "nothing to recover")
     if lost:
@@ -9897,7 +9894,7 @@ def command_preflight(run: Run) -> None:
     """Run every read-only check, and show them as a table."""
     outcome, asked = run.outcome, run.flags.artifact or ""
     with looking(run, must_exist=False):
-        facts = observe(run, locked=False, artifact=asked, confirm=True)
+        facts = observe(run, artifact=asked, confirm=True)
         if facts.artifact:
             release = facts.artifact.release or new_release_id(facts, facts.artifact.version)
             run.plan = make_plan(facts, Move("deploy", outcome.release, release))
@@ -9918,7 +9915,7 @@ def command_preflight(run: Run) -> None:
 def command_verify(run: Run) -> None:
     """Hash a release again and compare it with its manifest."""
     with looking(run):
-        release = select_release(observe(run, locked=False), run.flags.release or "current")
+        release = select_release(observe(run), run.flags.release or "current")
         run.outcome.release = release.id
         lines = name_differences(run, check_release(run, release))
     conclude(run, f"{release.id}: {count(len(lines), 'difference')}", lines)
@@ -9931,23 +9928,23 @@ def command_diff(run: Run) -> None:
     """Compare two releases by their manifests; nothing of them is read again."""
     trees, ids = [], []
     with looking(run) as store:
-        facts = observe(run, locked=False)
+        facts = observe(run)
         for name in (run.flags.release, run.flags.other or "current"):
-            ids.append(select_release(facts, name).id)
-            with store.open_manifest(ids[-1]) as streams, \
-                    blaming(ProblemFound, ids[-1], facts.command_line(f"verify {ids[-1]}")):
+            release = select_release(facts, name).id
+            with store.open_manifest(release) as streams, \
+                    blaming(ProblemFound, release, facts.command_line(f"verify {release}")):
                 trees.append(read_manifest(*streams))
-    found = differences(*trees)
-    lines = name_differences(run, found)
-    run.outcome.previous, run.outcome.release = ids
-    conclude(run, f"from {ids[0]} to {ids[1]}: {count(len(lines), 'difference')}", lines)
+            ids.append(release)
+    lines = name_differences(run, differences(*trees))
+    old, new = run.outcome.previous, run.outcome.release = ids
+    conclude(run, f"from {old} to {new}: {count(len(lines), 'difference')}", lines)
 
 
 def command_logs(run: Run) -> None:
     """Show what the services that are units wrote to the journal since the release went live."""
     wanted, slots, lines = run.flags.service, run.settings.slots, []
     with looking(run):
-        facts = observe(run, locked=False)
+        facts = observe(run)
         live = select_release(facts, "current")
     services = {**run.settings.service, **slots}
     if wanted and wanted not in services:
@@ -9979,56 +9976,56 @@ def command_flags(run: Run) -> None:
         transact(run, checks=False)
     else:
         with looking(run):
-            observe(run, locked=False)
+            observe(run)
     found = run.outcome.extra["flags"] = run.facts.flags
     run.outcome.message = count(len(found), "flag")
     if not run.flags.dry_run:
-        rows = [{"name": name, "value": show_flag(found[name])} for name in sorted(found)]
-        show_table(run, "FLAG|VALUE", "name value", rows, "no flags")
+        show_table(run, "FLAG|VALUE", "name value", [
+            {"name": name, "value": show_flag(value)} for name, value in sorted(found.items())],
+            "no flags")
 
 
 def command_probe(run: Run) -> None:
     """Run the configured probes now, or an ad-hoc one."""
-    flags, live = run.flags, False
+    flags, live, outcome = run.flags, False, run.outcome
     probes = chosen_probes(run.settings, flags)
     context = Context("", "/", "", "", "/", "", run.deploy_id)
     if run.settings.deploy.root:  # without one there is nothing to compare the answer with
         with looking(run, must_exist=False):
-            facts = observe(run, locked=False)
-        release = facts.current.release
-        live, context = release in facts.records, context_for(facts, release)
+            facts = observe(run)
+        live, context = outcome.release in facts.records, context_for(facts, outcome.release)
     if not live and flags.expect and probes[0].release:
         raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, "
                          "to compare the answer with", "name the root of what answers: --root DIR")
     results = [run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
                for probe in probes]
-    rows = run.outcome.extra["probes"] = [found.to_json() for found in results]
+    rows = outcome.extra["probes"] = [found.to_json() for found in results]
     show_table(run, "HEALTHY|PROBE|TOOK|ANSWER", "ok name seconds detail", rows)
     failed = [found for found in results if not found.ok and found.required]
-    run.outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
+    outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
         raise ProblemFound(failed[0].complaint(), failed[0].hint())
 
 
 def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     """Make the probes that the command line asks for; UsageError where it does not agree."""
-    known, asked = settings.probe, (("url", flags.url), ("tcp", flags.tcp),
-                                    ("command", flags.probe_command))
-    probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in asked if value]
-    if len(probes) + bool(flags.names) > 1 or flags.expect and not probes:
+    known, names = settings.probe, flags.names
+    probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in (
+        ("url", flags.url), ("tcp", flags.tcp), ("command", flags.probe_command)) if value]
+    if len(probes) + bool(names) > 1 or flags.expect and not probes:
         raise UsageError("probe takes names, or one of --url, --tcp and --command with --expect",
                          "ask one thing at a time")
-    for name in flags.names:
+    if not probes:  # of a candidate nobody asks unless it is named: none is started here
+        names = names or [name for name in sorted(known) if known[name].when != "candidate"]
+    for name in names:
         if name not in known:
             raise no_such("probe", name, known)
-    if not probes:
-        probes = [known[name] for name in flags.names or sorted(known)
-                  if name in flags.names or known[name].when != "candidate"]
+        probes.append(known[name])
     if not probes:
         raise UsageError("there is no probe to run",
                          "configure a [probe:NAME], or give --url, --tcp or --command")
     for probe in probes:
-        probe.when = "after"  # no candidate is started here
+        probe.when = "after"
         if flags.wait is not None:
             probe.deadline = read_value("limit", flags.wait)
         problems = check_probe(settings, probe)
@@ -10079,7 +10076,7 @@ def show_status(run: Run) -> None:
     """Show what is live, what it can go back to, and whether anything needs a person."""
     outcome, last = run.outcome, None
     with looking(run) as store:
-        facts = observe(run, locked=False)
+        facts = observe(run)
         name = outcome.release
         current, previous = facts.release(name or ""), rollback_target(facts, name)
         problems = list(status_problems(run, previous))
@@ -10147,7 +10144,7 @@ def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
 def command_releases(run: Run) -> None:
     """List the releases, newest first, `*` on the current one."""
     with looking(run):
-        facts = observe(run, locked=False)
+        facts = observe(run)
     live = facts.current.release
     rows = run.outcome.extra["releases"] = [
         dict(encode(record), current=record.id == live)
@@ -10200,8 +10197,9 @@ def command_history(run: Run) -> None:
 
 def command_show(run: Run) -> None:
     """Show one deployment with its steps, and the evidence where it failed."""
+    outcome, text = run.outcome, run.flags.id or "latest"
     with looking(run) as store:
-        entries, text = store.history(), run.flags.id or "latest"
+        entries = store.history()
         if text == "current":
             text = store.current().release or text
     names = [(name, entry) for entry in entries for name in (
@@ -10216,13 +10214,13 @@ def command_show(run: Run) -> None:
         raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
                          f"give one of: {', '.join(ids) or 'none was deployed here so far'}")
     # The run itself, and what a recovery made of it.
-    found = [entry for entry in entries if entry.deploy_id == ids[0]]
-    shown = run.outcome.extra["history"] = [encode(entry) for entry in found]
-    run.outcome.release, run.outcome.previous = found[-1].release, found[-1].previous
-    run.outcome.message = found[-1].result
+    shown = outcome.extra["history"] = [
+        encode(entry) for entry in entries if entry.deploy_id == ids[0]]
     for entry in shown:
         steps = [part for step in entry["steps"] for part in (step, *step.get("output", ()))]
         run.console.result("\n".join(block(dict(entry, steps=steps))))
+    outcome.release, outcome.previous = shown[-1]["release"], shown[-1]["previous"]
+    outcome.message = shown[-1]["result"]
 
 
 # -- how deployments went over time --------------------------------------------
@@ -10235,25 +10233,22 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
     """
     from statistics import mean, median
+    runs, by_release, broken = [], {}, []
 
     def span(begin: Any, end: Any) -> Optional[float]:
         return seconds_of(end) - seconds_of(begin) if begin and end else None
 
-    runs: List[Json] = []
-    by_release: Dict[Any, Json] = {}
-    broken: List[Json] = []
     for entry in entries:
-        last, automatic = runs[-1] if runs else {}, bool(entry.automatic)
+        last, left = runs[-1] if runs else {}, by_release.get(entry.previous)
         goes_live = entry.result in GOES_LIVE
         is_broken = entry.result in ("left_live", "rollback_failed")  # it needed a person
         # What a recovery made of a run has the run's own id.
         is_end = entry.deploy_id == last.get("deploy_id")
-        left = by_release.get(entry.previous)
-        if left and entry.operation == "rollback" and goes_live and not (
-                automatic or left["failed"]):
+        by_hand = goes_live and not entry.automatic
+        if by_hand and entry.operation == "rollback" and left and not left["failed"]:
             left["failed"] = True
             broken.append(left)
-        if goes_live and not is_broken and (is_end or not automatic):
+        if not is_broken and (by_hand or goes_live and is_end):
             for run in broken:
                 run["well_at"] = entry.at
             broken = []
@@ -10262,24 +10257,27 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
             continue
         run = {key: getattr(entry, key) for key in (
             "at", "deploy_id", "operation", "result", "release", "version", "note", "built_at")}
-        run.update(by=entry.by.get("user"), failed=automatic or is_broken,
-                   rework=last.get("failed", False), well_at=entry.at if automatic else None)
+        run.update(by=entry.by.get("user"), failed=entry.automatic or is_broken,
+                   rework=last.get("failed", False), well_at=entry.at if entry.automatic else None)
         for step in entry.steps:
             if step["name"] == "activate" and run["at"] == entry.at:
                 run["at"] = step.get("started_at") or entry.at
         runs.append(run)
         by_release[entry.release] = run
-        broken += [run] if is_broken else []
+        if is_broken:
+            broken.append(run)
     runs = [run for run in runs if since <= run["at"] <= until]
     for run in runs:
         run["recovery_seconds"] = span(run["at"], run["failed"] and run["well_at"])
         run["lead_seconds"] = span(run["built_at"], run["at"])
-    days = max(1.0, (span(since, until) or 0.0) / 86400)
+    days = max(1.0, (seconds_of(until) - seconds_of(since)) / 86400)
     found = {"since": since, "until": until, "deployments": len(runs),
              "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs)}
-    for name, key, middle in (("change_fail_rate", "failed", mean), ("rework_rate", "rework", mean),
-                              ("recovery_seconds", "", median), ("lead_seconds", "", median)):
-        known = [float(run[key or name]) for run in runs if run[key or name] is not None]
+    for name, key, middle in (
+            ("change_fail_rate", "failed", mean), ("rework_rate", "rework", mean),
+            ("recovery_seconds", "recovery_seconds", median),
+            ("lead_seconds", "lead_seconds", median)):
+        known = [float(run[key]) for run in runs if run[key] is not None]
         found[name] = round(middle(known), 4) if known else None
     return dict(found, runs=runs)
 
@@ -10309,9 +10307,9 @@ def command_report(run: Run) -> None:
         import csv
         import io
         table = io.StringIO()
-        columns = ["at", "deploy_id", "operation", "result", "release", "version", "failed",
-                   "rework", "recovery_seconds", "lead_seconds", "by", "note"]
-        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(table, (
+            "at deploy_id operation result release version failed rework recovery_seconds "
+            "lead_seconds by note").split(), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(runs)
         text = table.getvalue()
@@ -10394,7 +10392,7 @@ def report_page(application: str, runs: List[Json], measures: Json) -> str:
 def command_attest(run: Run) -> None:
     """Print the statement that a release was live here, for this host's key to sign."""
     with looking(run) as store:
-        facts = observe(run, locked=False)
+        facts = observe(run)
         record = select_release(facts, run.flags.release or "current")
         entries = [entry for entry in store.history()
                    if entry.release == record.id and entry.result in GOES_LIVE]
@@ -10878,33 +10876,33 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
                              kill_after_seconds=NOTIFY_GRACE_SECONDS)
         last = f": {done.tail[-1]}" if done.tail else ""
         return {} if done.ok else {"error": f"{spell(done.argv)} {done.verdict()}{last}"}
-    headers = {name: render_template(value, words, where)
-               for name, value in settings.header.items()}
-    secrets = {"url": settings.url}
-    for key in filter(lambda key: getattr(settings, key), ("token_file", "url_file")):
-        asked.at(f"reading {key}")
-        secrets[key[:-5]] = read_text(getattr(settings, key)).strip()
-        if not secrets[key[:-5]]:
-            return {"error": f"{key} is empty"}
+    settings.header = {name: render_template(value, words, where)
+                       for name, value in settings.header.items()}
+    secrets = {"url": settings.url, "token": ""}
+    for name in secrets:
+        path = getattr(settings, f"{name}_file")
+        if path:
+            asked.at(f"reading {name}_file")
+            secrets[name] = read_text(path).strip()
+            if not secrets[name]:
+                return {"error": f"{name}_file is empty"}
     if wrong_target(secrets["url"]):
         return {"error": "url_file holds no https:// URL"}
-    if "token" in secrets:
-        headers["Authorization"] = f"Bearer {secrets['token']}"
+    if secrets["token"]:
+        settings.header["Authorization"] = f"Bearer {secrets['token']}"
     body = settings.body or NOTIFIERS[settings.type][2]
     words["text"] = text[:MOST_CHARACTERS]
     if body.startswith(JSON_BEGINS):  # then what stands in it is escaped
         words = {name: json.dumps(value)[1:-1] for name, value in words.items()}
     else:
-        headers.setdefault("Content-Type", "text/plain; charset=utf-8")
+        settings.header.setdefault("Content-Type", "text/plain; charset=utf-8")
     words["result"] = json.dumps(result)
-    return post(asked, secrets["url"], headers, settings, render_template(body, words, where))
+    return post(asked, secrets["url"], settings, render_template(body, words, where))
 
 
-def post(asked: Conversation, target: str, headers: Dict[str, str], settings: Any,
-         body: str) -> Json:
+def post(asked: Conversation, target: str, settings: Any, body: str) -> Json:
     """Post a body; returns {"error": why} where it was not taken, nothing where it was."""
     data = body.encode("utf-8", "backslashreplace")
-    settings = SimpleNamespace(header=headers, tls_ca=settings.tls_ca, proxy=settings.proxy)
     response = asked.request("POST", parse_url(target), {
         "Content-Type": "application/json", "Content-Length": str(len(data))}, settings, data)
     if 200 <= response.status < 300:
@@ -10919,9 +10917,9 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
     root = os.path.realpath(run.settings.deploy.root)
     context = Context(run.application, root, "", "", root, "", run.deploy_id)
     if facts is not None:
-        recovered = run.outcome.release if run.flags.command == "recover" else None
+        release = run.outcome.release if result["command"] == "recover" else None
         before = facts.records.get(facts.current.release or "")
-        context = context_for(facts, run.target or recovered)
+        context = context_for(facts, run.plan.to_release if run.plan else release)
     if event == "recovered":
         lines = result.get("recovered") or lines  # nothing where a person settled it
     words = dict(
@@ -11004,8 +11002,8 @@ def send_trace(run: Run, ended: str, result: Json) -> None:
     from urllib.parse import unquote
     pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
     headers = {name: unquote(value.strip()) for name, value in pairs}
-    settings = SimpleNamespace(tls_ca="", proxy="none")
-    deliver(run, {"trace: not sent": lambda asked: post(asked, target, headers, settings, content)})
+    settings = SimpleNamespace(header=headers, tls_ca="", proxy="none")
+    deliver(run, {"trace: not sent": lambda asked: post(asked, target, settings, content)})
 
 
 # -- all of it -------------------------------------------------------------------
