@@ -2451,6 +2451,9 @@ class Journal(NamedTuple):
     chain: str = ""
     migration: Dict[str, Any] = {}
 
+    def __str__(self) -> str:
+        return f"{self.operation} of {self.to_release}"
+
 
 class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
@@ -3233,8 +3236,10 @@ class Run:
         if getattr(flags, "override", None):
             notes.append(f"override: {flags.override}")
         self.note = console.secrets.mask("; ".join(filter(None, notes)))
-        root = settings.deploy.root and os.path.realpath(settings.deploy.root)
-        self.application = settings.deploy.application or os.path.basename(root) or "application"
+        # Where the root lies, absolute and without symlinks; empty where none is given.
+        self.place = settings.deploy.root and os.path.realpath(settings.deploy.root)
+        self.application = settings.deploy.application or os.path.basename(self.place) \
+            or "application"
         self.outcome = Outcome(flags.command)
         self.fetch: Any = None  # how to get, once, what [policy] wants beside sync's artifact
         self.judged: Dict[str, str] = {}  # why [policy] judge let these digests pass
@@ -3245,9 +3250,9 @@ class Run:
     @property
     def root(self) -> str:
         """The root, absolute and without symlinks; UsageError where there is none that can be."""
-        if not self.settings.deploy.root:
+        root = self.place
+        if not root:
             raise UsageError("no root is given", "name it with --root DIR, or set root in [deploy]")
-        root = os.path.realpath(self.settings.deploy.root)
         if root == "/" or escape(root) != root:
             raise UsageError(f"{root!r} cannot be a root",
                              "name the application's own directory: --root DIR")
@@ -7564,8 +7569,8 @@ def check_lock(run: Run) -> Findings:
         yield ("fail", f"held by {describe_holder(run.facts.holder)}",
                "look again once it has ended; a real run waits for it with --wait-lock 5m")
     elif journal:
-        yield ("warn", f"{journal.operation} of {journal.to_release} was interrupted "
-               f"({journal.phase})", "the next writing command recovers it first")
+        yield ("warn", f"{journal} was interrupted ({journal.phase})",
+               "the next writing command recovers it first")
 
 
 def check_artifact(run: Run) -> Findings:
@@ -9235,7 +9240,7 @@ def recover(run: Run) -> List[str]:
 
 def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
     """Bring the run that a journal tells of to its end; says how."""
-    store, what = run.store, f"{journal.operation} of {journal.to_release}"
+    store, what = run.store, str(journal)
     for release in filter(None, (journal.from_release, journal.to_release)):
         # A record that cannot be read now must not pass for none.
         if release not in run.facts.records and store.status(f"{RECORDS}/{release}.json"):
@@ -9305,7 +9310,7 @@ def abort(run: Run, plan: Plan, journal: Journal) -> str:
     executor.end("aborted", StepFailed(str(why)), EXIT_FAILED)
     what = "was not finished; the release stays staged" if sealed else \
         "was undone: it had not been activated"
-    return f"{journal.operation} of {journal.to_release} {what}"
+    return f"{journal} {what}"
 
 
 def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
@@ -9327,8 +9332,7 @@ def stray_error(store: Store, journal: Journal, live: Optional[str]) -> Optional
     if live in ends or verdict_of(store, journal, live):
         return None
     return StateError(
-        f"cannot recover the {journal.operation} of {journal.to_release}: current is "
-        f"{live or 'missing'}, neither where it came from "
+        f"cannot recover the {journal}: current is {live or 'missing'}, neither where it came from "
         f"({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
 
 
@@ -9450,14 +9454,14 @@ _deploy_py() {
         if [[ $item == = ]]; then skip=1; continue; fi
         if [[ -n $skip ]]; then skip=""; continue; fi
         case $item in
-            @TAKING@) skip=1 ;;
-            @COMMANDS@) command=$item; break ;;
+            %(taking)s) skip=1 ;;
+            %(commands)s) command=$item; break ;;
         esac
     done
     case "$command:$word" in
-@CASES@
-        *:-*) offer="@EVERYWHERE@" ;;
-        :*) if [[ -z $skip ]]; then offer="@NAMES@"; fi ;;
+%(cases)s
+        *:-*) offer="%(everywhere)s" ;;
+        :*) if [[ -z $skip ]]; then offer="%(names)s"; fi ;;
     esac
     COMPREPLY=($(compgen -W "$offer" -- "$word"))
 }
@@ -9577,11 +9581,13 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
     Nothing is locked or recovered.  Raises UsageError where there is no root and there must be one,
     ProblemFound for a state that is not as it was left.
     """
-    root, open_root = run.root, Store.create if make else Store.open
-    run.store = open_root(run.settings)
+    if make:
+        run.store = Store.create(run.settings)
+    else:
+        run.store = run.root and Store.open(run.settings)
     try:
         if must_exist and run.store is None:
-            raise UsageError(f"the root {root} does not exist",
+            raise UsageError(f"the root {run.root} does not exist",
                              "name another with --root DIR, or deploy something first")
         yield run.store
     except PreflightFailed as error:
@@ -9784,8 +9790,8 @@ def show_plan(run: Run, plan: Plan) -> None:
     if facts.holder is not None:
         run.console.warn(f"{busy(facts.holder).message}; after that the plan may be another")
     elif journal and not outcome.checks:  # where there are checks, one of them says so
-        run.console.warn(f"{journal.operation} of {journal.to_release} was interrupted; once that "
-                         "is recovered the plan may be another")
+        run.console.warn(f"{journal} was interrupted; once that is recovered the plan may be "
+                         "another")
     outcome.changed, outcome.extra["plan"] = bool(steps or journal), plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
     if not steps:
@@ -9875,8 +9881,7 @@ def command_recover(run: Run) -> None:
                     stray = stray_error(run.store, journal, current.release)
                     if stray:
                         raise stray
-                    done.append(f"recover the {journal.operation} of {journal.to_release} "
-                                f"({journal.phase})")
+                    done.append(f"recover the {journal} ({journal.phase})")
                 done += [f"remove {path}" for path in run.store.sweep()]
                 outcome.changed = bool(done)
     if dry_run:
@@ -10122,7 +10127,7 @@ def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
         return
     if journal:
         by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
-        yield (f"{journal.operation} of {journal.to_release} was not finished ({journal.phase})",
+        yield (f"{journal} was not finished ({journal.phase})",
                command_line("recover --to RELEASE" if by_hand else "recover"))
     if journal or facts.current.problem:
         return
@@ -10439,35 +10444,36 @@ def show_signable(run: Run, text: str, name: str, how: str) -> None:
 
 def command_maintenance(run: Run) -> None:
     """Put the flag up or down by hand, without the lock, as a run may hang; or serve the page."""
-    flag, outcome, is_on = run.settings.maintenance.flag, run.outcome, run.flags.action == "on"
-    if run.flags.action == "serve":
+    flag, outcome, action = run.settings.maintenance.flag, run.outcome, run.flags.action
+    if action == "serve":
         serve_maintenance(run)
         return
     with looking(run) as store:
         found = store.maintenance()
         outcome.changed = bool(found)
-        if is_on:  # a run's own becomes the person's
+        if action == "on":  # a run's own becomes the person's
             outcome.changed = not found or "deploy_id" in found
         if outcome.changed and not run.flags.dry_run:
-            if is_on:
+            if action == "on":
                 whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
                 store.write(flag, json.dumps(whose).encode("ascii"), 0o644)
             else:
                 store.forget(flag)
-    conclude(run, f"maintenance is {run.flags.action}: {run.root}/{flag}")
+    conclude(run, f"maintenance is {action}: {run.root}/{flag}")
     run.console.say(outcome.message, shown="")
 
 
 def serve_maintenance(run: Run) -> None:
     """Answer 503 and the page to everybody, and 200 where a balancer asks, up to a signal."""
     import socket
-    path, page = run.flags.health or "/healthz", b"Down for maintenance.\n"
-    if not run.flags.listen or path[0] != "/":
+    flags, page = run.flags, b"Down for maintenance.\n"
+    path, listen = flags.health or "/healthz", flags.listen
+    if not listen or path[0] != "/":
         raise UsageError("maintenance serve needs one --listen HOST:PORT, and --health a /PATH",
                          "such as --listen 127.0.0.1:8503 --health /healthz")
     healthy = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
-    if run.flags.page:
-        page = read_file(run.flags.page, MAX_CONFIG_BYTES)
+    if flags.page:
+        page = read_file(flags.page, MAX_CONFIG_BYTES)
     busy = f"503 Service Unavailable\r\nRetry-After: {run.settings.maintenance.retry_after}"
 
     def answer(client: Any) -> None:
@@ -10489,10 +10495,10 @@ def serve_maintenance(run: Run) -> None:
             while receive():
                 pass  # closed with some of it unread, the answer could be lost
 
-    run.console.say(f"503 for everybody on {run.flags.listen}")
-    if run.flags.dry_run:
+    run.console.say(f"503 for everybody on {listen}")
+    if flags.dry_run:
         return
-    address = read_value("address", run.flags.listen)
+    address = read_value("address", listen)
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener, suppress(Interrupted):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -10630,12 +10636,10 @@ def command_completion(run: Run) -> None:
     for command in COMMAND_HELP:
         own = " ".join(name for name, flag in flags if command in flag.commands)
         cases.append(f'        {command}:-*) offer="{own} {everywhere}" ;;')
-    script = COMPLETION
-    for word, text in (("TAKING", "|".join(name for name, flag in flags if flag.metavar)),
-                       ("COMMANDS", "|".join(COMMAND_HELP)), ("NAMES", " ".join(COMMAND_HELP)),
-                       ("EVERYWHERE", everywhere), ("CASES", "\n".join(cases))):
-        script = script.replace(f"@{word}@", text)
-    run.outcome.extra["completion"] = script
+    script = run.outcome.extra["completion"] = COMPLETION % {
+        "taking": "|".join(name for name, flag in flags if flag.metavar),
+        "commands": "|".join(COMMAND_HELP), "names": " ".join(COMMAND_HELP),
+        "everywhere": everywhere, "cases": "\n".join(cases)}
     run.console.raw_result(script)
 
 
@@ -10650,7 +10654,7 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
     """Put together the one object of --json; without a run, where no command was run."""
     outcome, root, warnings = Outcome(""), "", []
     if run is not None:
-        outcome, root, warnings = run.outcome, run.settings.deploy.root, run.console.warnings
+        outcome, root, warnings = run.outcome, run.place, run.console.warnings
     failed, is_dry = error is not None, bool(run and run.flags.dry_run)
     statuses = [done.status for done in (*outcome.steps, *outcome.checks)]
     failures = statuses.count("failed") + statuses.count("fail")
@@ -10659,7 +10663,7 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         command=outcome.command or None, exit_code=exit_code,
         msg=error.message if error else outcome.message,
         application=run.application if root else None,
-        root=portable(os.path.realpath(root)) if root else None,
+        root=portable(root) if root else None,
         release=outcome.release, previous=outcome.previous, rolled_back=outcome.rolled_back,
         deploy_id=run and run.deploy_id, dry_run=is_dry,
         steps=[step.to_json() for step in outcome.steps],
