@@ -697,11 +697,11 @@ class Console:
 
     def result(self, text: str) -> None:
         """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
-        write = partial(self.raw_result, "\n".join(map(self.clean, text.split("\n"))) + "\n")
+        lines = "\n".join(map(self.clean, text.split("\n"))) + "\n"
         if self.quiet:
-            self._held.append(write)
-        else:
-            write()
+            self._held.append(partial(self.raw_result, lines))
+        elif not self.json_mode:
+            self._write(sys.stdout, lines)
 
     def raw_result(self, text: str) -> None:
         """The result as it stands (generated files); not escaped, own words only."""
@@ -2684,11 +2684,6 @@ class Store(ExitStack):
                                  "a file that is in its place has to be moved away")
         return self._open[path]
 
-    def at(self, path: str) -> Tuple[Directory, str]:
-        """Say in which directory something stands, by which name."""
-        above, name = os.path.split(path)
-        return self.directory(above), name
-
     def names(self, path: str) -> List[str]:
         """List a directory, sorted; empty where there is none."""
         try:
@@ -2699,8 +2694,8 @@ class Store(ExitStack):
     def status(self, path: str) -> Optional[os.stat_result]:
         """Return lstat of what stands at a path, or None."""
         try:
-            place, name = self.at(path)
-            return os.stat(name, dir_fd=place.descriptor, follow_symlinks=False)
+            above, name = os.path.split(path)
+            return os.stat(name, dir_fd=self.directory(above).descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
@@ -2722,8 +2717,8 @@ class Store(ExitStack):
         what = f"{'the journal ' if kind is Journal else ''}{self.path}/{path}"
         hint = hint or "correct it, or move it out of the way"
         try:
-            place, name = self.at(path)
-            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, place.descriptor)
+            above, name = os.path.split(path)
+            data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -2738,8 +2733,8 @@ class Store(ExitStack):
 
     def write(self, path: str, data: Union[bytes, Iterable[bytes]], mode: int = 0) -> str:
         """Replace a file durably, by default as those of .deploy; return its SHA-256."""
-        place, name = self.at(path)
-        return place.write(name, data, mode or self.file_mode)
+        above, name = os.path.split(path)
+        return self.directory(above).write(name, data, mode or self.file_mode)
 
     def save(self, value: Any) -> None:
         """Write a record or the journal durably."""
@@ -2756,10 +2751,11 @@ class Store(ExitStack):
     def forget(self, *paths: str) -> None:
         """Remove files durably, where they are there."""
         for path in paths:
-            place, name = self.at(path)
+            above, name = os.path.split(path)
+            place = self.directory(above).descriptor
             with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=place.descriptor)
-            os.fsync(place.descriptor)
+                os.unlink(name, dir_fd=place)
+            os.fsync(place)
 
     # -- releases and current ------------------------------------------------
 
@@ -2831,8 +2827,7 @@ class Store(ExitStack):
         name = temporary_name(STAGING_PREFIX[1:] + "release")
         os.mkdir(name, 0o777, dir_fd=self.directory("releases").descriptor)
         tree = self.directory(f"releases/{name}").descriptor
-        if self.group >= 0:
-            give_to_group(tree, self.group)  # any member may have to remove it
+        give_to_group(tree, self.group)  # any member may have to remove it
         # What umask, setgid bit and default ACL made of it is what it is to have at the end.
         self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
         os.fchmod(tree, self._published_mode & ~(0o077 if self.group < 0 else 0o007))
@@ -2925,13 +2920,16 @@ class Store(ExitStack):
     @contextmanager
     def open_manifest(self, release: str) -> Iterator[Tuple[Any, Any]]:
         """Open a release's manifest and tree as binary streams; StateError where one is missing."""
-        for path in (MANIFESTS, TREES):
-            if self.status(f"{path}/{release}") is None:
-                raise StateError(f"{release} cannot be verified: "
-                                 f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
-        with open_file(release, os.O_NOFOLLOW, self.directory(MANIFESTS).descriptor) as manifest, \
-                open_file(release, os.O_NOFOLLOW, self.directory(TREES).descriptor) as tree:
-            yield manifest, tree
+        with ExitStack() as stack:
+            streams = []
+            for path in (MANIFESTS, TREES):
+                try:
+                    place = self.directory(path).descriptor
+                    streams.append(stack.enter_context(open_file(release, os.O_NOFOLLOW, place)))
+                except FileNotFoundError:
+                    raise StateError(f"{release} cannot be verified: "
+                                     f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
+            yield streams[0], streams[1]
 
     def read_journal(self) -> Optional[Journal]:
         """Return what is under way, or None; StateError when the journal cannot be believed."""
@@ -2958,8 +2956,9 @@ class Store(ExitStack):
         """
         self.chain = ""
         try:
-            place, name = self.at(HISTORY)
-            stream = open_file(name, os.O_NOFOLLOW, place.descriptor)
+            above, name = os.path.split(HISTORY)
+            place = self.directory(above).descriptor
+            stream = open_file(name, os.O_NOFOLLOW, place)
         except FileNotFoundError:
             return [], b""
         except OSError as error:
@@ -2977,7 +2976,7 @@ class Store(ExitStack):
         *lines, torn = data.split(b"\n")
         if cut and torn:
             flags = os.O_WRONLY | os.O_NOFOLLOW
-            with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
+            with open(os.open(name, flags, dir_fd=place), "wb") as stream:
                 stream.truncate(end - len(torn))
                 os.fsync(stream.fileno())
         if lines:
@@ -3002,9 +3001,9 @@ class Store(ExitStack):
         if self.status(HISTORY) is None:
             self.write(HISTORY, b"")  # its name is sure before its first line counts
         line = json.dumps(seal(encode(entry))).encode("ascii")
-        place, name = self.at(HISTORY)
+        above, name = os.path.split(HISTORY)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-        with open(os.open(name, flags, dir_fd=place.descriptor), "wb") as stream:
+        with open(os.open(name, flags, dir_fd=self.directory(above).descriptor), "wb") as stream:
             stream.write(line + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -3060,10 +3059,10 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
     It dies with its holder.  The file's content is information for people only.  It is never
     unlinked, or two runs could each hold a lock on a file of that name.
     """
-    place, name = store.at(LOCK)
+    above, name = os.path.split(LOCK)
     # Whatever is readable: who can open it can hold it.
     descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
-                         dir_fd=place.descriptor)
+                         dir_fd=store.directory(above).descriptor)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
     with open(descriptor, "r+b", buffering=0) as stream:
         if store.group >= 0 and os.fstat(descriptor).st_uid == os.geteuid():
@@ -3090,8 +3089,8 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
 def lock_holder(store: Store) -> Optional[Json]:
     """Say who holds the lock, empty where it does not say; None if nobody."""
     try:
-        place, name = store.at(LOCK)
-        with open_file(name, os.O_NOFOLLOW, place.descriptor) as stream:
+        above, name = os.path.split(LOCK)
+        with open_file(name, os.O_NOFOLLOW, store.directory(above).descriptor) as stream:
             with suppress(BlockingIOError):
                 fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
@@ -3168,18 +3167,18 @@ class Context(NamedTuple):
 
     def variables(self) -> Dict[str, str]:
         """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
-        names = {
+        always = {
             "APPLICATION": self.application, "ROOT": self.root, "RELEASE": self.release,
             "VERSION": self.version, "RELEASE_PATH": self.release_path, "ID": self.deploy_id,
             "CURRENT_PATH": f"{self.root}/current", "SHARED_PATH": f"{self.root}/shared",
             "PREVIOUS_RELEASE": self.previous}
-        sometimes = {"NOTE": self.note, "CANDIDATE_PORT": self.candidate_port,
-                     "FAILED_RELEASE": self.failed,
-                     "FAILED_PATH": self.failed and f"{self.root}/releases/{self.failed}"}
-        if self.slot:
-            sometimes.update(SLOT=self.slot.name, SLOT_PORT=str(self.slot.port))
-        names.update((name, value) for name, value in sometimes.items() if value)
-        return {f"DEPLOY_{name}": value for name, value in names.items()}
+        sometimes = {
+            "NOTE": self.note, "CANDIDATE_PORT": self.candidate_port,
+            "FAILED_RELEASE": self.failed,
+            "FAILED_PATH": self.failed and f"{self.root}/releases/{self.failed}",
+            "SLOT": self.slot and self.slot.name, "SLOT_PORT": self.slot and str(self.slot.port)}
+        return {f"DEPLOY_{name}": value for name, value in {**always, **sometimes}.items()
+                if value or name in always}
 
 
 class Outcome:
@@ -8300,8 +8299,7 @@ def keep_record(run: Run, release: str, counts: Dict[str, int], **fields: Any) -
     digests = {}
     for path, name, lines in ((TREES, "tree", tree_lines(run.manifest)),
                               (MANIFESTS, "manifest", digest_lines(run.manifest))):
-        digests[f"{name}_sha256"] = run.store.directory(path).write(
-            release, lines, run.store.file_mode)
+        digests[f"{name}_sha256"] = run.store.write(f"{path}/{release}", lines)
     record = Record(**dict(
         dict.fromkeys(Record._fields), id=release, pinned=False, migrated=False, by=run.by,
         rollback={"release": None, "command": None}, note=run.note or None,
