@@ -1915,6 +1915,8 @@ class Flag(SimpleNamespace):
 # names (=dest, or =the option that it gives), metavar (/kind), commands, help
 # All commands share one namespace: a name that means something else elsewhere needs `=dest`.
 FLAG_TABLE = """\
+-h --help=show_help  -            -  show how it is used
+--version=show_version  -         -  show the version
 -c --config          FILE...      -  configuration file; may repeat, a later one wins
 -n --dry-run         -            -  show the plan, change nothing
 --json               -            -  print exactly one JSON object on stdout
@@ -3339,11 +3341,11 @@ _KEY_KINDS = {
     "nistp521": ("sha512", "30819b301006072a8648ce3d020106052b8104002303818600")}
 _DIGEST_INFO = {32: "003031300d060960864801650304020105000420",
                 64: "003051300d060960864801650304020305000440"}
-_ARMOR = re.compile(rb"-----BEGIN ([A-Z ]+)-----\s([\w+/=\s]+)-----END \1-----\s*\Z")
-_MINISIGN = re.compile(rb"untrusted comment:[^\n]*\n(\S{100})\r?\n"
-                       rb"(?:trusted comment: ([^\r\n]*)\r?\n(\S{88})\s*)?\Z")
+_ARMOR = rb"-----BEGIN ([A-Z ]+)-----\s([\w+/=\s]+)-----END \1-----\s*\Z"
+_MINISIGN = (rb"untrusted comment:[^\n]*\n(\S{100})\r?\n"
+             rb"(?:trusted comment: ([^\r\n]*)\r?\n(\S{88})\s*)?\Z")
 # A line of allowed_signers (ssh-keygen(1)): no certificates, and no times that are local.
-_SIGNER = re.compile(
+_SIGNER = (
     r'\s*(?:#.*|("[^"]+"|[^\s"]+)\s+(?i:(?:namespaces="([^"]*)"|'
     r'valid-after="(\d{8}|\d{12}|\d{14})Z"|valid-before="(\d{8}|\d{12}|\d{14})Z"|,(?=\S))+\s+)?'
     r"(?:ssh|ecdsa|sk)-\S+\s+(\S+)(?:\s.*)?)?\Z")
@@ -3481,7 +3483,7 @@ def read_key(text: str) -> PublicKey:
     with blaming(UsageError, f"key {text}", hint):
         data = text.encode() if KEY_LITERAL.match(text) else read_file(text, MAX_CONFIG_BYTES)
     with blaming(UsageError, f"key {text} line {1 + data.startswith(b'untrusted')}", hint):
-        pem = _ARMOR.match(data)
+        pem = re.match(_ARMOR, data)
         blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
         for kind, (_, mark) in _KEY_KINDS.items():
             _, found, value = blob.partition(binascii.unhexlify(mark))
@@ -3501,7 +3503,7 @@ def read_signers(path: str) -> Iterator[Any]:
         lines = read_file(path, MAX_CONFIG_BYTES).decode().split("\n")
     for number, line in enumerate(lines, 1):
         with blaming(UsageError, f"{path} line {number}", hint):
-            who, *rest, key = _SIGNER.match(line).groups("")  # type: ignore
+            who, *rest, key = re.match(_SIGNER, line).groups("")  # type: ignore
             if key:
                 yield (who.strip('"'), *rest, _read_ssh_key(read_base64(key.encode())).fingerprint)
 
@@ -3579,7 +3581,7 @@ class Verifier(NamedTuple):
         return found
 
     def _minisign(self, signature: bytes, sizes: Any) -> Any:
-        first, comment, last = _MINISIGN.match(signature).groups()  # type: ignore
+        first, comment, last = re.match(_MINISIGN, signature).groups()  # type: ignore
         blob, moment = read_base64(first), re.search(rb"\btimestamp:(\d{1,10})\b", comment or b"")
         value, signer = blob[10:], blob[9:1:-1].hex().upper()
         key = next((key for key in self.keys if key.id == blob[2:10]), None)
@@ -3605,7 +3607,7 @@ class Verifier(NamedTuple):
         return ("minisign" if last else "signify", signer, key.fingerprint, at), hasher, is_true
 
     def _ssh(self, signature: bytes) -> Any:
-        blob = read_base64(_ARMOR.match(signature).group(2))  # type: ignore
+        blob = read_base64(re.match(_ARMOR, signature).group(2))  # type: ignore
         public, namespace, reserved, algorithm, inner = _read_strings(blob[10:])
         key, (key_type, *_, application) = _read_ssh_key(public), _read_strings(public)
         flags = inner[-5:] if key_type.startswith(b"sk-") else b""
@@ -3659,11 +3661,10 @@ SHOWN_CHARACTERS = 300
 RATIO_FLOOR_BYTES = 1 << 30
 
 # By content, never by name; a plain tar is told by its first header's checksum.
-_MAGIC = re.compile(
+_MAGIC = (
     rb"(?P<tar_gz>\x1f\x8b\x08)|(?P<tar_bz2>BZh[1-9])|(?P<tar_xz>\xfd7zXZ\0)|"
     rb"(?P<tar_zst>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<zip>PK(?:\x03\x04|\x05\x06))")
-ARCHIVE_SUFFIX = re.compile(
-    r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z")
+ARCHIVE_SUFFIX = r"(?i)\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|t[gbx]z2?|tzst|zip|whl|jar|war)\Z"
 
 SIGNATURES = (".minisig", ".sig", ".intoto.jsonl")  # of an artifact, behind its name
 FILE = "file"
@@ -3979,14 +3980,14 @@ def format_of(head: bytes) -> str:
     """Tell an archive's format by its first bytes; empty for none that is known."""
     if len(head) == TAR_BLOCK_BYTES and checksum_holds(head):
         return "tar"
-    found = _MAGIC.match(head)
+    found = re.match(_MAGIC, head)
     return str(found.lastgroup).replace("_", ".") if found else ""
 
 
 # A digest alone, which has no name, or as sha256sum, BSD sha256 and openssl write it:
 # escaped, name, digest, name.
-_DIGEST_LINE = re.compile(rb"(\\?)(?:SHA(?:2-)?256 ?\((.+)\) ?= ?)?"
-                          rb"\s*([0-9A-Fa-f]{64})(?: [ *]?(.*\S.*)|\s*)\Z", re.DOTALL)
+_DIGEST_LINE = (rb"(?s)(\\?)(?:SHA(?:2-)?256 ?\((.+)\) ?= ?)?"
+                rb"\s*([0-9A-Fa-f]{64})(?: [ *]?(.*\S.*)|\s*)\Z")
 _ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
 
 
@@ -3999,8 +4000,8 @@ def unescape_name(name: bytes) -> bytes:
 def read_digests(data: bytes) -> List[Tuple[bytes, str]]:
     """Read the lines of a SHA256SUMS: name, empty where there is none, and digest; ValueError."""
     entries = []
-    for found in filter(None, map(_DIGEST_LINE.match,
-                                  re.split(rb"\r?\n", data.lstrip(b"\xef\xbb\xbf")))):
+    lines = re.split(rb"\r?\n", data.lstrip(b"\xef\xbb\xbf"))
+    for found in filter(None, map(re.compile(_DIGEST_LINE).match, lines)):
         escaped, tagged, digest, plain = found.groups()
         entry = tagged or plain or b""
         entries.append((unescape_name(entry) if escaped else entry, digest.decode().lower()))
@@ -4015,13 +4016,11 @@ def digest_line(sha256: str, name: bytes) -> bytes:
 
 # -- the version -------------------------------------------------------------
 
-_VERSION = re.compile(KINDS["version"][2] + r"\Z")
+_VERSION = KINDS["version"][2] + r"\Z"
 # What builds append for the platform is not part of the version.
-_PLATFORM = re.compile(
+_PLATFORM = (
     r"(?i)(?:[-_.](?:linux|darwin|windows|unknown|gnu|musl|amd64|arm64|x86_64|x64|x86|i[36]86|"
     r"aarch64|armv[67]l?|ppc64le|s390x|noarch|any|all|src|source|orig|bin|dist|release))+\Z")
-_IN_NAME = (re.compile(r"(?:\A|[-_])v?(\d+\.\d.*)\Z"),
-            re.compile(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z"))
 
 
 def find_version(name: str, pattern: str, sha256: str) -> str:
@@ -4029,15 +4028,16 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
 
     1.0.0-rc.1 of foo-1.0.0-rc.1.tgz; ArtifactRefused for a name that the pattern does not fit.
     """
-    stem = ARCHIVE_SUFFIX.sub("", name)
+    stem = re.sub(ARCHIVE_SUFFIX, "", name)
     if pattern:
         found = re.match("(.+)".join(map(re.escape, pattern.partition("@v")[::2])) + r"\Z", name)
     elif name.lower().endswith(".whl"):
         found = re.match(r"[^-]+-([^-]+)-.+-", stem)  # PEP 427: name-version-...-platform
     else:
-        stem = _PLATFORM.sub("", stem)
-        found = _IN_NAME[0].search(stem) or _IN_NAME[1].search(stem)
-    if found and _VERSION.match(found.group(1)):
+        stem = re.sub(_PLATFORM, "", stem)
+        found = (re.search(r"(?:\A|[-_])v?(\d+\.\d.*)\Z", stem)
+                 or re.search(r"(?:\A|[-_])v?(\d+(?:[-_.+~].*)?)\Z", stem))
+    if found and re.match(_VERSION, found.group(1)):
         return found.group(1)
     if pattern:
         raise ArtifactRefused(
@@ -4063,9 +4063,6 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
 
 
 # -- the manifest ------------------------------------------------------------
-
-_MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-f]{64})  (.+)\n\Z", re.DOTALL)
-
 
 def add_member(manifest: Manifest, member: Member) -> None:
     """Add what a release gets beside its artifact, and the directories above it."""
@@ -4120,9 +4117,10 @@ def tree_digest(manifest: Manifest) -> str:
 def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
     """Read a manifest from the lines of its two files; ValueError for one that is malformed."""
     manifest: Manifest = {}
+    form = re.compile(rb"(?s)(\\?)([0-9a-f]{64})  (.+)\n\Z")
     try:
         for line in digests:
-            escaped, digest, name = _MANIFEST_LINE.match(line).groups()  # type: ignore
+            escaped, digest, name = form.match(line).groups()  # type: ignore
             name = unescape_name(name) if escaped else name
             manifest[name] = Member(name, FILE, _MODE_FILE, content=binascii.unhexlify(digest))
         for line in tree:
@@ -4316,7 +4314,7 @@ class Judge:
         if not self._settings.strip_components and len(tops) == 1 and files and tops != {*files}:
             notes.append(f"everything lies under {show(min(tops))}: "
                          f"strip_components = 1 would drop it")
-        if len(files) == 1 and ARCHIVE_SUFFIX.search(os.fsdecode(files[0])):
+        if len(files) == 1 and re.search(ARCHIVE_SUFFIX, os.fsdecode(files[0])):
             notes.append(f"it holds nothing but {show(files[0])}, which stays packed: "
                          f"deploy that archive itself")
         for name in manifest:
@@ -5414,7 +5412,7 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
 
 # -- templates ---------------------------------------------------------------
 
-PLACEHOLDER = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}")
+PLACEHOLDER = r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}"
 
 
 def template_values(settings: Settings, context: Context) -> Dict[str, str]:
@@ -5426,13 +5424,14 @@ def template_values(settings: Settings, context: Context) -> Dict[str, str]:
 
 def render_template(text: str, values: Dict[str, str], where: str) -> str:
     """Replace every `${name}`; `$${name}` gives `${name}`; StepFailed for names without a value."""
-    missing = {f"${{{name}}}" for escaped, name in PLACEHOLDER.findall(text)
+    missing = {f"${{{name}}}" for escaped, name in re.findall(PLACEHOLDER, text)
                if not escaped and name not in values}
     if missing:
         names = ", ".join(sorted(missing))
         raise StepFailed(f"{where}: no value for {names}", "set them in [vars] or in the "
                          "environment; write $${name} for a literal ${name}")
-    return PLACEHOLDER.sub(
+    return re.sub(
+        PLACEHOLDER,
         lambda found: found.group()[1:] if found.group(1) else values[found.group(2)], text)
 
 
@@ -6877,7 +6876,7 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
                     name, run.settings.artifact.match, row["sha256"]))
             if "version" not in row:
                 continue
-            for key, form in ("version", _VERSION.pattern), ("sha256", "[0-9a-f]{64}"):
+            for key, form in ("version", _VERSION), ("sha256", "[0-9a-f]{64}"):
                 if not re.fullmatch(form, row[key]):
                     raise ValueError(f"{key} {row[key]!r} of {name!r}")
             url, built_at = row.get("url") or quote(row["name"]), row.get("built_at")
@@ -7019,7 +7018,7 @@ def list_refs(run: Run) -> Tuple[Json, List[Offer]]:
     for name, commit in commits.items():
         version = name[len("refs/tags/"):] if is_tag else commit[:12]
         commit = commits.get(name + "^{}", commit)
-        if fnmatchcase(name, ref) and _VERSION.match(version):
+        if fnmatchcase(name, ref) and re.match(_VERSION, version):
             offers.append(Offer(version=version, sha256=commit, path=f"{source.git}#{commit}",
                                 name=f"{run.application}-{version}.tar", ref=name))
     return {"wanted": "" if is_tag or not offers else offers[0].version}, offers
@@ -8224,7 +8223,7 @@ def do_templates(run: Run, step: Step) -> None:
                                  f"correct [{section}] source")
         text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
         rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
-        for escaped, key in PLACEHOLDER.findall(data.decode("utf-8", "replace")):
+        for escaped, key in re.findall(PLACEHOLDER, data.decode("utf-8", "replace")):
             # A query is masked as well, and need not be secret.
             is_masked = MASK in mask(values.get(key, "")).replace("?" + MASK, "")
             if not escaped and (SECRET_NAME.search(key.lower()) or is_masked) \
@@ -10628,8 +10627,7 @@ def command_help(run: Run) -> None:
 def command_completion(run: Run) -> None:
     """Print what makes a shell complete this program's words."""
     flags = [(name, flag) for flag in FLAGS for name in flag.names if not flag.is_argument]
-    everywhere = " ".join(["-h", "--help", "--version"]
-                          + [name for name, flag in flags if not flag.commands])
+    everywhere = " ".join(name for name, flag in flags if not flag.commands)
     cases = []
     for command in COMMAND_HELP:
         own = " ".join(name for name, flag in flags if command in flag.commands)
@@ -11082,8 +11080,13 @@ class HelpAsked(Exception):
     """--help or --version: the text to show instead of running a command."""
 
 
+ACTIONS = {"show_help": "help", "show_version": "version"}  # argparse's own, of a flag without text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with everything it has to say handed to the one boundary."""
+
+    version = f"deploy.py {VERSION}"
 
     def __init__(self, **settings: Any) -> None:
         # A formatter that asks for the terminal's width makes every start import shutil, bz2, lzma.
@@ -11111,8 +11114,8 @@ class Parser(argparse.ArgumentParser):
         raise HelpAsked(message)
 
 
-def add_flag(group: Any, flag: Flag) -> None:
-    """Add one row of the table to a parser or a group of one."""
+def add_flag(group: Any, flag: Flag) -> Any:
+    """Add one row of the table to a parser or a group of one, as an action of argparse's."""
     values: List[str] = []  # one list of all: `append` begins anew behind the command
 
     def read(text: str) -> Any:
@@ -11134,25 +11137,19 @@ def add_flag(group: Any, flag: Flag) -> None:
     if flag.metavar:
         kind.update(metavar=flag.metavar.strip("[]."), type=read)
     else:
-        kind["action"] = "store_true"
-    if flag.is_argument:
-        if "[" in flag.metavar:
-            kind["nargs"] = "*" if "..." in flag.metavar else "?"
-        group.add_argument(flag.dest, **kind)
-    else:
-        group.add_argument(*flag.names, dest=flag.dest, **kind)
+        kind["action"] = ACTIONS.get(flag.dest, "store_true")
+    if not flag.is_argument:
+        return group.add_argument(*flag.names, dest=flag.dest, **kind)
+    if "[" in flag.metavar:
+        kind["nargs"] = "*" if "..." in flag.metavar else "?"
+    return group.add_argument(flag.dest, **kind)
 
 
-def build_parser(names: Iterable[str]) -> Parser:
-    """Make the parser of these commands from the tables; it raises UsageError and HelpAsked."""
+def parse_command_line(argv: List[str]) -> Any:
+    """Read the command line by the tables; UsageError for every mistake, HelpAsked for help."""
     common = Parser()
     group = common.add_argument_group("global options, before or after the command")
-    group.add_argument("-h", "--help", action="help", help="show how it is used")
-    version = group.add_argument("--version", action="version", version=f"deploy.py {VERSION}",
-                                 help="show the version")
-    for flag in FLAGS:
-        if not flag.commands:
-            add_flag(group, flag)
+    everywhere = {flag.dest: add_flag(group, flag) for flag in FLAGS if not flag.commands}
     parser = Parser(prog="deploy.py", usage="deploy.py [global options] COMMAND [options]",
                     description="Take an artifact live on this host, and back.\n\n"
                                 "example:\n  deploy.py --root /srv/shop deploy shop-1.4.2.tar.gz",
@@ -11160,7 +11157,10 @@ def build_parser(names: Iterable[str]) -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog="deploy.py", parser_class=Parser)
     commands.required = True  # no keyword of 3.6
-    for name in names:
+    # Making all parsers takes a third of a short run; --help alone needs those that are not named.
+    asks_help = "--help" in argv or any(
+        word.startswith("-") and not word.startswith("--") and "h" in word for word in argv)
+    for name in [name for name in COMMANDS if asks_help or name in argv]:
         own = [flag for flag in FLAGS if name in flag.commands]
         usage = " ".join([name] + [flag.metavar for flag in own if flag.is_argument])
         text, example = COMMAND_HELP[name]
@@ -11170,23 +11170,16 @@ def build_parser(names: Iterable[str]) -> Parser:
             description=f"{text}\n\nexample:\n  deploy.py {example}")
         for flag in own:
             add_flag(command, flag)
-        version.option_strings = ["--version"]  # sync's own has taken its name away
-    return parser
-
-
-def parse_command_line(argv: List[str]) -> Any:
-    """Read the command line; UsageError for every mistake."""
-    # Making all parsers takes a third of a short run; --help alone needs those that are not named.
-    asks_help = "--help" in argv or any(
-        word.startswith("-") and not word.startswith("--") and "h" in word for word in argv)
-    flags = build_parser([name for name in COMMANDS if asks_help or name in argv]).parse_args(argv)
+        # That of sync has taken its name away.
+        everywhere["show_version"].option_strings = ["--version"]
+    flags = parser.parse_args(argv)
     for flag in FLAGS:
         vars(flags).setdefault(flag.dest, None)
     if flags.delegate:
         raise UsageError("--delegate FILE stands first, as two words, and once",
                          "deploy.py --delegate FILE COMMAND ...")
     if flags.command == "help" and flags.topic in COMMANDS and flags.topic not in HELP:
-        build_parser([flags.topic]).parse_args([flags.topic, "--help"])
+        parse_command_line([flags.topic, "--help"])
     return flags
 
 
@@ -11195,7 +11188,8 @@ def parse_command_line(argv: List[str]) -> Any:
 # Ansible starts a module that says WANT_JSON with one argument: a JSON file of the parameters.
 
 # What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
-NO_PARAMETERS = "dry_run json verbose quiet no_color detailed_exitcode debug delegate".split()
+NO_PARAMETERS = ("dry_run json verbose quiet no_color detailed_exitcode debug delegate "
+                 "show_help show_version").split()
 # What state and history are made of: no_log cannot hide it.
 NOT_HIDDEN = "release release_version sha256 id names to root config".split()
 
@@ -11245,7 +11239,7 @@ class ModuleConsole(Console):
         with suppress(OSError):
             write_all(self._answer, text.encode("ascii"))
 
-    def _write(self, stream: Any, text: str, level: str = "") -> None:
+    def _write(self, *_: Any) -> None:
         pass
 
 
@@ -11415,22 +11409,17 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
     if settings.source.given:
         yield from source_mistakes(settings)
     if settings.has_slots and "slots" not in dict(settings.unread):
-        yield from slots_mistakes(settings)
-
-
-def slots_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
-    """Find where the two slots are not two, or not their own."""
-    slots, names = settings.slots.values(), list(settings.slots)
-    yield ("slots", len(names) != 2 or not re.match(r"[\w-]+ [\w-]+\Z", " ".join(names)),
-           "needs exactly two names, of letters, digits, - and _, each with a port, not "
-           + (" and ".join(names) or "none"))
-    for key in ("port", "unit", "include"):
-        yield ("slots", len({getattr(slot, key) for slot in slots}) == 1,
-               f"{key} is the same for both: write ${{slot}} or ${{port}} into it")
-    units = [unit for slot in slots for unit in (slot.unit, slot.unit.replace(".service", ""))]
-    for name, service in settings.service.items():
-        yield (f"service:{name}", service.unit in units,
-               "has the unit of a slot, which none but [slots] may start")
+        slots, names = settings.slots.values(), " and ".join(settings.slots)
+        yield ("slots", not re.match(r"[\w-]+ and [\w-]+\Z", names),
+               "needs exactly two names, of letters, digits, - and _, each with a port, not "
+               + (names or "none"))
+        for key in ("port", "unit", "include"):
+            yield ("slots", len({getattr(slot, key) for slot in slots}) == 1,
+                   f"{key} is the same for both: write ${{slot}} or ${{port}} into it")
+        for name, service in settings.service.items():
+            unit = service.unit.replace(".service", "")
+            yield (f"service:{name}", unit in [slot.unit.replace(".service", "") for slot in slots],
+                   "has the unit of a slot, which none but [slots] may start")
 
 
 def learn_secrets(settings: Settings, secrets: Secrets) -> None:

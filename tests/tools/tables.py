@@ -53,7 +53,7 @@ def spelled(names: Sequence[str], metavar: str) -> str:
 
 
 def commands_table(deploy: Any) -> str:
-    """What each command does, and its flags, by what it is for; and the global options, as argparse has them."""
+    """What each command does, and its flags, by what it is for; and the global options."""
     names = [name for names in GROUPS.values() for name in names]
     assert sorted(names) == sorted(deploy.COMMAND_HELP), "each command has its place in GROUPS"
 
@@ -63,9 +63,8 @@ def commands_table(deploy: Any) -> str:
         usage = " ".join([name] + [flag.metavar for flag in flags if flag.is_argument])
         return f"`{usage}`: {deploy.COMMAND_HELP[name][0]}" + (f" ({', '.join(own)})" if own else "")
     rows = [(group, "<br>".join(map(text, names))) for group, names in GROUPS.items()]
-    everywhere = next(group for group in deploy.build_parser([])._action_groups if group.title.startswith("global"))
     rows.append(("everywhere, before or after the command", "<br>".join(
-        f"{spelled(action.option_strings, action.metavar or '')}: {action.help}" for action in everywhere._group_actions)))
+        f"{spelled(flag.names, flag.metavar.replace('...', ''))}: {flag.help}" for flag in deploy.FLAGS if not flag.commands)))
     return markdown_table(("for", "commands and options"), rows)
 
 
