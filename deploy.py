@@ -2288,14 +2288,13 @@ class Directory(Descriptor):
     So a local user who swaps a path between a check and its use gains nothing.
     """
 
-    def __init__(self, path: str, descriptor: int = -1) -> None:
-        self.path = path
-        self.descriptor = os.open(path, _DIRECTORY_FLAGS) if descriptor < 0 else descriptor
+    def __init__(self, path: str, dir_fd: Optional[int] = None) -> None:
+        self.descriptor = os.open(path, _DIRECTORY_FLAGS, dir_fd=dir_fd)
 
     def child(self, path: str, *, make: bool = False, mode: int = 0o755,
               group: int = -1) -> "Directory":
         """Open a directory below, name by name; make what is missing if asked to, for a group."""
-        here = Directory(self.path, os.dup(self.descriptor))
+        here = Directory(".", self.descriptor)
         for name in path.split("/"):
             with here:
                 is_new = False
@@ -2303,8 +2302,7 @@ class Directory(Descriptor):
                     with suppress(FileExistsError):
                         os.mkdir(name, mode, dir_fd=here.descriptor)
                         is_new = True
-                here = Directory(f"{here.path}/{name}", os.open(
-                    name or ".", _DIRECTORY_FLAGS, dir_fd=here.descriptor))
+                here = Directory(name or ".", here.descriptor)
                 if is_new:
                     give_to_group(here.descriptor, group)
         return here
@@ -2587,11 +2585,11 @@ class Store(ExitStack):
     application's own, its user could swap `.deploy` or `releases` for a link.
     """
 
-    def __init__(self, root: Directory, settings: Settings) -> None:
+    def __init__(self, path: str, settings: Settings) -> None:
         super().__init__()
         group, readable = settings.deploy.group, settings.deploy.readable
-        self.root = self.enter_context(root)
-        self.path = root.path
+        self.root = self.enter_context(Directory(path))
+        self.path = path
         self.command_line = settings.command_line
         self.flag: str = settings.maintenance.flag
         # Whose members deploy here, each what another deployed; -1 where only the owner does.
@@ -2602,7 +2600,7 @@ class Store(ExitStack):
         if group:
             self.file_mode |= 0o060
             self.directory_mode |= 0o2070
-        self._open: Dict[str, Directory] = {"": root}
+        self._open = {"": self.root}
         # Temporary links that `current` can become, by release.
         self._links: Dict[str, str] = {}
         self._published_mode = 0o755
@@ -2615,7 +2613,7 @@ class Store(ExitStack):
         """Open a root for looking; None where there is no such directory."""
         path = os.path.realpath(settings.deploy.root)
         try:
-            return cls(Directory(path), settings)
+            return cls(path, settings)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -2626,28 +2624,29 @@ class Store(ExitStack):
     def create(cls, settings: Settings) -> "Store":
         """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
         group = check_group(settings.deploy.group) if settings.deploy.group else -1
-        parent, name = os.path.split(os.path.realpath(settings.deploy.root))
-        is_new = not os.path.isdir(f"{parent}/{name}")
+        path = os.path.realpath(settings.deploy.root)
+        parent, name = os.path.split(path)
         try:
-            with Directory(parent) as above:
-                store = cls(above.child(name, make=True, group=group), settings)
-                if is_new:
+            if not os.path.isdir(path):
+                with Directory(parent) as above:
+                    above.child(name, make=True, group=group).close()
                     os.fsync(above.descriptor)
+            store = cls(path, settings)
             store.status(RECORDS)  # says so where this user may not look at it
             store.check_owner()
             # Hooks are told the path of shared/.
             slots = ["slots"] if settings.slots else []
-            for path in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
-                mode = store.directory_mode if path in PRIVATE_DIRECTORIES else 0o755
-                if path != "shared" or store.status(path) is None:  # a link is the operator's
-                    store.root.child(path, make=True, mode=mode, group=store.group).close()
+            for place in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
+                mode = store.directory_mode if place in PRIVATE_DIRECTORIES else 0o755
+                if place != "shared" or store.status(place) is None:  # a link is the operator's
+                    store.root.child(place, make=True, mode=mode, group=store.group).close()
             os.fsync(store.root.descriptor)
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
             if not os.path.isdir(parent):
                 hint = f"mkdir -p {parent}"
-            raise PreflightFailed(f"cannot prepare the root {parent}/{name}: "
+            raise PreflightFailed(f"cannot prepare the root {path}: "
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, looking: bool = False) -> None:

@@ -158,7 +158,7 @@ def test_the_journal_holds_where_the_history_ended_before(three: App) -> None:
 def test_a_run_that_adds_a_line_during_the_look_is_no_alarm(three: App, monkeypatch: Any) -> None:
     """Whoever only looks takes no lock, so that a line may come between any two files that are read."""
     def opened() -> Any:
-        return deploy.Store(deploy.Directory(str(three.root)), deploy.load_settings([], {}, []))
+        return deploy.Store(str(three.root), deploy.load_settings([], {}, []))
 
     writer, looking = opened(), opened()
     entry, look = writer.history(1)[0], looking.read_history

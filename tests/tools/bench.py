@@ -608,7 +608,7 @@ class Bench:
 
     def store(self, root: str) -> Any:
         """A root, opened with deploy.py's own code."""
-        return self.module().Store(self.module().Directory(root), self.module().load_settings([], {}, []))
+        return self.module().Store(root, self.module().load_settings([], {}, []))
 
     def state(self, lines: int, releases: int) -> str:
         """A root with so many lines of history and so many releases, made once."""
