@@ -4149,28 +4149,24 @@ LINK_HINT = ("name targets that are meant in [artifact] allow_links, or leave th
 
 def judge_name(name: bytes, strip: int = 0) -> Tuple[bytes, str]:
     """Drop `.` and empty components and the first few; say as well why the name is unsafe."""
-    if name.startswith(b"./"):  # as all names of `tar .` do
-        name = name[2:]
-    if b"//" in name or b"./" in name or name.endswith((b"/", b"/.")) or name == b".":
-        top = b"/" if name.startswith(b"/") else b""
-        name = top + b"/".join([part for part in name.split(b"/") if part not in (b"", b".")])
-    problem = ""
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    plain, problem = b"/".join(parts[strip:]), ""
     # Not by patterns: they take ten times as long, and this is asked of every member.
     if len(name.translate(None, _UNSAFE_BYTES)) != len(name):
         problem = f"its name {UNSAFE}"
     elif name.startswith(b"/"):
         problem = "its name is absolute"
-    elif len(name) > MAX_PATH_BYTES:
+    elif len(plain) > MAX_PATH_BYTES:
         problem = f"its name has more than {MAX_PATH_BYTES} bytes"
-    elif b".." in name and b".." in name.split(b"/"):
+    elif b".." in parts:
         problem = "its name climbs with '..'"
-    elif len(name) > MAX_NAME_BYTES and max(map(len, name.split(b"/"))) > MAX_NAME_BYTES:
+    elif len(plain) > MAX_NAME_BYTES and max(map(len, parts)) > MAX_NAME_BYTES:
         problem = f"its name has a component over {MAX_NAME_BYTES} bytes"
-    elif name.count(b"/") >= MAX_DEPTH:
+    elif len(parts) > MAX_DEPTH:
         problem = f"it lies over {MAX_DEPTH} levels deep"
-    if strip:
-        name = b"/".join(name.split(b"/")[strip:])
-    return name, problem or ("" if name else NO_NAME)
+    elif not plain:
+        problem = NO_NAME
+    return plain, problem
 
 
 # What ends up in archives unnoticed, by the name of a file or directory, and what it is.
@@ -4266,9 +4262,9 @@ class Judge:
             entry = Member(name, kind, 0o777, content=target)
         elif kind == HARD_LINK:
             source_name, problem = judge_name(target, self._settings.strip_components)
-            source = manifest.get(source_name)
-            if problem and source is None:
+            if problem:
                 raise refuse(target, problem)
+            source = manifest.get(source_name)
             if source is None or source.kind == DIRECTORY:
                 raise refuse(member.name, f"it is a hard link to {show(target)}, which is no "
                              "earlier file or symlink of the archive")
@@ -4329,8 +4325,8 @@ class Judge:
         import unicodedata
         seen: Dict[int, bytes] = {}
         for name in filter(_MAY_FOLD.search, manifest):
-            text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
-            key = unicodedata.normalize("NFC", text.casefold()).encode("utf-8", "surrogateescape")
+            text = name.decode("utf-8", "surrogateescape").casefold()
+            key = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
             other = key if key in manifest else seen.setdefault(hash(key), name)
             if other != name:
                 odd.setdefault("the same names on systems that ignore case or Unicode form",
@@ -4371,7 +4367,7 @@ class Judge:
                     raise refuse(name, "the archive's symlinks are too many and too long to follow")
         if not top or self._settings.symlinks == "any":
             return
-        place = b"/" + os.path.normpath(b"/".join([top, *reversed(parts)])).lstrip(b"/")
+        place = os.path.normpath(b"/".join([top, *reversed(parts)]))
         own = tuple(root + word for root in self._roots for word in (b"/shared/", b"/current/"))
         is_meant = any(re.fullmatch(path_pattern(glob), os.fsdecode(place))
                        for glob in self._settings.allow_links)
