@@ -3925,10 +3925,11 @@ class Artifact(Descriptor):
         from shlex import quote
         (directory, name), policy = os.path.split(self.path), settings.artifact.checksum
         self.sha256, self.sha256_source = sha256[-64:].lower(), "--sha256"
-        for source in () if sha256 or policy == "off" else (name + ".sha256", "SHA256SUMS"):
+        base = os.fsencode(name)
+        for source, names in () if sha256 or policy == "off" else (
+                (name + ".sha256", (base, b"")), ("SHA256SUMS", (base,))):
             with blaming(ArtifactRefused, f"cannot use {source}", "correct or remove it, or give "
                          "--sha256"), suppress(FileNotFoundError, NotADirectoryError):
-                names = {os.fsencode(name)} if source == "SHA256SUMS" else {os.fsencode(name), b""}
                 digests = {digest for entry, digest in read_digests(read_file(
                     os.path.join(directory, source), MAX_SIDECAR_BYTES, self.links))
                     if entry.rpartition(b"/")[2] in names}
@@ -4379,16 +4380,16 @@ class Judge:
 # -- decoding: blocks of the file in, blocks of the archive out ----------------
 
 class Stream:
-    """Takes pieces of given sizes out of blocks of whatever size; `view` is what is at hand."""
+    """Takes pieces of given sizes out of blocks of whatever size; `view` is the one at hand."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self.view = memoryview(b"")
 
     def peek(self, size_bytes: int = 1) -> bytes:
         """Return so many bytes, which are not taken; fewer where it ends before."""
         while len(self.view) < size_bytes:
-            block = next(self._blocks, b"")
+            block = next(self.blocks, b"")
             if not block:
                 break
             self.view = memoryview(bytes(self.view) + block if self.view else block)
@@ -4416,7 +4417,7 @@ class LibZstd:
 
     def __init__(self) -> None:
         import ctypes
-        self._types, self._library = ctypes, ctypes.CDLL("libzstd.so.1")
+        self._library = ctypes.CDLL("libzstd.so.1")
         self._library.ZSTD_createDCtx.restype = ctypes.c_void_p
         self._context = ctypes.c_void_p(self._library.ZSTD_createDCtx())
         self._library.ZSTD_DCtx_setParameter(self._context, 100, MAX_WINDOW_LOG)
@@ -4426,17 +4427,19 @@ class LibZstd:
 
     def decompress(self, data: bytes, most_bytes: int) -> bytes:
         """Decode what there is, into so many bytes at most; ValueError for damaged data."""
-        address, triple = self._types.addressof, self._types.c_size_t * 3
-        given = self._types.create_string_buffer(data, len(data) + 1)
-        space = self._types.create_string_buffer(most_bytes)
+        import ctypes
+        given = ctypes.create_string_buffer(data, len(data) + 1)
+        space = ctypes.create_string_buffer(most_bytes)
         # Where the bytes lie, how many, and how many of them are done: ZSTD_inBuffer, -outBuffer.
-        source, target = triple(address(given), len(data), 0), triple(address(space), most_bytes, 0)
+        triple = ctypes.c_size_t * 3
+        source = triple(ctypes.addressof(given), len(data), 0)
+        target = triple(ctypes.addressof(space), most_bytes, 0)
         left = self._library.ZSTD_decompressStream(self._context, target, source)
         if left < 0:  # a size_t, of which int has the errors (zstd_errors.h)
             raise ValueError("its window is too large" if left == -16 else f"zstd error {-left}")
         self.eof = not left
         self.unused_data = self.unconsumed_tail = data[source[2]:]
-        return bytes(self._types.string_at(space, target[2]))
+        return ctypes.string_at(space, target[2])
 
 
 def decompress(kind: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -4513,10 +4516,10 @@ def pump(artifact: Artifact, most: Tuple[int, str], watch: Watch) -> Iterator[An
     def work() -> None:
         raw, decoded_bytes = artifact.blocks(), 0
         try:
-            decode = partial(decode_zip, artifact) if artifact.format == "zip" else \
-                partial(decompress, artifact.format)
+            decoded: Iterator[Any] = decode_zip(artifact, raw) if artifact.format == "zip" else \
+                decompress(artifact.format, raw)
             # What trails is hashed as well.
-            for item in itertools.chain(decode(raw), (b"" for _ in raw)):
+            for item in itertools.chain(decoded, (b"" for _ in raw)):
                 decoded_bytes += len(item)  # of a zip its directory has said it
                 if decoded_bytes > most[0]:
                     raise exceeds(f"{artifact.name} expands to", *most)
@@ -4634,11 +4637,9 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
     if any(flag != b"g" for flag, _ in extensions) \
             or stream.peek() and any(stream.take(TAR_BLOCK_BYTES)):
         raise damaged("it has data after a single end-of-archive block")
-    is_filled = False
-    while stream.peek():  # what fills up a tape's record means nothing
-        is_filled = is_filled or bool(stream.view.tobytes().strip(b"\0"))
-        stream.view = stream.view[:0]
-    if is_filled:
+    # What fills up a tape's record means nothing; all of it is read, as it is hashed.
+    if any([block.tobytes().strip(b"\0") for block in itertools.chain(
+            [stream.view], map(memoryview, stream.blocks))]):
         artifact.notes.append("what lies behind the end of the archive is not all zeros, and no "
                               "part of the release")
 
@@ -4781,7 +4782,7 @@ def zip_entry(central: bytes, position: int) -> Tuple[ZipEntry, int]:
         central[name_end:name_end + extra_length], (size_bytes, packed_bytes, offset), raw_name)
     # The Unicode path field (4.6.9) counts where its CRC says that it was made for this name.
     unicode_name = fields.get(0x7075, b"")
-    if unicode_name and unicode_name[:5] == struct.pack("<BI", 1, zlib.crc32(raw_name)):
+    if unicode_name[:5] == struct.pack("<BI", 1, zlib.crc32(raw_name)):
         name = unicode_name[5:]
         if flags & _UTF8 and name != raw_name:
             raise refuse(raw_name, f"its Unicode path field has another name: {show(name)}")
@@ -4922,47 +4923,53 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Tuple[Member, int
     The descriptor is -1 for a symlink, which is not followed, and for what cannot be opened.
     """
     for base in sorted(map(os.fsencode, os.listdir(directory))):
-        name, target, descriptor = prefix + base, b"", -1
-        try:
-            # One open tells a file, a directory or something else, without a stat before it.
-            descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
-            status = os.fstat(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO):
-                error.filename = name
-                raise
-            status = os.stat(base, dir_fd=directory, follow_symlinks=False)
-            if stat.S_ISLNK(status.st_mode):
-                target = os.readlink(base, dir_fd=directory)
-        try:
+        name, target = prefix + base, b""
+        with Descriptor() as found:
+            try:
+                # One open tells a file, a directory or something else, without a stat before it.
+                found.descriptor = os.open(base, _READ_FLAGS, dir_fd=directory)
+                status = os.fstat(found.descriptor)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENXIO):
+                    error.filename = name
+                    raise
+                status = os.stat(base, dir_fd=directory, follow_symlinks=False)
+                if stat.S_ISLNK(status.st_mode):
+                    target = os.readlink(base, dir_fd=directory)
             kind = _KINDS_ON_DISK.get(stat.S_IFMT(status.st_mode), "special file")
-            mode, size_bytes = stat.S_IMODE(status.st_mode), status.st_size
+            mode, size_bytes = stat.S_IMODE(status.st_mode), 0
             if kind == DIRECTORY:
                 mode &= ~stat.S_ISGID  # handed on by releases/, and nothing of the artifact's
-            yield Member(name, kind, mode, size_bytes if kind == FILE else 0, status.st_mtime_ns,
-                         target), descriptor, status
+            elif kind == FILE:
+                size_bytes = status.st_size
+            yield Member(name, kind, mode, size_bytes, status.st_mtime_ns, target), \
+                found.descriptor, status
             # No artifact goes deeper: what does was added, and its topmost directory names it.
             if kind == DIRECTORY and name.count(b"/") < MAX_DEPTH:
-                yield from walk_tree(descriptor, name + b"/")
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+                yield from walk_tree(found.descriptor, name + b"/")
+
+
+def blocks_of(descriptor: int, size_bytes: int = MAX_SIZE_BYTES,
+              watch: Optional[Watch] = None) -> Iterator[bytes]:
+    """Read an open file from its start, as far as it goes or its size went."""
+    offset = 0
+    while offset < size_bytes:
+        if watch:
+            watch(offset)
+        block = os.pread(descriptor, min(BLOCK_BYTES, size_bytes - offset), offset)
+        if not block:
+            break
+        offset += len(block)
+        yield block
 
 
 def tree_members(directory: int, watch: Watch) -> Iterator[Tuple[Member, Any, Iterable[bytes]]]:
     """Go through a tree: members, their status, and a file's data as far as its size went."""
-    def data() -> Iterator[bytes]:
-        left_bytes = member.size_bytes
-        while left_bytes > 0:
-            watch(done_bytes + member.size_bytes - left_bytes)
-            block = os.read(descriptor, min(BLOCK_BYTES, left_bytes))
-            left_bytes = left_bytes - len(block) if block else 0
-            yield block
-
     done_bytes = 0
     for member, descriptor, status in walk_tree(directory):
         watch(done_bytes)
-        yield member, status, data() if member.kind == FILE else ()
+        yield member, status, blocks_of(descriptor, member.size_bytes,
+                                        lambda offset: watch(done_bytes + offset))
         done_bytes += member.size_bytes
 
 
@@ -5101,12 +5108,6 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     if artifact.distrust:
         raise artifact.distrust
     return manifest, artifact.notes + notes
-
-
-def blocks_of(descriptor: int) -> Iterator[bytes]:
-    """Read an open file from its start to its end."""
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return iter(lambda: os.read(descriptor, BLOCK_BYTES), b"")
 
 
 def write_file(entry: Member, pieces: Iterable[Any], place: int,
