@@ -5333,7 +5333,7 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
     # Also just before it is run: a release may hold links that only a hook has made.
     if os.geteuid() != 0:
         return
-    found: Problems = {}
+    found = {}
     for where, program in what:
         found.update(foreign_program(settings, where, program, directory))
     for path in settings.preflight.accept_risk:
@@ -5370,7 +5370,6 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
 
 SHOWN_BYTES = 8 << 20  # of one command: a flood must fill neither the log nor memory
 SHOWN_LINE_BYTES = 100  # what a line costs beside its text
-TOO_MUCH = "... too much output: here is its end ..."
 
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
@@ -5389,11 +5388,11 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
     run.console.debug(f"{what}: {typed} (in {directory})")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds,
                            on_line=pass_on, **options)
-    run.output = [*run.output, *result.tail][-OUTPUT_TAIL_LINES:]
     if left_bytes < 0:
-        for line in [TOO_MUCH, *result.tail]:
+        for line in ["... too much output: here is its end ...", *result.tail]:
             run.console.output(line)
     if 0 <= result.exit_code <= most and not result.timed_out:
+        run.output = [*run.output, *result.tail][-OUTPUT_TAIL_LINES:]
         return result
     hint = "its output says why; correct the command or the release, then run this again"
     if result.timed_out:
@@ -5409,13 +5408,6 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
 # -- templates ---------------------------------------------------------------
 
 PLACEHOLDER = r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_.-]*)\}"
-
-
-def template_values(settings: Settings, context: Context) -> Dict[str, str]:
-    """Return what `${name}` may stand for: the environment, then DEPLOY_*, then [vars]."""
-    values = {name: environment(name) for name in environment_names()}
-    values.update(context.variables())
-    return {**{name: portable(value) for name, value in values.items()}, **settings.vars}
 
 
 def render_template(text: str, values: Dict[str, str], where: str) -> str:
@@ -5474,16 +5466,16 @@ class Service:
     def settle(self, context: Context) -> None:
         """Look through the settle time; StepFailed where another release's process is up then."""
         interrupts, ends_seconds = self.run.interrupts, time.monotonic() + self.settings.settle
-        left_seconds = 1.0
-        while left_seconds > 0:
-            left_seconds = ends_seconds - time.monotonic()
+        is_over = False
+        while not is_over:
+            is_over = time.monotonic() >= ends_seconds
             why = self.down()
             if why and self.settings.pidfile:
                 interrupts.wait(WATCH_SECONDS)  # a re-exec may be between process and new pidfile
                 why = self.down()
             if why:
                 raise self.failed(why)
-            interrupts.wait(max(0, min(WATCH_SECONDS, left_seconds)))
+            interrupts.wait(0 if is_over else WATCH_SECONDS)
         if answers_naming(self.run, context) and any(
                 probe.release and probe.when in ("after", "both")
                 for probe in self.run.settings.probe.values()):
@@ -5603,7 +5595,7 @@ def manager_environment() -> Dict[str, str]:
 
 def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
     """Show the last lines of the journals of those services that are units; evidence of them."""
-    lines: List[str] = []
+    lines = []
     for service in services:
         if not service.unit or not find_command("journalctl"):
             continue
@@ -5701,7 +5693,7 @@ def describe_service(service: Any) -> str:
 
 def services_in_order(settings: Settings) -> List[str]:
     """List the services so that each comes after those in its `after`; UsageError for a cycle."""
-    order: List[str] = []
+    order = []
     left = list(settings.service)
     while left:
         ready = [name for name in left if set(order).issuperset(settings.service[name].after)]
@@ -5735,7 +5727,8 @@ def parse_url(text: str) -> Url:
     """Take an http or https URL apart; ValueError for any other and for what cannot be asked."""
     from urllib.parse import quote, unquote, urlsplit
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https"):
+    own_port = {"http": 80, "https": 443}.get(parts.scheme)
+    if not own_port:
         raise ValueError(f"the URL must begin with http:// or https://, not {text[:40]!r}")
     if re.search("[\x00-\x20\x7f]", text) or parts.port == 0 \
             or not re.match("[\x21-\x7e]+\\Z", parts.hostname or ""):
@@ -5744,8 +5737,7 @@ def parse_url(text: str) -> Url:
     userinfo, _, authority = parts.netloc.rpartition("@")
     target = quote((parts.path or "/") + ("?" + parts.query if parts.query else ""),
                    safe="%/:=&?~#+!$,;'@()*[]", errors="replace")
-    return Url(parts.scheme, str(parts.hostname),
-               parts.port or {"http": 80, "https": 443}[parts.scheme], authority, target,
+    return Url(parts.scheme, str(parts.hostname), parts.port or own_port, authority, target,
                unquote(userinfo))
 
 
@@ -5797,11 +5789,8 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
     return parse_url(choice)
 
 
-COMPARING = "comparing the answer with what is expected"
-
-
 class Conversation(Descriptor):
-    """What a forked process does, most often asking a peer, for nothing else could stop it.
+    """Something that a forked process does, because that can be killed: most often, ask a peer.
 
     So neither a name look-up, nor TLS, nor a peer that drips a byte a second, nor a regular
     expression without end can hold the run: SIGALRM ends it at its limit, the end of the `with`
@@ -5837,10 +5826,9 @@ class Conversation(Descriptor):
                     found = {"error": "", **talk(self)}
                 except Exception as error:  # whatever a peer makes the libraries raise is an answer
                     # A broken answer or a certificate is no better the next time.
-                    is_final = isinstance(error, ValueError) or "CERTIFICATE" in str(error)
                     found = {"error": f"{self.known['stage']}: {network_error(error)}",
-                             "again": isinstance(error, OSError) and not is_final or
-                             type(error).__name__ == "IncompleteRead"}
+                             "again": isinstance(error, OSError) and "CERTIFICATE" not in str(error)
+                             or type(error).__name__ == "IncompleteRead"}
                 self.at(self.known["stage"], **found)
             finally:
                 os._exit(EXIT_OK)  # nothing of the parent's may be cleaned up or written twice
@@ -5909,7 +5897,7 @@ class Conversation(Descriptor):
         wrong = wrong_header(headers)
         if wrong:  # http.client would say so with the value, which may be a secret
             raise ValueError(wrong)
-        connection: Any = http.client.HTTPConnection(url.host, url.port)
+        connection = http.client.HTTPConnection(url.host, url.port)
         connection.sock = self.socket
         connection.request(method, target, body or None, {
             name: native(value).encode("utf-8", "surrogateescape")
@@ -5932,6 +5920,8 @@ class Conversation(Descriptor):
         return {"error": f"no answer within {format_seconds(self.limit_seconds)}, it was still "
                          f"{self.known['stage']}", **self.known}
 
+
+# -- a candidate's guard -----------------------------------------------------
 
 class Guard(Conversation):
     """A command that runs beside this process up to the end of a `with` block, and what it starts.
@@ -6006,13 +5996,14 @@ def answers_naming(run: Run, context: Context) -> List[str]:
             for word in (context.version, context.release) if word]
 
 
-def compare_answer(probe: Any, wanted: List[str], text: str,
-          header: Callable[[str], Optional[str]]) -> Answer:
+def compare_answer(asking: Conversation, probe: Any, wanted: List[str], text: str,
+                   header: Callable[[str], Optional[str]]) -> Answer:
     """Hold an answer's text and headers against what is expected.
 
     "error" says what fails first; "named" whether the answer names one of the versions that are
     `wanted`, which have no leading v (the old process answers, too), None where that is not asked.
     """
+    asking.at("comparing the answer with what is expected", body=text[:8 * EVIDENCE_CHARACTERS])
     errors = [f"header {name} is {header(name) or 'missing'}, expected {pattern}"
               for name, pattern in probe.expect_header.items()
               if not matches(pattern, header(name))]
@@ -6240,7 +6231,7 @@ class ProbeRun:
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
         console, ask = self.run.console, getattr(self, f"ask_{probe_kind(self.probe)}")
-        answer: Answer = dict(NO_ANSWER, **ask(max(0.001, limit_seconds)))
+        answer = dict(NO_ANSWER, **ask(max(0.001, limit_seconds)))
         for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
             answer[key] = console.secrets.mask(answer[key])[:EVIDENCE_CHARACTERS]
         self.tries += 1
@@ -6280,7 +6271,6 @@ class ProbeRun:
                 location, status = response.getheader("Location"), response.status
                 if not probe.redirects or not location or not 301 <= status <= 308:
                     break
-                response.close()
                 asking.socket.close()
                 address = urljoin(address, location)
             else:
@@ -6290,14 +6280,13 @@ class ProbeRun:
             if len(data) < probe.max_body and response.length:
                 raise ConnectionError("it ended before its Content-Length")
             text = data.decode("utf-8-sig", "replace")
-            asking.at(COMPARING, body=text[:8 * EVIDENCE_CHARACTERS], said=f"status {status}")
-            found = compare_answer(probe, self.wanted, text, response.getheader)
+            found = compare_answer(asking, probe, self.wanted, text, response.getheader)
             if not any(low <= status <= high for low, high in probe.status):
                 ranges = ", ".join(f"{low}-{high}" for low, high in probe.status)
                 found["error"] = f"status {status}, expected {ranges}"
             # 503 means not yet; a proxy says the others for a service that is on its way.
-            found["heard"] = status != 503 and (found["named"] or status not in (502, 504))
-            return found
+            is_heard = status != 503 and (found["named"] or status not in (502, 504))
+            return dict(found, said=f"status {status}", heard=is_heard)
 
         with Conversation(talk, limit_seconds) as asking:
             return asking.answer(self.run.interrupts)
@@ -6311,7 +6300,7 @@ class ProbeRun:
     def ask_command(self, limit_seconds: float) -> Answer:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
         probe, ends_seconds = self.probe, time.monotonic() + limit_seconds
-        lines: List[str] = []
+        lines = []
         left_characters = probe.max_body
 
         def keep(line: str) -> None:
@@ -6329,11 +6318,11 @@ class ProbeRun:
         text = "\n".join(lines or result.tail)
 
         def compare(asking: Conversation) -> Answer:
-            asking.at(COMPARING, status=result.exit_code, body=text[:8 * EVIDENCE_CHARACTERS])
-            found = compare_answer(probe, self.wanted, text, lambda name: None)
+            found = compare_answer(asking, probe, self.wanted, text, lambda name: None)
             if not result.ok:
                 found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
-            return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
+            return dict(found, status=result.exit_code, said="exited with code 0",
+                        heard=found["named"] or result.ok)
 
         # An output that came in time is looked at, however late it was.
         with Conversation(compare, max(0.05, ends_seconds - time.monotonic())) as asking:
@@ -6577,8 +6566,8 @@ def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
     packages, licenses = (",".join(globs).lower()
                           for globs in (policy.deny_packages, policy.deny_licenses))
     document = json.loads(data.decode("utf-8"))
-    for key, name in ("metadata", "timestamp"), ("creationInfo", "created"):
-        note_built(run, document.get(key, {}).get(name), is_best=False)
+    made = document.get("metadata") or document.get("creationInfo") or {}
+    note_built(run, made.get("timestamp") or made.get("created"), is_best=False)
     parts = list(document["components" if "bomFormat" in document else "packages"])
     for part in parts:
         parts += part.get("components", [])  # come to in their turn
@@ -6666,7 +6655,7 @@ GIT_SECONDS = 3600.0
 class Offer(Artifact):
     """An artifact as the source tells of it, whose bytes may not be here yet."""
 
-    exact = counted = withdrawn = False
+    withdrawn = False
     format, size_bytes, given, ref = "not fetched yet", 0, "", ""
 
     def __init__(self, **told: Any) -> None:
@@ -6893,7 +6882,7 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
     wanted = run.flags.version or head["wanted"]
     for offer in offers:
         key = order(offer.version) or ()
-        is_before = (0, 0, "") in key or False in key[1:2]
+        is_before = (0, 0, "") in key or False in key[1:2]  # as uapi_key and version_key say it
         fits = offer.version == wanted if wanted else key and (source.prereleases or not is_before)
         if fits and not offer.withdrawn:
             fitting.append((key, offer))
@@ -6992,7 +6981,7 @@ def bring(run: Run) -> str:
 
 def git(run: Run, *words: str) -> List[str]:
     """Run git in the cache, where it can ask nobody for a password; returns what it prints."""
-    lines: List[str] = []
+    lines = []
     place = f"/proc/{os.getpid()}/fd/{run.cache.descriptor}" if run.cache else "/"
     result = run_command(["git", *words], interrupts=run.interrupts, directory=place,
                          environ=dict(base_environment(), GIT_TERMINAL_PROMPT="0"),
@@ -7029,7 +7018,7 @@ def archive(run: Run, file: str) -> None:
     run.cache.remove_tree("git")
     git(run, "init", "-q", "--bare", "git")
     git(run, *own, "fetch", "-q", "--depth=1", run.settings.source.git, f"+{offer.ref}:refs/it")
-    found, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
+    *_, found, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
     if re.fullmatch("[0-9]{1,11}", seconds):  # it may claim anything
         offer.built_at = format_time(int(seconds))
     if found != offer.sha256:
@@ -8207,7 +8196,11 @@ def do_shared(run: Run, step: Step) -> Optional[str]:
 
 def do_templates(run: Run, step: Step) -> None:
     """Render them; StepFailed names every placeholder without a value."""
-    values, mask = template_values(run.settings, step_context(run, step)), run.console.secrets.mask
+    # A name stands for what is in [vars], else for DEPLOY_*, else for what is in the environment.
+    values = {name: environment(name) for name in environment_names()}
+    values.update(step_context(run, step).variables())
+    values = {**{name: portable(value) for name, value in values.items()}, **run.settings.vars}
+    mask = run.console.secrets.mask
     for template in run.settings.template.values():
         parent, _, name = template.source.rpartition("/")
         section = f"template:{template.name}"

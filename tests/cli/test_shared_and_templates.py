@@ -175,15 +175,15 @@ def rendered(app: App) -> str:
 
 
 def test_placeholders_come_from_vars_the_environment_and_the_deployment(app: App) -> None:
-    configure_template(app, "[vars]\nPORT = 8080\nBOTH = of vars\nNAME = with = signs; and ${PORT}\n")
+    configure_template(app, "[vars]\nPORT = 8080\nBOTH = of vars\nDEPLOY_ID = of vars\nNAME = with = signs; and ${PORT}\n")
     first = app.run("deploy", app.artifact("0.9", {"app.conf.in": ""}), check=0).data["release"]
-    text = ("port ${PORT}\n${BOTH}|${FROM_ENV}|${NAME}\n${DEPLOY_APPLICATION} ${DEPLOY_VERSION} ${DEPLOY_RELEASE}\n"
+    text = ("port ${PORT}\n${BOTH}|${FROM_ENV}|${DEPLOY_ID}|${NAME}\n${DEPLOY_APPLICATION} ${DEPLOY_VERSION} ${DEPLOY_RELEASE}\n"
             "${DEPLOY_ROOT} ${DEPLOY_CURRENT_PATH} ${DEPLOY_SHARED_PATH} ${DEPLOY_RELEASE_PATH} ${DEPLOY_PREVIOUS_RELEASE}\n"
             "$${PORT} $PORT $ $$ ${ ${} $$${PORT} caf\u00e9\r\n")
     result = app.run("deploy", app.artifact("1.0", {"app.conf.in": text}), check=0,
-                     env={"FROM_ENV": "of the environment", "BOTH": "of the environment", "PORT": "1"})
+                     env={"FROM_ENV": "of the environment", "BOTH": "of the environment", "PORT": "1", "DEPLOY_VERSION": "of the environment"})
     release = result.data["release"]
-    expected = (f"port 8080\nof vars|of the environment|with = signs; and ${{PORT}}\nmyapp 1.0 {release}\n"
+    expected = (f"port 8080\nof vars|of the environment|of vars|with = signs; and ${{PORT}}\nmyapp 1.0 {release}\n"
                 f"{app.root} {app.root}/current {app.root}/shared {app.root}/releases/{release} {first}\n"
                 "${PORT} $PORT $ $$ ${ ${} $${PORT} caf\u00e9\r\n")
     with (app.root / "current" / "etc" / "app.conf").open(encoding="utf-8", newline="") as stream:

@@ -554,7 +554,8 @@ def test_an_index_that_goes_back_is_refused_and_told_once(app: App, beside: Sour
 @pytest.mark.parametrize("lines, problem", [
     (["{0}  myapp-1.0.tar.gz\n"], "newest"), (["{1}  myapp-1.1.tar.gz\n", "{0}  myapp-1.1.tar.gz\n"], "two digests"),
     (["{0}  myapp-1.0.tar.gz\n", "{1}  myapp-1.1.tar.gz"], "cut off|no end"), (["{0}  myapp-1.1.tar.gz\n"], "other bytes"),
-    (["{1}  myapp-1.1.tar.gz\n", "0" * 64 + "  BEST-BEFORE-2020-01-01\n"], "expired"), (["\n"], "no release")])
+    (["{1}  myapp-1.1.tar.gz\n", "0" * 64 + "  BEST-BEFORE-2020-01-01\n"], "expired"), (["\n"], "no release"),
+    (["{1}  myapp-1.1.tar.gz\n", "0" * 64 + "  BEST-BEFORE-31.12.2120\n"], "damaged: .* is no time")])
 def test_a_list_that_goes_back_is_refused_and_told_once(app: App, beside: Source, lines: List[str], problem: str) -> None:
     digests = [sha256_of(beside.add(version)) for version in ("1.0", "1.1")]
     beside.sums()

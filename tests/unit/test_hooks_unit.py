@@ -170,9 +170,3 @@ def test_every_unresolved_name_is_told():
     assert "$${name}" in caught.value.hint
 
 
-def test_template_values_come_from_vars_then_deploy_then_the_environment(place, monkeypatch):
-    monkeypatch.setenv("ONLY_ENV", "e")
-    monkeypatch.setenv("DEPLOY_VERSION", "e")
-    monkeypatch.setenv("BOTH", "e")
-    values = deploy.template_values(session_with("vars.BOTH=v", "vars.DEPLOY_ID=v").settings, place)
-    assert (values["ONLY_ENV"], values["BOTH"], values["DEPLOY_VERSION"], values["DEPLOY_ID"]) == ("e", "v", "1.1", "v")
