@@ -7681,22 +7681,27 @@ def check_room(run: Run) -> Findings:
 
 def check_shared(run: Run) -> Findings:
     """Shared files exist: an empty file in their place would be a lie."""
-    directories, files = run.settings.deploy.shared_dirs, run.settings.deploy.shared_files
-    if not directories and not files:
-        return
     from pathlib import Path
-    shared = Path(run.facts.root, "shared")
-    for path in files:
+    root, directories = Path(run.facts.root), run.settings.deploy.shared_dirs
+    shared = root / "shared"
+    for path in run.settings.deploy.shared_files:
         if not os.path.isfile(shared / path):
             yield ("fail", f"{shared / path} is missing, or no file",
                    f"put the real file at {shared / path}")
     # What leads to a shared directory is walked by root later, and no symlink is followed.
-    for place in sorted({place for path in directories
-                         for place in (shared / path, *(shared / path).parents)
-                         if place == shared or shared in place.parents}):
-        if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
-            yield ("fail", f"{place} is not a directory itself", "put the directory there (or "
-                   f"mount it: mount --bind), or move {place} away")
+    wrong = [place for place in sorted({place for path in directories
+                                        for place in (shared / path, *(shared / path).parents)
+                                        if place == shared or shared in place.parents})
+             if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place)]
+    for place in wrong:
+        yield ("fail", f"{place} is not a directory itself", "put the directory there (or mount "
+               f"it: mount --bind), or move {place} away")
+    for path in () if wrong else directories:
+        old, new = (root / "current").resolve() / path, shared / path
+        if os.path.isdir(old) and not os.path.islink(old) and any(old.glob("*")) \
+                and not any(new.glob("*")):
+            yield ("warn", f"shared/{path} is empty, and what the live release holds in {path} will"
+                   f" not be seen any more: mkdir -p {new} && cp -a {old}/. {new}/", "")
 
 
 def check_required(run: Run) -> Findings:
@@ -8176,17 +8181,10 @@ def put_member(run: Run, member: Member, data: bytes = b"") -> None:
 
 def do_shared(run: Run, step: Step) -> Optional[str]:
     """Make missing shared directories, and a relative link for each path."""
-    deploy, root, replaced = run.settings.deploy, run.facts.root, []
+    deploy, replaced = run.settings.deploy, []
     for path in deploy.shared_dirs + deploy.shared_files:
         if path in deploy.shared_dirs:
-            old = f"{root}/current/{path}"
-            with run.store.root.child(f"shared/{path}", make=True,
-                                      group=run.store.group) as directory:
-                is_empty = not os.listdir(directory.descriptor)
-            if is_empty and os.path.isdir(old) and not os.path.islink(old) and os.listdir(old):
-                run.console.warn(
-                    f"shared/{path} is empty, and what the live release holds in {path} will "
-                    f"not be seen any more: cp -a {old}/. {root}/shared/{path}/")
+            run.store.root.child(f"shared/{path}", make=True, group=run.store.group).close()
         if os.fsencode(path) in run.manifest:
             replaced.append(path)
         target = "../" * (2 + path.count("/")) + "shared/" + path

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from typing import Any, Dict
 
 import pytest
@@ -329,9 +330,16 @@ def test_it_is_the_value_that_is_secret_or_its_name(value: str, text: str, expec
     assert (app.root / "current" / "app.conf").stat().st_mode & 0o777 == expected
 
 
-def test_a_new_shared_directory_that_hides_what_is_live_is_told_with_the_copy_command(app: App) -> None:
-    app.deploy("1.0", {"uploads": None})
-    (app.root / "current" / "uploads" / "p.jpg").write_text("p")
-    app.configure("shared_dirs = uploads\n")
-    warnings = app.deploy("1.1").data["warnings"]
-    assert any(f"cp -a {app.root}/current/uploads/. {app.root}/shared/uploads/" in warning for warning in warnings), warnings
+def test_a_new_shared_directory_that_hides_what_is_live_is_told_with_a_copy_command_that_holds_before_and_after(app: App) -> None:
+    """By the release's own name: `current` leads to the new one once it is read."""
+    first = app.root / "releases" / app.deploy("1.0", {"var/uploads": None}).data["release"]
+    (first / "var/uploads/p.jpg").write_text("p")
+    app.configure("shared_dirs = var/uploads\n")
+    new = app.root / "shared/var/uploads"
+    command = f"mkdir -p {new} && cp -a {first}/var/uploads/. {new}/"
+    for words in (["preflight"], ["-n", "deploy", app.artifact("1.1")]):
+        assert any(command in warning for warning in app.run(*words, check=0).data["warnings"]), words
+    assert any(command in warning for warning in app.deploy("1.1").data["warnings"])
+    subprocess.run(command, shell=True, check=True)
+    assert (app.root / "current/var/uploads/p.jpg").read_text() == "p"
+    assert not any("cp -a" in warning for warning in app.deploy("1.2").data["warnings"])
