@@ -8005,8 +8005,8 @@ def plan_operation(facts: Facts) -> Plan:
     elif operation == "adopt":
         release = release if asked.release == "current" else asked.release
         if release not in facts.on_disk:
-            raise UsageError(f"there is no release directory {release!r} in {facts.root}/releases",
-                             unrecorded(facts))
+            raise UsageError(f"there is no release directory {asked.release!r} in "
+                             f"{facts.root}/releases", unrecorded(facts))
         is_done = release in facts.records
     elif operation == "unhold":
         is_done = not facts.hold
@@ -9680,10 +9680,11 @@ def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> No
 def check_untouched(run: Run) -> None:
     """Before a root is made, all else must be right: its name may be a slip of the pen."""
     flags, asked = run.flags, run.flags.artifact or ""
-    if flags.command not in ("deploy", "stage", "adopt", "sync"):
+    adopts = flags.command == "adopt" and os.path.isdir(f"{run.root}/releases")
+    if not adopts and flags.command not in ("deploy", "stage", "sync"):
         raise UsageError(f"nothing was ever deployed to {run.root}",
                          "name another root: --root DIR; or deploy or adopt something first")
-    if not flags.dry_run and flags.command != "adopt":
+    if not flags.dry_run and not adopts:
         with looking(run, must_exist=False):
             # As if it were locked: another run that makes the root just now is waited for.
             facts = observe(run, locked=True, artifact=asked)

@@ -253,6 +253,23 @@ def test_a_rollback_where_nothing_is_known_names_adopt(app: App) -> None:
     assert "adopt" in app.run("rollback", check=2).data["error"]["hint"]
 
 
+@pytest.mark.parametrize("words", [["adopt", "current"], ["adopt", "root"], ["-n", "adopt", "current"]])
+def test_a_root_that_was_typed_wrongly_is_not_made_by_adopt(words: List[str], app: App) -> None:
+    left_by_capistrano(app.root, {OLD: {"VERSION": "1.4"}}, ["log"])
+    for wrong in (app.directory / "rooot", app.directory):
+        before = sorted(app.directory.iterdir())
+        refused = app.run("--root", wrong, *words, check=2).data["error"]
+        assert refused["message"] == f"nothing was ever deployed to {wrong}" and "--root" in refused["hint"]
+        assert sorted(app.directory.iterdir()) == before
+
+
+def test_where_nothing_is_live_current_cannot_be_adopted(app: App) -> None:
+    left_by_capistrano(app.root, {OLD: {"VERSION": "1.4"}}, ["log"])
+    (app.root / "current").unlink()
+    refused = app.run("adopt", "current", check=2).data["error"]
+    assert "no release directory 'current' in" in refused["message"] and f"adopt RELEASE: {OLD}" in refused["hint"]
+
+
 def test_where_all_is_known_nothing_is_left_to_adopt(app: App) -> None:
     app.deploy("1.0")
     assert "left to adopt" in app.run("adopt", "nope", check=2).data["error"]["hint"]
