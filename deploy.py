@@ -9585,7 +9585,7 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
 
 
 @contextmanager
-def changing(run: Run, *, recover_first: bool = True) -> Iterator[Facts]:
+def changing(run: Run) -> Iterator[Facts]:
     """Open the root for changing it: lock first, then finish what an earlier run left; -n looks."""
     if run.flags.dry_run:
         with looking(run, must_exist=False):
@@ -9599,7 +9599,7 @@ def changing(run: Run, *, recover_first: bool = True) -> Iterator[Facts]:
             store.read_history(1)  # what takes no line must be known before anything changes
             if command in ("rollback", "recover", "prune"):
                 store.reserve(keep=False)
-            if recover_first:
+            if not run.flags.to:  # then a person settles it
                 # What a recovery does is not what the command did: its steps are its own.
                 if command != "recover":
                     run.outcome = Outcome("recover")
@@ -9633,41 +9633,38 @@ def is_untouched(run: Run) -> bool:
 
 # -- commands that change what is live -----------------------------------------
 
-def transact(run: Run, *, checks: bool = True, recover_first: bool = True) -> None:
+def transact(run: Run) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
-    flags, outcome, diff = run.flags, run.outcome, run.console.diff
+    flags, outcome, console = run.flags, run.outcome, run.console
     asked = flags.artifact or ""
     if run.note:
         outcome.extra["note"] = run.note
     flags.dry_run = flags.dry_run or flags.check
     if is_untouched(run):
         check_untouched(run)
-    with changing(run, recover_first=recover_first):
+    with changing(run):
         if flags.command == "sync":
             asked = find_new(run)
         facts = observe(run, artifact=asked, confirm=flags.dry_run)
         if facts.artifact:
             outcome.extra["artifact"] = artifact_json(facts.artifact)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
-        if broken and recover_first:
+        if broken and not flags.to:
             preflight(run)
         plan = run.plan = plan_operation(facts)
         steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
-        if checks and steps:
+        if steps and flags.command not in (*NOTING, "prune", "recover"):
             preflight(run, show=not broken)
         # Where it leads is known before anything can go wrong on the way.
         outcome.previous, outcome.release = before, after or None
-        run.console.log_context["release"] = after
+        console.log_context["release"] = after
         if before == after:
             target = rollback_target(facts, before)
             outcome.previous = target and target.id
         moves = any(step.name == "activate" for step in steps)
         for when, live in (("before", before), ("after", after if moves else before)):
-            known = facts.records.get(live or "") or when == "after" and moves and facts.artifact
-            text = f"release: {live}\n" if live else ""
-            if known:
-                text += f"version: {known.version}\nsha256: {known.sha256}\n"
-            diff.update({f"{when}_header": f"{facts.root}/current", when: text})
+            console.diff[f"{when}_header"] = f"{facts.root}/current"
+            console.diff[when] = f"releases/{live}\n" if live else ""
         if flags.dry_run:
             show_plan(run, plan)
         elif steps:
@@ -9772,11 +9769,9 @@ def show_plan(run: Run, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
     outcome, facts, steps = run.outcome, run.facts, plan.steps + plan.last
     journal = facts.journal if facts.holder is None else None
-    if facts.holder is not None:
-        run.console.warn(f"{busy(facts.holder).message}; after that the plan may be another")
-    elif journal and not outcome.checks:  # where there are checks, one of them says so
-        run.console.warn(f"{journal} was interrupted; once that is recovered the plan may be "
-                         "another")
+    if not outcome.checks:  # or one of them has said that the plan may be another
+        for _, problem, _ in check_lock(run):
+            run.console.warn(f"lock: {problem}")
     outcome.changed, outcome.extra["plan"] = bool(steps or journal), plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
     if not steps:
@@ -9806,13 +9801,16 @@ MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate
 
 def command_move(run: Run) -> None:
     """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
-    command, outcome, notes = run.flags.command, run.outcome, run.flags.command in NOTING
-    transact(run, checks=not notes)
+    command, outcome = run.flags.command, run.outcome
+    transact(run)
     if run.flags.dry_run:
         return
     message = f"{outcome.release or 'nothing'} {MOVED[command]}"
-    if notes or not outcome.steps:
-        conclude(run, message if notes else f"{message} already; nothing to do")
+    if command in NOTING:
+        conclude(run, message)
+        return
+    if not outcome.steps:
+        conclude(run, f"{message} already; nothing to do")
         return
     facts, then = run.facts, {"before": outcome.previous}
     before = facts.records.get(outcome.previous or "")
@@ -9829,7 +9827,7 @@ def command_move(run: Run) -> None:
 
 def command_prune(run: Run) -> None:
     """Delete what keep_releases no longer keeps."""
-    transact(run, checks=False)
+    transact(run)
     facts, would = run.facts, "would be " if run.flags.dry_run else ""
     removed = run.outcome.extra["removed"] = [
         step.name.partition(":")[2] for step in run.outcome.steps
@@ -9846,7 +9844,7 @@ def command_recover(run: Run) -> None:
     """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
     outcome, dry_run, done, lost = run.outcome, run.flags.dry_run, [], None
     if run.flags.to:
-        transact(run, checks=False, recover_first=False)
+        transact(run)
         if not dry_run:
             outcome.changed = True
             conclude(run, f"{outcome.release} is live, and nothing is under way")
@@ -9963,7 +9961,7 @@ def command_logs(run: Run) -> None:
 def command_flags(run: Run) -> None:
     """Show the feature flags, or set some of them."""
     if run.flags.assignments:
-        transact(run, checks=False)
+        transact(run)
     else:
         with looking(run):
             observe(run)

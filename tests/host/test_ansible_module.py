@@ -214,7 +214,7 @@ def test_check_mode_changes_nothing_and_tells_what_would_change(module: Module) 
     assert snapshot(module.app.root) == before
     assert answer["changed"] and answer["dry_run"] and answer["plan"]
     diff = answer["diff"]
-    assert diff["before"].splitlines()[1] == "version: 1.0" and diff["after"].splitlines()[1] == "version: 2.0"
+    assert diff["before"].endswith("-1.0\n") and diff["after"].endswith("-2.0\n")
     assert not module.run(artifact=str(module.app.artifact("1.0")), _ansible_check_mode=True)["changed"]
 
 
@@ -223,10 +223,9 @@ def test_the_diff_is_what_current_pointed_to_and_points_to(module: Module) -> No
     new = module.run(artifact=str(first), _ansible_diff=True)
     assert new["diff"]["before"] == ""
     up = module.run(artifact=str(second), _ansible_diff=True)
-    sha256 = Path(f"{second}.sha256").read_text().split()[0]
     assert up["diff"] == {
         "before": new["diff"]["after"], "before_header": f"{module.app.root}/current", "after_header": f"{module.app.root}/current",
-        "after": f"release: {up['release']}\nversion: 2.0\nsha256: {sha256}\n"}
+        "after": f"releases/{up['release']}\n"}
     back = module.run(command="rollback", _ansible_diff=True)["diff"]
     assert (back["before"], back["after"]) == (up["diff"]["after"], up["diff"]["before"])
 
@@ -236,7 +235,7 @@ def test_there_is_no_difference_where_current_stays(module: Module, parameters: 
     module.run(artifact=str(module.app.artifact("1.0")))
     version = "2.0" if parameters else "1.0"
     diff = module.run(artifact=str(module.app.artifact(version)), _ansible_diff=True, **parameters)["diff"]
-    assert diff["before"] == diff["after"] and "version: 1.0" in diff["before"]
+    assert diff["before"] == diff["after"] and "-1.0\n" in diff["before"]
 
 
 # -- no_log -----------------------------------------------------------------------------
