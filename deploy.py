@@ -5304,7 +5304,7 @@ def missing_programs(settings: Settings, *wanted: str) -> Findings:
     for section, key, (program, *_), _, _ in commands(settings):
         # What comes with the release, or is found in a PATH of [env], is not looked for.
         is_elsewhere = program[0] != "/" if "/" in program else "PATH" in settings.env
-        is_wanted = section in wanted or section.partition(":")[0] in wanted
+        is_wanted = {section, section.partition(":")[0]}.intersection(wanted)
         if is_wanted and not is_elsewhere and not find_command(program):
             yield ("fail", f"[{section}] {key}: {program} is not found or not executable",
                    HOW_TO_RUN)
@@ -5333,11 +5333,9 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
     # Also just before it is run: a release may hold links that only a hook has made.
     if os.geteuid() != 0:
         return
-    found = {}
-    for where, program in what:
-        found.update(foreign_program(settings, where, program, directory))
-    for path in settings.preflight.accept_risk:
-        found.pop(path, None)
+    found = {path: told for where, program in what
+             for path, told in foreign_program(settings, where, program, directory).items()
+             if path not in settings.preflight.accept_risk}
     for problem, hint in found.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
                          f"{hint}; or {accepting(settings, found)}")
@@ -5853,16 +5851,16 @@ class Conversation(Descriptor):
         host, port = address
         where = f"{host}:{port}" if port else host
         self.at(f"connecting to {where}")
-        if not port:
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.socket.connect(native(host))
-        else:
+        if port:
             made = self.socket = socket.create_connection(address)
             # The peer's name is not to be had where it has hung up already.
             if made.getsockname()[1] == port and made.getsockname() == made.getpeername():
                 # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
                 raise ConnectionRefusedError(errno.ECONNREFUSED,
                                              "Connection refused: nobody listens")
+        else:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.connect(native(host))
         return {"said": f"{where} accepts connections"}
 
     def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
