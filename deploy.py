@@ -3659,7 +3659,7 @@ SHOWN_CHARACTERS = 300
 # What any archive may hold, whatever its ratio: similar files compress very well.
 RATIO_FLOOR_BYTES = 1 << 30
 
-# By content, never by name; a plain tar is told by its first header's checksum.
+# By content, never by name.
 _MAGIC = (
     rb"(?P<tar_gz>\x1f\x8b\x08)|(?P<tar_bz2>BZh[1-9])|(?P<tar_xz>\xfd7zXZ\0)|"
     rb"(?P<tar_zst>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<zip>PK(?:\x03\x04|\x05\x06))")
@@ -3977,9 +3977,15 @@ class Artifact(Descriptor):
 
 
 def format_of(head: bytes) -> str:
-    """Tell an archive's format by its first bytes; empty for none that is known."""
-    if len(head) == TAR_BLOCK_BYTES and checksum_holds(head):
-        return "tar"
+    """Tell an archive's format by its first bytes; empty for none that is known.
+
+    A tar is told by its header's checksum: the sum of its bytes, the field itself as blanks.
+    """
+    if len(head) == TAR_BLOCK_BYTES:
+        claimed, blanked = tar_number(head[148:156]), head[:148] + b" " * 8 + head[156:]
+        # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
+        if claimed == zlib.adler32(blanked) - 1 & 0xffff or 65519 < claimed == sum(blanked):
+            return "tar"
     found = re.match(_MAGIC, head)
     return str(found.lastgroup).replace("_", ".") if found else ""
 
@@ -4209,12 +4215,12 @@ class Judge:
 
         A copy's `content` is its source.  Nothing once one was refused; ArtifactRefused at a limit.
         """
-        made: List[Member] = []
+        made = [member]
         try:
-            self._judge(member, made)
+            made = self._judge(member)
         except ArtifactRefused as refusal:
             self._note(refusal)
-        size_bytes = (made or [member])[-1].size_bytes
+        size_bytes = made[-1].size_bytes if made else 0
         self._members += 1
         self._expanded_bytes += size_bytes
         # Directories that only a long name implies cost as much as members do.
@@ -4226,12 +4232,12 @@ class Judge:
                               most, option)
         return [] if self.refused else made
 
-    def _judge(self, member: Member, made: List[Member]) -> None:
-        kind, target, manifest = member.kind, member.content, self.manifest
+    def _judge(self, member: Member) -> List[Member]:
+        kind, target, manifest, made = member.kind, member.content, self.manifest, []
         name, problem = judge_name(member.name, self._settings.strip_components)
         is_link = kind == SYMLINK
         if problem == NO_NAME and kind == DIRECTORY and member.name:
-            return  # the top itself
+            return made  # the top itself
         if kind not in (FILE, DIRECTORY, SYMLINK, HARD_LINK):
             problem = f"it is a {kind}, which a release cannot hold"
         elif member.size_bytes and kind != FILE:
@@ -4275,6 +4281,7 @@ class Judge:
         elif known is None:
             made.append(entry)
         manifest[name] = entry
+        return made
 
     # -- the whole archive ---------------------------------------------------
 
@@ -4579,13 +4586,6 @@ def tar_number(field: bytes) -> int:
         return _NO_NUMBER
 
 
-def checksum_holds(header: bytes) -> bool:
-    """Compare a tar header's checksum: the sum of its bytes, the field itself taken as blanks."""
-    claimed, blanked = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
-    # The low half of Adler-32 is 1 + the sum modulo 65521, ten times as fast as sum().
-    return claimed == zlib.adler32(blanked) - 1 & 0xffff or 65519 < claimed == sum(blanked)
-
-
 def read_tar(artifact: Artifact, stream: Stream) -> Members:
     """Parse ustar, pax and GNU members.
 
@@ -4607,7 +4607,7 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
         name, mode_field, size_field, time_field, flag, target, magic, prefix = \
             _SPLIT_HEADER(header)
         name = name.partition(b"\0")[0]
-        if not checksum_holds(header):
+        if format_of(header) != "tar":
             raise refuse(name, "its header has a wrong checksum", COPY_AGAIN)
         size_bytes, mode, seconds = map(tar_number, (size_field, mode_field, time_field))
         if size_bytes < 0 or mode < 0:
