@@ -3744,7 +3744,7 @@ class Artifact(Descriptor):
 
     `sha256` is what its bytes must have once `identify` has found it, and `read_sha256` what they
     had when they were last read to the end.  `expanded_bytes` and `files` are what it takes on
-    disk, 0 where only unpacking will tell.  `notes` are for the operator.
+    disk, 0 where only unpacking (or hashing a directory) will tell.  `notes` are for the operator.
     """
 
     format = ""
@@ -3914,6 +3914,8 @@ class Artifact(Descriptor):
                 if entry.kind == FILE:
                     judge.manifest[entry.name] = entry._replace(content=hash_pieces(pieces))
         judge.check()
+        self.files = len(judge.manifest)
+        self.expanded_bytes = count_members(judge.manifest)["bytes"]
         return tree_digest(judge.manifest)
 
     def identify(self, settings: Any, watch: Watch, sha256: str = "", version: str = "") -> None:
@@ -3949,12 +3951,8 @@ class Artifact(Descriptor):
         if not self.sha256:
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
-        if self.format == "directory":
-            tree = reading(self, walk_tree(self.descriptor))
-            sizes = [member.size_bytes for member, _, _ in tree]
-            self.expanded_bytes, self.files = sum(sizes), len(sizes)
-        elif self.format == "tar.gz" and 4 <= self.size_bytes < 1 << 29:
-            # gzip's trailer says it modulo 4 GiB (RFC 1952); of a zip it is known already.
+        if self.format == "tar.gz" and 4 <= self.size_bytes < 1 << 29:
+            # gzip's trailer says it modulo 4 GiB (RFC 1952).
             said_bytes = int.from_bytes(self.read_at(self.size_bytes - 4, 4), "little")
             if self.size_bytes <= said_bytes <= 1032 * self.size_bytes:
                 self.expanded_bytes = said_bytes

@@ -768,19 +768,20 @@ def many(tmp_path):
         yield directory, deploy.scan_tree(directory, nothing)
 
 
-def test_every_difference_in_a_large_tree_is_named(many):
+def test_every_difference_in_a_large_tree_is_named(many, tmp_path):
     directory, manifest = many
+    top = tmp_path / "many"
     assert deploy.differences(manifest, deploy.scan_tree(directory, nothing, known=manifest)) == {"changed": {}, "missing": {}, "added": {}}
     changed = sorted(MANY)[::300]
     for name in changed:
-        with open(os.path.join(directory.path, name), "a") as stream:
+        with open(os.path.join(str(top), name), "a") as stream:
             stream.write("x")
-    os.unlink(os.path.join(directory.path, "d0/f7"))
-    os.mkdir(os.path.join(directory.path, "d0/f7"))
+    os.unlink(os.path.join(str(top), "d0/f7"))
+    os.mkdir(os.path.join(str(top), "d0/f7"))
     for name in ("d0/f7/x", "added"):
-        with open(os.path.join(directory.path, name), "w"):
+        with open(os.path.join(str(top), name), "w"):
             pass
-    os.unlink(os.path.join(directory.path, "d1/f8"))
+    os.unlink(os.path.join(str(top), "d1/f8"))
     found = deploy.differences(manifest, deploy.scan_tree(directory, nothing, known=manifest))
     assert set(found["changed"]) == set(changed) - {"d1/f8"} | {"d0/f7"} and list(found["missing"]) == ["d1/f8"]
     assert list(found["added"]) == ["added", "d0/f7/x"] and found["changed"]["d0/f7"] == "is a directory, was a file"
