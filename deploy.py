@@ -117,7 +117,7 @@ try:
     import struct
     import time
     import zlib
-    from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+    from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
     from functools import lru_cache, partial
     from operator import attrgetter
     from types import SimpleNamespace
@@ -446,8 +446,8 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def format_time(seconds_since_epoch: float) -> str:
-    """Write a time as RFC 3339 in UTC, to the second."""
+def format_time(seconds_since_epoch: Optional[float] = None) -> str:
+    """Write a time, by default this one, as RFC 3339 in UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds_since_epoch))
 
 
@@ -3215,7 +3215,7 @@ class Run:
     # What the steps hand on: the staged tree's name and manifest.
     staging = ""
     manifest: Any = None
-    journal: Optional[Journal] = None  # as it was written last
+    journal: Any = None  # of the run that is under way; before its first phase it is not written
     down_failed = ""  # why, where a `down` did
     left_is_healthy = False  # what a rollback leaves: only then is there a way back
     is_believed = False
@@ -3244,7 +3244,6 @@ class Run:
         self.fetch: Any = None  # how to get, once, what [policy] wants beside sync's artifact
         self.judged: Dict[str, str] = {}  # why [policy] judge let these digests pass
         self.output: List[str] = []  # a command's last lines, for the step's result
-        self.migration: Dict[str, Any] = {}  # what is to be written in the journal
         self.signalled: Set[str] = set()  # services whose process was there to be signalled
 
     @property
@@ -3271,8 +3270,8 @@ class Step(NamedTuple):
     `do` returns a short detail or nothing, False where it was not needed, and raises DeployError or
     OSError; `undo` takes it back, done, half done or not begun.  `phase` is what the journal says
     meanwhile, `noted` the phase that it names once the step is done, where a recovery must know of
-    it.  A failure of an `optional` step is a warning.  `move` says from what to what its plan
-    leads, and `what` is for its own `do` and `undo`.
+    it.  A failure of an `optional` step is a warning.  `seconds` bounds it, where that is known;
+    `plan` says from what to what it leads, and `what` is for its own `do` and `undo`.
     """
 
     name: str
@@ -3282,22 +3281,28 @@ class Step(NamedTuple):
     phase: str = ""
     optional: bool = False
     noted: str = ""
-    move: Any = None
+    seconds: float = UNLIMITED_SECONDS
+    plan: Any = None
     what: Any = None
 
 
-class Plan(NamedTuple):
-    """The ordered steps of one operation, computed before anything changes.
+Steps = List[Step]
 
-    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch.
+
+class Plan(NamedTuple):
+    """From what to what an operation leads, and its ordered steps, before anything changes.
+
+    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch, and
+    is `back` to whoever makes its steps.
     """
 
     operation: str
     from_release: OptionalText
-    to_release: str
-    steps: List[Step]
-    last: List[Step]
-    way_back: List[Step]
+    to_release: OptionalText
+    back: bool = False
+    steps: Steps = []
+    last: Steps = []
+    way_back: Steps = []
 
     def to_json(self) -> List[Dict[str, str]]:
         """Return the plan as the journal keeps it and --json shows it."""
@@ -7099,15 +7104,21 @@ def observe(run: Run, *, locked: bool = False, artifact: str = "", confirm: bool
                     if not found.read_sha256:
                         found.find_signature(run.settings, run.flags.signature or "")
                         found.hash(run.settings, lambda done: run.interrupts.check())
+    found = run.facts.artifact
+    if found:
+        mask = run.console.secrets.mask
+        run.outcome.extra["artifact"] = {
+            "name": mask(portable(found.name)), "source": mask(portable(found.path)),
+            "version": found.version, "format": found.format, "size": found.size_bytes,
+            "sha256": found.sha256, "signature": found.signature}
     return run.facts
 
 
 def observe_root(run: Run, *, locked: bool) -> Facts:
     """Look at what is under the root; without a root there is nothing yet."""
     store, settings, command, now_seconds = run.store, run.settings, run.flags.command, time.time()
-    facts = Facts(settings, run.flags, os.path.realpath(settings.deploy.root),
-                  settings.command_line, run.application, run.deploy_id, run.note, now_seconds,
-                  artifact=run.offer)
+    facts = Facts(settings, run.flags, run.place, settings.command_line, run.application,
+                  run.deploy_id, run.note, now_seconds, artifact=run.offer)
     if store is None:
         return facts
     # Before the records: what a run makes live meanwhile must not look as if it had none.
@@ -7150,9 +7161,11 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
 
 def slot_problem(facts: Facts) -> Iterator[Problem]:
     """Say where live.conf, the slots' links, `current` and its record do not agree."""
-    live, current = facts.live_slot or "no slot", facts.current.release or "nothing"
+    live = facts.live_slot or "no slot"
+    current = facts.current.release or "nothing"
     record = facts.records.get(current)
-    linked, recorded = facts.slots.get(current, "no slot"), record and record.slot or "no slot"
+    linked = facts.slots.get(current, "no slot")
+    recorded = record and record.slot or "no slot"
     if not facts.journal and facts.holder is None and {linked, recorded} != {live}:
         yield (f"slots/live.conf names {live}, and current {current}, whose link is that of "
                f"{linked}, and which by its record is in {recorded}",
@@ -7205,20 +7218,15 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     if changed:
         run.console.warn(f"{before.id} was changed since it was staged; staging the artifact again")
     else:
-        artifact.release, artifact.version = before.id, before.version
+        artifact.release = before.id
+        artifact.version = before.version
     return artifact
-
-
-def artifact_json(artifact: Artifact) -> Json:
-    """Return what --json shows of an artifact."""
-    return {"name": portable(artifact.name), "source": portable(artifact.path),
-            "version": artifact.version, "format": artifact.format, "size": artifact.size_bytes,
-            "sha256": artifact.sha256, "signature": artifact.signature}
 
 
 def check_release(run: Run, record: Record) -> Differences:
     """Hold a release against its manifest; StateError when that is missing or damaged."""
-    release, store = record.id, run.store
+    release = record.id
+    store = run.store
     # What the interpreter and the service write there says nothing against the release.
     written = mutable_pattern(run.settings.deploy)
     try:
@@ -7259,14 +7267,13 @@ def mutable_pattern(deploy: Any, *, bytecode: bool = True) -> Any:
 
 def strangers(run: Run, record: Record) -> List[str]:
     """List what a release holds that the artifact did not bring, bytecode and `mutable` aside."""
-    written, top, found = mutable_pattern(run.settings.deploy), f"{run.store.path}/releases/", []
-    try:
-        with run.store.open_manifest(record.id) as streams:
-            known = {os.fsdecode(name) for name in read_manifest(*streams)}
-    except (OSError, ValueError, StateError):
-        return []
-    top += record.id + "/"
-    with suppress(RecursionError):  # of so deep a tree what was found is enough
+    written = mutable_pattern(run.settings.deploy)
+    found = []
+    top = f"{run.store.path}/releases/{record.id}/"
+    # Without its manifest nobody can say; of so deep a tree what was found is enough.
+    with suppress(OSError, ValueError, StateError, RecursionError), \
+            run.store.open_manifest(record.id) as streams:
+        known = {os.fsdecode(name) for name in read_manifest(*streams)}
         for place, directories, files in os.walk(top):  # which follows no link
             run.interrupts.check()
             inside = os.path.join(place, "")[len(top):]
@@ -7293,10 +7300,11 @@ def problems_of(differences: Differences) -> str:
         for word in ("changed", "missing") if differences[word])
 
 
-def context_for(facts: Facts, release: Optional[str], previous: Optional[str] = None,
+def context_for(facts: Facts, release: OptionalText, previous: OptionalText = None,
                 failed: str = "") -> Context:
     """Describe a release to hooks, probes and templates; without one, the one to be made."""
-    record, live = facts.records.get(release or ""), facts.current.release
+    record = facts.records.get(release or "")
+    live = facts.current.release
     if previous is None:
         previous = record.previous if record and release == live else live
     known = record or (None if release in facts.on_disk else facts.artifact)
@@ -7313,7 +7321,8 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
     It counts where it is root's, the owner's or a service's: its unit's, or below what a pidfile
     names.  Otherwise any user could keep a release for ever by a `cd` into it.
     """
-    inside, found = os.path.realpath(f"{root}/releases") + "/", {}
+    inside = os.path.realpath(f"{root}/releases") + "/"
+    found = {}
     services = settings.service.values()
     units = {unit for service in services if service.unit
              for unit in (service.unit, f"{service.unit}.service")}
@@ -7327,7 +7336,8 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
                 continue
             # The real user: who may run something setuid is not its owner for that.
             known = dict(re.findall(r"(?m)^(\w+):\s*(\S+)", read_text(f"/proc/{process}/status")))
-            user, owner = int(known["Uid"]), os.lstat(inside + release).st_uid
+            user = int(known["Uid"])
+            owner = os.lstat(inside + release).st_uid
             groups = read_text(f"/proc/{process}/cgroup").strip().split("/") if units else []
             own = {process, known["PPid"], *groups}
             if user in (0, owner) or own.intersection(units) or any(
@@ -7348,7 +7358,7 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
     That is, until another release goes live, or for the day where no digest says what is refused.
     """
     outcome, entry = run.outcome, HistoryEntry(**{
-        "sequence": 0, "at": format_time(time.time()), "by": run.by, "previous_sha256": "",
+        "sequence": 0, "at": format_time(), "by": run.by, "previous_sha256": "",
         "message": run.console.secrets.mask(error.message) if error else "",
         "version": found.version if found else None, "note": run.note or None,
         "artifact_sha256": found.sha256 if found else None,
@@ -7396,7 +7406,8 @@ KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_k
 
 def check_configuration(run: Run) -> Findings:
     """Whoever runs this is who should, and what the configuration names is there."""
-    settings, user = run.settings, run.settings.preflight.user
+    settings = run.settings
+    user = settings.preflight.user
     run.console.debug(f"{os.uname().nodename}: python {sys.executable} {sys.version.split()[0]}, "
                       f"cwd {os.path.realpath('/proc/self/cwd')}, PATH {command_path()}")
     if user not in ("", user_name(), str(os.geteuid())):
@@ -7424,7 +7435,8 @@ def check_configuration(run: Run) -> Findings:
 def check_trust(run: Run) -> Findings:
     """Could somebody else have written what is about to be believed?"""
     serious = "fail" if os.geteuid() == 0 else "warn"
-    store, root = run.store, run.facts.root
+    store = run.store
+    root = run.facts.root
     private = f"{root}/.deploy"
     if run.settings.deploy.group:
         check_group(run.settings.deploy.group)
@@ -7456,7 +7468,8 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
     for path in settings.files:
         refused.update(trust_problems(path))
     own, risks, deploy = set(refused), settings.preflight.accept_risk, settings.deploy
-    signature, policy = settings.signature, settings.policy
+    signature = settings.signature
+    policy = settings.policy
     paths = [deploy.root, signature.allowed_signers, policy.approvers, policy.attesters,
              *itertools.filterfalse(KEY_LITERAL.match, signature.keys)]
     for asked in (*settings.probe.values(), *settings.notify.values(), settings.source):
@@ -7485,7 +7498,8 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
 
 def check_root(run: Run) -> Findings:
     """The root can be written or made, on one filesystem: rename would fail half way (EXDEV)."""
-    root, parent = run.facts.root, os.path.dirname(run.facts.root)
+    root = run.facts.root
+    parent = os.path.dirname(root)
     place = root if run.store else f"{parent}/."
     if not os.access(place, os.W_OK | os.X_OK):
         yield ("fail", f"{place} is not there or cannot be written by {user_name()}",
@@ -7502,7 +7516,8 @@ def check_root(run: Run) -> Findings:
 
 def check_application(run: Run) -> Findings:
     """No other application deploys to this root; compared where both were given a name."""
-    ours, flags = run.settings.deploy.application, run.flags
+    ours = run.settings.deploy.application
+    flags = run.flags
     newest = max((record for record in run.facts.records.values() if record.application),
                  key=attrgetter("sequence"), default=None)
     if newest and newest.application != ours:
@@ -7513,7 +7528,8 @@ def check_application(run: Run) -> Findings:
 
 def check_hold(run: Run) -> Findings:
     """Nobody has asked that what is live stays live; only a rollback may pass then."""
-    hold, command = run.facts.hold, run.flags.command
+    hold = run.facts.hold
+    command = run.flags.command
     if command != "rollback":
         until = f" until {hold['until']}" if hold["until"] else ""
         yield ("warn" if command == "stage" else "fail",
@@ -7524,11 +7540,12 @@ def check_hold(run: Run) -> Findings:
 
 def check_state(run: Run) -> Findings:
     """`current` leads to a release, or nothing yet, and records and journal can be read."""
-    facts, command_line = run.facts, run.facts.command_line
-    current, serious = facts.current, "fail"
+    facts = run.facts
+    current = facts.current
+    serious = "fail"
     fix = RESTORE
     if run.flags.command in ("rollback", "activate"):
-        fix += f"; or go to a whole one: {command_line('recover --to RELEASE')}"
+        fix += f"; or go to a whole one: {facts.command_line('recover --to RELEASE')}"
         if current.release in facts.records:
             serious = "warn"  # a way back that is known must not wait for some other's record
     for problem in facts.state_problems:
@@ -7537,7 +7554,7 @@ def check_state(run: Run) -> Findings:
         yield "fail", current.problem, current.hint
     elif current.release and current.release not in facts.records:
         yield ("warn", f"current points to {current.release}, which has no record",
-               f"make it known: {command_line(f'adopt {current.release}')}")
+               f"make it known: {facts.command_line(f'adopt {current.release}')}")
     yield "ok", current.release or "nothing is live yet", ""
 
 
@@ -7558,14 +7575,16 @@ def check_artifact(run: Run) -> Findings:
     if refusal:
         yield "fail", refusal.message, refusal.hint
         return
-    bad, live = refused_record(facts, found.sha256), facts.records.get(facts.current.release or "")
+    bad = refused_record(facts, found.sha256)
+    live = facts.records.get(facts.current.release or "")
     if bad and flags.force:
         yield "warn", f"refused before as {bad.id}, and is tried again", ""
     elif bad and (bad.state == STATE_BAD or flags.command != "stage"):
         yield ("fail", *bad_refusal(bad))
     # What was adopted has a name, and no version.
     if live and live.artifact.get("sha256_source") != "adopted":
-        new, old = version_key(found.version), version_key(live.version)
+        new = version_key(found.version)
+        old = version_key(live.version)
         if new and old and new < old:
             yield ("warn" if flags.allow_downgrade else "fail",
                    f"{found.version} is older than {live.version}, which is live",
@@ -7576,7 +7595,8 @@ def check_artifact(run: Run) -> Findings:
 
 def check_signature(run: Run) -> Findings:
     """[signature]: who signed the artifact, as far as its bytes were read."""
-    artifact, live = run.artifact, run.facts.release(run.facts.current.release or "")
+    artifact = run.artifact
+    live = run.facts.release(run.facts.current.release or "")
     if artifact is None or run.settings.signature.verify == "off":
         yield "skip", "no artifact given, or verify = off", ""
         return
@@ -7714,7 +7734,8 @@ def check_required(run: Run) -> Findings:
 
 def check_programs(run: Run) -> Findings:
     """What is to be run is there, and a candidate's port is free; a release's own comes later."""
-    wanted, port = ["probe", "candidate", "slots"], run.settings.candidate.port
+    wanted = ["probe", "candidate", "slots"]
+    port = run.settings.candidate.port
     if run.flags.command not in ("rollback", "activate"):
         wanted += ["hooks", "migrate"]
     yield from missing_programs(run.settings, *wanted)
@@ -7758,7 +7779,8 @@ def check_slots(run: Run) -> Findings:
 
 def check_probes(run: Run) -> Findings:
     """Probes with when = before or both: the database is down now, not because of us."""
-    context, new = context_for(run.facts, None), run.facts.artifact
+    context = context_for(run.facts, None)
+    new = run.facts.artifact
     for name, probe in sorted(run.settings.probe.items()):
         if new and new.version == new.sha256[:12] and probe.release and probe.when != "before":
             yield ("fail", f"[probe:{name}] release: no answer can name {new.version}, the "
@@ -7825,14 +7847,15 @@ ACTING_CHECKS = ("signature", "services", "slots", "probes", "judge")
 def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
     """Run every check, whatever the others found; each becomes one result, its worst finding."""
     results: List[CheckResult] = []
-    run.outcome.checks, failed = results, set()
+    run.outcome.checks = results
+    is_trusted = True
     for name, check, about in CHECKS:
         if going_back and name in AHEAD_CHECKS:
             continue
         try:
             if about and not any(attrgetter(path)(run) for path in about.split()):
                 found = [("skip", "nothing to check", "")]
-            elif name in ACTING_CHECKS and "permissions" in failed:
+            elif name in ACTING_CHECKS and not is_trusted:
                 found = [("skip", "not asked: see permissions", "")]
             else:
                 found = list(check(run)) or [("ok", "as it should be", "")]
@@ -7848,7 +7871,8 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
         _, details, fixes = zip(*[row for row in found if row[0] == worst])
         hint = "" if worst == "ok" else "; ".join(dict.fromkeys(filter(None, fixes)))
         results.append(CheckResult(name, worst, "; ".join(details), hint))
-        failed.update([name] if worst == "fail" else [])
+        if (name, worst) == ("permissions", "fail"):
+            is_trusted = False
     return results
 
 
@@ -7864,22 +7888,24 @@ STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
 GO = "pre_activate check close_early backup up candidate slot close proxy activate"
 AFTER = "down post_activate services probes post_deploy"
 
-# operation: what is done before the switch, after it, once the verdict is in (the journal stays for
-# what stands before a bar), and what the history calls it when it went through.
+# operation: what is done before the switch, after it, once the verdict is in, and then without the
+# journal; and what the history calls it when it went through.
 ORDER = {
-    "stage": (STAGE, "", "", "staged"),
-    "deploy": (STAGE + " " + GO, AFTER, "open? drain | prune", "deployed"),
-    "sync": (STAGE + " " + GO, AFTER, "open? drain | prune", "synced"),
-    "activate": ("verify " + GO, AFTER, "open? drain | prune", "activated"),
+    "stage": (STAGE, "", "", "", "staged"),
+    "deploy": (STAGE + " " + GO, AFTER, "open? drain", "prune", "deployed"),
+    "sync": (STAGE + " " + GO, AFTER, "open? drain", "prune", "synced"),
+    "activate": ("verify " + GO, AFTER, "open? drain", "prune", "activated"),
     "rollback": ("verify health? pre_rollback check close_early backup up slot close proxy "
-                 "activate", "down services probes post_rollback", "open? drain |", "rolled_back"),
+                 "activate", "down services probes post_rollback", "open? drain", "",
+                 "rolled_back"),
     # Of these no journal is kept.  recover --to: a person has decided, so only a damaged release
     # stops it.
-    "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", "", "recovered"),
-    "prune": ("prune", "", "", "pruned"), "adopt": ("adopt", "", "", "adopted"),
-    "pin": ("pin", "", "", "pinned"), "unpin": ("unpin", "", "", "unpinned"),
-    "hold": ("hold", "", "", "held"), "unhold": ("unhold", "", "", "unheld"),
-    "flags": ("flags", "", "", "flagged")}
+    "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", "", "",
+                "recovered"),
+    "prune": ("prune", "", "", "", "pruned"), "adopt": ("adopt", "", "", "", "adopted"),
+    "pin": ("pin", "", "", "", "pinned"), "unpin": ("unpin", "", "", "", "unpinned"),
+    "hold": ("hold", "", "", "", "held"), "unhold": ("unhold", "", "", "", "unheld"),
+    "flags": ("flags", "", "", "", "flagged")}
 # After the switch a failure takes the way back; ? means that its own failure is a warning.
 WAY_BACK = "pre_rollback? proxy activate down services probes post_rollback? open? drain"
 
@@ -7890,15 +7916,6 @@ LEAST_DRAIN_SECONDS = 1.0  # in which the proxy reads live.conf
 DRAIN_LOOK_SECONDS = 0.2
 KEPT_BAD_RELEASES = 1
 KEPT_DIFFERENCES = 200  # lines of them in the history
-
-
-class Move(NamedTuple):
-    """From what to what a plan leads; `back` where it is the way back of another one."""
-
-    operation: str
-    from_release: Optional[str]
-    to_release: Optional[str]
-    back: bool = False
 
 
 # -- which release is meant --------------------------------------------------
@@ -7913,7 +7930,8 @@ def select_release(facts: Facts, text: str) -> Record:
 
     UsageError where there is none, or more than one; StateError where it may be unreadable.
     """
-    there, live = newest_first(map(facts.release, facts.records)), facts.current.release
+    there = newest_first(map(facts.release, facts.records))
+    live = facts.current.release
     named = live or "/" if text == "current" else text
     found = [record for record in there if record.id == named] or \
         [record for record in there if record.version == named] or \
@@ -7954,7 +7972,7 @@ def lost_current(facts: Facts) -> Optional[StateError]:
     return None
 
 
-def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
+def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
                     ) -> Optional[Record]:
     """Choose where a rollback goes: the last good release that was live before this one.
 
@@ -7968,9 +7986,9 @@ def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
         before += [record.id for record in newest_first(facts.records.values())
                    if record.sequence < facts.records[live].sequence]
     for name in before[1:]:
-        record = facts.records.get(name) if name in facts.on_disk else None
-        is_good = record and record.state in (STATE_ACTIVE, STATE_RETIRED)
-        if is_good and name != live and not record.rolled_back_at:  # type: ignore
+        record = facts.release(name)
+        if record and name != live and not record.rolled_back_at \
+                and record.state in (STATE_ACTIVE, STATE_RETIRED):
             return record
         if certain and name in facts.on_disk and not record and facts.state_problems:
             raise StateError(
@@ -7979,7 +7997,7 @@ def rollback_target(facts: Facts, live: Optional[str], *, certain: bool = False
     return None
 
 
-def is_under_way(journal: Optional[Journal], live: Optional[str]) -> bool:
+def is_under_way(journal: Optional[Journal], live: OptionalText) -> bool:
     """Say whether a deployment had switched and came to no verdict: `rollback` is one."""
     return journal is not None and live == journal.to_release and \
         journal.operation in ("deploy", "sync", "activate") and journal.phase != PHASE_ROLLING_BACK
@@ -7994,7 +8012,7 @@ def plan_operation(facts: Facts) -> Plan:
     if operation in ("deploy", "stage", "sync"):
         if artifact is None:
             raise facts.refusal or UsageError("no artifact was given", "name one: deploy ARTIFACT")
-        release = artifact.release or new_release_id(facts, artifact.version)
+        release = release_id(facts, artifact)
         is_done = bool(artifact.release) and (operation == "stage" or release == live)
         if is_done and operation != "stage" and facts.records[release].failure:
             raise ArtifactRefused(*bad_refusal(facts.records[release]))
@@ -8008,7 +8026,8 @@ def plan_operation(facts: Facts) -> Plan:
         is_done = not facts.hold
     elif operation not in ("hold", "prune", "flags"):
         target = choose_target(facts)
-        release, is_done = target.id, target.id == live and operation != "recover"
+        release = target.id
+        is_done = release == live and operation != "recover"
         if operation in ("pin", "unpin"):
             is_done = target.pinned == (operation == "pin")
         elif operation != "recover" and not (is_done or asked.force):
@@ -8018,14 +8037,14 @@ def plan_operation(facts: Facts) -> Plan:
                     and not target.artifact.get("signature"):
                 raise ArtifactRefused(f"{release} was staged without a signature", "deploy its "
                                       "artifact, once it is signed, or insist with --force")
+    plan = Plan(operation, live, release)
     if is_done:
-        return Plan(operation, live, release, [], [], [])
-    move = Move(operation, live, release)
-    for name in facts.settings.migrate.down and migrations_left(facts, move) or ():
+        return plan
+    for name in facts.settings.migrate.down and migrations_left(facts, plan) or ():
         if name not in facts.on_disk:
             raise PreflightFailed(f"{name} migrated the data and is gone: only it could undo that",
                                   "leave the data as they are: --set migrate.on_rollback=keep")
-    return make_plan(facts, move)
+    return make_plan(facts, plan)
 
 
 def choose_target(facts: Facts) -> Record:
@@ -8051,28 +8070,23 @@ def choose_target(facts: Facts) -> Record:
     return target
 
 
-def make_plan(facts: Facts, move: Move) -> Plan:
+def make_plan(facts: Facts, plan: Plan) -> Plan:
     """Expand the words of an operation, and those of its way back."""
-    before, after, ends, _ = ORDER[move.operation]
-    closing, _, last = ends.rpartition("|")
-    if not move.from_release or is_under_way(facts.journal, move.from_release):
-        before = before.replace("health?", "")  # it was never seen to be healthy
-    steps = expand(before, PHASE_INTENT if after else "", facts, move)
-    steps += expand(after, PHASE_SWITCHED, facts, move)
-    back = Move(move.operation, move.to_release, move.from_release, back=True)
-    way_back = WAY_BACK if any(step.noted == PHASE_SWITCHED for step in steps) else ""
-    if not move.from_release:  # it ends once `current` is gone: nothing was live before
-        way_back = re.sub("services|probes", "", way_back)
-    return Plan(move.operation, move.from_release, move.to_release or "", steps,
-                expand(closing, PHASE_SWITCHED, facts, move) + expand(last, "", facts, move),
-                expand(way_back, PHASE_ROLLING_BACK, facts, back))
+    before, after, closing, last, _ = ORDER[plan.operation]
+    back = Plan(plan.operation, plan.to_release, plan.from_release, back=True)
+    return plan._replace(
+        steps=expand(before, PHASE_INTENT if after else "", facts, plan)
+        + expand(after, PHASE_SWITCHED, facts, plan),
+        last=expand(closing, PHASE_SWITCHED, facts, plan) + expand(last, "", facts, plan),
+        way_back=expand(WAY_BACK if after else "", PHASE_ROLLING_BACK, facts, back))
 
 
-def expand(words: str, phase: str, facts: Facts, move: Move) -> List[Step]:
+def expand(words: str, phase: str, facts: Facts, plan: Plan) -> Steps:
     """Make the steps of some words of the table; none where nothing is configured for a word."""
-    steps: List[Step] = []
+    steps: Steps = []
     for word in words.split():
-        name, now = word.rstrip("?"), phase
+        name = word.rstrip("?")
+        now = phase
         if name in STAGE.split():
             now = PHASE_STAGING
             if facts.artifact and facts.artifact.release:
@@ -8082,30 +8096,30 @@ def expand(words: str, phase: str, facts: Facts, move: Move) -> List[Step]:
         if needed and not any(value and value != "never" for value in values):
             continue
         if isinstance(make, str):
-            made: Any = make.format(release=move.to_release, left=move.from_release)
+            made: Any = make.format(release=plan.to_release)
         else:
-            made = make(name, facts, move)
+            made = make(name, facts, plan)
         for step in [Step(name, made, *actions)] if actions else made:
             steps.append(step._replace(
-                phase=now, move=move, optional=step.optional or word != name,
+                phase=now, plan=plan, optional=step.optional or word != name,
                 noted=step.noted if now in (PHASE_INTENT, PHASE_SWITCHED) else ""))
     return steps
 
 
-def new_release_id(facts: Facts, version: str) -> str:
-    """Name a release that is about to be made: time and version, a number where that is taken."""
-    base = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(facts.now_seconds)) + version
+def release_id(facts: Facts, artifact: Any) -> str:
+    """Name an artifact's release: as it is, else by time and version, numbered where needed."""
+    base = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(facts.now_seconds)) + artifact.version
     name, number = base, 2
     while name in facts.records or name in facts.on_disk:
         name, number = f"{base}.{number}", number + 1
-    return name
+    return artifact.release or name
 
 
 def step_context(run: Run, step: Step) -> Context:
     """Describe the release that a step leads to; on the way back, the one that failed as well."""
-    move = step.move
-    return context_for(run.facts, move.to_release, move.from_release or "",
-                       move.from_release or "" if move.back else "")
+    plan = step.plan
+    return context_for(run.facts, plan.to_release, plan.from_release or "",
+                       plan.from_release or "" if plan.back else "")
 
 
 # -- what the words stand for: from the artifact to a sealed release -----------
@@ -8137,7 +8151,8 @@ def do_unpack(run: Run, step: Step) -> str:
             raise run.artifact.distrust
     for note in notes:
         run.console.warn(note)
-    counts, more = count_members(run.manifest), ""
+    counts = count_members(run.manifest)
+    more = ""
     if sharer and sharer.shared_files:
         more = f", {sharer.shared_files:,} shared with {live}"
     if run.artifact.signature:
@@ -8175,7 +8190,7 @@ def put_member(run: Run, member: Member, data: bytes = b"") -> None:
     add_member(run.manifest, member)
 
 
-def do_shared(run: Run, step: Step) -> Optional[str]:
+def do_shared(run: Run, step: Step) -> OptionalText:
     """Make missing shared directories, and a relative link for each path."""
     deploy, replaced = run.settings.deploy, []
     for path in deploy.shared_dirs + deploy.shared_files:
@@ -8204,9 +8219,11 @@ def do_templates(run: Run, step: Step) -> None:
             except FileNotFoundError:
                 raise StepFailed(f"template {template.source} is not in the artifact",
                                  f"correct [{section}] source")
-        text = render_template(data.decode("utf-8", "surrogateescape"), values, template.source)
-        rendered, mode = text.encode("utf-8", "surrogateescape"), template.mode
-        for escaped, key in re.findall(PLACEHOLDER, data.decode("utf-8", "replace")):
+        source = data.decode("utf-8", "surrogateescape")
+        rendered = render_template(source, values, template.source).encode(
+            "utf-8", "surrogateescape")
+        mode = template.mode
+        for escaped, key in re.findall(PLACEHOLDER, source):
             # A query is masked as well, and need not be secret.
             is_masked = MASK in mask(values.get(key, "")).replace("?" + MASK, "")
             if not escaped and (SECRET_NAME.search(key.lower()) or is_masked) \
@@ -8245,13 +8262,13 @@ def do_publish(run: Run, step: Step) -> None:
     # Before the rename: a name must never lead to data that a power cut can take.
     if run.settings.deploy.durable:
         sync_filesystem(tree.descriptor)
-    run.store.publish(run.staging, step.move.to_release)
+    run.store.publish(run.staging, step.plan.to_release)
 
 
 def undo_publish(run: Run, step: Step) -> None:
     """Take the release away, unless its name is somebody else's: the tree still has its first."""
     if not run.staging or not run.store.is_release(run.staging):
-        run.store.remove_release(step.move.to_release)
+        run.store.remove_release(step.plan.to_release)
 
 
 def open_to_group(run: Run) -> None:
@@ -8290,20 +8307,26 @@ def keep_record(run: Run, release: str, counts: Dict[str, int], **fields: Any) -
     run.facts.records[release] = record
 
 
+def change_record(run: Run, release: str, **fields: Any) -> None:
+    """Change what is recorded of a release, and what is known of it."""
+    record = run.facts.records[release]._replace(**fields)
+    run.store.save(record)
+    run.facts.records[release] = record
+
+
 def do_seal(run: Run, step: Step) -> None:
     """Keep what was unpacked, and what post_stage made of it: it must not change any more."""
-    release, found, mask = step.move.to_release, run.facts.artifact, run.console.secrets.mask
-    created_at, masked_source = format_time(time.time()), mask(found.sha256_source)
-    masked = {name: mask(run.outcome.extra["artifact"][name]) for name in ("name", "source")}
+    release, found, shown = step.plan.to_release, run.facts.artifact, run.outcome.extra["artifact"]
+    created_at = format_time()
     if run.settings.hooks.post_stage:
         run.manifest = scan_release(run, release, "post_stage left", "correct [hooks] post_stage")
         if run.store.group >= 0:
             open_to_group(run)
         if run.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
-    run.outcome.extra["artifact"]["signature"] = found.signature  # known by now
+    shown["signature"] = found.signature  # known by now
     # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-    artifact = dict(run.outcome.extra["artifact"], sha256_source=masked_source, **masked,
+    artifact = dict(shown, sha256_source=run.console.secrets.mask(found.sha256_source),
                     strip_components=run.settings.artifact.strip_components,
                     identity=None if found.format == "directory" else found.identity)
     keep_record(run, release, count_members(run.manifest), version=found.version,
@@ -8324,14 +8347,15 @@ def not_brought(release: str, names: Sequence[str]) -> str:
 
 def do_verify(run: Run, step: Step) -> str:
     """Hash a release against its manifest before it goes live."""
-    release = step.move.to_release
+    release = step.plan.to_release
     differences = check_release(run, run.facts.records[release])
-    problem, added = problems_of(differences), list(differences["added"])
+    problem = problems_of(differences)
+    added = list(differences["added"])
     run.output = name_differences(run, differences)[:KEPT_DIFFERENCES]
     inside = [(f"[{section}] {key}", argv[0])
               for section, key, argv, _, in_release in commands(run.settings) if in_release]
     refuse_foreign_programs(run.settings, inside, f"{run.store.path}/releases/{release}")
-    if problem and (not run.flags.force or step.move.operation == "recover"):
+    if problem and (not run.flags.force or step.plan.operation == "recover"):
         raise StepFailed(
             f"{release} is not what was staged: {problem}",
             f"see all of it: {run.settings.command_line(f'verify {release}')}; then {DEPLOY_AGAIN},"
@@ -8376,12 +8400,12 @@ def do_candidate(run: Run, step: Step) -> str:
         "or what [candidate] and its probes say", dict(found.evidence, output=run.output))
 
 
-def migrations_left(facts: Facts, move: Move) -> Optional[List[str]]:
+def migrations_left(facts: Facts, plan: Plan) -> Optional[List[str]]:
     """Name the releases whose migrations are to be undone where a person goes back, newest first.
 
     None for a move forward: to what was never live, or is newer.
     """
-    there, left = (facts.records.get(name or "") for name in (move.to_release, move.from_release))
+    there, left = (facts.records.get(name or "") for name in (plan.to_release, plan.from_release))
     if not there or not left or not there.activated_at or there.sequence > left.sequence:
         return None
     if facts.settings.migrate.on_rollback == "keep" or not facts.settings.migrate.down:
@@ -8390,10 +8414,11 @@ def migrations_left(facts: Facts, move: Move) -> Optional[List[str]]:
             if record.migrated and there.sequence < record.sequence <= left.sequence]
 
 
-def make_migrate(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_migrate(word: str, facts: Facts, plan: Plan) -> Steps:
     """Have the new release migrate the data; or have what others did to them undone by each."""
-    ahead = Move(move.operation, move.to_release, move.from_release) if move.back else move
-    left, is_asked = migrations_left(facts, ahead), word == "down" and not move.back
+    ahead = Plan(plan.operation, plan.to_release, plan.from_release) if plan.back else plan
+    left = migrations_left(facts, ahead)
+    is_asked = word == "down" and not plan.back
     releases = [ahead.to_release] if left is None else []
     if is_asked:
         releases = left or []
@@ -8404,25 +8429,25 @@ def make_migrate(word: str, facts: Facts, move: Move) -> List[Step]:
 
 def do_migrate(run: Run, step: Step) -> Any:
     """Run a command of [migrate] in a release, where it is needed; a `down` that fails is noted."""
-    settings, state, records = run.settings.migrate, run.migration, run.facts.records
-    word, release = step.name.partition(":")[2], step.what
+    settings, state = run.settings.migrate, run.journal.migration
+    word = step.name.partition(":")[2]
+    release = step.what
     argv = getattr(settings, word)
-    if state.get("idle") or run.down_failed or step.move.back and not (state.get("up") and argv):
+    if state.get("idle") or run.down_failed or step.plan.back and not (state.get("up") and argv):
         return False
 
     def begun(group: int) -> None:
         # Who finds this run killed must end the group, and undo what it did.
         state.update({word: True, "group": group, "deploy_id": run.deploy_id})
-        run.store.save(run.journal._replace(migration=state))
+        run.store.save(run.journal)
 
     try:
-        previous = records[release].previous if word == "down" else None
+        previous = run.facts.records[release].previous if word == "down" else None
         result = perform_command(run, context_for(run.facts, release, previous),
                                  f"migrate {word}", argv, settings.timeout,
                                  most=int(word == "check"), begun=begun)
         if word in ("up", "down"):
-            records[release] = records[release]._replace(migrated=word == "up")
-            run.store.save(records[release])
+            change_record(run, release, migrated=word == "up")
     except FAILURES as error:
         if word != "down":
             raise
@@ -8438,16 +8463,17 @@ def do_migrate(run: Run, step: Step) -> Any:
 def undo_migrate(run: Run, step: Step) -> None:
     """Run `down` where `up` had begun; it is no step of the plan, and shown all the same."""
     begun_at, run.output = time.time(), []
-    said = do_migrate(run, step._replace(name="migrate:down", move=step.move._replace(back=True)))
+    said = do_migrate(run, step._replace(name="migrate:down", plan=step.plan._replace(back=True)))
     if said:
         run.console.say(f"{'migrate:down':<20} {said}", status="done")
         run.outcome.steps.append(StepResult("migrate:down", "done", time.time() - begun_at, said,
                                             run.output, begun_at))
 
 
-def make_close(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_close(word: str, facts: Facts, plan: Plan) -> Steps:
     """Put the flag up before what visitors must not see: early only for a migration ahead."""
-    maintenance, left = facts.settings.maintenance, migrations_left(facts, move)
+    maintenance = facts.settings.maintenance
+    left = migrations_left(facts, plan)
     is_early = maintenance.during == "migrate" and left is None
     wanted = is_early if word == "close_early" else maintenance.during == "switch" or left
     return [Step("maintenance:on", f"put {maintenance.flag} up until the verdict is in",
@@ -8457,9 +8483,10 @@ def make_close(word: str, facts: Facts, move: Move) -> List[Step]:
 def put_flag_up(run: Run, step: Step) -> bool:
     """Say that this run wants it, where `check` asked for it and no person has put it up."""
     found = run.store.maintenance()
-    needed = not (step.what and run.migration.get("idle") or found and "deploy_id" not in found)
+    is_idle = step.what and run.journal.migration.get("idle")
+    needed = not (is_idle or found and "deploy_id" not in found)
     if needed:
-        whose = {"deploy_id": run.deploy_id, "since": format_time(time.time())}
+        whose = {"deploy_id": run.deploy_id, "since": format_time()}
         run.store.write(run.store.flag, json.dumps(whose).encode("ascii"), 0o644)
     return needed
 
@@ -8472,9 +8499,10 @@ def take_flag_down(run: Run, step: Step) -> bool:
     return needed
 
 
-def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_activate(word: str, facts: Facts, plan: Plan) -> Steps:
     """Point `current` at a release in one atomic rename, or take it away."""
-    target, source = move.to_release, move.from_release or facts.current.missing
+    target = plan.to_release
+    source = plan.from_release or facts.current.missing
     if target == source:
         return []
     text = f"point current at {target}" + (f" (was {source})" if source else "")
@@ -8485,9 +8513,10 @@ def make_activate(word: str, facts: Facts, move: Move) -> List[Step]:
 
 def do_activate(run: Run, step: Step) -> None:
     """Switch, and warn of what the release that is left holds beside its artifact."""
-    target, source = step.move.to_release, step.what
+    target = step.plan.to_release
+    source = step.what
     # After the switch a full disk may have no room for the link that leads back.
-    keep = not step.move.back and step.move.operation != "recover"
+    keep = not step.plan.back and step.plan.operation != "recover"
     left = run.facts.release(source) if keep else None
     written = strangers(run, left) if left else []  # now: after the switch services wait for it
     run.store.switch(source, target, keep=keep)
@@ -8498,35 +8527,34 @@ def do_activate(run: Run, step: Step) -> None:
 
 def undo_activate(run: Run, step: Step) -> None:
     """Switch back where the switch was done and only its confirmation failed."""
-    if run.store.current().release == step.move.to_release:
-        run.store.switch(step.move.to_release, step.what)
+    if run.store.current().release == step.plan.to_release:
+        run.store.switch(step.plan.to_release, step.what)
 
 
 # -- ... with two slots ----------------------------------------------------------
 
-def target_slot(facts: Facts, move: Move) -> str:
+def target_slot(facts: Facts, plan: Plan) -> str:
     """Name the slot of the release, else the idle one; none on a way back to what had none."""
     idle = next(name for name in facts.settings.slots if name != facts.live_slot)
-    return facts.slots.get(move.to_release or "", "" if move.back else idle)
+    return facts.slots.get(plan.to_release or "", "" if plan.back else idle)
 
 
-def make_slot(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_slot(word: str, facts: Facts, plan: Plan) -> Steps:
     """Start the release in the idle slot, and ask it there: nobody else does yet."""
-    slot = facts.settings.slots[target_slot(facts, move)]
+    slot = facts.settings.slots[target_slot(facts, plan)]
     before = [earlier for earlier, name in facts.slots.items() if name == slot.name]
-    text = f"start {slot.unit}, port {slot.port}, for {move.to_release}"
+    text = f"start {slot.unit}, port {slot.port}, for {plan.to_release}"
     return [Step(f"slot:{slot.name}", text, start_slot, stop_slot, what=(slot, before)),
-            *make_probes(word, facts, move)]
+            *make_probes(word, facts, plan)]
 
 
 def start_slot(run: Run, step: Step) -> str:
     """Note the slot in the release's record, then link it, then start its unit."""
-    release, slot, slots = step.move.to_release, step.what[0], run.facts.slots
-    unit, records = UnitService(run, slot), run.facts.records
+    release, slot, slots = step.plan.to_release, step.what[0], run.facts.slots
+    unit = UnitService(run, slot)
     if release in slots and not unit.down():
         return f"{slot.unit} runs it already"
-    records[release] = records[release]._replace(slot=slot.name)
-    run.store.save(records[release])
+    change_record(run, release, slot=slot.name)
     slots[release] = slot.name
     run.store.put_in_slot(slot.name, release)
     detail = unit.act(step_context(run, step))
@@ -8537,7 +8565,7 @@ def start_slot(run: Run, step: Step) -> str:
 def stop_slot(run: Run, step: Step) -> None:
     """Stop what was started there, and link what was there before."""
     slot, before = step.what
-    if step.move.to_release in run.facts.slots:  # the link comes first
+    if step.plan.to_release in run.facts.slots:  # the link comes first
         UnitService(run, slot).stop()
         run.store.forget(f"slots/{slot.name}")
         for earlier in before:
@@ -8546,8 +8574,9 @@ def stop_slot(run: Run, step: Step) -> None:
 
 def do_proxy(run: Run, step: Step) -> None:
     """Have the proxy lead to the slot of the release; on the way back, where it led before."""
-    facts, slots = run.facts, run.settings.slots
-    target = target_slot(facts, step.move) if step.what is None else step.what
+    facts = run.facts
+    slots = run.settings.slots
+    target = target_slot(facts, step.plan) if step.what is None else step.what
     conf = slots[target].include if target else ""
     if target == facts.live_slot:
         conf = facts.live_conf
@@ -8563,9 +8592,8 @@ def do_proxy(run: Run, step: Step) -> None:
 def undo_proxy(run: Run, step: Step) -> None:
     """Have it lead where it led before; RollbackFailed where that fails too."""
     # The journal of another run: it had not renamed live.conf, unless it was killed right here.
-    before, journal = run.facts.live_slot, run.journal
-    if journal and journal.deploy_id != run.deploy_id and (
-            journal.phase == PHASE_STAGING or not before):
+    before = run.facts.live_slot
+    if run.journal.recoveries and (run.journal.phase == PHASE_STAGING or not before):
         return
     try:
         do_proxy(run, step._replace(what=before))
@@ -8574,21 +8602,23 @@ def undo_proxy(run: Run, step: Step) -> None:
                              run.settings.command_line("recover"))
 
 
-def make_drain(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_drain(word: str, facts: Facts, plan: Plan) -> Steps:
     """Stop the slot that is left, once nothing is asked of it any more or a signal has come."""
-    target, linked = target_slot(facts, move), facts.slots.values()
+    target = target_slot(facts, plan)
+    linked = facts.slots.values()
     # One without a link never ran, unless it is this run that starts it.
     return [Step(f"drain:{slot.name}", f"stop {slot.unit} once nothing is asked of it any more, "
                  f"after {format_seconds(slot.drain)} at the latest", do_drain, optional=True,
                  what=slot)
             for name, slot in facts.settings.slots.items()
-            if name != target and (move.back or name in linked)][:1]
+            if name != target and (plan.back or name in linked)][:1]
 
 
 def do_drain(run: Run, step: Step) -> None:
     """Wait until two looks in a row find no connection, then stop it."""
     slot, interrupts, was_closed = step.what, run.interrupts, run.interrupts.is_closed
-    ends_seconds, quiet = time.monotonic() + slot.drain, 0
+    ends_seconds = time.monotonic() + slot.drain
+    quiet = 0
     interrupts.is_closed = False
     with suppress(Interrupted), run.console.progress(step.name) as progress:
         interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
@@ -8604,15 +8634,15 @@ def do_drain(run: Run, step: Step) -> None:
 
 # -- ... and to a verdict --------------------------------------------------------
 
-def make_probes(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_probes(word: str, facts: Facts, plan: Plan) -> Steps:
     """Ask the running service whether it is healthy, and which version it is."""
     return [Step(f"probe:{name}",
                  f"probe {name}" + ("" if probe.required else " (a failure is only a warning)"),
                  do_probe, what=probe, optional=not probe.required)
             for name, probe in sorted(facts.settings.probe.items())
-            if probe.when in ("after", "both") and (
+            if plan.to_release and probe.when in ("after", "both") and (
                 probe.of_slot == (word == "slot")
-                or move.back and move.to_release in facts.slots)]
+                or plan.back and plan.to_release in facts.slots)]
 
 
 def do_probe(run: Run, step: Step) -> str:
@@ -8627,7 +8657,7 @@ def do_probe(run: Run, step: Step) -> str:
 
 def do_health(run: Run, step: Step) -> str:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
-    left, facts, settings = step.move.from_release, run.facts, run.settings
+    left, facts, settings = step.plan.from_release, run.facts, run.settings
     services = [name for name, service in settings.service.items()
                 if (service.unit or service.pidfile) and service.action != "none"]
     probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")
@@ -8643,21 +8673,22 @@ def do_health(run: Run, step: Step) -> str:
 
 # -- ... and what is kept --------------------------------------------------------
 
-def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
     """Let go what retention does not keep: good releases beyond keep_releases, bad beyond one.
 
     What will be live, what a rollback would then go to, what is pinned, what a process runs from
     and what has no record stay.  A release that is about to be made counts as kept.
     """
-    live, previous = move.to_release or None, move.from_release
+    live, previous = plan.to_release or None, plan.from_release
     if live == previous:
         target = rollback_target(facts, live)
         previous = target.id if target else None
     keep = {live, previous, *facts.in_use, *facts.slots}
     if facts.current.release is None:  # what should be live is known by its record alone
         for record in facts.records.values():
-            keep |= {record.id, record.previous} if record.state == STATE_ACTIVE else set()
-    there = newest_first(facts.records[name] for name in facts.on_disk if name in facts.records)
+            if record.state == STATE_ACTIVE:
+                keep |= {record.id, record.previous}
+    there = newest_first(map(facts.release, facts.records))
     good = [record for record in there
             if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
@@ -8672,7 +8703,8 @@ def make_prune(word: str, facts: Facts, move: Move) -> List[Step]:
 
 def do_prune(run: Run, step: Step) -> str:
     """Delete a release, files first, then its record; a bad one's digest is remembered."""
-    record, in_use = step.what, releases_in_use(run.settings, run.store.path)
+    record = step.what
+    in_use = releases_in_use(run.settings, run.store.path)
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
     written = [] if run.flags.force else strangers(run, record)
@@ -8682,7 +8714,7 @@ def do_prune(run: Run, step: Step) -> str:
             "what the application writes belongs into shared_dirs, or into mutable")
     run.store.remove_release(record.id)
     if record.migrated or refused_record(run.facts, record.sha256) == record:
-        run.store.save(record._replace(pruned_at=format_time(time.time())))
+        run.store.save(record._replace(pruned_at=format_time()))
     else:
         run.store.forget(f"{RECORDS}/{record.id}.json")
     return f"{format_size(int(record.tree.get('bytes') or 0))} freed"
@@ -8690,7 +8722,8 @@ def do_prune(run: Run, step: Step) -> str:
 
 def do_adopt(run: Run, step: Step) -> str:
     """Make known what another tool left: hashed and recorded, never changed."""
-    release, records = step.move.to_release, run.facts.records
+    release = step.plan.to_release
+    records = run.facts.records
     path = f"{run.store.path}/releases/{release}"
     # Its place in the order is the time in its name, else the time of its directory.
     found = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
@@ -8701,9 +8734,9 @@ def do_adopt(run: Run, step: Step) -> str:
                              if record.created_at <= made_at)])
     for record in newest_first(records.values()):  # no two have one number meanwhile
         if record.sequence >= sequence:
-            records[record.id] = record._replace(sequence=record.sequence + 1)
-            run.store.save(records[record.id])
-    counts, is_live = count_members(run.manifest), release == run.facts.current.release
+            change_record(run, record.id, sequence=record.sequence + 1)
+    counts = count_members(run.manifest)
+    is_live = release == run.facts.current.release
     digest = hash_pieces(digest_lines(run.manifest)).hex()  # of the manifest
     keep_record(run, release, counts, sequence=sequence, version=release, created_at=made_at,
                 activated_at=made_at, state=STATE_ACTIVE if is_live else STATE_RETIRED,
@@ -8715,13 +8748,13 @@ def do_adopt(run: Run, step: Step) -> str:
 
 def do_pin(run: Run, step: Step) -> None:
     """Protect a release from pruning, or no longer."""
-    record = run.facts.records[step.move.to_release]
-    run.store.save(record._replace(pinned=step.name == "pin"))
+    change_record(run, step.plan.to_release, pinned=step.name == "pin")
 
 
-def make_hold(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_hold(word: str, facts: Facts, plan: Plan) -> Steps:
     """Write down that what is live stays live, who says so and why."""
-    until, wanted = None, facts.request.until
+    until = None
+    wanted = facts.request.until
     if not facts.note.strip():
         raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
     if wanted:
@@ -8730,15 +8763,16 @@ def make_hold(word: str, facts: Facts, move: Move) -> List[Step]:
             raise UsageError(f"--until {wanted} is past", "name a time to come, or a duration: 12h")
 
     def do(run: Run, step: Step) -> None:
-        hold = {"by": run.by, "note": run.note, "since": format_time(time.time()), "until": until}
+        hold = {"by": run.by, "note": run.note, "since": format_time(), "until": until}
         run.store.write(HOLD, json.dumps(hold).encode("ascii"))
 
     return [Step(word, f"hold what is live until {until or 'unhold'}", do)]
 
 
-def make_flags(word: str, facts: Facts, move: Move) -> List[Step]:
+def make_flags(word: str, facts: Facts, plan: Plan) -> Steps:
     """Set feature flags: on, off, a share of those who ask, or a text; nothing removes one."""
-    flags, values = dict(facts.flags), {"on": True, "off": False}
+    flags = dict(facts.flags)
+    values = {"on": True, "off": False}
     for text in map(portable, facts.request.assignments):
         # Other languages read no JSON with half a surrogate pair.
         found = re.match(r"([A-Za-z0-9_.-]{1,100})="
@@ -8765,54 +8799,60 @@ def show_flag(value: Any) -> str:
     """Write a feature flag as it is set on the command line; in JSON what cannot be set there."""
     if isinstance(value, dict) and list(value) == ["percent"]:
         return f"{value['percent']}%"
-    words, text = {"true": "on", "false": "off", "null": "none"}, json.dumps(value)
+    words = {"true": "on", "false": "off", "null": "none"}
+    text = json.dumps(value)
     return value if isinstance(value, str) else words.get(text, text)
 
 
 # word of the table -> what must be configured for it, then its text, what does it, and what takes
 # it back, or what makes its steps; a text is as it stands, or made of the facts
 WORDS: Dict[str, Tuple[Any, ...]] = {
-    "unpack": ("", lambda word, facts, move:
+    "unpack": ("", lambda word, facts, plan:
                f"verify and unpack {facts.artifact.name if facts.artifact else 'the artifact'}",
                do_unpack, lambda run, step:
                run.staging and run.store.directory("releases").remove_tree(run.staging)),
-    "shared": ("deploy.shared_dirs deploy.shared_files", lambda word, facts, move:
+    "shared": ("deploy.shared_dirs deploy.shared_files", lambda word, facts, plan:
                "link from shared/: " + ", ".join(facts.settings.deploy.shared_dirs
                                                  + facts.settings.deploy.shared_files), do_shared),
-    "templates": ("template", lambda word, facts, move: "render " + ", ".join(
+    "templates": ("template", lambda word, facts, plan: "render " + ", ".join(
         f"{template.source} -> {template.target}"
         for template in facts.settings.template.values()), do_templates),
-    "writable": ("deploy.writable", lambda word, facts, move:
+    "writable": ("deploy.writable", lambda word, facts, plan:
                  f"give {', '.join(facts.settings.deploy.writable)} to "
                  + facts.settings.deploy.app_user, do_writable),
-    "publish": ("", lambda word, facts, move: f"move to releases/{move.to_release}" + (
+    "publish": ("", lambda word, facts, plan: f"move to releases/{plan.to_release}" + (
         ", once it is synced to disk" if facts.settings.deploy.durable else ""),
                 do_publish, undo_publish),
     "seal": ("", "write manifest and record", do_seal, lambda run, step:
-             run.store.forget(f"{RECORDS}/{step.move.to_release}.json")),
+             run.store.forget(f"{RECORDS}/{step.plan.to_release}.json")),
     "verify": ("", "verify {release} against its manifest", do_verify),
-    "health": ("service probe", "ask once how {left} is doing: only a healthy one is a way back",
-               do_health),
-    "candidate": ("candidate.command", lambda word, facts, move:
+    # What was never seen to be healthy need not be asked.
+    "health": ("service probe", lambda word, facts, plan: [
+        Step(word, f"ask once how {plan.from_release} is doing: only a healthy one is a way back",
+             do_health)]
+               if plan.from_release and not is_under_way(facts.journal, plan.from_release) else []),
+    "candidate": ("candidate.command", lambda word, facts, plan:
                   f"start {' '.join(facts.settings.candidate.command)} on port "
                   f"{facts.settings.candidate.port or 'auto'}, probe it there, end it",
                   do_candidate),
     "close_early": ("maintenance.during", make_close),
     "close": ("maintenance.during", make_close),
-    "open": ("maintenance.during", lambda word, facts, move: [
+    "open": ("maintenance.during", lambda word, facts, plan: [
         Step("maintenance:off", f"take {facts.settings.maintenance.flag} down", take_flag_down)]),
     "activate": ("", make_activate),
     "slot": ("slots", make_slot),
     # A proxy may not be able to do without the file.
-    "proxy": ("slots", lambda word, facts, move: [
-        Step(word, f"have slots/live.conf lead to {target_slot(facts, move) or 'no slot'}, reload",
-             do_proxy, undo_proxy, optional=not target_slot(facts, move))]),
+    "proxy": ("slots", lambda word, facts, plan: [
+        Step(word, f"have slots/live.conf lead to {target_slot(facts, plan) or 'no slot'}, reload",
+             do_proxy, undo_proxy, optional=not target_slot(facts, plan))]),
     "drain": ("slots", make_drain),
-    "services": ("service", lambda word, facts, move: [
-        Step(f"service:{name}", describe_service(facts.settings.service[name]), lambda run, step:
-             make_service(run, step.what).act(step_context(run, step)), what=name)
-        for name in services_in_order(facts.settings)
-        if facts.settings.service[name].action != "none"]),
+    # Without a release, on the way back to nothing, there is nothing to run.
+    "services": ("service", lambda word, facts, plan: [
+        Step(f"service:{service.name}", describe_service(service), lambda run, step:
+             make_service(run, step.what).act(step_context(run, step)),
+             seconds=service.timeout + service.settle, what=service.name)
+        for service in map(facts.settings.service.get, services_in_order(facts.settings))
+        if service.action != "none" and plan.to_release]),
     "probes": ("probe", make_probes),
     "prune": ("", make_prune),
     "pin": ("", "pin {release}", do_pin),
@@ -8825,9 +8865,10 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
     "sweep": ("", "remove what a crash left", lambda run, step:
               ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left")}
 for _name in HOOK_NAMES:  # after the switch a recovery must not run them again
-    WORDS[_name] = (f"hooks.{_name}", lambda word, facts, move: [Step(
+    WORDS[_name] = (f"hooks.{_name}", lambda word, facts, plan: [Step(
         f"hook:{word}", f"run hook {word}: " + "; ".join(
             " ".join(argv) for argv in getattr(facts.settings.hooks, word)), do_hook,
+        seconds=facts.settings.hooks.timeout * len(getattr(facts.settings.hooks, word)),
         noted=PHASE_SWITCHED if word.startswith("post_") else "")])
 WORDS.update({name: (f"migrate.{name}", make_migrate) for name in MIGRATE_NAMES})
 
@@ -8849,21 +8890,26 @@ class Executor:
     """
 
     def __init__(self, run: Run, plan: Plan, journal: Optional[Journal] = None) -> None:
-        self.run, self.plan, left = run, plan, run.facts.journal
-        self.phase = journal.phase if journal else ""
-        # What a person settles ends under its own id.
-        known = left if plan.operation == "recover" else journal
-        self.deploy_id = known.deploy_id if known else run.deploy_id
-        run.journal, run.migration = journal, dict(journal.migration) if journal else {}
-        if left and left.migration:
-            end_group(left.migration["group"], left.migration["deploy_id"])
-        self.done: List[Step] = []
+        self.run = run
+        self.plan = plan
+        self.done: Steps = []
         self.blameless = False  # what failed, if anything, says nothing against the release
         self.started_seconds = time.monotonic()
+        left = run.facts.journal
+        if left and left.migration:
+            end_group(left.migration["group"], left.migration["deploy_id"])
+        # What a person settles ends under its own id.
+        known = left if plan.operation == "recover" and left else run
+        run.journal = journal or Journal(
+            deploy_id=known.deploy_id, operation=plan.operation, phase="", recoveries=0, done=[],
+            from_release=plan.from_release, to_release=plan.to_release, migration={}, failure=None,
+            plan=run.console.secrets.mask_json(plan.to_json()), by=run.by, chain=run.store.chain,
+            started_at=format_time(run.facts.now_seconds))
 
     def execute(self) -> None:
         """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
-        run, plan = self.run, self.plan
+        run = self.run
+        plan = self.plan
         # What is not journalled is not stopped half way.
         run.interrupts.is_closed = not any(step.phase for step in plan.steps)
         try:
@@ -8871,7 +8917,7 @@ class Executor:
                 self.take(step)
             live = run.store.current()
             run.interrupts.check()
-            if self.phase == PHASE_SWITCHED and live.release != plan.to_release:
+            if run.journal.phase == PHASE_SWITCHED and live.release != plan.to_release:
                 # A hook may have moved `current`, or deleted the release.
                 raise StepFailed(
                     f"{plan.to_release} is not live after all: "
@@ -8902,19 +8948,14 @@ class Executor:
 
     def take(self, step: Step) -> None:
         """Journal the phase where it is new, do the step, and show how it went."""
-        run, console = self.run, self.run.console
-        if step.phase and step.phase != self.phase:
+        run = self.run
+        console = run.console
+        if step.phase not in ("", run.journal.phase):
             self.enter(step.phase)
         run.interrupts.check()
         self.done.append(step)
         console.log_context["step"] = step.name
-        (kind, _, name), settings = step.name.partition(":"), run.settings
-        bound_seconds = UNLIMITED_SECONDS
-        if kind == "hook":
-            bound_seconds = settings.hooks.timeout * len(getattr(settings.hooks, name))
-        elif kind == "service":
-            bound_seconds = settings.service[name].timeout + settings.service[name].settle
-        console.working(step.text, bound_seconds)
+        console.working(step.text, step.seconds)
         run.output, status, detail = [], "failed", "internal error"
         started_at, started_seconds = time.time(), time.monotonic()
         try:
@@ -8928,7 +8969,8 @@ class Executor:
                 raise
             console.warnings.append(f"{step.name}: {detail}")
         finally:
-            seconds, mask = time.monotonic() - started_seconds, console.secrets.mask_json
+            seconds = time.monotonic() - started_seconds
+            mask = console.secrets.mask_json
             run.outcome.steps.append(StepResult(step.name, status, round(seconds, 4), mask(detail),
                                                 mask(run.output), started_at))
             console.say(f"{step.name:<20} {format_seconds(seconds):>7}  {detail}",
@@ -8938,66 +8980,63 @@ class Executor:
         if step.noted:
             self.enter(step.noted)
 
-    def enter(self, phase: str, failure: Optional[Json] = None) -> None:
+    def enter(self, phase: str, error: Optional[DeployError] = None) -> None:
         """Write down durably what is about to be done, what was, and what failed."""
-        plan, run, journal = self.plan, self.run, self.run.journal
-        if journal is None:
-            journal = Journal(
-                deploy_id=self.deploy_id, operation=plan.operation, phase=phase,
-                from_release=plan.from_release, to_release=plan.to_release,
-                plan=run.console.secrets.mask_json(plan.to_json()), recoveries=0, done=[],
-                started_at=format_time(run.facts.now_seconds), failure=None, by=run.by,
-                chain=run.store.chain)
-        done = journal.done + [step.name for step in self.done if step.name not in journal.done]
-        run.journal = journal._replace(phase=phase, done=done, migration=run.migration,
-                                       failure=failure or journal.failure)
-        self.phase = phase
-        run.store.save(run.journal)
+        run = self.run
+        journal = run.journal
+        run.journal = journal._replace(
+            phase=phase, failure=self.failure(error) if error else journal.failure,
+            done=list(dict.fromkeys(journal.done + [step.name for step in self.done])))
+        try:
+            run.store.save(run.journal)
+        except FAILURES as problem:
+            if not error:
+                raise
+            # Undoing and going back matter more than that it is noted why.
+            run.console.warn("the journal could not be written: "
+                             + step_error(problem, "journal").message)
 
     # -- the end ---------------------------------------------------------------
 
     def end(self, result: str, error: Optional[DeployError] = None, exit_code: int = EXIT_OK, *,
             keep_journal: bool = False) -> None:
-        """Close the run: records, then the history, then the journal goes.
+        """Close the run: records, then the history, then what is left to be done, and the journal.
 
-        In this order the verdict is durable before the note of what is under way is gone.
+        In this order the verdict is durable before the note of what is under way is gone.  Without
+        a result it is written already.
         """
         run, plan, failure = self.run, self.plan, self.failure(error) if error else None
-        automatic = result == "rolled_back" and error is not None
-        is_bad = automatic or result == "rollback_failed" or isinstance(error, ReleaseFailed)
-        for record in settled(self, result, failure, is_bad=is_bad):
-            run.store.save(record)
-            run.facts.records[record.id] = record
-        results = run.outcome.steps
-        starts = [format_time(step.started_at) for step in results]
-        note_ending(
-            run, run.facts.records.get(plan.to_release) or run.facts.artifact, error,
-            deploy_id=self.deploy_id, operation=plan.operation, result=result,
-            release=plan.to_release or None, previous=plan.from_release, exit_code=exit_code,
-            seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
-            steps=[dict(step.to_json(), started_at=at) for step, at in zip(results, starts)],
-            automatic=automatic if result == "rolled_back" else None)
-        if not keep_journal:
-            self.close(plan.last if error is None else [])
-
-    def close(self, steps: Sequence[Step]) -> None:
-        """Do what the verdict leaves to be done; for a recovery the journal stays until then."""
-        for step in steps:
+        if result:
+            automatic = result == "rolled_back" and error is not None
+            is_bad = automatic or result == "rollback_failed" or isinstance(error, ReleaseFailed)
+            for record in settled(self, result, failure, is_bad=is_bad):
+                run.store.save(record)
+                run.facts.records[record.id] = record
+            note_ending(
+                run, run.facts.records.get(plan.to_release) or run.facts.artifact, error,
+                deploy_id=run.journal.deploy_id, operation=plan.operation, result=result,
+                release=plan.to_release or None, previous=plan.from_release, exit_code=exit_code,
+                seconds=round(time.monotonic() - self.started_seconds, 3), failure=failure,
+                steps=[dict(step.to_json(), started_at=format_time(step.started_at))
+                       for step in run.outcome.steps],
+                automatic=automatic if result == "rolled_back" else None)
+        if keep_journal:
+            return
+        for step in [] if error else plan.last:
             if step.phase:
                 self.take(step)
         try:
-            self.run.store.clear_journal()
+            run.store.clear_journal()
         except OSError as problem:
             # The verdict is durable: from here on nothing may be taken back.
-            self.run.console.warn(f"the journal could not be removed: {reason(problem)}; "
-                                  "the next run does it")
+            run.console.warn(f"the journal could not be removed: {reason(problem)}; "
+                             "the next run does it")
 
     def failure(self, error: DeployError) -> Json:
         """Describe a failure for record, history and journal; the first one stands."""
-        if self.run.journal and self.run.journal.failure:
-            return self.run.journal.failure
-        failed = [step.name for step in self.run.outcome.steps if step.status == "failed"]
-        return self.run.console.secrets.mask_json({
+        run = self.run
+        failed = [step.name for step in run.outcome.steps if step.status == "failed"]
+        return run.journal.failure or run.console.secrets.mask_json({
             "step": failed[-1] if failed else self.plan.operation, "reason": error.message,
             "evidence": error.evidence, "interrupted": isinstance(error, Interrupted)})
 
@@ -9005,29 +9044,29 @@ class Executor:
 
     def fail(self, error: DeployError) -> DeployError:
         """Undo, leave it live, or take the way back; returns what the run ends with."""
-        run, plan, undone = self.run, self.plan, self.done
+        run, plan, undone, phase = self.run, self.plan, self.done, self.run.journal.phase
         run.interrupts.is_closed = True
-        run.console.debug(f"failed in phase {self.phase or 'none'}: {error.message}")
-        blind = run.migration.get("down") or \
-            plan.operation == "rollback" and not run.left_is_healthy
-        chosen = plan.operation == "recover" and plan.from_release != plan.to_release \
-            and run.store.current().release == plan.to_release
-        stays = chosen or self.phase == PHASE_SWITCHED and (
-            blind or not run.settings.deploy.auto_rollback)
-        is_switched = chosen or self.phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)
+        run.console.debug(f"failed in phase {phase or 'none'}: {error.message}")
+        # Why what was switched to stays live all the same, and what a person runs then.
+        why = command = ""
+        if plan.operation == "recover" and plan.from_release != plan.to_release \
+                and run.store.current().release == plan.to_release:
+            why, command = "it was chosen", f"recover --to {plan.to_release}"
+        elif phase == PHASE_SWITCHED and (
+                run.journal.migration.get("down")
+                or plan.operation == "rollback" and not run.left_is_healthy):
+            why, command = f"nothing shows that {plan.from_release} was healthy", "activate RELEASE"
+        elif phase == PHASE_SWITCHED and not run.settings.deploy.auto_rollback:
+            why, command = "auto_rollback is off", "rollback"
+        is_switched = why or phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)
         if is_switched or isinstance(error, ReleaseFailed):  # what was staged stays
-            undone = [step for step in undone if step.phase != PHASE_STAGING and not stays]
+            undone = [step for step in undone if step.phase != PHASE_STAGING and not why]
             run.outcome.changed = True
-        names, results = {step.name for step in undone}, run.outcome.steps
+        names = {step.name for step in undone}
+        results = run.outcome.steps
         results[:] = [step._replace(status="undone") if step.status == "done"
                       and step.name in names else step for step in results]
-        if stays:
-            why, command = "auto_rollback is off", "rollback"
-            if blind:
-                why = f"nothing shows that {plan.from_release} was healthy"
-                command = "activate RELEASE"
-            elif chosen:
-                why, command = "it was chosen", f"recover --to {plan.to_release}"
+        if why:
             result, final = "left_live", RollbackFailed(
                 f"{error.message}; {plan.to_release} is live all the same: {why}",
                 f"correct the cause, then settle on it or leave it: "
@@ -9035,15 +9074,15 @@ class Executor:
         else:
             result, final = self.go_back(error) if is_switched else self.undo(error, undone)
         try:
-            if self.phase and result:
+            if phase and result:
                 self.end(result, error, final.exit_code, keep_journal=result == "rollback_failed")
         except FAILURES as problem:
             run.console.warn("the verdict could not be written, and the next run recovers it: "
                              + step_error(problem, "history").message)
-        after = expand("open? on_failure?" if self.phase else "", "", run.facts, Move(*plan[:3]))
+        after = expand("open? on_failure?" if phase else "", "", run.facts, plan)
         if isinstance(final, (RolledBack, ReleaseFailed)):
             # A timer that deploys one broken artifact after the other must not fill the disk.
-            stayed = Move("prune", plan.from_release, plan.from_release)
+            stayed = Plan("prune", plan.from_release, plan.from_release)
             after += expand("prune", "", run.facts, stayed)
         for step in after:
             self.take(step)
@@ -9051,7 +9090,8 @@ class Executor:
 
     def undo(self, error: DeployError, steps: Sequence[Step]) -> Tuple[str, DeployError]:
         """Before the switch: take back every step, newest first; the result is empty if not all."""
-        run, problems = self.run, []
+        run = self.run
+        problems = []
         for step in reversed(steps):
             if problems and step.phase == PHASE_STAGING:
                 continue  # the next run finishes what could not be undone, and may need the release
@@ -9062,30 +9102,24 @@ class Executor:
                 if isinstance(problem, RollbackFailed):
                     problem.message = f"{error.message}; {problem.message}"
                     error = problem
-        run.outcome.release, run.outcome.previous = self.plan.from_release, None
+        run.outcome.release = self.plan.from_release
+        run.outcome.previous = None
         if problems:
             # The journal stays: the next run finishes what could not be undone now.
             run.console.warn("not everything could be undone: " + "; ".join(problems))
-            self.remember(self.phase, error)
+            if run.journal.phase:
+                self.enter(run.journal.phase, error)
             return "", error
         is_refused = error.exit_code in (EXIT_PREFLIGHT, EXIT_ARTIFACT)
         return "refused" if is_refused else "failed", error
 
-    def remember(self, phase: str, error: DeployError) -> None:
-        """Note why for a recovery; undoing and going back matter more than that it is noted."""
-        try:
-            if self.phase:
-                self.enter(phase, self.failure(error))
-        except FAILURES as problem:
-            self.run.console.warn("the journal could not be written: "
-                                  + step_error(problem, "journal").message)
-
     def go_back(self, error: DeployError) -> Tuple[str, DeployError]:
         """After the switch: make the old release live again; RolledBack or RollbackFailed."""
         run, plan, problems = self.run, self.plan, []
-        before, command_line = plan.from_release, run.settings.command_line
+        before = plan.from_release
+        command_line = run.settings.command_line
         run.console.say(f"going back to {before or 'what was before: nothing'}", status="warn")
-        self.remember(PHASE_ROLLING_BACK, error)
+        self.enter(PHASE_ROLLING_BACK, error)
         for step in plan.way_back:
             try:
                 self.take(step)
@@ -9109,15 +9143,18 @@ class Executor:
         live = f"{before} is live again" if before else "nothing is live, as before"
         return "rolled_back", RolledBack(
             f"{error.message}; rolled back: {live}",
-            error.hint or f"see what happened: {command_line(f'show {self.deploy_id}')}")
+            error.hint or f"see what happened: {command_line(f'show {run.journal.deploy_id}')}")
 
 
 def settled(executor: Executor, result: str, failure: Optional[Json], *,
             is_bad: bool) -> List[Record]:
     """Return the records that change as a run ends; nothing is read or written here."""
-    plan, run = executor.plan, executor.run
-    records, now = run.facts.records, format_time(time.time())
-    new, old = records.get(plan.to_release), records.get(plan.from_release or "")
+    plan = executor.plan
+    run = executor.run
+    records = run.facts.records
+    now = format_time()
+    new = records.get(plan.to_release)
+    old = records.get(plan.from_release)
     # A full disk or an interruption says nothing against the release.
     proven = failure and not executor.blameless and not failure["interrupted"]
     changed = []
@@ -9126,10 +9163,10 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
             changed.append(old._replace(state=STATE_ACTIVE, deactivated_at=None))
         if new and new != old:
             # Bad, unless it was good before: that it fails now may have another cause.
-            state = STATE_BAD if proven else STATE_STAGED
-            if new.state == STATE_BAD or new.activated_at:
-                state = STATE_BAD if new.state == STATE_BAD else STATE_RETIRED
-            left_at = now if executor.phase == PHASE_ROLLING_BACK else new.deactivated_at
+            state = STATE_BAD if proven or new.state == STATE_BAD else STATE_STAGED
+            if new.activated_at and new.state != STATE_BAD:
+                state = STATE_RETIRED
+            left_at = now if run.journal.phase == PHASE_ROLLING_BACK else new.deactivated_at
             changed.append(new._replace(state=state, failure=failure, deactivated_at=left_at))
     elif result in GOES_LIVE:
         # The new release is active and knows the way back; every other one retires.
@@ -9190,7 +9227,8 @@ def recover(run: Run) -> List[str]:
                 store.switch(current.release, live)  # it follows live.conf
         done.append(settle_journal(run, journal, store.current().release))
         run.facts = observe_root(run, locked=True)
-    facts, live = run.facts, run.facts.current.release
+    facts = run.facts
+    live = facts.current.release
     # Where a record cannot be read, what it may need stays.
     known = None if facts.state_problems else facts.on_disk
     done += [f"removed {name}" for name in store.sweep(known, run.console.warn)]
@@ -9199,7 +9237,8 @@ def recover(run: Run) -> List[str]:
     # The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
     # should be live stays known.  Records without files go, but what is bad stays known as bad.
     for record in list(facts.records.values()):
-        there, state = record.id in facts.on_disk, record.state
+        there = record.id in facts.on_disk
+        state = record.state
         if record.id == live:
             state = STATE_ACTIVE
         elif state == STATE_ACTIVE and (live or not there):
@@ -9209,7 +9248,7 @@ def recover(run: Run) -> List[str]:
             done.append(f"{record.id} is {state}, not {record.state}")
         if not (there or record.pruned_at or record.id == live or facts.state_problems):
             done.append(f"forgot {record.id}: its files are gone")
-            changed = changed._replace(pruned_at=format_time(time.time()))
+            changed = changed._replace(pruned_at=format_time())
             if not is_refused(record) and not record.migrated:
                 store.forget(f"{RECORDS}/{record.id}.json")
                 continue
@@ -9218,22 +9257,22 @@ def recover(run: Run) -> List[str]:
     return done
 
 
-def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
+def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
     """Bring the run that a journal tells of to its end; says how."""
-    store, what = run.store, str(journal)
+    store = run.store
+    what = str(journal)
     for release in filter(None, (journal.from_release, journal.to_release)):
         # A record that cannot be read now must not pass for none.
         if release not in run.facts.records and store.status(f"{RECORDS}/{release}.json"):
             raise StateError(f"cannot recover the {what}: " + "; ".join(run.facts.state_problems),
                              by_hand(store))
-    move = Move(journal.operation, journal.from_release, journal.to_release)
-    plan, verdict = make_plan(run.facts, move), verdict_of(store, journal, live)
+    plan = make_plan(run.facts, Plan(journal.operation, journal.from_release, journal.to_release))
+    verdict = verdict_of(store, journal, live)
     if verdict:
-        Executor(run, plan, journal).close(plan.last if live == journal.to_release else [])
+        if live != journal.to_release:
+            plan = plan._replace(last=[])
+        Executor(run, plan, journal).end("")
         return f"{what} was finished ({verdict})"
-    stray = stray_error(store, journal, live)
-    if stray:
-        raise stray
     if run.flags.command == "rollback" and is_under_way(journal, live):
         # No restart and probe of what is being left.  Its journal stays until the rollback's own.
         Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
@@ -9245,23 +9284,23 @@ def settle_journal(run: Run, journal: Journal, live: Optional[str]) -> str:
         raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
                              f"live now: {live or 'nothing'}", by_hand(store))
     # The link says how far the run came; the journal may be one write behind it.
-    phase, failure = journal.phase, journal.failure
+    phase = journal.phase
+    failure = journal.failure
     if phase == PHASE_INTENT and live != journal.from_release:
         phase = PHASE_SWITCHED
-    elif phase != PHASE_STAGING and phase != PHASE_INTENT and live != journal.to_release:
+    elif phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK) and live != journal.to_release:
         phase = PHASE_ROLLING_BACK
-    journal = journal._replace(phase=phase, recoveries=journal.recoveries + 1)
-    if phase in (PHASE_STAGING, PHASE_INTENT):
-        return abort(run, plan, journal)
     if phase == PHASE_SWITCHED:
         failure = None  # what failed before a switch is past
-    elif failure is None:
+    elif phase == PHASE_ROLLING_BACK and failure is None:
         failure = {"step": journal.operation, "evidence": {}, "interrupted": True,
                    "reason": "it led back, and why could not be noted"}
-    journal = journal._replace(failure=failure)
+    journal = journal._replace(phase=phase, failure=failure, recoveries=journal.recoveries + 1)
+    if phase in (PHASE_STAGING, PHASE_INTENT):
+        return abort(run, plan, journal)
     store.save(journal)
     # Restarting and probing again does no harm; a hook that ended is not run twice.
-    steps = expand("slot proxy", PHASE_SWITCHED, run.facts, move) + [
+    steps = expand("slot proxy", PHASE_SWITCHED, run.facts, plan) + [
         step for step in plan.steps if step.phase == PHASE_SWITCHED
         and not (step.noted and step.name in journal.done)]
     last = [step for step in plan.last if step.phase]
@@ -9293,27 +9332,24 @@ def abort(run: Run, plan: Plan, journal: Journal) -> str:
     return f"{journal} {what}"
 
 
-def verdict_of(store: Store, journal: Journal, live: Optional[str]) -> str:
-    """Return the result in the history, where the run had come to one."""
-    try:
-        last = store.history(1)
-    except StateError:
-        return ""  # a damaged line must not stand in the way of recovery; --verify finds it
-    if not last or last[0].deploy_id != journal.deploy_id or last[0].result == "rollback_failed":
-        return ""
-    # A rollback that is the verdict ends it before it has switched itself.
-    is_left = last[0].result == "aborted" and live == journal.to_release
-    return "" if is_left else last[0].result
+def verdict_of(store: Store, journal: Journal, live: OptionalText) -> str:
+    """Return the result in the history, where the run had come to one.
 
-
-def stray_error(store: Store, journal: Journal, live: Optional[str]) -> Optional[StateError]:
-    """Make the error where somebody else has changed `current` since: only a person knows."""
-    ends = (journal.from_release, journal.to_release)
-    if live in ends or verdict_of(store, journal, live):
-        return None
-    return StateError(
-        f"cannot recover the {journal}: current is {live or 'missing'}, neither where it came from "
-        f"({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
+    StateError where somebody else has changed `current` since: only a person knows.
+    """
+    verdict = ""
+    with suppress(StateError):  # a damaged line must not stand in the way; --verify finds it
+        for last in store.history(1):
+            # A rollback that is the verdict ends it before it has switched itself.
+            is_left = last.result == "aborted" and live == journal.to_release
+            if last.deploy_id == journal.deploy_id and last.result != "rollback_failed" \
+                    and not is_left:
+                verdict = last.result
+    if not verdict and live not in (journal.from_release, journal.to_release):
+        raise StateError(
+            f"cannot recover the {journal}: current is {live or 'missing'}, neither where it came "
+            f"from ({journal.from_release or 'nothing live'}) nor where it went", by_hand(store))
+    return verdict
 
 
 def by_hand(store: Store) -> str:
@@ -9588,7 +9624,7 @@ def changing(run: Run) -> Iterator[Facts]:
             yield observe(run)
         return
     command, outcome, wait_seconds = run.flags.command, run.outcome, run.settings.deploy.lock_wait
-    holder = dict(run.by, command=command, since=format_time(time.time()), deploy_id=run.deploy_id)
+    holder = dict(run.by, command=command, since=format_time(), deploy_id=run.deploy_id)
     with looking(run, must_exist=False, make=True) as store:
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
         with lock(store, wait_seconds, holder, run.interrupts):
@@ -9642,8 +9678,6 @@ def transact(run: Run) -> None:
         if flags.command == "sync":
             asked = find_new(run)
         facts = observe(run, artifact=asked, confirm=flags.dry_run)
-        if facts.artifact:
-            outcome.extra["artifact"] = artifact_json(facts.artifact)
         broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if broken and not flags.to:
             preflight(run)
@@ -9732,7 +9766,7 @@ def find_new(run: Run) -> str:
     except ArtifactRefused as error:
         store.directory(".deploy").remove_tree("cache")
         remember(run, seen, refused={"sha256": offer.sha256, "reason": error.message,
-                                     "at": format_time(time.time())})
+                                     "at": format_time()})
         raise
 
 
@@ -9857,9 +9891,7 @@ def command_recover(run: Run) -> None:
                 if current.problem:
                     raise StateError(current.problem, current.hint)
                 if journal:
-                    stray = stray_error(run.store, journal, current.release)
-                    if stray:
-                        raise stray
+                    verdict_of(run.store, journal, current.release)
                     done.append(f"recover the {journal} ({journal.phase})")
                 done += [f"remove {path}" for path in run.store.sweep()]
                 outcome.changed = bool(done)
@@ -9880,9 +9912,8 @@ def command_preflight(run: Run) -> None:
     with looking(run, must_exist=False):
         facts = observe(run, artifact=asked, confirm=True)
         if facts.artifact:
-            release = facts.artifact.release or new_release_id(facts, facts.artifact.version)
-            run.plan = make_plan(facts, Move("deploy", outcome.release, release))
-            outcome.extra["artifact"] = artifact_json(facts.artifact)
+            run.plan = make_plan(facts, Plan("deploy", outcome.release,
+                                             release_id(facts, facts.artifact)))
         results = run_checks(run)
     show_table(run, "STATUS|CHECK|FOUND|WHAT TO DO", "status name detail hint",
                [result._asdict() for result in results])
@@ -10105,7 +10136,11 @@ def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
     if facts.holder is not None:
         return
     if journal:
-        by_hand = stray_error(store, journal, live) or journal.recoveries >= MAX_RECOVERIES
+        by_hand = journal.recoveries >= MAX_RECOVERIES
+        try:
+            verdict_of(store, journal, live)
+        except StateError:
+            by_hand = True
         yield (f"{journal} was not finished ({journal.phase})",
                command_line("recover --to RELEASE" if by_hand else "recover"))
     if journal or facts.current.problem:
@@ -10434,7 +10469,7 @@ def command_maintenance(run: Run) -> None:
             outcome.changed = not found or "deploy_id" in found
         if outcome.changed and not run.flags.dry_run:
             if action == "on":
-                whose = {"by": run.by, "since": format_time(time.time()), "note": run.note or None}
+                whose = {"by": run.by, "since": format_time(), "note": run.note or None}
                 store.write(flag, json.dumps(whose).encode("ascii"), 0o644)
             else:
                 store.forget(flag)
