@@ -2675,7 +2675,8 @@ class Store(ExitStack):
         if path not in self._open:
             above, name = os.path.split(path)
             try:
-                self._open[path] = self.enter_context(self.directory(above).child(name))
+                place = Directory(name, self.directory(above).descriptor)
+                self._open[path] = self.enter_context(place)
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EACCES):
                     raise
