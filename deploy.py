@@ -2018,9 +2018,8 @@ def options_of(section: str) -> Dict[str, Option]:
     return OPTIONS.get(re.sub(r":[A-Za-z0-9_-]+\Z", ":*", section), {})
 
 
-def find_option(section: str, key: str) -> Optional[Option]:
-    """Return the row for a section and key as the operator wrote them, or None."""
-    options = options_of(section)
+def find_option(options: Dict[str, Option], key: str) -> Optional[Option]:
+    """Return a section's row for a key as the operator wrote it, or None."""
     return options.get(key) or options.get(re.sub(r"\..+\Z", ".*", key)) or options.get("*")
 
 
@@ -2092,11 +2091,12 @@ class Settings:
         """Read one section; its `given` are the options that are not what they are by default."""
         kind, _, name = section.partition(":")
         values = SimpleNamespace(name=name, given=[])
-        own = [(key, find_option(section, key)) for place, key in self.given if place == section]
+        own = [(key, find_option(options, key)) for place, key in self.given if place == section]
         for key, option in options.items():
             prefix, is_chosen, _ = key.partition("*")
             attribute = prefix.rstrip(".") or "ports"
             named = [other for other, found in own if found is option]
+            # By what stands behind the prefix: behind a key that is no pattern, nothing.
             read = {other[len(prefix):]: self._value(option, section, other) for other in named}
             if any(self.given[section, other][0] != option.default for other in named):
                 values.given.append(attribute)
@@ -2197,7 +2197,7 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
         if not equals or not dot:
             mistakes.append(UsageError(f"--set {assignment!r}: expected SECTION.KEY=VALUE",
                                        "for example --set deploy.keep_releases=3"))
-        elif not find_option(section, key):
+        elif not find_option(options_of(section), key):
             mistakes.append(unknown(section, key, "--set"))
         else:
             given[section, key] = value.strip(), "command line (--set)"
@@ -2227,22 +2227,22 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
         problem = " ".join(reason(error).split())
         if isinstance(error, configparser.ParsingError):
             # Not its own words: they quote the line, which may hold a password.
-            lines = [number for number, _ in getattr(error, "errors", [])]
-            lines.append(getattr(error, "lineno", 0))
-            problem = f"line {lines[0]} is none that can stand there"
+            number = getattr(error, "lineno", 0) or error.errors[0][0]
+            problem = f"line {number} is none that can stand there"
         mistakes.append(UsageError(
             f"cannot read the configuration {path}: {problem}",
             "name a readable INI file in UTF-8: [section], then key = value or a continuation, "
             "each section and key once"))
         return
     for section in parser.sections():
-        if not options_of(section):
+        options = options_of(section)
+        if not options:
             mistakes.append(unknown(section, "", path))
             continue
         if ":" in section:
             given[section, ""] = "", path  # declared, maybe nothing more
         for key, text in parser.items(section):
-            if find_option(section, key):
+            if find_option(options, key):
                 given[section, key] = text.strip(), path
             else:
                 mistakes.append(unknown(section, key, path))
@@ -6110,7 +6110,7 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
         if not equals:
             raise UsageError(f"--expect {text!r}: expected KEY=VALUE",
                              "for example --expect json.status=ok")
-        if not find_option(section, key):
+        if not find_option(OPTIONS["probe:*"], key):
             raise unknown(section, key, "--expect")
         given[section, key] = value, "--expect"
     settings = Settings(given, [])
@@ -11511,14 +11511,13 @@ def parse_delegated(argv: List[str]) -> Any:
     refused = [name for name in environment_names() if name.startswith("DEPLOY_")]
     refused += [word.partition("=")[0] for word in words if re.match(r"[@{]|--\Z|--.*=", word)]
     refused += [flag.names[-1] for flag in FLAGS if getattr(flags, flag.dest)
-                and flags.command in (flag.commands or (flags.command,))
                 and not flag.is_argument and not set(flag.names).intersection(DELEGATED_FLAGS)]
     if refused:
         raise UsageError(f"a delegated run takes no {refused[0]}",
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
     flags.config, flags.delegate = [path], path
-    settings, artifact = load(flags), getattr(flags, "artifact", None)
+    settings, artifact = load(flags), flags.artifact
     delegated, inbox = settings.deploy.delegated, settings.deploy.inbox
     if flags.command not in delegated or flags.command in ("pack", *TELLING):
         # pack reads any directory.
@@ -11607,9 +11606,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parameters = read_parameters(argv)
     console = Console(environment("JOURNAL_STREAM"))
+    console.json_mode = "--json" in argv
     if parameters is not None:
         console = ModuleConsole(parameters)
-    console.json_mode = console.json_mode or "--json" in argv
     os.umask(0o022)
     try:
         if parameters is not None:

@@ -652,7 +652,7 @@ def test_sizes_and_numbers_mean_what_they_say(option: str, beyond: str, within: 
 
 
 def test_the_ratio_counts_beyond_the_size_that_its_help_names(app: App) -> None:
-    floor = deploy.read_value("size", re.search(r"beyond (\w+)", deploy.find_option("limits", "max_ratio").help).group(1))  # type: ignore
+    floor = deploy.read_value("size", re.search(r"beyond (\w+)", deploy.OPTIONS["limits"]["max_ratio"].help).group(1))  # type: ignore
     app.run("stage", app.artifact("below", {"big.txt": "0" * (32 << 20)}), "--set", "limits.max_ratio=1", check=0)
     zeros = gzip.compress(bytes(1 << 20), 9)
     data = gzip.compress(header(b"big", floor + (8 << 20))) + zeros * ((floor >> 20) + 8) + gzip.compress(bytes(1024))

@@ -595,7 +595,7 @@ def test_the_configuration_of_the_page_is_a_proper_one(app):
 
 
 def test_every_kind_that_can_be_chosen_is_there():
-    assert deploy.find_option("notify:x", "type").kind.split("|") == list(deploy.NOTIFIERS)
+    assert deploy.OPTIONS["notify:*"]["type"].kind.split("|") == list(deploy.NOTIFIERS)
 
 
 def test_a_credential_is_the_token_of_one_section_only(app, receive, tmp_path):
