@@ -8702,9 +8702,8 @@ def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
                  do_prune, optional=True, what=record) for record in gone]
 
 
-def do_prune(run: Run, step: Step) -> str:
-    """Delete a release, files first, then its record; a bad one's digest is remembered."""
-    record = step.what
+def refuse_to_prune(run: Run, record: Record) -> None:
+    """StepFailed where a release is kept all the same."""
     in_use = releases_in_use(run.settings, run.store.path)
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
@@ -8713,6 +8712,12 @@ def do_prune(run: Run, step: Step) -> str:
         raise StepFailed(
             f"{not_brought(record.id, written)}; it is kept: save them, then prune --force",
             "what the application writes belongs into shared_dirs, or into mutable")
+
+
+def do_prune(run: Run, step: Step) -> str:
+    """Delete a release, files first, then its record; a bad one's digest is remembered."""
+    record = step.what
+    refuse_to_prune(run, record)
     run.store.remove_release(record.id)
     if record.migrated or refused_record(run.facts, record.sha256) == record:
         run.store.save(record._replace(pruned_at=format_time()))
@@ -9819,9 +9824,14 @@ def show_plan(run: Run, plan: Plan) -> None:
         lines += ["should anything fail after activation:", *block(
             {f"    {step.name:<16}": step.text for step in plan.way_back})]
     run.console.result("\n".join(lines))
-    for step in steps:
-        if step.name == "verify":  # it only looks: what it would find is found now
+    for step in steps:  # what only looks finds now what it would find
+        if step.name == "verify":
             step.do(run, step)
+        elif step.do is do_prune:
+            try:
+                refuse_to_prune(run, step.what)
+            except StepFailed as error:
+                run.console.warn(f"{step.name}: {error.message}")
 
 
 # What the summary says of the release then.

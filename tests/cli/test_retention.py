@@ -308,6 +308,9 @@ def test_what_an_application_wrote_into_a_release_is_told_and_not_thrown_away_un
     assert any("uploads/p.jpg" in warning and "--force" in warning for warning in app.deploy("1.2").data["warnings"])
     app.deploy("1.3")
     assert (app.root / "releases" / first / "uploads" / "p.jpg").exists(), "kept, however many deployments follow"
+    for words, told in (([], True), (["--force"], False)):
+        warnings = app.run("-n", "prune", *words, check=0).data["warnings"]
+        assert any(f"{first} holds 1 file" in warning and "it is kept" in warning for warning in warnings) == told
     assert app.run("prune", "--force", check=0).data["removed"] == [first]
 
 
