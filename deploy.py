@@ -5637,7 +5637,8 @@ class PidfileService(Service):
         except OSError as error:
             why = reason(error)
         if why:
-            raise self.failed(f"sending {number}: {why}")
+            fix = ": start it" if self.is_gone else ""
+            raise self.failed(f"sending {number}: {why}{fix}")
         signalled.add(name)
         self.settle(context)
         return f"{number} sent to process {self.pid}, which is up"

@@ -531,7 +531,7 @@ def test_a_process_that_the_new_release_killed_needs_a_person(app):
     with_pidfile(app, pidfile)
     done = app.run("deploy", app.artifact("1.1"), check=6)
     process.wait()
-    assert "is not running" in done.data["error"]["message"] and app.version == "1.0"
+    assert "is not running: start it" in done.data["error"]["message"] and app.version == "1.0"
     again = app.run("deploy", app.artifact("1.2"), check=0)
     assert app.version == "1.2" and any("start it" in line for line in again.data["warnings"])
 
