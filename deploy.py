@@ -1062,9 +1062,10 @@ class CommandResult:
     seconds = 0.0
     rest = b""  # a line that has no end yet
 
-    def __init__(self, argv: Sequence[str], mask: Callable[[str], str],
+    def __init__(self, argv: Sequence[str], directory: str, mask: Callable[[str], str],
                  on_line: Callable[[str], Any]) -> None:
         self.argv = list(argv)
+        self.directory = directory
         self.tail: List[str] = []
         self._mask = mask
         self._on_line = on_line
@@ -1171,7 +1172,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
     group: in the child, as it starts, and then here.
     """
     import subprocess
-    result = CommandResult(argv, mask, on_line)
+    result = CommandResult(argv, directory, mask, on_line)
     change = become_user(run_as) if run_as else None
     note_and_change = lambda: (begun(os.getpid()), change and change())
     started_seconds = time.monotonic()
@@ -5345,16 +5346,13 @@ def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
                          f"{hint}; or {accepting(settings, found)}")
 
 
-def working_directory(context: Context) -> str:
-    """Return where commands run: the release, or the nearest thing to it that exists."""
-    places = context.directory, context.release_path, context.root, "/"
-    return next(filter(os.path.isdir, places))
-
-
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
                   start: Callable[..., Any] = run_command, **options: Any) -> Any:
     """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage)."""
-    settings, directory = run.settings, working_directory(context)
+    settings = run.settings
+    # In the release, or the nearest thing to it that exists.
+    places = context.directory, context.release_path, context.root, "/"
+    directory = next(filter(os.path.isdir, places))
     refuse_foreign_programs(settings, [(what, argv[0])], directory)
     environ = base_environment()
     if settings.hooks.run_as:
@@ -5385,9 +5383,9 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
         if left_bytes >= 0:
             run.console.output(line)
 
-    typed, directory = spell(argv), working_directory(context)
+    typed = spell(argv)
     run.console.working(f"{what}: {typed}", timeout_seconds)
-    run.console.debug(f"{what}: {typed} (in {directory})")
+    run.console.debug(f"{what}: {typed}")
     result = start_command(run, context, what, argv, timeout_seconds=timeout_seconds,
                            on_line=pass_on, **options)
     if left_bytes < 0:
@@ -5401,8 +5399,8 @@ def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
         hint = "find out what it waits for, or give it more time where there is a `timeout`"
     elif result.exit_code in (126, 127):
         hint = HOW_TO_RUN
-    last = ": ".join(["", *result.tail[-1:]])
-    raise StepFailed(f"{what} failed: {typed} {result.verdict()} in {directory}{last}", hint, {
+    how = ": ".join([f"{result.verdict()} in {result.directory}", *result.tail[-1:]])
+    raise StepFailed(f"{what} failed: {typed} {how}", hint, {
         "argv": result.argv, "exit_code": result.exit_code, "timed_out": result.timed_out,
         "output": result.tail})
 
