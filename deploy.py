@@ -6137,7 +6137,7 @@ class ProbeRun:
     ask_KIND asks once and returns "error" (nothing where all is as expected), "said", "status",
     the start of the "body", "named" (see compare_answer()), "heard" where it is an answer
     (`failures` in a row of the new release's own end it early), and "final" where nothing better
-    can come.
+    can come; or what a forked process is to do for that.
     """
 
     tries = 0
@@ -6231,8 +6231,13 @@ class ProbeRun:
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
-        console, ask = self.run.console, getattr(self, f"ask_{probe_kind(self.probe)}")
-        answer = dict(NO_ANSWER, **ask(max(0.001, limit_seconds)))
+        console, ends_seconds = self.run.console, time.monotonic() + limit_seconds
+        found = getattr(self, f"ask_{probe_kind(self.probe)}")(max(0.001, limit_seconds))
+        if callable(found):
+            # An output that came in time is looked at, however late it was.
+            with Conversation(found, max(0.05, ends_seconds - time.monotonic())) as asking:
+                found = asking.answer(self.run.interrupts)
+        answer = dict(NO_ANSWER, **found)
         for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
             answer[key] = console.secrets.mask(answer[key])[:EVIDENCE_CHARACTERS]
         self.tries += 1
@@ -6242,7 +6247,7 @@ class ProbeRun:
             self.progress(self.tries, reported)
         return answer
 
-    def ask_url(self, limit_seconds: float) -> Answer:
+    def ask_url(self, limit_seconds: float) -> Any:
         """Ask over HTTP or HTTPS."""
         with suppress(ImportError):  # what is missing, the process that asks tells
             __import__("http.client")  # once, and not anew in each such process
@@ -6289,19 +6294,15 @@ class ProbeRun:
             is_heard = status != 503 and (found["named"] or status not in (502, 504))
             return dict(found, said=f"status {status}", heard=is_heard)
 
-        with Conversation(talk, limit_seconds) as asking:
-            return asking.answer(self.run.interrupts)
+        return talk
 
-    def ask_tcp(self, limit_seconds: float) -> Answer:
+    def ask_tcp(self, limit_seconds: float) -> Any:
         """See whether somebody accepts a connection."""
-        address = split_address(self.probe.tcp)
-        with Conversation(lambda asking: asking.connect(address), limit_seconds) as asking:
-            return asking.answer(self.run.interrupts)
+        return partial(Conversation.connect, address=split_address(self.probe.tcp))
 
-    def ask_command(self, limit_seconds: float) -> Answer:
+    def ask_command(self, limit_seconds: float) -> Any:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
-        probe, ends_seconds = self.probe, time.monotonic() + limit_seconds
-        lines = []
+        probe, lines = self.probe, []
         left_characters = probe.max_body
 
         def keep(line: str) -> None:
@@ -6325,9 +6326,7 @@ class ProbeRun:
             return dict(found, status=result.exit_code, said="exited with code 0",
                         heard=found["named"] or result.ok)
 
-        # An output that came in time is looked at, however late it was.
-        with Conversation(compare, max(0.05, ends_seconds - time.monotonic())) as asking:
-            return asking.answer(self.run.interrupts)
+        return compare
 
     def ask_service(self, limit_seconds: float) -> Answer:
         """See whether a [service:NAME] is up."""
