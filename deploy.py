@@ -6634,7 +6634,8 @@ def judge_by_command(run: Run, found: Any) -> Finding:
         stream.write(json.dumps(asked).encode("ascii"))
         stream.seek(0)
         done = start_command(run, context, "policy judge", policy.judge, stdin=stream,
-                             timeout_seconds=JUDGE_SECONDS, on_line=said.append)
+                             timeout_seconds=JUDGE_SECONDS,
+                             on_line=lambda line: said or said.append(line))
     why = [*said, *done.tail, "it said nothing"][0]
     if not done.ok:
         raise PreflightFailed(f"{spell(done.argv)} {done.verdict()}: {why}", "it is to decide")
