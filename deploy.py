@@ -7233,8 +7233,7 @@ def check_release(run: Run, record: Record) -> Differences:
         with run.console.progress("verify", int(record.tree.get("bytes") or 0)) as progress, \
                 store.open_manifest(release) as streams:
             for name, stream in zip(("manifest", "tree"), streams):
-                digest = hash_pieces(iter(lambda: stream.read(BLOCK_BYTES), b"")).hex()
-                stream.seek(0)
+                digest = hash_pieces(blocks_of(stream.fileno())).hex()
                 if digest != record.tree.get(f"{name}_sha256"):
                     raise ValueError(f"{store.path}/.deploy/{name}s/{release} was changed")
             with store.directory("releases").child(release) as directory:
