@@ -4076,17 +4076,17 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
 # -- the manifest ------------------------------------------------------------
 
 def add_member(manifest: Manifest, member: Member) -> None:
-    """Add what a release gets beside its artifact, and the directories above it."""
+    """Add what a release gets beside its artifact, or in place of what that has at this name.
+
+    The directories above it are added, and what was below it is forgotten.
+    """
     parent = member.name.rpartition(b"/")[0]
     if parent and parent not in manifest:
         add_member(manifest, Member(parent, DIRECTORY, _MODE_DIRECTORY))
+    if member.name in manifest:
+        for name in [name for name in manifest if name.startswith(member.name + b"/")]:
+            del manifest[name]
     manifest[member.name] = member
-
-
-def drop(manifest: Manifest, name: bytes) -> None:
-    """Forget a path and everything below it."""
-    for entry in [entry for entry in manifest if (entry + b"/").startswith(name + b"/")]:
-        del manifest[entry]
 
 
 def count_members(manifest: Manifest) -> Dict[str, int]:
@@ -8181,7 +8181,6 @@ def put_member(run: Run, member: Member, data: bytes = b"") -> None:
     parent, _, name = os.fsdecode(member.name).rpartition("/")
     with open_made(run, parent) as directory:
         directory.remove_tree(name)
-        drop(run.manifest, member.name)
         if member.kind == SYMLINK:
             os.symlink(member.content, name, dir_fd=directory.descriptor)
         else:

@@ -635,11 +635,10 @@ def test_the_same_tree_gives_the_same_manifest():
     assert deploy.count_members(first) == {"files": 3, "directories": 1, "symlinks": 0, "bytes": 3}
 
 
-def test_drop_forgets_all_below():
+def test_what_is_put_in_its_place_forgets_all_below():
     manifest = {}
     for name in (b"log/a", b"log/b/c", b"logs", b"x"):
         deploy.add_member(manifest, deploy.Member(name, "file", 0o644))
-    deploy.drop(manifest, b"log")
     deploy.add_member(manifest, deploy.Member(b"log", "symlink", 0o777, content=b"../../shared/log"))
     assert [(name, manifest[name].kind) for name in sorted(manifest)] == [(b"log", "symlink"), (b"logs", "file"), (b"x", "file")]
 
