@@ -7418,7 +7418,7 @@ def check_configuration(run: Run) -> Findings:
             wrong = " " in text and wrong_header({"Authorization": text})
             if wrong:
                 raise ValueError(wrong)
-            if named[bool(probe.auth_file):]:
+            if any(name.startswith("tls_") for name in named):
                 tls_context(probe)
         except (OSError, ValueError) as error:
             yield ("fail", f"[probe:{name}] {', '.join(named)}: {network_error(error)}",
@@ -7464,13 +7464,11 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
     What comes with a release is looked for in the live one and the next.
     """
     refused: Problems = {}
-    for path in settings.files:
-        refused.update(trust_problems(path))
-    own, risks, deploy = set(refused), settings.preflight.accept_risk, settings.deploy
+    deploy = settings.deploy
     signature = settings.signature
     policy = settings.policy
-    paths = [deploy.root, signature.allowed_signers, policy.approvers, policy.attesters,
-             *itertools.filterfalse(KEY_LITERAL.match, signature.keys)]
+    paths = [*settings.files, deploy.root, signature.allowed_signers, policy.approvers,
+             policy.attesters, *itertools.filterfalse(KEY_LITERAL.match, signature.keys)]
     for asked in (*settings.probe.values(), *settings.notify.values(), settings.source):
         paths += [getattr(asked, key, "") for key in KEY_FILES]
     for service in (*settings.service.values(), *settings.slots.values()):
@@ -7487,10 +7485,12 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
             if (os.path.normpath(native(program)) + "/").startswith(shared):
                 directories.append(f"{root}/shared")
         for directory in directories:
-            found = foreign_program(settings, f"[{section}] {key}", program, directory)
-            refused = {**found, **refused}
-    # A configuration that others may write cannot accept its own risk.
+            refused = {**foreign_program(settings, f"[{section}] {key}", program, directory),
+                       **refused}
+    risks = settings.preflight.accept_risk
     if settings.origin("preflight", "accept_risk") in settings.files:
+        # A configuration that others may write cannot accept its own risk.
+        own = set().union(*map(trust_problems, settings.files))
         risks = [path for path in risks if path not in own]
     return refused, {path: refused.pop(path) for path in risks if path in refused}
 
@@ -7572,8 +7572,7 @@ def check_artifact(run: Run) -> Findings:
     """It is whole, none that failed or was gone back from, nor older than what is live."""
     found, refusal, flags, facts = run.facts.artifact, run.facts.refusal, run.flags, run.facts
     if refusal:
-        yield "fail", refusal.message, refusal.hint
-        return
+        raise refusal
     bad = refused_record(facts, found.sha256)
     live = facts.records.get(facts.current.release or "")
     if bad and flags.force:
@@ -8371,9 +8370,8 @@ def do_candidate(run: Run, step: Step) -> str:
         port = str(held.getsockname()[1])
     context = step_context(run, step)._replace(candidate_port=port)
     asked = filled(run.settings.candidate, {CANDIDATE_PORT: port})
-    probes = [probe for probe in run.settings.probe.values() if probe.when == "candidate"]
-    if not probes:
-        probes = [adhoc_probe("tcp", f"localhost:{port}", [
+    probes = [probe for probe in run.settings.probe.values() if probe.when == "candidate"] or [
+        adhoc_probe("tcp", f"localhost:{port}", [
             "deadline=480h", "successes=1", "period=100ms", "backoff=1"])]
     with run.console.progress(step.name) as progress, start_command(
             run, context, step.name, asked.command, start=Guard, port=int(port),
@@ -8655,15 +8653,13 @@ def do_probe(run: Run, step: Step) -> str:
 
 def do_health(run: Run, step: Step) -> str:
     """Ask once how the release that is left is doing: nobody is put back on what was broken."""
-    left, facts, settings = step.plan.from_release, run.facts, run.settings
-    services = [name for name, service in settings.service.items()
-                if (service.unit or service.pidfile) and service.action != "none"]
-    probes = [probe for probe in settings.probe.values() if probe.when in ("after", "both")
-              and (facts.live_slot or not probe.of_slot)]
-    failed = [make_service(run, name).down() for name in services]
-    for probe in probes:
-        found = run_probe(run, probe, context_for(facts, left), expect_release=True, once=True)
-        failed.append("" if found.ok else found.detail)
+    context = context_for(run.facts, step.plan.from_release)
+    failed = [make_service(run, name).down() for name, service in run.settings.service.items()
+              if (service.unit or service.pidfile) and service.action != "none"]
+    for probe in run.settings.probe.values():
+        if probe.when in ("after", "both") and (run.facts.live_slot or not probe.of_slot):
+            found = run_probe(run, probe, context, expect_release=True, once=True)
+            failed.append("" if found.ok else found.detail)
     why = "; ".join(filter(None, failed)) or not failed and "nothing could be asked"
     run.left_is_healthy = not why
     return f"not healthy, no way back to it: {why}" if why else "healthy"
