@@ -2712,13 +2712,16 @@ class Store(ExitStack):
         found = self.status(LOCK)
         return found.st_mtime_ns if found else 0
 
-    def load(self, path: str, kind: Any = dict, hint: str = "") -> Any:
+    def load(self, path: str, kind: Any = dict) -> Any:
         """Read an object, which is sealed unless it is a dict; None where there is no file.
 
         StateError for what cannot be read or believed.
         """
-        what = f"{'the journal ' if kind is Journal else ''}{self.path}/{path}"
-        hint = hint or "correct it, or move it out of the way"
+        what, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
+        if kind is Journal:
+            settle = self.command_line("recover --to RELEASE")
+            what, hint = f"the journal {what}", \
+                f"check that the release you want is live, then: {settle}"
         try:
             above, name = os.path.split(path)
             data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
@@ -2934,13 +2937,6 @@ class Store(ExitStack):
                                      f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
             yield streams[0], streams[1]
 
-    def read_journal(self) -> Optional[Journal]:
-        """Return what is under way, or None; StateError when the journal cannot be believed."""
-        hint = "check that the release you want is live, then: "
-        found: Optional[Journal] = self.load(
-            JOURNAL, Journal, hint + self.command_line("recover --to RELEASE"))
-        return found
-
     def clear_journal(self) -> None:
         """Say durably that nothing is under way any more."""
         while self._links:  # those that were made and not used
@@ -3029,7 +3025,7 @@ class Store(ExitStack):
             if torn:
                 problems.append(f"line {len(lines) + 1} is cut off")
             records = sum(map(len, self.records()))
-            if not lines and records and self.read_journal() is None:
+            if not lines and records and self.load(JOURNAL, Journal) is None:
                 problems.append(f"the history is missing, and {count(records, 'release')} had one")
         return problems
 
@@ -7125,7 +7121,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     seen: Json = {"current": store.current()}
     records, problems = store.records()
     try:
-        seen["journal"] = store.read_journal()
+        seen["journal"] = store.load(JOURNAL, Journal)
     except StateError as error:
         problems.append(error.message)
     try:
@@ -9216,7 +9212,8 @@ def recover(run: Run) -> List[str]:
 
     StateError where nothing may be concluded, RollbackFailed when it was tried and failed.
     """
-    store, done, current, journal = run.store, [], run.facts.current, run.store.read_journal()
+    store, done, current = run.store, [], run.facts.current
+    journal = store.load(JOURNAL, Journal)
     if current.problem:
         raise StateError(current.problem, current.hint)
     if journal is not None:
