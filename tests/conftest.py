@@ -62,15 +62,15 @@ def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
 
 
 def sampled(items: List[Any]) -> List[Any]:
-    """Of a long table of cases every third; each Python takes others.  The rules of the source and of the README stay whole."""
+    """Of a table of cases every third, of a long one every ninth; each Python takes others.  The rules of source and README stay whole."""
     cases, kept = Counter(), []  # type: Counter[Any], List[Any]
-    long = {function for function, count in Counter(getattr(item, "function", None) for item in items).items() if count > 12}
+    count = Counter(getattr(item, "function", None) for item in items)
     for item in items:
         function = getattr(item, "function", None)
-        cases[function] += 1
-        if function not in long or function is None or re.search(r"/unit/|test_docs|test_help", str(item.fspath)) \
-                or cases[function] % 3 == sys.version_info[1] % 3:
+        stride = 1 if count[function] <= 4 else 3 if count[function] <= 36 else 9
+        if function is None or re.search("test_style|test_docs|test_help", str(item.fspath)) or cases[function] % stride == sys.version_info[1] % stride:
             kept.append(item)
+        cases[function] += 1
     return kept
 
 

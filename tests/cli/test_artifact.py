@@ -5,22 +5,19 @@ import hashlib
 import io
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
 import pytest
 
 from archives import FORMATS, entry, folder, link, make_zip, pax, tar, zip_info, zstd
-from support import compress, fake_command, load_deploy, member, needs, deep, tar_bytes
+from support import deep, load_deploy, needs
 
 deploy = load_deploy()
 
@@ -326,6 +323,7 @@ def test_stopping_early_leaves_no_thread_and_no_child(bench):
     assert b"zstd" not in children
 
 
+@deep
 def test_memory_is_64_mib_and_half_a_kilobyte_for_each_member(bench):
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import deploy\n"
               "d = deploy.Directory(sys.argv[3]); s = deploy.Settings({}, []); a = deploy.Artifact(sys.argv[2], s.limits)\n"

@@ -17,7 +17,7 @@ import pytest
 
 from crashes import holder_pid, is_running, script, wait_gone
 from scenes import Gate, alive, configure
-from support import App, described, file, free_port, needs, open_to_others, start_deploy, wait_until
+from support import App, deep, described, file, free_port, needs, open_to_others, start_deploy, wait_until
 
 # What the release brings: it listens where it is told to and answers with its version, in a way that its file `how` names.
 SERVE = """#!{python} -IS
@@ -175,6 +175,7 @@ def test_a_command_that_cannot_be_started_makes_nothing_bad(shop: Shop) -> None:
     shop.run("deploy", shop.artifact("1.0", {"bin/serve": "not executable\n"}), check=1)
 
 
+@deep
 def test_output_without_end_neither_holds_it_up_nor_fills_memory(shop: Shop) -> None:
     flood = "#!/bin/sh\nyes flood | head -c 3000000\nexec bin/real $1\n"
     files = shop.files("well")

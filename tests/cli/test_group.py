@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from scenes import Gate
-from support import DEPLOY, TOP, App, clean_environment, file, needs, open_to_others, snapshot
+from support import DEPLOY, TOP, App, clean_environment, deep, file, needs, open_to_others, snapshot
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 # Groups and a user that every host has; the deployers need no name of their own.
@@ -110,6 +110,7 @@ def test_what_one_of_a_group_makes_in_shared_is_the_others_to_write(app: App) ->
     assert [path.stat().st_mode & 0o7777 for path in made] == [0o2775] * 4
 
 
+@deep
 def test_a_file_for_its_owner_alone_is_named_where_another_of_the_group_cannot_verify_it(app: App) -> None:
     of_group(app)
     made = run_as(ALICE, app, "deploy", app.artifact("1.0", dict(FILES, **{"conf/key": file("x", mode=0o600)})))
@@ -242,6 +243,7 @@ def test_a_group_that_is_not_there_is_named(app: App) -> None:
 LOOKS = (["status"], ["releases"], ["history"], ["history", "--verify"], ["show", "latest"], ["verify"])
 
 
+@deep
 @pytest.mark.parametrize("readable, directory, plain", [("owner", "0700", "0600"), ("group", "0750", "0640"),
                                                         ("all", "0755", "0644")], ids=["owner", "group", "all"])
 def test_who_may_look_is_chosen(readable: str, directory: str, plain: str, app: App) -> None:
@@ -287,6 +289,7 @@ def test_a_deploy_directory_more_open_than_is_asked_for_is_refused_by_root(app: 
     assert "open to others (mode 0755)" in error["message"] and "chmod 0750" in error["hint"]
 
 
+@deep
 def test_who_may_look_beside_a_group(app: App) -> None:
     of_group(app, "readable = all\n")
     run_as(ALICE, app, "deploy", app.artifact("1.0"))

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from crashes import content, is_running, script, under, wait_gone
-from support import App, clean_environment, deploy_argv, described, file, needs, run_deploy, start_deploy, wait_until
+from support import App, clean_environment, deep, deploy_argv, described, file, needs, run_deploy, start_deploy, wait_until
 
 FORWARD = ["pre_stage", "post_stage", "pre_activate", "post_activate", "post_deploy"]
 EVERY = FORWARD + ["on_failure", "pre_rollback", "post_rollback"]
@@ -376,6 +376,7 @@ def test_a_flood_of_output_is_survived_and_only_its_end_is_kept(app: App, tmp_pa
     assert len(json.dumps(app.history()[-1])) < 200000 and len(result.data["error"]["message"]) < 5000
 
 
+@deep
 def test_a_flood_of_empty_lines_does_not_hold_a_signal_or_use_up_the_time(app: App) -> None:
     app.configure("durable = no\n[hooks]\ntimeout = 20s\npre_stage = seq 1 30000\npre_activate = yes ''\n")
     with (app.directory / "out").open("w") as out:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import lzma
 import os
-import re
 import struct
 import subprocess
 import tarfile

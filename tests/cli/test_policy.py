@@ -16,7 +16,7 @@ from typing import Any, Dict, List
 import pytest
 
 from origins import Nginx, Source, make_certificate
-from support import DEPLOY, App, load_deploy, make_artifact, needs, sha256_of
+from support import DEPLOY, App, deep, load_deploy, make_artifact, needs, sha256_of
 
 deploy = load_deploy()
 NEVER = "windows = deny # closed"
@@ -492,6 +492,7 @@ def test_provenance_names_a_builder_and_a_source_that_are_allowed(app: App, pem:
 
 # -- beside an artifact that sync fetches ------------------------------------------------
 
+@deep
 def test_sync_fetches_what_the_policy_asks_for_and_nothing_else(app: App, keys: Path, pem: Path, tmp_path: Path) -> None:
     place, builder = tmp_path / "nginx", "https://ci.example.com/build@v2"
     place.mkdir()

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from crashes import inconsistencies
-from support import App, file, link, load_deploy, make_tar, make_zip, needs, sha256_of, tree_members, write_checksum
+from support import App, deep, file, link, load_deploy, make_tar, make_zip, needs, sha256_of, tree_members, write_checksum
 
 BIG = os.urandom(1500000)
 TREE = {"VERSION": "1.0\n", "bin/run": file("#!/bin/sh\n", 0o755), "lib/big": BIG, "lib/small": "small",
@@ -160,6 +160,7 @@ def used_bytes(app: App) -> int:
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
+@deep
 def test_unchanged_files_share_their_blocks_where_the_filesystem_can(cloning: App) -> None:
     tree = dict(TREE, **{f"data/{number}": os.urandom(200000) for number in range(100)})
     deploy(cloning, "1.0", tree)

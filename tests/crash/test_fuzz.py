@@ -13,6 +13,7 @@ SEED = 1
 INPUTS = sized(quick=1000, whole=3000)
 
 
+@deep
 def test_mutated_archives_are_unpacked_or_refused() -> None:
     argv = [sys.executable, "-B", str(TESTS / "tools" / "fuzz.py"), "--inputs", str(INPUTS), "--seed", str(SEED)]
     done = subprocess.run(argv, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

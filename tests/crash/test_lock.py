@@ -15,7 +15,7 @@ import pytest
 
 import starters
 from scenes import Gate, alive, configure, deploy_all
-from support import SET, App, deploy_argv, fake_command, make_artifact, start_deploy, wait_until
+from support import SET, App, deep, fake_command, make_artifact, start_deploy, wait_until
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_runs_that_wait_go_one_after_the_other(app: App) -> None:
     assert app.current == history[-1]["release"]
 
 
+@deep
 @pytest.mark.parametrize("rounds", [2, pytest.param(200, marks=pytest.mark.skipif(
     SET != "proof", reason="minutes long: make test-crash, or python3 tests/tools/starters.py"))])
 def test_of_fifty_that_start_at_once_one_owns_the_lock_and_the_others_give_way(rounds: int, tmp_path: Path) -> None:

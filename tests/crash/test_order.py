@@ -290,6 +290,7 @@ def test_every_sync_that_is_left_out_is_noticed_or_excused(plays: Dict[str, Play
 
 # -- replay ----------------------------------------------------------------------
 
+@deep
 def test_a_sample_of_the_states_that_a_power_cut_leaves_is_recovered(plays: Dict[str, Play]) -> None:
     cases = replay.collect(list(plays.values()), STATES, seed=7)
     assert len(cases) == STATES and len({case.scenario for case in cases}) >= min(len(plays), STATES // 40)

@@ -11,7 +11,7 @@ from typing import Dict, List
 
 import pytest
 
-from support import DEPLOY, TOP, fake_command, missing, needs
+from support import DEPLOY, TOP, deep, fake_command, missing, needs
 from tables import blocks as indented_blocks, section
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="what sudo delegates is root's")
@@ -38,6 +38,7 @@ def hand_over() -> str:
     return text
 
 
+@deep
 @pytest.mark.parametrize("whose", ["gitlab", "github", "jenkins"])
 def test_a_pipeline_hands_a_signed_artifact_over(whose: str, tmp_path: Path) -> None:
     needs("ssh-keygen")

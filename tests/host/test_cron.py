@@ -1,7 +1,6 @@
 """Run by cron: what it mails and what it does not, its environment, and the share of --splay that a host waits."""
 
 import os
-import re
 import signal
 import subprocess
 import time

@@ -14,7 +14,7 @@ import pytest
 
 from crash_scenarios import KILL
 from scenes import Gate, configure, deploy_all
-from support import deep, App, Server, free_port, needs, snapshot, start_deploy, wait_until
+from support import App, Server, deep, free_port, needs, snapshot, start_deploy, wait_until
 from test_snippets import SNIPPETS, kind_of
 
 FLAG_IS = "/bin/sh -c 'echo $DEPLOY_HOOK $(ls $DEPLOY_ROOT | grep -c maintenance) >> $DEPLOY_ROOT/../seen'"

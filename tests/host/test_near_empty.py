@@ -160,6 +160,7 @@ def live_a_life(directory: Path, executable: str, uid: int) -> None:
         assert "Exit codes" in inside.run("help", json=False, check=0).stdout
 
 
+@deep
 def test_a_life_in_an_image_that_holds_nothing_but_python(tmp_path: Path) -> None:
     live_a_life(tmp_path, OWN, UNKNOWN_UID)
 

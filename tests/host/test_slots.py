@@ -243,6 +243,7 @@ def test_a_live_conf_that_was_renamed_counts_as_switched(shop: Shop, tmp_path: P
     assert told and told[-1]["env"]["DEPLOY_SLOT"] == live(shop)["slot"], "the proxy is told once more"
 
 
+@deep
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("ends", ["well", "back"])
 def test_killed_at_any_call_of_systemctl_one_recover_leaves_one_slot_that_runs(shop: Shop, tmp_path: Path, how: str, ends: str) -> None:

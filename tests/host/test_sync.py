@@ -17,7 +17,7 @@ import pytest
 from origins import (Host, Liar, Nginx, Relay, Source, chunked, drip, endless, head, make_certificate, redirect, server_tls, sha256,
                      tunnel, whole)
 from scenes import configure
-from support import (DEPLOY, TOP, App, Result, clean_environment, compiled, deploy_argv, fake_command, load_deploy, make_artifact, needs, sha256_of, sized, snapshot, start_deploy,
+from support import (DEPLOY, TOP, App, Result, clean_environment, compiled, deep, deploy_argv, fake_command, load_deploy, make_artifact, needs, sha256_of, sized, snapshot, start_deploy,
                      wait_until)
 from tables import section
 
@@ -114,6 +114,7 @@ def cut_and_kill(app: App, relay: Relay, size_bytes: int) -> None:
     relay.left = -1
 
 
+@deep
 def test_a_download_that_was_cut_at_any_tenth_is_gone_on_with(app: App, origin: Source, nginx: Nginx, relayed: Relay) -> None:
     size_bytes = 400000
     for tenth in range(1, 10):
