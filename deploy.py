@@ -2166,8 +2166,8 @@ class Settings:
                              "correct them all; deploy.py config --example shows every option")
 
 
-def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
-                  assignments: Sequence[str], *, refuse: bool = True) -> Settings:
+def load_settings(files: Sequence[str], flags: Layer, assignments: Sequence[str],
+                  *, refuse: bool = True) -> Settings:
     """Put the layers together: default, files, environment, flags, --set; a later one wins.
 
     UsageError tells all that is wrong; without `refuse` it is in the result's `mistakes`.
@@ -2190,8 +2190,7 @@ def load_settings(files: Sequence[str], flags: Dict[Tuple[str, str], str],
             key = key.lower() if key.lower() in options else key
             if name.startswith(prefix) and (key in options or "*" in options):
                 given[section, key] = environment(name), f"environment {name}"
-    for place, text in flags.items():
-        given[place] = text, "command line"
+    given.update(flags)
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         section, dot, key = name.strip().partition(".")  # a later `.` belongs to the key
@@ -11157,10 +11156,10 @@ def add_flag(group: Any, flag: Flag) -> Any:
     else:
         kind["action"] = ACTIONS.get(flag.dest, "store_true")
     if not flag.is_argument:
-        return group.add_argument(*flag.names, dest=flag.dest, **kind)
-    if "[" in flag.metavar:
+        kind["dest"] = flag.dest
+    elif "[" in flag.metavar:
         kind["nargs"] = "*" if "..." in flag.metavar else "?"
-    return group.add_argument(flag.dest, **kind)
+    return group.add_argument(*flag.names, **kind)
 
 
 def parse_command_line(argv: List[str]) -> Any:
@@ -11344,11 +11343,11 @@ def load(flags: Any) -> Settings:
     """
     if flags.command in TELLING:
         return Settings({}, [])
-    given = {}
+    given: Layer = {}
     for flag in FLAGS:
         if flag.option and getattr(flags, flag.dest) is not None:
             section, _, key = flag.option.partition(".")
-            given[section, key] = getattr(flags, flag.dest)
+            given[section, key] = getattr(flags, flag.dest), "command line"
     files, here = flags.config, ""
     if not files:
         named = environment("DEPLOY_CONFIG")
@@ -11362,7 +11361,7 @@ def load(flags: Any) -> Settings:
             files = [path for path in configurations() if here == os.path.realpath(
                 load_settings([path], {}, [], refuse=False).deploy.root or "/dev/null")][:1]
             if not files and not environment("DEPLOY_DEPLOY_ROOT"):
-                given.setdefault(("deploy", "root"), here)
+                given.setdefault(("deploy", "root"), (here, "command line"))
         else:
             files = list(filter(os.path.lexists, [f"{CONFIG_DIRECTORY}/deploy.ini"]))
     settings = load_settings(files, given, flags.set or [], refuse=False)
