@@ -952,8 +952,9 @@ def user_name(uid: int = -1) -> str:
 
 def traceparent(parent: str = "") -> str:
     """Return $TRACEPARENT (W3C trace context 00) with this run as its `parent`; else nothing."""
-    found = re.match(r"(00-(?!0{32})[0-9a-f]{32}-)((?!0{16})[0-9a-f]{16})(-[0-9a-f]{2})\Z",
-                     environment("TRACEPARENT"))
+    given = environment("TRACEPARENT")
+    found = given and re.match(
+        r"(00-(?!0{32})[0-9a-f]{32}-)((?!0{16})[0-9a-f]{16})(-[0-9a-f]{2})\Z", given)
     return f"{found[1]}{parent or found[2]}{found[3]}" if found else ""
 
 
@@ -968,9 +969,10 @@ def who() -> Json:
         login = int(read_file("/proc/self/loginuid", 64))
         if login != (1 << 32) - 1:  # a service's
             uid = login
+    person = environment("SUDO_USER")
     with suppress(KeyError):
-        if os.geteuid() == 0:
-            uid = pwd.getpwnam(environment("SUDO_USER")).pw_uid
+        if person and os.geteuid() == 0:  # a name server is not asked for nobody
+            uid = pwd.getpwnam(person).pw_uid
     started_by = [("ansible", os.path.basename(sys.argv[0]).startswith("AnsiballZ_")),
                   ("systemd", environment("INVOCATION_ID")),
                   ("ssh", environment("SSH_CONNECTION")),
