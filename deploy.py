@@ -9745,10 +9745,11 @@ def find_new(run: Run) -> str:
         offer.release = live.id
         return ""
     bad, refused = refused_record(facts, offer.sha256), seen.get("refused") or {}
-    if bad and not flags.force:
-        raise ArtifactRefused(*bad_refusal(bad))
-    if refused.get("sha256") == offer.sha256 and not flags.force:
-        raise ArtifactRefused(refused["reason"], "publish it again, with its index")
+    if not flags.force:
+        if bad:
+            raise ArtifactRefused(*bad_refusal(bad))
+        if refused.get("sha256") == offer.sha256:
+            raise ArtifactRefused(refused["reason"], "publish it again, with its index")
     if flags.check:
         raise ProblemFound(f"{offer.version} is new: {offer.path}",
                            f"deploy it: {facts.command_line('sync')}")
