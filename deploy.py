@@ -8684,12 +8684,12 @@ def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
             if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
     bad = [record for record in there if record.state == STATE_BAD and record.id != live]
     arriving = live is not None and live not in facts.records
-    gone = [record for record in [*good[max(1, facts.settings.deploy.keep_releases) - arriving:],
-                                  *bad[KEPT_BAD_RELEASES:]]
-            if record.id not in keep and not record.pinned]
+    kept = max(1, facts.settings.deploy.keep_releases) - arriving
     return [Step(f"prune:{record.id}",
                  f"delete {record.id} ({record.state}, sequence {record.sequence})",
-                 do_prune, optional=True, what=record) for record in gone]
+                 do_prune, optional=True, what=record)
+            for record in good[kept:] + bad[KEPT_BAD_RELEASES:]
+            if record.id not in keep and not record.pinned]
 
 
 def refuse_to_prune(run: Run, record: Record) -> None:
