@@ -4305,11 +4305,8 @@ class Judge:
     def finish(self) -> List[str]:
         """Judge what only the whole archive tells: where symlinks lead; note what is odd."""
         manifest, notes, odd = self.manifest, [], {}
-        for name in names_of(manifest, SYMLINK):
-            try:
-                self._follow(name)
-            except ArtifactRefused as refusal:
-                self._note(refusal)
+        for refusal in filter(None, map(self._follow, names_of(manifest, SYMLINK))):
+            self._note(refusal)
         self.check()
         if not manifest:
             raise ArtifactRefused("the artifact holds nothing, or nothing below strip_components",
@@ -4343,24 +4340,24 @@ class Judge:
                                []).extend((other, name))
         return notes + [f"{some_of(names)}: {what}" for what, names in odd.items()]
 
-    def _follow(self, name: bytes) -> None:
+    def _follow(self, name: bytes) -> Optional[ArtifactRefused]:
         """Follow a symlink by the archive's own map, never by the disk, as the kernel would.
 
-        Circles and long chains stay: nobody gets anywhere by them, nor climbs.
+        Returns why it is refused.  Circles and long chains stay: nobody gets anywhere by them.
         """
         place, _, last = name.rpartition(b"/")
         parts, hops, top = [last], 0, b""  # the next part is the last one
         while parts and not top:
             part = parts.pop()
-            known = self.manifest.get(place)
-            if part == b".." and not place:
-                # From where a release stands; what lies in any other is outside.
-                parts.append(part)
-                top = self._roots[1] + b"/releases/-"
-            elif part == b"..":
-                if known is None or known.kind != DIRECTORY:
-                    raise refuse(name, "its symlink target climbs out of what is no directory of "
-                                       "the archive")
+            if part == b"..":
+                known = self.manifest.get(place)
+                if not place:
+                    # From where a release stands; what lies in any other is outside.
+                    parts.append(part)
+                    top = self._roots[1] + b"/releases/-"
+                elif known is None or known.kind != DIRECTORY:
+                    return refuse(name, "its symlink target climbs out of what is no directory of "
+                                        "the archive")
                 place = place.rpartition(b"/")[0]
             elif part not in (b"", b"."):
                 inside = place + b"/" + part if place else part
@@ -4374,16 +4371,18 @@ class Judge:
                 self._steps += len(target)
                 top = b"" if target[0] else b"/"
                 if self._steps > MAX_LINK_STEPS:
-                    raise refuse(name, "the archive's symlinks are too many and too long to follow")
+                    return refuse(name, "the archive's symlinks are too many and too long to "
+                                        "follow")
         if not top or self._settings.symlinks == "any":
-            return
+            return None
         place = os.path.normpath(b"/".join([top, *reversed(parts)]))
         own = tuple(root + word for root in self._roots for word in (b"/shared/", b"/current/"))
         is_meant = any(re.fullmatch(path_pattern(glob), os.fsdecode(place))
                        for glob in self._settings.allow_links)
-        if not is_meant and not (place + b"/").startswith(own):
-            raise refuse(name, f"it is a symlink to {show(self.manifest[name].content)}, which "
-                               f"leaves the release for {show(place)}", LINK_HINT)
+        if is_meant or (place + b"/").startswith(own):
+            return None
+        return refuse(name, f"it is a symlink to {show(self.manifest[name].content)}, which "
+                            f"leaves the release for {show(place)}", LINK_HINT)
 
 
 # -- decoding: blocks of the file in, blocks of the archive out ----------------
