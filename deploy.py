@@ -2718,18 +2718,21 @@ class Store(ExitStack):
 
         StateError for what cannot be read or believed.
         """
-        what, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
-        if kind is Journal:
-            settle = self.command_line("recover --to RELEASE")
-            what, hint = f"the journal {what}", \
-                f"check that the release you want is live, then: {settle}"
+        data: Any = b""
         try:
             above, name = os.path.split(path)
             data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StateError(f"{what} cannot be read: {reason(error)}", hint)
+            data = error
+        what, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
+        if kind is Journal:
+            settle = self.command_line("recover --to RELEASE")
+            what, hint = f"the journal {what}", \
+                f"check that the release you want is live, then: {settle}"
+        if isinstance(data, OSError):
+            raise StateError(f"{what} cannot be read: {reason(data)}", hint)
         if kind is not dict:
             return decode(kind, data, what, hint)
         with suppress(ValueError, RecursionError):
