@@ -779,10 +779,8 @@ class Console:
                about: Optional[Dict[str, str]] = None) -> None:
         """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing.
 
-        An event is all that it is `about` to the journal, where the stream leads there.
+        An event is all that it is `about` to the journal, where the stream leads there or did.
         """
-        if stream is None or stream in self._broken:
-            return
         if about and stream in self._in_journal:
             fields = {field: about[name] for name, field in JOURNAL_FIELDS.items()
                       if about.get(name)}
@@ -796,6 +794,8 @@ class Console:
             with suppress(OSError):
                 send_datagram(JOURNAL_SOCKET, entry, 1.0)
                 return
+        if stream is None or stream in self._broken:
+            return
         if stream in self._in_journal:
             text = re.sub(r"(?m)^(?=.)", f"<{PRIORITIES[level]}>", text)
         try:

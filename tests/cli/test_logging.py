@@ -92,10 +92,12 @@ def fields(datagram: bytes) -> Dict[str, str]:
 class JournalRun:
     """A run whose stdout and stderr are a socket that $JOURNAL_STREAM names, beside a journal's native socket."""
 
-    def __init__(self, app: App, *words: Any, stream: Optional[str] = None, env: Optional[Dict[str, str]] = None) -> None:
+    def __init__(self, app: App, *words: Any, stream: Optional[str] = None, env: Optional[Dict[str, str]] = None, deaf: bool = False) -> None:
         socket_path = app.directory / "journal.socket"
         journal = Receiver(socket_path)
         ours, theirs = socket.socketpair()
+        if deaf:
+            ours.shutdown(socket.SHUT_RDWR)
         found = os.fstat(theirs.fileno())
         program = ("import importlib.machinery, sys; loader = importlib.machinery.SourcelessFileLoader('deploy', sys.argv[1]); "
                    "deploy = loader.load_module(); deploy.JOURNAL_SOCKET = sys.argv[2]; sys.exit(deploy.main(sys.argv[3:]))")
@@ -146,6 +148,13 @@ def test_the_end_of_each_step_and_of_the_run_is_an_event_with_fields(app: App) -
     assert {(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in steps} == {(deploy.EVENTS["step_done"], "done")}
     assert "DEPLOY_STEP" not in end and end["MESSAGE"].startswith("checked ")
     assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"]) == (deploy.EVENTS["run_done"], "deployed")
+
+
+def test_a_stream_that_broke_costs_the_journal_its_lines_and_no_event(app: App) -> None:
+    app.configure(HOOK_FAILS)
+    run = JournalRun(app, "deploy", app.artifact("1.0"), deaf=True)
+    assert run.exit_code == 5 and run.lines == []
+    assert [event.get("DEPLOY_STEP") for event in run.events] == [step["name"] for step in app.history()[-1]["steps"]] + [None]
 
 
 def test_nothing_stands_in_the_journal_twice(app: App) -> None:
