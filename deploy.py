@@ -6064,8 +6064,9 @@ PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
 
 
 def probe_kind(probe: Any) -> str:
-    """Return which of PROBE_KINDS a probe is; nothing where it is none of them."""
-    return next((kind for kind in PROBE_KINDS if kind in probe.given), "")
+    """Return which of PROBE_KINDS a probe is; nothing where it is not one of them."""
+    kinds = [kind for kind in PROBE_KINDS if kind in probe.given]
+    return kinds[0] if len(kinds) == 1 else ""
 
 
 def check_probe(settings: Settings, probe: Any) -> List[str]:
@@ -6073,13 +6074,13 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
     kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
     places = [*OF_SLOTS, CANDIDATE_PORT] if is_candidates else OF_SLOTS
     probe = filled(probe, dict.fromkeys(places, "1"))
-    wrong, service = wrong_header(probe.header), settings.service.get(probe.service)
-    try:
-        for key, read in ("url", parse_url), ("tcp", split_address), ("connect", split_address):
+    wrong, service = [wrong_header(probe.header)], settings.service.get(probe.service)
+    for key, read in ("url", parse_url), ("tcp", split_address), ("connect", split_address):
+        try:
             if getattr(probe, key):
                 read(getattr(probe, key))
-    except ValueError as error:
-        wrong = f"{key}: {error}"
+        except ValueError as error:
+            wrong.append(f"{key}: {error}")
     unused = meaningless(probe, PROBE_KINDS.get(kind, ()), f"a {kind} probe")
     return [what for is_wrong, what in (
         (unused, unused),
@@ -6096,7 +6097,7 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
         (kind == "service" and not service, f"there is no [service:{probe.service}]"),
         (service and service.command,
          f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
-        (wrong, wrong)) if is_wrong]
+        *((what, what) for what in wrong)) if is_wrong]
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:

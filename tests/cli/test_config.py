@@ -332,6 +332,15 @@ def test_exactly_one_of_a_group_must_be_given(name: str, text: str, wanted: str,
     assert wanted in refusal(text, tmp_path).message
 
 
+@pytest.mark.parametrize("text, told", [
+    ("tcp = x:1\ncommand = true\nbody = ok\nstatus = 200\n", ["needs exactly one of url, tcp, command, service, and has tcp and command"]),
+    ("url = x:/\nconnect = x\nheader.A = a\n  b\n", ["the value of header.A", "url: the URL must", "connect: expected host:port"])])
+def test_all_that_is_wrong_with_a_probe_is_told_and_nothing_else(app: App, text: str, told: List[str]) -> None:
+    app.config.write_text(f"[probe:web]\n{text}")
+    message = app.run("config", check=2).data["error"]["message"]
+    assert message.count("[probe:web] ") == len(told) and all(f"[probe:web] {part}" in message for part in told), message
+
+
 # -- habits of other formats ---------------------------------------------------
 
 HABITS = [
