@@ -6701,10 +6701,11 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
             return {"status": 200, "body": read_file(address, MAX_INDEX_BYTES).decode("latin-1")}
         return {"status": 404}
     # What the operator gave for the source's own host goes to no other.
-    home, token = parse_url(source.url)[:3], {}
+    home, token = parse_url(source.url)[:3], ""
     if source.token_file:
-        token["Authorization"] = f"Bearer {read_text(source.token_file).strip()}"
-    ours = SimpleNamespace(**dict(vars(source), header={**token, **source.header}))
+        token = read_text(source.token_file).strip()
+    login = {"Authorization": f"Bearer {token}"} if token else {}
+    ours = SimpleNamespace(**dict(vars(source), header={**login, **source.header}))
     elsewhere = SimpleNamespace(header={}, tls_ca=source.tls_ca, proxy=source.proxy)
 
     def talk(asking: Conversation) -> Answer:
@@ -6863,8 +6864,8 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
             if "version" not in row:
                 continue
             for key, form in ("version", _VERSION), ("sha256", "[0-9a-f]{64}"):
-                if not re.fullmatch(form, row[key]):
-                    raise ValueError(f"{key} {row[key]!r} of {name!r}")
+                if not re.fullmatch(form, row.get(key) or ""):
+                    raise ValueError(f"{key} {row.get(key)!r} of {name!r}")
             url, built_at = row.get("url") or quote(row["name"]), row.get("built_at")
             offers.append(Offer(
                 path=urljoin(base, url) if "://" in base else base + unquote(url), name=name,

@@ -380,6 +380,9 @@ def test_a_token_goes_to_the_sources_own_host_alone_and_never_to_http(app: App, 
     (tmp_path / "source").write_text("from-systemd\n")
     app.run("sync", env={"CREDENTIALS_DIRECTORY": str(tmp_path)}, check=0)
     assert "\r\nAuthorization: Bearer from-systemd\r\n" in own.requests.pop()
+    (tmp_path / "source").write_text("\n")
+    app.run("sync", env={"CREDENTIALS_DIRECTORY": str(tmp_path)}, check=0)
+    assert "Authorization" not in own.requests.pop(), "an empty one is none"
     assert "open-sesame" not in (app.root / ".deploy" / "history.jsonl").read_text() + (app.root / ".deploy" / "source.json").read_text()
 
 
@@ -531,6 +534,7 @@ GOING_BACK = {  # what is changed in the index of 1.0 and 1.1, once that was see
     "no-sequence": (lambda source: source.index(sequence="9"), "damaged"),
     "no-such-day": (lambda source: source.index(source.release("1.1", built_at="0000-00-00T00:00:00Z")), "damaged"),
     "schema": (lambda source: source.index(source.release("1.1"), schema=2), "damaged"),
+    "no-digest": (lambda source: source.index(source.release("1.1", sha256=None)), "damaged: sha256 None of 'myapp-1.1.tar.gz'"),
 }  # type: Dict[str, Any]
 
 
