@@ -6231,11 +6231,13 @@ class ProbeRun:
 
     def attempt(self, limit_seconds: float) -> Answer:
         """Ask once."""
-        console, ends_seconds = self.run.console, time.monotonic() + limit_seconds
-        found = getattr(self, f"ask_{probe_kind(self.probe)}")(max(0.001, limit_seconds))
+        console, limit_seconds = self.run.console, max(0.001, limit_seconds)
+        ends_seconds = time.monotonic() + limit_seconds
+        found = getattr(self, f"ask_{probe_kind(self.probe)}")(limit_seconds)
+        if self.probe.command:  # an output that came in time is looked at, however late it was
+            limit_seconds = max(0.05, ends_seconds - time.monotonic())
         if callable(found):
-            # An output that came in time is looked at, however late it was.
-            with Conversation(found, max(0.05, ends_seconds - time.monotonic())) as asking:
+            with Conversation(found, limit_seconds) as asking:
                 found = asking.answer(self.run.interrupts)
         answer = dict(NO_ANSWER, **found)
         for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
@@ -6277,6 +6279,7 @@ class ProbeRun:
                 location, status = response.getheader("Location"), response.status
                 if not probe.redirects or not location or not 301 <= status <= 308:
                     break
+                response.close()  # both, or the peer does not see it
                 asking.socket.close()
                 address = urljoin(address, location)
             else:
@@ -6320,11 +6323,11 @@ class ProbeRun:
         text = "\n".join(lines or result.tail)
 
         def compare(asking: Conversation) -> Answer:
+            asking.known["status"] = result.exit_code
             found = compare_answer(asking, probe, self.wanted, text, lambda name: None)
             if not result.ok:
                 found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
-            return dict(found, status=result.exit_code, said="exited with code 0",
-                        heard=found["named"] or result.ok)
+            return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
 
         return compare
 

@@ -344,6 +344,18 @@ def test_redirects_within_the_origin_are_followed(serve):
     assert [request.split()[1] for request in server.requests] == ["/", "/a", "/b?c=d"]
 
 
+def test_a_connection_is_closed_before_its_redirect_is_followed(serve):
+    closed = threading.Event()
+
+    def answer(connection, number):
+        connection.sendall(http(302, b"hop", "Location: /there") if number == 1 else http(200 if closed.wait(1) else 508))
+        if number == 1 and connection.recv(1) == b"":
+            closed.set()
+    server = serve(answer)
+    run_deploy("probe", "--url", url_of(server), "--expect", "redirects=1", check=0)
+    assert len(server.requests) == 2
+
+
 def test_too_many_redirects_fail(serve):
     server = serve(redirecting(*["/"] * 9))
     result = ask("url", url_of(server), "redirects=2")
@@ -390,6 +402,12 @@ def test_a_dripping_answer_is_cut_off_in_time(serve, head):
     assert not result.ok and "no answer within 0.40s" in result.detail
     assert time.monotonic() - started < 15, "all of it takes 20 s and more"
     assert server.hung_up.wait(60), "the socket is shut down, not left to the thread"
+
+
+def test_a_first_try_has_all_of_its_time_to_ask(serve):
+    server = serve(lambda connection, number: server.stopping.wait(60))
+    done = run_deploy("probe", "--url", url_of(server), "--expect", "timeout=400ms", check=7)
+    assert "no answer within 0.40s" in done.data["msg"], "what it took to get ready is no part of it"
 
 
 def test_evidence_of_a_dripping_body_holds_what_came(serve):
@@ -784,7 +802,7 @@ def test_a_regular_expression_without_end_is_cut_off_with_its_try(serve, tmp_pat
     target = url_of(server) if kind == "url" else script(tmp_path, f"print({BAIT.decode('ascii')!r})")
     result = ask_longer("timeout", lambda result: "still comparing" in result.detail, kind, target, assignment)
     assert not result.ok and re.search(r"no answer within [\d.]+s, it was still comparing", result.detail), described(result)
-    assert result.evidence["body"].startswith("aaa"), described(result)
+    assert result.evidence["body"].startswith("aaa") and result.evidence["status"] == {"url": 200, "command": 0}[kind], described(result)
 
 
 def test_a_regular_expression_without_end_does_not_outlast_the_deadline(serve):
