@@ -214,14 +214,15 @@ def test_status_names_the_configuration_it_used(app: App) -> None:
 
 
 HOST = """
-mount -t tmpfs none /mnt && mkdir -p /mnt/up/deploy /mnt/work && cp {there}/*.ini /mnt/up/deploy/
+mount -t tmpfs none /mnt && mkdir -p /mnt/up/deploy /mnt/work
 mount -t overlay none -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc
+mount --bind {there} /etc/deploy
 cd {directory} && {python} {deploy} --json {words}
 """
 
 
 def on_host(there: Path, directory: Any, words: str) -> Any:
-    """The one JSON object of a run on a host whose /etc/deploy holds the configurations that lie `there`."""
+    """The one JSON object of a run on a host whose /etc/deploy holds the configurations that lie `there`, and no other."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     needs("unshare")
