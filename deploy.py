@@ -9804,9 +9804,9 @@ def show_plan(run: Run, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run executes."""
     outcome, facts, steps = run.outcome, run.facts, plan.steps + plan.last
     journal = facts.journal if facts.holder is None else None
-    if not outcome.checks:  # or one of them has said that the plan may be another
+    if not outcome.checks:  # or one of them has told of it
         for _, problem, _ in check_lock(run):
-            run.console.warn(f"lock: {problem}")
+            run.console.warn(f"lock: {problem}; after that the plan may be another")
     outcome.changed, outcome.extra["plan"] = bool(steps or journal), plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
     if not steps:
