@@ -11067,7 +11067,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
                     send(run, ended, result)
             except Exception as problem:  # a defect here must not make a failure of what is done
                 console.warn(step_error(problem, name).message)
-    result["summary"]["warnings"] = len(console.warnings)
+            result["summary"]["warnings"] = len(console.warnings)
     if not dry_run:
         end = {"event": "run_failed" if error else "run_done", "result": ended}
     console.working(result["msg"], state="" if error else "READY=1")
