@@ -1,7 +1,7 @@
-# PYTHON chooses the interpreter, JOBS how much runs at a time (the processors there are, unless it is said),
+# PYTHON chooses the interpreter, JOBS how much runs at a time (one more than there are processors, for a third of a test is waiting),
 # PYTEST_ARGUMENTS what pytest is told beside: make test PYTEST_ARGUMENTS="-k prune"
 PYTHON = python3
-JOBS = $(shell nproc)
+JOBS = $(shell expr $$(nproc) + 1)
 export PYTHONDONTWRITEBYTECODE = 1
 export PYTEST_ARGUMENTS
 

@@ -56,7 +56,7 @@ DEPLOY = TOP / "deploy.py"
 SET = os.environ.get("DEPLOY_TEST_SET", "whole")
 # Runs are forked from a Python that has deploy.py loaded, but one in so many, which starts a Python of its own: the same suite in half
 # the time.
-WARM = 20
+WARM = 60
 _runs = itertools.count(1)
 
 # What reads this Python's bytecode: itself, and the scripts that start it under another command.

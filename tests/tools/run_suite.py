@@ -89,7 +89,7 @@ def parts_of(pythons: Dict[Tuple[int, int], str], jobs: int, *, everything: bool
     """What is run, the longest first: {} beside this Python runs the quick set under it alone."""
     chosen = os.environ.get("DEPLOY_TEST_SET")
     own = (sys.version_info[0], sys.version_info[1])
-    count = 4 * jobs if everything else jobs
+    count = 2 * jobs if everything else jobs
     parts = [Part(own, sys.executable, chosen or ("whole" if everything else "quick"), f"{number}/{count}") for number in range(count)]
     others = sorted(set(pythons) - {own})
     between = others[1:-1]
