@@ -971,7 +971,7 @@ def who() -> Json:
             uid = login
     person = environment("SUDO_USER")
     with suppress(KeyError):
-        if person and os.geteuid() == 0:  # a name server is not asked for nobody
+        if person and os.geteuid() == 0:  # no name service is asked for ""
             uid = pwd.getpwnam(person).pw_uid
     started_by = [("ansible", os.path.basename(sys.argv[0]).startswith("AnsiballZ_")),
                   ("systemd", environment("INVOCATION_ID")),
@@ -2714,7 +2714,7 @@ class Store(ExitStack):
         return found.st_mtime_ns if found else 0
 
     def load(self, path: str, kind: Any = dict) -> Any:
-        """Read an object, which is sealed unless it is a dict; None where there is no file.
+        """Read what is sealed of a `kind`, or any JSON object (dict); None where there is no file.
 
         StateError for what cannot be read or believed.
         """
@@ -3035,9 +3035,9 @@ class Store(ExitStack):
 
 
 def check_group(group: str) -> int:
-    """Return the number of [deploy] group, which may be of no use here.
+    """Return the number of [deploy] group.
 
-    StateError as root, who would believe its members, and for who is none of them.
+    StateError for root, who would believe its members, and for a user who is none of them.
     """
     if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
@@ -3294,8 +3294,8 @@ Steps = List[Step]
 class Plan(NamedTuple):
     """From what to what an operation leads, and its ordered steps, before anything changes.
 
-    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch, and
-    is `back` to whoever makes its steps.
+    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch: its
+    steps are made for a plan of their own, which is `back`.
     """
 
     operation: str
