@@ -2641,7 +2641,9 @@ class Store(ExitStack):
             for place in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
                 mode = store.directory_mode if place in PRIVATE_DIRECTORIES else 0o755
                 if place != "shared" or store.status(place) is None:  # a link is the operator's
-                    store.root.child(place, make=True, mode=mode, group=store.group).close()
+                    with store.root.child(place, make=True, mode=mode, group=group) as made, \
+                            suppress(PermissionError):  # another member's, who gives it
+                        give_to_group(made.descriptor, group)  # a kill may have come before that
             os.fsync(store.root.descriptor)
             return store
         except OSError as error:

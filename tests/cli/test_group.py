@@ -110,6 +110,18 @@ def test_what_one_of_a_group_makes_in_shared_is_the_others_to_write(app: App) ->
     assert [path.stat().st_mode & 0o7777 for path in made] == [0o2775] * 4
 
 
+def test_what_a_killed_run_made_and_did_not_give_to_the_group_is_given_by_its_next(app: App) -> None:
+    of_group(app)
+    run_as(ALICE, app, "deploy", app.artifact("1.0", FILES))
+    for place in ["releases", ".deploy", *(f".deploy/{name}" for name in ("releases", "manifests", "trees", "trash"))]:
+        os.chown(str(app.root / place), ALICE, ALICE)
+        (app.root / place).chmod(0o755)
+    run_as(BOB, app, "deploy", app.artifact("1.1", FILES), check=1)
+    run_as(ALICE, app, "recover")
+    run_as(BOB, app, "deploy", app.artifact("1.1", FILES))
+    assert app.version == "1.1"
+
+
 @deep
 def test_a_file_for_its_owner_alone_is_named_where_another_of_the_group_cannot_verify_it(app: App) -> None:
     of_group(app)
