@@ -3856,7 +3856,7 @@ class Artifact(Descriptor):
             if verification:
                 verification.feed(block)
             if copy:
-                copy.write(block)
+                self.keep(block)
             self.read_bytes += len(block)
             yield block
         self.read_sha256 = hasher.hexdigest()
@@ -3902,13 +3902,21 @@ class Artifact(Descriptor):
                     begin = lambda: Verification(f"{name}: SHA256SUMS has another digest", [
                         (signed, hashlib.sha256(),
                          lambda hasher: hasher.hexdigest() == digests[0])], [])
-                self.verify = begin
-                if wanted.command:
-                    from tempfile import TemporaryFile
-                    self.copy = TemporaryFile()  # of which nobody has the name
-                    self.copy.write(self.listing)
         except ArtifactRefused as error:
             self.distrust = error
+            return
+        if wanted.command:
+            self.keep(self.listing)
+        # Last: where nothing could be kept for the command, nothing counts as verified.
+        self.verify = begin
+
+    def keep(self, data: bytes) -> None:
+        """Keep what [signature] command will be handed; StepFailed where there is no room."""
+        from tempfile import TemporaryFile
+        with blaming(StepFailed, "cannot keep in TMPDIR what [signature] command is to read",
+                     "make room in TMPDIR or /tmp, then run again"):
+            self.copy = self.copy or TemporaryFile(buffering=0)  # of which nobody has the name
+            write_all(self.copy.fileno(), data)
 
     def hash(self, settings: Settings, watch: Watch) -> str:
         """Return the SHA-256 of an archive's bytes, or of the tree that a directory becomes."""

@@ -254,6 +254,21 @@ def test_a_command_and_keys_must_both_agree(mini: Signed) -> None:
     assert "/nowhere/check" in refused(app, mini.artifact)
 
 
+@pytest.mark.parametrize("signed", ["app-1.0.tar", "SHA256SUMS"])
+def test_a_command_that_cannot_be_asked_approves_of_nothing(app: App, signed: str) -> None:
+    artifact = app.artifact("1.0", {"big": os.urandom(3000)})
+    app.configure("[signature]\ncommand = false")
+    artifact.with_name("SHA256SUMS").write_text(f"{sha256_of(artifact)}  {artifact.name}\n")
+    artifact.with_name(signed.replace("app-1.0.tar", artifact.name) + ".sig").write_text("x")
+    for blocks in (0, 1):  # of 512 bytes: none for a temporary file, or too few for the artifact
+        result = subprocess.run(["sh", "-c", f'ulimit -f {blocks} && exec "$@"', "sh", sys.executable, str(DEPLOY), "-c", str(app.config),
+                                 "-n", "deploy", str(artifact)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment())
+        kept = blocks and signed == "SHA256SUMS"
+        assert result.returncode == (4 if kept else 1), result.stderr
+        assert (b"exited with code 1" if kept else b"cannot keep in TMPDIR") in result.stderr
+    assert app.current is None
+
+
 def test_gpgv_is_asked_as_the_readme_says(app: App) -> None:
     needs("gpgv")
     home, artifact = app.directory / "gnupg", app.artifact("1.0")
