@@ -2839,7 +2839,8 @@ class Store(ExitStack):
         name = temporary_name(STAGING_PREFIX[1:] + "release")
         os.mkdir(name, 0o777, dir_fd=self.directory("releases").descriptor)
         tree = self.directory(f"releases/{name}").descriptor
-        give_to_group(tree, self.group)  # any member may have to remove it
+        if self.group >= 0:
+            give_to_group(tree, self.group)  # any member may have to remove it
         # What umask, setgid bit and default ACL made of it is what it is to have at the end.
         self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
         os.fchmod(tree, self._published_mode & ~(0o077 if self.group < 0 else 0o007))
@@ -4029,12 +4030,6 @@ def read_digests(data: bytes) -> List[Tuple[bytes, str]]:
     return entries
 
 
-def digest_line(sha256: str, name: bytes) -> bytes:
-    """Write one line as sha256sum does; with an escaped name it starts with a backslash."""
-    escaped = re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
-    return b"%s%s  %s\n" % (b"\\" if escaped != name else b"", sha256.encode(), escaped)
-
-
 # -- the version -------------------------------------------------------------
 
 _VERSION = KINDS["version"][2] + r"\Z"
@@ -4113,9 +4108,14 @@ def names_of(manifest: Manifest, kind: str) -> List[bytes]:
 
 
 def digest_lines(manifest: Manifest) -> Iterator[bytes]:
-    """Write the lines of `.deploy/manifests/<id>`: only what `sha256sum -c` reads."""
+    """Write the lines of `.deploy/manifests/<id>` as sha256sum does, and no others: it reads them.
+
+    One with an escaped name starts with a backslash.
+    """
     for name in names_of(manifest, FILE):
-        yield digest_line(manifest[name].content.hex(), name)
+        escaped = re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], name)
+        mark = b"\\" if escaped != name else b""
+        yield b"%s%s  %s\n" % (mark, manifest[name].content.hex().encode(), escaped)
 
 
 def tree_lines(manifest: Manifest) -> Iterator[bytes]:
@@ -5260,7 +5260,8 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
             Directory(os.path.realpath(directory)) as place:
         judge = Judge(settings, artifact)
         digest = place.write(base, compressed(), 0o644)
-        place.write(base + ".sha256", digest_line(digest, os.fsencode(base)), 0o644)
+        packed = Member(os.fsencode(base), FILE, 0o644, content=bytes.fromhex(digest))
+        place.write(base + ".sha256", digest_lines({packed.name: packed}), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
     files = names_of(judge.manifest, FILE)
     private = [name for name in files if not judge.manifest[name].mode & 0o044]
@@ -7120,9 +7121,9 @@ def observe(run: Run, *, locked: bool = False, artifact: str = "", confirm: bool
                         found.hash(run.settings, lambda done: run.interrupts.check())
     found = run.facts.artifact
     if found:
-        mask = run.console.secrets.mask
+        names = {"name": portable(found.name), "source": portable(found.path)}
         run.outcome.extra["artifact"] = {
-            "name": mask(portable(found.name)), "source": mask(portable(found.path)),
+            **run.console.secrets.mask_json(names),
             "version": found.version, "format": found.format, "size": found.size_bytes,
             "sha256": found.sha256, "signature": found.signature}
     return run.facts
@@ -11092,7 +11093,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
         console.say(error.message, end, level="error", shown="")  # cron has mailed it before
     elif error:
         console.error(error.message, error.hint, end)
-    elif (outcome.changed or console.warnings) and not dry_run:
+    elif console.quiet and (outcome.changed or console.warnings) and not dry_run:
         console.release_held()
     if console.json_mode:
         console.json_result(result)
@@ -11231,13 +11232,11 @@ NO_PARAMETERS = ("dry_run json verbose quiet no_color detailed_exitcode debug de
 NOT_HIDDEN = "release release_version sha256 id names to root config".split()
 
 
-def read_parameters(argv: List[str]) -> Optional[Json]:
-    """Read what Ansible hands over; None for a command line, nothing for JSON that is damaged."""
+def read_parameters(path: str) -> Optional[Json]:
+    """Read what Ansible hands over; None for what is none, nothing for JSON that is damaged."""
     data = b""
-    # Only a path: a file that is named as a command must not become the command.
-    if len(argv) == 1 and "/" in argv[0] and not argv[0].startswith("-"):
-        with suppress(OSError):
-            data = read_file(argv[0], MAX_CONFIG_BYTES)
+    with suppress(OSError):
+        data = read_file(path, MAX_CONFIG_BYTES)
     if not data.lstrip().startswith(b"{"):
         return None
     try:
@@ -11623,7 +11622,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; the one place where every error ends."""
     started_seconds = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    parameters = read_parameters(argv)
+    parameters = None
+    # Only a path: a file that is named as a command must not become the command.
+    if len(argv) == 1 and "/" in argv[0] and argv[0][0] != "-":
+        parameters = read_parameters(argv[0])
     console = Console(environment("JOURNAL_STREAM"))
     console.json_mode = "--json" in argv
     if parameters is not None:
