@@ -6043,8 +6043,9 @@ def compare_answer(asking: Conversation, probe: Any, wanted: List[str], text: st
 
 def matches(pattern: str, text: Optional[str]) -> bool:
     """Search for a pattern; a leading ! wants it absent, as it is from no text at all."""
-    is_wanted = not pattern.startswith("!")
-    return is_wanted == bool(text is not None and re.search(pattern[not is_wanted:], text))
+    is_unwanted = pattern.startswith("!")
+    found = text is not None and re.search(pattern[1:] if is_unwanted else pattern, text)
+    return bool(found) != is_unwanted
 
 
 def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
