@@ -3968,6 +3968,8 @@ class Artifact(Descriptor):
                 f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
         if not self.sha256:
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
+        elif self.format == "directory":  # what it takes on disk only hashing tells
+            self.compare(self.hash(settings, watch))
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
         if self.format == "tar.gz" and 4 <= self.size_bytes < 1 << 29:
             # gzip's trailer says it modulo 4 GiB (RFC 1952).
@@ -3980,7 +3982,7 @@ class Artifact(Descriptor):
 
     def confirm(self, settings: Settings, watch: Watch, known: str = "") -> None:
         """Compare where no unpacking will tell; `known` is what these bytes had when last read."""
-        if self.sha256_source != "computed":
+        if self.sha256_source != "computed" and self.format != "directory":
             self.compare(known or self.hash(settings, watch))
 
     def compare(self, actual: str) -> None:
@@ -4345,8 +4347,8 @@ class Judge:
         import unicodedata
         seen: Dict[int, bytes] = {}
         for name in filter(_MAY_FOLD.search, manifest):
-            text = name.decode("utf-8", "surrogateescape").casefold()
-            key = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
+            text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
+            key = unicodedata.normalize("NFC", text.casefold()).encode("utf-8", "surrogateescape")
             other = key if key in manifest else seen.setdefault(hash(key), name)
             if other != name:
                 odd.setdefault("the same names on systems that ignore case or Unicode form",
@@ -4652,7 +4654,7 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
             or stream.peek() and any(stream.take(TAR_BLOCK_BYTES)):
         raise damaged("it has data after a single end-of-archive block")
     # What fills up a tape's record means nothing; all of it is read, as it is hashed.
-    if any([block.tobytes().strip(b"\0") for block in itertools.chain(
+    if any([bool(block.tobytes().strip(b"\0")) for block in itertools.chain(
             [stream.view], map(memoryview, stream.blocks))]):
         artifact.notes.append("what lies behind the end of the archive is not all zeros, and no "
                               "part of the release")

@@ -910,6 +910,8 @@ def test_hard_links_are_copies_and_change_alone(site: Site) -> None:
 def test_of_two_archives_one_behind_the_other_only_the_first_is_unpacked(site: Site) -> None:
     release, _ = staged(site, tar(entry(b"a", b"x")) + tar(entry(CLIMB + b"/sentinel/evil", b"x")))
     assert os.listdir(str(release)) == ["a"] and sorted(os.listdir(str(site.sentinel))) == ["directory", "file", "link"]
+    # Of whatever length: it is read and forgotten.
+    staged(site, gzip.compress(tar(entry(b"a", b"y"))) + gzip.compress(b"more" * (1 << 18)) * 400)
 
 
 def test_names_that_collide_elsewhere_are_noted_with_measure(site: Site) -> None:

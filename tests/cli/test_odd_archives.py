@@ -353,7 +353,8 @@ def test_a_zst_with_the_largest_window_unpacks_within_its_memory(app: App) -> No
     (["app-1.0.tar.gz"], ["app-1.0.tar.gz", "stays packed"]),
     (["f", "._f", "d/.DS_Store", "__MACOSX/x"], ["macOS", "COPYFILE_DISABLE", "'._f'"]),
     (["f", ".git/config", ".gitignore"], ["Git", "'.git'"]),
-], ids=["a zip that holds a tar", "macOS", "git"])
+    (["\u03b1\u0345\u0301", "\u1fb4"], ["ignore case or Unicode form"]),  # one name, its marks in another order
+], ids=["a zip that holds a tar", "macOS", "git", "Unicode form"])
 def test_what_was_hardly_meant_is_told(app: App, names: List[str], words: List[str]) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple
 import pytest
 
 from crashes import Call, Saved, find_call, inconsistencies, inject, record_calls, recover_and_judge, script, under
-from support import App, Result, needs, snapshot, wait_until
+from support import App, Result, make_tree, needs, snapshot, wait_until
 
 
 def check_error(result: Result, word: str) -> None:
@@ -156,6 +156,10 @@ def test_too_few_inodes_are_refused_before_anything_changes(few_inodes: SmallDis
     result = few_inodes.run("deploy", app.artifact("1.1", many, suffix=".zip"), check=3)
     assert "inodes" in result.data["error"]["message"], result.describe()
     assert "min_free" not in result.data["error"]["hint"], "lowering it would free no inode"
+    # A directory, whatever its digest is from.
+    tree = make_tree(app.directory / "app-1.1", many)
+    digest = few_inodes.run("deploy", tree, check=3).data["artifact"]["sha256"]
+    assert "inodes" in few_inodes.run("deploy", tree, "--sha256", digest, check=3).data["msg"]
     assert but_what_is_told(app) == before
 
 
