@@ -3969,7 +3969,7 @@ class Artifact(Descriptor):
         if not self.sha256:
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
         elif self.format == "directory":  # what it takes on disk only hashing tells
-            self.compare(self.hash(settings, watch))
+            self.hash(settings, watch)
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
         if self.format == "tar.gz" and 4 <= self.size_bytes < 1 << 29:
             # gzip's trailer says it modulo 4 GiB (RFC 1952).
@@ -3982,7 +3982,7 @@ class Artifact(Descriptor):
 
     def confirm(self, settings: Settings, watch: Watch, known: str = "") -> None:
         """Compare where no unpacking will tell; `known` is what these bytes had when last read."""
-        if self.sha256_source != "computed" and self.format != "directory":
+        if self.sha256_source != "computed":
             self.compare(known or self.hash(settings, watch))
 
     def compare(self, actual: str) -> None:
