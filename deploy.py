@@ -3907,6 +3907,7 @@ class Artifact(Descriptor):
             self.distrust = error
             return
         if wanted.command:
+            self.copy = None  # of an earlier look
             self.keep(self.listing)
         # Last: where nothing could be kept for the command, nothing counts as verified.
         self.verify = begin
@@ -4650,6 +4651,8 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
             for _ in pieces:  # what nobody took
                 pass
         padding = -size_bytes % TAR_BLOCK_BYTES
+    if extensions:  # as git archive writes for an empty tree; judged where no member follows, too
+        extended(Member(name, FILE, _MODE_FILE), extensions)
     if any(flag != b"g" for flag, _ in extensions) \
             or stream.peek() and any(stream.take(TAR_BLOCK_BYTES)):
         raise damaged("it has data after a single end-of-archive block")

@@ -284,6 +284,8 @@ TAR_SIZES = {
         after_innocent(pax([(b"path", b"a")]), gnu_long(b"b"), entry(b"c", b"x")), "twice", "'c'"),
     "gnu-long-name-twice": Case(after_innocent(gnu_long(b"a"), gnu_long(b"b"), entry(b"c", b"x")), "twice", "'c'"),
     "global-pax-name": Case(after_innocent(pax([(b"path", b"a")], b"g"), entry(b"c", b"x")), "global", "'c'"),
+    "global-pax-name-behind-all": Case(after_innocent(pax([(b"path", b"a")], b"g")), "global", "'pax'"),
+    "global-pax-malformed-behind-all": Case(after_innocent(entry(b"p", b"99 x=y\n", b"g")), "malformed", "'p'"),
     "global-pax-size": Case(after_innocent(pax([(b"size", b"0")], b"g"), entry(b"c", b"x")), "global", "'c'"),
     "global-pax-target": Case(
         after_innocent(pax([(b"linkpath", b"/etc")], b"g"), link(b"c", b"innocent")), "global", "'c'"),
@@ -852,7 +854,7 @@ def assert_refused(site: Site, data: bytes, case: Case) -> None:
 
 def test_the_table_has_enough_rows_and_no_two_are_the_same() -> None:
     written = [case.archive for case in HOSTILE.values() if isinstance(case.archive, bytes)]
-    assert len(HOSTILE) == sum(map(len, TABLES)) == 299 and len(set(written)) == len(written)
+    assert len(HOSTILE) == sum(map(len, TABLES)) == 301 and len(set(written)) == len(written)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

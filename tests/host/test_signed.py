@@ -227,8 +227,10 @@ def test_a_command_is_handed_the_bytes_and_the_signatures_path(app: App) -> None
     sums = artifact.with_name("SHA256SUMS")
     sums.write_text(f"{sha256_of(artifact)}  {artifact.name}\n")
     sums.with_name("SHA256SUMS.sig").write_text("yes")
-    app.run("-n", "deploy", artifact, "--force", check=0)
-    assert seen.read_bytes() == sums.read_bytes()
+    for options, code in (["--force"], 0), (["--set", "artifact.match=other-@v.tar"], 4):  # refused, and judged all the same
+        seen.unlink()
+        app.run("-n", "deploy", artifact, *options, check=code)
+        assert seen.read_bytes() == sums.read_bytes()
     # What exits without reading all of it is believed as well.
     app.configure("[signature]\ncommand = true")
     app.run("-n", "deploy", artifact, check=0)
