@@ -2643,7 +2643,8 @@ class Store(ExitStack):
                 if place != "shared" or store.status(place) is None:  # a link is the operator's
                     with store.root.child(place, make=True, mode=mode, group=group) as made, \
                             suppress(PermissionError):  # another member's, who gives it
-                        give_to_group(made.descriptor, group)  # a kill may have come before that
+                        if group >= 0:  # a kill may have come before that
+                            give_to_group(made.descriptor, group)
             os.fsync(store.root.descriptor)
             return store
         except OSError as error:
