@@ -7733,7 +7733,7 @@ def check_shared(run: Run) -> Findings:
         yield ("fail", f"{place} is not a directory itself", "put the directory there (or mount "
                f"it: mount --bind), or move {place} away")
     for path in () if wrong else directories:
-        old, new = (root / "current").resolve() / path, shared / path
+        old, new = Path(os.path.realpath(root / "current"), path), shared / path
         if os.path.isdir(old) and not os.path.islink(old) and any(old.glob("*")) \
                 and not any(new.glob("*")):
             yield ("warn", f"shared/{path} is empty, and what the live release holds in {path} will"

@@ -135,6 +135,13 @@ def current_points_outside(app: App) -> Broken:
     return Broken()
 
 
+def current_leads_to_itself(app: App) -> Broken:
+    """`current` is a circle, and there is a shared directory for which the live release is looked into."""
+    (app.root / "current").unlink()
+    (app.root / "current").symlink_to("current")
+    return Broken(["--set", "deploy.shared_dirs=uploads"])
+
+
 def current_dangles(app: App) -> Broken:
     """`current` points to a release that is gone."""
     (app.root / "current").unlink()
@@ -366,6 +373,7 @@ CAUSES = [
     (state_directory_is_a_file, "root", "fail", "no directory of", "move it", 3),
     (current_is_a_directory, "state", "fail", "not a symlink", "mv ", 3),
     (current_points_outside, "state", "fail", "outside releases/", "rm ", 3),
+    (current_leads_to_itself, "state", "fail", "outside releases/", "rm ", 3),
     (current_dangles, "state", "fail", "does not exist", "rm ", 3),
     (damaged_record, "state", "fail", "checksum", "backup", 3),
     (another_application, "application", "fail", "this root is myapp's", "--force", 3),
