@@ -2564,7 +2564,6 @@ LEFTOVERS = {
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
 RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
-DEPLOY_AGAIN = "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
 
 
 class Current(NamedTuple):
@@ -2931,9 +2930,17 @@ class Store(ExitStack):
                 records[record.id] = record
         return records, problems
 
+    def make_whole(self, record: Record) -> str:
+        """Say how a release becomes what its manifest says; an adopted one has no artifact."""
+        if record.artifact.get("sha256_source") != "adopted":
+            return "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
+        forget = spell(["rm", f"{self.path}/{RECORDS}/{record.id}.json"])
+        return f"adopt it as it is: {forget} && {self.command_line(f'adopt {record.id}')}"
+
     @contextmanager
-    def open_manifest(self, release: str) -> Iterator[Tuple[Any, Any]]:
+    def open_manifest(self, record: Record) -> Iterator[Tuple[Any, Any]]:
         """Open a release's manifest and tree as binary streams; StateError where one is missing."""
+        release = record.id
         with ExitStack() as stack:
             streams = []
             for path in (MANIFESTS, TREES):
@@ -2942,7 +2949,8 @@ class Store(ExitStack):
                     streams.append(stack.enter_context(open_file(release, os.O_NOFOLLOW, place)))
                 except FileNotFoundError:
                     raise StateError(f"{release} cannot be verified: "
-                                     f"{self.path}/{path}/{release} is missing", DEPLOY_AGAIN)
+                                     f"{self.path}/{path}/{release} is missing",
+                                     self.make_whole(record))
             yield streams[0], streams[1]
 
     def clear_journal(self) -> None:
@@ -7253,7 +7261,7 @@ def check_release(run: Run, record: Record) -> Differences:
     written = mutable_pattern(run.settings.deploy)
     try:
         with run.console.progress("verify", int(record.tree.get("bytes") or 0)) as progress, \
-                store.open_manifest(release) as streams:
+                store.open_manifest(record) as streams:
             for name, stream in zip(("manifest", "tree"), streams):
                 digest = hash_pieces(blocks_of(stream.fileno())).hex()
                 if digest != record.tree.get(f"{name}_sha256"):
@@ -7265,7 +7273,7 @@ def check_release(run: Run, record: Record) -> Differences:
                                 if not written.match(os.fsdecode(name))}
                 found = differences(manifest, scan_tree(directory, progress, known=manifest))
     except ValueError as error:
-        raise StateError(f"{release} cannot be verified: {error}", DEPLOY_AGAIN)
+        raise StateError(f"{release} cannot be verified: {error}", store.make_whole(record))
     except PermissionError as error:
         raise StateError(f"{release} cannot be verified: {user_name()} may not read "
                          f"{portable(os.fsdecode(error.filename or 'part of it'))}: "
@@ -7293,7 +7301,7 @@ def strangers(run: Run, record: Record) -> List[str]:
     top = f"{run.store.path}/releases/{record.id}/"
     # Without its manifest nobody can say; of so deep a tree what was found is enough.
     with suppress(OSError, ValueError, StateError, RecursionError), \
-            run.store.open_manifest(record.id) as streams:
+            run.store.open_manifest(record) as streams:
         known = {os.fsdecode(name) for name in read_manifest(*streams)}
         for place, directories, files in os.walk(top):  # which follows no link
             run.interrupts.check()
@@ -8377,8 +8385,9 @@ def do_verify(run: Run, step: Step) -> str:
     if problem and (not run.flags.force or step.plan.operation == "recover"):
         raise StepFailed(
             f"{release} is not what was staged: {problem}",
-            f"see all of it: {run.settings.command_line(f'verify {release}')}; then {DEPLOY_AGAIN},"
-            " or insist: --force; what the service may write belongs into [deploy] mutable")
+            f"see all of it: {run.settings.command_line(f'verify {release}')}; then "
+            f"{run.store.make_whole(run.facts.records[release])}, or insist: --force; "
+            "what the service may write belongs into [deploy] mutable")
     if problem:
         run.console.warn(f"{release} is not what was staged: {problem}")
     if added:
@@ -9957,14 +9966,14 @@ def command_preflight(run: Run) -> None:
 
 def command_verify(run: Run) -> None:
     """Hash a release again and compare it with its manifest."""
-    with looking(run):
+    with looking(run) as store:
         release = select_release(observe(run), run.flags.release or "current")
         run.outcome.release = release.id
         lines = name_differences(run, check_release(run, release))
     conclude(run, f"{release.id}: {count(len(lines), 'difference')}", lines)
     if lines:
         raise ProblemFound(f"{run.outcome.message}: {', '.join(lines[:5])}",
-                           f"{DEPLOY_AGAIN}, or roll back")
+                           f"{store.make_whole(release)}, or roll back")
 
 
 def command_diff(run: Run) -> None:
@@ -9973,11 +9982,11 @@ def command_diff(run: Run) -> None:
     with looking(run) as store:
         facts = observe(run)
         for name in (run.flags.release, run.flags.other or "current"):
-            release = select_release(facts, name).id
-            with store.open_manifest(release) as streams, \
-                    blaming(ProblemFound, release, facts.command_line(f"verify {release}")):
+            release = select_release(facts, name)
+            with store.open_manifest(release) as streams, blaming(
+                    ProblemFound, release.id, facts.command_line(f"verify {release.id}")):
                 trees.append(read_manifest(*streams))
-            ids.append(release)
+            ids.append(release.id)
     lines = name_differences(run, differences(*trees))
     old, new = run.outcome.previous, run.outcome.release = ids
     conclude(run, f"from {old} to {new}: {count(len(lines), 'difference')}", lines)
@@ -10160,7 +10169,8 @@ def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
         yield from slot_problem(facts)
     for record in filter(None, (facts.release(live or ""), back)):
         if not all(store.status(f"{path}/{record.id}") for path in (MANIFESTS, TREES)):
-            yield f"{record.id} cannot be verified: its manifest is missing", DEPLOY_AGAIN
+            yield (f"{record.id} cannot be verified: its manifest is missing",
+                   store.make_whole(record))
     if facts.holder is not None:
         return
     if journal:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -268,6 +269,22 @@ def test_where_nothing_is_live_current_cannot_be_adopted(app: App) -> None:
     (app.root / "current").unlink()
     refused = app.run("adopt", "current", check=2).data["error"]
     assert "no release directory 'current' in" in refused["message"] and f"adopt RELEASE: {OLD}" in refused["hint"]
+
+
+def test_what_was_adopted_and_changed_since_is_adopted_again_and_not_deployed_from_an_artifact_that_is_not_there(app: App) -> None:
+    left_by_capistrano(app.root, {OLDER: {"VERSION": "1.3"}, OLD: {"VERSION": "1.4"}}, [])
+    for release in (OLDER, OLD):
+        app.run("adopt", release, check=0)
+    (app.root / "releases" / OLDER / "VERSION").write_text("1.3b")
+    hints = [app.run(*words, check=code).data["error"]["hint"] for words, code in ((["verify", OLDER], 7), (["rollback"], 1))]
+    (app.root / ".deploy/trees" / OLDER).unlink()
+    hints += [app.run(*words, check=7).data["error"]["hint"] for words in (["verify", OLDER], ["status"], ["diff", OLDER])]
+    forget = f"rm {app.root}/.deploy/releases/{OLDER}.json"
+    for hint in hints:
+        assert f"adopt it as it is: {forget} && deploy.py " in hint and f" adopt {OLDER}" in hint and "artifact" not in hint, hint
+    subprocess.run(forget, shell=True, check=True)
+    app.run("adopt", OLDER, check=0)
+    assert app.run("rollback", check=0).data["release"] == OLDER
 
 
 def test_where_all_is_known_nothing_is_left_to_adopt(app: App) -> None:
