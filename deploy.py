@@ -1475,8 +1475,9 @@ def _regex(text: str) -> str:
 
 
 def _statuses(text: str) -> List[Tuple[int, int]]:
-    spans = []
-    for span in "-".join(map(str.strip, text.split("-"))).replace(",", " ").split():
+    spans = []  # without a pattern, which every start would compile for the default
+    joined = "-".join(map(str.strip, text.split("-")))  # `200 - 299` is one span
+    for span in joined.replace(",", " ").split():
         spans.append((int(span[:3]), int(span[-3:])))
         if span[:3] > span[-3:]:
             raise ValueError("a range ends before it begins")
