@@ -154,6 +154,7 @@ def test_without_a_probe_the_port_must_take_a_connection(shop: Shop) -> None:
     assert "Connection refused" in error["message"] and shop.version == "1.0"
 
 
+@deep
 @pytest.mark.parametrize("probe", ["soak = 600s", "initial_delay = 600s", "deadline = 600s\nsuccesses = 10000"])
 def test_its_timeout_bounds_all_that_its_probes_want(shop: Shop, probe: str) -> None:
     shop.candidate("timeout = 500ms", PROBE + QUICK.replace("successes = 2", "") + probe + "\n")

@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
-from support import DEPLOY, TESTS, TOP, free_port, load_deploy, needs, run_deploy, sha256_of, shape
+from support import DEPLOY, TESTS, TOP, deep, free_port, load_deploy, needs, run_deploy, sha256_of, shape
 from tables import README, section, with_tables
 
 EXAMPLE, MAKEFILE = TOP / "deploy.ini.example", TOP / "Makefile"
@@ -98,6 +99,7 @@ def tour() -> List[Tuple[str, str]]:
     return [(setup, "")] + [(line, shown) for line, _, shown in steps]
 
 
+@deep
 def test_the_first_five_minutes_of_the_readme_run_and_show_what_it_says(tmp_path: Path) -> None:
     """One shell runs all of it where deploy.py lies, with a home directory and a port of the test's own."""
     assert len(tour()) == 7
@@ -142,6 +144,7 @@ def test_make_release_writes_the_digest_and_says_how_to_sign_and_check_it(tmp_pa
 
 # -- options and tests -------------------------------------------------------
 
+@lru_cache()
 def other_tests() -> str:
     """The text of every test but this one, with `\\n` in literals taken for a line's end."""
     paths = [path for path in sorted(TESTS.glob("*/test_*.py")) if path.name != Path(__file__).name]

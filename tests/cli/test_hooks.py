@@ -329,6 +329,7 @@ def test_a_hook_that_ignores_term_is_killed(app: App, pids: Path) -> None:
     wait_gone(pids_in(pids))
 
 
+@deep
 def test_a_timeout_is_told_without_the_time_that_killing_took(app: App) -> None:
     stubborn = script(app.directory / "stubborn", "trap '' TERM\nwhile :; do sleep 1; done")
     app.configure(f"[hooks]\npre_activate = {stubborn}\ntimeout = 300ms\n")

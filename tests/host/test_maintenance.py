@@ -298,6 +298,7 @@ def test_nginx_shows_the_page_as_long_as_the_flag_is_there(app: App, tmp_path: P
         assert " 200 " in ask(port, asked)
 
 
+@deep
 def test_haproxy_turns_to_serve_once_the_application_is_gone(app: App, server: Server, tmp_path: Path) -> None:
     app.deploy("1.0")
     server.restart()

@@ -25,7 +25,7 @@ import pytest
 import origins
 from archives import entry, tar
 from scenes import Gate
-from support import App, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy
+from support import App, deep, described, fake_command, file, free_port, load_deploy, missing, sha256_of, snapshot, start_deploy
 from tables import blocks, section
 from test_metrics import run_defect
 
@@ -497,6 +497,7 @@ def test_a_signal_while_it_is_told_changes_nothing(app):
 
 # -- whatever a receiver does ------------------------------------------------------
 
+@deep
 def test_receivers_that_fail_are_warnings_and_cost_three_seconds_together(app, receive, tmp_path):
     stubborn = fake_command(tmp_path, "stubborn", (
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

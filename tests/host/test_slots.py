@@ -208,6 +208,7 @@ def test_the_slot_that_is_left_runs_until_its_last_connection_the_time_or_a_sign
     assert end != "time" or time.monotonic() - began >= 2
 
 
+@deep
 @pytest.mark.parametrize("how", ["recover", "deploy"])
 def test_a_run_that_was_killed_while_it_drained_is_finished(shop: Shop, how: str) -> None:
     shop.configure(drain="60s")

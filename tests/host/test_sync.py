@@ -941,6 +941,7 @@ def example(start: str) -> List[str]:
     return [ini[0] if ini else "[source]\n" + "".join(f"{line}\n" for line in re.findall(r"`(\w+ = [^`]*)`", part)), shell]
 
 
+@deep
 @pytest.mark.parametrize("kind, start, url", [
     ("github", "GitHub's releases", "https://github.com"), ("gitlab", "GitLab's", "https://gitlab.example.com"),
     ("s3", "S3,", "https://shop-releases.s3.eu-central-1.amazonaws.com")], ids=["github", "gitlab", "s3"])

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from support import start_deploy, wait_until
+from support import deep, start_deploy, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="ownership is judged when root runs it")
 
@@ -171,6 +171,7 @@ def test_each_step_is_told_with_twice_the_time_it_may_take(app, server, listener
     assert not any("NOTIFY_SOCKET" in line for line in output)
 
 
+@deep
 def test_a_long_probe_tells_its_tries_and_a_failure_is_never_ready(app, listener):
     app.configure("[probe:web]\ntcp = 127.0.0.1:1\nperiod = 300ms\nbackoff = 1\ndeadline = 2s\n")
     with listener.read_along():

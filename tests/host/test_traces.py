@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from support import TOP, App, missing
+from support import TOP, App, deep, missing
 from test_notify import Receiver
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -102,6 +102,7 @@ def test_the_environment_says_where_to_and_with_which_headers(app: App, collecto
     assert collector.posts[-1]["path"] == "/own"
 
 
+@deep
 def test_a_collector_that_hangs_costs_a_warning_once_the_lock_is_free(app: App) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

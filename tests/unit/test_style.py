@@ -17,8 +17,8 @@ from support import DEPLOY
 
 LONGEST = 60
 # What the whole file may have: lowered as it shrinks, never raised to fit.
-CEILINGS = {"lines": 11770, "bytes": 601700, "columns": 100, "functions": 602, "classes": 60,
-            "nodes": 102100}
+CEILINGS = {"lines": 11680, "bytes": 595200, "columns": 100, "functions": 566, "classes": 57,
+            "nodes": 99910}
 MOST_POSITIONAL = 5
 DRY_RUN_SECTIONS = {5, 16, 17, 18}
 FORBIDDEN_TEXTS = [
