@@ -5,8 +5,8 @@ Usage: run_suite.py [--all] [--jobs N] [-- PYTEST ARGUMENTS]
 
 Without --all: the quick set under the Python that runs this.  With --all: the
 whole set under it, and the quick set under every other Python from 3.6 to 3.14
-that pyenv has: all of it under the oldest and the newest, and a part each under
-those between them, which have run it together.  $DEPLOY_TEST_SET names another
+that pyenv has: all of it under the oldest, and a part each under those after
+it, which have run it together.  $DEPLOY_TEST_SET names another
 set, $PYTEST_ARGUMENTS works as well.  A suite is cut into parts that run side
 by side, and shows what it said at its end.
 """
@@ -92,10 +92,9 @@ def parts_of(pythons: Dict[Tuple[int, int], str], jobs: int, *, everything: bool
     count = 2 * jobs if everything else jobs
     parts = [Part(own, sys.executable, chosen or ("whole" if everything else "quick"), f"{number}/{count}") for number in range(count)]
     others = sorted(set(pythons) - {own})
-    between = others[1:-1]
-    for version in others[:1] + others[1:][-1:]:
+    for version in others[:1]:
         parts += [Part(version, pythons[version], chosen or "quick", f"{number}/{jobs}") for number in range(jobs)]
-    parts += [Part(version, pythons[version], chosen or "quick", f"{number}/{len(between)}") for number, version in enumerate(between)]
+    parts += [Part(version, pythons[version], chosen or "quick", f"{number}/{len(others[1:])}") for number, version in enumerate(others[1:])]
     return parts
 
 
