@@ -826,9 +826,11 @@ _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
-# One variable of this process's environment, empty where there is none; and the names of all.
+# One variable of this process's environment, empty where there is none; the names of all; and to
+# take one out of it.
 environment: Callable[[str], str] = partial(os.environ.get, default="")
 environment_names: Callable[[], List[str]] = partial(list, os.environ)
+forget_variable: Callable[[str], str] = os.environ.pop
 
 
 def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
@@ -2355,6 +2357,13 @@ class Directory(Descriptor):
             pending.append(temporary_name("deep"))
             os.rename(name, pending[-1], src_dir_fd=self.descriptor, dst_dir_fd=top.descriptor)
             return
+        try:
+            # On what is mounted here this fails with EBUSY, before anything below it is gone.
+            os.rmdir(name, dir_fd=self.descriptor)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         with self.child(name) as below:
             for entry in os.listdir(below.descriptor):
                 with suppress(FileNotFoundError):  # somebody else was faster
@@ -4457,7 +4466,8 @@ class LibZstd:
         self._library.ZSTD_DCtx_setParameter(self._context, 100, MAX_WINDOW_LOG)
 
     def __del__(self) -> None:
-        self._library.ZSTD_freeDCtx(self._context)
+        with suppress(AttributeError):  # where there is no such library
+            self._library.ZSTD_freeDCtx(self._context)
 
     def decompress(self, data: bytes, most_bytes: int) -> bytes:
         """Decode what there is, into so many bytes at most; ValueError for damaged data."""
@@ -7057,11 +7067,12 @@ def archive(run: Run, file: str) -> None:
         raise DeployError(f"{offer.ref} has moved to {found} meanwhile", "run it again")
     if wanted.verify != "off":
         kind = "tag" if offer.ref.startswith("refs/tags/") else "commit"
+        good = None
         try:
             said = " ".join(git(run, *own, f"verify-{kind}", "refs/it"))
+            good = re.search(r'Good "git" signature for (\S+) with \S+ key (\S+)', said)
         except DeployError as error:
             said = error.message
-        good = re.search(r'Good "git" signature for (\S+) with \S+ key (\S+)', said)
         if not good or wanted.principal and good.group(1) not in wanted.principal:
             raise ArtifactRefused(f"{offer.path} is not signed by whom [signature] names: {said}",
                                   "have it signed by one of allowed_signers")
@@ -7505,6 +7516,8 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
     for service in (*settings.service.values(), *settings.slots.values()):
         if service.unit:
             paths += program_places(service.systemctl[0], "/", command_path())
+    if settings.source.git:
+        paths += program_places("git", "/", command_path())
     for path in filter(None, paths):
         refused.update(trust_problems(path))
     root = os.path.realpath(deploy.root) if deploy.root else ""
@@ -7667,7 +7680,7 @@ def check_origin(run: Run) -> Findings:
         paths.append(f"{settings.source.url}/{settings.source.index}")
     is_meant = run.flags.sha256 and not is_listed or artifact.signature_file \
         or inbox and place == os.path.realpath(inbox)
-    if is_meant or os.geteuid() and not settings.hooks.run_as:
+    if is_meant or os.geteuid():
         return
     for path in paths:
         found.update(trust_problems(path, spare_root=True))
@@ -8059,6 +8072,9 @@ def plan_operation(facts: Facts) -> Plan:
         is_done = release == live and operation != "recover"
         if operation in ("pin", "unpin"):
             is_done = target.pinned == (operation == "pin")
+        elif operation == "rollback" and not target.activated_at:
+            raise UsageError(f"{release} was never live: there is no way back to it",
+                             f"make it live: {facts.command_line(f'activate {release}')}")
         elif operation != "recover" and not (is_done or asked.force):
             if target.state == STATE_BAD:
                 raise ArtifactRefused(*bad_refusal(target))
@@ -8648,15 +8664,17 @@ def do_drain(run: Run, step: Step) -> None:
     ends_seconds = time.monotonic() + slot.drain
     quiet = 0
     interrupts.is_closed = False
-    with suppress(Interrupted), run.console.progress(step.name) as progress:
-        interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
-        while quiet < 2 and time.monotonic() < ends_seconds:
-            with suppress(OSError):  # nobody can know: then the time counts
-                found = sockets(slot.port, "01")
-                quiet = 0 if found else quiet + 1
-                progress(0, count(len(found), "connection"))
-            interrupts.wait(DRAIN_LOOK_SECONDS)
-    interrupts.is_closed = was_closed
+    try:
+        with suppress(Interrupted), run.console.progress(step.name) as progress:
+            interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
+            while quiet < 2 and time.monotonic() < ends_seconds:
+                with suppress(OSError):  # nobody can know: then the time counts
+                    found = sockets(slot.port, "01")
+                    quiet = 0 if found else quiet + 1
+                    progress(0, count(len(found), "connection"))
+                interrupts.wait(DRAIN_LOOK_SECONDS)
+    finally:
+        interrupts.is_closed = was_closed
     UnitService(run, slot).stop()
 
 
@@ -8969,7 +8987,7 @@ class Executor:
                 self.blameless = True
             final = self.fail(step_error(error, self.done[-1].name if self.done else "the plan"))
             if isinstance(error, FAILURES):
-                raise final
+                raise final from error
             raise  # a defect of this program: what it had begun is undone by now
         for step in plan.last:
             if not step.phase:
@@ -9083,9 +9101,9 @@ class Executor:
         if plan.operation == "recover" and plan.from_release != plan.to_release \
                 and run.store.current().release == plan.to_release:
             why, command = "it was chosen", f"recover --to {plan.to_release}"
-        elif phase == PHASE_SWITCHED and (
-                run.journal.migration.get("down")
-                or plan.operation == "rollback" and not run.left_is_healthy):
+        elif phase == PHASE_SWITCHED and run.journal.migration.get("down"):
+            why, command = "`down` has begun on the data", "activate RELEASE"
+        elif phase == PHASE_SWITCHED and plan.operation == "rollback" and not run.left_is_healthy:
             why, command = f"nothing shows that {plan.from_release} was healthy", "activate RELEASE"
         elif phase == PHASE_SWITCHED and not run.settings.deploy.auto_rollback:
             why, command = "auto_rollback is off", "rollback"
@@ -9342,7 +9360,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
             raise executor.fail(StepFailed(str(failure.get("reason"))))
         executor.execute()
     except RolledBack as error:
-        if isinstance(error.__context__, Interrupted):
+        if isinstance(error.__cause__, Interrupted):
             raise
         run.outcome.rolled_back = False
         return f"{what} was rolled back: {error.message}"
@@ -11552,6 +11570,10 @@ def parse_delegated(argv: List[str]) -> Any:
         raise UsageError(f"a delegated run takes no {refused[0]}",
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
+    # The person may have set what a sudoers file lets through: PATH, HOME, CREDENTIALS_DIRECTORY.
+    for name in environment_names():
+        if not re.fullmatch("SUDO_.*|LANG|LC_.*|TERM|NO_COLOR", name):
+            forget_variable(name)
     flags.config, flags.delegate = [path], path
     settings, artifact = load(flags), flags.artifact
     delegated, inbox = settings.deploy.delegated, settings.deploy.inbox

@@ -307,6 +307,7 @@ def test_a_down_that_fails_in_a_rollback_stops_what_is_older_and_not_the_rollbac
     failed = app.run("rollback", "1.0", check=6).data
     assert app.calls() == ["down 1.2 in 1.2, live 1.0", "restart of 1.0"] and app.version == "1.0"
     assert "bin/migrate down" in failed["error"]["message"] and "bin/migrate backup" in failed["error"]["message"]
+    assert "`down` has begun" in failed["error"]["message"] and "healthy" not in failed["error"]["message"]
     assert app.migrated() == ["1.0", "1.1", "1.2"] and app.history()[-1]["result"] == "left_live"
 
 

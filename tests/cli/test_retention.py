@@ -175,6 +175,24 @@ def test_only_processes_of_root_of_the_owner_or_of_a_service_keep_a_release(app:
         process.stdout.close()  # type: ignore
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_what_is_mounted_in_a_release_is_not_emptied_with_it(app: App) -> None:
+    """rm -rf goes on into what is mounted below, and an application's uploads are gone."""
+    configure(app, "mutable = uploads")
+    first, *_ = deploy_all(app, "1.0", "1.1", "1.2", "1.3")
+    uploads, kept = app.root / "releases" / first / "uploads", app.directory / "kept"
+    for place in (uploads, kept):
+        place.mkdir()
+    (kept / "photo").write_text("one of a kind")
+    script = f'mount --bind {kept} {uploads} && exec "$@"'
+    argv = [needs("unshare"), "-m", "sh", "-c", script, "sh", *deploy_argv("--set", "deploy.keep_releases=2", "prune", config=app.config)]
+    done = subprocess.run(argv, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (kept / "photo").read_text() == "one of a kind", done.stderr
+    assert "EBUSY" in done.stderr.decode()
+    app.run("recover", check=0)
+    assert (kept / "photo").exists() and not list((app.root / ".deploy" / "trash").iterdir())
+
+
 def test_unknown_names_in_releases_are_left_alone_and_not_counted(app: App) -> None:
     deploy_all(app, "1.0")
     releases = app.root / "releases"

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 
@@ -93,6 +93,17 @@ def test_rollback_never_goes_to_a_release_that_was_only_staged(app: App) -> None
     app.run("stage", app.artifact("1.1"), check=0)
     app.run("rollback", check=3)
     assert app.version == "1.0"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "forced"])
+def test_what_was_never_live_is_nothing_to_roll_back_to(force: List[str], app: App) -> None:
+    """No way back asks the policy or the hold, so it must not lead forward."""
+    first = app.deploy("1.0").data["release"]
+    staged = app.run("stage", app.artifact("1.1"), check=0).data["release"]
+    error = app.run("rollback", staged, *force, check=2).data["error"]
+    assert "never live" in error["message"] and app.current == first
+    app.run(*error["hint"].split("deploy.py ")[1].split()[2:], check=0)
+    assert app.current == staged
 
 
 def test_rollback_passes_over_a_release_that_is_gone(app: App) -> None:

@@ -48,7 +48,7 @@ def desk() -> Iterator[Desk]:
         inbox, place, program = app.directory / "inbox", app.directory / "desk", app.directory / "deploy.py"
         inbox.mkdir()
         place.mkdir()
-        app.configure(f"durable = no\ninbox = {inbox}\ndelegated =\n  deploy\n  stage\n  rollback\n  status\n  probe\n  recover\n")
+        app.configure(f"durable = no\ninbox = {inbox}\ndelegated =\n  deploy\n  stage\n  rollback\n  status\n  probe\n  recover\n[hooks]\npost_activate = env\n")
         app.deploy("1.0")
         # As the #! line does, but for the interpreter, which is the one under test.
         program.write_text(f"#!/bin/sh\nexec {sys.executable} {compiled()} \"$@\"\n")
@@ -59,7 +59,7 @@ def desk() -> Iterator[Desk]:
             line = line.replace(written, str(here))
         sudoers = app.directory / "sudoers"
         # The variables are kept as no operator should, so that deploy.py gets to see them.
-        sudoers.write_text(f'Defaults env_reset, secure_path="/usr/sbin:/usr/bin:/sbin:/bin", env_keep += "DEPLOY_*"\n{line}\n')
+        sudoers.write_text(f'Defaults env_reset, secure_path="/usr/sbin:/usr/bin:/sbin:/bin", env_keep += "DEPLOY_* HOME CREDENTIALS_DIRECTORY"\n{line}\n')
         sudoers.chmod(0o440)
         make_artifact(inbox, "1.1")
         secret = make_artifact(app.directory / "secret", "6.6")  # root's own, and for nobody to see
@@ -95,6 +95,14 @@ def test_what_is_delegated_works_by_sudo_and_is_the_persons_deed(desk: Desk) -> 
     assert desk.sudo("rollback", "1.0").returncode == 0 and desk.app.version == "1.0"
     assert "--delegate" not in desk.sudo("status").stderr
     assert not (desk.desk / "ran").exists(), "a deploy.ini of the person's was read"
+
+
+def test_no_variable_of_the_persons_reaches_what_root_runs(desk: Desk) -> None:
+    planted = f"{desk.desk}/planted"
+    done = desk.sudo("deploy", desk.inbox / "myapp-1.1.tar.gz", env=(f"HOME={planted}", f"CREDENTIALS_DIRECTORY={planted}", f"TRACEPARENT=00-{'1' * 32}-{'2' * 16}-01"))
+    assert done.returncode == 0 and "DEPLOY_HOOK=post_activate" in done.stderr, done.stderr
+    assert planted not in done.stderr and "HOME=/" in done.stderr
+    desk.app.run("activate", "1.0", check=0)
 
 
 def test_what_to_type_next_is_what_may_be_typed(desk: Desk) -> None:
