@@ -1864,8 +1864,15 @@ SECTIONS = tuple(read_options())
 OPTIONS = {section: options for section, _, options in SECTIONS}
 
 TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
+_ANSWER_KEYS = ("body", "json", "release", "max_body")
+# The kinds of probes, and the keys that only some kinds know: given to any other kind such a key is
+# a mistake, because an expectation that nobody checks would be a false comfort.
+PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
+    "url": ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects",
+            "tls_verify", "tls_ca", "tls_cert", "tls_key") + _ANSWER_KEYS,
+    "tcp": (), "command": _ANSWER_KEYS, "service": ()}
 # Of each of these exactly one must be given in such a section.
-ONE_OF = {"service": ("unit pidfile command",), "probe": ("url tcp command service",),
+ONE_OF = {"service": ("unit pidfile command",), "probe": (" ".join(PROBE_KINDS),),
           "template": ("source", "target"), "candidate": ("command",), "migrate": ("up",),
           "slots": ("unit", "include", "reload")}
 
@@ -6090,23 +6097,13 @@ def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
 
 # -- probes: settings --------------------------------------------------------
 
-_HTTP_KEYS = ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects",
-              "tls_verify", "tls_ca", "tls_cert", "tls_key")
-_ANSWER_KEYS = ("body", "json", "release", "max_body")
-# The kinds of probes, and the keys that mean nothing to each: an expectation that nobody checks
-# would be a false comfort.
-PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
-    "url": (), "tcp": _HTTP_KEYS + _ANSWER_KEYS, "command": _HTTP_KEYS,
-    "service": _HTTP_KEYS + _ANSWER_KEYS}
-
-
 def probe_kind(probe: Any) -> str:
     """Return which of PROBE_KINDS a probe is; nothing where it is not one of them."""
     kinds = [kind for kind in PROBE_KINDS if kind in probe.given]
     return kinds[0] if len(kinds) == 1 else ""
 
 
-def check_probe(settings: Settings, probe: Any) -> List[str]:
+def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
     """Say all that is wrong with a probe's settings, without asking anything."""
     kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
     places = [*OF_SLOTS, CANDIDATE_PORT] if is_candidates else OF_SLOTS
@@ -6118,7 +6115,8 @@ def check_probe(settings: Settings, probe: Any) -> List[str]:
                 read(getattr(probe, key))
         except ValueError as error:
             wrong.append(f"{key}: {error}")
-    unused = meaningless(probe, PROBE_KINDS.get(kind, ()), f"a {kind} probe")
+    others = set().union(*PROBE_KINDS.values()).difference(PROBE_KINDS.get(kind, ()))
+    unused = kind and meaningless(probe, others, f"a {kind} probe")
     return [what for is_wrong, what in (
         (unused, unused),
         (is_candidates and not settings.candidate.command,
@@ -10081,10 +10079,14 @@ def command_probe(run: Run) -> None:
 def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     """Make the probes that the command line asks for; UsageError where it does not agree."""
     known, names = settings.probe, flags.names
-    probes = [adhoc_probe(kind, value, flags.expect or []) for kind, value in (
-        ("url", flags.url), ("tcp", flags.tcp), ("command", flags.probe_command)) if value]
+    # A service can be asked only where a configuration describes it.
+    targets = {kind: getattr(flags, {"command": "probe_command"}.get(kind, kind))
+               for kind in PROBE_KINDS if kind != "service"}
+    words = ", ".join(f"--{kind}" for kind in targets)
+    probes = [adhoc_probe(kind, target, flags.expect or [])
+              for kind, target in targets.items() if target]
     if len(probes) + bool(names) > 1 or flags.expect and not probes:
-        raise UsageError("probe takes names, or one of --url, --tcp and --command with --expect",
+        raise UsageError(f"probe takes names, or one of {words} with --expect",
                          "ask one thing at a time")
     if not probes:  # of a candidate nobody asks unless it is named: none is started here
         names = names or [name for name in sorted(known) if known[name].when != "candidate"]
@@ -10094,12 +10096,12 @@ def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
         probes.append(known[name])
     if not probes:
         raise UsageError("there is no probe to run",
-                         "configure a [probe:NAME], or give --url, --tcp or --command")
+                         f"configure a [probe:NAME], or give one of {words}")
     for probe in probes:
         probe.when = "after"
         if flags.wait is not None:
             probe.deadline = read_value("limit", flags.wait)
-        problems = check_probe(settings, probe)
+        problems = probe_mistakes(settings, probe)
         if problems:
             raise UsageError(f"probe {probe.name}: {'; '.join(problems)}",
                              "correct it in the configuration or on the command line")
@@ -11450,7 +11452,7 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
     """Find what does not go together: (section, whether that is so, what is wrong with it)."""
     deploy, signature, policy = settings.deploy, settings.signature, settings.policy
     for name, probe in settings.probe.items():
-        for problem in check_probe(settings, probe):
+        for problem in probe_mistakes(settings, probe):
             yield f"probe:{name}", True, problem
     for name, notifier in settings.notify.items():
         problem = check_notifier(notifier)

@@ -317,7 +317,7 @@ def test_what_is_just_small_enough_is_handed_over(app: App) -> None:
 GROUPS = [
     ("probe-none", "[probe:web]\ntimeout = 3s\n", "[probe:web]"),
     ("probe-two", "[probe:web]\nurl = http://x/\ntcp = x:1\n", "[probe:web]"),
-    ("probe-empty", "[probe:web]\n", "[probe:web] needs exactly one of url, tcp, command, service, and has none"),
+    ("probe-empty", "[probe:web]\n", f"[probe:web] needs exactly one of {', '.join(deploy.PROBE_KINDS)}, and has none"),
     ("service-empty", "[service:web]\n", "[service:web] needs exactly one of"),
     ("template-empty", "[template:t]\n", "[template:t] needs source"),
     ("service-none", "[service:web]\naction = restart\n", "[service:web]"),
@@ -333,7 +333,7 @@ def test_exactly_one_of_a_group_must_be_given(name: str, text: str, wanted: str,
 
 
 @pytest.mark.parametrize("text, told", [
-    ("tcp = x:1\ncommand = true\nbody = ok\nstatus = 200\n", ["needs exactly one of url, tcp, command, service, and has tcp and command"]),
+    ("tcp = x:1\ncommand = true\nbody = ok\nstatus = 200\n", [f"needs exactly one of {', '.join(deploy.PROBE_KINDS)}, and has tcp and command"]),
     ("url = x:/\nconnect = x\nheader.A = a\n  b\n", ["the value of header.A", "url: the URL must", "connect: expected host:port"])])
 def test_all_that_is_wrong_with_a_probe_is_told_and_nothing_else(app: App, text: str, told: List[str]) -> None:
     app.config.write_text(f"[probe:web]\n{text}")

@@ -948,7 +948,7 @@ def test_service(tmp_path):
     assert up.ok and "is up" in up.detail
 
 
-# -- check_probe and adhoc_probe ---------------------------------------------
+# -- probe_mistakes and adhoc_probe ------------------------------------------
 
 @pytest.mark.parametrize("kind, target, assignments, message", [
     ("url", "http://a/", [], ""),
@@ -986,9 +986,9 @@ def test_service(tmp_path):
     ("command", "true", ["body=x", "release=body"], ""),
     ("service", "app", [], "there is no [service:app]"),
 ])
-def test_check_probe(kind, target, assignments, message):
+def test_probe_mistakes(kind, target, assignments, message):
     probe = deploy.adhoc_probe(kind, target, assignments)
-    found = deploy.check_probe(session_with().settings, probe)
+    found = deploy.probe_mistakes(session_with().settings, probe)
     assert (message in found[0] and len(found) == 1) if message else found == [], found
 
 
