@@ -260,6 +260,7 @@ def test_detailed_exitcode_tells_a_change_from_none(app: App, code: int, before:
 
 @pytest.mark.parametrize("live, offered, code", [
     ("1.10", "1.9", 4), ("1.0", "1.0-rc.1", 4), ("1.9", "v1.10", 0), ("nightly-b", "nightly-a", 0),
+    ("1." + "7" * 60, "1." + "6" * 60, 4),
 ], ids=lambda value: str(value))
 def test_only_what_is_certainly_older_needs_allow_downgrade(app: App, live: str, offered: str, code: int) -> None:
     first = app.run("deploy", app.artifact("x", {"n": live}), "--release-version", live, check=0).data["release"]
