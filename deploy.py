@@ -4375,7 +4375,7 @@ class Judge:
         private = [name for name in files if not manifest[name].mode & 0o044]
         if private:
             odd[f"{count(len(private), 'file')} that only the owner may read, as a build under "
-                "umask 077 makes them"] = private
+                "umask 077 makes them; pack opens them to all, secrets belong in shared/"] = private
         # By hash: the folded names themselves would take more memory than all else.
         import unicodedata
         seen: Dict[int, bytes] = {}
@@ -5236,10 +5236,10 @@ PACKED_EPOCH = "315532800"  # 1980-01-01, the first time that a zip can hold
 
 
 def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
-               stale: List[bytes]) -> Iterator[Any]:
-    """Write members as GNU tar does, judged as an artifact would be; tell `stale` bytecode."""
+               notes: List[str]) -> Iterator[Any]:
+    """Write members as GNU tar does, judged as an artifact is; add `notes` for the operator."""
     import tarfile
-    stamp = ((seconds or 0) & 0xffffffff).to_bytes(4, "little")
+    stamp, stale = ((seconds or 0) & 0xffffffff).to_bytes(4, "little"), []
     for member, pieces in members:
         name, kind, mode, size_bytes, mtime_ns, target = member
         judge.admit(member)
@@ -5254,46 +5254,49 @@ def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
         yield info.tobuf(tarfile.PAX_FORMAT if seconds is None else tarfile.GNU_FORMAT, "utf-8",
                          "surrogateescape")
         is_bytecode = seconds is not None and name.endswith(b".pyc") and b"__pycache__/" in name
-        left_bytes = size_bytes
+        missing_bytes = size_bytes
         for piece in pieces:
-            left_bytes -= len(piece)
-            # Of another time than its source will have (PEP 552): behind flags, of which 1 and 3
-            # say that it goes by a digest, or, up to Python 3.6, in their place.
+            missing_bytes -= len(piece)
+            # Its source will have another time than it names (PEP 552): behind flags, of which 1
+            # and 3 mean that a digest counts instead, or, up to Python 3.6, in their place.
             if is_bytecode and piece[4:8] not in (b"\1\0\0\0", b"\3\0\0\0", stamp) \
                     and piece[8:12] != stamp:
                 stale.append(name)
             is_bytecode = False
             yield piece
-        if left_bytes:
+        if missing_bytes:
             raise refuse(name, "it became shorter while it was read", "pack it again")
         yield bytes(-size_bytes % TAR_BLOCK_BYTES)
-    judge.finish()
+    notes += judge.finish()
+    if stale:
+        notes.append(f"{some_of(stale)}: bytecode that will be stale, and written anew in the "
+                     "release; pack with --keep-mtimes or without __pycache__")
     yield bytes(2 * TAR_BLOCK_BYTES)
 
 
 def pack(source: str, target: str, settings: Settings, watch: Watch, *,
          keep_mtimes: bool = False) -> Tuple[Json, List[str]]:
-    """Write a directory as a reproducible .tar.gz and its .sha256; return what it is, and warnings.
+    """Write a directory as a reproducible .tar.gz and its .sha256; return its facts and warnings.
 
     The same tree gives the same bytes: names sorted, owners root, modes 0644 and 0755, one time
-    ($SOURCE_DATE_EPOCH, else 1980-01-01).  What could not be deployed is refused (ArtifactRefused);
-    nothing is left at `target` then, nor where `watch` raises.
+    ($SOURCE_DATE_EPOCH, else 1980-01-01).  ArtifactRefused for what could not be deployed; `target`
+    is left alone then, and where `watch` raises.
     """
     epoch = environment("SOURCE_DATE_EPOCH") or PACKED_EPOCH
     if not re.match(r"\d{1,11}\Z", epoch):
         raise UsageError(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds",
                          "SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
     directory, base = os.path.split(absolute(target))
-    stale: List[bytes] = []
+    notes: List[str] = []
 
     def compressed() -> Iterator[bytes]:
-        # Neither what is being written nor what an earlier run left may become part of it.
+        # Leave out what is being written and what an earlier run left.
         own = [os.stat(name, dir_fd=place.descriptor) for name in os.listdir(place.descriptor)
                if name in (base, f"{base}.sha256") or name.startswith(f".{base}.{os.getpid()}.")]
         members = read_directory(artifact, watch, skipped={
             (status.st_dev, status.st_ino) for status in own})
         encoder = zlib.compressobj(6, zlib.DEFLATED, 31)
-        for piece in tar_pieces(members, judge, None if keep_mtimes else int(epoch), stale):
+        for piece in tar_pieces(members, judge, None if keep_mtimes else int(epoch), notes):
             yield encoder.compress(piece)
         yield encoder.flush()
 
@@ -5304,14 +5307,8 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
         packed = Member(os.fsencode(base), FILE, 0o644, content=bytes.fromhex(digest))
         place.write(base + ".sha256", digest_lines({packed.name: packed}), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
-    files = names_of(judge.manifest, FILE)
-    private = [name for name in files if not judge.manifest[name].mode & 0o044]
-    return {"sha256": digest, "size": size_bytes, "files": len(files)}, [
-        f"{count(len(names), 'file')} ({some_of(names)}): {what}" for names, what in (
-            (private, "readable by their owner alone, and in a release by all; what is secret "
-                      "belongs into shared/"),
-            (stale, "bytecode that will be stale, and written anew in the release; pack with "
-                    "--keep-mtimes or without __pycache__")) if names]
+    files = count_members(judge.manifest)["files"]
+    return {"sha256": digest, "size": size_bytes, "files": files}, notes
 
 
 # ============================================================================

@@ -153,6 +153,14 @@ def test_pack_warns_of_bytecode_that_the_fixed_time_makes_stale(tmp_path: Path) 
     assert pack(top, "--keep-mtimes")[1] == []
 
 
+def test_pack_warns_of_what_a_deployment_would_and_of_files_that_it_opens_to_all(tmp_path: Path) -> None:
+    top = make_tree(tmp_path / "top", {"m.py": "x = 1\n", "key": "x", ".git/config": "x"})
+    (top / "key").chmod(0o600)
+    git, private = sorted(pack(top)[1])
+    assert "'.git'" in git and "Git" in git
+    assert "'key': 1 file" in private and "pack opens them to all" in private and "shared/" in private
+
+
 # -- links -------------------------------------------------------------------------
 
 OUTSIDE = tar(link(b"bin/python3", b"/usr/bin/python3.11"), link(b"etc", b"/etc"), link(b"d/up", b"../../x"), entry(b"f", b"x"))
