@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from typing import Any, Dict, List, NamedTuple
 
@@ -88,7 +89,7 @@ def bench(tmp_path):
     before = set(threading.enumerate())
     yield Bench(tmp_path)
     for thread in set(threading.enumerate()) - before:
-        thread.join(10)  # one that is done may not have ended yet
+        thread.join(2)  # one that is done may not have ended yet
     assert set(threading.enumerate()) <= before
 
 
@@ -212,6 +213,15 @@ def test_limits_are_kept(bench, values, why):
 
 
 FIVE = tar(*[entry(b"f%d" % number, b"x" * 1000) for number in range(5)])
+
+
+def test_reading_that_is_given_up_leaves_no_thread_behind(bench):
+    """The fixture looks for the thread, which has more to hand over than the queue holds."""
+    with opened(bench.artifact(tar(entry(b"large", bytes(8 << 20))))) as artifact:
+        blocks = deploy.pump(artifact, (1 << 30, "max_expanded"), nothing)
+        next(blocks)
+        time.sleep(0.2)
+        blocks.close()
 
 
 @pytest.mark.parametrize("limit, met", [("max_files", 5), ("max_file", 1000), ("max_artifact", len(FIVE))])
