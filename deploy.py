@@ -4227,7 +4227,6 @@ def judge_name(name: bytes, strip: int) -> Tuple[bytes, str]:
 _MACOS = "left there by macOS; pack with COPYFILE_DISABLE=1 tar --exclude .DS_Store, or zip -X"
 _ODDITIES = {b"._": _MACOS, b"__MACOSX": _MACOS, b".DS_Store": _MACOS,
              b".git": "a Git repository, with all of its history; pack with git archive"}
-_MAY_FOLD = re.compile(rb"[A-Z\x80-\xff]")
 
 
 class Judge:
@@ -4379,7 +4378,7 @@ class Judge:
         # By hash: the folded names themselves would take more memory than all else.
         import unicodedata
         seen: Dict[int, bytes] = {}
-        for name in filter(_MAY_FOLD.search, manifest):
+        for name in manifest:
             text = unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
             key = unicodedata.normalize("NFC", text.casefold()).encode("utf-8", "surrogateescape")
             other = key if key in manifest else seen.setdefault(hash(key), name)
