@@ -2262,30 +2262,31 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
 
 # ============================================================================
 # 6  State
-#    What is on disk under one root, and the only code that changes it, through
-#    directory descriptors: lock, links, records, journal, history.  Every change
-#    is durable when the call returns.  Last, what one run carries with it.
+#    One root, opened by directory descriptors.  Only this section changes the
+#    lock, `current`, the slots' links, records, journal and history; once a call
+#    returns, its change is on disk.  What lies in a release or in shared/ is
+#    written by sections 8 and 13.  Last, what one run carries with it.
 # ============================================================================
 
 # -- directories, held open ----------------------------------------------------
 
 def open_own_file(path: str) -> int:
-    """Open a regular file that has no other name, following no link; UsageError for all else."""
-    with suppress(OSError), Directory(os.path.dirname(path)) as place:
-        with open_file(os.path.basename(path), os.O_NOFOLLOW, place.descriptor) as stream:
+    """Open a regular file that has no other hard link; UsageError for symlinks and all else."""
+    with suppress(OSError), Directory(os.path.dirname(path)) as directory:
+        with open_file(os.path.basename(path), os.O_NOFOLLOW, directory.descriptor) as stream:
             if os.fstat(stream.fileno()).st_nlink == 1:
                 return os.dup(stream.fileno())
     raise UsageError(f"{path} is no regular file of one name", "copy the artifact itself there")
 
 
 class Descriptor(AbstractContextManager):  # type: ignore
-    """Something that is held open by its descriptor, up to the end of a `with` block."""
+    """Something held open by its descriptor until the end of a `with` block."""
 
     descriptor = -1
 
     def close(self) -> None:
         """Close the descriptor."""
-        # Forgotten first: what was closed twice could be another's.
+        # Forgotten first: a second close() could close what has got the same number since.
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -2297,7 +2298,7 @@ class Descriptor(AbstractContextManager):  # type: ignore
 class Directory(Descriptor):
     """A directory held open by descriptor; names are single components, no symlink is followed.
 
-    So a local user who swaps a path between a check and its use gains nothing.
+    So a local user gains nothing by swapping a path between a check and its use.
     """
 
     def __init__(self, path: str, dir_fd: Optional[int] = None) -> None:
@@ -2305,19 +2306,19 @@ class Directory(Descriptor):
 
     def child(self, path: str, *, make: bool = False, mode: int = 0o755,
               group: int = -1) -> "Directory":
-        """Open a directory below, name by name; make what is missing if asked to, for a group."""
-        here = Directory(".", self.descriptor)
+        """Open a directory below, name by name; with `make`, create what is missing, for `group`."""
+        deepest = Directory(".", self.descriptor)
         for name in path.split("/"):
-            with here:
+            with deepest:
                 is_new = False
                 if make:
                     with suppress(FileExistsError):
-                        os.mkdir(name, mode, dir_fd=here.descriptor)
+                        os.mkdir(name, mode, dir_fd=deepest.descriptor)
                         is_new = True
-                here = Directory(name or ".", here.descriptor)
+                deepest = Directory(name or ".", deepest.descriptor)
                 if is_new:
-                    give_to_group(here.descriptor, group)
-        return here
+                    give_to_group(deepest.descriptor, group)
+        return deepest
 
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
         """Replace a file by temporary file, fsync, rename, fsync; return its SHA-256."""
@@ -2330,7 +2331,7 @@ class Directory(Descriptor):
                     stream.write(piece)
                     hasher.update(piece)
                 stream.flush()
-                # Not left to open(): the umask would take bits away that were asked for.
+                # The umask may have taken bits of `mode` away at open().
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
             os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
@@ -2342,9 +2343,10 @@ class Directory(Descriptor):
         return hasher.hexdigest()
 
     def remove_tree(self, name: str) -> None:
-        """Remove an entry and all below it, following no symlink; nothing there is fine.
+        """Remove an entry and all below it, following no symlink; a missing one is fine.
 
-        What lies very deep is brought up first: no tree exhausts the stack or the descriptors.
+        What lies below MAX_DEPTH is moved up here and removed after it: no tree is too deep for
+        the stack or the limit of open descriptors.
         """
         pending = [name]
         while pending:
@@ -2352,20 +2354,21 @@ class Directory(Descriptor):
                 self._remove(pending.pop(), self, pending, 0)
 
     def _remove(self, name: str, top: "Directory", pending: List[str], level: int) -> None:
-        found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-        if not stat.S_ISDIR(found.st_mode):
+        status = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode):
             os.unlink(name, dir_fd=self.descriptor)
             return
-        if found.st_mode & 0o700 != 0o700 and found.st_uid == os.geteuid() != 0:
-            # A read-only directory cannot be emptied as it is.  Root can, and must not: chmod
-            # follows a link swapped in.  To a group's member, another's may be open all the same.
+        user = os.geteuid()
+        if status.st_mode & 0o700 != 0o700 and user != 0 and user == status.st_uid:
+            # The owner must open up a read-only directory to empty it.  Root need not, and must
+            # not: chmod follows a symlink swapped in.  Nobody else can; group bits may suffice.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
             os.rename(name, pending[-1], src_dir_fd=self.descriptor, dst_dir_fd=top.descriptor)
             return
         try:
-            # On what is mounted here this fails with EBUSY, before anything below it is gone.
+            # First: on a mount point this fails with EBUSY before anything below it is removed.
             os.rmdir(name, dir_fd=self.descriptor)
             return
         except OSError as error:
@@ -2379,14 +2382,14 @@ class Directory(Descriptor):
 
 
 def temporary_name(name: str) -> str:
-    """Make a name no earlier run can have left behind."""
+    """Make a name that no earlier run can have left behind."""
     return f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
 
 
 def sync_filesystem(descriptor: int) -> None:
-    """Make all that was written to a filesystem durable in one call; sync(2) where no syncfs(2) is.
+    """Make all that was written to a filesystem durable: by syncfs(2), else by sync(2).
 
-    `descriptor` must have been opened before the writing: syncfs then reports a write that failed.
+    `descriptor` must have been opened before the writing: syncfs then reports failed writes.
     """
     try:
         import ctypes
@@ -2400,7 +2403,7 @@ def sync_filesystem(descriptor: int) -> None:
 
 
 def give_to_group(descriptor: int, group: int) -> None:
-    """Let a group write in a directory and have what is made there; nothing where it is -1."""
+    """Let a group write in a directory and own what is made there (setgid); not if it is -1."""
     if group >= 0:
         os.fchown(descriptor, -1, group)
         os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o2070)
@@ -2411,8 +2414,10 @@ def give_to_group(descriptor: int, group: int) -> None:
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
-    previous: what was live when this went forward last.  rolled_back_at: when a rollback left it;
-    none returns to it.  note: what -m said.  Times are RFC 3339 UTC; sizes are bytes.
+    previous: the release that was live before this one last went live, rollbacks aside.
+    rolled_back_at: when a person rolled back from it; later rollbacks pass over it.  pruned_at:
+    when its files went; the record stays because its artifact is refused, or its migration was not
+    undone.  note: the text of -m.  Times are RFC 3339 UTC; sizes are bytes.
     """
 
     id: str
@@ -2439,7 +2444,7 @@ class Record(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """The digest of the artifact this release was made from."""
+        """The digest of the artifact that this release was made from."""
         return str(self.artifact.get("sha256", ""))
 
     @property
@@ -2451,9 +2456,9 @@ class Record(NamedTuple):
 class Journal(NamedTuple):
     """What is under way, `.deploy/journal.json`; it exists only while something is.
 
-    `recoveries` counts the automatic recoveries that were begun, `done` names
-    the steps that were taken up, `chain` is where the history ended before.  `migration` says
-    which commands of [migrate] began, and the last one's process group and deploy_id.
+    recoveries: how many automatic recoveries began.  done: the steps that began before it was last
+    written.  chain: Store.chain before this run.  migration: which commands of [migrate] began, and
+    the last one's process group and deploy_id; the run that executes the journal writes into it.
     """
 
     deploy_id: str
@@ -2477,8 +2482,8 @@ class Journal(NamedTuple):
 class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
 
-    release: where the run led to; what was pinned; of prune, what is live.  result: a word of
-    RUN_RESULTS, or aborted (found half done).  automatic: it failed after activation.
+    release: the one that the run was about; for prune, the live one.  result: one of RUN_RESULTS,
+    or `aborted` (a recovery undid it).  automatic: whether a failure, not a person, led back.
     previous_sha256: of the line before, without its newline; empty in the first.
     """
 
@@ -2503,51 +2508,51 @@ class HistoryEntry(NamedTuple):
     automatic: Optional[bool] = None
 
 
-# What a field of such a type holds, whoever wrote and sealed it.
+# What JSON must hold for a field of this type: whoever can write the file can seal it, too.
 JSON_TYPES: Dict[Any, Any] = {
     float: (float, int), List[Any]: list, Json: dict, OptionalText: (str, type(None)),
     Optional[bool]: (bool, type(None)), Optional[Json]: (dict, type(None))}
-# `from` cannot be the name of a field.
+# Fields with another name in JSON: Python does not take `from` for one.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
-# What a text must be: ids become file names.  What another tool made in releases/ may have any.
+# Patterns for texts, by name in JSON.  Ids become file names; an adopted release may have any name.
 ANY_NAME = r"(?!\.\.?\Z)[^/\0]+"
 TEXT_FORMS = {"id": ANY_NAME, "to": ANY_NAME, "previous": ANY_NAME, "from": ANY_NAME,
               "state": "|".join(STATES), "phase": "|".join(PHASES)}
 
 
 def encode(value: Any) -> Json:
-    """Make of a record, journal or history entry what is written to disk and shown by --json."""
+    """Turn a record, journal or history entry into the object for the disk and for --json."""
     data = {JSON_NAMES.get(field, field): part for field, part in value._asdict().items()}
     return dict(data, schema=SCHEMA)
 
 
 def seal(data: Json) -> Json:
-    """Add the checksum by which a changed or cut-off file is told from a whole one."""
+    """Add the checksum that shows whether a file was changed or cut off."""
     plain = {key: value for key, value in data.items() if key != "checksum"}
     text = json.dumps(plain, sort_keys=True)
     return dict(plain, checksum=hashlib.sha256(text.encode("ascii")).hexdigest())
 
 
-def decode(kind: Any, data: bytes, what: str, hint: str = "") -> Any:
-    """Read a sealed object; StateError for a damaged one.  What has a default may be missing."""
+def decode(kind: Any, data: bytes, where: str, hint: str = "") -> Any:
+    """Read a sealed object; StateError if it is damaged.  Fields with a default may be missing."""
     try:
-        found = json.loads(data.decode("utf-8"))
+        sealed = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise StateError(f"{what} is damaged: {error}", hint)
-    if not isinstance(found, dict) or found.get("checksum") != seal(found)["checksum"]:
-        raise StateError(f"{what} is damaged: its checksum does not match", hint)
-    if found.get("schema") != SCHEMA:
-        raise StateError(f"{what} has schema {found.get('schema')!r}, "
+        raise StateError(f"{where} is damaged: {error}", hint)
+    if not isinstance(sealed, dict) or sealed.get("checksum") != seal(sealed)["checksum"]:
+        raise StateError(f"{where} is damaged: its checksum does not match", hint)
+    if sealed.get("schema") != SCHEMA:
+        raise StateError(f"{where} has schema {sealed.get('schema')!r}, "
                          f"this program knows {SCHEMA}", hint)
     values = {}
     for field, annotation in kind.__annotations__.items():
         name = JSON_NAMES.get(field, field)
-        values[field] = value = found.get(name, kind._field_defaults.get(field, ...))
+        values[field] = value = sealed.get(name, kind._field_defaults.get(field, ...))
         form = TEXT_FORMS.get(name, "") if value is not None else ""
         if not isinstance(value, JSON_TYPES.get(annotation, annotation)) \
                 or form and not re.fullmatch(form, value) \
                 or name == "tree" and not isinstance(value.get("bytes", 0), int):
-            raise StateError(f"{what} has no proper {name!r}", hint)
+            raise StateError(f"{where} has no proper {name!r}", hint)
     return kind(**values)
 
 
@@ -2566,10 +2571,10 @@ SOURCE = ".deploy/source.json"
 CACHE = ".deploy/cache"
 HOLD = ".deploy/hold.json"
 FLAGS_FILE = "shared/flags.json"
-# What is being unpacked lies beside where it will stand: the group, setgid bit, default ACL and
-# label of releases/ reach it as they reach whatever is made there.
+# An artifact is unpacked in releases/ itself, to inherit its group, setgid bit, default ACL and
+# security label as anything does that is made there.
 STAGING_PREFIX = ".new-"
-# The names that a crash leaves, by directory; staging and history.head are version 1.0.0's.
+# By directory, patterns of what a crash may leave; staging and history.head are version 1.0.0's.
 _TEMPORARY = r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z"
 LEFTOVERS = {
     "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
@@ -2577,16 +2582,15 @@ LEFTOVERS = {
     ".deploy": _TEMPORARY + r"|staging\Z|history\.head\Z",
     "shared": _TEMPORARY.replace(".*", "flags.json"),
     CACHE: r"(?!(?:[0-9a-f]{40}|[0-9a-f]{64})\.(?:part|etag)\Z)"}
-# Set aside for the day when the disk is full, as long as so many times as much is free.
+# The size of RESERVE, which is made while RESERVE_SHARE times as much is free.
 RESERVE_BYTES = 1 << 20
 RESERVE_SHARE = 16
-RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
 
 
 class Current(NamedTuple):
     """Where `current` points: a release, nothing yet, or a problem with the command that fixes it.
 
-    `missing` is a release of which only the link is left: it can be replaced without harm.
+    `missing` names a release whose directory is gone: the link to it may be replaced.
     """
 
     release: OptionalText
@@ -2596,39 +2600,39 @@ class Current(NamedTuple):
 
 
 class Store(ExitStack):
-    """One root, opened, up to its `close`; what lies in it is named by its path from there.
+    """One root, held open until `close`; paths are relative to it.
 
-    Whoever changes anything holds the lock, from before the first look to after pruning; whoever
-    only looks takes none.  Everything is entered by descriptor from the root on: where that is the
-    application's own, its user could swap `.deploy` or `releases` for a link.
+    A run that changes anything holds the lock from before its first look until after pruning; one
+    that only looks takes none.  Everything is opened by descriptor from the root down: where the
+    application's user owns the root, he could replace `.deploy` or `releases` by a symlink.
     """
 
     def __init__(self, path: str, settings: Settings) -> None:
         super().__init__()
         group, readable = settings.deploy.group, settings.deploy.readable
-        self.root = self.enter_context(Directory(path))
+        self.top = self.enter_context(Directory(path))
         self.path = path
         self.command_line = settings.command_line
         self.flag: str = settings.maintenance.flag
-        # Whose members deploy here, each what another deployed; -1 where only the owner does.
+        # The gid of [deploy] group, whose members share this root; -1 if only the owner deploys.
         self.group = account("group", group, "[deploy] group").gr_gid if group else -1
-        # What the files and directories of .deploy are made with.
+        # The modes of new files and directories in .deploy.
         self.file_mode = {"owner": 0o600, "group": 0o640, "all": 0o644}[readable]
         self.directory_mode = self.file_mode | (self.file_mode & 0o444) >> 2
         if group:
             self.file_mode |= 0o060
             self.directory_mode |= 0o2070
-        self._open = {"": self.root}
-        # Temporary links that `current` can become, by release.
+        self._open = {"": self.top}
+        # By release, the temporary symlink that `switch` renames to `current`.
         self._links: Dict[str, str] = {}
         self._published_mode = 0o755
-        # The SHA-256 of the history's last line, as it was read or written last.  Kept elsewhere it
-        # proves all lines up to there: who can write the file can chain it anew.
+        # The SHA-256 of the history's last line when it was last read or written.  Only a copy kept
+        # elsewhere proves the lines: whoever can write the file can rebuild its chain.
         self.chain = ""
 
     @classmethod
     def open(cls, settings: Settings) -> Optional["Store"]:
-        """Open a root for looking; None where there is no such directory."""
+        """Open a root for looking; None if there is no such directory."""
         path = os.path.realpath(settings.deploy.root)
         try:
             return cls(path, settings)
@@ -2640,7 +2644,7 @@ class Store(ExitStack):
 
     @classmethod
     def create(cls, settings: Settings) -> "Store":
-        """Open a root for writing, and make what is missing; PreflightFailed where that fails."""
+        """Open a root for writing, and make what is missing; PreflightFailed if that fails."""
         group = check_group(settings.deploy.group) if settings.deploy.group else -1
         path = os.path.realpath(settings.deploy.root)
         parent, name = os.path.split(path)
@@ -2650,18 +2654,19 @@ class Store(ExitStack):
                     above.child(name, make=True, group=group).close()
                     os.fsync(above.descriptor)
             store = cls(path, settings)
-            store.status(RECORDS)  # says so where this user may not look at it
+            store.status(RECORDS)  # StateError if this user may not enter .deploy
             store.check_owner()
-            # Hooks are told the path of shared/.
+            # shared/ always: hooks are handed its path.
             slots = ["slots"] if settings.slots else []
             for place in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
                 mode = store.directory_mode if place in PRIVATE_DIRECTORIES else 0o755
-                if place != "shared" or store.status(place) is None:  # a link is the operator's
-                    with store.root.child(place, make=True, mode=mode, group=group) as made, \
-                            suppress(PermissionError):  # another member's, who gives it
-                        if group >= 0:  # a kill may have come before that
-                            give_to_group(made.descriptor, group)
-            os.fsync(store.root.descriptor)
+                # A shared/ that exists may be the operator's symlink.
+                if place != "shared" or store.status(place) is None:
+                    with store.top.child(place, make=True, mode=mode, group=group) as directory, \
+                            suppress(PermissionError):  # another member owns and gives it
+                        if group >= 0:  # again: a run may have been killed before it did so
+                            give_to_group(directory.descriptor, group)
+            os.fsync(store.top.descriptor)
             return store
         except OSError as error:
             hint = f"the root and what is in it must be directories that {user_name()} can write"
@@ -2670,29 +2675,29 @@ class Store(ExitStack):
             raise PreflightFailed(f"cannot prepare the root {path}: "
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
-    def check_owner(self, *, looking: bool = False) -> None:
-        """Refuse a .deploy that others could write; one wholly another's may be looked at."""
+    def check_owner(self, *, read_only: bool = False) -> None:
+        """Refuse a .deploy that others could write; `read_only`: it may be another user's own."""
         for name in PRIVATE_DIRECTORIES:
             try:
-                found = os.fstat(self.directory(name).descriptor)
+                status = os.fstat(self.directory(name).descriptor)
             except (FileNotFoundError, StateError):
-                continue  # for the filesystem check to tell
+                continue  # the check `root` refuses what is no directory
             path = f"{self.path}/{name}"
-            if looking and name == ".deploy" and found.st_uid != os.geteuid():
+            if read_only and name == ".deploy" and status.st_uid != os.geteuid():
                 return
-            if os.geteuid() == 0 and found.st_uid != 0:
+            if os.geteuid() == 0 and status.st_uid != 0:
                 raise StateError(
-                    f"{path} belongs to uid {found.st_uid}, and its contents would be believed",
-                    f"run it as its owner: sudo -u '#{found.st_uid}' deploy.py ...; or, if nobody "
+                    f"{path} belongs to uid {status.st_uid}, and its contents would be believed",
+                    f"run it as its owner: sudo -u '#{status.st_uid}' deploy.py ...; or, if nobody "
                     f"has changed anything in it: chown -R root {path}")
-            others = 0o002 if found.st_gid == self.group else 0o022
-            if found.st_mode & others:
+            others = 0o002 if status.st_gid == self.group else 0o022
+            if status.st_mode & others:
                 raise StateError(f"{path} is writable by group or others "
-                                 f"(mode {stat.S_IMODE(found.st_mode):04o})",
+                                 f"(mode {stat.S_IMODE(status.st_mode):04o})",
                                  f"chmod -R go-w {self.path}/.deploy")
 
     def directory(self, path: str) -> Directory:
-        """Open a directory, once, following no symlink; StateError for a forbidden one."""
+        """Open a directory, once; StateError for a symlink, or what this user may not enter."""
         if path not in self._open:
             above, name = os.path.split(path)
             try:
@@ -2708,14 +2713,14 @@ class Store(ExitStack):
         return self._open[path]
 
     def names(self, path: str) -> List[str]:
-        """List a directory, sorted; empty where there is none."""
+        """List a directory, sorted; empty if there is none."""
         try:
             return sorted(os.listdir(self.directory(path).descriptor))
         except FileNotFoundError:
             return []
 
     def status(self, path: str) -> Optional[os.stat_result]:
-        """Return lstat of what stands at a path, or None."""
+        """Return the lstat of a path, or None if nothing is there."""
         try:
             above, name = os.path.split(path)
             return os.stat(name, dir_fd=self.directory(above).descriptor, follow_symlinks=False)
@@ -2724,44 +2729,41 @@ class Store(ExitStack):
 
     def is_release(self, name: str) -> bool:
         """Tell whether there is a real directory of that name under releases/."""
-        found = self.status(f"releases/{name}")
-        return found is not None and stat.S_ISDIR(found.st_mode)
+        status = self.status(f"releases/{name}")
+        return status is not None and stat.S_ISDIR(status.st_mode)
 
     def lock_used(self) -> int:
-        """Say when the lock was taken or given back last, in ns."""
-        found = self.status(LOCK)
-        return found.st_mtime_ns if found else 0
+        """Return when the lock was last taken or given back, in ns: each time `lock` writes it."""
+        status = self.status(LOCK)
+        return status.st_mtime_ns if status else 0
 
     def load(self, path: str, kind: Any = dict) -> Any:
-        """Read what is sealed of a `kind`, or any JSON object (dict); None where there is no file.
+        """Read a sealed object of a `kind`, or any JSON object (dict); None if there is no file.
 
-        StateError for what cannot be read or believed.
+        StateError if it cannot be read, or is damaged.
         """
-        data: Any = b""
+        where, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
+        if kind is Journal:
+            settle = self.command_line("recover --to RELEASE")
+            where = f"the journal {where}"
+            hint = f"check that the release you want is live, then: {settle}"
         try:
             above, name = os.path.split(path)
             data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
-            data = error
-        what, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
-        if kind is Journal:
-            settle = self.command_line("recover --to RELEASE")
-            what, hint = f"the journal {what}", \
-                f"check that the release you want is live, then: {settle}"
-        if isinstance(data, OSError):
-            raise StateError(f"{what} cannot be read: {reason(data)}", hint)
+            raise StateError(f"{where} cannot be read: {reason(error)}", hint)
         if kind is not dict:
-            return decode(kind, data, what, hint)
+            return decode(kind, data, where, hint)
         with suppress(ValueError, RecursionError):
-            found = json.loads(data.decode("utf-8"))
-            if isinstance(found, dict):
-                return found
-        raise StateError(f"{what} cannot be read: it is no JSON object", hint)
+            value = json.loads(data.decode("utf-8"))
+            if isinstance(value, dict):
+                return value
+        raise StateError(f"{where} cannot be read: it is no JSON object", hint)
 
     def write(self, path: str, data: Union[bytes, Iterable[bytes]], mode: int = 0) -> str:
-        """Replace a file durably, by default as those of .deploy; return its SHA-256."""
+        """Replace a file durably, by default with the mode for .deploy; return its SHA-256."""
         above, name = os.path.split(path)
         return self.directory(above).write(name, data, mode or self.file_mode)
 
@@ -2771,14 +2773,14 @@ class Store(ExitStack):
         self.write(path, json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n")
 
     def maintenance(self) -> Dict[str, Any]:
-        """Read whose the maintenance flag is, a run's with its deploy_id; empty where none is."""
+        """Read who put the maintenance flag up: a run has a deploy_id; empty if it is not up."""
         try:
             return self.load(self.flag) or {}
         except StateError:
-            return {"by": "somebody"}  # a file of that name is enough
+            return {"by": "somebody"}  # any file of that name is a flag
 
     def forget(self, *paths: str) -> None:
-        """Remove files durably, where they are there."""
+        """Remove files durably; a missing one is fine."""
         for path in paths:
             above, name = os.path.split(path)
             place = self.directory(above).descriptor
@@ -2792,7 +2794,7 @@ class Store(ExitStack):
         """Look where `current` points."""
         link = f"{self.path}/current"
         try:
-            target = os.readlink("current", dir_fd=self.root.descriptor)
+            target = os.readlink("current", dir_fd=self.top.descriptor)
         except FileNotFoundError:
             return Current(None)
         except OSError as error:
@@ -2801,7 +2803,7 @@ class Store(ExitStack):
             return Current(None, f"{link} is not a symlink",
                            f"move it out of the way: mv {link} {link}.old")
         directory, release = os.path.split(os.path.normpath(os.path.join(self.path, target)))
-        # Other tools write the path as they were given it: some directory above may be a link.
+        # Other tools write an absolute path, in which a directory may be a symlink.
         if os.path.realpath(directory) != f"{self.path}/releases":
             return Current(None, f"{link} points outside releases/: {target}",
                            f"remove the link: rm {link}")
@@ -2815,14 +2817,14 @@ class Store(ExitStack):
     def switch(self, expected: OptionalText, target: OptionalText, *, keep: bool = False) -> None:
         """Point `current` at a release, or take it away; one rename, durable when this returns.
 
-        Compare and swap: StepFailed when `current` is not what the plan saw.  `keep` makes the
-        link that leads back first: after the switch, a full disk may have no room for one.
+        Compare and swap: StepFailed unless `current` is what the plan saw, or the target already.
+        `keep` also makes the link for the way back: a full disk may have no room for it later.
         """
-        found = self.current()
-        live = found.release or found.missing
-        if found.problem and not found.missing or live not in (expected, target):
+        current = self.current()
+        live = current.release or current.missing
+        if current.problem and not current.missing or live not in (expected, target):
             raise StepFailed(f"current changed under the run: expected {expected or 'nothing'}, "
-                             f"found {found.problem or live or 'nothing'}",
+                             f"found {current.problem or live or 'nothing'}",
                              "look at what else switches it, then run again")
         if target is None:
             self.forget("current")
@@ -2830,21 +2832,21 @@ class Store(ExitStack):
         if not self.is_release(target):
             raise StepFailed(f"releases/{target} does not exist",
                              f"see what is there: {self.command_line('releases')}")
-        wanted = {target, live} if keep and live else {target}
-        missing = sorted(wanted - set(self._links))
+        releases = {target, live} if keep and live else {target}
+        missing = sorted(releases - set(self._links))
         for release in missing:
             temporary = temporary_name("current")
-            os.symlink(f"releases/{release}", temporary, dir_fd=self.root.descriptor)
+            os.symlink(f"releases/{release}", temporary, dir_fd=self.top.descriptor)
             self._links[release] = temporary
         if missing:
-            os.fsync(self.root.descriptor)  # on disk before one of them takes that place
+            os.fsync(self.top.descriptor)  # on disk before one of them becomes `current`
         os.rename(self._links[target], "current",
-                  src_dir_fd=self.root.descriptor, dst_dir_fd=self.root.descriptor)
+                  src_dir_fd=self.top.descriptor, dst_dir_fd=self.top.descriptor)
         del self._links[target]
-        os.fsync(self.root.descriptor)
+        os.fsync(self.top.descriptor)
 
     def put_in_slot(self, name: str, release: str) -> None:
-        """Have a slot's link lead to a release, durably."""
+        """Point a slot's link at a release, durably."""
         slots = self.directory("slots").descriptor
         temporary = temporary_name(name)
         os.symlink(f"../releases/{release}", temporary, dir_fd=slots)
@@ -2858,7 +2860,7 @@ class Store(ExitStack):
         tree = self.directory(f"releases/{name}").descriptor
         if self.group >= 0:
             give_to_group(tree, self.group)  # any member may have to remove it
-        # What umask, setgid bit and default ACL made of it is what it is to have at the end.
+        # The mode that umask, setgid bit and default ACL gave it; it has it again once published.
         self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
         os.fchmod(tree, self._published_mode & ~(0o077 if self.group < 0 else 0o007))
         return name
@@ -2876,7 +2878,11 @@ class Store(ExitStack):
         os.fsync(releases)
 
     def remove_release(self, release: str) -> None:
-        """Take a release away: renamed out of sight at once, then deleted, then its manifest."""
+        """Delete a release, then its manifest; a rename takes it out of sight first.
+
+        Where that cannot be had (EXDEV) it is deleted in place.  What a crash then leaves of it
+        differs from its manifest, so nothing goes back to it; the next prune deletes the rest.
+        """
         releases, trash = self.directory("releases"), self.directory(TRASH)
         if self.status(f"releases/{release}") is not None:
             name = temporary_name(release)
@@ -2886,20 +2892,20 @@ class Store(ExitStack):
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                # overlayfs renames no directory of a lower layer, such as an image's.
+                # overlayfs cannot rename a directory of a lower layer, such as an image's.
                 releases.remove_tree(release)
             os.fsync(releases.descriptor)
             trash.remove_tree(name)
         self.forget(f"{MANIFESTS}/{release}", f"{TREES}/{release}")
 
-    def sweep(self, known: Optional[Set[str]] = None,
-              warn: Optional[Callable[[str], None]] = None) -> List[str]:
-        """Remove what a crash left, and manifests of none `known`; without `warn` only look."""
-        found = []
+    def sweep(self, warn: Callable[[str], None], known: Optional[Set[str]] = None, *,
+              dry_run: bool = False) -> List[str]:
+        """Remove what a crash left, and manifests of releases not `known`; return the paths."""
+        paths = []
         for path, pattern in LEFTOVERS.items():
             pattern = pattern.replace("current", f"(?:current|{re.escape(self.flag)})")
             names: List[str] = []
-            with suppress(StateError):  # shared/ is the application's, and may be a link elsewhere
+            with suppress(StateError):  # shared/ may be the operator's symlink
                 names = self.names(path)
             for name in names:
                 is_stray = path in (MANIFESTS, TREES) and known is not None and name not in known
@@ -2909,29 +2915,29 @@ class Store(ExitStack):
                     continue
                 shown = f"{path}/{name}".lstrip("/")
                 try:
-                    if warn:
+                    if not dry_run:
                         self.directory(path).remove_tree(name)
-                    found.append(shown)
+                    paths.append(shown)
                 except OSError as error:
-                    # It stands in nobody's way; the next run tries again.
-                    warn(f"{shown} cannot be removed: {reason(error)}")  # type: ignore
-        return found
+                    # It is in nobody's way; the next run tries again.
+                    warn(f"{shown} cannot be removed: {reason(error)}")
+        return paths
 
     def reserve(self, *, keep: bool) -> None:
-        """Set a mebibyte aside where there is ample room; else let a full disk have it back."""
-        disk = os.fstatvfs(self.root.descriptor)
+        """Set a mebibyte aside if there is ample room, or (not `keep`) give it to a full disk."""
+        disk = os.fstatvfs(self.top.descriptor)
         free_bytes = disk.f_bavail * disk.f_frsize
         if not keep and (free_bytes < RESERVE_BYTES or disk.f_files and not disk.f_favail):
             self.forget(RESERVE)
         if keep and free_bytes >= RESERVE_SHARE * RESERVE_BYTES and self.status(RESERVE) is None:
             with suppress(OSError):  # the next run tries again
-                # Of zeros, a filesystem that compresses would keep next to nothing.
+                # Zeros would take no room on a filesystem that compresses.
                 self.write(RESERVE, os.urandom(RESERVE_BYTES))
 
     # -- records, manifests and the journal ----------------------------------
 
     def records(self) -> Tuple[Dict[str, Record], List[str]]:
-        """Read every record; the second value says which files are damaged."""
+        """Read every record; return with them what is wrong with each damaged file."""
         records, problems = {}, []
         for name in self.names(RECORDS):
             if not name.endswith(".json") or name.startswith("."):
@@ -2948,7 +2954,7 @@ class Store(ExitStack):
         return records, problems
 
     def make_whole(self, record: Record) -> str:
-        """Say how a release becomes what its manifest says; an adopted one has no artifact."""
+        """Say how to repair a release that differs from its manifest, adopted or not."""
         if record.artifact.get("sha256_source") != "adopted":
             return "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
         forget = spell(["rm", f"{self.path}/{RECORDS}/{record.id}.json"])
@@ -2956,7 +2962,7 @@ class Store(ExitStack):
 
     @contextmanager
     def open_manifest(self, record: Record) -> Iterator[Tuple[Any, Any]]:
-        """Open a release's manifest and tree as binary streams; StateError where one is missing."""
+        """Open a release's manifest and tree as binary streams; StateError if one is missing."""
         release = record.id
         with ExitStack() as stack:
             streams = []
@@ -2971,20 +2977,20 @@ class Store(ExitStack):
             yield streams[0], streams[1]
 
     def clear_journal(self) -> None:
-        """Say durably that nothing is under way any more."""
-        while self._links:  # those that were made and not used
+        """Remove the journal durably: nothing is under way any more."""
+        while self._links:  # those that no switch has used
             with suppress(FileNotFoundError):
-                os.unlink(self._links.popitem()[1], dir_fd=self.root.descriptor)
+                os.unlink(self._links.popitem()[1], dir_fd=self.top.descriptor)
         if self.status(JOURNAL) is not None:
             self.forget(JOURNAL)
 
     # -- the history ---------------------------------------------------------
 
     def read_history(self, newest: int = 0, *, cut: bool = False) -> Tuple[List[bytes], bytes]:
-        """Return its lines, oldest first, and what a crash left of one more behind them.
+        """Return its lines, oldest first, and the torn line that a crash may have left behind them.
 
-        With `newest` only the last so many: read backwards, they cost the same however long the
-        history is.  `cut` takes away what is behind.  PreflightFailed where it cannot be read.
+        `newest`: only the last so many, read from the end: a long history costs no more than a
+        short one.  `cut`: take the torn line off the file.  PreflightFailed if it cannot be read.
         """
         self.chain = ""
         try:
@@ -2994,7 +3000,7 @@ class Store(ExitStack):
         except FileNotFoundError:
             return [], b""
         except OSError as error:
-            # No StateError: unlike a damaged line, this stops a recovery.
+            # No StateError, which callers pass over: unlike a damaged line, this stops a recovery.
             raise PreflightFailed(f"{self.path}/{HISTORY} cannot be read: {reason(error)}",
                                   "it must be a regular file: move it back, or away")
         with stream:
@@ -3031,7 +3037,7 @@ class Store(ExitStack):
                 sequence = len(self.read_history()[0])
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:
-            self.write(HISTORY, b"")  # its name is sure before its first line counts
+            self.write(HISTORY, b"")  # the file's name must be on disk before its first line
         line = json.dumps(seal(encode(entry))).encode("ascii")
         above, name = os.path.split(HISTORY)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
@@ -3042,31 +3048,31 @@ class Store(ExitStack):
         self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> List[str]:
-        """Say which lines were changed or follow a missing one; of the last only `chain` tells."""
+        """Name lines that were changed or follow a missing one; of the last only `chain` tells."""
         problems, chain = [], ""
         lines, torn = self.read_history()
         for number, line in enumerate(lines, 1):
             try:
                 entry = decode(HistoryEntry, line, f"line {number}")
-                # Earlier versions began anew with `unknown`.
+                # Earlier versions began a new chain with `unknown`.
                 if entry.previous_sha256 != chain and (chain or entry.previous_sha256 != "unknown"):
                     problems.append(f"line {number}: the line before it was changed or is missing")
             except StateError as error:
                 problems.append(error.message)
             chain = hashlib.sha256(line).hexdigest()
-        if lock_holder(self) is None:  # a run may have half a line there, or none yet
+        if lock_holder(self) is None:  # else a run may be writing its line
             if torn:
                 problems.append(f"line {len(lines) + 1} is cut off")
-            records = sum(map(len, self.records()))
-            if not lines and records and self.load(JOURNAL, Journal) is None:
-                problems.append(f"the history is missing, and {count(records, 'release')} had one")
+            releases = sum(map(len, self.records()))  # damaged records count, too
+            if not lines and releases and self.load(JOURNAL, Journal) is None:
+                problems.append(f"the history is missing, and {count(releases, 'release')} had one")
         return problems
 
 
 def check_group(group: str) -> int:
-    """Return the number of [deploy] group.
+    """Return the gid of [deploy] group.
 
-    StateError for root, who would believe its members, and for a user who is none of them.
+    StateError for root, who must not trust what its members can write, and for who is no member.
     """
     if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
@@ -3080,7 +3086,7 @@ def check_group(group: str) -> int:
 
 # -- the lock ------------------------------------------------------------------
 
-# Whoever only tests the lock holds it for microseconds, unless the machine stands still just then.
+# `lock_holder` takes the lock for microseconds; on a stalled machine that may become longer.
 LOOK_SECONDS = 5.0
 
 
@@ -3088,11 +3094,12 @@ LOOK_SECONDS = 5.0
 def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts) -> Iterator[None]:
     """Hold the kernel's flock on `.deploy/lock`; Busy, which names the holder, once the time is up.
 
-    It dies with its holder.  The file's content is information for people only.  It is never
-    unlinked, or two runs could each hold a lock on a file of that name.
+    It ends with its process.  The file's content only informs people.  The file is never unlinked,
+    or two runs could each lock a file of that name.  Taking the lock and giving it back both change
+    the file's mtime, which `lock_used` reads.
     """
     above, name = os.path.split(LOCK)
-    # Whatever is readable: who can open it can hold it.
+    # Not opened by [deploy] readable: whoever can open the file can hold the lock.
     descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
                          dir_fd=store.directory(above).descriptor)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
@@ -3104,9 +3111,9 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             late_seconds = time.monotonic() - ends_seconds
-            found = lock_holder(store) if late_seconds >= 0 else None
-            if found is not None or late_seconds > LOOK_SECONDS:
-                raise busy(found or {})
+            other = lock_holder(store) if late_seconds >= 0 else None
+            if other is not None or late_seconds > LOOK_SECONDS:
+                raise busy(other or {})
             interrupts.wait(0.02)
         with suppress(OSError):  # a full disk must not stop the prune that would help it
             stream.truncate(0)
@@ -3114,12 +3121,12 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
         try:
             yield
         finally:
-            with suppress(OSError):  # the next one writes its own a moment after it has the lock
+            with suppress(OSError):  # the next holder replaces it anyway
                 stream.truncate(0)
 
 
 def lock_holder(store: Store) -> Optional[Json]:
-    """Say who holds the lock, empty where it does not say; None if nobody."""
+    """Return who holds the lock: empty if the file does not tell, None if nobody does."""
     try:
         above, name = os.path.split(LOCK)
         with open_file(name, os.O_NOFOLLOW, store.directory(above).descriptor) as stream:
@@ -3129,10 +3136,10 @@ def lock_holder(store: Store) -> Optional[Json]:
             holder = json.loads(stream.read(4096).decode("ascii"))
             return holder if {"pid", "user", "host", "command", "since"} <= set(holder) else {}
     except PermissionError:
-        # Who may only look is told by the kernel, which knows it by its inode.
+        # Without access to the file, the kernel's list of locks tells, by inode.
         with suppress(OSError):
-            held = f"FLOCK .* WRITE .*:{store.status(LOCK).st_ino} "  # type: ignore
-            if re.search(held.encode("ascii"), read_file("/proc/locks", MAX_STATE_BYTES)):
+            line = f"FLOCK .* WRITE .*:{store.status(LOCK).st_ino} "  # type: ignore
+            if re.search(line.encode("ascii"), read_file("/proc/locks", MAX_STATE_BYTES)):
                 return {}
     except (ValueError, TypeError, RecursionError):
         return {}
@@ -3148,7 +3155,7 @@ def busy(holder: Json) -> Busy:
 
 
 def describe_holder(holder: Json) -> str:
-    """Write a lock's holder for people."""
+    """Describe a lock's holder to people."""
     if not holder:
         return "an unknown process"
     return "pid {pid} of {user} on {host}, {command} since {since}".format(**holder)
@@ -3182,7 +3189,7 @@ class StepResult(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Which release a hook, service, probe or template is run for."""
+    """The release for which a hook, service, probe or template is run."""
 
     application: str
     root: str
@@ -3194,8 +3201,8 @@ class Context(NamedTuple):
     failed: str = ""
     note: str = ""
     candidate_port: str = ""
-    slot: Any = None  # where it is in one
-    directory: str = ""  # where commands run, unless that is the release
+    slot: Any = None  # its slot, if any
+    directory: str = ""  # where commands run; empty: in the release
 
     def variables(self) -> Dict[str, str]:
         """Return the DEPLOY_* variables, all but DEPLOY_HOOK."""
@@ -3221,35 +3228,35 @@ class Outcome:
     release: OptionalText = None
     previous: OptionalText = None
     message = ""
-    result = ""  # what the history calls it, where it has a line there
-    is_repeated = False  # what was told before: nobody is notified again
+    result = ""  # what the history calls it; empty if it has no line there
+    is_repeated = False  # a refusal told before: nobody is notified again
     error: Optional[DeployError] = None
 
     def __init__(self, command: str) -> None:
         self.command = command
         self.steps: List[StepResult] = []
         self.checks: List[CheckResult] = []
-        self.extra: Json = {}  # what this command adds to the object of --json
+        self.extra: Json = {}  # keys that this command adds to the object of --json
 
 
 class Run:
-    """One run of this program: what was asked, with which settings, and what came of it."""
+    """One run of this program: the command, its settings, what it observed and did."""
 
-    # The open root, what was observed there, and the open artifact, while there are such.
+    # The open root, what was observed there, and the open artifact; None while there is none.
     store: Any = None
     facts: Any = None
     artifact: Any = None
     plan: Any = None
-    # What sync found to deploy, and the directory that it fetches into, if it may.
+    # What sync found to deploy, and the open directory that it fetches into.
     offer: Any = None
     cache: Any = None
     # What the steps hand on: the staged tree's name and manifest.
     staging = ""
     manifest: Any = None
-    journal: Any = None  # of the run that is under way; before its first phase it is not written
-    down_failed = ""  # why, where a `down` did
-    left_is_healthy = False  # what a rollback leaves: only then is there a way back
-    is_believed = False
+    journal: Any = None  # on disk only from the plan's first phase on
+    down_failed = ""  # why a `down` failed, if one did
+    left_is_healthy = False  # the release that a rollback leaves: only then may it go back there
+    is_believed = False  # the configuration was accepted: metrics and messages may be sent by it
 
     def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
                  flags: Any = SimpleNamespace(command="")) -> None:
@@ -3258,7 +3265,7 @@ class Run:
         self.interrupts = interrupts
         self.flags = flags
         self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
-        # What children are handed: the caller's trace, else one of our own where it is kept.
+        # For child processes: the caller's trace, else our own if [trace] sends it anywhere.
         self.traceparent = traceparent(os.urandom(8).hex())
         if settings.trace.otlp and not self.traceparent:
             self.traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
@@ -3267,29 +3274,30 @@ class Run:
         if getattr(flags, "override", None):
             notes.append(f"override: {flags.override}")
         self.note = console.secrets.mask("; ".join(filter(None, notes)))
-        # Where the root lies, absolute and without symlinks; empty where none is given.
+        # The root, absolute and without symlinks; empty if none is given.  `root` is the same path
+        # once it is known to be usable; `facts.root` and `store.path` are copies of it.
         self.place = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(self.place) \
             or "application"
         self.outcome = Outcome(flags.command)
-        self.fetch: Any = None  # how to get, once, what [policy] wants beside sync's artifact
-        self.judged: Dict[str, str] = {}  # why [policy] judge let these digests pass
+        self.fetch: Any = None  # gets, once, the files that [policy] wants beside sync's artifact
+        self.judged: Dict[str, str] = {}  # by digest, why [policy] judge let it pass
         self.output: List[str] = []  # a command's last lines, for the step's result
         self.signalled: Set[str] = set()  # services whose process was there to be signalled
 
     @property
     def root(self) -> str:
-        """The root, absolute and without symlinks; UsageError where there is none that can be."""
+        """The path in `place`; UsageError if none is given, or it cannot be a root."""
         root = self.place
         if not root:
             raise UsageError("no root is given", "name it with --root DIR, or set root in [deploy]")
         if root == "/" or escape(root) != root:
             raise UsageError(f"{root!r} cannot be a root",
                              "name the application's own directory: --root DIR")
-        for found in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
-            above = root[:found.start()]
+        for match in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
+            above = root[:match.start()]
             if os.path.isdir(f"{above}/.deploy"):
-                # ROOT/current as well: what is written there would change a release.
+                # ROOT/current, too, is in releases/ once resolved: a root there would change it.
                 raise UsageError(f"{root} cannot be a root: it lies inside another one",
                                  f"perhaps --root {above} is meant")
         return root
@@ -3298,11 +3306,11 @@ class Run:
 class Step(NamedTuple):
     """One action of a plan.
 
-    `do` returns a short detail or nothing, False where it was not needed, and raises DeployError or
-    OSError; `undo` takes it back, done, half done or not begun.  `phase` is what the journal says
-    meanwhile, `noted` the phase that it names once the step is done, where a recovery must know of
-    it.  A failure of an `optional` step is a warning.  `seconds` bounds it, where that is known;
-    `plan` says from what to what it leads, and `what` is for its own `do` and `undo`.
+    `do` returns a short detail or nothing, or False if it was not needed; it raises DeployError or
+    OSError.  `undo` takes it back, whether it is done, half done or not begun.  `phase` is the
+    journal's phase while it runs, `noted` the one after it, if a recovery must know that it is
+    done.  A failure of an `optional` step is a warning.  `seconds`: its longest time, if known.
+    `plan`: the plan it was made for.  `what` is for its own `do` and `undo`.
     """
 
     name: str
@@ -3321,10 +3329,10 @@ Steps = List[Step]
 
 
 class Plan(NamedTuple):
-    """From what to what an operation leads, and its ordered steps, before anything changes.
+    """Which release an operation leaves and which it makes live, and its steps in order.
 
-    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch: its
-    steps are made for a plan of their own, which is `back`.
+    `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch, with
+    steps made for a plan of their own, whose `back` is true.
     """
 
     operation: str
@@ -7434,6 +7442,7 @@ def remember_refusal(run: Run, error: DeployError) -> None:
 
 # -- checks ------------------------------------------------------------------
 
+RESTORE = "restore the file from a backup, or move it away: its release is then unknown"
 SEVERITY = ("fail", "warn", "skip", "ok")
 KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_key")
 
@@ -8232,7 +8241,7 @@ def do_shared(run: Run, step: Step) -> OptionalText:
     deploy, replaced = run.settings.deploy, []
     for path in deploy.shared_dirs + deploy.shared_files:
         if path in deploy.shared_dirs:
-            run.store.root.child(f"shared/{path}", make=True, group=run.store.group).close()
+            run.store.top.child(f"shared/{path}", make=True, group=run.store.group).close()
         if os.fsencode(path) in run.manifest:
             replaced.append(path)
         target = "../" * (2 + path.count("/")) + "shared/" + path
@@ -8905,7 +8914,7 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
                lambda run, step: run.store.forget(HOLD)),
     "flags": ("", make_flags),
     "sweep": ("", "remove what a crash left", lambda run, step:
-              ", ".join(run.store.sweep(None, run.console.warn)) or "nothing was left")}
+              ", ".join(run.store.sweep(run.console.warn)) or "nothing was left")}
 for _name in HOOK_NAMES:  # after the switch a recovery must not run them again
     WORDS[_name] = (f"hooks.{_name}", lambda word, facts, plan: [Step(
         f"hook:{word}", f"run hook {word}: " + "; ".join(
@@ -9274,7 +9283,7 @@ def recover(run: Run) -> List[str]:
     live = facts.current.release
     # Where a record cannot be read, what it may need stays.
     known = None if facts.state_problems else facts.on_disk
-    done += [f"removed {name}" for name in store.sweep(known, run.console.warn)]
+    done += [f"removed {name}" for name in store.sweep(run.console.warn, known)]
     if store.read_history(1, cut=True)[1]:
         done.append("cut off a torn line of the history")
     # The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
@@ -9942,7 +9951,8 @@ def command_recover(run: Run) -> None:
                 if journal:
                     verdict_of(run.store, journal, current.release)
                     done.append(f"recover the {journal} ({journal.phase})")
-                done += [f"remove {path}" for path in run.store.sweep()]
+                done += [f"remove {path}"
+                         for path in run.store.sweep(run.console.warn, dry_run=True)]
                 outcome.changed = bool(done)
     if dry_run:
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
@@ -10150,7 +10160,7 @@ def show_status(run: Run) -> None:
         problems = list(status_problems(run, previous))
         flag = store.maintenance() if store.status(store.flag) else None
         try:
-            store.check_owner(looking=True)
+            store.check_owner(read_only=True)
             last = next(iter(store.history(1)), None)
         except StateError as error:
             problems.append((error.message, error.hint))

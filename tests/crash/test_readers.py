@@ -30,8 +30,8 @@ def test_the_readers_notice_a_switch_in_two_calls(tmp_path: Path, monkeypatch: A
     """A test of the test: with `rm` and `ln` in place of the rename, files are missing."""
     def in_two_calls(self: Any, expected: Optional[str], target: str) -> None:
         if expected:
-            os.unlink("current", dir_fd=self.root.descriptor)
-        os.symlink(f"releases/{target}", "current", dir_fd=self.root.descriptor)
+            os.unlink("current", dir_fd=self.top.descriptor)
+        os.symlink(f"releases/{target}", "current", dir_fd=self.top.descriptor)
 
     monkeypatch.setattr(load_deploy().Store, "switch", in_two_calls)
     figures = readers.run(str(tmp_path), SWITCHES, OPENS, readers=2, limit_seconds=60)
