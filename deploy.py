@@ -2483,7 +2483,7 @@ class HistoryEntry(NamedTuple):
     """One line of `.deploy/history.jsonl`: a run that changed something, or tried to.
 
     release: the one that the run was about; for prune, the live one.  result: one of RUN_RESULTS,
-    or `aborted` (a recovery undid it).  automatic: whether a failure, not a person, led back.
+    or `aborted` (a later run ended it).  automatic: whether a failure, not a person, led back.
     previous_sha256: of the line before, without its newline; empty in the first.
     """
 
@@ -3350,12 +3350,18 @@ class Plan(NamedTuple):
 
 # ============================================================================
 # 7  Signatures
-#    Who signed these bytes: minisign, signify, SSH, cosign and DSSE in pure
-#    Python.  Takes bytes and digests; opens nothing but key files.
+#    Who signed these bytes: minisign, signify, SSH, cosign and DSSE.  Takes
+#    bytes and digests; opens nothing but key files.  In pure Python, as a host
+#    need have neither ssh-keygen nor a module for OpenSSL.  All of it is public:
+#    no secret key is ever here, so nothing depends on constant time.  The tests
+#    hold it to Wycheproof's vectors (tests/lib/vectors.json) and to the tools
+#    themselves; [signature] command is for whoever does not accept it.
 # ============================================================================
 
-# Curves in Weierstrass form (SP 800-186): field and a; order and the base point's x and y in
-# base64.  Edwards25519 is carried over to it (RFC 7748, 4.1) by d, a shift and a scale.
+# Curves y^2 = x^3 + ax + b (SP 800-186, 3.2.1): the field's prime and a; then in base64 the order
+# and the base point's x and y, from which b follows.  edwards25519 (RFC 8032, 5.1: _D) is mapped to
+# this form as RFC 7748, 4.1 maps it to curve25519 (A = 486662), moved by A/3: modulo _P, _SHIFT is
+# A/3, _SCALE a root of -(A + 2), and its a is 1 - A^2/3.
 _P = (1 << 255) - 19
 _D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
 _SHIFT = 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaad2451
@@ -3375,19 +3381,20 @@ NhfeSpYmLG9dnpi/kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6BnXpDHXyQ6g5f"""),
 Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtvtx6ROGQJ
 AMaFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1m
 ARg5KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ""")}
-# kind of key: the hash that goes with it, and how its PEM begins (RFC 3279, 5480, 8410).
+# By kind of key: its hash, and the DER before the key itself in a PEM (RFC 3279, 5480, 8410).
 _KEY_KINDS = {
     "rsa": ("sha256", "300d06092a864886f70d01010105000382"),
     "ed25519": ("sha512", "302a300506032b6570032100"),
     "nistp256": ("sha256", "3059301306072a8648ce3d020106082a8648ce3d030107034200"),
     "nistp384": ("sha384", "3076301006072a8648ce3d020106052b81040022036200"),
     "nistp521": ("sha512", "30819b301006072a8648ce3d020106052b8104002303818600")}
+# By a digest's size, what PKCS #1 puts before it (RFC 8017, 9.2).
 _DIGEST_INFO = {32: "003031300d060960864801650304020105000420",
                 64: "003051300d060960864801650304020305000440"}
 _ARMOR = rb"-----BEGIN ([A-Z ]+)-----\s([\w+/=\s]+)-----END \1-----\s*\Z"
 _MINISIGN = (rb"untrusted comment:[^\n]*\n(\S{100})\r?\n"
              rb"(?:trusted comment: ([^\r\n]*)\r?\n(\S{88})\s*)?\Z")
-# A line of allowed_signers (ssh-keygen(1)): no certificates, and no times that are local.
+# A line of allowed_signers (ssh-keygen(1)), but no certificates and no local times.
 _SIGNER = (
     r'\s*(?:#.*|("[^"]+"|[^\s"]+)\s+(?i:(?:namespaces="([^"]*)"|'
     r'valid-after="(\d{8}|\d{12}|\d{14})Z"|valid-before="(\d{8}|\d{12}|\d{14})Z"|,(?=\S))+\s+)?'
@@ -3396,7 +3403,8 @@ SUSPECT = "do not deploy it: copy both again, or correct [signature] (`command` 
 
 
 def _add(curve: Any, one: Any, two: Any) -> Any:
-    # Projective, complete: any two (Renes, Costello, Batina 2016, algorithm 1).
+    # Any two points, projective, by the complete formulas of Renes, Costello and Batina (2016,
+    # algorithm 1); xy is their X1 Y2 + X2 Y1, and so on.
     (p, a, b), (x1, y1, z1), (x2, y2, z2) = curve, one, two
     xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
     xy, yz, xz = (x1 * y2 + x2 * y1) % p, (y1 * z2 + y2 * z1) % p, (x1 * z2 + x2 * z1) % p
@@ -3406,24 +3414,25 @@ def _add(curve: Any, one: Any, two: Any) -> Any:
 
 
 def _combine(curve: Any, *terms: Any) -> Any:
-    # Multiples of points, in any time: nothing here is secret.
-    found = 0, 1, 0
+    # The sum of number times point, by doubling and adding.
+    total = 0, 1, 0
     for bit in range(max(terms)[0].bit_length() - 1, -1, -1):
-        found = _add(curve, found, found)
+        total = _add(curve, total, total)
         for number, point in terms:
             if number >> bit & 1:
-                found = _add(curve, found, point)
-    return found
+                total = _add(curve, total, point)
+    return total
 
 
 def _read_curve(kind: str) -> Any:
+    # The order, the prime, the curve for _add, and the base point.
     p, a, text = _CURVES[kind]
     order, x, y = (int.from_bytes(binascii.a2b_base64(word), "big") for word in text.split())
     return order, p, (p, a, (y * y - x ** 3 - a * x) % p), (x, y, 1)
 
 
 def _read_edwards(data: bytes) -> Any:
-    # RFC 8032, 5.1.3, and no small order, which anybody can sign for.
+    # RFC 8032, 5.1.3 (square is x^2); then mapped.  Anybody can sign for a point of small order.
     sign, y = divmod(int.from_bytes(data, "little"), 1 << 255)
     square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
     x = pow(square, (_P + 3) // 8, _P)
@@ -3438,14 +3447,15 @@ def _read_edwards(data: bytes) -> Any:
 
 
 def _read_number(data: bytes) -> int:
-    # A positive one, in the one way in which DER and SSH write it.
+    # A positive number, in the only form that DER and SSH allow.
     if not data or data[0] > 127 or data[0] == 0 and data[1:2] < b"\x80":
         raise ValueError("a number in it is not written as it must be")
     return int.from_bytes(data, "big")
 
 
 def _read_der(data: bytes) -> List[bytes]:
-    # r and s of ECDSA in the one right way to write them (RFC 3279, 2.2.3).
+    # r and s of ECDSA (RFC 3279, 2.2.3).  Written anew and compared, so only strict DER passes; no
+    # curve needs 99 bytes, and with at most so many each length fits into its byte.
     body = data[3 if data[1] == 0x81 else 2:]
     first, second = body[2:2 + body[1]][:99], body[4 + body[1]:][:99]
     body = b"\2%c%s\2%c%s" % (len(first), first, len(second), second)
@@ -3455,6 +3465,7 @@ def _read_der(data: bytes) -> List[bytes]:
 
 
 def _read_strings(data: bytes) -> List[bytes]:
+    # SSH's: each behind its length (RFC 4251, 5).
     end = 4 + int.from_bytes(data[:4], "big")
     if 0 < len(data) < max(4, end):
         raise ValueError("it ends too early")
@@ -3462,7 +3473,10 @@ def _read_strings(data: bytes) -> List[bytes]:
 
 
 class PublicKey:
-    """A key: n and e of RSA, a point on a curve, the 32 bytes of Ed25519; `id` is minisign's."""
+    """A public key.
+
+    `numbers` is n and e of RSA, a point on a curve, or the 32 bytes of Ed25519; `id` is minisign's.
+    """
 
     def __init__(self, kind: str, data: bytes, fields: List[bytes], id: bytes = b"") -> None:
         self.kind = kind
@@ -3483,7 +3497,7 @@ class PublicKey:
             self.numbers = x, y, 1
 
     def begin(self, signature: Any, message: bytes = b"", name: str = "") -> Any:
-        """Return the hash of what was signed, to be fed the message, or the rest of it."""
+        """Return the hash of what was signed, to be fed the (rest of the) message."""
         prefix = signature[:32] + self.numbers if self.kind == "ed25519" else b""
         return hashlib.new(name or _KEY_KINDS[self.kind][0], prefix + message)
 
@@ -3491,18 +3505,20 @@ class PublicKey:
         """Say whether it signed what was hashed; ValueError or IndexError for no signature."""
         digest, number = hasher.digest(), int.from_bytes(hasher.digest(), "big")
         if self.kind == "rsa":
-            (n, e), given = self.numbers, int.from_bytes(signature, "big")
+            (n, e), s = self.numbers, int.from_bytes(signature, "big")
             size = (n.bit_length() + 7) // 8
-            # The one right encoding, which is compared whole (RFC 8017, 9.2).
+            # s^e must be the one right encoding, all of it (RFC 8017, 8.2.2 and 9.2).
             right = (_DIGEST_INFO[len(digest)] + digest.hex()).rjust(2 * size - 4, "f")
-            return len(signature) == size and given < n and pow(given, e, n) == int("1" + right, 16)
+            return len(signature) == size and s < n and pow(s, e, n) == int("1" + right, 16)
         order, p, curve, base = _read_curve(self.kind)
         if self.kind == "ed25519":
+            # s B - k A = R (RFC 8032, 5.1.7); k is `number`.
             s, number = (int.from_bytes(text, "little") for text in (signature[32:], digest))
-            (x, y, _), wanted = map(_read_edwards, (self.numbers, signature[:32]))
+            (x, y, _), right = map(_read_edwards, (self.numbers, signature[:32]))
             x, y, z = _combine(curve, (s, base), (number % order, (x, -y, 1)))
             return len(signature) == 64 and s < order and z != 0 \
-                and (wanted[0] * z - x) % p == (wanted[1] * z - y) % p == 0
+                and (right[0] * z - x) % p == (right[1] * z - y) % p == 0
+        # x of (e G + r Q) / s is r (FIPS 186-5, 6.4.2); e is `number`, w is 1 / s.
         r, s = map(_read_number, signature if isinstance(signature, list) else _read_der(signature))
         w = pow(s, order - 2, order)
         x, _, z = _combine(curve, (number * w % order, base), (r * w % order, self.numbers))
@@ -3510,8 +3526,8 @@ class PublicKey:
 
 
 def _read_ssh_key(data: bytes) -> PublicKey:
-    # RFC 4253, 5656, 8709; PROTOCOL.u2f.  Of RSA e comes first; of others there may be a curve
-    # before, or an application behind.
+    # RFC 4253, 5656, 8709; PROTOCOL.u2f.  RSA has e before n, ECDSA the curve before the point, a
+    # security key its application last.
     name, *fields = _read_strings(data)
     kind = re.sub(rb"\A(sk-)?(ssh|ecdsa-sha2)-|@openssh\.com\Z", b"", name).decode("ascii")
     if kind not in _KEY_KINDS:
@@ -3521,7 +3537,7 @@ def _read_ssh_key(data: bytes) -> PublicKey:
 
 
 def read_key(text: str) -> PublicKey:
-    """Read a minisign or signify public key, as such or in a file, or a PEM; UsageError."""
+    """Read a minisign or signify public key, literal or in a file, or a PEM file; UsageError."""
     hint = "give a minisign or signify public key, its file, or what openssl pkey -pubout writes"
     with blaming(UsageError, f"key {text}", hint):
         data = text.encode() if KEY_LITERAL.match(text) else read_file(text, MAX_CONFIG_BYTES)
@@ -3529,9 +3545,9 @@ def read_key(text: str) -> PublicKey:
         pem = re.match(_ARMOR, data)
         blob = read_base64(pem.group(2) if pem else re.sub(rb"\Auntrusted comment:.*", b"", data))
         for kind, (_, mark) in _KEY_KINDS.items():
-            _, found, value = blob.partition(binascii.unhexlify(mark))
-            size = int.from_bytes(value[9:11], "big")
-            if pem and found:
+            _, is_kind, value = blob.partition(binascii.unhexlify(mark))
+            size = int.from_bytes(value[9:11], "big")  # of RSA's n; e is behind it
+            if pem and is_kind:
                 return PublicKey(kind, blob, [value] if kind != "rsa" else [
                     value[11:11 + size], value[13 + size:]])
         if pem or len(blob) != 42 or blob[:2] != b"Ed":
@@ -3540,22 +3556,23 @@ def read_key(text: str) -> PublicKey:
 
 
 def read_signers(path: str) -> Iterator[Any]:
-    """Read allowed_signers: principals, namespaces, since, until, fingerprint; UsageError."""
+    """Read lines of allowed_signers: (principals, namespaces, since, until, key); UsageError."""
     hint = "a line is PRINCIPALS [namespaces=\"deploy\",valid-before=\"20301231Z\"] TYPE KEY"
     with blaming(UsageError, path, hint):
         lines = read_file(path, MAX_CONFIG_BYTES).decode().split("\n")
     for number, line in enumerate(lines, 1):
         with blaming(UsageError, f"{path} line {number}", hint):
-            who, *rest, key = re.match(_SIGNER, line).groups("")  # type: ignore
+            names, *rest, key = re.match(_SIGNER, line).groups("")  # type: ignore
             if key:
-                yield (who.strip('"'), *rest, _read_ssh_key(read_base64(key.encode())).fingerprint)
+                yield (names.strip('"'), *rest,
+                       _read_ssh_key(read_base64(key.encode())).fingerprint)
 
 
 class Verification(NamedTuple):
     """A signature that is being verified: it is fed the bytes once, and says who signed them."""
 
     name: str
-    claims: Any  # what to say, a hash to be fed, and what tells of that whether it is true
+    claims: Any  # each: what `finish` returns, a hash to feed, whether it proves the claim, ...
     sizes: List[int]
 
     def feed(self, chunk: Any) -> "Verification":
@@ -3566,16 +3583,19 @@ class Verification(NamedTuple):
         return self
 
     def finish(self) -> Json:
-        """Return {scheme, signer, key, at}; ArtifactRefused where these bytes were not signed."""
-        for found, hasher, is_true, *_ in self.claims:
+        """Return {scheme, signer, key, at}; ArtifactRefused if nobody known signed these bytes.
+
+        Only a claim that Artifact makes, by a signed SHA256SUMS, has `of` as well.
+        """
+        for claim, hasher, is_true, *_ in self.claims:
             with suppress(ValueError, LookupError):
                 if is_true(hasher):
-                    return dict(zip(("scheme", "signer", "key", "at", "of"), found))
+                    return dict(zip(("scheme", "signer", "key", "at", "of"), claim))
         raise ArtifactRefused(f"{self.name}: no known key signed these bytes", SUSPECT)
 
 
 class Verifier(NamedTuple):
-    """Says who signed bytes, by keys of minisign, signify and openssl, and allowed_signers."""
+    """Says who signed bytes: a key of minisign, signify or openssl, or one in allowed_signers."""
 
     keys: Sequence[PublicKey]
     signers: Sequence[Any]
@@ -3584,11 +3604,11 @@ class Verifier(NamedTuple):
     legacy: bool = False
 
     def verify(self, data: bytes, signature: bytes, name: str) -> Json:
-        """Verify what is at hand; `name` is what the signature is called in errors."""
+        """Verify bytes in memory; `name` is what errors call the signature."""
         return self.begin(signature, name).feed(data).finish()
 
     def begin(self, signature: bytes, name: str) -> Verification:
-        """Read a signature by what it holds, and return what is to be fed; ArtifactRefused."""
+        """Read a signature of any kind, and return what to feed with the bytes; ArtifactRefused."""
         sizes: Any = []
         with blaming(ArtifactRefused, name, SUSPECT):
             if signature.startswith(b"untrusted comment:"):
@@ -3604,26 +3624,27 @@ class Verifier(NamedTuple):
         return Verification(name, claims, sizes)
 
     def statements(self, envelopes: bytes) -> List[Any]:
-        """Return claims of in-toto statements that a key signed (DSSE 1.0), each with its own."""
-        found = []
+        """Return a claim for each in-toto statement that a key signed (DSSE 1.0), and that last."""
+        claims = []
         for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
             envelope = json.loads(line.decode())
             kind = envelope["payloadType"].encode()
             payload = read_base64(envelope["payload"].encode())
             message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
-            for key, given in itertools.product(self.keys, envelope["signatures"]):
-                data = read_base64(given["sig"].encode())
+            for key, entry in itertools.product(self.keys, envelope["signatures"]):
+                data = read_base64(entry["sig"].encode())
                 with suppress(ValueError, LookupError, TypeError, AttributeError):
                     if not key.id and kind == b"application/vnd.in-toto+json" \
                             and key.holds(data, key.begin(data, message)):
                         statement = json.loads(payload.decode())
                         digests = [part["digest"].get("sha256") for part in statement["subject"]]
-                        found.append((
+                        claims.append((
                             ("dsse", key.fingerprint, key.fingerprint, None), hashlib.sha256(),
                             lambda hasher, of=digests: hasher.hexdigest() in of, statement))
-        return found
+        return claims
 
     def _minisign(self, signature: bytes, sizes: Any) -> Any:
+        # Two letters, the key's id and the signature; `last` signs that with the comment.
         first, comment, last = re.match(_MINISIGN, signature).groups()  # type: ignore
         blob, moment = read_base64(first), re.search(rb"\btimestamp:(\d{1,10})\b", comment or b"")
         value, signer = blob[10:], blob[9:1:-1].hex().upper()
@@ -3643,7 +3664,7 @@ class Verifier(NamedTuple):
         def is_true(hasher: Any) -> bool:
             if is_hashed:
                 return key.holds(value, key.begin(value, hasher.digest()))
-            # Its two letters are signed by nobody: what has 64 bytes may be a hash.
+            # Nobody signed the two letters: 64 bytes may be the hash of what was signed as ED.
             return sum(sizes) != 64 and key.holds(value, hasher)
 
         at = format_time(int(moment.group(1))) if moment else None
@@ -3671,10 +3692,10 @@ class Verifier(NamedTuple):
 
         now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
         for globs, namespaces, since, until, known in self.signers:
-            who = [name for name in self.principals or globs.split(",")[:1] if fits(name, globs)]
-            if known == key.fingerprint and who and since <= now <= (until or "9") \
+            names = [name for name in self.principals or globs.split(",")[:1] if fits(name, globs)]
+            if known == key.fingerprint and names and since <= now <= (until or "9") \
                     and fits(self.namespace, namespaces or "*"):
-                return ("ssh", who[0], known, None), hashlib.new(algorithm.decode()), is_true
+                return ("ssh", names[0], known, None), hashlib.new(algorithm.decode()), is_true
         raise ValueError(f"allowed_signers does not let {key.fingerprint} sign this")
 
 
