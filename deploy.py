@@ -2262,16 +2262,15 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
 
 # ============================================================================
 # 6  State
-#    One root, opened by directory descriptors.  Only this section changes the
-#    lock, `current`, the slots' links, records, journal and history; once a call
-#    returns, its change is on disk.  What lies in a release or in shared/ is
-#    written by sections 8 and 13.  Last, what one run carries with it.
+#    One root, by directory descriptors.  Only this section changes its links,
+#    records, journal and history, durably when a call returns; what lies in
+#    releases and shared/, 8 and 13 do.  Last, what one run carries with it.
 # ============================================================================
 
 # -- directories, held open ----------------------------------------------------
 
 def open_own_file(path: str) -> int:
-    """Open a regular file that has no other hard link; UsageError for symlinks and all else."""
+    """Open a regular file with one name, following no symlink; UsageError for all else."""
     with suppress(OSError), Directory(os.path.dirname(path)) as directory:
         with open_file(os.path.basename(path), os.O_NOFOLLOW, directory.descriptor) as stream:
             if os.fstat(stream.fileno()).st_nlink == 1:
@@ -2280,13 +2279,13 @@ def open_own_file(path: str) -> int:
 
 
 class Descriptor(AbstractContextManager):  # type: ignore
-    """Something held open by its descriptor until the end of a `with` block."""
+    """Something held open by descriptor until the end of a `with` block."""
 
     descriptor = -1
 
     def close(self) -> None:
         """Close the descriptor."""
-        # Forgotten first: a second close() could close what has got the same number since.
+        # Forgotten first: closed twice, the number could be another file's by then.
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -2296,7 +2295,7 @@ class Descriptor(AbstractContextManager):  # type: ignore
 
 
 class Directory(Descriptor):
-    """A directory held open by descriptor; names are single components, no symlink is followed.
+    """A directory held open; names are single components, and no symlink is followed.
 
     So a local user gains nothing by swapping a path between a check and its use.
     """
@@ -2306,7 +2305,7 @@ class Directory(Descriptor):
 
     def child(self, path: str, *, make: bool = False, mode: int = 0o755,
               group: int = -1) -> "Directory":
-        """Open a directory below, name by name; with `make`, create what is missing, for `group`."""
+        """Open a directory below, name by name; `make` what is missing, for `group`."""
         deepest = Directory(".", self.descriptor)
         for name in path.split("/"):
             with deepest:
@@ -2345,8 +2344,7 @@ class Directory(Descriptor):
     def remove_tree(self, name: str) -> None:
         """Remove an entry and all below it, following no symlink; a missing one is fine.
 
-        What lies below MAX_DEPTH is moved up here and removed after it: no tree is too deep for
-        the stack or the limit of open descriptors.
+        What lies deeper than MAX_DEPTH is moved up first: no tree exhausts stack or descriptors.
         """
         pending = [name]
         while pending:
@@ -2360,8 +2358,8 @@ class Directory(Descriptor):
             return
         user = os.geteuid()
         if status.st_mode & 0o700 != 0o700 and user != 0 and user == status.st_uid:
-            # The owner must open up a read-only directory to empty it.  Root need not, and must
-            # not: chmod follows a symlink swapped in.  Nobody else can; group bits may suffice.
+            # An owner can empty a read-only directory only after this.  Root need not, and must
+            # not: chmod follows a symlink swapped in.  Others cannot, and may have group bits.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
@@ -2403,7 +2401,7 @@ def sync_filesystem(descriptor: int) -> None:
 
 
 def give_to_group(descriptor: int, group: int) -> None:
-    """Let a group write in a directory and own what is made there (setgid); not if it is -1."""
+    """Let a group, unless it is -1, write in a directory and own what is made there."""
     if group >= 0:
         os.fchown(descriptor, -1, group)
         os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o2070)
@@ -2414,10 +2412,9 @@ def give_to_group(descriptor: int, group: int) -> None:
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
 
-    previous: the release that was live before this one last went live, rollbacks aside.
-    rolled_back_at: when a person rolled back from it; later rollbacks pass over it.  pruned_at:
-    when its files went; the record stays because its artifact is refused, or its migration was not
-    undone.  note: the text of -m.  Times are RFC 3339 UTC; sizes are bytes.
+    previous: what was live when this went forward last.  rolled_back_at: when a person rolled back
+    from it; rollbacks pass over it.  pruned_at: when its files went; what is known of it stays, for
+    a refused artifact or a `down`.  note: the text of -m.  Times are RFC 3339 UTC, sizes bytes.
     """
 
     id: str
@@ -2444,7 +2441,7 @@ class Record(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """The digest of the artifact that this release was made from."""
+        """The digest of the artifact it was made from."""
         return str(self.artifact.get("sha256", ""))
 
     @property
@@ -2456,9 +2453,9 @@ class Record(NamedTuple):
 class Journal(NamedTuple):
     """What is under way, `.deploy/journal.json`; it exists only while something is.
 
-    recoveries: how many automatic recoveries began.  done: the steps that began before it was last
-    written.  chain: Store.chain before this run.  migration: which commands of [migrate] began, and
-    the last one's process group and deploy_id; the run that executes the journal writes into it.
+    recoveries: how many automatic ones began.  done: steps begun before it was last written.
+    chain: Store.chain before the run.  migration: which commands of [migrate] began, and the last
+    one's process group and deploy_id; the one run of a process writes into it.
     """
 
     deploy_id: str
@@ -2508,20 +2505,20 @@ class HistoryEntry(NamedTuple):
     automatic: Optional[bool] = None
 
 
-# What JSON must hold for a field of this type: whoever can write the file can seal it, too.
+# What JSON must hold for a type of field: a seal does not say who made it.
 JSON_TYPES: Dict[Any, Any] = {
     float: (float, int), List[Any]: list, Json: dict, OptionalText: (str, type(None)),
     Optional[bool]: (bool, type(None)), Optional[Json]: (dict, type(None))}
-# Fields with another name in JSON: Python does not take `from` for one.
+# Fields' other names in JSON: `from` is a keyword of Python.
 JSON_NAMES = {"from_release": "from", "to_release": "to"}
-# Patterns for texts, by name in JSON.  Ids become file names; an adopted release may have any name.
+# Patterns of texts.  Ids become file names; an adopted release may have any name.
 ANY_NAME = r"(?!\.\.?\Z)[^/\0]+"
 TEXT_FORMS = {"id": ANY_NAME, "to": ANY_NAME, "previous": ANY_NAME, "from": ANY_NAME,
               "state": "|".join(STATES), "phase": "|".join(PHASES)}
 
 
 def encode(value: Any) -> Json:
-    """Turn a record, journal or history entry into the object for the disk and for --json."""
+    """Turn a record, journal or history entry into an object for the disk and --json."""
     data = {JSON_NAMES.get(field, field): part for field, part in value._asdict().items()}
     return dict(data, schema=SCHEMA)
 
@@ -2534,7 +2531,7 @@ def seal(data: Json) -> Json:
 
 
 def decode(kind: Any, data: bytes, where: str, hint: str = "") -> Any:
-    """Read a sealed object; StateError if it is damaged.  Fields with a default may be missing."""
+    """Read a sealed object, in which fields with a default may be missing; StateError."""
     try:
         sealed = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -2571,8 +2568,7 @@ SOURCE = ".deploy/source.json"
 CACHE = ".deploy/cache"
 HOLD = ".deploy/hold.json"
 FLAGS_FILE = "shared/flags.json"
-# An artifact is unpacked in releases/ itself, to inherit its group, setgid bit, default ACL and
-# security label as anything does that is made there.
+# Artifacts are unpacked in releases/, to inherit its group, setgid bit, default ACL and label.
 STAGING_PREFIX = ".new-"
 # By directory, patterns of what a crash may leave; staging and history.head are version 1.0.0's.
 _TEMPORARY = r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z"
@@ -2603,8 +2599,8 @@ class Store(ExitStack):
     """One root, held open until `close`; paths are relative to it.
 
     A run that changes anything holds the lock from before its first look until after pruning; one
-    that only looks takes none.  Everything is opened by descriptor from the root down: where the
-    application's user owns the root, he could replace `.deploy` or `releases` by a symlink.
+    that only looks takes none.  Everything is opened by descriptor from the root down: the
+    application's user may own the root, and could put a symlink in place of `releases`.
     """
 
     def __init__(self, path: str, settings: Settings) -> None:
@@ -2614,7 +2610,7 @@ class Store(ExitStack):
         self.path = path
         self.command_line = settings.command_line
         self.flag: str = settings.maintenance.flag
-        # The gid of [deploy] group, whose members share this root; -1 if only the owner deploys.
+        # The gid of [deploy] group, whose members share the root; -1 for none.
         self.group = account("group", group, "[deploy] group").gr_gid if group else -1
         # The modes of new files and directories in .deploy.
         self.file_mode = {"owner": 0o600, "group": 0o640, "all": 0o644}[readable]
@@ -2623,11 +2619,11 @@ class Store(ExitStack):
             self.file_mode |= 0o060
             self.directory_mode |= 0o2070
         self._open = {"": self.top}
-        # By release, the temporary symlink that `switch` renames to `current`.
+        # By release, temporary symlinks for `switch` to rename.
         self._links: Dict[str, str] = {}
         self._published_mode = 0o755
-        # The SHA-256 of the history's last line when it was last read or written.  Only a copy kept
-        # elsewhere proves the lines: whoever can write the file can rebuild its chain.
+        # The SHA-256 of the history's last line when last read or written.  Only a copy elsewhere
+        # proves the lines before: whoever can write the file can chain it anew.
         self.chain = ""
 
     @classmethod
@@ -2644,7 +2640,7 @@ class Store(ExitStack):
 
     @classmethod
     def create(cls, settings: Settings) -> "Store":
-        """Open a root for writing, and make what is missing; PreflightFailed if that fails."""
+        """Open a root for writing, making what is missing; PreflightFailed if that fails."""
         group = check_group(settings.deploy.group) if settings.deploy.group else -1
         path = os.path.realpath(settings.deploy.root)
         parent, name = os.path.split(path)
@@ -2660,11 +2656,10 @@ class Store(ExitStack):
             slots = ["slots"] if settings.slots else []
             for place in ["releases", "shared", *slots, *PRIVATE_DIRECTORIES]:
                 mode = store.directory_mode if place in PRIVATE_DIRECTORIES else 0o755
-                # A shared/ that exists may be the operator's symlink.
-                if place != "shared" or store.status(place) is None:
+                if place != "shared" or store.status(place) is None:  # may be an operator's link
                     with store.top.child(place, make=True, mode=mode, group=group) as directory, \
-                            suppress(PermissionError):  # another member owns and gives it
-                        if group >= 0:  # again: a run may have been killed before it did so
+                            suppress(PermissionError):  # another member's
+                        if group >= 0:  # again, as a run may have been killed before
                             give_to_group(directory.descriptor, group)
             os.fsync(store.top.descriptor)
             return store
@@ -2676,7 +2671,7 @@ class Store(ExitStack):
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, read_only: bool = False) -> None:
-        """Refuse a .deploy that others could write; `read_only`: it may be another user's own."""
+        """Refuse a .deploy that others could write; `read_only`: not one that is another's own."""
         for name in PRIVATE_DIRECTORIES:
             try:
                 status = os.fstat(self.directory(name).descriptor)
@@ -2697,7 +2692,7 @@ class Store(ExitStack):
                                  f"chmod -R go-w {self.path}/.deploy")
 
     def directory(self, path: str) -> Directory:
-        """Open a directory, once; StateError for a symlink, or what this user may not enter."""
+        """Open a directory, once; StateError for a symlink or a forbidden one."""
         if path not in self._open:
             above, name = os.path.split(path)
             try:
@@ -2733,20 +2728,17 @@ class Store(ExitStack):
         return status is not None and stat.S_ISDIR(status.st_mode)
 
     def lock_used(self) -> int:
-        """Return when the lock was last taken or given back, in ns: each time `lock` writes it."""
+        """Return when the lock was last taken or given back, in ns."""
         status = self.status(LOCK)
         return status.st_mtime_ns if status else 0
 
     def load(self, path: str, kind: Any = dict) -> Any:
-        """Read a sealed object of a `kind`, or any JSON object (dict); None if there is no file.
-
-        StateError if it cannot be read, or is damaged.
-        """
+        """Read a sealed `kind`, or a JSON object (dict); None without a file, else StateError."""
         where, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
         if kind is Journal:
-            settle = self.command_line("recover --to RELEASE")
             where = f"the journal {where}"
-            hint = f"check that the release you want is live, then: {settle}"
+            hint = "check that the release you want is live, then: " \
+                + self.command_line("recover --to RELEASE")
         try:
             above, name = os.path.split(path)
             data = read_file(name, MAX_STATE_BYTES, os.O_NOFOLLOW, self.directory(above).descriptor)
@@ -2860,7 +2852,7 @@ class Store(ExitStack):
         tree = self.directory(f"releases/{name}").descriptor
         if self.group >= 0:
             give_to_group(tree, self.group)  # any member may have to remove it
-        # The mode that umask, setgid bit and default ACL gave it; it has it again once published.
+        # Once published it has the mode that umask, setgid bit and default ACL gave it.
         self._published_mode = stat.S_IMODE(os.fstat(tree).st_mode)
         os.fchmod(tree, self._published_mode & ~(0o077 if self.group < 0 else 0o007))
         return name
@@ -2878,11 +2870,7 @@ class Store(ExitStack):
         os.fsync(releases)
 
     def remove_release(self, release: str) -> None:
-        """Delete a release, then its manifest; a rename takes it out of sight first.
-
-        Where that cannot be had (EXDEV) it is deleted in place.  What a crash then leaves of it
-        differs from its manifest, so nothing goes back to it; the next prune deletes the rest.
-        """
+        """Delete a release, renamed out of sight first if that can be done, then its manifest."""
         releases, trash = self.directory("releases"), self.directory(TRASH)
         if self.status(f"releases/{release}") is not None:
             name = temporary_name(release)
@@ -2892,7 +2880,8 @@ class Store(ExitStack):
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                # overlayfs cannot rename a directory of a lower layer, such as an image's.
+                # overlayfs renames no directory of a lower layer, such as an image's.  If killed
+                # here, the rest is not as in its manifest: no target, until prune deletes it.
                 releases.remove_tree(release)
             os.fsync(releases.descriptor)
             trash.remove_tree(name)
@@ -2919,7 +2908,6 @@ class Store(ExitStack):
                         self.directory(path).remove_tree(name)
                     paths.append(shown)
                 except OSError as error:
-                    # It is in nobody's way; the next run tries again.
                     warn(f"{shown} cannot be removed: {reason(error)}")
         return paths
 
@@ -3000,7 +2988,7 @@ class Store(ExitStack):
         except FileNotFoundError:
             return [], b""
         except OSError as error:
-            # No StateError, which callers pass over: unlike a damaged line, this stops a recovery.
+            # No StateError: unlike a damaged line, this stops a recovery.
             raise PreflightFailed(f"{self.path}/{HISTORY} cannot be read: {reason(error)}",
                                   "it must be a regular file: move it back, or away")
         with stream:
@@ -3070,10 +3058,7 @@ class Store(ExitStack):
 
 
 def check_group(group: str) -> int:
-    """Return the gid of [deploy] group.
-
-    StateError for root, who must not trust what its members can write, and for who is no member.
-    """
+    """Return the gid of [deploy] group; StateError for root, who must not trust it, and others."""
     if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
                          "run it as one of them, or remove group")
@@ -3095,11 +3080,10 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
     """Hold the kernel's flock on `.deploy/lock`; Busy, which names the holder, once the time is up.
 
     It ends with its process.  The file's content only informs people.  The file is never unlinked,
-    or two runs could each lock a file of that name.  Taking the lock and giving it back both change
-    the file's mtime, which `lock_used` reads.
+    or two runs could each lock a file of that name.
     """
     above, name = os.path.split(LOCK)
-    # Not opened by [deploy] readable: whoever can open the file can hold the lock.
+    # 0600 whatever `readable` says: whoever can open the file can hold the lock.
     descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
                          dir_fd=store.directory(above).descriptor)
     ends_seconds = time.monotonic() + max(0.05, wait_seconds)
@@ -3121,8 +3105,8 @@ def lock(store: Store, wait_seconds: float, holder: Json, interrupts: Interrupts
         try:
             yield
         finally:
-            with suppress(OSError):  # the next holder replaces it anyway
-                stream.truncate(0)
+            with suppress(OSError):
+                stream.truncate(0)  # `lock_used` needs the new mtime
 
 
 def lock_holder(store: Store) -> Optional[Json]:
@@ -3242,7 +3226,7 @@ class Outcome:
 class Run:
     """One run of this program: the command, its settings, what it observed and did."""
 
-    # The open root, what was observed there, and the open artifact; None while there is none.
+    # The open root, what was observed there, and the open artifact, if any.
     store: Any = None
     facts: Any = None
     artifact: Any = None
@@ -3255,8 +3239,8 @@ class Run:
     manifest: Any = None
     journal: Any = None  # on disk only from the plan's first phase on
     down_failed = ""  # why a `down` failed, if one did
-    left_is_healthy = False  # the release that a rollback leaves: only then may it go back there
-    is_believed = False  # the configuration was accepted: metrics and messages may be sent by it
+    left_is_healthy = False  # what a rollback leaves: only then may it go back there
+    is_believed = False  # the configuration was accepted: what it names may be told of the run
 
     def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
                  flags: Any = SimpleNamespace(command="")) -> None:
@@ -3274,8 +3258,8 @@ class Run:
         if getattr(flags, "override", None):
             notes.append(f"override: {flags.override}")
         self.note = console.secrets.mask("; ".join(filter(None, notes)))
-        # The root, absolute and without symlinks; empty if none is given.  `root` is the same path
-        # once it is known to be usable; `facts.root` and `store.path` are copies of it.
+        # The root, absolute and without symlinks, or empty.  The same path is `root`, which
+        # refuses what cannot be one, and later facts.root and store.path.
         self.place = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(self.place) \
             or "application"
@@ -3297,7 +3281,7 @@ class Run:
         for match in re.finditer(r"/(?=(?:releases|\.deploy)/)", root + "/"):
             above = root[:match.start()]
             if os.path.isdir(f"{above}/.deploy"):
-                # ROOT/current, too, is in releases/ once resolved: a root there would change it.
+                # ROOT/current, too, resolved: what is written there would change a release.
                 raise UsageError(f"{root} cannot be a root: it lies inside another one",
                                  f"perhaps --root {above} is meant")
         return root
@@ -3307,10 +3291,10 @@ class Step(NamedTuple):
     """One action of a plan.
 
     `do` returns a short detail or nothing, or False if it was not needed; it raises DeployError or
-    OSError.  `undo` takes it back, whether it is done, half done or not begun.  `phase` is the
-    journal's phase while it runs, `noted` the one after it, if a recovery must know that it is
-    done.  A failure of an `optional` step is a warning.  `seconds`: its longest time, if known.
-    `plan`: the plan it was made for.  `what` is for its own `do` and `undo`.
+    OSError.  `undo` takes it back, done, half done or not begun.  `phase` is the journal's while it
+    runs, `noted` the one after it, if a recovery must know that it is done.  A failure of an
+    `optional` step is a warning.  `seconds` is its longest time, if known, `plan` what it was made
+    for; `what` is for its own `do` and `undo`.
     """
 
     name: str
@@ -3351,17 +3335,15 @@ class Plan(NamedTuple):
 # ============================================================================
 # 7  Signatures
 #    Who signed these bytes: minisign, signify, SSH, cosign and DSSE.  Takes
-#    bytes and digests; opens nothing but key files.  In pure Python, as a host
-#    need have neither ssh-keygen nor a module for OpenSSL.  All of it is public:
-#    no secret key is ever here, so nothing depends on constant time.  The tests
-#    hold it to Wycheproof's vectors (tests/lib/vectors.json) and to the tools
-#    themselves; [signature] command is for whoever does not accept it.
+#    bytes and digests; opens nothing but key files.  Pure Python, for hosts with
+#    neither ssh-keygen nor OpenSSL's module; keys are public, so timing tells
+#    nothing.  Tested by Wycheproof's vectors (tests/lib/vectors.json) and the
+#    tools themselves.  Whoever does not accept it sets [signature] command.
 # ============================================================================
 
-# Curves y^2 = x^3 + ax + b (SP 800-186, 3.2.1): the field's prime and a; then in base64 the order
-# and the base point's x and y, from which b follows.  edwards25519 (RFC 8032, 5.1: _D) is mapped to
-# this form as RFC 7748, 4.1 maps it to curve25519 (A = 486662), moved by A/3: modulo _P, _SHIFT is
-# A/3, _SCALE a root of -(A + 2), and its a is 1 - A^2/3.
+# Curves y^2 = x^3 + ax + b (SP 800-186, 3.2.1): prime and a; in base64 the order and the base
+# point's x and y, which give b.  edwards25519 (RFC 8032, 5.1) is mapped by RFC 7748, 4.1 with
+# A = 486662: _D is its d; modulo _P, _SHIFT = A/3, _SCALE^2 = -A - 2, a = 1 - A^2/3.
 _P = (1 << 255) - 19
 _D = 0x52036cee2b6ffe738cc740797779e89800700a4d4141d8ab75eb4dca135978a3
 _SHIFT = 0x2aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaad2451
@@ -3403,8 +3385,7 @@ SUSPECT = "do not deploy it: copy both again, or correct [signature] (`command` 
 
 
 def _add(curve: Any, one: Any, two: Any) -> Any:
-    # Any two points, projective, by the complete formulas of Renes, Costello and Batina (2016,
-    # algorithm 1); xy is their X1 Y2 + X2 Y1, and so on.
+    # Complete, projective (Renes, Costello, Batina 2016, algorithm 1); xy is X1 Y2 + X2 Y1.
     (p, a, b), (x1, y1, z1), (x2, y2, z2) = curve, one, two
     xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
     xy, yz, xz = (x1 * y2 + x2 * y1) % p, (y1 * z2 + y2 * z1) % p, (x1 * z2 + x2 * z1) % p
@@ -3425,7 +3406,6 @@ def _combine(curve: Any, *terms: Any) -> Any:
 
 
 def _read_curve(kind: str) -> Any:
-    # The order, the prime, the curve for _add, and the base point.
     p, a, text = _CURVES[kind]
     order, x, y = (int.from_bytes(binascii.a2b_base64(word), "big") for word in text.split())
     return order, p, (p, a, (y * y - x ** 3 - a * x) % p), (x, y, 1)
@@ -3454,8 +3434,7 @@ def _read_number(data: bytes) -> int:
 
 
 def _read_der(data: bytes) -> List[bytes]:
-    # r and s of ECDSA (RFC 3279, 2.2.3).  Written anew and compared, so only strict DER passes; no
-    # curve needs 99 bytes, and with at most so many each length fits into its byte.
+    # ECDSA's r and s (RFC 3279, 2.2.3), written anew to compare; %c takes no more than 255.
     body = data[3 if data[1] == 0x81 else 2:]
     first, second = body[2:2 + body[1]][:99], body[4 + body[1]:][:99]
     body = b"\2%c%s\2%c%s" % (len(first), first, len(second), second)
@@ -3473,10 +3452,7 @@ def _read_strings(data: bytes) -> List[bytes]:
 
 
 class PublicKey:
-    """A public key.
-
-    `numbers` is n and e of RSA, a point on a curve, or the 32 bytes of Ed25519; `id` is minisign's.
-    """
+    """A key: n and e of RSA, a point on a curve, the 32 bytes of Ed25519; `id` is minisign's."""
 
     def __init__(self, kind: str, data: bytes, fields: List[bytes], id: bytes = b"") -> None:
         self.kind = kind
@@ -3502,7 +3478,7 @@ class PublicKey:
         return hashlib.new(name or _KEY_KINDS[self.kind][0], prefix + message)
 
     def holds(self, signature: Any, hasher: Any) -> bool:
-        """Say whether it signed what was hashed; ValueError or IndexError for no signature."""
+        """Say whether this key signed what was hashed; ValueError or IndexError for nonsense."""
         digest, number = hasher.digest(), int.from_bytes(hasher.digest(), "big")
         if self.kind == "rsa":
             (n, e), s = self.numbers, int.from_bytes(signature, "big")
@@ -3526,8 +3502,7 @@ class PublicKey:
 
 
 def _read_ssh_key(data: bytes) -> PublicKey:
-    # RFC 4253, 5656, 8709; PROTOCOL.u2f.  RSA has e before n, ECDSA the curve before the point, a
-    # security key its application last.
+    # RFC 4253, 5656, 8709; PROTOCOL.u2f.  RSA: e, n; ECDSA: curve, point; sk-: application last.
     name, *fields = _read_strings(data)
     kind = re.sub(rb"\A(sk-)?(ssh|ecdsa-sha2)-|@openssh\.com\Z", b"", name).decode("ascii")
     if kind not in _KEY_KINDS:
@@ -3583,13 +3558,10 @@ class Verification(NamedTuple):
         return self
 
     def finish(self) -> Json:
-        """Return {scheme, signer, key, at}; ArtifactRefused if nobody known signed these bytes.
-
-        Only a claim that Artifact makes, by a signed SHA256SUMS, has `of` as well.
-        """
+        """Return {scheme, signer, key, at}; ArtifactRefused if nobody known signed these bytes."""
         for claim, hasher, is_true, *_ in self.claims:
             with suppress(ValueError, LookupError):
-                if is_true(hasher):
+                if is_true(hasher):  # `of` is in Artifact's own claim, by SHA256SUMS
                     return dict(zip(("scheme", "signer", "key", "at", "of"), claim))
         raise ArtifactRefused(f"{self.name}: no known key signed these bytes", SUSPECT)
 
@@ -3644,7 +3616,7 @@ class Verifier(NamedTuple):
         return claims
 
     def _minisign(self, signature: bytes, sizes: Any) -> Any:
-        # Two letters, the key's id and the signature; `last` signs that with the comment.
+        # Two letters, key id, signature; `last` signs that with the comment.
         first, comment, last = re.match(_MINISIGN, signature).groups()  # type: ignore
         blob, moment = read_base64(first), re.search(rb"\btimestamp:(\d{1,10})\b", comment or b"")
         value, signer = blob[10:], blob[9:1:-1].hex().upper()
@@ -7106,8 +7078,8 @@ def archive(run: Run, file: str) -> None:
 
 # ============================================================================
 # 12  Facts and preflight
-#    What is true before anything changes, and a table of checks over it.  Reads
-#    everything; writes nothing but a refusal's line in the history.
+#    What is observed before anything changes, and a table of checks of it.
+#    Reads everything; writes only the history's line for a refusal.
 # ============================================================================
 
 class Facts(NamedTuple):
@@ -7122,18 +7094,19 @@ class Facts(NamedTuple):
     note: str
     now_seconds: float
     current: Current = Current(None)
+    # Steps keep these up to date.  The shared defaults are for a look at a root not there.
     records: Dict[str, Record] = {}
-    state_problems: Sequence[str] = ()
     on_disk: Set[str] = set()
-    in_use: Dict[str, str] = {}  # by release, who runs from it: only what prunes looks
+    state_problems: Sequence[str] = ()
+    in_use: Dict[str, str] = {}  # by release, who runs from it; only for commands that prune
     journal: Optional[Journal] = None
     holder: Optional[Json] = None
-    hold: Json = {}  # by, note, since, until; empty where nobody holds, or its time is over
-    flags: Json = {}  # of features: what is in shared/flags.json; only for the command
+    hold: Json = {}  # by, note, since, until; empty without a hold, or once its time is over
+    flags: Json = {}  # the feature flags in shared/flags.json; only for the command `flags`
     artifact: Optional[Artifact] = None
     refusal: Optional[DeployError] = None
     slots: Dict[str, str] = {}  # by release, the slot whose link names it
-    live_slot: str = ""  # that live.conf names; empty where that is none, or cannot be told
+    live_slot: str = ""  # the slot that live.conf names; empty if it names none, or not one
     live_conf: str = ""
 
     def release(self, name: str) -> Optional[Record]:
@@ -7142,39 +7115,39 @@ class Facts(NamedTuple):
 
 
 def observe(run: Run, *, locked: bool = False, artifact: str = "", confirm: bool = False) -> Facts:
-    """Look at the root, where that is still to be done, and at the artifact; keeps `run.facts`.
+    """Look at the root, unless that is done, and at the artifact; keeps `run.facts`.
 
-    A refused artifact is a fact, too.  `confirm`: no unpacking will tell whether it is right.
+    A refused artifact is a fact, too.  `confirm`: read its bytes now, as nothing will unpack it.
     """
     if run.facts is None:
         unlocked = None if locked else run.store
         used = unlocked and unlocked.lock_used()
         run.facts = observe_root(run, locked=locked)
         if unlocked and unlocked.lock_used() != used:
-            # A run began or ended meanwhile, and half of each state is neither.
+            # A run began or ended meanwhile: half of this may be of the state before.
             run.facts = observe_root(run, locked=locked)
     run.outcome.release = run.facts.current.release
     if artifact:
         try:
-            found = observe_artifact(run, artifact, confirm=confirm)
-            run.facts = run.facts._replace(artifact=found)
+            opened = observe_artifact(run, artifact, confirm=confirm)
+            run.facts = run.facts._replace(artifact=opened)
         except (ArtifactRefused, UsageError) as error:
             run.facts = run.facts._replace(refusal=error)
             if confirm and run.settings.signature.verify != "off":
                 with suppress(ArtifactRefused, UsageError):
-                    # What was refused for something else: its signature is judged all the same.
-                    found = run.artifact = run.artifact or Artifact(
+                    # Refused for something else: its signature is still judged.
+                    opened = run.artifact = run.artifact or Artifact(
                         artifact, None, delegated=run.flags.delegate)
-                    if not found.read_sha256:
-                        found.find_signature(run.settings, run.flags.signature or "")
-                        found.hash(run.settings, lambda done: run.interrupts.check())
-    found = run.facts.artifact
-    if found:
-        names = {"name": portable(found.name), "source": portable(found.path)}
+                    if not opened.read_sha256:
+                        opened.find_signature(run.settings, run.flags.signature or "")
+                        opened.hash(run.settings, lambda done: run.interrupts.check())
+    opened = run.facts.artifact
+    if opened:
+        names = {"name": portable(opened.name), "source": portable(opened.path)}
         run.outcome.extra["artifact"] = {
             **run.console.secrets.mask_json(names),
-            "version": found.version, "format": found.format, "size": found.size_bytes,
-            "sha256": found.sha256, "signature": found.signature}
+            "version": opened.version, "format": opened.format, "size": opened.size_bytes,
+            "sha256": opened.sha256, "signature": opened.signature}
     return run.facts
 
 
@@ -7185,7 +7158,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
                   run.deploy_id, run.note, now_seconds, artifact=run.offer)
     if store is None:
         return facts
-    # Before the records: what a run makes live meanwhile must not look as if it had none.
+    # First: what a run makes live meanwhile must not seem to lack a record.
     seen: Json = {"current": store.current()}
     records, problems = store.records()
     try:
@@ -7201,20 +7174,19 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
     except StateError as error:
         problems.append(error.message)
     if command in ("deploy", "sync", "activate", "prune"):
-        # Going through /proc costs more than all the rest.
+        # Only then: reading /proc costs more than all the rest.
         seen["in_use"] = releases_in_use(settings, store.path)
     if command == "flags":
         seen["flags"] = store.load(FLAGS_FILE) or {}
     if not locked:
         seen["holder"] = lock_holder(store)
     if settings.slots:
-        # Where the slots' links and live.conf lead.
         links = {name: f"{store.path}/slots/{name}" for name in settings.slots}
         seen["slots"] = {os.path.basename(os.readlink(link)): name
                          for name, link in links.items() if os.path.islink(link)}
         path = f"{store.path}/slots/live.conf"
         conf = seen["live_conf"] = read_text(path) if os.path.isfile(path) else ""
-        # Written before `include` was changed, it has the port in it all the same.
+        # If `include` was changed since it was written, the port in it still tells.
         named = [name for name, slot in settings.slots.items() if conf == slot.include] or [
             name for name, slot in settings.slots.items() if re.search(rf"\b{slot.port}\b", conf)]
         seen["live_slot"] = named[0] if len(named) == 1 else ""
@@ -7224,7 +7196,7 @@ def observe_root(run: Run, *, locked: bool) -> Facts:
 
 
 def slot_problem(facts: Facts) -> Iterator[Problem]:
-    """Say where live.conf, the slots' links, `current` and its record do not agree."""
+    """Yield a problem if live.conf, the slots' links, `current` and its record do not agree."""
     live = facts.live_slot or "no slot"
     current = facts.current.release or "nothing"
     record = facts.records.get(current)
@@ -7237,24 +7209,23 @@ def slot_problem(facts: Facts) -> Iterator[Problem]:
 
 
 def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
-    """Open the artifact, which stays open for whoever unpacks it, and find out what it is."""
+    """Open the artifact, which stays open to be unpacked, and find out what it is."""
     settings, facts, flags = run.settings, run.facts, run.flags
     run.artifact = artifact = Artifact(path, settings.limits, delegated=flags.delegate)
     for key in ("name", "path", "built_at", "signature", "signature_file") if run.offer else ():
-        setattr(artifact, key, getattr(run.offer, key))  # in the cache it has no name of its own
+        setattr(artifact, key, getattr(run.offer, key))  # its file in the cache tells none of these
     if (artifact.path + "/").startswith((f"{facts.root}/releases/", f"{facts.root}/.deploy/")):
         # A release has shared links and templates in it, and may be pruned while it is copied.
         raise ArtifactRefused(f"artifact {artifact.path} lies inside {facts.root}: deploy.py's own",
                               "name what the build made; a release goes live again by "
                               + facts.command_line("activate RELEASE"))
-    if settings.signature.verify != "off" and not run.offer:  # the index is signed for all
+    if settings.signature.verify != "off" and not run.offer:  # sync verified the signed index
         artifact.find_signature(settings, flags.signature or "")
     elif flags.signature:
         raise UsageError("--signature: no key is known", "set [signature] keys")
     with run.console.progress("hash", artifact.size_bytes) as progress:
         artifact.identify(settings, progress, flags.sha256 or "", flags.release_version or "")
-        # To `deploy` what is live is nothing to do, whatever its file is called now, unless
-        # another version is asked for.
+        # What is live is not deployed again under a new file name, unless a version is asked for.
         live = facts.current.release
         any_name = flags.command in ("deploy", "preflight") and not flags.release_version
         before = max((
@@ -7265,8 +7236,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
             and record.artifact.get("strip_components") == settings.artifact.strip_components),
             key=lambda record: (record.id == live, record.sequence), default=None)
         if before or confirm:
-            # What is still the file that it was unpacked from need not be read again, unless
-            # reading it is what makes it believed.
+            # The very file that `before` was unpacked from is read again only for its signature.
             is_same = before and before.artifact.get("identity") == artifact.identity \
                 and not artifact.distrust
             artifact.confirm(settings, progress, before.sha256 if is_same else "")
@@ -7278,7 +7248,7 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     try:
         changed = before.id != live and problems_of(check_release(run, before))
     except StateError as error:
-        changed = error.message  # nobody can say without a manifest
+        changed = error.message  # without a manifest it counts as changed
     if changed:
         run.console.warn(f"{before.id} was changed since it was staged; staging the artifact again")
     else:
@@ -7288,10 +7258,8 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
 
 
 def check_release(run: Run, record: Record) -> Differences:
-    """Hold a release against its manifest; StateError when that is missing or damaged."""
-    release = record.id
-    store = run.store
-    # What the interpreter and the service write there says nothing against the release.
+    """Compare a release with its manifest; StateError if that is missing or damaged."""
+    release, store = record.id, run.store
     written = mutable_pattern(run.settings.deploy)
     try:
         with run.console.progress("verify", int(record.tree.get("bytes") or 0)) as progress, \
@@ -7302,7 +7270,7 @@ def check_release(run: Run, record: Record) -> Differences:
                     raise ValueError(f"{store.path}/.deploy/{name}s/{release} was changed")
             with store.directory("releases").child(release) as directory:
                 manifest = read_manifest(*streams)
-                if run.settings.deploy.writable:  # of any size by now
+                if run.settings.deploy.writable:  # not hashed: of any size by now
                     manifest = {name: member for name, member in manifest.items()
                                 if not written.match(os.fsdecode(name))}
                 found = differences(manifest, scan_tree(directory, progress, known=manifest))
@@ -7312,16 +7280,16 @@ def check_release(run: Run, record: Record) -> Differences:
         raise StateError(f"{release} cannot be verified: {user_name()} may not read "
                          f"{portable(os.fsdecode(error.filename or 'part of it'))}: "
                          f"{reason(error)}", "run it as the owner of that")
-    # A directory that was made for what is mutable counts no more; what else it holds is told.
-    made = {name[:slash.start()] for name in found["added"] if written.match(name)
-            for slash in re.finditer("/", name)}
+    # A new directory above something mutable is no difference; what else is in it is one.
+    parents = {name[:slash.start()] for name in found["added"] if written.match(name)
+               for slash in re.finditer("/", name)}
     return {word: {name: why for name, why in names.items()
-                   if not (written.match(name) or word == "added" and name in made)}
+                   if not (written.match(name) or word == "added" and name in parents)}
             for word, names in found.items()}
 
 
 def mutable_pattern(deploy: Any, *, bytecode: bool = True) -> Any:
-    """Compile the names in a release that may change: bytecode, [deploy] mutable and writable."""
+    """Compile what may change in a release: bytecode, [deploy] mutable and writable."""
     parts = [r"(?:.*/)?__pycache__(?:/|\Z)", r".*\.py[co]\Z"] if bytecode else [r"(?!)"]
     parts += [re.escape(path) + r"(?:/|\Z)" for path in deploy.writable]
     parts += [path_pattern(glob.strip("/")) + r"(?:/|\Z)" for glob in deploy.mutable]
@@ -7329,11 +7297,11 @@ def mutable_pattern(deploy: Any, *, bytecode: bool = True) -> Any:
 
 
 def strangers(run: Run, record: Record) -> List[str]:
-    """List what a release holds that the artifact did not bring, bytecode and `mutable` aside."""
+    """List what was written into a release since it was made, bytecode and `mutable` aside."""
     written = mutable_pattern(run.settings.deploy)
-    found = []
+    added = []
     top = f"{run.store.path}/releases/{record.id}/"
-    # Without its manifest nobody can say; of so deep a tree what was found is enough.
+    # Without a manifest nothing is known; of a tree too deep, what was found so far is enough.
     with suppress(OSError, ValueError, StateError, RecursionError), \
             run.store.open_manifest(record) as streams:
         known = {os.fsdecode(name) for name in read_manifest(*streams)}
@@ -7341,14 +7309,14 @@ def strangers(run: Run, record: Record) -> List[str]:
             run.interrupts.check()
             inside = os.path.join(place, "")[len(top):]
             links = [name for name in directories if os.path.islink(f"{place}/{name}")]
-            found += [name for name in (inside + name for name in files + links)
+            added += [name for name in (inside + name for name in files + links)
                       if name not in known and not written.match(name)]
             directories[:] = [name for name in directories if not written.match(f"{inside}{name}/")]
-    return sorted(found)
+    return sorted(added)
 
 
 def name_differences(run: Run, found: Differences) -> List[str]:
-    """Put all that differs into the result; returns a line for each."""
+    """Put all differences into the result; return a line for each."""
     run.outcome.extra["differences"] = {
         word: list(map(portable, names)) for word, names in found.items()}
     return [f"{word:<8} {portable(name)}  {portable(why)}".rstrip()
@@ -7356,7 +7324,7 @@ def name_differences(run: Run, found: Differences) -> List[str]:
 
 
 def problems_of(differences: Differences) -> str:
-    """Say what makes a release unfit to go live; files that were only added do not."""
+    """Say what makes a release unfit to go live; empty if nothing does, added files included."""
     return " and ".join(
         f"{count(len(differences[word]), 'entry', 'entries')} {word} "
         f"({', '.join(itertools.islice(differences[word], 3))})"
@@ -7365,7 +7333,7 @@ def problems_of(differences: Differences) -> str:
 
 def context_for(facts: Facts, release: OptionalText, previous: OptionalText = None,
                 failed: str = "") -> Context:
-    """Describe a release to hooks, probes and templates; without one, the one to be made."""
+    """Describe a release, or the one to be made, to hooks, probes and templates."""
     record = facts.records.get(release or "")
     live = facts.current.release
     if previous is None:
@@ -7379,10 +7347,10 @@ def context_for(facts: Facts, release: OptionalText, previous: OptionalText = No
 
 
 def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
-    """Say of each release in which a process has its working directory or executable, which one.
+    """Return, by release, a process that has its working directory or executable in it.
 
-    It counts where it is root's, the owner's or a service's: its unit's, or below what a pidfile
-    names.  Otherwise any user could keep a release for ever by a `cd` into it.
+    It must be root's, the owner's or a service's (by cgroup or pidfile): nobody else shall keep a
+    release by a `cd` into it.
     """
     inside = os.path.realpath(f"{root}/releases") + "/"
     found = {}
@@ -7397,7 +7365,7 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
             release = target[len(inside):].split("/")[0]
             if not target.startswith(inside) or release in found:
                 continue
-            # The real user: who may run something setuid is not its owner for that.
+            # The real uid: running something setuid does not make a user its owner.
             known = dict(re.findall(r"(?m)^(\w+):\s*(\S+)", read_text(f"/proc/{process}/status")))
             user = int(known["Uid"])
             owner = os.lstat(inside + release).st_uid
@@ -7415,20 +7383,20 @@ REMEMBERED_ENTRIES = 100
 GOES_LIVE = ("deployed", "synced", "activated", "rolled_back", "left_live", "recovered")
 
 
-def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: Any) -> None:
-    """Write a line into the history about a record or artifact; a refusal once, though timers tick.
+def note_ending(run: Run, about: Any, error: Optional[DeployError], **fields: Any) -> None:
+    """Append a line about a record or artifact to the history; a refusal once, not at every tick.
 
-    That is, until another release goes live, or for the day where no digest says what is refused.
+    Again only once another release went live, or, without a digest, on another day.
     """
     outcome, entry = run.outcome, HistoryEntry(**{
         "sequence": 0, "at": format_time(), "by": run.by, "previous_sha256": "",
         "message": run.console.secrets.mask(error.message) if error else "",
-        "version": found.version if found else None, "note": run.note or None,
-        "artifact_sha256": found.sha256 if found else None,
-        "built_at": found.built_at if found else None, **fields})
+        "version": about.version if about else None, "note": run.note or None,
+        "artifact_sha256": about.sha256 if about else None,
+        "built_at": about.built_at if about else None, **fields})
 
     def refused(refusal: HistoryEntry) -> Any:
-        # Free space is another number at every tick, a window's day another name.
+        # Numbers (free space) and days (of a window) differ from tick to tick.
         message = re.sub(r"([A-Z]\w\w )?\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
         return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
@@ -7445,11 +7413,11 @@ def note_ending(run: Run, found: Any, error: Optional[DeployError], **fields: An
 
 
 def remember_refusal(run: Run, error: DeployError) -> None:
-    """Note that preflight failed or the artifact was refused, where no step was taken; locked."""
+    """Note in the history that a run was refused before its first step; it has the lock."""
     if run.outcome.result or isinstance(error, StateError) or any(
             check.status == "fail" and check.name in ("permissions", "root", "state")
             for check in run.outcome.checks):
-        return  # it is written, or nothing may be written there
+        return  # it is written already, or nothing may be written in this root
     why = {"step": "preflight", "reason": run.console.secrets.mask(error.message),
            "evidence": {}, "interrupted": False}
     try:
@@ -7469,7 +7437,7 @@ KEY_FILES = ("auth_file", "url_file", "token_file", "tls_ca", "tls_cert", "tls_k
 
 
 def check_configuration(run: Run) -> Findings:
-    """Whoever runs this is who should, and what the configuration names is there."""
+    """The right user runs this; credentials and certificates that it names can be used."""
     settings = run.settings
     user = settings.preflight.user
     run.console.debug(f"{os.uname().nodename}: python {sys.executable} {sys.version.split()[0]}, "
@@ -7489,15 +7457,15 @@ def check_configuration(run: Run) -> Findings:
             yield ("fail", f"[probe:{name}] {', '.join(named)}: {network_error(error)}",
                    "auth_file holds a header's value or user:password; tls_* are PEM, tls_key is "
                    "not encrypted")
-    for key, wanted in (("run_as", settings.hooks.run_as),
-                        ("app_user", settings.deploy.writable and settings.deploy.app_user)):
-        if wanted and account("user", wanted, key) and os.geteuid() != 0:
-            yield "fail", f"{key} = {wanted} needs root", f"run as root, or remove {key}"
+    for key, name in (("run_as", settings.hooks.run_as),
+                      ("app_user", settings.deploy.writable and settings.deploy.app_user)):
+        if name and account("user", name, key) and os.geteuid() != 0:
+            yield "fail", f"{key} = {name} needs root", f"run as root, or remove {key}"
     yield "ok", ", ".join(settings.files) or "no file; defaults and command line", ""
 
 
 def check_trust(run: Run) -> Findings:
-    """Could somebody else have written what is about to be believed?"""
+    """Nobody else can have written what this run trusts."""
     serious = "fail" if os.geteuid() == 0 else "warn"
     store = run.store
     root = run.facts.root
@@ -7505,11 +7473,12 @@ def check_trust(run: Run) -> Findings:
     if run.settings.deploy.group:
         check_group(run.settings.deploy.group)
     refused, accepted = untrusted(run.settings)
-    # Where root runs nothing of a release, that it could be changed is the application's own risk.
+    # Unless root runs a program out of a release (in `refused`), an application that owns
+    # releases/ can only change its own code: a warning.
     for path, (problem, fix) in {**trust_problems(f"{root}/releases"), **refused}.items():
-        found = os.lstat(path)
-        # None but the group that deploys here may write its own.
-        is_own = store and found.st_gid == store.group and not found.st_mode & 0o002 \
+        status = os.lstat(path)
+        # In its own root, [deploy] group may write.
+        is_own = store and status.st_gid == store.group and not status.st_mode & 0o002 \
             and f"{path}/".startswith(f"{root}/")
         if not is_own and path not in accepted:
             yield serious if path in refused else "warn", problem, fix
@@ -7517,25 +7486,21 @@ def check_trust(run: Run) -> Findings:
         yield "warn", problem, fix
     if store is not None:
         store.check_owner()
-        mode = stat.S_IMODE(os.lstat(private).st_mode) if os.path.lexists(private) else 0
+        status = store.status(".deploy")
+        mode = stat.S_IMODE(status.st_mode) if status else 0
         if mode & 0o077 & ~store.directory_mode:
             yield (serious, f"{private} is open to others (mode {mode:04o})",
                    f"chmod {store.directory_mode:04o} {private}")
 
 
 def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
-    """Find, by path, what others could change of what root acts on: refused, and accepted.
-
-    What comes with a release is looked for in the live one and the next.
-    """
+    """Find, by path, what root acts on and others could change: refused, and accepted risks."""
     refused: Problems = {}
-    deploy = settings.deploy
-    signature = settings.signature
-    policy = settings.policy
+    deploy, signature, policy = settings.deploy, settings.signature, settings.policy
     paths = [*settings.files, deploy.root, signature.allowed_signers, policy.approvers,
              policy.attesters, *itertools.filterfalse(KEY_LITERAL.match, signature.keys)]
-    for asked in (*settings.probe.values(), *settings.notify.values(), settings.source):
-        paths += [getattr(asked, key, "") for key in KEY_FILES]
+    for peer in (*settings.probe.values(), *settings.notify.values(), settings.source):
+        paths += [getattr(peer, key, "") for key in KEY_FILES]
     for service in (*settings.service.values(), *settings.slots.values()):
         if service.unit:
             paths += program_places(service.systemctl[0], "/", command_path())
@@ -7563,7 +7528,7 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
 
 
 def check_root(run: Run) -> Findings:
-    """The root can be written or made, on one filesystem: rename would fail half way (EXDEV)."""
+    """The root can be written or made, on one filesystem: else a rename would fail (EXDEV)."""
     root = run.facts.root
     parent = os.path.dirname(root)
     place = root if run.store else f"{parent}/."
@@ -7573,15 +7538,15 @@ def check_root(run: Run) -> Findings:
                "mount it read-write")
     for name in ("releases", *PRIVATE_DIRECTORIES) if run.store else ():
         path = f"{root}/{name}"
-        found = os.lstat(path if os.path.lexists(path) else root)
-        if not stat.S_ISDIR(found.st_mode) or found.st_dev != os.lstat(root).st_dev:
+        status = os.lstat(path if os.path.lexists(path) else root)
+        if not stat.S_ISDIR(status.st_mode) or status.st_dev != os.lstat(root).st_dev:
             yield ("fail", f"{path} is no directory of the root's filesystem",
                    f"move it away, or unmount {path}")
     yield "ok", root if run.store else f"{root} will be made", ""
 
 
 def check_application(run: Run) -> Findings:
-    """No other application deploys to this root; compared where both were given a name."""
+    """No other application deploys to this root; compared if both were given a name."""
     ours = run.settings.deploy.application
     flags = run.flags
     newest = max((record for record in run.facts.records.values() if record.application),
@@ -7593,7 +7558,7 @@ def check_application(run: Run) -> Findings:
 
 
 def check_hold(run: Run) -> Findings:
-    """Nobody has asked that what is live stays live; only a rollback may pass then."""
+    """Nobody holds what is live; only a rollback may pass a hold."""
     hold = run.facts.hold
     command = run.flags.command
     if command != "rollback":
@@ -7605,7 +7570,7 @@ def check_hold(run: Run) -> Findings:
 
 
 def check_state(run: Run) -> Findings:
-    """`current` leads to a release, or nothing yet, and records and journal can be read."""
+    """`current`, records and journal are in order; also the heart of `status`."""
     facts = run.facts
     current = facts.current
     serious = "fail"
@@ -7613,7 +7578,7 @@ def check_state(run: Run) -> Findings:
     if run.flags.command in ("rollback", "activate"):
         fix += f"; or go to a whole one: {facts.command_line('recover --to RELEASE')}"
         if current.release in facts.records:
-            serious = "warn"  # a way back that is known must not wait for some other's record
+            serious = "warn"  # another release's damaged record must not stop a way back
     for problem in facts.state_problems:
         yield serious, problem, fix
     if current.problem:
@@ -7636,30 +7601,30 @@ def check_lock(run: Run) -> Findings:
 
 
 def check_artifact(run: Run) -> Findings:
-    """It is whole, none that failed or was gone back from, nor older than what is live."""
-    found, refusal, flags, facts = run.facts.artifact, run.facts.refusal, run.flags, run.facts
+    """It is whole, did not fail, was not rolled back from, and is no older than what is live."""
+    artifact, refusal, flags, facts = run.facts.artifact, run.facts.refusal, run.flags, run.facts
     if refusal:
         raise refusal
-    bad = refused_record(facts, found.sha256)
+    bad = refused_record(facts, artifact.sha256)
     live = facts.records.get(facts.current.release or "")
     if bad and flags.force:
         yield "warn", f"refused before as {bad.id}, and is tried again", ""
     elif bad and (bad.state == STATE_BAD or flags.command != "stage"):
         yield ("fail", *bad_refusal(bad))
-    # What was adopted has a name, and no version.
+    # The version of an adopted release is only its name.
     if live and live.artifact.get("sha256_source") != "adopted":
-        new = version_key(found.version)
+        new = version_key(artifact.version)
         old = version_key(live.version)
         if new and old and new < old:
             yield ("warn" if flags.allow_downgrade else "fail",
-                   f"{found.version} is older than {live.version}, which is live",
+                   f"{artifact.version} is older than {live.version}, which is live",
                    "to go back use rollback or activate; to insist, --allow-downgrade")
-    yield ("ok", f"{found.name}: {found.format}, {format_size(found.size_bytes)}, "
-           f"version {found.version}, sha256 {found.sha256[:12]} ({found.sha256_source})", "")
+    yield ("ok", f"{artifact.name}: {artifact.format}, {format_size(artifact.size_bytes)}, version "
+           f"{artifact.version}, sha256 {artifact.sha256[:12]} ({artifact.sha256_source})", "")
 
 
 def check_signature(run: Run) -> Findings:
-    """[signature]: who signed the artifact, as far as its bytes were read."""
+    """[signature]: who signed the artifact, once its bytes were read."""
     artifact = run.artifact
     live = run.facts.release(run.facts.current.release or "")
     if artifact is None or run.settings.signature.verify == "off":
@@ -7694,42 +7659,42 @@ def ask_signature_command(run: Run, artifact: Artifact) -> None:
 
 
 def check_origin(run: Run) -> Findings:
-    """Nobody else could have written the artifact, its digest, or what leads there."""
-    artifact, settings, found = run.facts.artifact, run.settings, {}
+    """Nobody else can have written the artifact, its digest, or anything on the way."""
+    artifact, settings, problems = run.facts.artifact, run.settings, {}
     place, given, inbox = os.path.dirname(artifact.path), artifact.given, settings.deploy.inbox
     paths = [given, f"{artifact.path}.sha256", f"{place}/SHA256SUMS"]
-    is_listed = run.offer and given == run.offer.path  # in a directory, by its index
+    is_listed = run.offer and given == run.offer.path  # its sha256 is from the index beside it
     if is_listed:
         paths.append(f"{settings.source.url}/{settings.source.index}")
-    is_meant = run.flags.sha256 and not is_listed or artifact.signature_file \
+    is_trusted = run.flags.sha256 and not is_listed or artifact.signature_file \
         or inbox and place == os.path.realpath(inbox)
-    if is_meant or os.geteuid():
+    if is_trusted or os.geteuid():
         return
     for path in paths:
-        found.update(trust_problems(path, spare_root=True))
+        problems.update(trust_problems(path, spare_root=True))
     if artifact.format == "directory":
         for member, _, status in walk_tree(artifact.descriptor):
             path = os.path.join(artifact.path, os.fsdecode(member.name))
             for why, fix in owner_problem(path, status, spare_root=True).values():
-                found.setdefault(artifact.path, (f"{artifact.path}: {why}", fix))
-    # It may have been somebody's link, which was gone when it was looked at.
+                problems.setdefault(artifact.path, (f"{artifact.path}: {why}", fix))
+    # It may have been opened by somebody's link, which is gone by now.
     if not os.path.samestat(artifact.status, os.stat(given)):
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
-    for path, (why, fix) in found.items():
+    for path, (why, fix) in problems.items():
         yield ("warn" if path in settings.preflight.accept_risk else "fail", why,
                f"{fix}; or give its digest from where it was built: --sha256; or "
-               f"{accepting(settings, found)}")
+               f"{accepting(settings, problems)}")
 
 
 def is_refused(record: Record) -> bool:
-    """Say whether a release failed, or a person rolled back from it: no timer may try it again."""
+    """Say whether a release failed, or was rolled back from by a person: no timer may retry it."""
     return record.state == STATE_BAD or record.rolled_back_at is not None
 
 
-def refused_record(facts: "Facts", sha256: str) -> Optional[Record]:
+def refused_record(facts: Facts, sha256: str) -> Optional[Record]:
     """Return the record for which this digest is refused, unless a newer try of it went well."""
-    found = [record for record in facts.records.values() if record.sha256 == sha256]
-    newest = max(found, key=attrgetter("sequence"), default=None)
+    tries = [record for record in facts.records.values() if record.sha256 == sha256]
+    newest = max(tries, key=attrgetter("sequence"), default=None)
     return newest if newest and is_refused(newest) else None
 
 
@@ -7744,24 +7709,24 @@ def bad_refusal(bad: Record) -> Problem:
 
 
 def check_room(run: Run) -> Findings:
-    """Bytes and inodes for what is still to be unpacked, and what must stay free on top."""
+    """There is room for what is to be unpacked, and what must stay free on top."""
     root, artifact, needed_bytes, needed_files = run.facts.root, run.facts.artifact, 0, 0
-    found = os.statvfs(root if run.store else os.path.dirname(root))
+    disk = os.statvfs(root if run.store else os.path.dirname(root))
     if artifact and not artifact.release:
-        # What nobody knows must not stop what may well fit; that the disk is full shows in time.
+        # 0 where nobody knows: it may well fit, and a full disk stops the unpacking in time.
         needed_bytes, needed_files = artifact.expanded_bytes, artifact.files
     for free, needed, spare, show, hint in (
-            (found.f_bavail * found.f_frsize, needed_bytes, run.settings.deploy.min_free,
+            (disk.f_bavail * disk.f_frsize, needed_bytes, run.settings.deploy.min_free,
              format_size, "free some space (deploy.py prune), or lower [deploy] min_free"),
-            # Some filesystems count no inodes; a deployment writes a few beside the release.
-            (found.f_favail if found.f_files else 1 << 60, needed_files, 64, "{:,} inodes".format,
+            # Some filesystems count no inodes.  64: for links, records and temporary files.
+            (disk.f_favail if disk.f_files else 1 << 60, needed_files, 64, "{:,} inodes".format,
              "remove files: deploy.py prune")):
         yield ("ok" if free >= needed + spare else "fail",
                f"{show(free)} free, {show(needed)} needed and {show(spare)} kept free", hint)
 
 
 def check_shared(run: Run) -> Findings:
-    """Shared files exist: an empty file in their place would be a lie."""
+    """Shared files exist, as made empty they would be a lie; directories are no links."""
     from pathlib import Path
     root, directories = Path(run.facts.root), run.settings.deploy.shared_dirs
     shared = root / "shared"
@@ -7769,7 +7734,7 @@ def check_shared(run: Run) -> Findings:
         if not os.path.isfile(shared / path):
             yield ("fail", f"{shared / path} is missing, or no file",
                    f"put the real file at {shared / path}")
-    # What leads to a shared directory is walked by root later, and no symlink is followed.
+    # When shared directories are made, no symlink on the way is followed.
     wrong = [place for place in sorted({place for path in directories
                                         for place in (shared / path, *(shared / path).parents)
                                         if place == shared or shared in place.parents})
@@ -7787,23 +7752,23 @@ def check_shared(run: Run) -> Findings:
 
 def check_required(run: Run) -> Findings:
     """[preflight] require_* and free_ports."""
-    asked = run.settings.preflight
+    preflight = run.settings.preflight
     for key, is_there in (("require_commands", find_command), ("require_env", environment),
                           ("require_files", lambda path: os.access(path, os.R_OK))):
-        for name in getattr(asked, key):
+        for name in getattr(preflight, key):
             if not is_there(name):
                 yield ("fail", f"{name} of {key} is not there, empty, or not to be read",
                        f"install, set or create {name} for {user_name()}")
-    yield from check_ports(asked.free_ports)
+    yield from check_ports(preflight.free_ports)
 
 
 def check_programs(run: Run) -> Findings:
-    """What is to be run is there, and a candidate's port is free; a release's own comes later."""
-    wanted = ["probe", "candidate", "slots"]
+    """Programs are there, those of the release aside, and a candidate's port is free."""
+    sections = ["probe", "candidate", "slots"]
     port = run.settings.candidate.port
     if run.flags.command not in ("rollback", "activate"):
-        wanted += ["hooks", "migrate"]
-    yield from missing_programs(run.settings, *wanted)
+        sections += ["hooks", "migrate"]
+    yield from missing_programs(run.settings, *sections)
     if port and run.flags.command not in ("stage", "rollback"):
         yield from check_ports([("", port)])
 
@@ -7813,13 +7778,13 @@ def check_ports(places: Sequence[Tuple[str, int]]) -> Findings:
     for host, port in places:
         try:
             hold_port(host or "0.0.0.0", port).close()
-        except (OSError, TypeError) as error:  # the latter for a name that cannot be one
+        except (OSError, TypeError) as error:  # TypeError: the host cannot be a name
             yield ("fail", f"port {host}:{port}: {reason(error)}",
                    f"see who has it: ss -ltnp 'sport = :{port}'; or correct free_ports")
 
 
 def check_slots(run: Run) -> Findings:
-    """Both units are known, the idle one's port is nobody else's, and all agree on the live one."""
+    """Both units are known, the idle slot's port is free, and all agree on the live slot."""
     import glob
     facts = run.facts
     for problem in slot_problem(facts):
@@ -7827,10 +7792,10 @@ def check_slots(run: Run) -> Findings:
     for name, slot in run.settings.slots.items():
         unit = UnitService(run, slot)
         yield from unit.check()
-        found = sockets(slot.port, "0A") if unit.down() else []
-        if found:
+        listening = sockets(slot.port, "0A") if unit.down() else []
+        if listening:
             pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*")
-                    if os.path.exists(path) and str(os.stat(path).st_ino) in found]
+                    if os.path.exists(path) and str(os.stat(path).st_ino) in listening]
             yield ("fail", f"port {slot.port} of slot {name} is taken by process "
                    f"{', '.join(pids[:1])}, and {slot.unit} is down",
                    "end that process, or correct [slots]")
@@ -7843,7 +7808,7 @@ def check_slots(run: Run) -> Findings:
 
 
 def check_probes(run: Run) -> Findings:
-    """Probes with when = before or both: the database is down now, not because of us."""
+    """Probes with when = before or both hold.  What a new kind of probe needs is checked here."""
     context = context_for(run.facts, None)
     new = run.facts.artifact
     for name, probe in sorted(run.settings.probe.items()):
@@ -7854,13 +7819,13 @@ def check_probes(run: Run) -> Findings:
         if probe.when in ("after", "candidate"):
             continue
         with run.console.progress(f"probe {name}") as progress:
-            found = run_probe(run, probe, context, expect_release=False, progress=progress)
-        if not found.ok:
-            yield ("fail" if probe.required else "warn", found.complaint(),
+            result = run_probe(run, probe, context, expect_release=False, progress=progress)
+        if not result.ok:
+            yield ("fail" if probe.required else "warn", result.complaint(),
                    "correct what it asks for before deploying")
 
 
-# name, check, and what of the run it is about: it is skipped where nothing of that is given.
+# name, check, and attributes of the run: the check is skipped unless one of them is set.
 CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], str], ...] = (
     ("configuration", check_configuration, ""),
     ("permissions", check_trust, ""),
@@ -7875,7 +7840,6 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], str], ...] = (
     ("space", check_room, ""),
     ("required", check_required, "settings.preflight.given"),
     ("shared", check_shared, "settings.deploy.shared_dirs settings.deploy.shared_files"),
-    # Those in the release can only be looked for once it is there.
     ("programs", check_programs, "settings.probe settings.candidate.command settings.slots "
      "settings.migrate.up " + " ".join(f"settings.hooks.{name}" for name in HOOK_NAMES)),
     ("services", lambda run: itertools.chain.from_iterable(
@@ -7896,16 +7860,16 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], str], ...] = (
      "settings.policy.builders settings.policy.sources"),
     ("override", lambda run: [] if run.settings.policy.override else [
         ("fail", "[policy] override = no", "go without --override")], "flags.override"),
-    # The last: it is told what the others found.
+    # Last: it is told what the others found.
     ("judge", rule(judge_by_command), "settings.policy.judge"),
 )
 
-# A way back must not wait for free space, or for a file that only the next release needs.
+# Skipped on a way back: a check of what only the next release needs (space, a file) belongs here.
 AHEAD_CHECKS = ("artifact", "signature", "origin", "space", "required", "shared", "services",
                 "probes")
-# A check that fails for one of these reasons refuses the artifact, not the host.
+# A failure of these refuses the artifact (exit 4), not the host (exit 3).
 ARTIFACT_CHECKS = ("artifact", "signature")
-# These run what is configured: not where somebody else could have written it.
+# These run what is configured: skipped if somebody else may have written it.
 ACTING_CHECKS = ("signature", "services", "slots", "probes", "judge")
 
 
@@ -7925,9 +7889,9 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
             else:
                 found = list(check(run)) or [("ok", "as it should be", "")]
         except DeployError as error:
-            if type(error) in (Interrupted, DeployError):  # the network's
+            if type(error) in (Interrupted, DeployError):  # the latter: sync's network
                 raise
-            # Whichever check reads it: what is wrong with the artifact refuses the artifact.
+            # Whichever check found it: what is wrong with the artifact refuses the artifact.
             name = "artifact" if isinstance(error, ArtifactRefused) else name
             found = [("fail", error.message, error.hint)]
         except OSError as error:
