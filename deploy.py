@@ -2263,11 +2263,11 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
 # ============================================================================
 # 6  State
 #    One root, by directory descriptors.  Only this section changes its links,
-#    records, journal and history, durably when a call returns; what lies in
-#    releases and shared/, 8 and 13 do.  Last, what one run carries with it.
+#    records, journal and history, each durably; sections 8 and 13 write what
+#    lies in releases and shared/.  Last, what one run carries with it.
 # ============================================================================
 
-# -- directories, held open ----------------------------------------------------
+# -- directories, held open ------------------------------------------------
 
 def open_own_file(path: str) -> int:
     """Open a regular file with one name, following no symlink; UsageError for all else."""
@@ -2330,7 +2330,7 @@ class Directory(Descriptor):
                     stream.write(piece)
                     hasher.update(piece)
                 stream.flush()
-                # The umask may have taken bits of `mode` away at open().
+                # The umask may have taken bits away at open().
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
             os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
@@ -2358,15 +2358,15 @@ class Directory(Descriptor):
             return
         user = os.geteuid()
         if status.st_mode & 0o700 != 0o700 and user != 0 and user == status.st_uid:
-            # An owner can empty a read-only directory only after this.  Root need not, and must
-            # not: chmod follows a symlink swapped in.  Others cannot, and may have group bits.
+            # Else its owner could not empty it.  Root can anyway, and must not do this: chmod
+            # follows a symlink that was swapped in.
             os.chmod(name, 0o700, dir_fd=self.descriptor)
         if level > MAX_DEPTH:
             pending.append(temporary_name("deep"))
             os.rename(name, pending[-1], src_dir_fd=self.descriptor, dst_dir_fd=top.descriptor)
             return
         try:
-            # First: on a mount point this fails with EBUSY before anything below it is removed.
+            # On a mount point this fails with EBUSY before anything below it is removed.
             os.rmdir(name, dir_fd=self.descriptor)
             return
         except OSError as error:
@@ -2385,7 +2385,7 @@ def temporary_name(name: str) -> str:
 
 
 def sync_filesystem(descriptor: int) -> None:
-    """Make all that was written to a filesystem durable: by syncfs(2), else by sync(2).
+    """Make what was written to a filesystem durable: by syncfs(2), else by sync(2).
 
     `descriptor` must have been opened before the writing: syncfs then reports failed writes.
     """
@@ -2407,7 +2407,7 @@ def give_to_group(descriptor: int, group: int) -> None:
         os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | 0o2070)
 
 
-# -- what is written down ----------------------------------------------------------
+# -- what is written down ----------------------------------------------------
 
 class Record(NamedTuple):
     """The rollback metadata of one release, `.deploy/releases/<id>.json`.
@@ -2505,7 +2505,7 @@ class HistoryEntry(NamedTuple):
     automatic: Optional[bool] = None
 
 
-# What JSON must hold for a type of field: a seal does not say who made it.
+# What JSON must hold for a type: a seal does not say whose it is.
 JSON_TYPES: Dict[Any, Any] = {
     float: (float, int), List[Any]: list, Json: dict, OptionalText: (str, type(None)),
     Optional[bool]: (bool, type(None)), Optional[Json]: (dict, type(None))}
@@ -2570,7 +2570,7 @@ HOLD = ".deploy/hold.json"
 FLAGS_FILE = "shared/flags.json"
 # Artifacts are unpacked in releases/, to inherit its group, setgid bit, default ACL and label.
 STAGING_PREFIX = ".new-"
-# By directory, patterns of what a crash may leave; staging and history.head are version 1.0.0's.
+# By directory, what a crash may leave; staging and history.head are version 1.0.0's.
 _TEMPORARY = r"\..*\.\d+\.[0-9a-f]{8}\.tmp\Z"
 LEFTOVERS = {
     "releases": re.escape(STAGING_PREFIX), TRASH: "", RECORDS: _TEMPORARY, MANIFESTS: _TEMPORARY,
@@ -2584,15 +2584,12 @@ RESERVE_SHARE = 16
 
 
 class Current(NamedTuple):
-    """Where `current` points: a release, nothing yet, or a problem with the command that fixes it.
-
-    `missing` names a release whose directory is gone: the link to it may be replaced.
-    """
+    """Where `current` points: a release, nothing yet, or a problem and the command for it."""
 
     release: OptionalText
     problem: str = ""
     hint: str = ""
-    missing: OptionalText = None
+    missing: OptionalText = None  # a release that is gone: the link may be replaced
 
 
 class Store(ExitStack):
@@ -2623,7 +2620,7 @@ class Store(ExitStack):
         self._links: Dict[str, str] = {}
         self._published_mode = 0o755
         # The SHA-256 of the history's last line when last read or written.  Only a copy elsewhere
-        # proves the lines before: whoever can write the file can chain it anew.
+        # proves anything: who can write the file can chain it anew.
         self.chain = ""
 
     @classmethod
@@ -2723,7 +2720,7 @@ class Store(ExitStack):
             return None
 
     def is_release(self, name: str) -> bool:
-        """Tell whether there is a real directory of that name under releases/."""
+        """Tell whether a real directory of that name is in releases/."""
         status = self.status(f"releases/{name}")
         return status is not None and stat.S_ISDIR(status.st_mode)
 
@@ -2942,7 +2939,7 @@ class Store(ExitStack):
         return records, problems
 
     def make_whole(self, record: Record) -> str:
-        """Say how to repair a release that differs from its manifest, adopted or not."""
+        """Say how to repair a release that differs from its manifest."""
         if record.artifact.get("sha256_source") != "adopted":
             return "deploy its artifact again: deploy.py deploy --force --allow-downgrade ARTIFACT"
         forget = spell(["rm", f"{self.path}/{RECORDS}/{record.id}.json"])
@@ -2950,7 +2947,7 @@ class Store(ExitStack):
 
     @contextmanager
     def open_manifest(self, record: Record) -> Iterator[Tuple[Any, Any]]:
-        """Open a release's manifest and tree as binary streams; StateError if one is missing."""
+        """Open a release's manifest and tree as binary streams; StateError without them."""
         release = record.id
         with ExitStack() as stack:
             streams = []
@@ -2975,10 +2972,10 @@ class Store(ExitStack):
     # -- the history ---------------------------------------------------------
 
     def read_history(self, newest: int = 0, *, cut: bool = False) -> Tuple[List[bytes], bytes]:
-        """Return its lines, oldest first, and the torn line that a crash may have left behind them.
+        """Return its lines, oldest first, and the torn one that a crash may have left behind them.
 
-        `newest`: only the last so many, read from the end: a long history costs no more than a
-        short one.  `cut`: take the torn line off the file.  PreflightFailed if it cannot be read.
+        `newest`: only so many, read from the end, so a long history costs no more.  `cut`: take the
+        torn one off the file.  PreflightFailed if it cannot be read.
         """
         self.chain = ""
         try:
@@ -3025,7 +3022,7 @@ class Store(ExitStack):
                 sequence = len(self.read_history()[0])
         entry = entry._replace(sequence=sequence + 1, previous_sha256=self.chain)
         if self.status(HISTORY) is None:
-            self.write(HISTORY, b"")  # the file's name must be on disk before its first line
+            self.write(HISTORY, b"")  # its name must be on disk before its first line
         line = json.dumps(seal(encode(entry))).encode("ascii")
         above, name = os.path.split(HISTORY)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
@@ -3069,9 +3066,9 @@ def check_group(group: str) -> int:
     return number
 
 
-# -- the lock ------------------------------------------------------------------
+# -- the lock ----------------------------------------------------------------
 
-# `lock_holder` takes the lock for microseconds; on a stalled machine that may become longer.
+# `lock_holder` takes the lock for microseconds, or longer on a stalled machine.
 LOOK_SECONDS = 5.0
 
 
@@ -3173,7 +3170,7 @@ class StepResult(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The release for which a hook, service, probe or template is run."""
+    """The release that a hook, service, probe or template is run for."""
 
     application: str
     root: str
@@ -3185,7 +3182,7 @@ class Context(NamedTuple):
     failed: str = ""
     note: str = ""
     candidate_port: str = ""
-    slot: Any = None  # its slot, if any
+    slot: Any = None
     directory: str = ""  # where commands run; empty: in the release
 
     def variables(self) -> Dict[str, str]:
@@ -3212,7 +3209,7 @@ class Outcome:
     release: OptionalText = None
     previous: OptionalText = None
     message = ""
-    result = ""  # what the history calls it; empty if it has no line there
+    result = ""  # in the history's word, if it has a line there
     is_repeated = False  # a refusal told before: nobody is notified again
     error: Optional[DeployError] = None
 
@@ -3220,11 +3217,11 @@ class Outcome:
         self.command = command
         self.steps: List[StepResult] = []
         self.checks: List[CheckResult] = []
-        self.extra: Json = {}  # keys that this command adds to the object of --json
+        self.extra: Json = {}  # what this command adds to the object of --json
 
 
 class Run:
-    """One run of this program: the command, its settings, what it observed and did."""
+    """One run: the command, its settings, what it observed and did."""
 
     # The open root, what was observed there, and the open artifact, if any.
     store: Any = None
@@ -3237,7 +3234,7 @@ class Run:
     # What the steps hand on: the staged tree's name and manifest.
     staging = ""
     manifest: Any = None
-    journal: Any = None  # on disk only from the plan's first phase on
+    journal: Any = None  # on disk from the plan's first phase on
     down_failed = ""  # why a `down` failed, if one did
     left_is_healthy = False  # what a rollback leaves: only then may it go back there
     is_believed = False  # the configuration was accepted: what it names may be told of the run
@@ -3249,7 +3246,7 @@ class Run:
         self.interrupts = interrupts
         self.flags = flags
         self.deploy_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + os.urandom(3).hex()
-        # For child processes: the caller's trace, else our own if [trace] sends it anywhere.
+        # For child processes: the caller's trace, else our own if [trace] is set.
         self.traceparent = traceparent(os.urandom(8).hex())
         if settings.trace.otlp and not self.traceparent:
             self.traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
@@ -3258,13 +3255,13 @@ class Run:
         if getattr(flags, "override", None):
             notes.append(f"override: {flags.override}")
         self.note = console.secrets.mask("; ".join(filter(None, notes)))
-        # The root, absolute and without symlinks, or empty.  The same path is `root`, which
-        # refuses what cannot be one, and later facts.root and store.path.
+        # The root, absolute and without symlinks, or empty; the same path is in `root` (which
+        # refuses what cannot be one), facts.root and store.path.
         self.place = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(self.place) \
             or "application"
         self.outcome = Outcome(flags.command)
-        self.fetch: Any = None  # gets, once, the files that [policy] wants beside sync's artifact
+        self.fetch: Any = None  # gets, once, what [policy] wants beside sync's artifact
         self.judged: Dict[str, str] = {}  # by digest, why [policy] judge let it pass
         self.output: List[str] = []  # a command's last lines, for the step's result
         self.signalled: Set[str] = set()  # services whose process was there to be signalled
@@ -3313,7 +3310,7 @@ Steps = List[Step]
 
 
 class Plan(NamedTuple):
-    """Which release an operation leaves and which it makes live, and its steps in order.
+    """From which release to which an operation leads, and its steps in order.
 
     `steps` lead to the verdict, `last` follow it; `way_back` is taken after a failed switch, with
     steps made for a plan of their own, whose `back` is true.
@@ -3363,7 +3360,7 @@ NhfeSpYmLG9dnpi/kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6BnXpDHXyQ6g5f"""),
 Af//////////////////////////////////////////+lGGh4O/L5Zrf8wBSPcJpdA7tcm4iZxHrrtvtx6ROGQJ
 AMaFjga3BATpzZ4+y2YjlbRCnGSBOQU/tSH4KK9ga009uqFLXnfv51ko/h3BJ6L/qN4zSLPBhWpCm/l+fjHC5b1m
 ARg5KWp4mjvABFyKX7QsfRvZmPVESVebRGgXr70XJz5mLJfucple9CZAxVC5AT+tB2E1PHCGonLCQIi+lHaf0WZQ""")}
-# By kind of key: its hash, and the DER before the key itself in a PEM (RFC 3279, 5480, 8410).
+# By kind of key: its hash, and the DER before the key in a PEM (RFC 3279, 5480, 8410).
 _KEY_KINDS = {
     "rsa": ("sha256", "300d06092a864886f70d01010105000382"),
     "ed25519": ("sha512", "302a300506032b6570032100"),
@@ -3385,7 +3382,7 @@ SUSPECT = "do not deploy it: copy both again, or correct [signature] (`command` 
 
 
 def _add(curve: Any, one: Any, two: Any) -> Any:
-    # Complete, projective (Renes, Costello, Batina 2016, algorithm 1); xy is X1 Y2 + X2 Y1.
+    # Complete, projective (Renes, Costello, Batina 2016, algorithm 1).  xy is X1 Y2 + X2 Y1.
     (p, a, b), (x1, y1, z1), (x2, y2, z2) = curve, one, two
     xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
     xy, yz, xz = (x1 * y2 + x2 * y1) % p, (y1 * z2 + y2 * z1) % p, (x1 * z2 + x2 * z1) % p
@@ -3512,7 +3509,7 @@ def _read_ssh_key(data: bytes) -> PublicKey:
 
 
 def read_key(text: str) -> PublicKey:
-    """Read a minisign or signify public key, literal or in a file, or a PEM file; UsageError."""
+    """Read a public key: minisign's or signify's, literal or in a file, or a PEM; UsageError."""
     hint = "give a minisign or signify public key, its file, or what openssl pkey -pubout writes"
     with blaming(UsageError, f"key {text}", hint):
         data = text.encode() if KEY_LITERAL.match(text) else read_file(text, MAX_CONFIG_BYTES)
@@ -3531,7 +3528,7 @@ def read_key(text: str) -> PublicKey:
 
 
 def read_signers(path: str) -> Iterator[Any]:
-    """Read lines of allowed_signers: (principals, namespaces, since, until, key); UsageError."""
+    """Read allowed_signers: (principals, namespaces, since, until, key) of each; UsageError."""
     hint = "a line is PRINCIPALS [namespaces=\"deploy\",valid-before=\"20301231Z\"] TYPE KEY"
     with blaming(UsageError, path, hint):
         lines = read_file(path, MAX_CONFIG_BYTES).decode().split("\n")
@@ -3567,7 +3564,7 @@ class Verification(NamedTuple):
 
 
 class Verifier(NamedTuple):
-    """Says who signed bytes: a key of minisign, signify or openssl, or one in allowed_signers."""
+    """Says who signed bytes: a key of minisign, signify or openssl, or an allowed signer."""
 
     keys: Sequence[PublicKey]
     signers: Sequence[Any]
@@ -3596,7 +3593,7 @@ class Verifier(NamedTuple):
         return Verification(name, claims, sizes)
 
     def statements(self, envelopes: bytes) -> List[Any]:
-        """Return a claim for each in-toto statement that a key signed (DSSE 1.0), and that last."""
+        """Return a claim for each in-toto statement that a key signed (DSSE 1.0), with it last."""
         claims = []
         for line in filter(None, map(bytes.strip, envelopes.split(b"\n"))):
             envelope = json.loads(line.decode())
@@ -7086,7 +7083,7 @@ class Facts(NamedTuple):
     """Everything that the planner and the checks may know, observed at one moment."""
 
     settings: Settings
-    request: Any  # the flags: what the command line asked for beyond settings
+    request: Any  # the command line's flags
     root: str
     command_line: Callable[[str], str]
     application: str
@@ -7101,12 +7098,12 @@ class Facts(NamedTuple):
     in_use: Dict[str, str] = {}  # by release, who runs from it; only for commands that prune
     journal: Optional[Journal] = None
     holder: Optional[Json] = None
-    hold: Json = {}  # by, note, since, until; empty without a hold, or once its time is over
-    flags: Json = {}  # the feature flags in shared/flags.json; only for the command `flags`
+    hold: Json = {}  # by, note, since, until; empty without one, or once it is over
+    flags: Json = {}  # in shared/flags.json; only for the command
     artifact: Optional[Artifact] = None
     refusal: Optional[DeployError] = None
     slots: Dict[str, str] = {}  # by release, the slot whose link names it
-    live_slot: str = ""  # the slot that live.conf names; empty if it names none, or not one
+    live_slot: str = ""  # that live.conf names; empty unless it is exactly one
     live_conf: str = ""
 
     def release(self, name: str) -> Optional[Record]:
@@ -7213,19 +7210,19 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
     settings, facts, flags = run.settings, run.facts, run.flags
     run.artifact = artifact = Artifact(path, settings.limits, delegated=flags.delegate)
     for key in ("name", "path", "built_at", "signature", "signature_file") if run.offer else ():
-        setattr(artifact, key, getattr(run.offer, key))  # its file in the cache tells none of these
+        setattr(artifact, key, getattr(run.offer, key))  # a file in the cache tells none of these
     if (artifact.path + "/").startswith((f"{facts.root}/releases/", f"{facts.root}/.deploy/")):
         # A release has shared links and templates in it, and may be pruned while it is copied.
         raise ArtifactRefused(f"artifact {artifact.path} lies inside {facts.root}: deploy.py's own",
                               "name what the build made; a release goes live again by "
                               + facts.command_line("activate RELEASE"))
-    if settings.signature.verify != "off" and not run.offer:  # sync verified the signed index
+    if settings.signature.verify != "off" and not run.offer:  # its index was verified
         artifact.find_signature(settings, flags.signature or "")
     elif flags.signature:
         raise UsageError("--signature: no key is known", "set [signature] keys")
     with run.console.progress("hash", artifact.size_bytes) as progress:
         artifact.identify(settings, progress, flags.sha256 or "", flags.release_version or "")
-        # What is live is not deployed again under a new file name, unless a version is asked for.
+        # What is live stays live under any file name, unless a version is given.
         live = facts.current.release
         any_name = flags.command in ("deploy", "preflight") and not flags.release_version
         before = max((
@@ -7280,7 +7277,7 @@ def check_release(run: Run, record: Record) -> Differences:
         raise StateError(f"{release} cannot be verified: {user_name()} may not read "
                          f"{portable(os.fsdecode(error.filename or 'part of it'))}: "
                          f"{reason(error)}", "run it as the owner of that")
-    # A new directory above something mutable is no difference; what else is in it is one.
+    # A new directory above something mutable is no difference; other names in it are.
     parents = {name[:slash.start()] for name in found["added"] if written.match(name)
                for slash in re.finditer("/", name)}
     return {word: {name: why for name, why in names.items()
@@ -7301,7 +7298,7 @@ def strangers(run: Run, record: Record) -> List[str]:
     written = mutable_pattern(run.settings.deploy)
     added = []
     top = f"{run.store.path}/releases/{record.id}/"
-    # Without a manifest nothing is known; of a tree too deep, what was found so far is enough.
+    # Without a manifest nothing is known; of a tree too deep, what was found will do.
     with suppress(OSError, ValueError, StateError, RecursionError), \
             run.store.open_manifest(record) as streams:
         known = {os.fsdecode(name) for name in read_manifest(*streams)}
@@ -7324,7 +7321,7 @@ def name_differences(run: Run, found: Differences) -> List[str]:
 
 
 def problems_of(differences: Differences) -> str:
-    """Say what makes a release unfit to go live; empty if nothing does, added files included."""
+    """Say what makes a release unfit to go live; files that were only added do not."""
     return " and ".join(
         f"{count(len(differences[word]), 'entry', 'entries')} {word} "
         f"({', '.join(itertools.islice(differences[word], 3))})"
@@ -7377,7 +7374,7 @@ def releases_in_use(settings: Settings, root: str) -> Dict[str, str]:
     return found
 
 
-# -- refusals ------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------
 
 REMEMBERED_ENTRIES = 100
 GOES_LIVE = ("deployed", "synced", "activated", "rolled_back", "left_live", "recovered")
@@ -7396,7 +7393,7 @@ def note_ending(run: Run, about: Any, error: Optional[DeployError], **fields: An
         "built_at": about.built_at if about else None, **fields})
 
     def refused(refusal: HistoryEntry) -> Any:
-        # Numbers (free space) and days (of a window) differ from tick to tick.
+        # Free space and a window's day differ from tick to tick.
         message = re.sub(r"([A-Z]\w\w )?\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
         return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
@@ -7417,7 +7414,7 @@ def remember_refusal(run: Run, error: DeployError) -> None:
     if run.outcome.result or isinstance(error, StateError) or any(
             check.status == "fail" and check.name in ("permissions", "root", "state")
             for check in run.outcome.checks):
-        return  # it is written already, or nothing may be written in this root
+        return  # it is written, or nothing may be written there
     why = {"step": "preflight", "reason": run.console.secrets.mask(error.message),
            "evidence": {}, "interrupted": False}
     try:
@@ -7548,11 +7545,10 @@ def check_root(run: Run) -> Findings:
 def check_application(run: Run) -> Findings:
     """No other application deploys to this root; compared if both were given a name."""
     ours = run.settings.deploy.application
-    flags = run.flags
     newest = max((record for record in run.facts.records.values() if record.application),
                  key=attrgetter("sequence"), default=None)
     if newest and newest.application != ours:
-        yield ("warn" if flags.force else "fail",
+        yield ("warn" if run.flags.force else "fail",
                f"this root is {newest.application}'s, and what is to be deployed is {ours}",
                "name the right root, or take it over: --force")
 
@@ -7687,7 +7683,7 @@ def check_origin(run: Run) -> Findings:
 
 
 def is_refused(record: Record) -> bool:
-    """Say whether a release failed, or was rolled back from by a person: no timer may retry it."""
+    """Say whether a release failed, or a person rolled back from it: no timer may retry it."""
     return record.state == STATE_BAD or record.rolled_back_at is not None
 
 
@@ -7713,7 +7709,7 @@ def check_room(run: Run) -> Findings:
     root, artifact, needed_bytes, needed_files = run.facts.root, run.facts.artifact, 0, 0
     disk = os.statvfs(root if run.store else os.path.dirname(root))
     if artifact and not artifact.release:
-        # 0 where nobody knows: it may well fit, and a full disk stops the unpacking in time.
+        # 0 where nobody knows: a full disk stops the unpacking in time.
         needed_bytes, needed_files = artifact.expanded_bytes, artifact.files
     for free, needed, spare, show, hint in (
             (disk.f_bavail * disk.f_frsize, needed_bytes, run.settings.deploy.min_free,
@@ -7792,10 +7788,10 @@ def check_slots(run: Run) -> Findings:
     for name, slot in run.settings.slots.items():
         unit = UnitService(run, slot)
         yield from unit.check()
-        listening = sockets(slot.port, "0A") if unit.down() else []
-        if listening:
+        inodes = sockets(slot.port, "0A") if unit.down() else []
+        if inodes:
             pids = [path.split("/")[2] for path in glob.iglob("/proc/[0-9]*/fd/*")
-                    if os.path.exists(path) and str(os.stat(path).st_ino) in listening]
+                    if os.path.exists(path) and str(os.stat(path).st_ino) in inodes]
             yield ("fail", f"port {slot.port} of slot {name} is taken by process "
                    f"{', '.join(pids[:1])}, and {slot.unit} is down",
                    "end that process, or correct [slots]")
@@ -7891,7 +7887,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
         except DeployError as error:
             if type(error) in (Interrupted, DeployError):  # the latter: sync's network
                 raise
-            # Whichever check found it: what is wrong with the artifact refuses the artifact.
+            # Whichever check found it, it is the artifact that is refused.
             name = "artifact" if isinstance(error, ArtifactRefused) else name
             found = [("fail", error.message, error.hint)]
         except OSError as error:
