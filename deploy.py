@@ -2885,7 +2885,7 @@ class Store(ExitStack):
         self.forget(f"{MANIFESTS}/{release}", f"{TREES}/{release}")
 
     def sweep(self, warn: Callable[[str], None], known: Optional[Set[str]] = None, *,
-              dry_run: bool = False) -> List[str]:
+              read_only: bool = False) -> List[str]:
         """Remove what a crash left, and manifests of releases not `known`; return the paths."""
         paths = []
         for path, pattern in LEFTOVERS.items():
@@ -2901,7 +2901,7 @@ class Store(ExitStack):
                     continue
                 shown = f"{path}/{name}".lstrip("/")
                 try:
-                    if not dry_run:
+                    if not read_only:
                         self.directory(path).remove_tree(name)
                     paths.append(shown)
                 except OSError as error:
@@ -7091,10 +7091,10 @@ class Facts(NamedTuple):
     note: str
     now_seconds: float
     current: Current = Current(None)
-    # Steps keep these up to date.  The shared defaults are for a look at a root not there.
+    # Steps keep records, on_disk and slots up to date; shared defaults: for a root not there.
     records: Dict[str, Record] = {}
-    on_disk: Set[str] = set()
     state_problems: Sequence[str] = ()
+    on_disk: Set[str] = set()
     in_use: Dict[str, str] = {}  # by release, who runs from it; only for commands that prune
     journal: Optional[Journal] = None
     holder: Optional[Json] = None
@@ -7393,7 +7393,7 @@ def note_ending(run: Run, about: Any, error: Optional[DeployError], **fields: An
         "built_at": about.built_at if about else None, **fields})
 
     def refused(refusal: HistoryEntry) -> Any:
-        # Free space and a window's day differ from tick to tick.
+        # Free space and days differ from tick to tick.
         message = re.sub(r"([A-Z]\w\w )?\d[\d.,:]*( [kMGT]?B\b)?", "#", refusal.message)
         return refusal.result, message, refusal.artifact_sha256 or refusal.at[:10]
 
@@ -9933,7 +9933,7 @@ def command_recover(run: Run) -> None:
                     verdict_of(run.store, journal, current.release)
                     done.append(f"recover the {journal} ({journal.phase})")
                 done += [f"remove {path}"
-                         for path in run.store.sweep(run.console.warn, dry_run=True)]
+                         for path in run.store.sweep(run.console.warn, read_only=True)]
                 outcome.changed = bool(done)
     if dry_run:
         outcome.extra["plan"] = [{"name": "recover", "description": line} for line in done]
