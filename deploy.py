@@ -2655,7 +2655,7 @@ class Store(ExitStack):
                 mode = store.directory_mode if place in PRIVATE_DIRECTORIES else 0o755
                 if place != "shared" or store.status(place) is None:  # may be an operator's link
                     with store.top.child(place, make=True, mode=mode, group=group) as directory, \
-                            suppress(PermissionError):  # another member's
+                            suppress(PermissionError):  # another member owns it
                         if group >= 0:  # again, as a run may have been killed before
                             give_to_group(directory.descriptor, group)
             os.fsync(store.top.descriptor)
@@ -2668,7 +2668,7 @@ class Store(ExitStack):
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, read_only: bool = False) -> None:
-        """Refuse a .deploy that others could write; `read_only`: not one that is another's own."""
+        """Refuse a .deploy that others could write; if `read_only`, not another user's own."""
         for name in PRIVATE_DIRECTORIES:
             try:
                 status = os.fstat(self.directory(name).descriptor)
@@ -7483,8 +7483,8 @@ def check_trust(run: Run) -> Findings:
         yield "warn", problem, fix
     if store is not None:
         store.check_owner()
-        status = store.status(".deploy")
-        mode = stat.S_IMODE(status.st_mode) if status else 0
+        own = store.status(".deploy")
+        mode = stat.S_IMODE(own.st_mode) if own else 0
         if mode & 0o077 & ~store.directory_mode:
             yield (serious, f"{private} is open to others (mode {mode:04o})",
                    f"chmod {store.directory_mode:04o} {private}")
