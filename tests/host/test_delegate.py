@@ -53,7 +53,7 @@ def desk() -> Iterator[Desk]:
         # As the #! line does, but for the interpreter, which is the one under test.
         program.write_text(f"#!/bin/sh\nexec {sys.executable} {compiled()} \"$@\"\n")
         program.chmod(0o755)
-        line = re.search(r"`(%deployers .*)`", section("sudo")).group(1)  # type: ignore
+        line = re.search(r"`(%deployers [^`]*)`", section("sudo")).group(1)  # type: ignore
         for written, here in (("%deployers", "%nogroup"), ("/usr/local/sbin/deploy.py", program), ("/etc/deploy/shop.ini", app.config)):
             assert written in line
             line = line.replace(written, str(here))
