@@ -6661,8 +6661,11 @@ def judge_by_command(run: Run, found: Any) -> Finding:
         "current": live and encode(live), "previous": before and encode(before),
         "plan": run.plan.to_json(), "checks": [check._asdict() for check in run.outcome.checks]})
     context = Context(run.application, facts.root, "", "", facts.root, "", run.deploy_id)
-    with tempfile.TemporaryFile() as stream:
-        stream.write(json.dumps(asked).encode("ascii"))
+    with blaming(PreflightFailed, "cannot keep in TMPDIR what [policy] judge is to read",
+                 "make room in TMPDIR or /tmp, then run again"):
+        stream = tempfile.TemporaryFile(buffering=0)
+        write_all(stream.fileno(), json.dumps(asked).encode("ascii"))
+    with stream:
         stream.seek(0)
         done = start_command(run, context, "policy judge", policy.judge, stdin=stream,
                              timeout_seconds=JUDGE_SECONDS,

@@ -16,7 +16,7 @@ from typing import Any, Dict, List
 import pytest
 
 from origins import Nginx, Source, make_certificate
-from support import DEPLOY, App, deep, load_deploy, make_artifact, needs, sha256_of
+from support import DEPLOY, App, clean_environment, deep, load_deploy, make_artifact, needs, sha256_of
 
 deploy = load_deploy()
 NEVER = "windows = deny # closed"
@@ -195,6 +195,15 @@ def test_a_judge_that_says_no_or_is_missing_is_a_no(app: App, judge: str, said: 
     app.configure(f"[policy]\njudge = {judge}")
     assert said in app.run("deploy", app.artifact("1.0"), check=3).data["error"]["message"]
     assert app.releases() == []
+
+
+def test_a_judge_who_cannot_be_told_anything_is_a_no(app: App) -> None:
+    app.configure("[policy]\njudge = true")
+    for command, code in (("deploy", 3), ("stage", 0)):  # no block of 512 bytes for a temporary file
+        words = [sys.executable, str(DEPLOY), "-c", str(app.config), "-n", command, str(app.artifact("1.0"))]
+        done = subprocess.run(["sh", "-c", 'ulimit -f 0 && exec "$@"', "sh", *words], stderr=subprocess.PIPE, env=clean_environment())
+        assert (done.returncode, b"judge: cannot keep in TMPDIR" in done.stderr) == (code, True), done.stderr
+        assert code == 0 or b"hint: make room in TMPDIR or /tmp" in done.stderr
 
 
 def test_a_judge_that_is_late_is_a_no(app: App, tmp_path: Path) -> None:
