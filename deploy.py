@@ -5300,23 +5300,23 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
 
 # ============================================================================
 # 9  Hooks, services, probes, templates
-#    What runs the operator's commands and asks whether the program is healthy.
-#    Every wait ends, whatever a command, a service or a server does.
+#    How the operator's commands are run, and how a service is asked whether it is
+#    healthy.  Every wait ends, whatever a command, a service or a server does.
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
 HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), not lie "
               "on what is mounted noexec, and its #! line name an interpreter that exists here")
 
-# A check yields what it finds: status (fail, warn, skip, ok), detail, and what to do about it.
-# The worst of these is its result, so that "ok" may stand at the end; nothing at all is well, too.
+# A check yields findings: status (fail, warn, skip, ok), detail, and what to do about it.  The
+# worst one is its result, so a check may end with an "ok"; one without any findings is ok, too.
 Finding = Tuple[str, str, str]
 Findings = Iterator[Finding]
-Answer = Json  # what is known of what was asked of a peer or a probe
+Answer = Json  # of a peer or a probe, as far as it is known
 
 
 def read_text(path: str) -> str:
-    """Read a regular file of at most 64 KiB; never waits for a FIFO."""
+    """Read a regular file of at most 64 KiB; a FIFO is refused, not waited for."""
     return read_file(path, 65536).decode("utf-8", "replace")
 
 
@@ -5324,68 +5324,71 @@ def read_text(path: str) -> str:
 
 def commands(settings: Settings) -> List[Any]:
     """List what is run under the rules for hooks: (section, key, argv, in_root, in_release)."""
-    found = [("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
-             for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
-    found += [("migrate", name, getattr(settings.migrate, name), False, True)
-              for name in MIGRATE_NAMES]
-    found += [("slots", "reload", slot.reload, True, False) for slot in settings.slots.values()]
+    rows = [("hooks", hook, argv, hook == "pre_stage", hook != "pre_stage")
+            for hook in HOOK_NAMES for argv in getattr(settings.hooks, hook)]
+    rows += [("migrate", name, getattr(settings.migrate, name), False, True)
+             for name in MIGRATE_NAMES]
+    rows += [("slots", "reload", slot.reload, True, False) for slot in settings.slots.values()]
     for kind in ("service", "probe", "notify"):
         for name, section in sorted(getattr(settings, kind).items()):
-            early = kind == "notify" or getattr(section, "when", "") in ("before", "both")
-            found.append((f"{kind}:{name}", "command", section.command, early, True))
-    found += [("candidate", "command", settings.candidate.command, False, True),
-              ("policy", "judge", settings.policy.judge, True, False),
-              ("signature", "command", settings.signature.command, True, False)]
-    return [command for command in found if command[2]]
+            in_root = kind == "notify" or getattr(section, "when", "") in ("before", "both")
+            rows.append((f"{kind}:{name}", "command", section.command, in_root, True))
+    rows += [("candidate", "command", settings.candidate.command, False, True),
+             ("policy", "judge", settings.policy.judge, True, False),
+             ("signature", "command", settings.signature.command, True, False)]
+    return [row for row in rows if row[2]]
 
 
-def missing_programs(settings: Settings, *wanted: str) -> Findings:
-    """Find the programs of such sections that are not there, as checks do."""
+def missing_programs(settings: Settings, *sections: str) -> Findings:
+    """Yield a finding for each program of these sections or kinds of sections that is missing."""
     for section, key, (program, *_), _, _ in commands(settings):
-        # What comes with the release, or is found in a PATH of [env], is not looked for.
+        # What comes with the release, or is found in a PATH of [env], cannot be looked for yet.
         is_elsewhere = program[0] != "/" if "/" in program else "PATH" in settings.env
-        is_wanted = {section, section.partition(":")[0]}.intersection(wanted)
+        is_wanted = {section, section.partition(":")[0]}.intersection(sections)
         if is_wanted and not is_elsewhere and not find_command(program):
             yield ("fail", f"[{section}] {key}: {program} is not found or not executable",
                    HOW_TO_RUN)
 
 
 def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Problems:
-    """Find what others could change on the way to a program that root is to run, by path."""
-    path = native(settings.env.get("PATH", command_path()))  # in which hooks are looked for
-    places = program_places(native(program), directory, path)
+    """Find, by path, what others could change on the way to a program that root is to run."""
+    search_path = native(settings.env.get("PATH", command_path()))  # where hooks are looked up
+    places = program_places(native(program), directory, search_path)
     return {path: (f"{problem}, on the way to {program} of {where}",
                    f"{hint}; or [hooks] run_as = USER, so that root does not run it")
-            for place in places if not settings.hooks.run_as  # then it has that user's rights
+            for place in places if not settings.hooks.run_as  # else it has only that user's rights
             for path, (problem, hint) in trust_problems(place).items()}
 
 
 def accepting(settings: Settings, paths: Iterable[str]) -> str:
-    """Write the option that accepts the risk of these paths, beside those accepted so far."""
+    """Spell the option that accepts these paths' risk, beside those that are accepted so far."""
     risks = "\n".join(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
     option = spell(["--set", f"preflight.accept_risk={risks}"])
     return f"accept the risk, for every such path: {option}"
 
 
-def refuse_foreign_programs(settings: Settings, what: Iterable[Tuple[str, str]],
+def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, str]],
                             directory: str) -> None:
     """Raise StepFailed where root would run a (place, program) that others could have written."""
-    # Also just before it is run: a release may hold links that only a hook has made.
+    # Preflight has looked, but a hook may have made links in the release since.
     if os.geteuid() != 0:
         return
-    found = {path: told for where, program in what
-             for path, told in foreign_program(settings, where, program, directory).items()
-             if path not in settings.preflight.accept_risk}
-    for problem, hint in found.values():
+    problems = {path: problem for where, program in programs
+                for path, problem in foreign_program(settings, where, program, directory).items()
+                if path not in settings.preflight.accept_risk}
+    for problem, hint in problems.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
-                         f"{hint}; or {accepting(settings, found)}")
+                         f"{hint}; or {accepting(settings, problems)}")
 
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
                   start: Callable[..., Any] = run_command, **options: Any) -> Any:
-    """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage)."""
+    """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage).
+
+    `start` is run_command, or has its parameters.
+    """
     settings = run.settings
-    # In the release, or the nearest thing to it that exists.
+    # It runs in the release, or the nearest directory that exists.
     places = context.directory, context.release_path, context.root, "/"
     directory = next(filter(os.path.isdir, places))
     refuse_foreign_programs(settings, [(what, argv[0])], directory)
@@ -5403,13 +5406,13 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
                  mask=run.console.secrets.mask, **options)
 
 
-SHOWN_BYTES = 8 << 20  # of one command: a flood must fill neither the log nor memory
+SHOWN_BYTES = 8 << 20  # of one command's output: a flood must fill neither log nor memory
 SHOWN_LINE_BYTES = 100  # what a line costs beside its text
 
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
                     timeout_seconds: float, *, most: int = 0, **options: Any) -> CommandResult:
-    """Run an operator's command, show and keep its output; StepFailed for exits over `most`."""
+    """Run an operator's command, show and keep its output; StepFailed for a code over `most`."""
     left_bytes = SHOWN_BYTES
 
     def pass_on(line: str) -> None:
@@ -5455,58 +5458,58 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
                          "environment; write $${name} for a literal ${name}")
     return re.sub(
         PLACEHOLDER,
-        lambda found: found.group()[1:] if found.group(1) else values[found.group(2)], text)
+        lambda match: match.group()[1:] if match.group(1) else values[match.group(2)], text)
 
 
 # -- services ----------------------------------------------------------------
 
 class Service:
-    """Something that has to notice that `current` has changed; here, by a command of its own."""
+    """What has to notice that `current` has changed; in this class, by the operator's command."""
 
-    is_acting = False  # then an error brings the end of the unit's journal
-    is_gone = False  # its process, when it was looked at last
+    is_acting = False  # from then on errors carry the end of the unit's journal
+    is_gone = False  # at the last look its process did not exist
     pid = ""
-    shown: Dict[str, str] = {}  # the state of a unit that was read last
-    first: Dict[str, str] = {}  # and as it came up, which it must keep
+    shown: Dict[str, str] = {}  # a unit's state, as it was read last
+    first: Dict[str, str] = {}  # and as it was when the unit came up: it must stay that way
 
-    def __init__(self, run: Run, settings: Any) -> None:
+    def __init__(self, run: Run, section: Any) -> None:
         self.run = run
-        self.settings = settings
-        self.limit_seconds = settings.timeout
+        self.section = section
+        self.limit_seconds = section.timeout
 
     def check(self) -> Findings:
-        """Find what is against acting on it on this host."""
-        return missing_programs(self.run.settings, f"service:{self.settings.name}")
+        """Yield findings where acting on it cannot work on this host."""
+        return missing_programs(self.run.settings, f"service:{self.section.name}")
 
     def down(self) -> str:
-        """Say why it is not up, or did not stay so; nothing where it did, or nobody can know."""
+        """Say why it is not up, or did not stay up; empty where it is, or nobody can know."""
         return ""
 
     def act(self, context: Context) -> str:
-        """Do it and confirm that the service is healthy; StepFailed with evidence if not."""
-        perform_command(self.run, context, f"service {self.settings.name}", self.settings.command,
-                        self.settings.timeout)
+        """Act on it and confirm that it is healthy; StepFailed with evidence if it is not."""
+        perform_command(self.run, context, f"service {self.section.name}", self.section.command,
+                        self.section.timeout)
         return "its command exited with code 0"
 
     def failed(self, why: str, **evidence: Any) -> StepFailed:
-        """Make the error of a service that is not healthy."""
+        """Make the error for a service that is not healthy."""
         hint = "look into its own log; pidfile must name a living process that follows `current`"
-        if self.settings.unit:
+        if self.section.unit:
             hint = ("systemctl status {0}; journalctl -u {0}; give it more time with `timeout`; "
-                    "without systemd use pidfile or command").format(self.settings.unit)
+                    "without systemd use pidfile or command").format(self.section.unit)
         if self.is_acting:
-            evidence.update(journal_of(self.run, [self.settings]))
-        return StepFailed(f"service {self.settings.name}: {why}", hint, evidence)
+            evidence.update(journal_of(self.run, [self.section]))
+        return StepFailed(f"service {self.section.name}: {why}", hint, evidence)
 
     def settle(self, context: Context) -> None:
-        """Look through the settle time; StepFailed where another release's process is up then."""
-        interrupts, ends_seconds = self.run.interrupts, time.monotonic() + self.settings.settle
+        """Watch it for the settle time; StepFailed where it goes down, or runs another release."""
+        interrupts, ends_seconds = self.run.interrupts, time.monotonic() + self.section.settle
         is_over = False
         while not is_over:
             is_over = time.monotonic() >= ends_seconds
             why = self.down()
-            if why and self.settings.pidfile:
-                interrupts.wait(WATCH_SECONDS)  # a re-exec may be between process and new pidfile
+            if why and self.section.pidfile:
+                interrupts.wait(WATCH_SECONDS)  # a re-exec may not have written the new pidfile yet
                 why = self.down()
             if why:
                 raise self.failed(why)
@@ -5514,7 +5517,7 @@ class Service:
         if answers_naming(self.run, context) and any(
                 probe.release and probe.when in ("after", "both")
                 for probe in self.run.settings.probe.values()):
-            return  # it asks for the release itself: its word counts
+            return  # such a probe asks the process itself, which counts for more
         releases = os.path.realpath(f"{context.root}/releases") + "/"
         for link in ("cwd", "exe"):
             with suppress(OSError):
@@ -5530,11 +5533,11 @@ UNIT_PROPERTIES = ("LoadState,ActiveState,SubState,MainPID,InvocationID,NRestart
 
 
 class UnitService(Service):
-    """A systemd unit; systemctl's exit code proves nothing (Type=simple): its state is watched."""
+    """A systemd unit; its state is watched: systemctl's exit code proves nothing (Type=simple)."""
 
     def check(self) -> Findings:
-        """Look for the unit, and refuse to restart the one that this program runs in."""
-        unit, action, state = self.settings.unit, self.settings.action, self.state()
+        """Find out whether it can be acted on, and is not the unit that this program runs in."""
+        unit, action, state = self.section.unit, self.section.action, self.state()
         groups = re.split("[/\n]", read_text("/proc/self/cgroup"))  # cgroups(7)
         if action != "none" and (unit in groups or f"{unit}.service" in groups):
             yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
@@ -5548,14 +5551,14 @@ class UnitService(Service):
                    "use action = restart or reload-or-restart")
 
     def down(self) -> str:
-        """Say why the unit is not up, or not as it was first."""
-        unit = self.settings.unit
+        """Say why the unit is not up, or not the same as when it came up."""
+        unit = self.section.unit
         try:
             state = self.state()
         except StepFailed as error:
             return error.message.partition(": ")[2]
         active, sub, kind = state["ActiveState"], state["SubState"], state["Type"]
-        # A timer or socket has no Type and never is "running".
+        # A timer or socket has no Type, and is never "running".
         if active == "active" and (sub == "running" or not kind) \
                 or kind == "oneshot" and state["Result"] == "success" and sub in ("exited", "dead"):
             changed = [name for name in ("MainPID", "InvocationID", "NRestarts")
@@ -5565,20 +5568,20 @@ class UnitService(Service):
         return f"unit {unit} is {active} ({sub}{why if state['Result'] != 'success' else ''})"
 
     def act(self, context: Context) -> str:
-        """Restart, reload or start it, wait until it is there, and see that it stays so."""
+        """Restart, reload or start it, wait until it is up, and see that it stays up."""
         self.is_acting = True
-        unit, action = self.settings.unit, self.settings.action
+        unit, action = self.section.unit, self.section.action
         before = self.state()
         if action == "reload" and before["ActiveState"] in ("inactive", "failed"):
-            action = "start"  # it was down before: that is not the release's fault
+            action = "start"  # that it was down before is not the release's fault
         if before["NeedDaemonReload"] == "yes":
             self.systemctl("daemon-reload")
-        # Without it a deployment, its rollback and a second try meet the start limit.
+        # Else a deployment, its rollback and a second try would together hit the start limit.
         self.systemctl("reset-failed", unit)
         self.systemctl(action, unit)
         ends_seconds = time.monotonic() + self.limit_seconds
         first = self.state()
-        # Waiting for an automatic restart is not being on its way.
+        # What waits for an automatic restart has failed, and is not on its way up.
         while first["ActiveState"] in ("activating", "reloading", "refreshing") \
                 and not first["SubState"].startswith("auto-restart") \
                 and time.monotonic() < ends_seconds:
@@ -5593,49 +5596,49 @@ class UnitService(Service):
         return f"{unit} is {first['ActiveState']} ({first['SubState']}{process})"
 
     def at_boot(self, verb: str, before: str) -> None:
-        """Enable or disable it, where its file has an [Install] section."""
+        """Enable or disable it; a unit without [Install] is in neither state, and is left alone."""
         if self.state()["UnitFileState"] == before:
-            self.systemctl(verb, self.settings.unit)
+            self.systemctl(verb, self.section.unit)
 
     def stop(self) -> None:
-        """Stop it, at the next boot as well."""
-        self.systemctl("stop", self.settings.unit)
-        self.systemctl("reset-failed", self.settings.unit)  # as which it may have ended
+        """Stop it, and disable it so that no boot starts it."""
+        self.systemctl("stop", self.section.unit)
+        self.systemctl("reset-failed", self.section.unit)  # it may have ended as failed
         self.at_boot("disable", "enabled")
 
     def state(self) -> Dict[str, str]:
         """Read the unit's state in one call, so that the properties belong together."""
-        done = self.systemctl("show", "-p", UNIT_PROPERTIES, self.settings.unit)
+        done = self.systemctl("show", "-p", UNIT_PROPERTIES, self.section.unit)
         self.shown = dict.fromkeys(UNIT_PROPERTIES.split(","), "")
         self.shown.update(line.split("=", 1) for line in done.tail if "=" in line)
         self.pid = self.shown["MainPID"]
         return self.shown
 
     def systemctl(self, verb: str, *arguments: str) -> CommandResult:
-        """Run systemctl; StepFailed where it does not succeed and has to."""
-        done = run_command([*self.settings.systemctl, verb, *arguments],
+        """Run systemctl; StepFailed where it fails, but for reset-failed, which is a courtesy."""
+        done = run_command([*self.section.systemctl, verb, *arguments],
                            environ=manager_environment(),
                            timeout_seconds=self.limit_seconds, interrupts=self.run.interrupts)
         if done.ok or verb == "reset-failed":
             return done
-        raise self.failed(f"systemctl {verb} {self.settings.unit} {done.verdict()}: "
+        raise self.failed(f"systemctl {verb} {self.section.unit} {done.verdict()}: "
                           f"{' '.join(done.tail[-3:])}", output=done.tail)
 
 
 def manager_environment() -> Dict[str, str]:
-    """Return what `systemctl --user` needs beside the small environment of every child."""
+    """Return the small environment of every child, and what `systemctl --user` needs beside it."""
     runtime = environment("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return dict(base_environment(), XDG_RUNTIME_DIR=runtime)
 
 
 def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
-    """Show the last lines of the journals of those services that are units; evidence of them."""
+    """Show the last journal lines of those services that are units; returned as evidence."""
     lines = []
     for service in services:
         if not service.unit or not find_command("journalctl"):
             continue
         manager = ["--user"] if "--user" in service.systemctl else []
-        # Without the first, what it has just said might not be there yet.
+        # Without --sync what it has just written might not be in the journal yet.
         for arguments in (["--sync"], [*manager, "-u", service.unit, "-n", "10", "--no-pager"]):
             done = run_command(["journalctl", *arguments], timeout_seconds=5.0,
                                interrupts=run.interrupts, on_line=run.console.output,
@@ -5645,46 +5648,46 @@ def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
 
 
 class PidfileService(Service):
-    """A process that writes its id to a file and takes a signal as the wish to reload."""
+    """A process that writes its id to a file, and reloads at a signal."""
 
     def check(self) -> Findings:
-        """Look for the process; that it is down stops nothing."""
-        why = self.down() if self.settings.action != "none" else ""
+        """Look for the process; that it is down is only a warning."""
+        why = self.down() if self.section.action != "none" else ""
         if why:
-            yield ("warn" if self.is_gone else "fail", f"service {self.settings.name}: {why}",
+            yield ("warn" if self.is_gone else "fail", f"service {self.section.name}: {why}",
                    "start it, or correct pidfile")
 
     def act(self, context: Context) -> str:
         """Send the signal, and see that the process stays up, under this id or another."""
-        name, number, signalled = self.settings.name, self.settings.signal, self.run.signalled
+        name, signal_name, signalled = self.section.name, self.section.signal, self.run.signalled
         if not context.previous:
             return "nothing to signal: nothing was live before"
         why = self.down()
         if why and self.is_gone and name not in signalled:
-            # It was down before the switch: no reason to go back.
+            # That it was down before the switch is no reason to go back.
             self.run.console.warn(f"service {name}: {why}: start it")
             return "not signalled: it does not run"
         try:
             if not why:
-                os.kill(int(self.pid), signal.Signals["SIG" + number])
+                os.kill(int(self.pid), signal.Signals["SIG" + signal_name])
         except OSError as error:
             why = reason(error)
         if why:
             fix = ": start it" if self.is_gone else ""
-            raise self.failed(f"sending {number}: {why}{fix}")
+            raise self.failed(f"sending {signal_name}: {why}{fix}")
         signalled.add(name)
         self.settle(context)
-        return f"{number} sent to process {self.pid}, which is up"
+        return f"{signal_name} sent to process {self.pid}, which is up"
 
     def down(self) -> str:
         """Say why the process does not run, or why the pidfile is not believed.
 
-        Whoever may write it must not choose which process of ours or of others is signalled.
+        It is not where others could write it: they would choose which process we signal.
         """
-        path, ours = self.settings.pidfile, (0, os.geteuid())
+        path, ours = self.section.pidfile, (0, os.geteuid())
         try:
             with open_file(path, os.O_NOFOLLOW) as stream:
-                found = os.fstat(stream.fileno())
+                status = os.fstat(stream.fileno())
                 text = stream.read(65536).decode("utf-8", "replace")
         except OSError as error:
             self.is_gone = isinstance(error, FileNotFoundError)
@@ -5693,29 +5696,29 @@ class PidfileService(Service):
         self.is_gone = False
         if not re.match(r"[0-9]{1,9}\Z", pid) or int(pid) <= 1:
             return f"{path} holds {pid[:40]!r} and not a process id"
-        owner, status = -1, ""
+        owner, state = -1, ""
         with suppress(OSError):  # no /proc, or no such process
             owner = os.stat(f"/proc/{pid}").st_uid
             # The name in parentheses may hold anything, so fields count from its end (proc(5)).
-            status = read_text(f"/proc/{pid}/stat").rpartition(")")[2].lstrip()[:1]
-        self.is_gone = status in ("Z", "X") or not process_is_alive(int(pid))
-        by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
+            state = read_text(f"/proc/{pid}/stat").rpartition(")")[2].lstrip()[:1]
+        self.is_gone = state in ("Z", "X") or not process_is_alive(int(pid))
+        by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid())
         if self.is_gone:
             return f"process {pid} of {path} is not running"
-        if found.st_uid not in (*ours, owner):
-            return f"{path} belongs to uid {found.st_uid}, process {pid} to uid {owner}"
-        if (by_group or found.st_mode & stat.S_IWOTH) and found.st_uid in ours:
+        if status.st_uid not in (*ours, owner):
+            return f"{path} belongs to uid {status.st_uid}, process {pid} to uid {owner}"
+        if (by_group or status.st_mode & stat.S_IWOTH) and status.st_uid in ours:
             return (f"{path} is writable by group or others (mode "
-                    f"{stat.S_IMODE(found.st_mode):04o}), who could name any process")
+                    f"{stat.S_IMODE(status.st_mode):04o}), who could name any process")
         return ""
 
 
 def make_service(run: Run, name: str) -> Service:
     """Make the service that [service:NAME] describes."""
-    settings = run.settings.service[name]
-    if settings.unit:
-        return UnitService(run, settings)
-    return PidfileService(run, settings) if settings.pidfile else Service(run, settings)
+    section = run.settings.service[name]
+    if section.unit:
+        return UnitService(run, section)
+    return PidfileService(run, section) if section.pidfile else Service(run, section)
 
 
 def describe_service(service: Any) -> str:
@@ -5730,15 +5733,15 @@ def describe_service(service: Any) -> str:
 def services_in_order(settings: Settings) -> List[str]:
     """List the services so that each comes after those in its `after`; UsageError for a cycle."""
     order = []
-    left = list(settings.service)
-    while left:
-        ready = [name for name in left if set(order).issuperset(settings.service[name].after)]
+    later = list(settings.service)
+    while later:
+        ready = [name for name in later if set(order).issuperset(settings.service[name].after)]
         if not ready:
-            after = ", ".join(settings.service[left[0]].after)
-            raise settings.wrong(f"service:{left[0]}", f"after = {after}: there is no such "
-                                 f"[service:NAME], or they wait for each other: {', '.join(left)}")
+            after = ", ".join(settings.service[later[0]].after)
+            raise settings.wrong(f"service:{later[0]}", f"after = {after}: there is no such "
+                                 f"[service:NAME], or they wait for each other: {', '.join(later)}")
         order += ready
-        left = [name for name in left if name not in ready]
+        later = [name for name in later if name not in ready]
     return order
 
 
