@@ -5308,15 +5308,15 @@ EVIDENCE_CHARACTERS = 300
 HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), not lie "
               "on what is mounted noexec, and its #! line name an interpreter that exists here")
 
-# A check yields findings: status (fail, warn, skip, ok), detail, and what to do about it.  The
-# worst one is its result, so a check may end with an "ok"; one without any findings is ok, too.
+# A check yields findings: status (fail, warn, skip, ok), detail, and what to do about it.  Its
+# result is the worst, so that it may end with an "ok"; without any it is ok, too.
 Finding = Tuple[str, str, str]
 Findings = Iterator[Finding]
 Answer = Json  # of a peer or a probe, as far as it is known
 
 
 def read_text(path: str) -> str:
-    """Read a regular file of at most 64 KiB; a FIFO is refused, not waited for."""
+    """Read a regular file of at most 64 KiB; never waits for a FIFO."""
     return read_file(path, 65536).decode("utf-8", "replace")
 
 
@@ -5340,7 +5340,7 @@ def commands(settings: Settings) -> List[Any]:
 
 
 def missing_programs(settings: Settings, *sections: str) -> Findings:
-    """Yield a finding for each program of these sections or kinds of sections that is missing."""
+    """Find the programs of these sections, or kinds of sections, that are missing."""
     for section, key, (program, *_), _, _ in commands(settings):
         # What comes with the release, or is found in a PATH of [env], cannot be looked for yet.
         is_elsewhere = program[0] != "/" if "/" in program else "PATH" in settings.env
@@ -5361,7 +5361,7 @@ def foreign_program(settings: Settings, where: str, program: str, directory: str
 
 
 def accepting(settings: Settings, paths: Iterable[str]) -> str:
-    """Spell the option that accepts these paths' risk, beside those that are accepted so far."""
+    """Spell the option that accepts these paths' risk, beside those accepted so far."""
     risks = "\n".join(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
     option = spell(["--set", f"preflight.accept_risk={risks}"])
     return f"accept the risk, for every such path: {option}"
@@ -5383,10 +5383,7 @@ def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, st
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
                   start: Callable[..., Any] = run_command, **options: Any) -> Any:
-    """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage).
-
-    `start` is run_command, or has its parameters.
-    """
+    """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage)."""
     settings = run.settings
     # It runs in the release, or the nearest directory that exists.
     places = context.directory, context.release_path, context.root, "/"
@@ -5456,15 +5453,14 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
         names = ", ".join(sorted(missing))
         raise StepFailed(f"{where}: no value for {names}", "set them in [vars] or in the "
                          "environment; write $${name} for a literal ${name}")
-    return re.sub(
-        PLACEHOLDER,
-        lambda match: match.group()[1:] if match.group(1) else values[match.group(2)], text)
+    return re.sub(PLACEHOLDER, lambda match: (
+        match.group()[1:] if match.group(1) else values[match.group(2)]), text)
 
 
 # -- services ----------------------------------------------------------------
 
 class Service:
-    """What has to notice that `current` has changed; in this class, by the operator's command."""
+    """What must notice that `current` has changed; here, by a command of the operator's."""
 
     is_acting = False  # from then on errors carry the end of the unit's journal
     is_gone = False  # at the last look its process did not exist
@@ -5502,7 +5498,7 @@ class Service:
         return StepFailed(f"service {self.section.name}: {why}", hint, evidence)
 
     def settle(self, context: Context) -> None:
-        """Watch it for the settle time; StepFailed where it goes down, or runs another release."""
+        """Watch it for the settle time; StepFailed if it goes down or runs another release."""
         interrupts, ends_seconds = self.run.interrupts, time.monotonic() + self.section.settle
         is_over = False
         while not is_over:
@@ -5536,7 +5532,7 @@ class UnitService(Service):
     """A systemd unit; its state is watched: systemctl's exit code proves nothing (Type=simple)."""
 
     def check(self) -> Findings:
-        """Find out whether it can be acted on, and is not the unit that this program runs in."""
+        """Find out whether it can be acted on, and does not run this very program."""
         unit, action, state = self.section.unit, self.section.action, self.state()
         groups = re.split("[/\n]", read_text("/proc/self/cgroup"))  # cgroups(7)
         if action != "none" and (unit in groups or f"{unit}.service" in groups):
@@ -5596,7 +5592,7 @@ class UnitService(Service):
         return f"{unit} is {first['ActiveState']} ({first['SubState']}{process})"
 
     def at_boot(self, verb: str, before: str) -> None:
-        """Enable or disable it; a unit without [Install] is in neither state, and is left alone."""
+        """Enable or disable it; a unit without [Install] is neither, and left alone."""
         if self.state()["UnitFileState"] == before:
             self.systemctl(verb, self.section.unit)
 
@@ -5615,7 +5611,7 @@ class UnitService(Service):
         return self.shown
 
     def systemctl(self, verb: str, *arguments: str) -> CommandResult:
-        """Run systemctl; StepFailed where it fails, but for reset-failed, which is a courtesy."""
+        """Run systemctl; StepFailed if it fails, except for reset-failed."""
         done = run_command([*self.section.systemctl, verb, *arguments],
                            environ=manager_environment(),
                            timeout_seconds=self.limit_seconds, interrupts=self.run.interrupts)
@@ -5626,7 +5622,7 @@ class UnitService(Service):
 
 
 def manager_environment() -> Dict[str, str]:
-    """Return the small environment of every child, and what `systemctl --user` needs beside it."""
+    """Return every child's small environment, and what `systemctl --user` needs."""
     runtime = environment("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return dict(base_environment(), XDG_RUNTIME_DIR=runtime)
 
@@ -5751,19 +5747,19 @@ def split_address(text: str) -> Tuple[str, int]:
     """Read host:port, [v6]:port or unix:/path (which gets port 0); ValueError for anything else."""
     if text.startswith("unix:/"):
         return _path(text[5:]), 0
-    found = re.match(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/@:]+):([0-9]{1,5})\Z", text)
-    if not found or not 0 < int(found.group(2)) < 65536:
+    match = re.match(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/@:]+):([0-9]{1,5})\Z", text)
+    if not match or not 0 < int(match.group(2)) < 65536:
         raise ValueError(f"expected host:port, [IPv6 address]:port or unix:/path, not {text!r}")
-    return found.group(1).strip("[]"), int(found.group(2))
+    return match.group(1).strip("[]"), int(match.group(2))
 
 
-# What a request is made from; the first three are its origin (RFC 6454).
+# What a request is made from; the first three are the origin (RFC 6454).
 Url = NamedTuple("Url", [("scheme", str), ("host", str), ("port", int), ("authority", str),
                          ("target", str), ("userinfo", str)])
 
 
 def parse_url(text: str) -> Url:
-    """Take an http or https URL apart; ValueError for any other and for what cannot be asked."""
+    """Take an http or https URL apart; ValueError for any other, or one that cannot be asked."""
     from urllib.parse import quote, unquote, urlsplit
     parts = urlsplit(text)
     own_port = {"http": 80, "https": 443}.get(parts.scheme)
@@ -5783,20 +5779,20 @@ def parse_url(text: str) -> Url:
 def wrong_header(sent: Dict[str, str]) -> str:
     """Say which header's value cannot be sent (RFC 9110, 5.5); nothing where all can."""
     for name, value in sent.items():
-        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # which may be private
+        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):  # not shown: it may be secret
             return f"the value of header.{name} holds a line break or a control character"
     return ""
 
 
 def tls_context(tls: Any) -> Any:
-    """Make an ssl.SSLContext of a section's tls_*; OSError or ValueError for unfit files."""
+    """Make an ssl.SSLContext from a section's tls_*; OSError or ValueError for unfit files."""
     import ssl
     context = ssl.create_default_context(cafile=tls.tls_ca or None)
     if not getattr(tls, "tls_verify", True):
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if getattr(tls, "tls_cert", ""):
-        # An empty password: OpenSSL would ask the terminal for one otherwise.
+        # Without a password OpenSSL would ask the terminal for one.
         context.load_cert_chain(tls.tls_cert, tls.tls_key or None, password="")
     return context
 
@@ -5807,8 +5803,8 @@ def network_error(error: Exception) -> str:
         return error.message
     if isinstance(error, ImportError):
         return f"{INCOMPLETE}: {error}; {INSTALL}"
-    if type(error).__name__.startswith("SSL"):  # an OSError whose errno is none of the system's
-        return f"TLS: {error}"
+    if type(error).__name__.startswith("SSL"):  # an OSError, but its errno is OpenSSL's
+        return f"TLS: {error}"  # see PROBE_HINTS
     return reason(error) if getattr(error, "errno", None) else f"{type(error).__name__}: {error}"
 
 
@@ -5821,69 +5817,71 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
             return None
     if choice == "none":
         return None
-    if "://" not in choice:  # as the environment may have it
+    if "://" not in choice:  # as in the environment it may be
         choice = f"http://{choice}"
-    if not choice.startswith("http://"):  # without its text, which may hold a password
+    if not choice.startswith("http://"):  # not shown: it may hold a password
         raise UsageError("the proxy is none that is spoken to in HTTP", "name an http:// one")
     return parse_url(choice)
 
 
-class Conversation(Descriptor):
-    """Something that a forked process does, because that can be killed: most often, ask a peer.
+# -- work that can be killed ---------------------------------------------------
 
-    So neither a name look-up, nor TLS, nor a peer that drips a byte a second, nor a regular
-    expression without end can hold the run: SIGALRM ends it at its limit, the end of the `with`
-    block kills it.  `talk` runs there and returns what it found (JSON).  It keeps no descriptor but
-    its pipe and those to `keep`: it must not hold the lock, which close-on-exec does not give up.
+class Conversation(Descriptor):
+    """Work that a forked process does, because that can be killed: most often, asking a peer.
+
+    So no name look-up, no TLS, no dripping peer and no endless regular expression holds up the run.
+    The child keeps only its end of a pipe and the descriptors to `keep`: it must not hold the lock,
+    and there is no exec to close that.  It calls `talk`, and writes what that returns, as each at()
+    before, as a line of JSON; SIGALRM ends it at its limit.  The parent reads them in answer();
+    close(), the end of the `with` block, kills and reaps the child.
     """
 
-    HIGHEST_DESCRIPTOR = 1024  # the system gives out the lowest that is free: we never have so many
-
-    def __init__(self, talk: Callable[["Conversation"], Answer], limit: float,
+    def __init__(self, talk: Callable[["Conversation"], Answer], limit_seconds: float,
                  keep: Sequence[int] = ()) -> None:
         import warnings
-        __import__("socket")  # where it is missing, the caller shall learn it
-        self.limit_seconds = limit
+        __import__("socket")  # where Python lacks it, this fails here, in the caller
+        self.limit_seconds = limit_seconds
         self.known: Answer = {"stage": "starting (EAGAIN: too many processes?)"}
         self.socket: Any = None
         self._pid = -1
         self.descriptor, self._writing = os.pipe()
         with warnings.catch_warnings(), suppress(OSError):  # too many processes
-            # 3.12 and later warn of threads: the child needs no lock that one might hold.
+            # 3.12 and later warn of threads; the child needs no lock that one of them might hold.
             warnings.simplefilter("ignore")
             self._pid = os.fork()
         if self._pid == 0:
             try:
-                signal.set_wakeup_fd(-1)  # its number may become a socket's
+                signal.set_wakeup_fd(-1)  # it is closed next, and its number may become a socket's
                 kept = sorted([self._writing, *keep])
-                for low, high in zip([2, *kept], [*kept, self.HIGHEST_DESCRIPTOR]):
+                # None is as high as 1024: the kernel gives out the lowest number that is free.
+                for low, high in zip([2, *kept], [*kept, 1024]):
                     os.closerange(low + 1, high)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not as it was inherited
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit))
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, limit_seconds))
                 try:
-                    found = {"error": "", **talk(self)}
-                except Exception as error:  # whatever a peer makes the libraries raise is an answer
-                    # A broken answer or a certificate is no better the next time.
-                    found = {"error": f"{self.known['stage']}: {network_error(error)}",
-                             "again": isinstance(error, OSError) and "CERTIFICATE" not in str(error)
-                             or type(error).__name__ == "IncompleteRead"}
-                self.at(self.known["stage"], **found)
+                    last = {"error": "", **talk(self)}
+                except Exception as error:  # a peer may make the libraries raise anything
+                    # Again: a malformed answer or a bad certificate will be no better then.
+                    last = {"error": f"{self.known['stage']}: {network_error(error)}",
+                            "again": isinstance(error, OSError) and "CERTIFICATE" not in str(error)
+                            or type(error).__name__ == "IncompleteRead"}
+                self.at(self.known["stage"], **last)
             finally:
-                os._exit(EXIT_OK)  # nothing of the parent's may be cleaned up or written twice
+                os._exit(EXIT_OK)  # the parent's buffers and clean-up are not the child's to do
         os.close(self._writing)
 
     def close(self) -> None:
-        """End it, if it has not ended."""
+        """Close the pipe, kill the process unless it has exited, and reap it."""
         super().close()
         pid, self._pid = self._pid, -1
         if pid > 0:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
-    def at(self, stage: str, **found: Any) -> None:
-        """Tell what is going on, and what has been found: that is known if time runs out."""
-        self.known.update(found, stage=stage)
+    def at(self, stage: str, **known: Any) -> None:
+        """In the child: report what it does now and what it knows, in case its time runs out."""
+        self.known.update(known, stage=stage)
         write_all(self._writing, json.dumps(self.known).encode("ascii") + b"\n")
 
     def connect(self, address: Tuple[str, int]) -> Answer:
@@ -5893,10 +5891,10 @@ class Conversation(Descriptor):
         where = f"{host}:{port}" if port else host
         self.at(f"connecting to {where}")
         if port:
-            made = self.socket = socket.create_connection(address)
-            # The peer's name is not to be had where it has hung up already.
-            if made.getsockname()[1] == port and made.getsockname() == made.getpeername():
-                # A free local port may be given to the asker, who meets himself (RFC 9293, 3.5).
+            opened = self.socket = socket.create_connection(address)
+            # First the port: getpeername() fails where the peer has hung up already.
+            if opened.getsockname()[1] == port and opened.getsockname() == opened.getpeername():
+                # Given this very port as its own, a socket connects to itself (RFC 9293, 3.5).
                 raise ConnectionRefusedError(errno.ECONNREFUSED,
                                              "Connection refused: nobody listens")
         else:
@@ -5904,12 +5902,12 @@ class Conversation(Descriptor):
             self.socket.connect(native(host))
         return {"said": f"{where} accepts connections"}
 
-    def request(self, method: str, url: Url, own: Dict[str, str], settings: Any,
+    def request(self, method: str, url: Url, extra: Dict[str, str], section: Any,
                 body: bytes = b"") -> Any:
-        """Ask by HTTP/1.1 (RFC 9112), as a section's tls_*, connect, proxy and header keys want."""
+        """Ask by HTTP/1.1 (RFC 9112), as a section's tls_*, connect, proxy and header keys say."""
         import http.client
-        address, target, login = getattr(settings, "connect", ""), url.target, {}
-        proxy = proxy_for(url, getattr(settings, "proxy", "none"))
+        address, target, login = getattr(section, "connect", ""), url.target, {}
+        proxy = proxy_for(url, getattr(section, "proxy", "none"))
         if proxy and proxy.userinfo:
             login["Proxy-Authorization"] = f"Basic {write_base64(proxy.userinfo.encode())}"
         if proxy and url.scheme == "https":
@@ -5925,16 +5923,16 @@ class Conversation(Descriptor):
             self.connect(split_address(address) if address else (url.host, url.port))
         if url.scheme == "https":
             self.at("reading tls_ca, tls_cert and tls_key")
-            context = tls_context(settings)
-            self.at("in the TLS handshake")
+            context = tls_context(section)
+            self.at("in the TLS handshake")  # see PROBE_HINTS
             self.socket = context.wrap_socket(self.socket, server_hostname=url.host)
         self.at("sending the request")
         always = {"Host": url.authority, "User-Agent": f"deploy.py/{VERSION}",
                   "Connection": "close", **login}
-        headers = dict({name.lower(): (name, value) for part in (always, own, settings.header)
+        headers = dict({name.lower(): (name, value) for part in (always, extra, section.header)
                         for name, value in part.items()}.values())
         wrong = wrong_header(headers)
-        if wrong:  # http.client would say so with the value, which may be a secret
+        if wrong:  # http.client's own message holds the value, which may be secret
             raise ValueError(wrong)
         connection = http.client.HTTPConnection(url.host, url.port)
         connection.sock = self.socket
@@ -5946,36 +5944,35 @@ class Conversation(Descriptor):
         self.at("reading the answer", status=response.status)
         return response
 
-    def answer(self, interrupts: Interrupts, heard: Callable[[Answer], Any] = id) -> Answer:
-        """Wait, hear what it tells, return what was found; "error" says why that is not all."""
-        told, piece = b"", b"begins"
+    def answer(self, interrupts: Interrupts, hear: Any = lambda known: None) -> Answer:
+        """Wait for its end, tell `hear` what is known so far; "error" says why that is not all."""
+        rest, piece = b"", b"begins"
         while self._pid > 0 and piece:
             if interrupts.wait(LONGEST_SECONDS, self.descriptor):
                 piece = os.read(self.descriptor, 1 << 16)
-                *lines, told = (told + piece).split(b"\n")
+                *lines, rest = (rest + piece).split(b"\n")
                 if lines:
                     self.known = json.loads(lines[-1].decode("ascii"))
-                    heard(self.known)
+                    hear(self.known)
         return {"error": f"no answer within {format_seconds(self.limit_seconds)}, it was still "
                          f"{self.known['stage']}", **self.known}
 
 
-# -- a candidate's guard -----------------------------------------------------
-
 class Guard(Conversation):
-    """A command that runs beside this process up to the end of a `with` block, and what it starts.
+    """A command, and all that it starts, beside this process until the end of a `with` block.
 
-    The forked process reads their output, and orphans fall to it.  It ends all of them in time,
-    once nothing listens, and when this process has died, by kill -9 too.
+    The child, the guard, runs it, and as subreaper inherits its orphans.  It ends all of it (TERM,
+    KILL) and reports `ended` once the parent's end of a second pipe is closed (by close(), or by a
+    kill -9 of the run), time is up, or for 2 s it has not run and nothing has listened.
     """
 
     def __init__(self, argv: Sequence[str], *, port: int, timeout_seconds: float,
                  **options: Any) -> None:
         import ctypes
         self.ends_seconds = time.monotonic() + timeout_seconds
-        # In the end: whether it was started, why it had ended before, and what it wrote last.
-        self.found: Any = None
-        told, self._telling = os.pipe()
+        # In the end: whether it was started, why it ended before it was told to, its last output.
+        self.ended: Any = None
+        reading, self._lifeline = os.pipe()
         why, until_seconds = None, 0.0
 
         def lasts(process: Any) -> bool:
@@ -5986,48 +5983,48 @@ class Guard(Conversation):
                     os.waitpid(-1, os.WNOHANG)
                 except ChildProcessError:
                     return False  # nothing is left
-            # Of a daemon the first process may end before the last one listens.
+            # A daemon's first process may end before its last one listens.
             if is_up or sockets(port, "0A"):
                 until_seconds = now_seconds + 2.0
-            if Interrupts().wait(0, told):
+            if Interrupts().wait(0, reading):
                 why = ""
             elif now_seconds > self.ends_seconds + 0.5:  # a probe's deadline says more
                 why = "was not healthy in time"
             elif now_seconds < until_seconds:
                 return True
-            end_children()
+            end_children()  # the guard has no children but these
             return False
 
         def talk(asking: Conversation) -> Answer:
             nonlocal why
-            os.setsid()  # who kills the group of the run does not kill its guard
+            os.setsid()  # whoever kills the run's process group must not kill its guard
             if ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER, prctl(2)
-                return {"found": [False, "was not started: the kernel allows no guard for it", []]}
+                return {"ended": [False, "was not started: the kernel allows no guard for it", []]}
+            # Not the run's own Interrupts: it waits on a descriptor that is closed here.
             result = run_command(argv, lasts=lasts, timeout_seconds=LONGEST_SECONDS,
                                  **dict(options, interrupts=Interrupts()))
             why = result.verdict() if why is None else why
-            return {"found": [result.seconds > 0, why, result.tail]}
+            return {"ended": [result.seconds > 0, why, result.tail]}
 
-        super().__init__(talk, LONGEST_SECONDS, [told])
-        os.close(told)
+        super().__init__(talk, LONGEST_SECONDS, [reading])
+        os.close(reading)
 
     def close(self) -> None:
-        """End all of it, if it has not ended."""
-        if not self.found:
-            os.close(self._telling)
-            self.found = self.answer(Interrupts()).get("found", [False, "lost its guard", []])
+        """Have the guard end all of it, unless that has ended."""
+        if not self.ended:
+            os.close(self._lifeline)
+            self.ended = self.answer(Interrupts()).get("ended", [False, "lost its guard", []])
         super().close()
 
 
-# -- probes: what is expected ------------------------------------------------
+# -- probes ------------------------------------------------------------------
 
-# A version as a word of its own: 1.2 is not in 11.2, 1.2.3, 1.2-rc1, 1.2+build or 3-1.2, but is in
-# v1.2 and "1.2.".
+# As a word: 1.2 is not in 11.2, 1.2.3, 1.2-rc1, 1.2+build or 3-1.2, but is in v1.2 and "1.2.".
 VERSION_ALONE = r"(?<![^\W_])(?<![.+~])(?<!\d-)[vV]?(?:{})(?![^\W_]|~|[.+_-]\w)"
 
 
 def answers_naming(run: Run, context: Context) -> List[str]:
-    """List what an answer may call a release; none can know a digest, or what is no version."""
+    """List what an answer may call a release; nothing if its version is its digest or id."""
     record = run.facts and run.facts.records.get(context.release)
     if context.version in (context.release, record.sha256[:12] if record else ""):
         return []
@@ -6035,12 +6032,12 @@ def answers_naming(run: Run, context: Context) -> List[str]:
             for word in (context.version, context.release) if word]
 
 
-def compare_answer(asking: Conversation, probe: Any, wanted: List[str], text: str,
+def compare_answer(asking: Conversation, probe: Any, versions: List[str], text: str,
                    header: Callable[[str], Optional[str]]) -> Answer:
-    """Hold an answer's text and headers against what is expected.
+    """Compare an answer's text and headers with what the probe expects.
 
-    "error" says what fails first; "named" whether the answer names one of the versions that are
-    `wanted`, which have no leading v (the old process answers, too), None where that is not asked.
+    "error" is the first difference; "named" says whether the answer names one of the `versions`
+    (without a leading v), None where the probe does not ask: the old process may answer, too.
     """
     asking.at("comparing the answer with what is expected", body=text[:8 * EVIDENCE_CHARACTERS])
     errors = [f"header {name} is {header(name) or 'missing'}, expected {pattern}"
@@ -6053,27 +6050,27 @@ def compare_answer(asking: Conversation, probe: Any, wanted: List[str], text: st
         if value != expected:
             errors.append(why or f"json {path} is {value!r}, expected {expected!r}")
     named = None
-    if probe.release and wanted:
+    if probe.release and versions:
         where, _, name = probe.release.partition(":")
         value, why = header(name), f"the answer names no version by {probe.release}"
         if where == "json":
             value, why = json_value(text, name)
         if where == "body":
-            words = "|".join(map(re.escape, wanted))
+            words = "|".join(map(re.escape, versions))
             named = bool(re.search(VERSION_ALONE.format(words), text))
         elif value is not None:
-            named = re.sub(r"\A[vV](?=\d)", "", value) in wanted
+            named = re.sub(r"\A[vV](?=\d)", "", value) in versions
             why = f"answered with version {value}"
-        if not named:
-            errors.append(f"{why}, expected {wanted[0]}: the old process may still be running")
+        if not named:  # see PROBE_HINTS
+            errors.append(f"{why}, expected {versions[0]}: the old process may still be running")
     return {"error": "".join(errors[:1]), "named": named}
 
 
 def matches(pattern: str, text: Optional[str]) -> bool:
-    """Search for a pattern; a leading ! wants it absent, as it is from no text at all."""
+    """Search for a pattern; a leading ! wants it absent, as it is where there is no text."""
     is_unwanted = pattern.startswith("!")
-    found = text is not None and re.search(pattern[1:] if is_unwanted else pattern, text)
-    return bool(found) != is_unwanted
+    match = text is not None and re.search(pattern[1:] if is_unwanted else pattern, text)
+    return bool(match) != is_unwanted
 
 
 def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
@@ -6091,8 +6088,6 @@ def json_value(text: str, path: str) -> Tuple[Optional[str], str]:
     return value if isinstance(value, str) else json.dumps(value), ""
 
 
-# -- probes: settings --------------------------------------------------------
-
 def probe_kind(probe: Any) -> str:
     """Return which of PROBE_KINDS a probe is; nothing where it is not one of them."""
     kinds = [kind for kind in PROBE_KINDS if kind in probe.given]
@@ -6101,8 +6096,8 @@ def probe_kind(probe: Any) -> str:
 
 def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
     """Say all that is wrong with a probe's settings, without asking anything."""
-    kind, release, is_candidates = probe_kind(probe), probe.release, probe.when == "candidate"
-    places = [*OF_SLOTS, CANDIDATE_PORT] if is_candidates else OF_SLOTS
+    kind, release, of_candidate = probe_kind(probe), probe.release, probe.when == "candidate"
+    places = [*OF_SLOTS, CANDIDATE_PORT] if of_candidate else OF_SLOTS
     probe = filled(probe, dict.fromkeys(places, "1"))
     wrong, service = [wrong_header(probe.header)], settings.service.get(probe.service)
     for key, read in ("url", parse_url), ("tcp", split_address), ("connect", split_address):
@@ -6111,15 +6106,15 @@ def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
                 read(getattr(probe, key))
         except ValueError as error:
             wrong.append(f"{key}: {error}")
-    others = set().union(*PROBE_KINDS.values()).difference(PROBE_KINDS.get(kind, ()))
-    unused = kind and meaningless(probe, others, f"a {kind} probe")
-    return [what for is_wrong, what in (
-        (unused, unused),
-        (is_candidates and not settings.candidate.command,
+    if kind:
+        others = set().union(*PROBE_KINDS.values()).difference(PROBE_KINDS[kind])
+        wrong.append(meaningless(probe, others, f"a {kind} probe"))
+    return [problem for is_wrong, problem in (
+        (of_candidate and not settings.candidate.command,
          "when = candidate needs a [candidate] with its command"),
-        (not is_candidates and CANDIDATE_PORT in str(probe.command),
+        (not of_candidate and CANDIDATE_PORT in str(probe.command),
          f"{CANDIDATE_PORT} is known while a candidate is asked: when = candidate"),
-        (is_candidates and kind == "service", "a candidate is no service"),
+        (of_candidate and kind == "service", "a candidate is no service"),
         (probe.of_slot and (not settings.has_slots or probe.when != "after"),
          "${slot} and ${port} need [slots], and when = after"),
         (release and not re.match(r"(json:.+|header:[!-9;-~]+|body)\Z", release),
@@ -6128,7 +6123,7 @@ def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
         (kind == "service" and not service, f"there is no [service:{probe.service}]"),
         (service and service.command,
          f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
-        *((what, what) for what in wrong)) if is_wrong]
+        *((problem, problem) for problem in wrong)) if is_wrong]
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
@@ -6148,9 +6143,7 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
     return settings.probe["ad-hoc"]
 
 
-# -- probes: asking ----------------------------------------------------------
-
-PROBE_HINTS = (  # what the end of a probe's detail tells, what to do then
+PROBE_HINTS = (  # by words of a failed probe's detail, which are made where this is named
     ("status 30[12378],", "give the address that it leads to, or allow redirects = 1"),
     ("status 40[137],", "give the probe a login: auth_file, or a [probe:NAME] header.NAME"),
     ("TLS: |TLS handshake", "name the authority with tls_ca, or correct the host and port in url"),
@@ -6165,33 +6158,31 @@ NO_ANSWER: Answer = {"error": "too few answers in a row were healthy", "status":
 class ProbeRun:
     """A probe's tries from the first to the verdict, and what came of them.
 
-    ask_KIND asks once and returns "error" (nothing where all is as expected), "said", "status",
-    the start of the "body", "named" (see compare_answer()), "heard" where it is an answer
-    (`failures` in a row of the new release's own end it early), and "final" where nothing better
-    can come; or what a forked process is to do for that.
+    ask_KIND asks once, within self.limit_seconds, and returns "error" (empty if it is healthy),
+    "said" (if it is), "status", the start of the "body", "named" (see compare_answer()), "final"
+    where no later answer can be better, and "heard" where certainly the service said this, not a
+    proxy or what failed on the way; in doubt, only if `named`.  Or it returns a function, which
+    attempt() runs in a Conversation: that limits its time, and turns what it raises into the error
+    "STAGE: reason", STAGE being the last that it gave to asking.at().
     """
 
     tries = 0
     failure = NO_ANSWER  # the last one
-    restarts: Optional[int] = None  # of its unit, when that was looked at first
-    # Once it is over; the evidence is status, start of the body, error, tries.
-    ok: bool
-    detail: str
-    evidence: Answer
-    seconds: float
+    restarts: Optional[int] = None  # of its unit, at the first look
+    # run_probe() adds ok, detail, seconds and evidence (status, start of the body, error, tries).
 
-    def __init__(self, run: Run, probe: Any, context: Context, wanted: List[str],
+    def __init__(self, run: Run, probe: Any, context: Context, versions: List[str],
                  progress: Any) -> None:
         self.run = run
         self.probe = probe
         self.name = probe.name
         self.required = probe.required
         self.context = context
-        self.wanted = wanted
+        self.versions = versions
         self.progress = progress
 
     def to_json(self) -> Json:
-        """Return what is told of it."""
+        """Return what is reported of it."""
         return {name: getattr(self, name) for name in (
             "name", "ok", "required", "tries", "seconds", "detail", "evidence")}
 
@@ -6208,18 +6199,18 @@ class ProbeRun:
     def full(self, guard: Optional[Guard], *, is_new: bool) -> Answer:
         """Ask until it is healthy, then whether it stays so; "error" is the verdict.
 
-        `is_new`: whatever answers is the new release.  The end of a candidate's `guard` is ours.
+        `is_new`: whatever answers is the new release.  The end of a `guard`'s command ends this.
         """
         import random
         probe, watched, why = self.probe, [guard.descriptor] if guard else [], ""
-        healthy = failed = refused = 0
+        healthy = failed = failed_by_new = 0  # in a row; by_new: the new release itself said so
         is_soaking = False
         pause_seconds, spacing_seconds = probe.initial_delay, probe.period
         ends_seconds = time.monotonic() + pause_seconds + probe.deadline
         while not why:
             if self.run.interrupts.wait(pause_seconds, *watched):
                 guard.close()
-                why = f"the candidate {guard.found[1]}"
+                why = f"the candidate {guard.ended[1]}"
                 break
             left_seconds = ends_seconds - time.monotonic()
             is_cut = not is_soaking and left_seconds < probe.timeout
@@ -6227,15 +6218,15 @@ class ProbeRun:
             left_seconds = ends_seconds - time.monotonic()
             if not answer["error"]:
                 healthy += 1
-                failed = refused = 0
+                failed = failed_by_new = 0
                 spacing_seconds = probe.period
-            elif not is_cut or left_seconds > 0 or not (failed or healthy):
-                # A try that the deadline cut short tells less than what was seen before it.
+            elif self.tries == 1 or not is_cut or left_seconds > 0:
+                # Else the deadline cut it short: then it tells less than the tries before it.
                 self.failure = answer
                 failed += 1
                 healthy = 0
                 by_new = is_new if answer["named"] is None else answer["named"]
-                refused = refused + 1 if by_new and answer["heard"] else 0
+                failed_by_new = failed_by_new + 1 if by_new and answer["heard"] else 0
                 if failed > 1 and not is_soaking:
                     spacing_seconds = min(spacing_seconds * probe.backoff,
                                           max(probe.period, probe.period_max))
@@ -6244,33 +6235,33 @@ class ProbeRun:
                 left_seconds = probe.soak
                 ends_seconds = time.monotonic() + left_seconds
             error = self.failure["error"]
-            if answer["final"] or refused >= probe.failures and not is_soaking:
+            if answer["final"] or failed_by_new >= probe.failures and not is_soaking:
                 why = f"the new release itself failed: {error}"
             elif is_soaking and failed >= probe.failures:
                 why = f"failed {failed} times in a row after it was healthy: {error}"
             elif not is_soaking and left_seconds <= SHORTEST_WAIT_SECONDS:
                 why = f"not healthy within {format_seconds(probe.deadline)}: {error}"
             elif is_soaking and left_seconds <= 0 and not failed:
-                # A soak does not end on a failed try: one more second must not make it a success.
-                return answer
+                return answer  # after a failed try the soak goes on until one succeeds
             pause_seconds = spacing_seconds * (1 + random.uniform(-probe.jitter, probe.jitter))
             if not failed or not is_soaking:
-                # Towards the end a further try is worth more than the whole of its wait.
+                # At most half of it: a last try comes before the deadline.  A soak ends with one.
                 pause_seconds = min(pause_seconds, left_seconds / (1 if is_soaking else 2))
             pause_seconds = max(SHORTEST_WAIT_SECONDS, pause_seconds)
         return dict(self.failure, error=why)
 
     def attempt(self, limit_seconds: float) -> Answer:
-        """Ask once."""
-        console, limit_seconds = self.run.console, max(0.001, limit_seconds)
+        """Ask once, for so long at most."""
+        console = self.run.console
+        self.limit_seconds = limit_seconds = max(0.001, limit_seconds)
         ends_seconds = time.monotonic() + limit_seconds
-        found = getattr(self, f"ask_{probe_kind(self.probe)}")(limit_seconds)
-        if self.probe.command:  # an output that came in time is looked at, however late it was
+        answer = getattr(self, f"ask_{probe_kind(self.probe)}")()
+        if self.probe.command:  # what it wrote in time is compared, however late that was
             limit_seconds = max(0.05, ends_seconds - time.monotonic())
-        if callable(found):
-            with Conversation(found, limit_seconds) as asking:
-                found = asking.answer(self.run.interrupts)
-        answer = dict(NO_ANSWER, **found)
+        if callable(answer):
+            with Conversation(answer, limit_seconds) as asking:
+                answer = asking.answer(self.run.interrupts)
+        answer = dict(NO_ANSWER, **answer)
         for key in ("error", "body"):  # masked before it is cut: half a secret is not recognized
             answer[key] = console.secrets.mask(answer[key])[:EVIDENCE_CHARACTERS]
         self.tries += 1
@@ -6280,10 +6271,10 @@ class ProbeRun:
             self.progress(self.tries, reported)
         return answer
 
-    def ask_url(self, limit_seconds: float) -> Any:
+    def ask_url(self) -> Any:
         """Ask over HTTP or HTTPS."""
-        with suppress(ImportError):  # what is missing, the process that asks tells
-            __import__("http.client")  # once, and not anew in each such process
+        with suppress(ImportError):  # what is missing, the process that asks reports
+            __import__("http.client")  # once here: it would cost each such process 15 ms
             __import__("ssl")
         probe, url, headers = self.probe, parse_url(self.probe.url), {"Accept": "*/*"}
         if self.run.traceparent:
@@ -6303,10 +6294,10 @@ class ProbeRun:
             from urllib.parse import urljoin
             address = probe.url
             for _ in range(probe.redirects + 1):
-                here = parse_url(address)
-                if here[:3] != url[:3]:
+                hop = parse_url(address)
+                if hop[:3] != url[:3]:
                     return {"error": f"redirected to another origin, {address}"}
-                response = asking.request(probe.method, here, headers, probe)
+                response = asking.request(probe.method, hop, headers, probe)
                 location, status = response.getheader("Location"), response.status
                 if not probe.redirects or not location or not 301 <= status <= 308:
                     break
@@ -6320,21 +6311,21 @@ class ProbeRun:
             if len(data) < probe.max_body and response.length:
                 raise ConnectionError("it ended before its Content-Length")
             text = data.decode("utf-8-sig", "replace")
-            found = compare_answer(asking, probe, self.wanted, text, response.getheader)
+            answer = compare_answer(asking, probe, self.versions, text, response.getheader)
             if not any(low <= status <= high for low, high in probe.status):
                 ranges = ", ".join(f"{low}-{high}" for low, high in probe.status)
-                found["error"] = f"status {status}, expected {ranges}"
-            # 503 means not yet; a proxy says the others for a service that is on its way.
-            is_heard = status != 503 and (found["named"] or status not in (502, 504))
-            return dict(found, said=f"status {status}", heard=is_heard)
+                answer["error"] = f"status {status}, expected {ranges}"  # see PROBE_HINTS
+            # 503 means not yet; 502 and 504 are a proxy's, unless the answer names the release.
+            is_heard = status != 503 and (answer["named"] or status not in (502, 504))
+            return dict(answer, said=f"status {status}", heard=is_heard)
 
         return talk
 
-    def ask_tcp(self, limit_seconds: float) -> Any:
+    def ask_tcp(self) -> Any:
         """See whether somebody accepts a connection."""
         return partial(Conversation.connect, address=split_address(self.probe.tcp))
 
-    def ask_command(self, limit_seconds: float) -> Any:
+    def ask_command(self) -> Any:
         """Run an operator's command: exit code 0 is healthy, where its output is as expected."""
         probe, lines = self.probe, []
         left_characters = probe.max_body
@@ -6347,31 +6338,31 @@ class ProbeRun:
 
         try:
             result = start_command(self.run, self.context, f"probe {probe.name}", probe.command,
-                                   timeout_seconds=limit_seconds, on_line=keep)
+                                   timeout_seconds=self.limit_seconds, on_line=keep)
         except (UsageError, StepFailed) as error:
             return {"error": error.message}
-        # Nothing was read of a command that could not be started; its tail says why.
-        text = "\n".join(lines or result.tail)
+        text = "\n".join(lines or result.tail)  # the tail says why it could not be started
 
         def compare(asking: Conversation) -> Answer:
             asking.known["status"] = result.exit_code
-            found = compare_answer(asking, probe, self.wanted, text, lambda name: None)
+            answer = compare_answer(asking, probe, self.versions, text, lambda name: None)
             if not result.ok:
-                found["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
-            return dict(found, said="exited with code 0", heard=found["named"] or result.ok)
+                answer["error"] = ": ".join([result.verdict(), *result.tail[-1:]])
+            # What fails may not have reached the service, unless its output names the release.
+            return dict(answer, said="exited with code 0", heard=answer["named"] or result.ok)
 
         return compare
 
-    def ask_service(self, limit_seconds: float) -> Answer:
+    def ask_service(self) -> Answer:
         """See whether a [service:NAME] is up."""
         service = make_service(self.run, self.probe.service)
-        service.limit_seconds = min(service.limit_seconds, limit_seconds)
+        service.limit_seconds = min(service.limit_seconds, self.limit_seconds)
         error, state = service.down(), service.shown
         target, restarts = f"service {self.probe.service}", int(state.get("NRestarts") or 0)
         if self.restarts is None:
             self.restarts = restarts
         restarts -= self.restarts
-        is_looping = restarts >= self.probe.failures  # then it is up at most looks
+        is_looping = restarts >= self.probe.failures  # a crash loop looks up at most tries
         if is_looping and not error:
             error = f"{target} was restarted {count(restarts, 'time')}"
         return {"error": error, "said": f"{target} is up",
@@ -6381,7 +6372,7 @@ class ProbeRun:
 def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
               once: bool = False, progress: Any = None, restarted: bool = False,
               guard: Optional[Guard] = None) -> ProbeRun:
-    """Ask until the verdict is in, or `once`; one that fails gives ok=False, only a signal raises.
+    """Ask until the verdict is in, or `once`; a failure is not raised: ok is False.
 
     `expect_release`: the answer must name the context's version or release.
     `restarted`: this run has just acted on the services.  `guard`: it is a candidate that is asked.
@@ -6394,23 +6385,23 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
             raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
                                "deploy something first")
         probe = filled(probe, slot.places)
-    # Where this run has restarted whatever could answer, the new release answers; a proxy may lead
-    # to the other slot yet.
+    # Where this run has restarted all that could answer, the new release answers, unless a proxy
+    # may still lead to the other slot.
     is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
         service.unit and service.action == "restart" for service in services)
-    wanted = answers_naming(run, context) if expect_release else []
-    found = ProbeRun(run, probe, context, wanted, progress)
-    answer = found.attempt(probe.timeout) if once else found.full(guard, is_new=is_new)
+    versions = answers_naming(run, context) if expect_release else []
+    probing = ProbeRun(run, probe, context, versions, progress)
+    answer = probing.attempt(probe.timeout) if once else probing.full(guard, is_new=is_new)
     error = answer["error"]
-    found.ok = not error
-    found.detail = error or f"{answer['said']} ({count(found.tries, 'try', 'tries')})"
-    found.evidence = {key: answer[key] for key in ("status", "body", "error")}
-    found.evidence["tries"] = found.tries
+    probing.ok = not error
+    probing.detail = error or f"{answer['said']} ({count(probing.tries, 'try', 'tries')})"
+    answer["tries"] = probing.tries
+    probing.evidence = {key: answer[key] for key in ("status", "body", "error", "tries")}
     if error and not once and not guard and (expect_release or probe.service):
-        found.evidence.update(journal_of(run, [
+        probing.evidence.update(journal_of(run, [
             service for service in services if probe.service in ("", service.name)]))
-    found.seconds = round(time.monotonic() - started_seconds, 3)
-    return found
+    probing.seconds = round(time.monotonic() - started_seconds, 3)
+    return probing
 
 
 def hold_port(host: str, port: int) -> Any:
@@ -8422,7 +8413,7 @@ def do_candidate(run: Run, step: Step) -> str:
                 break
             if not found.ok:
                 run.console.warn(found.complaint())
-    is_started, why, run.output = guard.found
+    is_started, why, run.output = guard.ended
     for line in run.output:
         run.console.output(line)
     if not why and (found.ok or not found.required):
@@ -10071,9 +10062,8 @@ def command_probe(run: Run) -> None:
 def chosen_probes(settings: Settings, flags: Any) -> List[Any]:
     """Make the probes that the command line asks for; UsageError where it does not agree."""
     known, names = settings.probe, flags.names
-    # A service can be asked only where a configuration describes it.
     targets = {kind: getattr(flags, {"command": "probe_command"}.get(kind, kind))
-               for kind in PROBE_KINDS if kind != "service"}
+               for kind in PROBE_KINDS if kind != "service"}  # that needs a section
     words = ", ".join(f"--{kind}" for kind in targets)
     probes = [adhoc_probe(kind, target, flags.expect or [])
               for kind, target in targets.items() if target]
