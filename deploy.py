@@ -6418,13 +6418,14 @@ def hold_port(host: str, port: int) -> Any:
 
 # ============================================================================
 # 10  Policy
-#    When, by whom and after what a release may go live: judgements that rows of
-#    the table of checks ask for.
+#    When, by whom and after what a release may go live: judge_* are rules, rows of the
+#    table of checks; [policy] judge is the operator's command, one of them; Judge (8)
+#    decides on an archive's members.
 # ============================================================================
 
 JUDGE_SECONDS = 30.0
 DEPLOYMENT = "https://deploy.py/deployment/v1"
-# predicateType of SLSA's provenance: where that has the builder, the source, the end of the build.
+# By predicateType of SLSA provenance: the paths of the builder, the source, the end of the build.
 PROVENANCE = {
     "https://slsa.dev/provenance/v1": (
         "runDetails.builder.id", "buildDefinition.externalParameters.workflow.repository",
@@ -6435,57 +6436,58 @@ PROVENANCE = {
 
 def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
          passable: bool = False) -> Callable[[Run], List[Finding]]:
-    """Make the check of a rule: `judge` raises for a no of an artifact, or of a file beside it.
+    """Make the check of a rule: `judge` raises to refuse, and what it raises becomes the finding.
 
-    `stage` is only warned, and so is --override where it is `passable` and the policy lets it.
+    With `suffixes` it gets the first of these files beside the artifact.  No way back is judged.
+    `stage` is only warned, and so is --override where it is `passable` and the policy allows it.
     """
     def check(run: Run) -> List[Finding]:
         command, policy = run.flags.command, run.settings.policy
-        found = run.plan and (run.facts.artifact or run.facts.records.get(run.plan.to_release))
-        is_asked = found or command == "preflight" and judge is judge_windows
-        if not is_asked or command == "rollback" or command == "activate" and found.activated_at:
+        artifact = run.plan and (run.facts.artifact or run.facts.records.get(run.plan.to_release))
+        is_asked = artifact or command == "preflight" and judge is judge_windows
+        if not is_asked or command == "rollback" or command == "activate" and artifact.activated_at:
             return [("skip", "nothing is to go live for the first time", "")]
         try:
             if not suffixes:
-                return [judge(run, found)]
-            with blaming(PreflightFailed, found.path, hint):
-                place, data = read_beside(run, found.path, *suffixes.split())
+                return [judge(run, artifact)]
+            with blaming(PreflightFailed, artifact.path, hint):
+                place, data = read_beside(run, artifact.path, *suffixes.split())
             with blaming(PreflightFailed, place, hint):
-                return [judge(run, found, place, data)]
+                return [judge(run, artifact, place, data)]
         except (UsageError, PreflightFailed, ArtifactRefused, StepFailed) as error:
-            lets = passable and policy.override
-            status = "warn" if command == "stage" or lets and run.flags.override else "fail"
-            return [(status, error.message, error.hint + ("; or --override WHY" if lets else ""))]
+            allows = passable and policy.override
+            status = "warn" if command == "stage" or allows and run.flags.override else "fail"
+            return [(status, error.message, error.hint + ("; or --override WHY" if allows else ""))]
     return check
 
 
 def base_name(path: str) -> str:
-    """Return the name of a file, or of what a URL leads to."""
+    """Return the last name of a path or of a URL, which is decoded."""
     from urllib.parse import unquote
     return os.path.basename(unquote(path.partition("?")[0]) if "://" in path else path)
 
 
 def read_beside(run: Run, path: str, *suffixes: str) -> Tuple[str, bytes]:
-    """Read the first that is there of the files with these suffixes, here or at [source]."""
+    """Read the first file that exists of those with these suffixes, here or at [source]."""
     for place in (path + suffix for suffix in suffixes):
         if run.fetch and "://" in place:
             body = run.fetch(place).get("body")
             if body is not None:
                 return place, body.encode("latin-1")
         with suppress(FileNotFoundError):
-            # A link in an inbox could lead to what is root's.
+            # A link in the inbox could lead to what only root may read.
             flags = os.O_NOFOLLOW if run.flags.delegate else 0
             return place, read_file(place, MAX_STATE_BYTES, flags)
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
 
 
-def judge_windows(run: Run, found: Any) -> Finding:
-    """No window denies now and, where there are some that allow, one of them is open."""
+def judge_windows(run: Run, artifact: Any) -> Finding:
+    """No window denies now and, where there are any that allow, one of these is open."""
     from datetime import date, timedelta
     policy = run.settings.policy
     now = local_time(policy.timezone, run.facts.now_seconds)
     today, minute = date(*now[:3]), now.tm_hour * 60 + now.tm_min
-    said = time.strftime("%a %Y-%m-%d %H:%M %Z", now)
+    text = time.strftime("%a %Y-%m-%d %H:%M %Z", now)
     open_now = {line for line, is_open in policy.windows
                 if is_open(today, minute) or is_open(today - timedelta(1), minute + 1440)}
     allowing = {line for line, _ in policy.windows if line.startswith("allow")}
@@ -6493,38 +6495,38 @@ def judge_windows(run: Run, found: Any) -> Finding:
     if not why and not allowing & open_now:
         why = {f"outside of {line}" for line in allowing}
     if why:
-        raise PreflightFailed("; ".join([said, *sorted(why)]), "wait for a time that is allowed")
-    return "ok", said, ""
+        raise PreflightFailed("; ".join([text, *sorted(why)]), "wait for a time that is allowed")
+    return "ok", text, ""
 
 
-def approval(run: Run, found: Any, expires: str) -> bytes:
-    """Write what approvers sign: six lines, the same bytes in any locale."""
-    name = portable(base_name(found.path))
+def approval(run: Run, artifact: Any, expires: str) -> bytes:
+    """Write the text that approvers sign: six lines, the same bytes in any locale."""
+    name = portable(base_name(artifact.path))
     lines = ("deploy-approval 1", f"application {run.application}",
              f"environment {run.settings.policy.environment}", f"artifact {name}",
-             f"sha256 {found.sha256}", f"expires {expires}")
+             f"sha256 {artifact.sha256}", f"expires {expires}")
     return b"".join(escape(line).encode("ascii", "backslashreplace") + b"\n" for line in lines)
 
 
-def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
-    """So many have signed, each counted once, and not who runs this."""
+def judge_approvals(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
+    """Enough approvers have signed, each counted once, and whoever runs this not at all."""
     import glob
     policy, signed, others = run.settings.policy, set(), set()
     signers = list(read_signers(policy.approvers))
     verifier = Verifier([], signers, "deploy-approval")
-    # An origin lists no files: each is asked for by whose it is.
+    # A [source] over https lists no files: each signer's is asked for by name.
     names = {who.partition("@")[0] for globs, *_ in signers for who in globs.split(",")}
-    asked = ["", *(f".{name}" for name in names if re.fullmatch(r"[\w.-]+", name))]
-    paths = glob.glob(f"{glob.escape(place)}.*sig") or [f"{place}{name}.sig" for name in asked]
-    expires = text[-21:-1].decode("ascii")
-    if text != approval(run, found, expires):
+    marks = ["", *(f".{name}" for name in names if re.fullmatch(r"[\w.-]+", name))]
+    paths = glob.glob(f"{glob.escape(place)}.*sig") or [f"{place}{mark}.sig" for mark in marks]
+    expires = data[-21:-1].decode("ascii")
+    if data != approval(run, artifact, expires):
         raise ValueError("it is about something else: another application, environment or artifact")
     if seconds_of(expires) <= run.facts.now_seconds:
         raise ValueError(f"it expired at {expires}")
     for path in sorted(paths):
         try:
-            who = verifier.verify(text, read_beside(run, path, "")[1], path)["signer"]
-            # A pattern is nobody's name, and could be that of who runs this.
+            who = verifier.verify(data, read_beside(run, path, "")[1], path)["signer"]
+            # A signer that is a pattern could also stand for whoever runs this.
             is_own = run.by["user"] in (who, who.partition("@")[0])
             counted = others if is_own or re.search("[*?]", who) else signed
             counted.add(who)
@@ -6532,39 +6534,39 @@ def judge_approvals(run: Run, found: Any, place: str, text: bytes) -> Finding:
             others.add(error.message)
         except FileNotFoundError:
             pass
-    told = [", ".join(sorted(who)) or "nobody" for who in (signed, others)]
-    said = f"{len(signed)} of {policy.approvals}: {told[0]}; not counted: {told[1]}"
+    lists = [", ".join(sorted(people)) or "nobody" for people in (signed, others)]
+    text = f"{len(signed)} of {policy.approvals}: {lists[0]}; not counted: {lists[1]}"
     if len(signed) < policy.approvals:
-        raise ValueError(said)
-    return "ok", said, ""
+        raise ValueError(text)
+    return "ok", text, ""
 
 
-def judge_promotion(run: Run, found: Any, place: str, data: bytes) -> Finding:
-    """An attestation says that it was live elsewhere, for long enough and not too long ago."""
+def judge_promotion(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
+    """A signed attestation says that it was live elsewhere, long enough and not too long ago."""
     policy, (name, signature) = run.settings.policy, read_beside(run, place, ".sig")
     verifier = Verifier([], list(read_signers(policy.attesters)), "deploy-attestation")
     who = verifier.verify(data, signature, name)["signer"]
-    told = json.loads(data.decode("utf-8"))
-    made = told["predicate"]
-    for what, said, right in (
-            ("predicateType", told["predicateType"], DEPLOYMENT),
-            ("sha256", told["subject"][0]["digest"]["sha256"], found.sha256),
-            ("application", made["application"], run.application),
-            ("environment", made["environment"], policy.promoted_from)):
-        if said != right:
-            raise ValueError(f"its {what} is {said}, not {right}")
-    soaked, at = float(made["soakedSeconds"]), made["attestedAt"]
-    said = f"live in {policy.promoted_from} for {format_seconds(soaked)} at {at}, says {who}"
-    if policy.promoted_after and not soaked >= policy.promoted_after(0, 1):
-        raise ValueError(f"{said}; promoted_after is longer")
+    statement = json.loads(data.decode("utf-8"))
+    predicate = statement["predicate"]
+    for key, value, expected in (
+            ("predicateType", statement["predicateType"], DEPLOYMENT),
+            ("sha256", statement["subject"][0]["digest"]["sha256"], artifact.sha256),
+            ("application", predicate["application"], run.application),
+            ("environment", predicate["environment"], policy.promoted_from)):
+        if value != expected:
+            raise ValueError(f"its {key} is {value}, not {expected}")
+    soaked, at = float(predicate["soakedSeconds"]), predicate["attestedAt"]
+    text = f"live in {policy.promoted_from} for {format_seconds(soaked)} at {at}, says {who}"
+    if policy.promoted_after and not soaked >= policy.promoted_after(0, 1):  # true for NaN, too
+        raise ValueError(f"{text}; promoted_after is longer")
     if policy.promoted_within and \
             seconds_of(at) < policy.promoted_within(run.facts.now_seconds, -1):
-        raise ValueError(f"{said}; promoted_within is shorter ago")
-    return "ok", said, ""
+        raise ValueError(f"{text}; promoted_within is shorter ago")
+    return "ok", text, ""
 
 
 def is_denied(terms: str, patterns: str) -> bool:
-    """Tell whether a license expression leaves no choice; one with brackets is not taken apart."""
+    """Say whether a license expression has no choice that is allowed; brackets make it one."""
     terms = re.sub(r"\A\(([^()]*)\)\Z", r"\1", " ".join(terms.lower().split()))
     choices = [terms] if "(" in terms else terms.split(" or ")
     return all(any(fits(name.strip("()"), patterns) for name in (choice, *choice.split()))
@@ -6572,60 +6574,60 @@ def is_denied(terms: str, patterns: str) -> bool:
 
 
 def note_built(run: Run, text: Any, *, is_best: bool = True) -> None:
-    """Note when the artifact was built (RFC 3339, UTC); what is no such time says nothing."""
+    """Note when the artifact was built (RFC 3339, UTC); any other text is ignored."""
     artifact = run.facts.artifact
     if artifact and (is_best or not artifact.built_at):
         with suppress(ValueError):
             artifact.built_at = format_time(seconds_of(str(text)))
 
 
-def judge_sbom(run: Run, found: Any, place: str, data: bytes) -> Finding:
-    """An SBOM in a signed SHA256SUMS, CycloneDX or SPDX 2, lists nothing that is denied."""
+def judge_sbom(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
+    """An SBOM (CycloneDX, SPDX 2) that a signed SHA256SUMS lists has nothing that is denied."""
     policy, wrong, unknown = run.settings.policy, [], []
     sums, listing = read_beside(run, os.path.join(os.path.dirname(place), "SHA256SUMS"), "")
     name, signature = read_beside(run, sums, ".minisig", ".sig")
     verifier_of(run.settings).verify(listing, signature, name)
-    for path, sha256 in (found.path, found.sha256), (place, hashlib.sha256(data).hexdigest()):
+    for path, sha256 in (artifact.path, artifact.sha256), (place, hashlib.sha256(data).hexdigest()):
         if (os.fsencode(base_name(path)), sha256) not in read_digests(listing):
             raise ValueError(f"{sums} does not list {path} with its digest")
     packages, licenses = (",".join(globs).lower()
                           for globs in (policy.deny_packages, policy.deny_licenses))
     document = json.loads(data.decode("utf-8"))
-    made = document.get("metadata") or document.get("creationInfo") or {}
-    note_built(run, made.get("timestamp") or made.get("created"), is_best=False)
+    about = document.get("metadata") or document.get("creationInfo") or {}
+    note_built(run, about.get("timestamp") or about.get("created"), is_best=False)
     parts = list(document["components" if "bomFormat" in document else "packages"])
     for part in parts:
-        parts += part.get("components", [])  # come to in their turn
+        parts += part.get("components", [])  # this loop comes to them, too
         name = f"{part['name']}@{part.get('version') or part.get('versionInfo')}"
         names = [part["name"], name, part.get("purl") or name]
         names += [other["referenceLocator"] for other in part.get("externalRefs", [])]
         terms = [part.get("licenseConcluded"), part.get("licenseDeclared")]
         for entry in part.get("licenses", []):
             terms += [entry.get("expression"), *map(entry.get("license", {}).get, ("id", "name"))]
-        terms = [text for text in terms if text not in (None, "NONE", "NOASSERTION")]
+        terms = [term for term in terms if term not in (None, "NONE", "NOASSERTION")]
         hits = [text for text in names if fits(text.lower(), packages)]
         hits += [text for text in terms if is_denied(text, licenses)]
         if hits:
             wrong.append(f"{name} ({hits[0]})")
         elif not terms:
             unknown.append(name)
-    said = f"{count(len(parts), 'package')}, {count(len(unknown), 'license')} unknown"
+    text = f"{count(len(parts), 'package')}, {count(len(unknown), 'license')} unknown"
     if policy.unknown_licenses == "deny":
         wrong += unknown
     if wrong or not parts:
         raise ValueError(f"denied: {', '.join(wrong[:5])}" if wrong else "it lists no package")
     if unknown and policy.unknown_licenses == "warn":
-        return "warn", f"{said}: {', '.join(unknown[:5])}", ""
-    return "ok", said, ""
+        return "warn", f"{text}: {', '.join(unknown[:5])}", ""
+    return "ok", text, ""
 
 
-def judge_provenance(run: Run, found: Any, place: str, data: bytes) -> Finding:
+def judge_provenance(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
     """Signed SLSA provenance names a builder and a source that are allowed."""
     policy = run.settings.policy
     for *_, statement in verifier_of(run.settings).statements(data):
         places = PROVENANCE.get(statement["predicateType"])
         digests = [subject["digest"].get("sha256") for subject in statement["subject"]]
-        if not places or found.sha256 not in digests:
+        if not places or artifact.sha256 not in digests:
             continue
         text = json.dumps(statement["predicate"])
         builder, uri, built_at = (json_value(text, path)[0] or "" for path in places)
@@ -6638,36 +6640,36 @@ def judge_provenance(run: Run, found: Any, place: str, data: bytes) -> Finding:
     raise ValueError("no SLSA provenance of v1 or v0.2 in it is about this artifact")
 
 
-def judge_by_command(run: Run, found: Any) -> Finding:
+def judge_by_command(run: Run, artifact: Any) -> Finding:
     """The command of [policy] judge exits with 0 in time; its first line is the reason."""
     import tempfile
-    facts, policy, said = run.facts, run.settings.policy, []
-    if found.sha256 in run.judged:  # before there was a root, or the bytes
-        return "ok", run.judged[found.sha256], ""
+    facts, policy, lines = run.facts, run.settings.policy, []
+    if artifact.sha256 in run.judged:  # earlier in this run, before there was a root, or the bytes
+        return "ok", run.judged[artifact.sha256], ""
     live = facts.records.get(facts.current.release or "")
     before = facts.records.get(live.previous or "") if live else None
-    asked = run.console.secrets.mask_json({
+    case = run.console.secrets.mask_json({
         "schema": SCHEMA, "operation": run.plan.operation, "application": run.application,
         "environment": policy.environment, "host": run.by["host"], "by": run.by,
         "now": format_time(facts.now_seconds), "override": run.flags.override,
-        "artifact": {"name": portable(base_name(found.path)), "version": found.version,
-                     "source": portable(found.path), "sha256": found.sha256},
+        "artifact": {"name": portable(base_name(artifact.path)), "version": artifact.version,
+                     "source": portable(artifact.path), "sha256": artifact.sha256},
         "current": live and encode(live), "previous": before and encode(before),
         "plan": run.plan.to_json(), "checks": [check._asdict() for check in run.outcome.checks]})
     context = Context(run.application, facts.root, "", "", facts.root, "", run.deploy_id)
     with blaming(PreflightFailed, "cannot keep in TMPDIR what [policy] judge is to read",
                  "make room in TMPDIR or /tmp, then run again"):
         stream = tempfile.TemporaryFile(buffering=0)
-        write_all(stream.fileno(), json.dumps(asked).encode("ascii"))
+        write_all(stream.fileno(), json.dumps(case).encode("ascii"))
     with stream:
         stream.seek(0)
         done = start_command(run, context, "policy judge", policy.judge, stdin=stream,
                              timeout_seconds=JUDGE_SECONDS,
-                             on_line=lambda line: said or said.append(line))
-    why = [*said, *done.tail, "it said nothing"][0]
+                             on_line=lambda line: lines or lines.append(line))
+    why = [*lines, *done.tail, "it said nothing"][0]
     if not done.ok:
         raise PreflightFailed(f"{spell(done.argv)} {done.verdict()}: {why}", "it is to decide")
-    run.judged[found.sha256] = why
+    run.judged[artifact.sha256] = why
     return "ok", why, ""
 
 
