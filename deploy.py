@@ -6675,8 +6675,8 @@ def judge_by_command(run: Run, artifact: Any) -> Finding:
 
 # ============================================================================
 # 11  Source
-#    Where the host fetches its releases by itself: the index, the download, and
-#    what of both was seen before.
+#    How a host fetches its releases by itself: the index, the download, and what
+#    was seen of both before.
 # ============================================================================
 
 MAX_INDEX_BYTES = 2 << 20  # kept in source.json, where a byte may take six
@@ -6684,19 +6684,19 @@ GIT_SECONDS = 3600.0
 
 
 class Offer(Artifact):
-    """An artifact as the source tells of it, whose bytes may not be here yet."""
+    """An artifact as the source describes it; its bytes may not be here yet."""
 
     withdrawn = False
     format, size_bytes, given, ref = "not fetched yet", 0, "", ""
 
-    def __init__(self, **told: Any) -> None:
-        vars(self).update(told)
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
 
 
 def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
-    """Find what does not go together in [source]."""
+    """Yield what does not go together in [source]."""
     source, is_json = settings.source, settings.source.index.endswith(".json")
-    for is_wrong, what in (
+    for is_wrong, problem in (
             (source.channel and not is_json, "channel needs an index in JSON"),
             (settings.signature.command, "[signature] command verifies no index: keys do"),
             (source.url and source.git, "url and git are two sources: leave one"),
@@ -6708,7 +6708,7 @@ def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
             (not re.match("(none|environment)$|http://.", source.proxy),
              "proxy: expected none, environment or http://HOST:PORT"),
             (wrong_header(source.header), wrong_header(source.header))):
-        yield "source", is_wrong, what
+        yield "source", is_wrong, problem
     try:
         read = _path if source.url[:1] in ("", "/", "~", "$") else parse_url
         read(source.url)
@@ -6718,52 +6718,52 @@ def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
 
 def uapi_key(version: str) -> List[Any]:
     """Order versions as systemd does (UAPI.10): 1~rc1, 1, 1-1, 1.1, 1a, 11."""
+    # What may come next, in rising order: ~, the end (here \0), -, ^, ., letters, digits.
     parts = re.findall(r"([~^.-])|([A-Za-z]+)|([0-9]+)", version)
     return [("~\0-^.".find(mark) if mark else 5 + bool(digits), int(digits or 0), letters)
             for mark, letters, digits in parts] + [(1, 0, "")]
 
 
 def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> Answer:
-    """GET a text, or what is missing of run.offer into `files`, which are its part and its ETag."""
+    """GET a text, or the rest of run.offer into `files`: descriptors of its .part and .etag."""
     source = run.settings.source
     if address.startswith("/"):
         with suppress(FileNotFoundError):
             return {"status": 200, "body": read_file(address, MAX_INDEX_BYTES).decode("latin-1")}
         return {"status": 404}
-    # What the operator gave for the source's own host goes to no other.
-    home, token = parse_url(source.url)[:3], ""
-    if source.token_file:
-        token = read_text(source.token_file).strip()
+    # Token, headers and certificate are for the source's own host, and go to no other.
+    home = parse_url(source.url)[:3]
+    token = source.token_file and read_text(source.token_file).strip()
     login = {"Authorization": f"Bearer {token}"} if token else {}
     ours = SimpleNamespace(**dict(vars(source), header={**login, **source.header}))
     elsewhere = SimpleNamespace(header={}, tls_ca=source.tls_ca, proxy=source.proxy)
 
     def talk(asking: Conversation) -> Answer:
         from urllib.parse import urljoin
-        asked, here, before = {"If-None-Match": etag} if etag else {}, address, ""
+        extra, hop, before = {"If-None-Match": etag} if etag else {}, address, ""
         done = os.fstat(files[0]).st_size if files else 0
-        known = os.pread(files[1], 4096, 0).decode("latin-1") if done else ""
-        if known:
-            asked = {"Range": f"bytes={done}-", "If-Range": known}
+        part_etag = os.pread(files[1], 4096, 0).decode("latin-1") if done else ""
+        if part_etag:
+            extra = {"Range": f"bytes={done}-", "If-Range": part_etag}
         for _ in range(6):
             asking.at("reading its address")
-            url = parse_url(here)
+            url = parse_url(hop)
             if url.scheme == "http" and (not source.insecure or before == "https"):
-                return {"error": f"{here} is not https", "again": False}
+                return {"error": f"{hop} is not https", "again": False}
             signal.setitimer(signal.ITIMER_REAL, source.timeout)
-            response = asking.request("GET", url, asked, ours if url[:3] == home else elsewhere)
+            response = asking.request("GET", url, extra, ours if url[:3] == home else elsewhere)
             location = response.getheader("Location")
             if response.status not in (301, 302, 303, 307, 308) or not location:
-                return receive(run, asking, response, asked, files)
+                return receive(run, asking, response, extra, files)
             asking.socket.close()
-            here, before = urljoin(here, location), url.scheme
-        return {"error": f"more than 5 redirects, the last to {here}", "again": False}
+            hop, before = urljoin(hop, location), url.scheme
+        return {"error": f"more than 5 redirects, the last to {hop}", "again": False}
 
     with run.console.progress("fetch", run.offer.size_bytes if files else 0) as progress:
         for pause in (1, 2, 4, 0):
             with Conversation(talk, source.timeout, files) as asking:
-                answer = asking.answer(run.interrupts, lambda told: progress(
-                    told.get("done", 0), told.get("rate", told["stage"])))
+                answer = asking.answer(run.interrupts, lambda known: progress(
+                    known.get("done", 0), known.get("rate", known["stage"])))
             error = answer["error"][:EVIDENCE_CHARACTERS]
             if not (error and answer.get("again", True) and pause):
                 break
@@ -6777,26 +6777,26 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
     return answer
 
 
-def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str],
+def receive(run: Run, asking: Conversation, response: Any, extra: Dict[str, str],
             files: Sequence[int]) -> Answer:
-    """Take a body, as long as it keeps coming; refuse one that could be cut off unseen."""
+    """Take a body for as long as it keeps coming; refuse one whose end could be missing unseen."""
     source, status, total, body = run.settings.source, response.status, response.length, []
-    part, etag = response.getheader("Content-Range"), response.getheader("ETag") or ""
-    # Without an offer yet it is the index.
+    content_range, etag = response.getheader("Content-Range"), response.getheader("ETag") or ""
+    # While nothing is offered yet, it is the index.
     begin, take, most_bytes = 0, body.append, MAX_STATE_BYTES if run.offer else MAX_INDEX_BYTES
     asking.at("reading the answer", etag=etag, wait=response.getheader("Retry-After") or "")
-    if status == 304 and "If-None-Match" in asked:
+    if status == 304 and "If-None-Match" in extra:
         return {}
-    if status in (206, 416) and "Range" in asked:
+    if status in (206, 416) and "Range" in extra:
         begin = os.fstat(files[0]).st_size
-        found = re.match(rf"bytes {begin}-\d+/(\d{{1,15}})\Z", part or "")
-        if status == 416 or not found or etag != asked["If-Range"]:
+        match = re.match(rf"bytes {begin}-\d+/(\d{{1,15}})\Z", content_range or "")
+        if status == 416 or not match or etag != extra["If-Range"]:
             os.ftruncate(files[0], 0)
             return {"error": f"status {status}, and not the part that was asked for"}
-        total = int(found.group(1))
+        total = int(match.group(1))
     elif status != 200:
         return {"error": f"status {status}", "again": status in (408, 425, 429) or status >= 500}
-    elif total is None and not response.chunked or part is not None:
+    elif total is None and not response.chunked or content_range is not None:
         return {"error": "status 200 with a Content-Range, or without a length", "again": False}
     if files:
         most_bytes = run.offer.size_bytes or run.settings.limits.max_artifact or MAX_SIZE_BYTES
@@ -6812,7 +6812,7 @@ def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str]
             return {"error": f"more than {format_size(most_bytes)}", "again": False, "wrong": True}
         rate = (done - begin) / max(0.001, time.monotonic() - began_seconds)
         left = f", {format_seconds((total - done) / rate)} left" if total else ""
-        # First of all: a process that has outlived its run ends here.
+        # Before it is written: a process whose run has died ends here, as nobody reads its pipe.
         asking.at("receiving it", done=done, rate=f"{format_size(rate)}/s{left}")
         take(piece)
         if done - counted_bytes >= source.min_rate * source.timeout:
@@ -6823,18 +6823,17 @@ def receive(run: Run, asking: Conversation, response: Any, asked: Dict[str, str]
     return {"body": b"".join(body).decode("latin-1")}
 
 
-def remember(run: Run, seen: Dict[str, Any], **found: Any) -> None:
+def remember(run: Run, seen: Dict[str, Any], **news: Any) -> None:
     """Write down what was seen of the source, unless this run only looks."""
-    seen.update(found)
+    seen.update(news)
     if run.cache:
-        data = json.dumps(seal(seen), indent=2).encode("ascii") + b"\n"
-        run.store.write(SOURCE, data)
+        run.store.write(SOURCE, json.dumps(seal(seen), indent=2).encode("ascii") + b"\n")
 
 
-def verify_index(run: Run, found: Json) -> Optional[Json]:
-    """Say who signed an index, None for nobody; ArtifactRefused where it is not signed well."""
+def verify_index(run: Run, fetched: Json) -> Optional[Json]:
+    """Say who signed an index, None for nobody; ArtifactRefused where the signature is bad."""
     index, verify = run.settings.source.index, run.settings.signature.verify
-    text, signature = (found[key].encode("latin-1") for key in ("text", "signature"))
+    text, signature = (fetched[key].encode("latin-1") for key in ("text", "signature"))
     if verify == "off" or verify == "if-present" and not signature:
         return None
     return {**verifier_of(run.settings).verify(text, signature, f"signature of {index}"),
@@ -6842,20 +6841,20 @@ def verify_index(run: Run, found: Json) -> Optional[Json]:
 
 
 def read_source(run: Run, seen: Json) -> Optional[Json]:
-    """Bring index and signature in `seen` up to date, and say who signed; DeployErrors for a no."""
+    """Bring index and signature in `seen` up to date, and say who signed; DeployError if bad."""
     place = f"{run.settings.source.url.rstrip('/')}/{run.settings.source.index}"
-    for etag in (seen.get("etag", ""), ""):  # both once more, where only one was replaced yet
-        answer, found = fetch(run, place, etag), seen
+    for etag in (seen.get("etag", ""), ""):  # once more in full, if they disagree
+        answer, fetched = fetch(run, place, etag), seen
         if answer["status"] == 404:
             raise DeployError(f"{place} does not exist", "correct [source] url and index")
         if answer["status"] == 200:
-            found = {"text": answer["body"], "etag": answer.get("etag", ""), "signature": ""}
+            fetched = {"text": answer["body"], "etag": answer.get("etag", ""), "signature": ""}
             for suffix in (".minisig", ".sig"):
-                if run.settings.signature.verify != "off" and not found["signature"]:
-                    found["signature"] = fetch(run, place + suffix).get("body", "")
+                if run.settings.signature.verify != "off" and not fetched["signature"]:
+                    fetched["signature"] = fetch(run, place + suffix).get("body", "")
         try:
-            signed = verify_index(run, found)
-            seen.update(found)
+            signed = verify_index(run, fetched)
+            seen.update(fetched)
             return signed
         except ArtifactRefused as error:
             problem = error
@@ -6867,7 +6866,7 @@ def read_source(run: Run, seen: Json) -> Optional[Json]:
 
 
 def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
-    """Read an index: what it says of itself, and what it offers; ArtifactRefused if damaged."""
+    """Read an index: what it says of itself, and its offers; ArtifactRefused if damaged."""
     from urllib.parse import quote, unquote, urljoin
     source, head, offers, data = run.settings.source, {}, [], text.encode("latin-1")
     base = source.url.rstrip("/") + "/"
@@ -6876,19 +6875,19 @@ def read_index(run: Run, text: str) -> Tuple[Json, List[Offer]]:
         if source.index.endswith(".json"):
             head = json.loads(data.decode("utf-8"))
             rows = head["releases"]
-            right = head["schema"] == 1 and type(head["sequence"]) is int
+            is_whole = head["schema"] == 1 and type(head["sequence"]) is int
         else:
             rows = [{"name": name.decode("utf-8", "surrogateescape"), "sha256": digest}
                     for name, digest in read_digests(data)]
-            right = data.endswith(b"\n")
-        if not right:
+            is_whole = data.endswith(b"\n")
+        if not is_whole:
             raise ValueError("its schema or sequence, or its last line has no end")
         head["wanted"] = source.channel and head["channels"].get(source.channel, source.channel)
         for row in rows:
             name = row["name"].rpartition("/")[2]
             if name.startswith("BEST-BEFORE-"):
                 head["expires"] = f"{name[12:]}T23:59:59Z"
-            with suppress(ArtifactRefused):  # a signature, or for another platform
+            with suppress(ArtifactRefused):  # it does not match: a signature, another platform
                 row.setdefault("version", find_version(
                     name, run.settings.artifact.match, row["sha256"]))
             if "version" not in row:
@@ -6914,21 +6913,22 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
     wanted = run.flags.version or head["wanted"]
     for offer in offers:
         key = order(offer.version) or ()
-        is_before = (0, 0, "") in key or False in key[1:2]  # as uapi_key and version_key say it
-        fits = offer.version == wanted if wanted else key and (source.prereleases or not is_before)
-        if fits and not offer.withdrawn:
+        # Of a pre-release uapi_key has a part for "~", and version_key's second part is False.
+        is_pre = (0, 0, "") in key or False in key[1:2]
+        is_fit = offer.version == wanted if wanted else key and (source.prereleases or not is_pre)
+        if is_fit and not offer.withdrawn:
             fitting.append((key, offer))
         elif not key:
             run.console.say(f"{offer.name}: {offer.version} has no place in the order")
     key, best = max(fitting, key=operator.itemgetter(0), default=((), Offer(version="")))
-    ours, expires, oldest = run.settings.deploy.application, head.get("expires") or "9", ""
-    signed_at, last = head["signed_at"], seen.get("newest") or {"version": "", "sequence": 0}
-    if source.max_age:
-        oldest = format_time(now_seconds - source.max_age)
+    ours, signed_at = run.settings.deploy.application, head["signed_at"]
+    expires = head.get("expires") or "9"  # as texts, "9" is later and "" earlier than any time
+    oldest = format_time(now_seconds - source.max_age) if source.max_age else ""
+    last = seen.get("newest") or {"version": "", "sequence": 0}
     pairs = {(offer.version, offer.sha256) for offer in offers}
-    before = last["version"] and order(last["version"])  # not where it was chosen in another order
+    before = last["version"] and order(last["version"])  # None if `order` was another
     goes_back = "releases" not in head and not wanted and fitting and before and key < before
-    for wrong, what in (
+    for is_wrong, problem in (
             (not fitting, f"has no {wanted or 'release'} that fits"),
             (len(pairs) > len(dict(pairs)), "has two digests of one version"),
             (ours and head.get("application", ours) != ours, f"is of {head.get('application')}"),
@@ -6940,29 +6940,29 @@ def choose(run: Run, head: Json, offers: List[Offer], seen: Json) -> Offer:
             (goes_back, f"has {best.version} for its newest, and had {last['version']}"),
             (best.version == last["version"] and best.sha256 != last.get("sha256"),
              f"has other bytes of {best.version} than before")):
-        if wrong:
-            raise ArtifactRefused(f"the index of {source.git or source.url} {what}",
+        if is_wrong:
+            raise ArtifactRefused(f"the index of {source.git or source.url} {problem}",
                                   "publish a new one; to take what is there now: "
                                   f"rm {run.root}/{SOURCE}")
     return best
 
 
 def look(run: Run) -> Tuple[Json, Set[str]]:
-    """Find out what the source wants live: run.offer; returns what is seen, and all digests."""
+    """Set run.offer to what the source wants live; returns what was seen, and all digests."""
     source, seen = run.settings.source, run.store and run.store.load(SOURCE) or {}
-    own = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
+    origin = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
            "channel": source.channel, "prereleases": source.prereleases}
-    if seen != seal(seen) or not own.items() <= seen.items():
-        seen = own
+    if seen != seal(seen) or not origin.items() <= seen.items():
+        seen = origin
     signed = None
     if not source.git:
         try:
             if "text" in seen:
                 verify_index(run, seen)
         except ArtifactRefused:
-            # By a key that is trusted no more, which may have been stolen: how far its sequence
-            # went says nothing, or whoever had it could shut out every later index.
-            seen = own
+            # Its key is trusted no more, and may have been stolen: a thief's high sequence would
+            # shut out every later index, so it is forgotten.
+            seen = origin
         signed = read_source(run, seen)
     head, offers = list_refs(run) if source.git else read_index(run, seen["text"])
     head["signed_at"] = (signed or {}).get("at") or ""
@@ -6980,14 +6980,14 @@ def look(run: Run) -> Tuple[Json, Set[str]]:
 
 
 def bring(run: Run) -> str:
-    """Fetch run.offer into the cache, from where an earlier run left it; returns its path."""
+    """Fetch run.offer into the cache, from where an earlier run stopped; returns its path."""
     offer, name, files = run.offer, run.offer.sha256, []
     with ExitStack() as stack:
         for kind in ("part", "etag"):
             files.append(os.open(f"{name}.{kind}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
                                  | os.O_CLOEXEC, run.store.file_mode, dir_fd=run.cache.descriptor))
             stack.callback(os.close, files[-1])
-            with suppress(PermissionError):  # not ours: whoever made it has given it to the group
+            with suppress(PermissionError):  # another member's, who gave it to the group
                 os.fchmod(files[-1], run.store.file_mode)
 
         def sha256() -> str:
@@ -6995,10 +6995,10 @@ def bring(run: Run) -> str:
 
         if offer.ref:
             archive(run, f"{name}.part")
-            offer.sha256 = run.flags.sha256 = sha256()
-            run.judged = {offer.sha256: why for why in run.judged.values()}  # by the commit
+            offer.sha256 = run.flags.sha256 = sha256()  # before, the commit stood for it
+            run.judged = {offer.sha256: why for why in run.judged.values()}
         actual, status = sha256(), 206
-        while actual != offer.sha256 and status == 206:  # what came in one piece is what there is
+        while actual != offer.sha256 and status == 206:  # after a part that does not fit, the whole
             status = fetch(run, offer.path, files=files)["status"]
             actual = sha256()
             if actual != offer.sha256:
@@ -7012,7 +7012,7 @@ def bring(run: Run) -> str:
 
 
 def git(run: Run, *words: str) -> List[str]:
-    """Run git in the cache, where it can ask nobody for a password; returns what it prints."""
+    """Run git in the cache, by descriptor: nobody can swap that for a link; returns its output."""
     lines = []
     place = f"/proc/{os.getpid()}/fd/{run.cache.descriptor}" if run.cache else "/"
     result = run_command(["git", *words], interrupts=run.interrupts, directory=place,
@@ -7025,7 +7025,7 @@ def git(run: Run, *words: str) -> List[str]:
 
 
 def list_refs(run: Run) -> Tuple[Json, List[Offer]]:
-    """Ask the repository what ref names; until it is here, the commit stands for the digest."""
+    """Ask the repository what `ref` names; until it is fetched, the commit is its digest."""
     from fnmatch import fnmatchcase
     source, offers = run.settings.source, []
     ref = source.ref if source.ref.startswith("refs/") else f"refs/heads/{source.ref}"
@@ -7043,32 +7043,32 @@ def list_refs(run: Run) -> Tuple[Json, List[Offer]]:
 
 def archive(run: Run, file: str) -> None:
     """Make run.offer's `git archive`, the same bytes on every host, once its signature holds."""
-    offer, wanted = run.offer, run.settings.signature
+    offer, signature = run.offer, run.settings.signature
     own = ["-C", "git", "-c", "tar.umask=0022", "-c", "core.autocrlf=false", "-c", "core.eol=lf",
            "-c", "core.attributesFile=/dev/null", "-c", "gpg.program=false",
-           "-c", f"gpg.ssh.allowedSignersFile={wanted.allowed_signers}"]
+           "-c", f"gpg.ssh.allowedSignersFile={signature.allowed_signers}"]
     run.cache.remove_tree("git")
     git(run, "init", "-q", "--bare", "git")
     git(run, *own, "fetch", "-q", "--depth=1", run.settings.source.git, f"+{offer.ref}:refs/it")
-    *_, found, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
+    *_, commit, seconds = git(run, *own, "log", "-1", "--format=%H%n%ct", "refs/it")
     if re.fullmatch("[0-9]{1,11}", seconds):  # it may claim anything
         offer.built_at = format_time(int(seconds))
-    if found != offer.sha256:
-        raise DeployError(f"{offer.ref} has moved to {found} meanwhile", "run it again")
-    if wanted.verify != "off":
+    if commit != offer.sha256:
+        raise DeployError(f"{offer.ref} has moved to {commit} meanwhile", "run it again")
+    if signature.verify != "off":
         kind = "tag" if offer.ref.startswith("refs/tags/") else "commit"
-        good = None
+        match = None
         try:
-            said = " ".join(git(run, *own, f"verify-{kind}", "refs/it"))
-            good = re.search(r'Good "git" signature for (\S+) with \S+ key (\S+)', said)
+            output = " ".join(git(run, *own, f"verify-{kind}", "refs/it"))
+            match = re.search(r'Good "git" signature for (\S+) with \S+ key (\S+)', output)
         except DeployError as error:
-            said = error.message
-        if not good or wanted.principal and good.group(1) not in wanted.principal:
-            raise ArtifactRefused(f"{offer.path} is not signed by whom [signature] names: {said}",
+            output = error.message
+        if not match or signature.principal and match.group(1) not in signature.principal:
+            raise ArtifactRefused(f"{offer.path} is not signed by whom [signature] names: {output}",
                                   "have it signed by one of allowed_signers")
-        offer.signature = {"scheme": "ssh", "signer": good.group(1), "key": good.group(2),
+        offer.signature = {"scheme": "ssh", "signer": match.group(1), "key": match.group(2),
                            "at": None, "of": kind}
-    git(run, *own, "archive", "--format=tar", "-o", f"../{file}", found)
+    git(run, *own, "archive", "--format=tar", "-o", f"../{file}", commit)
     run.cache.remove_tree("git")
 
 
