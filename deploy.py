@@ -6690,7 +6690,7 @@ class Offer(Artifact):
     format, size_bytes, given, ref = "not fetched yet", 0, "", ""
 
     def __init__(self, **fields: Any) -> None:
-        vars(self).update(fields)
+        vars(self).update(fields, release_version=fields["version"])  # as the flags call it
 
 
 def source_mistakes(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
@@ -6995,7 +6995,7 @@ def bring(run: Run) -> str:
 
         if offer.ref:
             archive(run, f"{name}.part")
-            offer.sha256 = run.flags.sha256 = sha256()  # before, the commit stood for it
+            offer.sha256 = sha256()  # before, the commit stood for it
             run.judged = {offer.sha256: why for why in run.judged.values()}
         actual, status = sha256(), 206
         while actual != offer.sha256 and status == 206:  # after a part that does not fit, the whole
@@ -7219,8 +7219,9 @@ def observe_artifact(run: Run, path: str, *, confirm: bool) -> Artifact:
         artifact.find_signature(settings, flags.signature or "")
     elif flags.signature:
         raise UsageError("--signature: no key is known", "set [signature] keys")
+    given = run.offer or flags  # digest and version
     with run.console.progress("hash", artifact.size_bytes) as progress:
-        artifact.identify(settings, progress, flags.sha256 or "", flags.release_version or "")
+        artifact.identify(settings, progress, given.sha256 or "", given.release_version or "")
         # What is live stays live under any file name, unless a version is given.
         live = facts.current.release
         any_name = flags.command in ("deploy", "preflight") and not flags.release_version
@@ -7661,7 +7662,7 @@ def check_origin(run: Run) -> Findings:
     is_listed = run.offer and given == run.offer.path  # its sha256 is from the index beside it
     if is_listed:
         paths.append(f"{settings.source.url}/{settings.source.index}")
-    is_trusted = run.flags.sha256 and not is_listed or artifact.signature_file \
+    is_trusted = (run.flags.sha256 or run.offer) and not is_listed or artifact.signature_file \
         or inbox and place == os.path.realpath(inbox)
     if is_trusted or os.geteuid():
         return
@@ -9770,9 +9771,8 @@ def find_new(run: Run) -> str:
         if offer.ref and record.artifact["source"] == run.console.secrets.mask(offer.path):
             offer.sha256 = record.sha256
     run.facts = facts._replace(artifact=offer)
-    flags.sha256, flags.release_version = offer.sha256, offer.version
     if source.index.endswith(".json") or source.order == "uapi":
-        flags.allow_downgrade = True  # its sequence guards, and a channel may point back
+        flags.allow_downgrade = True  # `sequence` alone guards: a channel may point back
     for name in cached:
         if name.partition(".")[0] not in listed - {live.sha256 if live else ""}:
             run.cache.remove_tree(name)
