@@ -5385,9 +5385,8 @@ def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
                   start: Callable[..., Any] = run_command, **options: Any) -> Any:
     """Run an operator's command under the rules for hooks; `what` is KIND NAME (hook pre_stage)."""
     settings = run.settings
-    # It runs in the release, or the nearest directory that exists.
-    places = context.directory, context.release_path, context.root, "/"
-    directory = next(filter(os.path.isdir, places))
+    directory = next(filter(os.path.isdir, (  # the release, or the nearest to it that exists
+        context.directory, context.release_path, context.root, "/")))
     refuse_foreign_programs(settings, [(what, argv[0])], directory)
     environ = base_environment()
     if settings.hooks.run_as:
@@ -5534,7 +5533,7 @@ class UnitService(Service):
     def check(self) -> Findings:
         """Find out whether it can be acted on, and does not run this very program."""
         unit, action, state = self.section.unit, self.section.action, self.state()
-        groups = re.split("[/\n]", read_text("/proc/self/cgroup"))  # cgroups(7)
+        groups = re.split("[/\n]", read_text("/proc/self/cgroup"))
         if action != "none" and (unit in groups or f"{unit}.service" in groups):
             yield ("fail", f"deploy.py runs in {unit} and would be killed by its own {action}",
                    "run deploy.py from a unit of its own")
@@ -5851,7 +5850,7 @@ class Conversation(Descriptor):
             self._pid = os.fork()
         if self._pid == 0:
             try:
-                signal.set_wakeup_fd(-1)  # it is closed next, and its number may become a socket's
+                signal.set_wakeup_fd(-1)  # closed next, its number may become a socket's
                 kept = sorted([self._writing, *keep])
                 # None is as high as 1024: the kernel gives out the lowest number that is free.
                 for low, high in zip([2, *kept], [*kept, 1024]):
@@ -6123,7 +6122,7 @@ def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
         (kind == "service" and not service, f"there is no [service:{probe.service}]"),
         (service and service.command,
          f"whether [service:{probe.service}] is up cannot be known: it has only a command"),
-        *((problem, problem) for problem in wrong)) if is_wrong]
+        ) if is_wrong] + list(filter(None, wrong))
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
@@ -6161,9 +6160,8 @@ class ProbeRun:
     ask_KIND asks once, within self.limit_seconds, and returns "error" (empty if it is healthy),
     "said" (if it is), "status", the start of the "body", "named" (see compare_answer()), "final"
     where no later answer can be better, and "heard" where certainly the service said this, not a
-    proxy or what failed on the way; in doubt, only if `named`.  Or it returns a function, which
-    attempt() runs in a Conversation: that limits its time, and turns what it raises into the error
-    "STAGE: reason", STAGE being the last that it gave to asking.at().
+    proxy or what failed on the way; in doubt, only if `named`.  Or it returns a function, whose
+    time attempt() limits; what that raises becomes "STAGE: reason", STAGE from asking.at().
     """
 
     tries = 0
@@ -6385,8 +6383,8 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
             raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
                                "deploy something first")
         probe = filled(probe, slot.places)
-    # Where this run has restarted all that could answer, the new release answers, unless a proxy
-    # may still lead to the other slot.
+    # Where this run has restarted all that could answer, the new release does, unless a proxy may
+    # still lead to the other slot.
     is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
         service.unit and service.action == "restart" for service in services)
     versions = answers_naming(run, context) if expect_release else []
@@ -6438,8 +6436,9 @@ def rule(judge: Callable[..., Finding], suffixes: str = "", hint: str = "", *,
          passable: bool = False) -> Callable[[Run], List[Finding]]:
     """Make the check of a rule: `judge` raises to refuse, and what it raises becomes the finding.
 
-    With `suffixes` it gets the first of these files beside the artifact.  No way back is judged.
-    `stage` is only warned, and so is --override where it is `passable` and the policy allows it.
+    With `suffixes` it gets the first of these files beside the artifact.  Skipped on any way back,
+    for what was live before, and without an artifact (but for windows in `preflight`).  `stage` is
+    only warned, and so is --override where it is `passable` and the policy allows it.
     """
     def check(run: Run) -> List[Finding]:
         command, policy = run.flags.command, run.settings.policy
@@ -6644,7 +6643,7 @@ def judge_by_command(run: Run, artifact: Any) -> Finding:
     """The command of [policy] judge exits with 0 in time; its first line is the reason."""
     import tempfile
     facts, policy, lines = run.facts, run.settings.policy, []
-    if artifact.sha256 in run.judged:  # earlier in this run, before there was a root, or the bytes
+    if artifact.sha256 in run.judged:  # before there was a root, or the bytes
         return "ok", run.judged[artifact.sha256], ""
     live = facts.records.get(facts.current.release or "")
     before = facts.records.get(live.previous or "") if live else None
@@ -6731,7 +6730,7 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
         with suppress(FileNotFoundError):
             return {"status": 200, "body": read_file(address, MAX_INDEX_BYTES).decode("latin-1")}
         return {"status": 404}
-    # Token, headers and certificate are for the source's own host, and go to no other.
+    # Token, headers and certificate go to the source's own host alone.
     home = parse_url(source.url)[:3]
     token = source.token_file and read_text(source.token_file).strip()
     login = {"Authorization": f"Bearer {token}"} if token else {}
@@ -6779,7 +6778,7 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
 
 def receive(run: Run, asking: Conversation, response: Any, extra: Dict[str, str],
             files: Sequence[int]) -> Answer:
-    """Take a body for as long as it keeps coming; refuse one whose end could be missing unseen."""
+    """Take a body as long as it keeps coming; refuse one whose end could be missing unseen."""
     source, status, total, body = run.settings.source, response.status, response.length, []
     content_range, etag = response.getheader("Content-Range"), response.getheader("ETag") or ""
     # While nothing is offered yet, it is the index.
@@ -6812,7 +6811,7 @@ def receive(run: Run, asking: Conversation, response: Any, extra: Dict[str, str]
             return {"error": f"more than {format_size(most_bytes)}", "again": False, "wrong": True}
         rate = (done - begin) / max(0.001, time.monotonic() - began_seconds)
         left = f", {format_seconds((total - done) / rate)} left" if total else ""
-        # Before it is written: a process whose run has died ends here, as nobody reads its pipe.
+        # Before writing: if the run has died, this process ends here, as nobody reads its pipe.
         asking.at("receiving it", done=done, rate=f"{format_size(rate)}/s{left}")
         take(piece)
         if done - counted_bytes >= source.min_rate * source.timeout:
@@ -6960,8 +6959,8 @@ def look(run: Run) -> Tuple[Json, Set[str]]:
             if "text" in seen:
                 verify_index(run, seen)
         except ArtifactRefused:
-            # Its key is trusted no more, and may have been stolen: a thief's high sequence would
-            # shut out every later index, so it is forgotten.
+            # Its key is no longer trusted: a thief's high sequence would shut out every later
+            # index.
             seen = origin
         signed = read_source(run, seen)
     head, offers = list_refs(run) if source.git else read_index(run, seen["text"])
