@@ -18,7 +18,7 @@ Words
     activate     atomically point `current` at a release
     probe        a question put to the running service
     hook         an operator's command at a named point
-    step         one action with a description, an apply and an undo
+    step         one action: its text, and how to do and to undo it
     plan         the ordered steps, computed before anything changes
     manifest     the SHA-256 of every file of a release
     record       the JSON rollback metadata of one release
@@ -31,16 +31,17 @@ On disk
     ROOT/current -> releases/ID     relative symlink, replaced by rename
     ROOT/releases/ID/               exactly the artifact, plus shared links and
                                     rendered templates; unpacked as .new-*
-    ROOT/shared/                    linked into every release
+    ROOT/shared/                    linked into every release; flags.json
     ROOT/slots/NAME                 the release in a slot; live.conf tells the
                                     proxy which slot is live (only with [slots])
+    ROOT/maintenance                the flag file, while it is up
     ROOT/.deploy/lock               flock; never unlinked
     ROOT/.deploy/journal.json       only while something is under way
     ROOT/.deploy/history.jsonl      hash-chained, one JSON object a line
     ROOT/.deploy/releases/ID.json   the record
     ROOT/.deploy/manifests/ID       `sha256sum -c` reads it inside the release
     ROOT/.deploy/trees/ID           the rest of it: directories, links, modes
-    ROOT/.deploy/trash, cache       swept by recovery
+    ROOT/.deploy/trash, cache       swept by recovery, but *.part and *.etag
     ROOT/.deploy/source.json        what sync has seen of the source
     ROOT/.deploy/hold.json          who holds what is live, and why
     ROOT/.deploy/reserve            given up on a full disk
@@ -66,7 +67,7 @@ Exit codes
     4 artifact refused              75 another run holds the lock
     5 failed and rolled back        130, 143 interrupted, undone
 
-Sections, each using only what stands above it
+Sections, each using only itself and those above it
      1 Constants and exit codes     10 Policy
      2 Errors                       11 Source
      3 Console                      12 Facts and preflight
@@ -82,14 +83,21 @@ To follow a deployment, read the table of operations in section 13, then
 `transact` in section 16: observe, plan, check, execute.
 To add a flag: a row of FLAG_TABLE (5), its use in `command_NAME` (16), where
 `select_release` reads a RELEASE; `make example`, and a test by the command line.
+To add an option: a row of OPTION_TABLES (5), and where only some kinds of probe
+know it PROBE_KINDS (5); `make example`.
+To add a kind of probe: its rows in [probe:*], PROBE_KINDS and its flag (5),
+`ProbeRun.ask_KIND` (9), and in `check_probes` (12) what preflight can know.
+In the same commit each raises the ceilings in tests/unit/test_style.py.
 """
 
 import sys
 
-# Nothing that lies beside this file, in PYTHONPATH or in a home directory may
-# take a standard module's place: a json.py in the working directory of root is
-# code that runs as root.  `-I` would do it, but a shebang cannot carry flags
-# everywhere, so the search path is cut down to the standard library's own.
+# No file beside this one, in PYTHONPATH or in a home directory may take a
+# standard module's place: a json.py there would be code that runs as root.  The
+# search path is cut down to the standard library's own, also for
+# `python3 deploy.py`, which reads no shebang and so no -I in it.  What Python
+# itself has imported before this line is beyond us (sitecustomize, .pth files):
+# `python3 -I deploy.py` closes that, too.
 if __name__ == "__main__" and not sys.flags.isolated:
     _here = __file__.rpartition("/")[0] or "."
     _own = tuple(prefix.rstrip("/") + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))
@@ -138,8 +146,8 @@ except ImportError as _error:
 finally:
     sys.stderr = _stderr
 
-# Dated shims, 2026: 3.6 has no os.scandir(fd), no subprocess text= and no
-# dataclasses; what follows does without them rather than wrapping them.
+# Python 3.6 has no os.scandir(fd), no subprocess text= and no dataclasses: this
+# file uses none of them.
 
 
 # ============================================================================
@@ -147,7 +155,7 @@ finally:
 #    Names for every number and word that is a promise.  Uses nothing.
 # ============================================================================
 
-Json = Dict[str, Any]  # an object
+Json = Dict[str, Any]  # a JSON object
 OptionalText = Optional[str]
 VERSION = "2.0.0"
 SCHEMA = 1
@@ -176,7 +184,7 @@ PHASE_SWITCHED = "switched"
 PHASE_ROLLING_BACK = "rolling_back"
 PHASES = (PHASE_STAGING, PHASE_INTENT, PHASE_SWITCHED, PHASE_ROLLING_BACK)
 
-# How a run ends that is worth a notification: the words of history, log and metrics.
+# The ends of a run that one can be notified of; history, log and metrics use the same words.
 NOTIFY_EVENTS = (
     ("deployed", "deploy made a release live"),
     ("synced", "sync made a release live"),
@@ -192,7 +200,7 @@ NOTIFY_EVENTS = (
 )
 DEFAULT_EVENTS = [name for name, _ in NOTIFY_EVENTS if name not in ("staged", "pruned")]
 
-# name, type, help; each has the label `app`, and those of its help in brackets.
+# name, type, help; each has the label `app`, and those that its help names in brackets.
 METRICS = (
     ("deploy_last_run_timestamp_seconds", "gauge",
      "When the last run ended, since the epoch [command]."),
@@ -217,7 +225,7 @@ METRICS = (
     ("deploy_runs_total", "counter", "Runs by how they ended [result]."),
 )
 
-# The label `result` of deploy_runs_total: events, and what is none.
+# The label `result` of deploy_runs_total: the events, and the ends that are no event.
 RUN_RESULTS = [name for name, _ in NOTIFY_EVENTS] + [
     "pinned", "unpinned", "adopted", "held", "unheld", "flagged", "unchanged", "usage",
     "busy", "interrupted", "internal_error"]
@@ -235,19 +243,20 @@ MAX_DEPTH = 64
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
 MAX_JUDGED_LINKS = 1000
-WATCH_SECONDS = 0.25  # the longest wait that nothing can wake, between two looks for a signal
-LONGEST_SECONDS = 480 * 3600  # the C library counts a wait in milliseconds, in 31 bits
-UNLIMITED_SECONDS = 300.0  # what systemd is asked for where nothing bounds the work (a slow disk)
+WATCH_SECONDS = 0.25  # the longest wait that a signal cannot cut short
+LONGEST_SECONDS = 480 * 3600  # poll(2) takes milliseconds in 31 bits: not quite 600 h
+UNLIMITED_SECONDS = 300.0  # asked of systemd where nothing bounds the work (a slow disk)
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
-# Much more than is shown (a character may have four bytes): a secret that begins in what is shown
-# is whole when it is masked.
+# Masking sees much more of a line than is shown (a character has up to four bytes): a secret that
+# the cut goes through is still whole then.
 MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 
 
 # ============================================================================
 # 2  Errors
-#    One hierarchy; the class says the exit code.  All of them end in main().
+#    One hierarchy; the class says the exit code, but of Interrupted and of internal
+#    errors, whose instances do.  All of them end in main().
 # ============================================================================
 
 class DeployError(Exception):
@@ -267,7 +276,7 @@ class StepFailed(DeployError):
 
 
 class ReleaseFailed(StepFailed):
-    """A release failed before it was live, by its own doing: it is bad, as if it had been."""
+    """A release failed by its own fault before it was live: it is marked bad all the same."""
 
 
 class UsageError(DeployError):
@@ -293,19 +302,19 @@ class ArtifactRefused(DeployError):
 
 
 class RolledBack(DeployError):
-    """It failed after activation; the previous release is live again."""
+    """The run failed after activation; the previous release is live again."""
 
     exit_code = EXIT_ROLLED_BACK
 
 
 class RollbackFailed(DeployError):
-    """It failed, and going back failed too."""
+    """The run failed, and going back failed too."""
 
     exit_code = EXIT_ROLLBACK_FAILED
 
 
 class ProblemFound(DeployError):
-    """A read-only command found what it was asked to look for."""
+    """A read-only command found a problem: it did its work, and the answer is bad."""
 
     exit_code = EXIT_PROBLEM
 
@@ -322,12 +331,11 @@ class Interrupted(DeployError):
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}",
                          "run the same command again")
-        # Two codes are promised: for a person's Control-C, and for an end from outside, by
-        # whichever signal.
+        # 130 for a person's Control-C, 143 for every other signal.
         self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-# What may stop any work without being a defect of this program.
+# Errors that may stop any work without being a defect of this program.
 FAILURES = (DeployError, OSError, ImportError, MemoryError)
 
 
@@ -343,8 +351,8 @@ _UNPRINTABLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for c
     *range(32), *range(0x7f, 0xa0), 0x61c, 0x200e, 0x200f, *range(0x2028, 0x202f),
     *range(0x2066, 0x206a)]}
 MASK = "[masked]"
-# What the name of something private holds (an option, a variable, a header, what a command prints),
-# and what must follow for it to mean that.
+# Words in the name of something private (an option, a variable, a header, a key in some output),
+# and the pattern that must follow such a word.
 _SECRET_WORDS = {
     "passw": "", "passphrase": "", "secret": "", "token": "", "credential": "", "cookie": "",
     "apikey": "", "accesskey": "", "signingkey": "", "private": "(?=[_-]|key)",
@@ -353,22 +361,22 @@ _SECRET_WORDS = {
     "_pwd": "(?![a-z])", "-pwd": "(?![a-z])",
 }
 _ANY_SECRET_WORD = "|".join(map("".join, _SECRET_WORDS.items()))
-# The name of what is private, as a whole, in small letters.
+# Finds such a word in a whole name, in lower case.
 SECRET_NAME = re.compile(rf"{_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
-# What looks private in any text: words without which it is not there, its form (compiled where one
-# of them is met: that takes as long as a hundred checks), what is shown.
+# What looks private in any text: words of which it has at least one, its pattern, what is shown.
+# Speed: the words are looked for first; to compile a pattern takes as long as a hundred such looks.
 _SECRET_FORMS = [
-    # A URL's user and password, and its query, also where it was taken for a path.
+    # A URL's user and password, and its query; with one slash where it was taken for a path.
     ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?)([^/\s?#'\"]*@)", rf"\1{MASK}@"),
     ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?[^\s?#'\"]*\?)[^\s#'\"]+", rf"\1{MASK}"),
     (["authorization", "cookie"],
      r"(?i)\b((?:authorization|proxy-authorization|cookie|set-cookie)[\"']?[ \t]*[:=][ \t]*)"
      r"\S[^\r\n]*", rf"\1{MASK}"),
-    # NAME=VALUE, "name": "value", --name VALUE.  A name is looked at once, from its beginning: a
-    # long line of such names would take minutes otherwise.
+    # NAME=VALUE, "name": "value", --name VALUE.  Speed: a name is tried only at its beginning; at
+    # each of its letters, a long line of names would take minutes.
     (_SECRET_WORDS, r"(?i)(?<![\w.-])"
-     # What is called ..._file holds a path, which errors must be able to name; LoadCredential= in
-     # a unit file names one as well, and tests_pass: 12 counts.
+     # Not private: ..._file and LoadCredential= hold a path, which errors must be able to name;
+     # tests_pass: 12 is a count.
      r"(?!LoadCredential=|[\w.-]*(?:[_-]file|tls_key|public[_-]key"
      r"|\.(?:tar|t?gz|bz2|xz|zst|zip|sha256))(?![\w.-])"
      r"|(?:test|check|spec|case)s?[_-]pass[\"']?[ \t]*[=:][ \t]*[0-9]+(?!\S))"
@@ -377,8 +385,8 @@ _SECRET_FORMS = [
      r"|--?[\w-]+[ \t]+(?!-|(?:is|was|or|and|for|must|needs?|requires?|option|argument)\b))"
      r"(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
      r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)", rf"\1{MASK}"),
-    # The password of mysql and its like, or what has letters and digits, as no other -p does but
-    # find's -print0.
+    # -p PASSWORD: any word behind that of mysql and its like, elsewhere one with letters and digits
+    # (but find's -print0).
     (["-p"], r"((?:mysql|mariadb|sshpass)[^\n|;&]{0,200}?\s-p[ ]?(?=\S)"
      r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+", rf"\1{MASK}"),
     # A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
@@ -395,7 +403,7 @@ class Secrets(List[str]):
     """The values that must never be shown, longest first; `mask` takes them out of any text."""
 
     def add(self, value: str) -> None:
-        """Remember a private value; lines of a longer one are private as well."""
+        """Remember a private value, and each line of one that has several."""
         for part in map(str.strip, {value, *value.split("\n")}):
             # Shorter values ("1", "yes") would blot out half of every sentence.
             if len(part) >= 4 and part not in self:
@@ -413,8 +421,9 @@ class Secrets(List[str]):
         return text
 
     def mask_json(self, value: Any, name: str = "") -> Any:
-        """Mask every string in a JSON-like value, and what a `name` that looks secret announces."""
+        """Mask secrets in a JSON-like value, and all of a string whose `name` looks secret."""
         if isinstance(value, str):
+            # A public key's fingerprint is none.
             is_secret = SECRET_NAME.search(name.lower()) and not value.startswith("SHA256:")
             return MASK if value and is_secret else self.mask(value)
         if isinstance(value, dict):
@@ -462,9 +471,9 @@ def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     with suppress(OSError):  # no terminal
-        # One that does not know its width says 0.
-        left = (os.get_terminal_size(1).columns or 80) - 2 * (len(widths) - 1)
-        while sum(widths) > left and max(widths) > 16:
+        # A terminal that does not know its width says 0.
+        room = (os.get_terminal_size(1).columns or 80) - 2 * (len(widths) - 1)
+        while sum(widths) > room and max(widths) > 16:
             widths[widths.index(max(widths))] -= 1
     lines = []
     for row in table:
@@ -492,13 +501,13 @@ PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 
 
 class Log:
-    """A place that takes every line of a run; that it does not is reported once."""
+    """A place for every line of a run; each kind writes one with a `send` of its own."""
 
     as_json = False
     report: Any = None
 
     def line(self, record: Any, limit: Optional[int] = None) -> str:
-        """Write a record as text or as JSON; its `event` is what ended (of EVENTS)."""
+        """Write a record as text or as JSON; its `event` holds the fields of what ended, if any."""
         message = record.msg[:limit]
         if self.as_json:
             return json.dumps({"time": format_time(record.created),
@@ -508,10 +517,11 @@ class Log:
         return f"[{words}] {message}" if words else message
 
     def emit(self, record: Any) -> None:
-        """Take a record of `logging`; whatever goes wrong ends nothing."""
+        """Take a record of `logging`; a line that is lost is reported, and stops nothing."""
         try:
-            self.send(record)  # type: ignore  # which each kind has
+            self.send(record)  # type: ignore  # each kind defines it
         except OSError as error:
+            # Once, and forgotten before the call: `report` logs its line, and would end up here.
             report, self.report = self.report, None
             if report:
                 report(f"not all that is said is in the log: {error.strerror or error}")
@@ -520,8 +530,8 @@ class Log:
 class LogFile(Log):
     """A file that is appended to, opened for each line: logrotate may move it at any time.
 
-    Not the library's WatchedFileHandler: that follows symlinks, waits for the reader of a pipe,
-    and writes a line in pieces, between which those of another run may come.
+    Not the library's WatchedFileHandler: that follows symlinks, waits for a FIFO's reader, and
+    writes a line in pieces, between which those of another run may come.
     """
 
     def __init__(self, path: str) -> None:
@@ -551,7 +561,7 @@ class Syslog(Log):
     """A syslog daemon: a datagram of RFC 3164 for each line.
 
     The library's SysLogHandler asks a name server and waits for a full socket with every line;
-    this one waits once, for a second.
+    this one waits for a second, and after a first failure never again.
     """
 
     LONGEST_CHARACTERS = 1000  # every receiver should take 2,048 bytes (RFC 5424, 6.1)
@@ -579,11 +589,11 @@ class Syslog(Log):
 # -- systemd's journal -------------------------------------------------------
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
-# A datagram takes some 200 kB, and what is longer would have to be handed over as a file.
+# A datagram takes some 200 kB; a longer message would have to be handed over as a file.
 JOURNAL_MESSAGE_CHARACTERS = 16384
-# What ended, and its MESSAGE_ID in the journal: fixed for ever, so that
+# The MESSAGE_ID in systemd's journal of each kind of end: never to be changed, so that
 # `journalctl MESSAGE_ID=...` finds all of a kind.
-EVENTS = {
+MESSAGE_IDS = {
     "step_done": "752776c9d4a04544b445b2571c16d1c0",
     "step_failed": "50e9d49501a849f387ee31d5aadd09be",
     "run_done": "b74b2ae3000449748a7e69bd2284dad1",
@@ -612,32 +622,32 @@ class Console:
     utf8 = False
     shows_progress = False
     supervisor = ""  # $NOTIFY_SOCKET, where systemd listens
-    is_result_lost = False  # what stdout should hold is not there: its disk is full
+    is_result_lost = False  # stdout has not got all of the result: its disk is full
 
     def __init__(self, journal_stream: str = "") -> None:
         self.secrets = Secrets()
         self.warnings: List[str] = []
-        self.log_context: Dict[str, str] = {}  # what every line of the log is about
-        self.heed: Callable[[], None] = lambda: None  # raises where a signal has come
+        self.log_context: Dict[str, str] = {}  # fields of every line in the log
+        self.heed: Callable[[], None] = lambda: None  # raises once a signal has come
         self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
         self._log: Any = None
         self._held: List[Callable[[], None]] = []
         self._broken: List[Any] = []
         self._bound_seconds = UNLIMITED_SECONDS
-        self._in_journal = []  # those that lead to $JOURNAL_STREAM (device:inode, systemd.exec(5))
+        self._in_journal = []  # what leads to $JOURNAL_STREAM (device:inode, systemd.exec(5))
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
-                found = os.fstat(stream.fileno())
-                if journal_stream == f"{found.st_dev}:{found.st_ino}":
+                status = os.fstat(stream.fileno())
+                if journal_stream == f"{status.st_dev}:{status.st_ino}":
                     self._in_journal.append(stream)
 
     def add_log(self, log: Log, report: Callable[[str], Any], *, as_json: bool) -> None:
-        """Send every line there as well, from now on; `report` is told once that it is lost."""
+        """Send every line to a log as well; `report` is called the first time one is lost."""
         import logging
         log.as_json = as_json
         log.report = report
         if self._log is None:
-            self._log = logging.Logger("deploy.py")  # of our own: no configuration reaches it
+            self._log = logging.Logger("deploy.py")  # not getLogger: nobody else configures it
         handler: Any = logging.Handler()
         handler.emit = log.emit
         self._log.addHandler(handler)
@@ -646,9 +656,9 @@ class Console:
 
     def say(self, text: str, event: Optional[Dict[str, str]] = None, *, status: str = "",
             level: str = "", shown: str = "{}") -> None:
-        """A line on stderr, in the form `shown`, and in the log; held back while quiet.
+        """Write a line to stderr, in the form `shown`, and to the log; held back while quiet.
 
-        A `status` is a coloured word in a column before it, and says the level.
+        A `status` is shown as a coloured word before it, and sets the level.
         """
         text = self.clean(text)
         level = level or self.LEVELS.get(status, "info")
@@ -696,7 +706,7 @@ class Console:
             self._write(sys.stderr, self.clean(line) + "\n", "error")
 
     def result(self, text: str) -> None:
-        """Lines of the result, on stdout; --json replaces them by its one object, -q holds them."""
+        """Lines of the result, on stdout; --json prints its object instead, -q holds them back."""
         lines = "\n".join(map(self.clean, text.split("\n"))) + "\n"
         if self.quiet:
             self._held.append(partial(self.raw_result, lines))
@@ -704,7 +714,7 @@ class Console:
             self._write(sys.stdout, lines)
 
     def raw_result(self, text: str) -> None:
-        """The result as it stands (generated files); not escaped, own words only."""
+        """A result that is not escaped: only for text of our own, such as generated files."""
         if not self.json_mode:
             self._write(sys.stdout, text)
 
@@ -714,9 +724,9 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int = 0) -> Iterator[Callable[..., None]]:
-        """One line that is redrawn while work lasts over a second; else systemd hears of it.
+        """Show work of over a second as one line that is redrawn, and tell systemd of it.
 
-        What it gives heeds signals, and is told how much of `total` (0: unknown) is done.
+        Yields a function that takes how much of `total` (0: unknown) is done, and heeds signals.
         """
         pause_seconds = 0.1 if self.shows_progress else 1.0
         next_seconds = time.monotonic() + 1.0
@@ -743,14 +753,14 @@ class Console:
                 self._write(sys.stderr, "\r\033[K")
 
     def working(self, text: str, bound_seconds: float = 0.0, state: str = "") -> None:
-        """Tell systemd what is under way and that it may take twice so long (sd_notify(3)).
+        """Tell systemd what is under way, and ask for twice the time it may take (sd_notify(3)).
 
-        Without a bound the last one begins anew.  `state` is a word of its own (READY=1).
+        Without a bound, the last one is asked for again.  `state` is a line such as READY=1.
         """
         if self.supervisor[:1] not in ("/", "@"):
             return
         self._bound_seconds = bound_seconds or self._bound_seconds
-        # systemd throws a datagram over 4096 bytes away as a whole.
+        # systemd ignores a datagram of more than 4096 bytes.
         words = [f"STATUS={self.clean(text)[:256]}",
                  f"EXTEND_TIMEOUT_USEC={2000000 * self._bound_seconds:.0f}", state]
         with suppress(OSError):
@@ -777,19 +787,19 @@ class Console:
 
     def _write(self, stream: Any, text: str, level: str = "info",
                about: Optional[Dict[str, str]] = None) -> None:
-        """Write bytes that the terminal can show; a closed pipe or a full disk stops nothing.
+        """Write text in the terminal's encoding; a closed pipe or a full disk stops nothing.
 
-        An event is all that it is `about` to the journal, where the stream leads there or did.
+        Where the stream leads to systemd's journal, an event goes there with its fields (`about`).
         """
         if about and stream in self._in_journal:
             fields = {field: about[name] for name, field in JOURNAL_FIELDS.items()
                       if about.get(name)}
             fields.update(MESSAGE=text.rstrip("\n")[:JOURNAL_MESSAGE_CHARACTERS],
-                          PRIORITY=str(PRIORITIES[level]), MESSAGE_ID=EVENTS[about["event"]],
+                          PRIORITY=str(PRIORITIES[level]), MESSAGE_ID=MESSAGE_IDS[about["event"]],
                           SYSLOG_IDENTIFIER="deploy.py")
             entry = b""
-            for name, field in fields.items():  # in the form that any value may have
-                value = field.encode("utf-8", "backslashreplace")
+            for name, content in fields.items():  # in the form that takes any value
+                value = content.encode("utf-8", "backslashreplace")
                 entry += b"%b\n%b%b\n" % (name.encode(), len(value).to_bytes(8, "little"), value)
             with suppress(OSError):
                 send_datagram(JOURNAL_SOCKET, entry, 1.0)
@@ -804,10 +814,8 @@ class Console:
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:
             self._broken.append(stream)
-            with suppress(OSError, ValueError):
-                # Or the interpreter's last flush would change the exit code.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            # Whoever closes a pipe has seen enough; a file that was to hold the result does not.
+            # Who closes a pipe has seen enough; under a file that was to hold the result, a full
+            # disk is an error.
             number = getattr(error, "errno", None)
             if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
                 self.is_result_lost = True
@@ -826,26 +834,27 @@ _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
-# One variable of this process's environment, empty where there is none; the names of all; and to
-# take one out of it.
+# Read a variable of this process's environment (empty where it is not set), list their names, and
+# remove one.
 environment: Callable[[str], str] = partial(os.environ.get, default="")
 environment_names: Callable[[], List[str]] = partial(list, os.environ)
 forget_variable: Callable[[str], str] = os.environ.pop
 
 
 def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
-    """Return the time on the wall in a zone; to the C library one without its file is UTC."""
+    """Return the local time in a zone; PreflightFailed for one that is unknown here."""
     path, before = f"/usr/share/zoneinfo/{zone}", os.environ.copy()
+    # The C library would take it for UTC.
     if zone != "UTC" and not (os.path.isfile(path) and read_file(path, 1 << 20)[:4] == b"TZif"):
         raise PreflightFailed(f"timezone {zone} is unknown here: {path} is no zone",
                               "correct [policy] timezone, or install tzdata")
     os.environ["TZ"] = "UTC0" if zone == "UTC" else path
     time.tzset()
-    found = time.localtime(seconds_since_epoch)
+    local = time.localtime(seconds_since_epoch)
     os.environ.pop("TZ")
     os.environ.update(before)
     time.tzset()
-    return found
+    return local
 
 
 def absolute(path: str) -> str:
@@ -868,8 +877,8 @@ def portable(name: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Say why something failed, with the errno's name, for those who search for it."""
-    # What has no name (a host that cannot be resolved) has a number that tells nobody anything.
+    """Say why something failed, with the errno's name, which can be searched for."""
+    # A number without a name (a host that cannot be resolved) would tell nobody anything.
     name = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     text = getattr(error, "strerror", None) or str(error)
     return f"{text} ({name})" if name else text
@@ -877,7 +886,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def blaming(kind: Any, where: str, hint: str) -> Iterator[None]:
-    """Turn what cannot be read into the error that says where."""
+    """Turn an error of reading or parsing into one of this kind, which says where."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -887,7 +896,7 @@ def blaming(kind: Any, where: str, hint: str) -> Iterator[None]:
 
 
 def read_base64(text: bytes) -> bytes:
-    """Decode base64 that is written in the one right way, white space aside; ValueError."""
+    """Decode canonical base64, white space aside; ValueError for any other."""
     data = binascii.a2b_base64(text)
     if binascii.b2a_base64(data, newline=False) != b"".join(text.split()):
         raise ValueError("its base64 is damaged")
@@ -900,14 +909,14 @@ def write_base64(data: bytes) -> str:
 
 
 def fits(name: str, patterns: str) -> bool:
-    """Match a list of patterns with * and ?, of which a leading ! refuses (ssh_config(5))."""
-    found = [pattern[:1] for pattern in patterns.split(",") if re.fullmatch(
+    """Match patterns, split by commas, of * and ?; a leading ! excludes (ssh_config(5))."""
+    signs = [pattern[:1] for pattern in patterns.split(",") if re.fullmatch(
         re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name)]
-    return bool(found) and "!" not in found
+    return bool(signs) and "!" not in signs
 
 
 def path_pattern(glob: str) -> str:
-    """Turn a glob into a pattern: `*` and `?` stay within a directory, `**` does not."""
+    """Turn a glob into a regex: `*` and `?` stay within a directory, `**` does not."""
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     words = re.split(r"(\*\*/?|\*|\?)", native(glob))
     return "".join(known.get(word) or re.escape(word) for word in words)
@@ -916,14 +925,14 @@ def path_pattern(glob: str) -> str:
 # -- files -------------------------------------------------------------------
 
 def write_all(descriptor: int, data: Union[bytes, memoryview]) -> None:
-    """Write everything, however many calls the kernel wants for it."""
+    """Write everything, in as many calls as the kernel needs."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view):]
 
 
-def open_file(path: str, flags: int = 0, dir_fd: Optional[int] = None) -> Any:
-    """Open a regular file as a binary stream, never waiting; OSError(EINVAL) for what is none."""
+def open_file(path: str, flags: int, dir_fd: Optional[int] = None) -> Any:
+    """Open a regular file as a binary stream, never waiting; OSError(EINVAL) for any other."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -953,23 +962,23 @@ def user_name(uid: int = -1) -> str:
 
 
 def traceparent(parent: str = "") -> str:
-    """Return $TRACEPARENT (W3C trace context 00) with this run as its `parent`; else nothing."""
+    """Return $TRACEPARENT (W3C trace context 00), with its parent replaced; "" if it is not one."""
     given = environment("TRACEPARENT")
-    found = given and re.match(
+    match = given and re.match(
         r"(00-(?!0{32})[0-9a-f]{32}-)((?!0{16})[0-9a-f]{16})(-[0-9a-f]{2})\Z", given)
-    return f"{found[1]}{parent or found[2]}{found[3]}" if found else ""
+    return f"{match[1]}{parent or match[2]}{match[3]}" if match else ""
 
 
 def who() -> Json:
-    """Say who runs this and as whom, where, and what started it, as far as one can guess.
+    """Say who runs this, as whom and where, and what probably started it.
 
-    The person is sudo's (which anybody but root may have invented), else the login's, else ours.
+    The person is SUDO_USER (believed as root; others can invent it), else the login's, else ours.
     """
     import pwd
     uid = os.geteuid()
     with suppress(OSError, ValueError):
         login = int(read_file("/proc/self/loginuid", 64))
-        if login != (1 << 32) - 1:  # a service's
+        if login != (1 << 32) - 1:  # -1: a service has none
             uid = login
     person = environment("SUDO_USER")
     with suppress(KeyError):
@@ -983,7 +992,7 @@ def who() -> Json:
                    and not environment("TERM")),
                   ("script", True)]
     by = {"user": user_name(uid), "uid": uid, "as": user_name(), "host": os.uname().nodename,
-          "pid": os.getpid(), "trigger": next(name for name, found in started_by if found)}
+          "pid": os.getpid(), "trigger": next(name for name, is_so in started_by if is_so)}
     if traceparent():
         by["traceparent"] = traceparent()
     return by
@@ -999,7 +1008,7 @@ def process_is_alive(pid: int) -> bool:
 
 
 def sockets(port: int, state: str) -> List[str]:
-    """List the inodes of TCP sockets on a port, listening (0A) or established (01; proc(5))."""
+    """List the inodes of TCP sockets on a local port; state 0A: listening, 01: established."""
     tables = [read_file(f"/proc/net/{name}", MAX_STATE_BYTES).decode("ascii")
               for name in {"tcp", "tcp6"}.intersection(os.listdir("/proc/net"))]
     return re.findall(rf"(?m)^ *\d+: \w+:{port:04X} \S+ {state}(?: +\S+){{5}} +(\d+)",
@@ -1010,49 +1019,49 @@ Problem = Tuple[str, str]  # what is wrong, and what to do about it
 Problems = Dict[str, Problem]  # by path
 
 
-def owner_problem(path: str, found: os.stat_result, owners: Sequence[int] = (), *,
+def owner_problem(path: str, status: os.stat_result, owners: Sequence[int] = (), *,
                   spare_root: bool = False) -> Problems:
-    """Say why others could have written a file; with `spare_root` those of root's group may."""
-    mode, others = stat.S_IMODE(found.st_mode), 0o022
+    """Say why others could have written a file; with `spare_root` members of group root may."""
+    mode, others = stat.S_IMODE(status.st_mode), 0o022
     with suppress(OSError, AttributeError):
         # Under an access list the group's bits are the most that anybody named in it may do.
-        if spare_root and found.st_gid == 0 and \
+        if spare_root and status.st_gid == 0 and \
                 "system.posix_acl_access" not in os.listxattr(path, follow_symlinks=False):
             others = 0o002
-    if found.st_uid not in (owners or (0, os.geteuid())):
+    if status.st_uid not in (owners or (0, os.geteuid())):
         return {path: (
-            f"{path} belongs to uid {found.st_uid}",
-            f"chown root {path}, or run as its owner: sudo -u '#{found.st_uid}' deploy.py ...")}
-    is_sticky = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX
-    if mode & others and not is_sticky and not stat.S_ISLNK(found.st_mode):
+            f"{path} belongs to uid {status.st_uid}",
+            f"chown root {path}, or run as its owner: sudo -u '#{status.st_uid}' deploy.py ...")}
+    is_sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
+    if mode & others and not is_sticky and not stat.S_ISLNK(status.st_mode):
         return {path: (f"{path} is writable by group or others (mode {mode:04o})",
                        f"chmod go-w {path}")}
     return {}
 
 
 def trust_problems(path: str, owners: Sequence[int] = (), *, spare_root: bool = False) -> Problems:
-    """Say, by path, why a file that is about to be believed could have been written by others.
+    """Say, by path, why others could have written a file that is about to be trusted.
 
-    Goes the way that the kernel goes, and looks at every directory, link and file on it: each must
-    be its `owners`' (root's or ours), and not for group or others to write.
+    Follows the path as the kernel does: each directory, link and file on it must belong to one of
+    `owners` (by default root and us), and must not be writable by group or others.
     """
     problems: Problems = {}
-    here = "/"
+    place = "/"
     links = 0
     ahead = os.path.abspath(path).split("/")[::-1]
     while ahead:
-        # No link is left in it: `..` leads where it leads the kernel.
-        here = os.path.normpath(os.path.join(here, ahead.pop()))
+        # No link is left in `place`, so `..` means here what it means to the kernel.
+        place = os.path.normpath(os.path.join(place, ahead.pop()))
         try:
-            found = os.lstat(here)
+            status = os.lstat(place)
         except OSError:
-            continue  # not there, for others to see to, or out of reach
-        problems.update(owner_problem(here, found, owners, spare_root=spare_root))
-        if stat.S_ISLNK(found.st_mode) and links < MAX_JUDGED_LINKS:
+            continue  # missing or unreadable: other checks report that
+        problems.update(owner_problem(place, status, owners, spare_root=spare_root))
+        if stat.S_ISLNK(status.st_mode) and links < MAX_JUDGED_LINKS:
             links += 1
-            target = os.readlink(here)
+            target = os.readlink(place)
             ahead += target.split("/")[::-1]
-            here = "/" if target.startswith("/") else os.path.dirname(here)
+            place = "/" if target.startswith("/") else os.path.dirname(place)
     return problems
 
 
@@ -1064,10 +1073,10 @@ class CommandResult:
     exit_code = 127
     timed_out = False
     seconds = 0.0
-    rest = b""  # a line that has no end yet
+    rest = b""  # the beginning of an unfinished line
 
     def __init__(self, argv: Sequence[str], directory: str, mask: Callable[[str], str],
-                 on_line: Callable[[str], Any]) -> None:
+                 on_line: Optional[Callable[[str], Any]]) -> None:
         self.argv = list(argv)
         self.directory = directory
         self.tail: List[str] = []
@@ -1075,13 +1084,14 @@ class CommandResult:
         self._on_line = on_line
 
     def take(self, data: bytes) -> None:
-        """Take a piece of its output: whole lines are masked, cut, passed on, and the last kept."""
+        """Take a piece of output: mask, cut and pass on its whole lines, and keep the last."""
         *lines, rest = (self.rest + data).split(b"\n")
         self.rest = rest[:MASKED_BYTES]
         for line in lines:
             text = self._mask(line[:MASKED_BYTES].decode("utf-8", "backslashreplace"))
             self.tail.append(text.rstrip("\r")[:OUTPUT_LINE_CHARACTERS])
-            self._on_line(self.tail[-1])
+            if self._on_line:
+                self._on_line(self.tail[-1])
         del self.tail[:-OUTPUT_TAIL_LINES]
 
     @property
@@ -1112,9 +1122,9 @@ def base_environment() -> Dict[str, str]:
 
 
 def program_places(name: str, directory: str, path: str) -> List[str]:
-    """List where starting a program in `directory` looks for it, up to the first place where it is.
+    """List the paths where a program started in `directory` is looked for, up to the one it has.
 
-    What comes before the right place could be put there.
+    Somebody who may write to an earlier one could put another program there.
     """
     places: List[str] = []
     for entry in path.split(":") if "/" not in name else [""]:
@@ -1131,7 +1141,7 @@ def find_command(name: str) -> Optional[str]:
 
 
 def account(kind: str, name: str, option: str) -> Any:
-    """Look a user or a group up; UsageError, which names the option, for one that is not there."""
+    """Look up a user or a group; UsageError, which names the option, for one that is missing."""
     import grp
     import pwd
     try:
@@ -1144,8 +1154,8 @@ def account(kind: str, name: str, option: str) -> Any:
 def become_user(name: str) -> Callable[[], None]:
     """Return a function that gives a child the identity of `name`, all groups included."""
     entry = account("user", name, "run_as in [hooks]")
-    # Looked up here: between fork and exec a name service must not be asked (it may lock, or
-    # load libraries).
+    # Here, since a name service must not be asked between fork and exec: it may lock, or load
+    # libraries.
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
 
     def change() -> None:
@@ -1157,34 +1167,35 @@ def become_user(name: str) -> Callable[[], None]:
 
 POLL_SECONDS = 0.02
 KILL_AFTER_SECONDS = 5.0
-READ_BYTES = 1 << 14  # between two looks for a signal, and this may be as many lines
-DRAIN_READS = 64  # all that a pipe can hold (1 MiB); a child that keeps it full is left alone
+READ_BYTES = 1 << 14  # at most so much is read before a look for signals; each byte may be a line
+DRAIN_READS = 64  # of READ_BYTES, all that a pipe can hold; its writer may go on for ever
 
 
-def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str = "/",
-                environ: Optional[Dict[str, str]] = None, timeout_seconds: float = 60.0,
+def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_seconds: float,
+                directory: str = "/", environ: Optional[Dict[str, str]] = None, stdin: Any = None,
                 kill_after_seconds: float = KILL_AFTER_SECONDS, run_as: str = "",
-                on_line: Callable[[str], Any] = str, mask: Callable[[str], str] = str,
-                stdin: Any = None, begun: Callable[[int], Any] = int,
+                mask: Callable[[str], str] = str, on_line: Optional[Callable[[str], Any]] = None,
+                begun: Optional[Callable[[int], Any]] = None,
                 lasts: Callable[[Any], bool] = lambda process: process.poll() is None,
                 ) -> CommandResult:
     """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
     `environ` is the whole environment.  When its time is up, on a signal or any error, its whole
     group is killed.  What cannot be started gives exit code 127 and says why in `tail`.  A child
-    that holds its stdout is not waited for, unless `lasts` says so.  `begun` is told the process
-    group: in the child, as it starts, and then here.
+    that holds its stdout is not waited for, unless `lasts` says so.
     """
     import subprocess
     result = CommandResult(argv, directory, mask, on_line)
     change = become_user(run_as) if run_as else None
+    # `begun` is told the group in the child, before the program can have run (no other thread
+    # works now, so no lock is held there), and here again: the child's memory is not ours.
     note_and_change = lambda: (begun(os.getpid()), change and change())
     started_seconds = time.monotonic()
     try:
         process: Any = subprocess.Popen(
             result.argv, bufsize=0, env=environ or base_environment(), cwd=directory,
             stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=change if begun is int else note_and_change)
+            start_new_session=True, preexec_fn=note_and_change if begun else change)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         result.tail = [f"cannot start {argv[0]}: {reason(error)}"]
         return result
@@ -1192,14 +1203,15 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
     os.set_blocking(output.fileno(), False)
     watched = [output.fileno()]
     try:
-        begun(process.pid)
+        if begun:
+            begun(process.pid)
         while lasts(process) and not result.timed_out:
             left_seconds = timeout_seconds - (time.monotonic() - started_seconds)
             result.timed_out = left_seconds <= 0
             if interrupts.wait(min(POLL_SECONDS, left_seconds), *watched):
                 data = output.read(READ_BYTES)
                 result.take(data or b"")
-                if data == b"":  # it has closed its output, and most often ends now
+                if data == b"":  # it most often ends now; speed: `wait` looks every 1 ms, not 20
                     watched = []
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(POLL_SECONDS)
@@ -1207,13 +1219,13 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
         result.seconds = time.monotonic() - started_seconds  # killing it is not its time
         for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
             # KILL also when the leader is gone: its children may have ignored TERM.  What sudo
-            # started is another user's, and is not waited for for ever.
+            # started is another user's: it cannot be killed, and the wait for it ends.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(kill_after_seconds)
-        left = iter(lambda: output.read(READ_BYTES) or b"", b"")
-        result.take(b"".join(itertools.islice(left, DRAIN_READS)))
+        pieces = iter(lambda: output.read(READ_BYTES) or b"", b"")
+        result.take(b"".join(itertools.islice(pieces, DRAIN_READS)))
         if result.rest:
             result.take(b"\n")
         output.close()
@@ -1222,21 +1234,21 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", directory: str
 
 
 def processes(name: str) -> Iterator[Tuple[int, bytes]]:
-    """Give each process's number and one of its files in /proc, where that can be read."""
-    for number in filter(str.isdigit, os.listdir("/proc")):
+    """Yield each process's pid and one of its files in /proc, where that can be read."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
-            yield int(number), read_file(f"/proc/{number}/{name}", MAX_STATE_BYTES)
+            yield int(pid), read_file(f"/proc/{pid}/{name}", MAX_STATE_BYTES)
 
 
 def end_groups(find: Callable[[], Optional[Set[int]]]) -> None:
-    """End the process groups that are found, until it is None: TERM to each, KILL after 2 s."""
-    kills_seconds, told = time.monotonic() + 2.0, set()
+    """End the process groups that `find` returns, until that is None: TERM, and KILL after 2 s."""
+    kills_seconds, sent = time.monotonic() + 2.0, set()
     for groups in iter(find, None):
         left_seconds = kills_seconds - time.monotonic()
         number = signal.SIGTERM if left_seconds > 0 else signal.SIGKILL
         for group in groups:
-            if (group, number) not in told:
-                told.add((group, number))
+            if (group, number) not in sent:
+                sent.add((group, number))
                 with suppress(OSError):  # it has ended, or is another user's
                     os.killpg(group, number)
         if left_seconds < -KILL_AFTER_SECONDS:
@@ -1245,20 +1257,20 @@ def end_groups(find: Callable[[], Optional[Set[int]]]) -> None:
 
 
 def end_group(group: int, deploy_id: str) -> None:
-    """End what is left of a process group that a run started, and not what has its number now."""
+    """End what is left of a process group of a run, but no other that has its number by now."""
     mark = f"\0DEPLOY_ID={deploy_id}\0".encode("ascii")
 
     def find() -> Optional[Set[int]]:
-        for number, environ in processes("environ"):
+        for pid, environ in processes("environ"):
             with suppress(OSError):
-                if mark in environ and os.getpgid(number) == group:
+                if mark in environ and os.getpgid(pid) == group:
                     return {group}
         return None
     end_groups(find)
 
 
 def end_children() -> None:
-    """End all below this process, to which orphans fall."""
+    """End all descendants of this process, which adopts orphans (PR_SET_CHILD_SUBREAPER)."""
     def find() -> Optional[Set[int]]:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -1274,7 +1286,7 @@ def end_children() -> None:
 # -- threads -----------------------------------------------------------------
 
 def start_thread(work: Callable[[], None]) -> Any:
-    """Do work in a second thread, which does not outlive the program; OSError where there is none.
+    """Do work in a daemon thread; OSError where none can be started.
 
     Returns an event that is set once the work is done.  Up to Python 3.9 a thread that ends calls
     pthread_exit(3), and the C library aborts the whole process when it cannot load libgcc_s then:
@@ -1299,7 +1311,7 @@ def start_thread(work: Callable[[], None]) -> Any:
     try:
         threading.Thread(target=run, daemon=True).start()
     except RuntimeError as error:
-        # What fork(2) gives at the limit of processes, which threads count for.
+        # As fork(2) fails at the limit of processes, which counts threads, too.
         raise OSError(errno.EAGAIN, str(error))
     return done
 
@@ -1309,22 +1321,22 @@ def start_thread(work: Callable[[], None]) -> Any:
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, where stopping is safe.
 
-    A signal sets a number and wakes a `wait`; `check` raises, but not while it `is_closed`, as on
-    the way back: what came meanwhile counts after that.
+    A signal is noted and wakes a `wait`; `check` raises for it.  While this `is_closed`, as on the
+    way back, it does not: what has come meanwhile counts afterwards.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     is_closed = False
     _pending = 0
-    _waking = -1  # can be read once a signal has come
+    _waking = -1  # a descriptor that can be read once a signal has come
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
         self._waking, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing)
-        # Where it has SIGCHLD ignored, nobody learns how a child ended, and subprocess makes an
-        # exit code 0 of that.
+        # Where the starter ignores SIGCHLD, the kernel keeps no exit code of a child, and
+        # subprocess makes 0 of that.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -1349,14 +1361,14 @@ class Interrupts:
         while True:
             self.check()
             left_seconds = ends_seconds - time.monotonic()
-            found = [descriptor for descriptor, _ in poll.poll(max(0.0, left_seconds) * 1000)]
-            if self._waking in found:
-                # The handler has noted the number by now: the bytes have done their work.
+            ready = [descriptor for descriptor, _ in poll.poll(max(0.0, left_seconds) * 1000)]
+            if self._waking in ready:
+                # The bytes have only woken us: the handler has noted the number.
                 os.read(self._waking, 4096)
-                found.remove(self._waking)
+                ready.remove(self._waking)
                 self.check()
-            if found or left_seconds <= 0:
-                return found
+            if ready or left_seconds <= 0:
+                return ready
 
 
 # ============================================================================

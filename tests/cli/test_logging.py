@@ -145,9 +145,9 @@ def test_the_end_of_each_step_and_of_the_run_is_an_event_with_fields(app: App) -
     assert {event["PRIORITY"] for event in run.events} == {"6"}
     *steps, end = run.events
     assert [event["DEPLOY_STEP"] for event in steps] == [step["name"] for step in entry["steps"]]
-    assert {(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in steps} == {(deploy.EVENTS["step_done"], "done")}
+    assert {(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in steps} == {(deploy.MESSAGE_IDS["step_done"], "done")}
     assert "DEPLOY_STEP" not in end and end["MESSAGE"].startswith("checked ")
-    assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"]) == (deploy.EVENTS["run_done"], "deployed")
+    assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"]) == (deploy.MESSAGE_IDS["run_done"], "deployed")
 
 
 def test_a_stream_that_broke_costs_the_journal_its_lines_and_no_event(app: App) -> None:
@@ -171,17 +171,17 @@ def test_a_failure_is_one_event_that_holds_the_error_and_the_hint(app: App) -> N
     app.configure(HOOK_FAILS)
     run = JournalRun(app, "deploy", app.artifact("1.0"))
     end = run.events[-1]
-    assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"], end["PRIORITY"]) == (deploy.EVENTS["run_failed"], "rolled_back", "3")
+    assert (end["MESSAGE_ID"], end["DEPLOY_RESULT"], end["PRIORITY"]) == (deploy.MESSAGE_IDS["run_failed"], "rolled_back", "3")
     first, second = end["MESSAGE"].split("\n")
     assert first.startswith("deploy.py: error: hook post_activate failed") and second.startswith("hint: ")
-    failed = [event for event in run.events if event["MESSAGE_ID"] == deploy.EVENTS["step_failed"]]
+    failed = [event for event in run.events if event["MESSAGE_ID"] == deploy.MESSAGE_IDS["step_failed"]]
     assert [(event["DEPLOY_STEP"], event["DEPLOY_RESULT"], event["PRIORITY"]) for event in failed] == \
         [("hook:post_activate", "failed", "3")]
 
 
 def test_what_is_refused_before_a_step_is_an_event_too(app: App) -> None:
     run = JournalRun(app, "deploy", app.directory / "none.tar.gz")
-    assert [(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in run.events] == [(deploy.EVENTS["run_failed"], "refused")]
+    assert [(event["MESSAGE_ID"], event["DEPLOY_RESULT"]) for event in run.events] == [(deploy.MESSAGE_IDS["run_failed"], "refused")]
     assert "none.tar.gz" in run.events[0]["MESSAGE"]
 
 
@@ -245,7 +245,7 @@ def test_children_do_not_take_their_output_for_the_journal(app: App) -> None:
 
 
 def test_each_kind_of_event_has_an_id_of_its_own() -> None:
-    ids = list(deploy.EVENTS.values())
+    ids = list(deploy.MESSAGE_IDS.values())
     assert len(set(ids)) == len(ids) and all(re.match(r"[0-9a-f]{32}\Z", found) for found in ids)
 
 
