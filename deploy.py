@@ -1382,7 +1382,7 @@ OF_SLOTS = ("${slot}", "${port}")
 KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anything else is a path
 QUOTES = " '\"[](){}"
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-# What stands in quotes, or behind a backslash, is nothing to a shell either.
+# Text in quotes or behind a backslash, which a shell does not interpret either.
 _QUOTED = r"(?s)\\.|'[^']*'|\"((?:\\.|[^\"\\])*)\""
 _SHELL_SYNTAX = (
     r"[0-9]*>&[0-9-]*|&&|\|\||[|;&<>*?`]|\$\w+|\$[({?@#!$-]|(?<!\S)~(?=/|\s|\Z)")
@@ -1401,7 +1401,7 @@ def _duration(text: str) -> float:
 
 
 def _moment(text: str) -> Callable[[float, int], float]:
-    """Read a point in time; what is returned makes it of now and of which way a duration goes."""
+    """Read a point in time; returns a function of now and of a duration's sign (-1: ago)."""
     if text[-1] in _SECONDS:
         span_seconds = float(text[:-1]) * _SECONDS[text[-1]]
         return lambda now_seconds, sign: now_seconds + sign * span_seconds
@@ -1412,7 +1412,7 @@ def _moment(text: str) -> Callable[[float, int], float]:
 
 
 def _plain(text: str) -> str:
-    """Refuse what other formats allow around a path, a unit or a name: it would be part of it."""
+    """Refuse quotes, brackets and comments of other formats: they would be part of the value."""
     if re.match(r"(?s)['\"\[({]|.*\s[#;]", text):
         right = re.split(r"\s+[#;]", text)[0].strip(QUOTES)
         raise ValueError("a comment needs a line of its own, and quotes or brackets would be part "
@@ -1438,15 +1438,15 @@ def _relative(text: str) -> str:
 
 
 def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
-    """Split a command as a shell would; refuse, with what to write, what only a shell could do."""
+    """Split a command as a shell would; ValueError, with what to write, for a shell's own work."""
     import shlex
     words = shlex.split(text)
-    # Of a word in double quotes a shell reads `$` and backquotes.
+    # Within double quotes a shell still interprets `$` and backquotes.
     bare = re.sub(_QUOTED, lambda quoted: "_" + "".join(
         re.findall(r"\$\w+|\$[({]|`", quoted.group(1) or "")), re.sub(filled_in, "", text))
-    found = re.search(_SHELL_SYNTAX, bare)
-    if found:
-        raise ValueError(f"{found.group()} is for a shell, and none runs here; write sh -c "
+    match = re.search(_SHELL_SYNTAX, bare)
+    if match:
+        raise ValueError(f"{match.group()} is for a shell, and none runs here; write sh -c "
                          f"{shlex.quote(text)}, or put it in single quotes where it is meant "
                          "as it stands")
     if words and (words[0] in ["", *SHELL_WORDS] or re.match(r"[A-Za-z_]\w*=", words[0])):
@@ -1464,12 +1464,12 @@ _WINDOW = (rf"(?:allow|deny)(?:\s+({_DAY}(?:[,-]{_DAY})*))?(?:\s+({_HOUR})-({_HO
 
 
 def _window(text: str) -> Tuple[str, Callable[[Any, int], bool]]:
-    """Read a window: its line, and what tells whether it is open at a minute of a day."""
-    found = re.match(_WINDOW, text)
-    if not found or (found[4] or "") > (found[5] or ""):
+    """Read a window: its line, and a function of day and minute that tells whether it is open."""
+    match = re.match(_WINDOW, text)
+    if not match or (match[4] or "") > (match[5] or ""):
         raise ValueError("expected allow|deny [mon-fri] [HH:MM-HH:MM] [date..date] [# why], not "
                          + text)
-    days, begin, end, first, last = found.groups()
+    days, begin, end, first, last = match.groups()
     spans = [(_DAYS.index(part[:3]), _DAYS.index(part[-3:]))
              for part in (days or "mon-sun").split(",")]
     opens, closes = (int(clock[:2]) * 60 + int(clock[3:])
@@ -1489,7 +1489,7 @@ def _regex(text: str) -> str:
 
 
 def _statuses(text: str) -> List[Tuple[int, int]]:
-    spans = []  # without a pattern, which every start would compile for the default
+    spans = []  # speed: without a pattern, which every start would compile for the default
     joined = "-".join(map(str.strip, text.split("-")))  # `200 - 299` is one span
     for span in joined.replace(",", " ").split():
         spans.append((int(span[:3]), int(span[-3:])))
@@ -1503,8 +1503,8 @@ def _address(text: str) -> Tuple[str, int]:
     return host.rpartition("/")[2].strip("[]"), int(port)
 
 
-# kind, what the documentation calls it, what was expected where its text does not fit, the pattern
-# of the whole text.  A kind that is not here is a choice, written `one|two|three`.
+# kind, its name in the documentation, what an error says was expected, the pattern of the whole
+# text.  A kind that is not here is a choice, written `one|two|three`.
 KIND_TABLE = r"""
 text        text                         -  -
 name        text                         -  -
@@ -1555,8 +1555,8 @@ version     version       letters, digits and . _ + ~ -, at most 100, and no wor
     (?!(current|previous|latest)\Z)[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}
 signal      name of a signal  the name of a signal, such as HUP       (?i)(SIG)?[A-Z0-9]+
 """
-# How the text of a kind is read; as it stands, where its kind is not here.  What the reading cannot
-# do raises ValueError with words of its own, or KeyError.
+# How the text of a kind becomes a value; of a kind that is not here, it stays as it is.  Raises
+# ValueError with a text of its own, or KeyError for what the table says was expected.
 READERS: Dict[str, Callable[[str], Any]] = {
     "name": _plain, "unit": _plain, "pattern": _plain, "relative": _relative,
     "path": _path, "private": _path, "window": _window, "address": _address,
@@ -1576,7 +1576,7 @@ READERS: Dict[str, Callable[[str], Any]] = {
 
 def read_table(columns: int, text: str, **texts: str) -> Iterator[List[str]]:
     """Read rows of cells two or more spaces apart, `-` for none; an indented line continues."""
-    text = re.sub("@([A-Z]+)@", lambda found: texts[found.group(1)], text)  # @NAME@ is one of them
+    text = re.sub("@([A-Z]+)@", lambda match: texts[match.group(1)], text)  # @NAME@ is one of them
     for row in re.sub(r"\n +", "  ", text.strip()).split("\n"):
         cells = re.split(r" {2,}", row, maxsplit=columns - 1)
         yield ["" if cell == "-" else cell for cell in cells]
@@ -1590,7 +1590,7 @@ KINDS = {kind: row for kind, *row in read_table(
     NAMED=", ".join(dict(NOTIFY_EVENTS)))}
 
 
-# Of each list the kind of its lines, and the pattern that shows one to hold several.
+# Of each kind of list: the kind of its lines, and a pattern by which one seems to hold several.
 LISTS = {"names": ("name", r"[\s,]"), "list": ("path", r",|\A- "), "paths": ("path", r",|\A- "),
          "keys": ("key", r",|\A- "), "relatives": ("relative", r",|\A- "),
          "addresses": ("address", r"[\s,]"), "commands": ("argv", r"\A\Z"),
@@ -1614,24 +1614,24 @@ def read_value(kind: str, text: str) -> Any:
         if re.fullmatch(pattern or "(?s).*", text):
             return READERS.get(kind, str)(text)
     except KeyError:
-        pass  # it looks like one, and is none
+        pass  # it looks like one, but there is none of that name
     raise ValueError(f"expected {expected}")
 
 
 def seconds_of(text: str) -> float:
-    """Read a time that a program wrote, RFC 3339, to the second; ValueError for no such."""
+    """Read a time that a program wrote, RFC 3339, to the second; ValueError for anything else."""
     import calendar
-    found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?"
+    match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?"
                          r"(?:Z|([+-]\d\d):(\d\d))", text)
-    if not found:
+    if not match:
         raise ValueError(f"{text!r} is no time such as 2026-11-30T06:00:00Z")
-    *moment, hours, minutes = found.groups("0")
+    *moment, hours, minutes = match.groups("0")
     ahead_seconds = int(hours) * 3600 + int(hours[0] + minutes) * 60
     return float(calendar.timegm(tuple(map(int, moment))) - ahead_seconds)
 
 
-class Option(SimpleNamespace):  # a NamedTuple would cost every start a quarter of a millisecond
-    """One row: where it stands in the INI, how its text is read, and what it means."""
+class Option(SimpleNamespace):  # speed: a NamedTuple costs every start 0.25 ms
+    """One option: where it stands in the INI, how its text is read, and what it means."""
 
     section: str  # `probe:*` may be given many times, each with a name
     key: str  # `*` or `json.*` stands for keys that the operator chooses
@@ -1642,7 +1642,7 @@ class Option(SimpleNamespace):  # a NamedTuple would cost every start a quarter 
     value: Any  # the default, read
 
 
-# Of each section what it is, then of each option: key, kind, default, help.
+# Each section with what it is for, then its options: key, kind, default, help.
 OPTION_TABLES = """\
 [deploy] what is deployed, and where
 application       name       -       name of what is deployed; default: the root's last component
@@ -1857,7 +1857,7 @@ format            text|json  text    log lines as text or as JSON objects
 
 
 def read_options() -> Iterator[Tuple[str, str, Dict[str, Option]]]:
-    """Read each section's name, what it is, and its options by key."""
+    """Yield each section's name, what it is for, and its options by key."""
     for part in OPTION_TABLES.split("\n\n"):
         heading, _, table = part.partition("\n")
         section, _, about = heading[1:].partition("] ")
@@ -1866,7 +1866,7 @@ def read_options() -> Iterator[Tuple[str, str, Dict[str, Option]]]:
             takes = KINDS.get(kind, [kind.replace("|", ", ")])[0]
             value: Any = default.split()  # a list, or a command without quotes
             if kind not in LISTS and takes != "command":
-                value = default and READERS.get(kind, str)(default)  # it needs no check
+                value = default and READERS.get(kind, str)(default)  # speed: not checked
             options[key] = Option(section=section, key=key, kind=kind, default=default, help=text,
                                   takes=takes, value=value)
         yield section, about, options
@@ -1883,12 +1883,12 @@ PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
     "url": ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects",
             "tls_verify", "tls_ca", "tls_cert", "tls_key") + _ANSWER_KEYS,
     "tcp": (), "command": _ANSWER_KEYS, "service": ()}
-# Of each of these exactly one must be given in such a section.
+# In a section of this kind, exactly one key of each of these texts must be given.
 ONE_OF = {"service": ("unit pidfile command",), "probe": (" ".join(PROBE_KINDS),),
           "template": ("source", "target"), "candidate": ("command",), "migrate": ("up",),
           "slots": ("unit", "include", "reload")}
 
-# command, a command line to begin with, what it does
+# command, an example, what it does
 COMMAND_TABLE = """\
 deploy      deploy shop-1.4.2.tar.gz  preflight, stage, activate, probe; rolls back if that fails
 stage       stage shop-1.4.2.tar.gz  verify and unpack only; the release is `staged`
@@ -1928,17 +1928,17 @@ class Flag(SimpleNamespace):
     """A flag or argument of the command line."""
 
     names: List[str]
-    metavar: str  # none: a switch; `[X]` need not be given, `X...` may repeat
-    commands: List[str]  # none: everybody's, before and after the command
+    metavar: str  # empty: a switch; `[X]` need not be given, `X...` may repeat
+    commands: List[str]  # empty: all; then it may stand before and after the command
     help: str
     dest: str  # argparse's name of its value
-    kind: str  # one of KINDS, or of none
-    option: str  # section.key of the configuration that it gives
+    kind: str  # how its text is checked, as an option's kind; empty: not at all
+    option: str  # section.key of the option that it sets
     is_argument: bool
 
 
-# names (=dest, or =the option that it gives), metavar (/kind), commands, help
-# All commands share one namespace: a name that means something else elsewhere needs `=dest`.
+# names (=dest, or =the option that it sets), metavar (/kind), commands, help
+# All commands share one namespace: a flag whose name means something else elsewhere has `=dest`.
 FLAG_TABLE = """\
 -h --help=show_help  -            -  show how it is used
 --version=show_version  -         -  show the version
@@ -2013,7 +2013,7 @@ shell                bash|zsh     completion  whose script
 
 
 def read_flags() -> Iterator[Flag]:
-    """Read the table of flags."""
+    """Yield the rows of the table of flags."""
     release = "id, unique prefix, version, digest prefix, current, previous or latest"
     for words, metavar, commands, about in read_table(4, FLAG_TABLE, RELEASE=release):
         spelled, _, dest = words.partition("=")
@@ -2030,11 +2030,11 @@ FLAGS = tuple(read_flags())
 
 
 def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """Suggest the name that was probably meant; where none is near, those that there are."""
+    """Suggest the name that was probably meant; where none is similar, list all."""
     import difflib
     known = {name.lower(): name for name in names}
-    for found in difflib.get_close_matches(name.lower(), list(known), n=1):
-        return f"did you mean {known[found]!r}?"
+    for similar in difflib.get_close_matches(name.lower(), list(known), n=1):
+        return f"did you mean {known[similar]!r}?"
     return otherwise or f"there are {', '.join(known.values()) or 'none'}"
 
 
@@ -2050,11 +2050,11 @@ def find_option(options: Dict[str, Option], key: str) -> Optional[Option]:
 
 def unknown(section: str, key: str, origin: str) -> UsageError:
     """Make the error for a section or key that does not exist, suggesting the nearest name."""
-    names, word, what = list(options_of(section)), key, f"key {key!r} in [{section}]"
+    names, word, subject = list(options_of(section)), key, f"key {key!r} in [{section}]"
     if not names:
         names = [name.replace(":*", ":NAME") for name in OPTIONS]
-        word, what = section, f"section [{section}]"
-    return UsageError(f"{origin}: unknown {what}", nearest(word, names))
+        word, subject = section, f"section [{section}]"
+    return UsageError(f"{origin}: unknown {subject}", nearest(word, names))
 
 
 def spell(argv: Sequence[str]) -> str:
@@ -2064,13 +2064,13 @@ def spell(argv: Sequence[str]) -> str:
 
 
 def meaningless(values: Any, keys: Iterable[str], what: str) -> str:
-    """Say which keys are given although they mean nothing to what a section describes."""
-    found = [key for key in values.given if key in keys]
-    plural = "" if len(found) > 1 else "s"
-    return f"{' and '.join(found)} mean{plural} nothing to {what}" if found else ""
+    """Say which of these keys a section gives although they mean nothing to it."""
+    useless = [key for key in values.given if key in keys]
+    plural = "" if len(useless) > 1 else "s"
+    return f"{' and '.join(useless)} mean{plural} nothing to {what}" if useless else ""
 
 
-def filled(section: Any, values: Dict[str, Any]) -> Any:
+def fill_in(section: Any, values: Dict[str, Any]) -> Any:
     """Copy a section with these texts replaced by others, wherever they stand."""
     text = json.dumps(vars(section))
     for place, value in values.items():
@@ -2078,14 +2078,14 @@ def filled(section: Any, values: Dict[str, Any]) -> Any:
     return SimpleNamespace(**json.loads(text))
 
 
-# By section and key: the text that somebody gave, and where (a file, or what has no slash).
+# By section and key: the text that was given, and its origin (a file, or words without a slash).
 Layer = Dict[Tuple[str, str], Tuple[str, str]]
 
 
 class Settings:
     """Every option's value: `settings.deploy.root`, `settings.probe["web"].header["Accept"]`.
 
-    A value that cannot be read is among the mistakes, and its default in its place.
+    Of a value that cannot be read, the default is used, and `mistakes` says what is wrong.
     """
 
     def __init__(self, given: Layer, files: List[str]) -> None:
@@ -2093,8 +2093,8 @@ class Settings:
         self.files = files
         self.delegate: Optional[str] = None  # the file of --delegate
         self.mistakes: List[UsageError] = []
-        self.unread: List[Tuple[str, str]] = []  # sections and keys whose values are a mistake
-        self.rows: List[Tuple[str, str, str, str]] = []  # section, key, text, origin of all
+        self.unread: List[Tuple[str, str]] = []  # sections and keys of values that cannot be read
+        self.rows: List[Tuple[str, str, str, str]] = []  # of all: section, key, text, origin
         declared = sorted({section for section, _ in given})
         for table in OPTIONS:
             kind, is_named, _ = table.partition(":")
@@ -2106,22 +2106,22 @@ class Settings:
             probe.of_slot = any(place in json.dumps(vars(probe)) for place in OF_SLOTS)
         both, self.slots = self.slots, {}
         self.has_slots = bool(both.given)
-        for name in filter(both.ports.get, both.ports):  # as a [service:NAME] with a unit is
-            places = dict(zip(OF_SLOTS, (name, both.ports[name])))
-            self.slots[name] = slot = filled(both, places)
-            vars(slot).update(name=name, port=both.ports[name], places=places, action="restart",
+        for name in filter(both.chosen.get, both.chosen):  # like a [service:NAME] with a unit
+            places = dict(zip(OF_SLOTS, (name, both.chosen[name])))
+            self.slots[name] = slot = fill_in(both, places)
+            vars(slot).update(name=name, port=both.chosen[name], places=places, action="restart",
                               include=slot.include + "\n", pidfile="", command=[])
 
     def _section(self, section: str, options: Dict[str, Option]) -> Any:
-        """Read one section; its `given` are the options that are not what they are by default."""
+        """Read one section; its `given` are the options that differ from their defaults."""
         kind, _, name = section.partition(":")
         values = SimpleNamespace(name=name, given=[])
         own = [(key, find_option(options, key)) for place, key in self.given if place == section]
         for key, option in options.items():
             prefix, is_chosen, _ = key.partition("*")
-            attribute = prefix.rstrip(".") or "ports"
-            named = [other for other, found in own if found is option]
-            # By what stands behind the prefix: behind a key that is no pattern, nothing.
+            attribute = prefix.rstrip(".") or "chosen"
+            named = [other for other, row in own if row is option]
+            # By the part of the key that `*` stands for; it is empty where there is no `*`.
             read = {other[len(prefix):]: self._value(option, section, other) for other in named}
             if any(self.given[section, other][0] != option.default for other in named):
                 values.given.append(attribute)
@@ -2134,7 +2134,7 @@ class Settings:
                 wanted = ("exactly one of " if " " in group else "") + group.replace(" ", ", ")
                 self.mistakes.append(self.wrong(
                     section, f"needs {wanted}, and has {' and '.join(present) or 'none'}"))
-        return values.ports if list(options) == ["*"] else values
+        return values.chosen if list(options) == ["*"] else values
 
     def _value(self, option: Option, section: str, key: str) -> Any:
         text, origin = self.given[section, key]
@@ -2152,7 +2152,7 @@ class Settings:
                     for path in value]
         if option.kind in ("path", "private") and value:
             value = absolute(os.path.join(directory, value))
-            # What systemd hands over (LoadCredential=) goes before.
+            # A file that systemd hands over (LoadCredential=) is used instead.
             handed = os.path.join(environment("CREDENTIALS_DIRECTORY") or "/dev/null",
                                   section.rpartition(":")[2])
             if option.kind == "private" and os.path.exists(handed):
@@ -2180,13 +2180,13 @@ class Settings:
         return f"{spell(words)} {text}"
 
     def refuse_mistakes(self) -> None:
-        """Raise one UsageError that tells all mistakes, each with what is right."""
+        """Raise one UsageError that lists all mistakes, each with its hint."""
         if len(self.mistakes) == 1:
             raise self.mistakes[0]
         if self.mistakes:
-            told = [f"({number}) {mistake.message} [{mistake.hint}]"
-                    for number, mistake in enumerate(self.mistakes, 1)]
-            raise UsageError(f"{len(told)} mistakes in the configuration: {'; '.join(told)}",
+            texts = [f"({number}) {mistake.message} [{mistake.hint}]"
+                     for number, mistake in enumerate(self.mistakes, 1)]
+            raise UsageError(f"{len(texts)} mistakes in the configuration: {'; '.join(texts)}",
                              "correct them all; deploy.py config --example shows every option")
 
 
@@ -2194,17 +2194,17 @@ def load_settings(files: Sequence[str], flags: Layer, assignments: Sequence[str]
                   *, refuse: bool = True) -> Settings:
     """Put the layers together: default, files, environment, flags, --set; a later one wins.
 
-    UsageError tells all that is wrong; without `refuse` it is in the result's `mistakes`.
+    UsageError lists all mistakes; without `refuse` they are left in the result's `mistakes`.
     """
     given: Layer = {}
     mistakes: List[UsageError] = []
     for path in files:
         read_ini(path, given, mistakes)
-    # DEPLOY_<SECTION>_<KEY>: of the sections without names, and of those that the files declare.
+    # DEPLOY_<SECTION>_<KEY>, for sections without names, and for those that the files declare.
     sections = [section for section in OPTIONS if ":" not in section]
     sections += {section for section, _ in given if ":" in section}
     for name in environment_names():
-        # DEPLOY_CANDIDATE_PORT is an option, but for what a candidate's run has started.
+        # DEPLOY_CANDIDATE_PORT sets an option, except in a command that a run has started.
         if not name.startswith("DEPLOY_") or (
                 name == CANDIDATE_PORT[2:-1] and environment("DEPLOY_HOOK")):
             continue
@@ -2236,7 +2236,7 @@ def load_settings(files: Sequence[str], flags: Layer, assignments: Sequence[str]
 
 
 def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
-    """Read one configuration file into a layer; what is wrong is added to the mistakes."""
+    """Read one configuration file into a layer, and add what is wrong to the mistakes."""
     import configparser
     parser = configparser.RawConfigParser(
         delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
@@ -2244,13 +2244,13 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
     parser.optionxform = str  # type: ignore  # keys keep their case
     try:
         text = read_file(absolute(path), MAX_CONFIG_BYTES).decode("utf-8-sig")
-        if "\0" in text:  # no program, file or variable can
+        if "\0" in text:  # no path, argument or variable can hold one
             raise ValueError("it holds a NUL character")
         parser.read_string(text, path)
     except (OSError, ValueError, configparser.Error) as error:
         problem = " ".join(reason(error).split())
         if isinstance(error, configparser.ParsingError):
-            # Not its own words: they quote the line, which may hold a password.
+            # Not configparser's message: it quotes the line, which may hold a password.
             number = getattr(error, "lineno", 0) or error.errors[0][0]
             problem = f"line {number} is none that can stand there"
         mistakes.append(UsageError(
@@ -6109,7 +6109,7 @@ def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
     """Say all that is wrong with a probe's settings, without asking anything."""
     kind, release, of_candidate = probe_kind(probe), probe.release, probe.when == "candidate"
     places = [*OF_SLOTS, CANDIDATE_PORT] if of_candidate else OF_SLOTS
-    probe = filled(probe, dict.fromkeys(places, "1"))
+    probe = fill_in(probe, dict.fromkeys(places, "1"))
     wrong, service = [wrong_header(probe.header)], settings.service.get(probe.service)
     for key, read in ("url", parse_url), ("tcp", split_address), ("connect", split_address):
         try:
@@ -6394,7 +6394,7 @@ def run_probe(run: Run, probe: Any, context: Context, *, expect_release: bool,
         if not slot:
             raise ProblemFound(f"probe {probe.name} asks the live slot, and none is live",
                                "deploy something first")
-        probe = filled(probe, slot.places)
+        probe = fill_in(probe, slot.places)
     # Where this run has restarted all that could answer, the new release does, unless a proxy may
     # still lead to the other slot.
     is_new = bool(guard) or restarted and bool(services) and (probe.of_slot or not slot) and all(
@@ -8411,7 +8411,7 @@ def do_candidate(run: Run, step: Step) -> str:
     with hold_port("0.0.0.0", run.settings.candidate.port) as held:
         port = str(held.getsockname()[1])
     context = step_context(run, step)._replace(candidate_port=port)
-    asked = filled(run.settings.candidate, {CANDIDATE_PORT: port})
+    asked = fill_in(run.settings.candidate, {CANDIDATE_PORT: port})
     probes = [probe for probe in run.settings.probe.values() if probe.when == "candidate"] or [
         adhoc_probe("tcp", f"localhost:{port}", [
             "deadline=480h", "successes=1", "period=100ms", "backoff=1"])]
@@ -8419,7 +8419,7 @@ def do_candidate(run: Run, step: Step) -> str:
             run, context, step.name, asked.command, start=Guard, port=int(port),
             timeout_seconds=asked.timeout) as guard:
         for probe in probes:
-            probe = filled(probe, {CANDIDATE_PORT: port})
+            probe = fill_in(probe, {CANDIDATE_PORT: port})
             probe.deadline = min(probe.deadline, guard.ends_seconds - time.monotonic())
             found = run_probe(run, probe, context, expect_release=True, progress=progress,
                               guard=guard)

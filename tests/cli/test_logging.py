@@ -99,8 +99,8 @@ class JournalRun:
         if deaf:
             ours.shutdown(socket.SHUT_RDWR)
         found = os.fstat(theirs.fileno())
-        program = ("import importlib.machinery, sys; loader = importlib.machinery.SourcelessFileLoader('deploy', sys.argv[1]); "
-                   "deploy = loader.load_module(); deploy.JOURNAL_SOCKET = sys.argv[2]; sys.exit(deploy.main(sys.argv[3:]))")
+        program = ("import importlib.machinery, os, sys; loader = importlib.machinery.SourcelessFileLoader('deploy', sys.argv[1]); "
+                   "deploy = loader.load_module(); deploy.JOURNAL_SOCKET = sys.argv[2]; os._exit(deploy.main(sys.argv[3:]))")
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", program, compiled(), str(socket_path), "-c", str(app.config), *map(str, words)],
             stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
