@@ -11390,8 +11390,8 @@ def parameter_text(name: str, value: Any, *fine: type) -> str:
 def load(flags: Any) -> Settings:
     """Load the settings that the flags ask for; UsageError tells all that is wrong with them.
 
-    Where nobody named a configuration: of the root that the working directory lies in it is that
-    one in /etc/deploy, without which no service would be restarted.
+    Where nobody named a configuration, a working directory inside a root has that root's, from
+    /etc/deploy: without it no service would be restarted.
     """
     if flags.command in TELLING:
         return Settings({}, [])
@@ -11400,20 +11400,22 @@ def load(flags: Any) -> Settings:
         if flag.option and getattr(flags, flag.dest) is not None:
             section, _, key = flag.option.partition(".")
             given[section, key] = getattr(flags, flag.dest), "command line"
-    files, here = flags.config, ""
+    files, place = flags.config, ""
     if not files:
         named = environment("DEPLOY_CONFIG")
         files = [named] if named else list(filter(os.path.exists, ["deploy.ini"]))
     if not files:
         with suppress(OSError):  # it may be gone
-            here = os.getcwd()
-        while here.strip("/") and not os.path.isdir(f"{here}/.deploy"):
-            here = os.path.dirname(here)
-        if here.strip("/"):
-            files = [path for path in configurations() if here == os.path.realpath(
+            place = os.getcwd()
+        while place.strip("/") and not os.path.isdir(f"{place}/.deploy"):
+            place = os.path.dirname(place)
+        # A root that was named may be another one.
+        root = flags.root or environment("DEPLOY_DEPLOY_ROOT") or place
+        if place.strip("/") and os.path.realpath(root) == place:
+            files = [path for path in configurations() if place == os.path.realpath(
                 load_settings([path], {}, [], refuse=False).deploy.root or "/dev/null")][:1]
-            if not files and not environment("DEPLOY_DEPLOY_ROOT"):
-                given.setdefault(("deploy", "root"), (here, "command line"))
+            if not files:
+                given.setdefault(("deploy", "root"), (place, "command line"))
         else:
             files = list(filter(os.path.lexists, [f"{CONFIG_DIRECTORY}/deploy.ini"]))
     settings = load_settings(files, given, flags.set or [], refuse=False)

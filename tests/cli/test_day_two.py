@@ -253,8 +253,13 @@ def test_a_working_directory_inside_a_root_is_that_root(app: App, tmp_path: Path
     there = tmp_path / "there"
     there.mkdir()
     (there / "deploy.ini").write_text("[deploy]\nroot = /srv/another\n")
-    (there / "own.ini").write_text(f"[deploy]\nroot = {app.root}\n")
+    (there / "own.ini").write_text(f"[deploy]\nroot = {app.root}\napplication = myapp\nkeep_releases = 9\n")
     assert on_host(there, inside, "status")["status"]["configuration"] == ["/etc/deploy/own.ini"]
+    assert on_host(there, inside, f"--root {app.root} status")["status"]["configuration"] == ["/etc/deploy/own.ini"]
+    # Another root that is named is not served with the configuration of this one.
+    other = on_host(there, inside, f"--root {tmp_path}/other -n deploy {app.artifact('2.0')}")
+    assert other["application"] == "other" and other["root"] == f"{tmp_path}/other"
+    assert on_host(there, inside, f"--root {tmp_path}/other config")["config"]["deploy.keep_releases"]["value"] == "5"
 
 
 def test_a_minimal_configuration_is_one_that_works(app: App, tmp_path: Path) -> None:
