@@ -9408,7 +9408,7 @@ def by_hand(store: Store) -> str:
 #    its words, what ansible-doc reads.  Texts alone.
 # ============================================================================
 
-# The README leads to these pages.
+# The README refers to these pages.
 HELP = {
     "systemd": """\
 `systemctl enable --now deploy@shop.timer deploy-recover@shop` for shop.ini:
@@ -9469,11 +9469,14 @@ and `on_failure` once the release is gone again, in the root:
 
 No shell reads them: what only a shell could do (`&&`, `>`, `$NAME`, `*`, `cd`)
 is refused unless it is quoted; `sh -c '...'` asks for one. Each runs under
-`timeout` in a process group of its own, stdin closed, with PATH, HOME,
+`timeout` in a process group of its own, stdin /dev/null, with PATH, HOME,
 LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`, `DEPLOY_ID`,
 `DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`, `DEPLOY_HOOK`,
-`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE` and, of
-`-m`, `DEPLOY_NOTE`. What it leaves running does not hold up the deployment.
+`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`. Where
+they mean something: `DEPLOY_NOTE` (of `-m`), `DEPLOY_FAILED_RELEASE` and
+`DEPLOY_FAILED_PATH` (after a failure), `DEPLOY_SLOT` and `DEPLOY_SLOT_PORT`
+(`[slots]`), `DEPLOY_CANDIDATE_PORT` (the candidate and its probes),
+`TRACEPARENT`. What a hook leaves running does not hold up the deployment.
 
 `post_stage` may add to the release, which is sealed afterwards: `verify` finds
 what changes later. On the automatic way back `pre_rollback` and
@@ -9494,8 +9497,9 @@ lines of their own. `deploy.py config --example` prints every option.
 
 Precedence: command line, the environment (`DEPLOY_<SECTION>_<KEY>`, such as
 `DEPLOY_DEPLOY_ROOT`), files, the default; `deploy.py config` says where each
-value is from. Without `-c` the first of `$DEPLOY_CONFIG`, `./deploy.ini`,
-`/etc/deploy/deploy.ini` is read.
+value is from. Without `-c` it is `$DEPLOY_CONFIG`, else `./deploy.ini`, else,
+in a working directory inside a root, the configuration in /etc/deploy that has
+that root, anywhere else `/etc/deploy/deploy.ini`.
 
 Durations are written `500ms`, `3s`, `2m`, `1h` (behind a flag a bare number is
 seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file.
@@ -9503,7 +9507,7 @@ seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file.
 }
 
 
-# zsh reads the same script, by its own emulation of bash's completion.
+# zsh reads the same script through bashcompinit, its emulation of bash's completion.
 COMPLETION = """\
 # Completion of deploy.py, for ~/.bashrc or, behind compinit, ~/.zshrc:
 #   eval "$(deploy.py completion bash)"
@@ -9529,7 +9533,7 @@ complete -o default -F _deploy_py deploy.py
 """
 
 
-# What ansible-doc reads, as texts: it does not run this file.
+# For ansible-doc, which reads these texts without running the file.
 DOCUMENTATION = """\
 module: deploy
 short_description: Take an artifact live on this host, and back
@@ -11138,12 +11142,14 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 #    code, two lines of error, or one JSON object.
 # ============================================================================
 
-# What moves releases is one function: command_NAME of all others is their own.
-COMMANDS = {name: globals().get(f"command_{name}", command_move) for name in COMMAND_HELP}
+# Those of MOVED share command_move; every other command has a command_NAME of its own.
+COMMANDS = {name: command_move if name in MOVED else globals()[f"command_{name}"]
+            for name in COMMAND_HELP}
 
-# Commands that tell about the program itself: they read no configuration, a broken one stops none.
+# Commands about the program itself: they read no configuration, so a broken one cannot stop them.
 TELLING = ("help", "completion")
-# Commands that run nothing and follow no setting but the root.
+# Commands that run no program and write nothing in a root: root may use them with a configuration
+# that others could have written.  Not so `preflight`: it asks probes, unless that is how it is.
 LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify", "diff", "report")
 
 
@@ -11151,24 +11157,24 @@ class HelpAsked(Exception):
     """--help or --version: the text to show instead of running a command."""
 
 
-ACTIONS = {"show_help": "help", "show_version": "version"}  # argparse's own, of a flag without text
+ACTIONS = {"show_help": "help", "show_version": "version"}  # of argparse; of other switches: store
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with everything it has to say handed to the one boundary."""
+    """argparse, but what it has to say is raised, for main() to show."""
 
     version = f"deploy.py {VERSION}"
 
     def __init__(self, **settings: Any) -> None:
-        # A formatter that asks for the terminal's width makes every start import shutil, bz2, lzma.
+        # Speed: a formatter without a width asks for the terminal's, by shutil, which imports lzma.
         super().__init__(add_help=False, formatter_class=lambda prog: (
             argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=79)), **settings)
         self.color = False  # Python 3.14 would colour the help
 
     def error(self, message: str) -> Any:
         """Raise UsageError, with the nearest word that may stand there."""
-        found = re.search(r"(?:choice: '|arguments: (?=-))([^\s'=]+)", message)
-        word, names = found.group(1) if found else "", list(COMMANDS)
+        match = re.search(r"(?:choice: '|arguments: (?=-))([^\s'=]+)", message)
+        word, names = match.group(1) if match else "", list(COMMANDS)
         if word.startswith("-"):
             names = [name for flag in FLAGS for name in flag.names]
         hint = f"see {self.prog} --help: the flags of a command stand behind it"
@@ -11177,7 +11183,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(re.sub(r"\Aargument | \(choose from .*", "", message), hint)
 
     def _get_option_tuples(self, option_string: str) -> Any:
-        # Nothing can be abbreviated; allow_abbrev=False forbids joined short options before 3.8.
+        # No abbreviations.  Before 3.8 allow_abbrev=False forbids joined short options as well.
         short = not option_string.startswith("--")
         return super()._get_option_tuples(option_string) if short else []  # type: ignore
 
@@ -11186,11 +11192,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flag(group: Any, flag: Flag) -> Any:
-    """Add one row of the table to a parser or a group of one, as an action of argparse's."""
-    values: List[str] = []  # one list of all: `append` begins anew behind the command
+    """Add one row of FLAG_TABLE to a parser or to a group of one."""
+    values: List[str] = []  # from before and behind the command: `append` would lose the former
 
     def read(text: str) -> Any:
-        # A variable that was never set must not pass for an option that was never given.
+        # A shell variable that was never set must not pass for a flag that was not given.
         if not text:
             raise argparse.ArgumentTypeError("given, but empty")
         if flag.metavar == "DURATION" and re.match(r"[0-9]+\Z", text):
@@ -11203,7 +11209,7 @@ def add_flag(group: Any, flag: Flag) -> Any:
         values.append(text)
         return values if flag.metavar.endswith("...") else text
 
-    # A common flag has no default: what stands before the command must not undo what stands behind.
+    # A common flag has no default: the command's parser would put it over what stood before.
     kind: Json = {"default": None if flag.commands else argparse.SUPPRESS, "help": flag.help}
     if flag.metavar:
         kind.update(metavar=flag.metavar.strip("[]."), type=read)
@@ -11227,8 +11233,8 @@ def parse_command_line(argv: List[str]) -> Any:
                     epilog="more: deploy.py COMMAND --help, deploy.py help", parents=[common])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog="deploy.py", parser_class=Parser)
-    commands.required = True  # no keyword of 3.6
-    # Making all parsers takes a third of a short run; --help alone needs those that are not named.
+    commands.required = True  # 3.6 has no keyword for it
+    # Speed: making all parsers takes a third of a short run; only --help needs those not named.
     asks_help = "--help" in argv or any(
         word.startswith("-") and not word.startswith("--") and "h" in word for word in argv)
     for name in [name for name in COMMANDS if asks_help or name in argv]:
@@ -11241,7 +11247,7 @@ def parse_command_line(argv: List[str]) -> Any:
             description=f"{text}\n\nexample:\n  deploy.py {example}")
         for flag in own:
             add_flag(command, flag)
-        # That of sync has taken its name away.
+        # The --version of sync has taken this one's name away.
         everywhere["show_version"].option_strings = ["--version"]
     flags = parser.parse_args(argv)
     for flag in FLAGS:
@@ -11258,15 +11264,15 @@ def parse_command_line(argv: List[str]) -> Any:
 
 # Ansible starts a module that says WANT_JSON with one argument: a JSON file of the parameters.
 
-# What Ansible decides by check mode, diff mode and verbosity, and what is said to a terminal.
+# Ansible decides these by check mode, diff mode and verbosity, or they concern a terminal.
 NO_PARAMETERS = ("dry_run json verbose quiet no_color detailed_exitcode debug delegate "
                  "show_help show_version").split()
-# What state and history are made of: no_log cannot hide it.
+# State and history are made of these: no_log cannot hide them.
 NOT_HIDDEN = "release release_version sha256 id names to root config".split()
 
 
 def read_parameters(path: str) -> Optional[Json]:
-    """Read what Ansible hands over; None for what is none, nothing for JSON that is damaged."""
+    """Read the parameters from Ansible; None for any other file, {} for JSON that is damaged."""
     data = b""
     with suppress(OSError):
         data = read_file(path, MAX_CONFIG_BYTES)
@@ -11280,7 +11286,7 @@ def read_parameters(path: str) -> Optional[Json]:
 
 
 class ModuleConsole(Console):
-    """What Ansible hears: one object on a stdout that is nobody else's; a terminal adds stderr."""
+    """Answers Ansible with one object on stdout; whatever else is printed goes to stderr."""
 
     def __init__(self, parameters: Json) -> None:
         super().__init__()
@@ -11288,7 +11294,7 @@ class ModuleConsole(Console):
         self._shows_diff = parameters.get("_ansible_diff")
         self._traceback: Json = {}
         self._answer = -1
-        with suppress(OSError):  # whoever started this closed the one or the other
+        with suppress(OSError):  # one of the two may be closed
             self._answer = os.dup(1)
             os.dup2(2, 1)
 
@@ -11313,7 +11319,7 @@ class ModuleConsole(Console):
 
 
 def parameters_of(command: str) -> Dict[str, Flag]:
-    """List the module's parameters for a command: each is the flag of that name."""
+    """Return the module's parameters for a command, by name: each is a flag."""
     return {flag.dest: flag for flag in FLAGS
             if command in (flag.commands or (command,)) and flag.dest not in NO_PARAMETERS}
 
@@ -11365,7 +11371,7 @@ def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
             raise UsageError(f"{name}: {error}", "yes, no, true, false, 1 or 0")
     if name == "set" and isinstance(value, dict):
         return [f"{key}=" + "\n".join(
-            # As a number 0640 is something else, and 1.10 is 1.1.
+            # YAML reads 0640 as the number 416, and 1.10 as 1.1.
             parameter_text(f"set: {key}", item, bool, str if key.endswith(".mode") else int)
             for item in (items if isinstance(items, list) else [items]))
                 for key, items in value.items()]
@@ -11376,7 +11382,7 @@ def parameter_texts(name: str, metavar: str, value: Any) -> List[str]:
 
 
 def parameter_text(name: str, value: Any, *fine: type) -> str:
-    """Write a value as text; a number or a yes, unless it is fine there, may be YAML's doing."""
+    """Write a value as text; UsageError for types that YAML makes of text, unless they are fine."""
     kind = type(value)
     if kind not in (str, *fine):
         raise UsageError(f"{name}: expected text, and YAML made of it the {kind.__name__} "
@@ -11388,7 +11394,7 @@ def parameter_text(name: str, value: Any, *fine: type) -> str:
 # -- what is true before a command runs ------------------------------------------
 
 def load(flags: Any) -> Settings:
-    """Load the settings that the flags ask for; UsageError tells all that is wrong with them.
+    """Load the settings that the flags ask for; UsageError lists all mistakes in them.
 
     Where nobody named a configuration, a working directory inside a root has that root's, from
     /etc/deploy: without it no service would be restarted.
@@ -11427,7 +11433,7 @@ def load(flags: Any) -> Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UsageError for all that is wrong, also what does not go together."""
+    """Raise one UsageError for all mistakes, contradictions among them."""
     mistakes = settings.mistakes
     for check_all, is_needed in (
             (services_in_order, settings.service),
@@ -11438,15 +11444,16 @@ def check_settings(settings: Settings) -> None:
         except UsageError as error:
             mistakes.append(error)
     for section, is_wrong, problem in disagreements(settings):
-        told = f"[{section}] {problem}"  # what a value that is no such makes is no second mistake
-        if is_wrong and not any(f"[{place}]" in told and key in re.findall(r"[\w.-]+", problem)
+        text = f"[{section}] {problem}"
+        # An unreadable value was reported already: what follows from its default is no mistake.
+        if is_wrong and not any(f"[{place}]" in text and key in re.findall(r"[\w.-]+", problem)
                                 for place, key in settings.unread):
             mistakes.append(settings.wrong(section, problem))
     settings.refuse_mistakes()
 
 
 def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
-    """Find what does not go together: (section, whether that is so, what is wrong with it)."""
+    """Yield possible contradictions: section, whether it is one, what is wrong with it."""
     deploy, signature, policy = settings.deploy, settings.signature, settings.policy
     for name, probe in settings.probe.items():
         for problem in probe_mistakes(settings, probe):
@@ -11471,7 +11478,7 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
         yield ("policy", key in policy.given and not getattr(policy, needed),
                f"{key} needs {needed}")
     for name in set(settings.probe).intersection(settings.notify):
-        # Two files of one name: one would send to its peer what was meant for the other's.
+        # Both would get the same file from systemd: one would send its peer the other's secret.
         notifier = settings.notify[name]
         yield (f"notify:{name}",
                settings.probe[name].auth_file and (notifier.url_file or notifier.token_file),
@@ -11498,25 +11505,25 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
     named = [(name, environment(name)) for name in environment_names()
              if name != "CREDENTIALS_DIRECTORY"]  # a path that errors must be able to name
     named += [*settings.env.items(), *settings.vars.items()]
-    found: List[str] = []
+    private: List[str] = []
     receivers = [*settings.probe.values(), *settings.notify.values(), settings.source]
     for receiver in filter(attrgetter("given"), receivers):
         named += receiver.header.items()
         texts = re.findall(r"\A[a-z]+://([^/?#@]*)@", receiver.url)
         for key in ("auth_file", "token_file", "url_file"):
             path = getattr(receiver, key, "")
-            with suppress(OSError):  # preflight tells
+            with suppress(OSError):  # preflight reports it
                 texts += [read_text(path).strip()] if path else []
         for text in texts:
-            found += [text, text.partition(":")[2], text.partition(" ")[2]]
+            private += [text, text.partition(":")[2], text.partition(" ")[2]]
         # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
-        found += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
-                  if len(value) >= 8 or SECRET_NAME.search(name.lower())]
+        private += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
+                    if len(value) >= 8 or SECRET_NAME.search(name.lower())]
         if receiver.name in settings.notify:
-            # The long words of a notifier's path let anybody post there.
+            # Who knows the long words in the path of a notifier's URL can post there.
             for url in [receiver.url, *texts]:
-                found += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
-    for value in found + [value for name, value in named if SECRET_NAME.search(name.lower())]:
+                private += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
+    for value in private + [value for name, value in named if SECRET_NAME.search(name.lower())]:
         secrets.add(value)
         if "%" in value or "+" in value:
             from urllib.parse import unquote_plus
@@ -11533,7 +11540,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
                          "places", "write it to another place, such as /var/log")
     if flags.dry_run:
         return
-    # Lines at the end of a file of their choice may be all that others need.
+    # Lines that root appends to a file of their choice (a crontab) may make others root.
     if os.geteuid() == 0 and any(map(trust_problems, settings.files)):
         for key in ("file", "syslog"):
             if settings.origin("log", key) in settings.files:
@@ -11562,6 +11569,7 @@ def parse_delegated(argv: List[str]) -> Any:
     except HelpAsked:
         raise UsageError("a delegated run shows no help", "deploy.py --help, without sudo")
     refused = [name for name in environment_names() if name.startswith("DEPLOY_")]
+    # @FILE and {JSON} mean nothing here, but to other programs more arguments: never let them.
     refused += [word.partition("=")[0] for word in words if re.match(r"[@{]|--\Z|--.*=", word)]
     refused += [flag.names[-1] for flag in FLAGS if getattr(flags, flag.dest)
                 and not flag.is_argument and not set(flag.names).intersection(DELEGATED_FLAGS)]
@@ -11596,7 +11604,7 @@ def parse_delegated(argv: List[str]) -> Any:
 # -- one run -----------------------------------------------------------------------
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
-    """Run one command to its exit code; the command's errors become the outcome."""
+    """Run one command; returns its exit code, and the run, whose outcome has its error."""
     flags = parse_delegated(argv) if argv[:1] == ["--delegate"] else parse_command_line(argv)
     is_terminal = bool(sys.stderr) and sys.stderr.isatty()
     plain = flags.no_color or environment("NO_COLOR") or environment("TERM") == "dumb"
@@ -11636,7 +11644,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
         COMMANDS[command](run)
         if command == "config" and not (flags.example or flags.minimal):
             check_settings(settings)  # after they were shown
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         outcome.error = failure_of(error, command, console, flags.debug)
     if outcome.error:
         return outcome.error.exit_code, run
@@ -11644,8 +11652,8 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
 
 
 def failure_of(error: BaseException, step: str, console: Console, debug: Any) -> DeployError:
-    """Make what is reported of whatever was raised; a defect shows its traceback."""
-    if isinstance(error, KeyboardInterrupt):
+    """Turn whatever was raised into the error to report; a defect shows its traceback."""
+    if isinstance(error, KeyboardInterrupt):  # before Interrupts.install
         return Interrupted(signal.SIGINT)
     if debug or not isinstance(error, FAILURES):
         console.traceback()
@@ -11662,7 +11670,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     started_seconds = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     parameters = None
-    # Only a path: a file that is named as a command must not become the command.
+    # Only a path: a file in the working directory must not take the place of a command.
     if len(argv) == 1 and "/" in argv[0] and argv[0][0] != "-":
         parameters = read_parameters(argv[0])
     console = Console(environment("JOURNAL_STREAM"))
@@ -11675,7 +11683,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             argv = module_argv(parameters, console.secrets)
         exit_code, run = run_command_line(argv, console)
         report(run, exit_code, time.monotonic() - started_seconds)
-        # What a command did is not undone by losing what it said; one that only says has failed.
+        # What a command changed is done although its output is lost; if it only prints, it failed.
         if console.is_result_lost and not run.outcome.changed and exit_code == EXIT_OK:
             exit_code = EXIT_FAILED
         return exit_code
@@ -11696,5 +11704,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == "__main__":
     _exit_code = main()
-    # At once: while Python tidies up, a signal has its effect back, and would turn "done" into 143.
+    # At once: a signal kills Python while it shuts down, and would turn "done" into 143.
     os._exit(_exit_code)
