@@ -82,22 +82,18 @@ Sections, each using only itself and those above it
 To follow a deployment, read the table of operations in section 13, then
 `transact` in section 16: observe, plan, check, execute.
 To add a flag: a row of FLAG_TABLE (5), its use in `command_NAME` (16), where
-`select_release` reads a RELEASE; `make example`, and a test by the command line.
-To add an option: a row of OPTION_TABLES (5), and where only some kinds of probe
-know it PROBE_KINDS (5); `make example`.
-To add a kind of probe: its rows in [probe:*], PROBE_KINDS and its flag (5),
-`ProbeRun.ask_KIND` (9), and in `check_probes` (12) what preflight can know.
-In the same commit each raises the ceilings in tests/unit/test_style.py.
+`select_release` reads a RELEASE.  An option: a row of OPTION_TABLES (5); what
+only some kinds of probe know, also in PROBE_KINDS (5).  A kind of probe: rows of
+[probe:*] and PROBE_KINDS, a flag (5), `ProbeRun.ask_KIND` (9), `check_probes`
+(12).  Then `make example`, a test, and its part of test_style.py's ceilings.
 """
 
 import sys
 
-# No file beside this one, in PYTHONPATH or in a home directory may take a
-# standard module's place: a json.py there would be code that runs as root.  The
-# search path is cut down to the standard library's own, also for
-# `python3 deploy.py`, which reads no shebang and so no -I in it.  What Python
-# itself has imported before this line is beyond us (sitecustomize, .pth files):
-# `python3 -I deploy.py` closes that, too.
+# No file beside this one, in PYTHONPATH or in a home directory may take a standard module's place:
+# a json.py there would run as root.  So only the library's own directories are searched, also for
+# `python3 deploy.py`, which reads no shebang and its -I.  What Python itself has imported by now
+# (sitecustomize, .pth files) is beyond us: `python3 -I deploy.py` closes that, too.
 if __name__ == "__main__" and not sys.flags.isolated:
     _here = __file__.rpartition("/")[0] or "."
     _own = tuple(prefix.rstrip("/") + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))
@@ -146,8 +142,7 @@ except ImportError as _error:
 finally:
     sys.stderr = _stderr
 
-# Python 3.6 has no os.scandir(fd), no subprocess text= and no dataclasses: this
-# file uses none of them.
+# Python 3.6 has no os.scandir(fd), no subprocess text= and no dataclasses: none is used here.
 
 
 # ============================================================================
@@ -184,7 +179,7 @@ PHASE_SWITCHED = "switched"
 PHASE_ROLLING_BACK = "rolling_back"
 PHASES = (PHASE_STAGING, PHASE_INTENT, PHASE_SWITCHED, PHASE_ROLLING_BACK)
 
-# The ends of a run that one can be notified of; history, log and metrics use the same words.
+# Ends of a run, to be notified of; history, log and metrics use the same words.
 NOTIFY_EVENTS = (
     ("deployed", "deploy made a release live"),
     ("synced", "sync made a release live"),
@@ -225,7 +220,7 @@ METRICS = (
     ("deploy_runs_total", "counter", "Runs by how they ended [result]."),
 )
 
-# The label `result` of deploy_runs_total: the events, and the ends that are no event.
+# The label `result` of deploy_runs_total.
 RUN_RESULTS = [name for name, _ in NOTIFY_EVENTS] + [
     "pinned", "unpinned", "adopted", "held", "unheld", "flagged", "unchanged", "usage",
     "busy", "interrupted", "internal_error"]
@@ -248,15 +243,14 @@ LONGEST_SECONDS = 480 * 3600  # poll(2) takes milliseconds in 31 bits: not quite
 UNLIMITED_SECONDS = 300.0  # asked of systemd where nothing bounds the work (a slow disk)
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
-# Masking sees much more of a line than is shown (a character has up to four bytes): a secret that
-# the cut goes through is still whole then.
+# More of a line is masked than is shown (a character has up to four bytes): a secret that the cut
+# goes through is whole then.
 MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 
 
 # ============================================================================
 # 2  Errors
-#    One hierarchy; the class says the exit code, but of Interrupted and of internal
-#    errors, whose instances do.  All of them end in main().
+#    One hierarchy; the class says the exit code (Interrupted: its signal).  All end in main().
 # ============================================================================
 
 class DeployError(Exception):
@@ -314,7 +308,7 @@ class RollbackFailed(DeployError):
 
 
 class ProblemFound(DeployError):
-    """A read-only command found a problem: it did its work, and the answer is bad."""
+    """A read-only command found a problem."""
 
     exit_code = EXIT_PROBLEM
 
@@ -335,7 +329,7 @@ class Interrupted(DeployError):
         self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-# Errors that may stop any work without being a defect of this program.
+# What may stop any work without being a defect.
 FAILURES = (DeployError, OSError, ImportError, MemoryError)
 
 
@@ -351,8 +345,8 @@ _UNPRINTABLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for c
     *range(32), *range(0x7f, 0xa0), 0x61c, 0x200e, 0x200f, *range(0x2028, 0x202f),
     *range(0x2066, 0x206a)]}
 MASK = "[masked]"
-# Words in the name of something private (an option, a variable, a header, a key in some output),
-# and the pattern that must follow such a word.
+# Words in the names of private options, variables, headers and keys of output, and a pattern of
+# what must follow.
 _SECRET_WORDS = {
     "passw": "", "passphrase": "", "secret": "", "token": "", "credential": "", "cookie": "",
     "apikey": "", "accesskey": "", "signingkey": "", "private": "(?=[_-]|key)",
@@ -363,10 +357,10 @@ _SECRET_WORDS = {
 _ANY_SECRET_WORD = "|".join(map("".join, _SECRET_WORDS.items()))
 # Finds such a word in a whole name, in lower case.
 SECRET_NAME = re.compile(rf"{_ANY_SECRET_WORD}|\A(?:pass|key)\Z")
-# What looks private in any text: words of which it has at least one, its pattern, what is shown.
-# Speed: the words are looked for first; to compile a pattern takes as long as a hundred such looks.
+# What looks private in any text: words of which it has one or more, its pattern, what is shown.
+# Speed: the words are looked for first; compiling a pattern takes as long as a hundred looks.
 _SECRET_FORMS = [
-    # A URL's user and password, and its query; with one slash where it was taken for a path.
+    # A URL's user and password, and its query; one slash where it was taken for a path.
     ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?)([^/\s?#'\"]*@)", rf"\1{MASK}@"),
     ([":/"], r"(?i)(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://?[^\s?#'\"]*\?)[^\s#'\"]+", rf"\1{MASK}"),
     (["authorization", "cookie"],
@@ -385,8 +379,8 @@ _SECRET_FORMS = [
      r"|--?[\w-]+[ \t]+(?!-|(?:is|was|or|and|for|must|needs?|requires?|option|argument)\b))"
      r"(?!(?:no such file|permission denied|(?:is|not) a directory|operation not permitted)\b)"
      r"(?:\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|[\"']?[^\s\"',;&]+)", rf"\1{MASK}"),
-    # -p PASSWORD: any word behind that of mysql and its like, elsewhere one with letters and digits
-    # (but find's -print0).
+    # -p PASSWORD: any word behind mysql and its like, else one with letters and digits (but not
+    # find's -print0).
     (["-p"], r"((?:mysql|mariadb|sshpass)[^\n|;&]{0,200}?\s-p[ ]?(?=\S)"
      r"|-p(?<!\S-p)(?!rint0\b)(?=[^\s/:]*[0-9])(?=[^\s/:]*[A-Za-z])(?=\S{6}))\S+", rf"\1{MASK}"),
     # A JSON web token (RFC 7519): base64 of `{"`, and two or four parts more.
@@ -400,7 +394,7 @@ def escape(text: str) -> str:
 
 
 class Secrets(List[str]):
-    """The values that must never be shown, longest first; `mask` takes them out of any text."""
+    """The values that must never be shown, longest first."""
 
     def add(self, value: str) -> None:
         """Remember a private value, and each line of one that has several."""
@@ -423,9 +417,8 @@ class Secrets(List[str]):
     def mask_json(self, value: Any, name: str = "") -> Any:
         """Mask secrets in a JSON-like value, and all of a string whose `name` looks secret."""
         if isinstance(value, str):
-            # A public key's fingerprint is none.
             is_secret = SECRET_NAME.search(name.lower()) and not value.startswith("SHA256:")
-            return MASK if value and is_secret else self.mask(value)
+            return MASK if value and is_secret else self.mask(value)  # a fingerprint is public
         if isinstance(value, dict):
             return {key: self.mask_json(item, str(key)) for key, item in value.items()}
         if not isinstance(value, (list, tuple)):
@@ -494,8 +487,6 @@ def send_datagram(address: Any, data: bytes, wait_seconds: float) -> None:
         sender.sendto(data, address)
 
 
-# -- the log -----------------------------------------------------------------
-
 # As syslog(3) and the journal count them.
 PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 
@@ -507,7 +498,7 @@ class Log:
     report: Any = None
 
     def line(self, record: Any, limit: Optional[int] = None) -> str:
-        """Write a record as text or as JSON; its `event` holds the fields of what ended, if any."""
+        """Write a record as text or as JSON; `event` has the fields of what ended, if any."""
         message = record.msg[:limit]
         if self.as_json:
             return json.dumps({"time": format_time(record.created),
@@ -517,11 +508,11 @@ class Log:
         return f"[{words}] {message}" if words else message
 
     def emit(self, record: Any) -> None:
-        """Take a record of `logging`; a line that is lost is reported, and stops nothing."""
+        """Take a record of `logging`; a lost line is reported, and stops nothing."""
         try:
             self.send(record)  # type: ignore  # each kind defines it
         except OSError as error:
-            # Once, and forgotten before the call: `report` logs its line, and would end up here.
+            # Forgotten first: `report` logs its own line, and would come back here.
             report, self.report = self.report, None
             if report:
                 report(f"not all that is said is in the log: {error.strerror or error}")
@@ -561,15 +552,14 @@ class Syslog(Log):
     """A syslog daemon: a datagram of RFC 3164 for each line.
 
     The library's SysLogHandler asks a name server and waits for a full socket with every line;
-    this one waits for a second, and after a first failure never again.
+    this one waits for a second, and after a failure no more.
     """
 
     LONGEST_CHARACTERS = 1000  # every receiver should take 2,048 bytes (RFC 5424, 6.1)
 
     def __init__(self, address: Any) -> None:
         self._address = address  # a socket's path, or (address, port)
-        is_local = isinstance(address, str)
-        self._host = "" if is_local else os.uname().nodename.partition(".")[0] + " "
+        self._host = "" if isinstance(address, str) else os.uname().nodename.split(".")[0] + " "
         self._wait_seconds = 1.0
 
     def send(self, record: Any) -> None:
@@ -586,13 +576,10 @@ class Syslog(Log):
             raise
 
 
-# -- systemd's journal -------------------------------------------------------
-
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
-# A datagram takes some 200 kB; a longer message would have to be handed over as a file.
+# A datagram takes some 200 kB; more would have to be handed over as a file.
 JOURNAL_MESSAGE_CHARACTERS = 16384
-# The MESSAGE_ID in systemd's journal of each kind of end: never to be changed, so that
-# `journalctl MESSAGE_ID=...` finds all of a kind.
+# Each kind of end in systemd's journal, for `journalctl MESSAGE_ID=...`: they never change.
 MESSAGE_IDS = {
     "step_done": "752776c9d4a04544b445b2571c16d1c0",
     "step_failed": "50e9d49501a849f387ee31d5aadd09be",
@@ -606,14 +593,12 @@ JOURNAL_FIELDS = {
 }
 
 
-# -- the console -------------------------------------------------------------
-
 class Console:
     """The result on stdout, everything else on stderr, and the log beside them."""
 
     COLOURS = {"ok": "32", "done": "32", "fail": "31", "failed": "31", "warn": "33",
                "error": "31;1", "dim": "2"}
-    LEVELS = {"fail": "error", "failed": "error", "warn": "warning"}  # of a line with such a word
+    LEVELS = {"fail": "error", "failed": "error", "warn": "warning"}  # by status
 
     json_mode = False
     quiet = False
@@ -622,14 +607,14 @@ class Console:
     utf8 = False
     shows_progress = False
     supervisor = ""  # $NOTIFY_SOCKET, where systemd listens
-    is_result_lost = False  # stdout has not got all of the result: its disk is full
+    is_result_lost = False  # stdout lacks some of it: its disk is full
 
     def __init__(self, journal_stream: str = "") -> None:
         self.secrets = Secrets()
         self.warnings: List[str] = []
         self.log_context: Dict[str, str] = {}  # fields of every line in the log
         self.heed: Callable[[], None] = lambda: None  # raises once a signal has come
-        self.diff: Dict[str, str] = {}  # what current pointed to and points to, for Ansible
+        self.diff: Dict[str, str] = {}  # of `current`, for Ansible
         self._log: Any = None
         self._held: List[Callable[[], None]] = []
         self._broken: List[Any] = []
@@ -651,8 +636,6 @@ class Console:
         handler: Any = logging.Handler()
         handler.emit = log.emit
         self._log.addHandler(handler)
-
-    # -- what is said --------------------------------------------------------
 
     def say(self, text: str, event: Optional[Dict[str, str]] = None, *, status: str = "",
             level: str = "", shown: str = "{}") -> None:
@@ -714,7 +697,7 @@ class Console:
             self._write(sys.stdout, lines)
 
     def raw_result(self, text: str) -> None:
-        """A result that is not escaped: only for text of our own, such as generated files."""
+        """A result that is not escaped: only for our own text, as generated files."""
         if not self.json_mode:
             self._write(sys.stdout, text)
 
@@ -767,8 +750,6 @@ class Console:
             send_datagram(re.sub("^@", "\0", self.supervisor),
                           "\n".join(words).encode("utf-8", "backslashreplace"), 0.0)
 
-    # -- how it is written ---------------------------------------------------
-
     def paint(self, kind: str, text: str) -> str:
         """Colour a piece of text where colour is wanted."""
         if not self.colour or kind not in self.COLOURS:
@@ -814,8 +795,7 @@ class Console:
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:
             self._broken.append(stream)
-            # Who closes a pipe has seen enough; under a file that was to hold the result, a full
-            # disk is an error.
+            # Who closes a pipe has seen enough; a full disk under the result is an error.
             number = getattr(error, "errno", None)
             if stream is sys.stdout and number not in (None, errno.EPIPE, errno.EBADF):
                 self.is_result_lost = True
@@ -833,18 +813,15 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
-
-# Read a variable of this process's environment (empty where it is not set), list their names, and
-# remove one.
+# A variable of this process's environment (empty where it is not set), all names, removing one.
 environment: Callable[[str], str] = partial(os.environ.get, default="")
 environment_names: Callable[[], List[str]] = partial(list, os.environ)
 forget_variable: Callable[[str], str] = os.environ.pop
 
 
 def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
-    """Return the local time in a zone; PreflightFailed for one that is unknown here."""
+    """Return the local time in a zone; PreflightFailed for one that C would take for UTC."""
     path, before = f"/usr/share/zoneinfo/{zone}", os.environ.copy()
-    # The C library would take it for UTC.
     if zone != "UTC" and not (os.path.isfile(path) and read_file(path, 1 << 20)[:4] == b"TZif"):
         raise PreflightFailed(f"timezone {zone} is unknown here: {path} is no zone",
                               "correct [policy] timezone, or install tzdata")
@@ -886,7 +863,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def blaming(kind: Any, where: str, hint: str) -> Iterator[None]:
-    """Turn an error of reading or parsing into one of this kind, which says where."""
+    """Turn an error of reading or parsing into one that says where."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -962,7 +939,7 @@ def user_name(uid: int = -1) -> str:
 
 
 def traceparent(parent: str = "") -> str:
-    """Return $TRACEPARENT (W3C trace context 00), with its parent replaced; "" if it is not one."""
+    """Return $TRACEPARENT (W3C trace context 00), with its parent replaced; "" if it is none."""
     given = environment("TRACEPARENT")
     match = given and re.match(
         r"(00-(?!0{32})[0-9a-f]{32}-)((?!0{16})[0-9a-f]{16})(-[0-9a-f]{2})\Z", given)
@@ -978,7 +955,7 @@ def who() -> Json:
     uid = os.geteuid()
     with suppress(OSError, ValueError):
         login = int(read_file("/proc/self/loginuid", 64))
-        if login != (1 << 32) - 1:  # -1: a service has none
+        if login != (1 << 32) - 1:  # -1: a service
             uid = login
     person = environment("SUDO_USER")
     with suppress(KeyError):
@@ -1024,7 +1001,7 @@ def owner_problem(path: str, status: os.stat_result, owners: Sequence[int] = (),
     """Say why others could have written a file; with `spare_root` members of group root may."""
     mode, others = stat.S_IMODE(status.st_mode), 0o022
     with suppress(OSError, AttributeError):
-        # Under an access list the group's bits are the most that anybody named in it may do.
+        # Under an access list the group's bits are the most that anybody in it may do.
         if spare_root and status.st_gid == 0 and \
                 "system.posix_acl_access" not in os.listxattr(path, follow_symlinks=False):
             others = 0o002
@@ -1043,14 +1020,14 @@ def trust_problems(path: str, owners: Sequence[int] = (), *, spare_root: bool = 
     """Say, by path, why others could have written a file that is about to be trusted.
 
     Follows the path as the kernel does: each directory, link and file on it must belong to one of
-    `owners` (by default root and us), and must not be writable by group or others.
+    `owners` (by default root and us), and not be writable by group or others.
     """
     problems: Problems = {}
     place = "/"
     links = 0
     ahead = os.path.abspath(path).split("/")[::-1]
     while ahead:
-        # No link is left in `place`, so `..` means here what it means to the kernel.
+        # No link is left in `place`: `..` leads where it leads the kernel.
         place = os.path.normpath(os.path.join(place, ahead.pop()))
         try:
             status = os.lstat(place)
@@ -1073,7 +1050,7 @@ class CommandResult:
     exit_code = 127
     timed_out = False
     seconds = 0.0
-    rest = b""  # the beginning of an unfinished line
+    rest = b""  # an unfinished line
 
     def __init__(self, argv: Sequence[str], directory: str, mask: Callable[[str], str],
                  on_line: Optional[Callable[[str], Any]]) -> None:
@@ -1124,7 +1101,7 @@ def base_environment() -> Dict[str, str]:
 def program_places(name: str, directory: str, path: str) -> List[str]:
     """List the paths where a program started in `directory` is looked for, up to the one it has.
 
-    Somebody who may write to an earlier one could put another program there.
+    Who may write to an earlier one could put a program there.
     """
     places: List[str] = []
     for entry in path.split(":") if "/" not in name else [""]:
@@ -1154,8 +1131,7 @@ def account(kind: str, name: str, option: str) -> Any:
 def become_user(name: str) -> Callable[[], None]:
     """Return a function that gives a child the identity of `name`, all groups included."""
     entry = account("user", name, "run_as in [hooks]")
-    # Here, since a name service must not be asked between fork and exec: it may lock, or load
-    # libraries.
+    # Not between fork and exec: a name service may lock, or load libraries.
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
 
     def change() -> None:
@@ -1167,8 +1143,8 @@ def become_user(name: str) -> Callable[[], None]:
 
 POLL_SECONDS = 0.02
 KILL_AFTER_SECONDS = 5.0
-READ_BYTES = 1 << 14  # at most so much is read before a look for signals; each byte may be a line
-DRAIN_READS = 64  # of READ_BYTES, all that a pipe can hold; its writer may go on for ever
+READ_BYTES = 1 << 14  # read before each look for signals; every byte may be a line
+DRAIN_READS = 64  # 1 MiB, all that a pipe can hold; its writer may go on for ever
 
 
 def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_seconds: float,
@@ -1187,8 +1163,8 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_second
     import subprocess
     result = CommandResult(argv, directory, mask, on_line)
     change = become_user(run_as) if run_as else None
-    # `begun` is told the group in the child, before the program can have run (no other thread
-    # works now, so no lock is held there), and here again: the child's memory is not ours.
+    # `begun` is told the group in the child, before the program can run (no other thread works
+    # now, so no lock is held there), and here again: the child's memory is not ours.
     note_and_change = lambda: (begun(os.getpid()), change and change())
     started_seconds = time.monotonic()
     try:
@@ -1219,7 +1195,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_second
         result.seconds = time.monotonic() - started_seconds  # killing it is not its time
         for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
             # KILL also when the leader is gone: its children may have ignored TERM.  What sudo
-            # started is another user's: it cannot be killed, and the wait for it ends.
+            # started is another user's: the wait for it ends.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
@@ -1270,7 +1246,7 @@ def end_group(group: int, deploy_id: str) -> None:
 
 
 def end_children() -> None:
-    """End all descendants of this process, which adopts orphans (PR_SET_CHILD_SUBREAPER)."""
+    """End all descendants of this process, which is their subreaper."""
     def find() -> Optional[Set[int]]:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -1283,7 +1259,7 @@ def end_children() -> None:
     end_groups(find)
 
 
-# -- threads -----------------------------------------------------------------
+# -- threads and signals -----------------------------------------------------
 
 def start_thread(work: Callable[[], None]) -> Any:
     """Do work in a daemon thread; OSError where none can be started.
@@ -1316,27 +1292,24 @@ def start_thread(work: Callable[[], None]) -> Any:
     return done
 
 
-# -- signals -----------------------------------------------------------------
-
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted, where stopping is safe.
 
-    A signal is noted and wakes a `wait`; `check` raises for it.  While this `is_closed`, as on the
-    way back, it does not: what has come meanwhile counts afterwards.
+    A signal is noted and wakes a `wait`; `check` raises for it, but not while this `is_closed`, as
+    on the way back: what came meanwhile counts afterwards.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     is_closed = False
     _pending = 0
-    _waking = -1  # a descriptor that can be read once a signal has come
+    _waking = -1  # can be read once a signal has come
 
     def install(self) -> None:
         """Take over the signals, except where the starter has them ignored (nohup)."""
         self._waking, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing)
-        # Where the starter ignores SIGCHLD, the kernel keeps no exit code of a child, and
-        # subprocess makes 0 of that.
+        # Where the starter ignores it, exit codes of children are lost, and subprocess says 0.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -1379,7 +1352,7 @@ class Interrupts:
 
 CANDIDATE_PORT = "${DEPLOY_CANDIDATE_PORT}"  # replaced in a command, and in what asks it
 OF_SLOTS = ("${slot}", "${port}")
-KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; anything else is a path
+KEY_LITERAL = re.compile(r"RW[\w+/=]{40,}\Z")  # of minisign or signify; else a path
 QUOTES = " '\"[](){}"
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 # Text in quotes or behind a backslash, which a shell does not interpret either.
@@ -1555,8 +1528,8 @@ version     version       letters, digits and . _ + ~ -, at most 100, and no wor
     (?!(current|previous|latest)\Z)[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}
 signal      name of a signal  the name of a signal, such as HUP       (?i)(SIG)?[A-Z0-9]+
 """
-# How the text of a kind becomes a value; of a kind that is not here, it stays as it is.  Raises
-# ValueError with a text of its own, or KeyError for what the table says was expected.
+# How the text of a kind becomes a value; a kind that is not here stays text.  Raises ValueError
+# with a text of its own, or KeyError for that of the table.
 READERS: Dict[str, Callable[[str], Any]] = {
     "name": _plain, "unit": _plain, "pattern": _plain, "relative": _relative,
     "path": _path, "private": _path, "window": _window, "address": _address,
@@ -1589,8 +1562,7 @@ KINDS = {kind: row for kind, *row in read_table(
     CODE=r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?", EVENTS="|".join(dict(NOTIFY_EVENTS)),
     NAMED=", ".join(dict(NOTIFY_EVENTS)))}
 
-
-# Of each kind of list: the kind of its lines, and a pattern by which one seems to hold several.
+# Of each kind of list: the kind of its lines, and a pattern that shows one to hold several.
 LISTS = {"names": ("name", r"[\s,]"), "list": ("path", r",|\A- "), "paths": ("path", r",|\A- "),
          "keys": ("key", r",|\A- "), "relatives": ("relative", r",|\A- "),
          "addresses": ("address", r"[\s,]"), "commands": ("argv", r"\A\Z"),
@@ -1614,7 +1586,7 @@ def read_value(kind: str, text: str) -> Any:
         if re.fullmatch(pattern or "(?s).*", text):
             return READERS.get(kind, str)(text)
     except KeyError:
-        pass  # it looks like one, but there is none of that name
+        pass  # it has the form, but there is none
     raise ValueError(f"expected {expected}")
 
 
@@ -1883,7 +1855,7 @@ PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
     "url": ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects",
             "tls_verify", "tls_ca", "tls_cert", "tls_key") + _ANSWER_KEYS,
     "tcp": (), "command": _ANSWER_KEYS, "service": ()}
-# In a section of this kind, exactly one key of each of these texts must be given.
+# Of each of these texts, exactly one key must be given in such a section.
 ONE_OF = {"service": ("unit pidfile command",), "probe": (" ".join(PROBE_KINDS),),
           "template": ("source", "target"), "candidate": ("command",), "migrate": ("up",),
           "slots": ("unit", "include", "reload")}
@@ -1929,16 +1901,16 @@ class Flag(SimpleNamespace):
 
     names: List[str]
     metavar: str  # empty: a switch; `[X]` need not be given, `X...` may repeat
-    commands: List[str]  # empty: all; then it may stand before and after the command
+    commands: List[str]  # empty: all, and it may stand before the command
     help: str
     dest: str  # argparse's name of its value
-    kind: str  # how its text is checked, as an option's kind; empty: not at all
+    kind: str  # by which its text is checked; empty: not at all
     option: str  # section.key of the option that it sets
     is_argument: bool
 
 
 # names (=dest, or =the option that it sets), metavar (/kind), commands, help
-# All commands share one namespace: a flag whose name means something else elsewhere has `=dest`.
+# All commands share one namespace: a name that means something else elsewhere needs `=dest`.
 FLAG_TABLE = """\
 -h --help=show_help  -            -  show how it is used
 --version=show_version  -         -  show the version
@@ -2013,7 +1985,7 @@ shell                bash|zsh     completion  whose script
 
 
 def read_flags() -> Iterator[Flag]:
-    """Yield the rows of the table of flags."""
+    """Read the table of flags."""
     release = "id, unique prefix, version, digest prefix, current, previous or latest"
     for words, metavar, commands, about in read_table(4, FLAG_TABLE, RELEASE=release):
         spelled, _, dest = words.partition("=")
@@ -2078,14 +2050,14 @@ def fill_in(section: Any, values: Dict[str, Any]) -> Any:
     return SimpleNamespace(**json.loads(text))
 
 
-# By section and key: the text that was given, and its origin (a file, or words without a slash).
+# By section and key: the text given, and its origin (a file, or words without a slash).
 Layer = Dict[Tuple[str, str], Tuple[str, str]]
 
 
 class Settings:
     """Every option's value: `settings.deploy.root`, `settings.probe["web"].header["Accept"]`.
 
-    Of a value that cannot be read, the default is used, and `mistakes` says what is wrong.
+    A value that cannot be read is one of the `mistakes`, and its default is used.
     """
 
     def __init__(self, given: Layer, files: List[str]) -> None:
@@ -2093,7 +2065,7 @@ class Settings:
         self.files = files
         self.delegate: Optional[str] = None  # the file of --delegate
         self.mistakes: List[UsageError] = []
-        self.unread: List[Tuple[str, str]] = []  # sections and keys of values that cannot be read
+        self.unread: List[Tuple[str, str]] = []  # (section, key) of what cannot be read
         self.rows: List[Tuple[str, str, str, str]] = []  # of all: section, key, text, origin
         declared = sorted({section for section, _ in given})
         for table in OPTIONS:
@@ -2121,7 +2093,7 @@ class Settings:
             prefix, is_chosen, _ = key.partition("*")
             attribute = prefix.rstrip(".") or "chosen"
             named = [other for other, row in own if row is option]
-            # By the part of the key that `*` stands for; it is empty where there is no `*`.
+            # By the part of the key that `*` stands for; without `*` it is empty.
             read = {other[len(prefix):]: self._value(option, section, other) for other in named}
             if any(self.given[section, other][0] != option.default for other in named):
                 values.given.append(attribute)
@@ -2152,7 +2124,7 @@ class Settings:
                     for path in value]
         if option.kind in ("path", "private") and value:
             value = absolute(os.path.join(directory, value))
-            # A file that systemd hands over (LoadCredential=) is used instead.
+            # What systemd hands over (LoadCredential=) replaces it.
             handed = os.path.join(environment("CREDENTIALS_DIRECTORY") or "/dev/null",
                                   section.rpartition(":")[2])
             if option.kind == "private" and os.path.exists(handed):
@@ -2244,13 +2216,13 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
     parser.optionxform = str  # type: ignore  # keys keep their case
     try:
         text = read_file(absolute(path), MAX_CONFIG_BYTES).decode("utf-8-sig")
-        if "\0" in text:  # no path, argument or variable can hold one
+        if "\0" in text:  # no path or argument can hold one
             raise ValueError("it holds a NUL character")
         parser.read_string(text, path)
     except (OSError, ValueError, configparser.Error) as error:
         problem = " ".join(reason(error).split())
         if isinstance(error, configparser.ParsingError):
-            # Not configparser's message: it quotes the line, which may hold a password.
+            # Not configparser's words: they quote the line, which may hold a password.
             number = getattr(error, "lineno", 0) or error.errors[0][0]
             problem = f"line {number} is none that can stand there"
         mistakes.append(UsageError(
@@ -9472,11 +9444,11 @@ is refused unless it is quoted; `sh -c '...'` asks for one. Each runs under
 `timeout` in a process group of its own, stdin /dev/null, with PATH, HOME,
 LANG=C.UTF-8, `[env]` and `DEPLOY_APPLICATION`, `DEPLOY_ROOT`, `DEPLOY_ID`,
 `DEPLOY_RELEASE`, `DEPLOY_VERSION`, `DEPLOY_RELEASE_PATH`, `DEPLOY_HOOK`,
-`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`. Where
-they mean something: `DEPLOY_NOTE` (of `-m`), `DEPLOY_FAILED_RELEASE` and
-`DEPLOY_FAILED_PATH` (after a failure), `DEPLOY_SLOT` and `DEPLOY_SLOT_PORT`
-(`[slots]`), `DEPLOY_CANDIDATE_PORT` (the candidate and its probes),
-`TRACEPARENT`. What a hook leaves running does not hold up the deployment.
+`DEPLOY_CURRENT_PATH`, `DEPLOY_SHARED_PATH`, `DEPLOY_PREVIOUS_RELEASE`; of `-m`
+`DEPLOY_NOTE`, after a failure `DEPLOY_FAILED_RELEASE`, `DEPLOY_FAILED_PATH`,
+of a slot `DEPLOY_SLOT`, `DEPLOY_SLOT_PORT`, of a candidate and its probes
+`DEPLOY_CANDIDATE_PORT`, of a trace `TRACEPARENT`. What it leaves running does
+not hold up the deployment.
 
 `post_stage` may add to the release, which is sealed afterwards: `verify` finds
 what changes later. On the automatic way back `pre_rollback` and
@@ -9497,17 +9469,16 @@ lines of their own. `deploy.py config --example` prints every option.
 
 Precedence: command line, the environment (`DEPLOY_<SECTION>_<KEY>`, such as
 `DEPLOY_DEPLOY_ROOT`), files, the default; `deploy.py config` says where each
-value is from. Without `-c` it is `$DEPLOY_CONFIG`, else `./deploy.ini`, else,
-in a working directory inside a root, the configuration in /etc/deploy that has
-that root, anywhere else `/etc/deploy/deploy.ini`.
+value is from. Without `-c`: `$DEPLOY_CONFIG`, else `./deploy.ini`, else, in a
+directory inside a root, the file in /etc/deploy that has that root, elsewhere
+`/etc/deploy/deploy.ini`.
 
 Durations are written `500ms`, `3s`, `2m`, `1h` (behind a flag a bare number is
 seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file.
 """,
 }
 
-
-# zsh reads the same script through bashcompinit, its emulation of bash's completion.
+# zsh reads the same script through its bashcompinit.
 COMPLETION = """\
 # Completion of deploy.py, for ~/.bashrc or, behind compinit, ~/.zshrc:
 #   eval "$(deploy.py completion bash)"
@@ -9531,7 +9502,6 @@ _deploy_py() {
 }
 complete -o default -F _deploy_py deploy.py
 """
-
 
 # For ansible-doc, which reads these texts without running the file.
 DOCUMENTATION = """\
@@ -11142,14 +11112,14 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
 #    code, two lines of error, or one JSON object.
 # ============================================================================
 
-# Those of MOVED share command_move; every other command has a command_NAME of its own.
+# Those of MOVED share command_move; every other has a command_NAME.
 COMMANDS = {name: command_move if name in MOVED else globals()[f"command_{name}"]
             for name in COMMAND_HELP}
 
-# Commands about the program itself: they read no configuration, so a broken one cannot stop them.
+# About the program itself: they read no configuration, so a broken one cannot stop them.
 TELLING = ("help", "completion")
 # Commands that run no program and write nothing in a root: root may use them with a configuration
-# that others could have written.  Not so `preflight`: it asks probes, unless that is how it is.
+# that others could have written.  `preflight` does run some, and judges that itself.
 LOOKING = TELLING + ("config", "status", "releases", "history", "show", "verify", "diff", "report")
 
 
@@ -11157,7 +11127,7 @@ class HelpAsked(Exception):
     """--help or --version: the text to show instead of running a command."""
 
 
-ACTIONS = {"show_help": "help", "show_version": "version"}  # of argparse; of other switches: store
+ACTIONS = {"show_help": "help", "show_version": "version"}  # argparse's own
 
 
 class Parser(argparse.ArgumentParser):
@@ -11166,7 +11136,7 @@ class Parser(argparse.ArgumentParser):
     version = f"deploy.py {VERSION}"
 
     def __init__(self, **settings: Any) -> None:
-        # Speed: a formatter without a width asks for the terminal's, by shutil, which imports lzma.
+        # Speed: without a width, every start would import shutil and lzma to ask for it.
         super().__init__(add_help=False, formatter_class=lambda prog: (
             argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=79)), **settings)
         self.color = False  # Python 3.14 would colour the help
@@ -11234,9 +11204,9 @@ def parse_command_line(argv: List[str]) -> Any:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog="deploy.py", parser_class=Parser)
     commands.required = True  # 3.6 has no keyword for it
-    # Speed: making all parsers takes a third of a short run; only --help needs those not named.
+    # Speed: making all parsers takes a third of a short run; only --help needs them all.
     asks_help = "--help" in argv or any(
-        word.startswith("-") and not word.startswith("--") and "h" in word for word in argv)
+        "h" in word and word[0] == "-" and word[1] != "-" for word in argv)  # such as -nh
     for name in [name for name in COMMANDS if asks_help or name in argv]:
         own = [flag for flag in FLAGS if name in flag.commands]
         usage = " ".join([name] + [flag.metavar for flag in own if flag.is_argument])
@@ -11247,7 +11217,7 @@ def parse_command_line(argv: List[str]) -> Any:
             description=f"{text}\n\nexample:\n  deploy.py {example}")
         for flag in own:
             add_flag(command, flag)
-        # The --version of sync has taken this one's name away.
+        # That of sync has taken its name away.
         everywhere["show_version"].option_strings = ["--version"]
     flags = parser.parse_args(argv)
     for flag in FLAGS:
@@ -11260,11 +11230,10 @@ def parse_command_line(argv: List[str]) -> Any:
     return flags
 
 
-# -- the same file as an Ansible module ------------------------------------------
+# -- the same file as an Ansible module --------------------------------------
 
 # Ansible starts a module that says WANT_JSON with one argument: a JSON file of the parameters.
-
-# Ansible decides these by check mode, diff mode and verbosity, or they concern a terminal.
+# It decides these by check mode, diff mode and verbosity, or they concern a terminal.
 NO_PARAMETERS = ("dry_run json verbose quiet no_color detailed_exitcode debug delegate "
                  "show_help show_version").split()
 # State and history are made of these: no_log cannot hide them.
@@ -11391,7 +11360,7 @@ def parameter_text(name: str, value: Any, *fine: type) -> str:
     return str(value) if kind is str else str(value).lower()
 
 
-# -- what is true before a command runs ------------------------------------------
+# -- before a command runs ---------------------------------------------------
 
 def load(flags: Any) -> Settings:
     """Load the settings that the flags ask for; UsageError lists all mistakes in them.
@@ -11445,7 +11414,7 @@ def check_settings(settings: Settings) -> None:
             mistakes.append(error)
     for section, is_wrong, problem in disagreements(settings):
         text = f"[{section}] {problem}"
-        # An unreadable value was reported already: what follows from its default is no mistake.
+        # An unreadable value is reported already: its default's contradictions are no mistakes.
         if is_wrong and not any(f"[{place}]" in text and key in re.findall(r"[\w.-]+", problem)
                                 for place, key in settings.unread):
             mistakes.append(settings.wrong(section, problem))
@@ -11478,7 +11447,7 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
         yield ("policy", key in policy.given and not getattr(policy, needed),
                f"{key} needs {needed}")
     for name in set(settings.probe).intersection(settings.notify):
-        # Both would get the same file from systemd: one would send its peer the other's secret.
+        # systemd hands over one file: one would send its peer the other's secret.
         notifier = settings.notify[name]
         yield (f"notify:{name}",
                settings.probe[name].auth_file and (notifier.url_file or notifier.token_file),
@@ -11516,11 +11485,11 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
                 texts += [read_text(path).strip()] if path else []
         for text in texts:
             private += [text, text.partition(":")[2], text.partition(" ")[2]]
-        # A short word such as `full` or `true` is no secret: masking it would blot out sentences.
+        # A short word such as `true` is no secret: masking it would blot out sentences.
         private += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
                     if len(value) >= 8 or SECRET_NAME.search(name.lower())]
         if receiver.name in settings.notify:
-            # Who knows the long words in the path of a notifier's URL can post there.
+            # The long words of a notifier's path let anybody post there.
             for url in [receiver.url, *texts]:
                 private += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])
     for value in private + [value for name, value in named if SECRET_NAME.search(name.lower())]:
@@ -11540,7 +11509,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
                          "places", "write it to another place, such as /var/log")
     if flags.dry_run:
         return
-    # Lines that root appends to a file of their choice (a crontab) may make others root.
+    # Lines that root appends to a file of their choice can make others root (a crontab).
     if os.geteuid() == 0 and any(map(trust_problems, settings.files)):
         for key in ("file", "syslog"):
             if settings.origin("log", key) in settings.files:
@@ -11554,7 +11523,7 @@ def open_log(flags: Any, settings: Settings, console: Console) -> None:
         console.add_log(Syslog(log.syslog), console.debug, as_json=as_json)
 
 
-# -- what root lets a person do ----------------------------------------------------
+# -- what root lets a person do ----------------------------------------------
 
 DELEGATED_FLAGS = "-n --json -q -v -m --sha256 --release-version --wait-lock".split()
 
@@ -11569,7 +11538,7 @@ def parse_delegated(argv: List[str]) -> Any:
     except HelpAsked:
         raise UsageError("a delegated run shows no help", "deploy.py --help, without sudo")
     refused = [name for name in environment_names() if name.startswith("DEPLOY_")]
-    # @FILE and {JSON} mean nothing here, but to other programs more arguments: never let them.
+    # To other programs @FILE and {JSON} mean more arguments: here they never shall.
     refused += [word.partition("=")[0] for word in words if re.match(r"[@{]|--\Z|--.*=", word)]
     refused += [flag.names[-1] for flag in FLAGS if getattr(flags, flag.dest)
                 and not flag.is_argument and not set(flag.names).intersection(DELEGATED_FLAGS)]
@@ -11601,7 +11570,7 @@ def parse_delegated(argv: List[str]) -> Any:
     return flags
 
 
-# -- one run -----------------------------------------------------------------------
+# -- one run -----------------------------------------------------------------
 
 def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
     """Run one command; returns its exit code, and the run, whose outcome has its error."""
@@ -11653,7 +11622,7 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
 
 def failure_of(error: BaseException, step: str, console: Console, debug: Any) -> DeployError:
     """Turn whatever was raised into the error to report; a defect shows its traceback."""
-    if isinstance(error, KeyboardInterrupt):  # before Interrupts.install
+    if isinstance(error, KeyboardInterrupt):  # not after Interrupts.install
         return Interrupted(signal.SIGINT)
     if debug or not isinstance(error, FAILURES):
         console.traceback()
@@ -11670,7 +11639,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     started_seconds = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     parameters = None
-    # Only a path: a file in the working directory must not take the place of a command.
+    # Only a path: no file in the working directory may take the place of a command.
     if len(argv) == 1 and "/" in argv[0] and argv[0][0] != "-":
         parameters = read_parameters(argv[0])
     console = Console(environment("JOURNAL_STREAM"))
@@ -11683,7 +11652,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             argv = module_argv(parameters, console.secrets)
         exit_code, run = run_command_line(argv, console)
         report(run, exit_code, time.monotonic() - started_seconds)
-        # What a command changed is done although its output is lost; if it only prints, it failed.
+        # What was changed is done although the output is lost; what only prints has failed.
         if console.is_result_lost and not run.outcome.changed and exit_code == EXIT_OK:
             exit_code = EXIT_FAILED
         return exit_code

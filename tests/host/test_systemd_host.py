@@ -242,7 +242,7 @@ def test_what_a_power_cut_left_is_recovered_at_boot(shop: Shop, host: Host) -> N
     shop.units("status")
     (host.top / "units" / f"deploy-recover@{shop.name}.service.d").mkdir()
     host.unit(f"deploy-recover@{shop.name}.service.d/test.conf", "[Service]\nExecStart=\n"
-              f"ExecStart={host.deploy} -c {shop.config} recover\n")
+              f"ExecStart={host.deploy} -c {shop.config} recover\nReadWritePaths=\nReadWritePaths={shop.root}\n")
     host.run("systemctl", "start", f"deploy-recover@{shop.name}.service")
     assert shop.leftovers() == [] and shop.version == "1.0"
 
