@@ -92,7 +92,7 @@ import sys
 
 # No file beside this one, in PYTHONPATH or in a home directory may take a standard module's place:
 # a json.py there would run as root.  So only the library's own directories are searched, also for
-# `python3 deploy.py`, which reads no shebang and its -I.  What Python itself has imported by now
+# `python3 deploy.py`, which reads no shebang.  What Python itself has imported before this line
 # (sitecustomize, .pth files) is beyond us: `python3 -I deploy.py` closes that, too.
 if __name__ == "__main__" and not sys.flags.isolated:
     _here = __file__.rpartition("/")[0] or "."
@@ -619,7 +619,7 @@ class Console:
         self._held: List[Callable[[], None]] = []
         self._broken: List[Any] = []
         self._bound_seconds = UNLIMITED_SECONDS
-        self._in_journal = []  # what leads to $JOURNAL_STREAM (device:inode, systemd.exec(5))
+        self._in_journal = []  # streams to $JOURNAL_STREAM (device:inode, systemd.exec(5))
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 status = os.fstat(stream.fileno())
@@ -959,7 +959,7 @@ def who() -> Json:
             uid = login
     person = environment("SUDO_USER")
     with suppress(KeyError):
-        if person and os.geteuid() == 0:  # no name service is asked for ""
+        if person and os.geteuid() == 0:  # an empty name is not looked up
             uid = pwd.getpwnam(person).pw_uid
     started_by = [("ansible", os.path.basename(sys.argv[0]).startswith("AnsiballZ_")),
                   ("systemd", environment("INVOCATION_ID")),
@@ -1144,7 +1144,7 @@ def become_user(name: str) -> Callable[[], None]:
 POLL_SECONDS = 0.02
 KILL_AFTER_SECONDS = 5.0
 READ_BYTES = 1 << 14  # read before each look for signals; every byte may be a line
-DRAIN_READS = 64  # 1 MiB, all that a pipe can hold; its writer may go on for ever
+DRAIN_READS = 64  # 1 MiB, all that a pipe can hold; its writer may never stop
 
 
 def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_seconds: float,
@@ -1411,7 +1411,7 @@ def _relative(text: str) -> str:
 
 
 def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
-    """Split a command as a shell would; ValueError, with what to write, for a shell's own work."""
+    """Split a command as a shell would; ValueError, with a replacement, for what only one can."""
     import shlex
     words = shlex.split(text)
     # Within double quotes a shell still interprets `$` and backquotes.

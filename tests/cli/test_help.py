@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_a_page_is_shown_without_and_with_json_and_named_in_the_readme(topic: st
     text = run_deploy("help", topic, json=False, check=0).stdout
     assert run_deploy("help", topic, check=0).data["help"] == {"topic": topic, "text": text}
     assert f"`deploy.py help {topic}`" in README.read_text(encoding="utf-8")
+
+
+def test_the_page_on_hooks_names_every_variable() -> None:
+    context = deploy.Context("shop", "/srv/shop", "r2", "2", "/srv/shop/releases/r2", "r1", "d1")._replace(
+        note="why", failed="r3", candidate_port="8081", slot=SimpleNamespace(name="blue", port=8082))
+    names = {*context.variables(), "DEPLOY_HOOK", "TRACEPARENT"}
+    assert {"DEPLOY_SLOT_PORT", "DEPLOY_FAILED_PATH"} <= names
+    assert [name for name in names if f"`{name}`" not in deploy.HELP["hooks"]] == []
 
 
 def test_without_a_topic_it_says_what_the_program_is_and_which_pages_there_are() -> None:
