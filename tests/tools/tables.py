@@ -141,6 +141,9 @@ def units() -> Dict[str, str]:
     sandbox = re.search(r"(?ms)^- A deployment bears a harder sandbox.*?\n(?!  )", section("systemd and cron")).group()  # type: ignore
     given, switches = re.split(r"`=yes` for\s", sandbox)
     lines = re.findall(r"`(\w+=[^`]*)`", given) + [f"{name}=yes" for name in re.findall(r"`(\w+)`", switches)]
+    boot = ["[Unit]", "Wants=network-online.target", "After=network-online.target", "[Service]"]
+    hardening = re.search(r"(?ms)^ProtectSystem=.*", found["/etc/systemd/system/deploy@.service"]).group()  # type: ignore
+    found["/etc/systemd/system/deploy-recover@.service.d/boot.conf"] = "\n".join([*boot, hardening])
     found["/etc/systemd/system/deploy@.service.d/sandbox.conf"] = "\n".join(["[Service]", *lines, ""])
     return found
 
