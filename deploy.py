@@ -1173,7 +1173,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_second
             stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=note_and_change if begun else change)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        result.tail = [f"cannot start {argv[0]}: {reason(error)}"]
+        result.tail = [f"cannot start {argv[0]}: {reason(error)}"]  # see PROBE_HINTS
         return result
     output = process.stdout
     os.set_blocking(output.fileno(), False)
@@ -5335,7 +5335,7 @@ def missing_programs(settings: Settings, *sections: str) -> Findings:
 
 
 def foreign_program(settings: Settings, where: str, program: str, directory: str) -> Problems:
-    """Find, by path, what others could change on the way to a program that root is to run."""
+    """Find, by path, what others could change on the way to a program that root runs."""
     search_path = native(settings.env.get("PATH", command_path()))  # where hooks are looked up
     places = program_places(native(program), directory, search_path)
     return {path: (f"{problem}, on the way to {program} of {where}",
@@ -5353,7 +5353,7 @@ def accepting(settings: Settings, paths: Iterable[str]) -> str:
 
 def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, str]],
                             directory: str) -> None:
-    """Raise StepFailed where root would run a (place, program) that others could have written."""
+    """Raise StepFailed if root would run a (place, program) that others could have written."""
     # Preflight has looked, but a hook may have made links in the release since.
     if os.geteuid() != 0:
         return
@@ -5392,7 +5392,7 @@ SHOWN_LINE_BYTES = 100  # what a line costs beside its text
 
 def perform_command(run: Run, context: Context, what: str, argv: Sequence[str],
                     timeout_seconds: float, *, most: int = 0, **options: Any) -> CommandResult:
-    """Run an operator's command, show and keep its output; StepFailed for a code over `most`."""
+    """Run an operator's command, show and keep its output; StepFailed for codes over `most`."""
     left_bytes = SHOWN_BYTES
 
     def pass_on(line: str) -> None:
@@ -5661,7 +5661,7 @@ class PidfileService(Service):
     def down(self) -> str:
         """Say why the process does not run, or why the pidfile is not believed.
 
-        It is not where others could write it: they would choose which process we signal.
+        It is not where others may write it: they would choose which process is signalled.
         """
         path, ours = self.section.pidfile, (0, os.geteuid())
         try:
@@ -5807,7 +5807,7 @@ def proxy_for(url: Url, choice: str) -> Optional[Url]:
     return parse_url(choice)
 
 
-# -- work that can be killed ---------------------------------------------------
+# -- work that can be killed -------------------------------------------------
 
 class Conversation(Descriptor):
     """Work that a forked process does, because that can be killed: most often, asking a peer.
@@ -6126,7 +6126,7 @@ def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespa
     return settings.probe["ad-hoc"]
 
 
-PROBE_HINTS = (  # by words of a failed probe's detail, which are made where this is named
+PROBE_HINTS = (  # by words of a failed probe's detail: where these are made names this
     ("status 30[12378],", "give the address that it leads to, or allow redirects = 1"),
     ("status 40[137],", "give the probe a login: auth_file, or a [probe:NAME] header.NAME"),
     ("TLS: |TLS handshake", "name the authority with tls_ca, or correct the host and port in url"),
@@ -6525,7 +6525,7 @@ def judge_approvals(run: Run, artifact: Any, place: str, data: bytes) -> Finding
 
 
 def judge_promotion(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
-    """A signed attestation says that it was live elsewhere, long enough and not too long ago."""
+    """A signed attestation says that it was live elsewhere, long enough and recently enough."""
     policy, (name, signature) = run.settings.policy, read_beside(run, place, ".sig")
     verifier = Verifier([], list(read_signers(policy.attesters)), "deploy-attestation")
     who = verifier.verify(data, signature, name)["signer"]
@@ -6565,7 +6565,7 @@ def note_built(run: Run, text: Any, *, is_best: bool = True) -> None:
 
 
 def judge_sbom(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
-    """An SBOM (CycloneDX, SPDX 2) that a signed SHA256SUMS lists has nothing that is denied."""
+    """An SBOM (CycloneDX, SPDX 2) in a signed SHA256SUMS lists nothing that is denied."""
     policy, wrong, unknown = run.settings.policy, [], []
     sums, listing = read_beside(run, os.path.join(os.path.dirname(place), "SHA256SUMS"), "")
     name, signature = read_beside(run, sums, ".minisig", ".sig")
@@ -6605,7 +6605,7 @@ def judge_sbom(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
 
 
 def judge_provenance(run: Run, artifact: Any, place: str, data: bytes) -> Finding:
-    """Signed SLSA provenance names a builder and a source that are allowed."""
+    """Signed SLSA provenance names an allowed builder and source."""
     policy = run.settings.policy
     for *_, statement in verifier_of(run.settings).statements(data):
         places = PROVENANCE.get(statement["predicateType"])
@@ -6762,10 +6762,9 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
 
 def receive(run: Run, asking: Conversation, response: Any, extra: Dict[str, str],
             files: Sequence[int]) -> Answer:
-    """Take a body as long as it keeps coming; refuse one whose end could be missing unseen."""
+    """Take a body as long as it keeps coming; refuse one that could be cut off unnoticed."""
     source, status, total, body = run.settings.source, response.status, response.length, []
     content_range, etag = response.getheader("Content-Range"), response.getheader("ETag") or ""
-    # While nothing is offered yet, it is the index.
     begin, take, most_bytes = 0, body.append, MAX_STATE_BYTES if run.offer else MAX_INDEX_BYTES
     asking.at("reading the answer", etag=etag, wait=response.getheader("Retry-After") or "")
     if status == 304 and "If-None-Match" in extra:
@@ -6824,7 +6823,7 @@ def verify_index(run: Run, fetched: Json) -> Optional[Json]:
 
 
 def read_source(run: Run, seen: Json) -> Optional[Json]:
-    """Bring index and signature in `seen` up to date, and say who signed; DeployError if bad."""
+    """Bring index and signature in `seen` up to date; says who signed, DeployError if bad."""
     place = f"{run.settings.source.url.rstrip('/')}/{run.settings.source.index}"
     for etag in (seen.get("etag", ""), ""):  # once more in full, if they disagree
         answer, fetched = fetch(run, place, etag), seen
@@ -6934,7 +6933,7 @@ def look(run: Run) -> Tuple[Json, Set[str]]:
     """Set run.offer to what the source wants live; returns what was seen, and all digests."""
     source, seen = run.settings.source, run.store and run.store.load(SOURCE) or {}
     origin = {"url": source.git or source.url, "index": source.ref if source.git else source.index,
-           "channel": source.channel, "prereleases": source.prereleases}
+              "channel": source.channel, "prereleases": source.prereleases}
     if seen != seal(seen) or not origin.items() <= seen.items():
         seen = origin
     signed = None
@@ -6943,8 +6942,7 @@ def look(run: Run) -> Tuple[Json, Set[str]]:
             if "text" in seen:
                 verify_index(run, seen)
         except ArtifactRefused:
-            # Its key is no longer trusted: a thief's high sequence would shut out every later
-            # index.
+            # Its key is no longer trusted: a thief's sequence could shut out every later index.
             seen = origin
         signed = read_source(run, seen)
     head, offers = list_refs(run) if source.git else read_index(run, seen["text"])
