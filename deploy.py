@@ -5941,6 +5941,8 @@ class Conversation(Descriptor):
                          f"{self.known['stage']}", **self.known}
 
 
+# -- a candidate's guard -----------------------------------------------------
+
 class Guard(Conversation):
     """A command, and all that it starts, beside this process until the end of a `with` block.
 

@@ -17,7 +17,7 @@ SECTIONS = sorted({name.partition(":")[0] for name, _, _ in deploy.SECTIONS} - A
 
 # A section's functions are those with its name in theirs, and those under the headings of deploy.py that have it.  What goes by another name:
 STEMS = {"notify": "notif", "maintenance": "maintenance|flag_up|flag_down", "metrics": "metric", "slots": "slot", "migrate": "migrat", "signature": "_signature|signatures|verifier", "template": "template_|templates",
-         "service": "services?_|_service|services", "probe": "probe|asking over the network", "trace": "otlp|send_trace|traces", "log": "logfile|syslog|the log",
+         "service": "services?_|_service|services", "probe": "probe|asking over the network|work that can be killed", "trace": "otlp|send_trace|traces", "log": "logfile|syslog|the log",
          # These two are read by whatever runs a command or renders a template; [preflight] is a list of checks by other names.
          "env": r"\Z.", "vars": r"\Z.", "hooks": "do_hook|make_hook|missing_programs", "preflight": "check_required|check_ports"}
 # What another section asks for as well, or every run looks at: whether there is anything to do.
