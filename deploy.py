@@ -7886,18 +7886,18 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 
 # ============================================================================
 # 13  Operations
-#    What each operation does, in which order: one table of words, and one of
-#    what each word stands for.  A plan is made of settings and facts alone;
-#    nothing here looks at the disk, the clock or the network before a step is
-#    done.
+#    What each operation does, in which order: ORDER lists its words, WORDS says
+#    which steps a word stands for.  A plan is made from settings and facts
+#    alone; nothing here looks at the disk, the clock or the network before a
+#    step runs.
 # ============================================================================
 
 STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
 GO = "pre_activate check close_early backup up candidate slot close proxy activate"
 AFTER = "down post_activate services probes post_deploy"
 
-# operation: what is done before the switch, after it, once the verdict is in, and then without the
-# journal; and what the history calls it when it went through.
+# operation: its words before the switch, after it, once the verdict is in, and once the journal is
+# gone; then the result that the history names when it succeeds.
 ORDER = {
     "stage": (STAGE, "", "", "", "staged"),
     "deploy": (STAGE + " " + GO, AFTER, "open? drain", "prune", "deployed"),
@@ -7906,71 +7906,73 @@ ORDER = {
     "rollback": ("verify health? pre_rollback check close_early backup up slot close proxy "
                  "activate", "down services probes post_rollback", "open? drain", "",
                  "rolled_back"),
-    # Of these no journal is kept.  recover --to: a person has decided, so only a damaged release
-    # stops it.
+    # From here to the end no journal is kept.
+    # recover --to: a person has decided, so only a damaged release stops it.
     "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", "", "",
                 "recovered"),
     "prune": ("prune", "", "", "", "pruned"), "adopt": ("adopt", "", "", "", "adopted"),
     "pin": ("pin", "", "", "", "pinned"), "unpin": ("unpin", "", "", "", "unpinned"),
     "hold": ("hold", "", "", "", "held"), "unhold": ("unhold", "", "", "", "unheld"),
     "flags": ("flags", "", "", "", "flagged")}
-# After the switch a failure takes the way back; ? means that its own failure is a warning.
+# There are two ways back.  Before the switch Executor.undo has each step that was taken undo its
+# own change; the old release still runs.  After it the services run the new one, and undoing would
+# not start the old: these words do, like a second switch.  ?: its failure is only a warning.
 WAY_BACK = "pre_rollback? proxy activate down services probes post_rollback? open? drain"
 
-# What only writes something down: every release stays what it is.
+# These only write something down: what is live stays live.
 NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 
-LEAST_DRAIN_SECONDS = 1.0  # in which the proxy reads live.conf
+LEAST_DRAIN_SECONDS = 1.0  # the proxy has read live.conf by then
 DRAIN_LOOK_SECONDS = 0.2
 KEPT_BAD_RELEASES = 1
-KEPT_DIFFERENCES = 200  # lines of them in the history
+KEPT_DIFFERENCES = 200  # lines, in the history
 
 
 # -- which release is meant --------------------------------------------------
 
 def newest_first(records: Iterable[Any]) -> List[Record]:
-    """Sort records by their place in the order of releases."""
+    """Sort records by sequence, the newest first; None is left out."""
     return sorted(filter(None, records), key=attrgetter("sequence"), reverse=True)
 
 
 def select_release(facts: Facts, text: str) -> Record:
-    """Find the release of an id or the start of one, a version, a digest's start, or a role.
+    """Find a release by id, version, role, or the start of its id or digest.
 
-    UsageError where there is none, or more than one; StateError where it may be unreadable.
+    UsageError for none or several; StateError for none while a record cannot be read.
     """
-    there = newest_first(map(facts.release, facts.records))
+    releases = newest_first(map(facts.release, facts.records))
     live = facts.current.release
-    named = live or "/" if text == "current" else text
-    found = [record for record in there if record.id == named] or \
-        [record for record in there if record.version == named] or \
-        [record for record in there if record.id.startswith(named)
+    named = live or "/" if text == "current" else text  # no id begins with a slash
+    matches = [record for record in releases if record.id == named] or \
+        [record for record in releases if record.version == named] or \
+        [record for record in releases if record.id.startswith(named)
          or len(named) >= 4 and record.sha256.startswith(named.lower())]
     if text == "latest":
-        found = there[:1]
+        matches = releases[:1]
     elif text == "previous":
-        found = newest_first([rollback_target(facts, live)])
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(record.id for record in (found or there)[:10])
-    if found:
-        raise UsageError(f"{text!r} may be any of {len(found)} releases: {names}",
+        matches = newest_first([rollback_target(facts, live)])
+    if len(matches) == 1:
+        return matches[0]
+    names = ", ".join(record.id for record in (matches or releases)[:10])
+    if matches:
+        raise UsageError(f"{text!r} may be any of {len(matches)} releases: {names}",
                          "give more of the id")
-    kind = StateError if facts.state_problems else UsageError  # it may be what cannot be read
+    kind = StateError if facts.state_problems else UsageError
     raise kind("; ".join([f"there is no release {text!r}", *facts.state_problems]),
                f"the releases are {names}" if names else unrecorded(facts))
 
 
 def unrecorded(facts: Facts) -> str:
-    """Say how to come to a release where none is known."""
+    """Say what to adopt or deploy where no release has a record."""
     names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
     adopt = facts.command_line("adopt RELEASE")
     return f"{adopt}: {names}" if names else "nothing is left to adopt: deploy an artifact"
 
 
 def lost_current(facts: Facts) -> Optional[StateError]:
-    """Make the error for what should be live where `current` is gone: its record still says so.
+    """Return the error for a missing `current` where a record says what should be live.
 
-    `recover --to` keeps what was live before, `activate` would not.
+    `recover --to` keeps that record's `previous`, `activate` would not.
     """
     live = facts.current.release
     for record in facts.records.values():
@@ -7984,16 +7986,17 @@ def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
                     ) -> Optional[Record]:
     """Choose where a rollback goes: the last good release that was live before this one.
 
-    A second rollback goes further back, never to what was just left.  StateError where it must be
-    `certain`, and a record on the way cannot be read.
+    A second rollback goes further back, never to what was just left.  `certain`: StateError where
+    a record on the way cannot be read.
     """
-    before: List[Any] = [live]
-    while before[-1] in facts.records and before.count(before[-1]) == 1:
-        before.append(facts.records[before[-1]].previous)
+    # Along `previous`, until one comes twice; then whatever is older.
+    names: List[Any] = [live]
+    while names[-1] in facts.records and names.count(names[-1]) == 1:
+        names.append(facts.records[names[-1]].previous)
     if live in facts.records:
-        before += [record.id for record in newest_first(facts.records.values())
-                   if record.sequence < facts.records[live].sequence]
-    for name in before[1:]:
+        names += [record.id for record in newest_first(facts.records.values())
+                  if record.sequence < facts.records[live].sequence]
+    for name in names[1:]:
         record = facts.release(name)
         if record and name != live and not record.rolled_back_at \
                 and record.state in (STATE_ACTIVE, STATE_RETIRED):
@@ -8006,7 +8009,7 @@ def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
 
 
 def is_under_way(journal: Optional[Journal], live: OptionalText) -> bool:
-    """Say whether a deployment had switched and came to no verdict: `rollback` is one."""
+    """Say whether a deployment has switched and waits for its verdict: `rollback` gives it one."""
     return journal is not None and live == journal.to_release and \
         journal.operation in ("deploy", "sync", "activate") and journal.phase != PHASE_ROLLING_BACK
 
@@ -8014,20 +8017,18 @@ def is_under_way(journal: Optional[Journal], live: OptionalText) -> bool:
 # -- the planner -------------------------------------------------------------
 
 def plan_operation(facts: Facts) -> Plan:
-    """Plan what was asked for; without steps where there is nothing to do, or raise why not."""
-    asked, live, artifact = facts.request, facts.current.release, facts.artifact
-    operation, release, is_done = asked.command, live or "", False
+    """Plan the requested operation, without steps if it is done already; or raise a refusal."""
+    request, live, artifact = facts.request, facts.current.release, facts.artifact
+    operation, release, is_done = request.command, live or "", False
     if operation in ("deploy", "stage", "sync"):
-        if artifact is None:
-            raise facts.refusal or UsageError("no artifact was given", "name one: deploy ARTIFACT")
         release = release_id(facts, artifact)
         is_done = bool(artifact.release) and (operation == "stage" or release == live)
         if is_done and operation != "stage" and facts.records[release].failure:
             raise ArtifactRefused(*bad_refusal(facts.records[release]))
     elif operation == "adopt":
-        release = release if asked.release == "current" else asked.release
+        release = release if request.release == "current" else request.release
         if release not in facts.on_disk:
-            raise UsageError(f"there is no release directory {asked.release!r} in "
+            raise UsageError(f"there is no release directory {request.release!r} in "
                              f"{facts.root}/releases", unrecorded(facts))
         is_done = release in facts.records
     elif operation == "unhold":
@@ -8041,7 +8042,7 @@ def plan_operation(facts: Facts) -> Plan:
         elif operation == "rollback" and not target.activated_at:
             raise UsageError(f"{release} was never live: there is no way back to it",
                              f"make it live: {facts.command_line(f'activate {release}')}")
-        elif operation != "recover" and not (is_done or asked.force):
+        elif operation != "recover" and not (is_done or request.force):
             if target.state == STATE_BAD:
                 raise ArtifactRefused(*bad_refusal(target))
             if operation == "activate" and facts.settings.signature.verify == "required" \
@@ -8059,10 +8060,10 @@ def plan_operation(facts: Facts) -> Plan:
 
 
 def choose_target(facts: Facts) -> Record:
-    """Return the release that was named, else where a rollback goes; raises where none is."""
-    asked, live, lost = facts.request, facts.current.release, lost_current(facts)
-    recovers = asked.command == "recover"
-    named = asked.to if recovers else asked.release
+    """Return the named release, else a rollback's target; raises where there is none."""
+    request, live, lost = facts.request, facts.current.release, lost_current(facts)
+    recovers = request.command == "recover"
+    named = request.to if recovers else request.release
     if recovers and facts.current.problem and not facts.current.missing:
         raise StateError(facts.current.problem, facts.current.hint)
     if named:
@@ -8093,32 +8094,32 @@ def make_plan(facts: Facts, plan: Plan) -> Plan:
 
 
 def expand(words: str, phase: str, facts: Facts, plan: Plan) -> Steps:
-    """Make the steps of some words of the table; none where nothing is configured for a word."""
+    """Make the steps of some words of the table; none for a word that is not configured."""
     steps: Steps = []
     for word in words.split():
         name = word.rstrip("?")
-        now = phase
-        if name in STAGE.split():
-            now = PHASE_STAGING
+        own_phase = phase
+        if name in STAGE.split():  # whatever `phase` says
+            own_phase = PHASE_STAGING
             if facts.artifact and facts.artifact.release:
-                continue  # it was staged before
+                continue  # it is staged already
         needed, make, *actions = WORDS[name]
         values = [attrgetter(option)(facts.settings) for option in needed.split()]
         if needed and not any(value and value != "never" for value in values):
             continue
-        if isinstance(make, str):
+        if isinstance(make, str):  # a text needs `actions`; without them these are the steps
             made: Any = make.format(release=plan.to_release)
         else:
             made = make(name, facts, plan)
         for step in [Step(name, made, *actions)] if actions else made:
             steps.append(step._replace(
-                phase=now, plan=plan, optional=step.optional or word != name,
-                noted=step.noted if now in (PHASE_INTENT, PHASE_SWITCHED) else ""))
+                phase=own_phase, plan=plan, optional=step.optional or word != name,
+                noted=step.noted if own_phase in (PHASE_INTENT, PHASE_SWITCHED) else ""))
     return steps
 
 
 def release_id(facts: Facts, artifact: Any) -> str:
-    """Name an artifact's release: as it is, else by time and version, numbered where needed."""
+    """Name an artifact's release: where it is staged, else by time and version, made unique."""
     base = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(facts.now_seconds)) + artifact.version
     name, number = base, 2
     while name in facts.records or name in facts.on_disk:
@@ -8127,7 +8128,7 @@ def release_id(facts: Facts, artifact: Any) -> str:
 
 
 def step_context(run: Run, step: Step) -> Context:
-    """Describe the release that a step leads to; on the way back, the one that failed as well."""
+    """Describe a step's release; on the way back, the one that failed as well."""
     plan = step.plan
     return context_for(run.facts, plan.to_release, plan.from_release or "",
                        plan.from_release or "" if plan.back else "")
@@ -8136,24 +8137,24 @@ def step_context(run: Run, step: Step) -> Context:
 # -- what the words stand for: from the artifact to a sealed release -----------
 
 def do_hook(run: Run, step: Step) -> None:
-    """Run the operator's commands for one hook in order, up to the first that fails."""
+    """Run one hook's commands in order, up to the first that fails."""
     name, hooks = step.name.partition(":")[2], run.settings.hooks
     for argv in getattr(hooks, name):
         perform_command(run, step_context(run, step), f"hook {name}", argv, hooks.timeout)
 
 
 def do_unpack(run: Run, step: Step) -> str:
-    """Unpack; ArtifactRefused for what is wrong with it."""
-    live, how, sharer = run.facts.current.release, run.settings.deploy.share_unchanged, None
+    """Unpack the artifact; ArtifactRefused for what is wrong with it."""
+    live, sharing, sharer = run.facts.current.release, run.settings.deploy.share_unchanged, None
     with ExitStack() as stack:
         progress = stack.enter_context(run.console.progress("unpack", run.artifact.size_bytes))
         run.staging = run.store.new_staging()
         tree = run.store.directory(f"releases/{run.staging}")
-        # Who may write to the files would reach into the live release through hard links.
-        written = run.settings.hooks.post_stage or run.settings.deploy.writable
-        if live and how != "no" and not (how == "hardlink" and written):
-            release = stack.enter_context(run.store.directory("releases").child(live))
-            sharer = Sharer(release, how)
+        # Whoever may write to its files would write to the live one's through hard links.
+        is_written = run.settings.hooks.post_stage or run.settings.deploy.writable
+        if live and sharing != "no" and not (sharing == "hardlink" and is_written):
+            live_tree = stack.enter_context(run.store.directory("releases").child(live))
+            sharer = Sharer(live_tree, sharing)
             stack.callback(sharer.close)
         run.manifest, notes = unpack(run.artifact, tree, run.settings, progress, sharer)
     if run.artifact.copy:
@@ -8163,33 +8164,33 @@ def do_unpack(run: Run, step: Step) -> str:
     for note in notes:
         run.console.warn(note)
     counts = count_members(run.manifest)
-    more = ""
+    detail = f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}"
     if sharer and sharer.shared_files:
-        more = f", {sharer.shared_files:,} shared with {live}"
+        detail += f", {sharer.shared_files:,} shared with {live}"
     if run.artifact.signature:
-        more += f", signed by {run.artifact.signature['signer']}"
-    return f"{count(counts['files'], 'file')}, {format_size(counts['bytes'])}{more}"
+        detail += f", signed by {run.artifact.signature['signer']}"
+    return detail
 
 
 def open_made(run: Run, path: str) -> Directory:
-    """Open a directory of the staged tree, making and listing it where it is missing.
+    """Open a directory of the staged tree; what is missing is made and put into the manifest.
 
     A symlink of the artifact on the way is refused: it could lead outside.
     """
-    made = ""
+    place = ""
     for name in filter(None, path.split("/")):
-        made = f"{made}/{name}".lstrip("/")
-        found = run.manifest.get(os.fsencode(made))
-        if found is None:
-            add_member(run.manifest, Member(os.fsencode(made), DIRECTORY, _MODE_DIRECTORY))
-        elif found.kind != DIRECTORY:
-            raise StepFailed(f"{made} is not a directory in the artifact",
+        place = f"{place}/{name}".lstrip("/")
+        member = run.manifest.get(os.fsencode(place))
+        if member is None:
+            add_member(run.manifest, Member(os.fsencode(place), DIRECTORY, _MODE_DIRECTORY))
+        elif member.kind != DIRECTORY:
+            raise StepFailed(f"{place} is not a directory in the artifact",
                              f"choose another place than {path}/")
     return run.store.directory(f"releases/{run.staging}").child(path, make=bool(path))
 
 
 def put_member(run: Run, member: Member, data: bytes = b"") -> None:
-    """Put a link or a file into the staged release, in place of what the artifact has there."""
+    """Put a link or a file into the staged release; it replaces what the artifact has there."""
     parent, _, name = os.fsdecode(member.name).rpartition("/")
     with open_made(run, parent) as directory:
         directory.remove_tree(name)
@@ -8201,7 +8202,7 @@ def put_member(run: Run, member: Member, data: bytes = b"") -> None:
 
 
 def do_shared(run: Run, step: Step) -> OptionalText:
-    """Make missing shared directories, and a relative link for each path."""
+    """Make missing shared directories, and a relative link to each shared path."""
     deploy, replaced = run.settings.deploy, []
     for path in deploy.shared_dirs + deploy.shared_files:
         if path in deploy.shared_dirs:
@@ -8214,8 +8215,8 @@ def do_shared(run: Run, step: Step) -> OptionalText:
 
 
 def do_templates(run: Run, step: Step) -> None:
-    """Render them; StepFailed names every placeholder without a value."""
-    # A name stands for what is in [vars], else for DEPLOY_*, else for what is in the environment.
+    """Render the templates; StepFailed names every placeholder without a value."""
+    # A value comes from [vars], else from DEPLOY_*, else from the environment.
     values = {name: environment(name) for name in environment_names()}
     values.update(step_context(run, step).variables())
     values = {**{name: portable(value) for name, value in values.items()}, **run.settings.vars}
@@ -8234,11 +8235,11 @@ def do_templates(run: Run, step: Step) -> None:
             "utf-8", "surrogateescape")
         mode = template.mode
         for escaped, key in re.findall(PLACEHOLDER, source):
-            # A query is masked as well, and need not be secret.
+            # A URL's query is always masked, and need not be secret.
             is_masked = MASK in mask(values.get(key, "")).replace("?" + MASK, "")
             if not escaped and (SECRET_NAME.search(key.lower()) or is_masked) \
                     and run.settings.origin(section, "mode") == "default":
-                mode = 0o640  # what is secret is not for every user of the host
+                mode = 0o640  # not for every user of the host
         target = Member(os.fsencode(template.target), FILE, mode, len(rendered), None,
                         hashlib.sha256(rendered).digest())
         if run.manifest.get(target.name, target).kind == DIRECTORY:
@@ -8248,11 +8249,11 @@ def do_templates(run: Run, step: Step) -> None:
 
 
 def do_writable(run: Run, step: Step) -> None:
-    """Give the application its own directories of the release, with all that is in them."""
+    """Give [deploy] writable, with all that is in it, to the application's user."""
     uid = account("user", run.settings.deploy.app_user, "[deploy] app_user").pw_uid
     for path in run.settings.deploy.writable:
         with open_made(run, path) as directory:
-            # Nobody else reaches the tree yet, and no link is followed even so.
+            # Nobody else can reach the tree yet; even so, no link is followed.
             for _, descriptor, _ in walk_tree(directory.descriptor):
                 if descriptor >= 0:
                     os.fchown(descriptor, uid, -1)
@@ -8260,39 +8261,38 @@ def do_writable(run: Run, step: Step) -> None:
 
 
 def do_publish(run: Run, step: Step) -> None:
-    """Make the staged tree durable, then give it its name under releases/."""
+    """Make the staged tree durable, then rename it to the release's id."""
     directories = names_of(run.manifest, DIRECTORY)
     tree = run.store.directory(f"releases/{run.staging}")
-    # Nothing will be made in them any more; what lies below goes first.
+    # Last, and the deepest first: their own modes may forbid to write there, or to enter.
     for name in reversed(directories):
         if run.manifest[name].mode != _MODE_DIRECTORY:
             os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
-    if run.store.group >= 0:
-        open_to_group(run)
-    # Before the rename: a name must never lead to data that a power cut can take.
+    open_to_group(run)
+    # Before the rename: what stands under a release's id must survive a power cut.
     if run.settings.deploy.durable:
         sync_filesystem(tree.descriptor)
     run.store.publish(run.staging, step.plan.to_release)
 
 
 def undo_publish(run: Run, step: Step) -> None:
-    """Take the release away, unless its name is somebody else's: the tree still has its first."""
+    """Remove the release; where the staged tree was not renamed, that id is somebody else's."""
     if not run.staging or not run.store.is_release(run.staging):
         run.store.remove_release(step.plan.to_release)
 
 
 def open_to_group(run: Run) -> None:
-    """Let any member of a group's root prune a release: its directories are theirs to write."""
-    for name in names_of(run.manifest, DIRECTORY):
+    """Let a root's group write to a release's directories, so that any member can prune it."""
+    for name in names_of(run.manifest, DIRECTORY) if run.store.group >= 0 else ():
         with run.store.directory(f"releases/{run.staging}").child(os.fsdecode(name)) as directory:
-            with suppress(PermissionError):  # of another user, as a hook made it
+            with suppress(PermissionError):  # a hook made it as another user
                 give_to_group(directory.descriptor, run.store.group)
             mode = stat.S_IMODE(os.fstat(directory.descriptor).st_mode) & ~stat.S_ISGID
         run.manifest[name] = run.manifest[name]._replace(mode=mode)
 
 
 def scan_release(run: Run, release: str, whose: str, fix: str) -> Manifest:
-    """Hash what stands in a release; StepFailed for what none can hold."""
+    """Hash the tree of a release; StepFailed for what no release can hold."""
     try:
         with run.console.progress("hash") as progress, \
                 run.store.directory("releases").child(release) as directory:
@@ -8303,54 +8303,52 @@ def scan_release(run: Run, release: str, whose: str, fix: str) -> Manifest:
                          f"{fix}, or name its place in [deploy] mutable")
 
 
-def keep_record(run: Run, release: str, counts: Dict[str, int], **fields: Any) -> None:
-    """Write manifest and record of a release that is whole: from here on it is known."""
-    digests = {}
-    for path, name, lines in ((TREES, "tree", tree_lines(run.manifest)),
-                              (MANIFESTS, "manifest", digest_lines(run.manifest))):
-        digests[f"{name}_sha256"] = run.store.write(f"{path}/{release}", lines)
+def keep_record(run: Run, release: str, **fields: Any) -> None:
+    """Write manifest, then record, of a complete release: from now on it is known."""
+    tree = dict(
+        count_members(run.manifest),
+        tree_sha256=run.store.write(f"{TREES}/{release}", tree_lines(run.manifest)),
+        manifest_sha256=run.store.write(f"{MANIFESTS}/{release}", digest_lines(run.manifest)))
     record = Record(**dict(
         dict.fromkeys(Record._fields), id=release, pinned=False, migrated=False, by=run.by,
-        rollback={"release": None, "command": None}, note=run.note or None,
-        tree=dict(counts, **digests), **fields))
+        rollback={"release": None, "command": None}, note=run.note or None, tree=tree, **fields))
     run.store.save(record)
     run.facts.records[release] = record
 
 
 def change_record(run: Run, release: str, **fields: Any) -> None:
-    """Change what is recorded of a release, and what is known of it."""
+    """Change fields of a release's record, on disk and in the facts."""
     record = run.facts.records[release]._replace(**fields)
     run.store.save(record)
     run.facts.records[release] = record
 
 
 def do_seal(run: Run, step: Step) -> None:
-    """Keep what was unpacked, and what post_stage made of it: it must not change any more."""
-    release, found, shown = step.plan.to_release, run.facts.artifact, run.outcome.extra["artifact"]
+    """Write manifest and record of what was unpacked, with post_stage's changes to it."""
+    release, source, shown = step.plan.to_release, run.facts.artifact, run.outcome.extra["artifact"]
     created_at = format_time()
     if run.settings.hooks.post_stage:
         run.manifest = scan_release(run, release, "post_stage left", "correct [hooks] post_stage")
-        if run.store.group >= 0:
-            open_to_group(run)
+        open_to_group(run)
         if run.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
-    shown["signature"] = found.signature  # known by now
-    # What is not words is not masked: a secret such as 1234 may well stand in a digest.
-    artifact = dict(shown, sha256_source=run.console.secrets.mask(found.sha256_source),
+    shown["signature"] = source.signature  # known only once it is unpacked
+    # Digests are not masked: a secret such as 1234 may well occur in one.
+    artifact = dict(shown, sha256_source=run.console.secrets.mask(source.sha256_source),
                     strip_components=run.settings.artifact.strip_components,
-                    identity=None if found.format == "directory" else found.identity)
-    keep_record(run, release, count_members(run.manifest), version=found.version,
-                state=STATE_STAGED, artifact=artifact, created_at=created_at,
+                    identity=None if source.format == "directory" else source.identity)
+    keep_record(run, release, version=source.version, state=STATE_STAGED, artifact=artifact,
+                created_at=created_at,
                 sequence=1 + max([0, *map(attrgetter("sequence"), run.facts.records.values())]),
                 application=run.settings.deploy.application or None,
-                built_at=found.built_at or (found.signature or {}).get("at"))
+                built_at=source.built_at or (source.signature or {}).get("at"))
     run.facts.on_disk.add(release)
 
 
 # -- ... from there to what is live --------------------------------------------
 
 def not_brought(release: str, names: Sequence[str]) -> str:
-    """Tell of files that a release did not get from its artifact."""
+    """Name the first files of a release that did not come from its artifact."""
     some = ", ".join(map(portable, names[:3]))
     return f"{release} holds {count(len(names), 'file')} that the artifact did not bring: {some}"
 
@@ -8362,9 +8360,9 @@ def do_verify(run: Run, step: Step) -> str:
     problem = problems_of(differences)
     added = list(differences["added"])
     run.output = name_differences(run, differences)[:KEPT_DIFFERENCES]
-    inside = [(f"[{section}] {key}", argv[0])
-              for section, key, argv, _, in_release in commands(run.settings) if in_release]
-    refuse_foreign_programs(run.settings, inside, f"{run.store.path}/releases/{release}")
+    programs = [(f"[{section}] {key}", argv[0])
+                for section, key, argv, _, in_release in commands(run.settings) if in_release]
+    refuse_foreign_programs(run.settings, programs, f"{run.store.path}/releases/{release}")
     if problem and (not run.flags.force or step.plan.operation == "recover"):
         raise StepFailed(
             f"{release} is not what was staged: {problem}",
@@ -8379,75 +8377,80 @@ def do_verify(run: Run, step: Step) -> str:
 
 
 def do_candidate(run: Run, step: Step) -> str:
-    """Ask the release on a port that no visitor knows; ReleaseFailed by its own doing."""
+    """Probe the release on a port that no visitor knows; ReleaseFailed by its own fault."""
     with hold_port("0.0.0.0", run.settings.candidate.port) as held:
         port = str(held.getsockname()[1])
     context = step_context(run, step)._replace(candidate_port=port)
-    asked = fill_in(run.settings.candidate, {CANDIDATE_PORT: port})
+    candidate = fill_in(run.settings.candidate, {CANDIDATE_PORT: port})
     probes = [probe for probe in run.settings.probe.values() if probe.when == "candidate"] or [
         adhoc_probe("tcp", f"localhost:{port}", [
-            "deadline=480h", "successes=1", "period=100ms", "backoff=1"])]
+            "deadline=480h", "successes=1", "period=100ms", "backoff=1"])]  # 480h: cut below
     with run.console.progress(step.name) as progress, start_command(
-            run, context, step.name, asked.command, start=Guard, port=int(port),
-            timeout_seconds=asked.timeout) as guard:
+            run, context, step.name, candidate.command, start=Guard, port=int(port),
+            timeout_seconds=candidate.timeout) as guard:
         for probe in probes:
             probe = fill_in(probe, {CANDIDATE_PORT: port})
             probe.deadline = min(probe.deadline, guard.ends_seconds - time.monotonic())
-            found = run_probe(run, probe, context, expect_release=True, progress=progress,
-                              guard=guard)
-            if not found.ok and found.required:
+            last = run_probe(run, probe, context, expect_release=True, progress=progress,
+                             guard=guard)
+            if not last.ok and last.required:
                 break
-            if not found.ok:
-                run.console.warn(found.complaint())
+            if not last.ok:
+                run.console.warn(last.complaint())
     is_started, why, run.output = guard.ended
     for line in run.output:
         run.console.output(line)
-    if not why and (found.ok or not found.required):
-        return found.detail
-    why = f"the candidate {why}" if why else found.complaint()
+    if not why and (last.ok or not last.required):
+        return last.detail
+    why = f"the candidate {why}" if why else last.complaint()
     raise (ReleaseFailed if is_started else StepFailed)(
         ": ".join([why, *run.output[-1:]]), "see what it wrote; then correct the release, "
-        "or what [candidate] and its probes say", dict(found.evidence, output=run.output))
+        "or what [candidate] and its probes say", dict(last.evidence, output=run.output))
 
 
 def migrations_left(facts: Facts, plan: Plan) -> Optional[List[str]]:
-    """Name the releases whose migrations are to be undone where a person goes back, newest first.
+    """Name the releases whose migrations a person undoes by going back, newest first.
 
-    None for a move forward: to what was never live, or is newer.
+    None for a move forward: to a release that was never live, or that is newer.
     """
-    there, left = (facts.records.get(name or "") for name in (plan.to_release, plan.from_release))
-    if not there or not left or not there.activated_at or there.sequence > left.sequence:
+    target, live = (facts.records.get(name or "") for name in (plan.to_release, plan.from_release))
+    if not target or not live or not target.activated_at or target.sequence > live.sequence:
         return None
     if facts.settings.migrate.on_rollback == "keep" or not facts.settings.migrate.down:
         return []
     return [record.id for record in newest_first(facts.records.values())
-            if record.migrated and there.sequence < record.sequence <= left.sequence]
+            if record.migrated and target.sequence < record.sequence <= live.sequence]
 
 
 def make_migrate(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Have the new release migrate the data; or have what others did to them undone by each."""
-    ahead = Plan(plan.operation, plan.to_release, plan.from_release) if plan.back else plan
-    left = migrations_left(facts, ahead)
-    is_asked = word == "down" and not plan.back
-    releases = [ahead.to_release] if left is None else []
-    if is_asked:
-        releases = left or []
+    """Have the new release migrate the data; going back, have each release undo its migration.
+
+    `down` runs in three ways: where a person goes back, for each release that migrated since; and
+    where `up` had begun: on the way back, or before the switch as the undo of the other commands.
+    """
+    forward = Plan(plan.operation, plan.to_release, plan.from_release) if plan.back else plan
+    to_undo = migrations_left(facts, forward)
+    is_by_hand = word == "down" and not plan.back
+    releases = [forward.to_release] if to_undo is None else []
+    if is_by_hand:
+        releases = to_undo or []
     text = " ".join(getattr(facts.settings.migrate, word))
     return [Step(f"migrate:{word}", f"run {text} in {release}", do_migrate, undo_migrate,
-                 optional=is_asked, what=release) for release in releases]
+                 optional=is_by_hand, what=release) for release in releases]
 
 
 def do_migrate(run: Run, step: Step) -> Any:
     """Run a command of [migrate] in a release, where it is needed; a `down` that fails is noted."""
-    settings, state = run.settings.migrate, run.journal.migration
+    settings, state, release = run.settings.migrate, run.journal.migration, step.what
     word = step.name.partition(":")[2]
-    release = step.what
     argv = getattr(settings, word)
-    if state.get("idle") or run.down_failed or step.plan.back and not (state.get("up") and argv):
+    nothing_to_migrate = state.get("idle")  # said `check`
+    nothing_to_undo = step.plan.back and not (state.get("up") and argv)
+    if nothing_to_migrate or nothing_to_undo or run.down_failed:
         return False
 
     def begun(group: int) -> None:
-        # Who finds this run killed must end the group, and undo what it did.
+        # In the child and here, see run_command: a recovery ends the group and undoes its work.
         state.update({word: True, "group": group, "deploy_id": run.deploy_id})
         run.store.save(run.journal)
 
@@ -8465,36 +8468,36 @@ def do_migrate(run: Run, step: Step) -> Any:
         run.down_failed = f"{reason(error)}; the backup: {saved}"
         raise RollbackFailed(run.down_failed, "correct the data, or put the backup back, then: "
                              + run.settings.command_line("recover"))
-    said = "".join(result.tail[-1:]) or f"its command {result.verdict()}"
-    state.update({word: said, "up": word == "up", "idle": word == "check" and result.ok})
-    return said
+    detail = "".join(result.tail[-1:]) or f"its command {result.verdict()}"
+    state.update({word: detail, "up": word == "up", "idle": word == "check" and result.ok})
+    return detail
 
 
 def undo_migrate(run: Run, step: Step) -> None:
-    """Run `down` where `up` had begun; it is no step of the plan, and shown all the same."""
+    """Run `down` as on the way back, if `up` had begun; shown as a step, though in no plan."""
     begun_at, run.output = time.time(), []
-    said = do_migrate(run, step._replace(name="migrate:down", plan=step.plan._replace(back=True)))
-    if said:
-        run.console.say(f"{'migrate:down':<20} {said}", status="done")
-        run.outcome.steps.append(StepResult("migrate:down", "done", time.time() - begun_at, said,
+    detail = do_migrate(run, step._replace(name="migrate:down", plan=step.plan._replace(back=True)))
+    if detail:
+        run.console.say(f"{'migrate:down':<20} {detail}", status="done")
+        run.outcome.steps.append(StepResult("migrate:down", "done", time.time() - begun_at, detail,
                                             run.output, begun_at))
 
 
 def make_close(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Put the flag up before what visitors must not see: early only for a migration ahead."""
+    """Put the maintenance flag up: before `backup`, or before the switch and a person's `down`."""
     maintenance = facts.settings.maintenance
-    left = migrations_left(facts, plan)
-    is_early = maintenance.during == "migrate" and left is None
-    wanted = is_early if word == "close_early" else maintenance.during == "switch" or left
+    to_undo = migrations_left(facts, plan)
+    is_early = maintenance.during == "migrate" and to_undo is None
+    is_wanted = is_early if word == "close_early" else maintenance.during == "switch" or to_undo
     return [Step("maintenance:on", f"put {maintenance.flag} up until the verdict is in",
-                 put_flag_up, what=is_early)] if wanted else []
+                 put_flag_up, what=is_early)] if is_wanted else []
 
 
 def put_flag_up(run: Run, step: Step) -> bool:
-    """Say that this run wants it, where `check` asked for it and no person has put it up."""
-    found = run.store.maintenance()
+    """Put the flag up as this run's, unless it is a person's or `check` wants no migration."""
+    flag = run.store.maintenance()
     is_idle = step.what and run.journal.migration.get("idle")
-    needed = not (is_idle or found and "deploy_id" not in found)
+    needed = not (is_idle or flag and "deploy_id" not in flag)
     if needed:
         whose = {"deploy_id": run.deploy_id, "since": format_time()}
         run.store.write(run.store.flag, json.dumps(whose).encode("ascii"), 0o644)
@@ -8502,7 +8505,7 @@ def put_flag_up(run: Run, step: Step) -> bool:
 
 
 def take_flag_down(run: Run, step: Step) -> bool:
-    """Take it away, unless it is a person's by now."""
+    """Take the flag down, unless it is a person's by now."""
     needed = "deploy_id" in run.store.maintenance()
     if needed:
         run.store.forget(run.store.flag)
@@ -8510,7 +8513,7 @@ def take_flag_down(run: Run, step: Step) -> bool:
 
 
 def make_activate(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Point `current` at a release in one atomic rename, or take it away."""
+    """Point `current` at a release in one atomic rename, or remove it."""
     target = plan.to_release
     source = plan.from_release or facts.current.missing
     if target == source:
@@ -8522,13 +8525,12 @@ def make_activate(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def do_activate(run: Run, step: Step) -> None:
-    """Switch, and warn of what the release that is left holds beside its artifact."""
-    target = step.plan.to_release
-    source = step.what
-    # After the switch a full disk may have no room for the link that leads back.
+    """Switch, and warn of what the old release holds beside its artifact."""
+    source, target = step.what, step.plan.to_release
+    # A link back is made first: after the switch, a full disk may have no room for one.
     keep = not step.plan.back and step.plan.operation != "recover"
-    left = run.facts.release(source) if keep else None
-    written = strangers(run, left) if left else []  # now: after the switch services wait for it
+    leaving = run.facts.release(source) if keep else None
+    written = strangers(run, leaving) if leaving else []  # now: later, services would wait for it
     run.store.switch(source, target, keep=keep)
     if written:
         run.console.warn(f"{not_brought(source, written)}; {target} has none of that: name its "
@@ -8544,13 +8546,13 @@ def undo_activate(run: Run, step: Step) -> None:
 # -- ... with two slots ----------------------------------------------------------
 
 def target_slot(facts: Facts, plan: Plan) -> str:
-    """Name the slot of the release, else the idle one; none on a way back to what had none."""
+    """Name the release's slot, else the idle one; on the way back none where it had none."""
     idle = next(name for name in facts.settings.slots if name != facts.live_slot)
     return facts.slots.get(plan.to_release or "", "" if plan.back else idle)
 
 
 def make_slot(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Start the release in the idle slot, and ask it there: nobody else does yet."""
+    """Start the release in the idle slot and probe it there, before visitors come."""
     slot = facts.settings.slots[target_slot(facts, plan)]
     before = [earlier for earlier, name in facts.slots.items() if name == slot.name]
     text = f"start {slot.unit}, port {slot.port}, for {plan.to_release}"
@@ -8573,9 +8575,9 @@ def start_slot(run: Run, step: Step) -> str:
 
 
 def stop_slot(run: Run, step: Step) -> None:
-    """Stop what was started there, and link what was there before."""
+    """Stop the slot's unit, and link what was linked there before."""
     slot, before = step.what
-    if step.plan.to_release in run.facts.slots:  # the link comes first
+    if step.plan.to_release in run.facts.slots:  # without a link nothing was started
         UnitService(run, slot).stop()
         run.store.forget(f"slots/{slot.name}")
         for earlier in before:
@@ -8583,9 +8585,8 @@ def stop_slot(run: Run, step: Step) -> None:
 
 
 def do_proxy(run: Run, step: Step) -> None:
-    """Have the proxy lead to the slot of the release; on the way back, where it led before."""
-    facts = run.facts
-    slots = run.settings.slots
+    """Have the proxy lead to the release's slot, or to the slot that an undo names."""
+    facts, slots = run.facts, run.settings.slots
     target = target_slot(facts, step.plan) if step.what is None else step.what
     conf = slots[target].include if target else ""
     if target == facts.live_slot:
@@ -8600,9 +8601,9 @@ def do_proxy(run: Run, step: Step) -> None:
 
 
 def undo_proxy(run: Run, step: Step) -> None:
-    """Have it lead where it led before; RollbackFailed where that fails too."""
-    # The journal of another run: it had not renamed live.conf, unless it was killed right here.
+    """Have the proxy lead where it led before; RollbackFailed where that fails too."""
     before = run.facts.live_slot
+    # In a recovery: that run had not yet written live.conf, so there is nothing to undo.
     if run.journal.recoveries and (run.journal.phase == PHASE_STAGING or not before):
         return
     try:
@@ -8613,10 +8614,10 @@ def undo_proxy(run: Run, step: Step) -> None:
 
 
 def make_drain(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Stop the slot that is left, once nothing is asked of it any more or a signal has come."""
+    """Stop the old slot once it has no connections, its time is up or a signal comes."""
     target = target_slot(facts, plan)
     linked = facts.slots.values()
-    # One without a link never ran, unless it is this run that starts it.
+    # A slot without a link never ran, unless this run started it.
     return [Step(f"drain:{slot.name}", f"stop {slot.unit} once nothing is asked of it any more, "
                  f"after {format_seconds(slot.drain)} at the latest", do_drain, optional=True,
                  what=slot)
@@ -8625,7 +8626,7 @@ def make_drain(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def do_drain(run: Run, step: Step) -> None:
-    """Wait until two looks in a row find no connection, then stop it."""
+    """Wait until two looks in a row find no connection, then stop the slot."""
     slot, interrupts, was_closed = step.what, run.interrupts, run.interrupts.is_closed
     ends_seconds = time.monotonic() + slot.drain
     quiet = 0
@@ -8634,10 +8635,10 @@ def do_drain(run: Run, step: Step) -> None:
         with suppress(Interrupted), run.console.progress(step.name) as progress:
             interrupts.wait(min(LEAST_DRAIN_SECONDS, slot.drain))
             while quiet < 2 and time.monotonic() < ends_seconds:
-                with suppress(OSError):  # nobody can know: then the time counts
-                    found = sockets(slot.port, "01")
-                    quiet = 0 if found else quiet + 1
-                    progress(0, count(len(found), "connection"))
+                with suppress(OSError):  # without /proc it waits to the end
+                    connections = sockets(slot.port, "01")
+                    quiet = 0 if connections else quiet + 1
+                    progress(0, count(len(connections), "connection"))
                 interrupts.wait(DRAIN_LOOK_SECONDS)
     finally:
         interrupts.is_closed = was_closed
@@ -8647,7 +8648,7 @@ def do_drain(run: Run, step: Step) -> None:
 # -- ... and to a verdict --------------------------------------------------------
 
 def make_probes(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Ask the running service whether it is healthy, and which version it is."""
+    """Ask whether the release is healthy and which it is: in its slot, or where visitors ask."""
     return [Step(f"probe:{name}",
                  f"probe {name}" + ("" if probe.required else " (a failure is only a warning)"),
                  do_probe, what=probe, optional=not probe.required)
@@ -8658,24 +8659,24 @@ def make_probes(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def do_probe(run: Run, step: Step) -> str:
-    """Ask until the verdict is in."""
+    """Run a probe until its verdict is in."""
     with run.console.progress(step.name) as progress:
-        found = run_probe(run, step.what, step_context(run, step), expect_release=True,
-                          progress=progress, restarted=True)
-    if not found.ok:
-        raise StepFailed(found.complaint(), found.hint(), found.evidence)
-    return found.detail
+        probed = run_probe(run, step.what, step_context(run, step), expect_release=True,
+                           progress=progress, restarted=True)
+    if not probed.ok:
+        raise StepFailed(probed.complaint(), probed.hint(), probed.evidence)
+    return probed.detail
 
 
 def do_health(run: Run, step: Step) -> str:
-    """Ask once how the release that is left is doing: nobody is put back on what was broken."""
+    """Ask once how the live release is doing: nothing leads back to a broken one."""
     context = context_for(run.facts, step.plan.from_release)
     failed = [make_service(run, name).down() for name, service in run.settings.service.items()
               if (service.unit or service.pidfile) and service.action != "none"]
     for probe in run.settings.probe.values():
         if probe.when in ("after", "both") and (run.facts.live_slot or not probe.of_slot):
-            found = run_probe(run, probe, context, expect_release=True, once=True)
-            failed.append("" if found.ok else found.detail)
+            probed = run_probe(run, probe, context, expect_release=True, once=True)
+            failed.append("" if probed.ok else probed.detail)
     why = "; ".join(filter(None, failed)) or not failed and "nothing could be asked"
     run.left_is_healthy = not why
     return f"not healthy, no way back to it: {why}" if why else "healthy"
@@ -8684,24 +8685,25 @@ def do_health(run: Run, step: Step) -> str:
 # -- ... and what is kept --------------------------------------------------------
 
 def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Let go what retention does not keep: good releases beyond keep_releases, bad beyond one.
+    """Delete what retention does not keep: good releases beyond keep_releases, bad beyond one.
 
-    What will be live, what a rollback would then go to, what is pinned, what a process runs from
-    and what has no record stay.  A release that is about to be made counts as kept.
+    What will be live, what a rollback would then go to, what is pinned, in a slot or in use, and
+    what has no record stays.  A release about to be made counts as kept.
     """
     live, previous = plan.to_release or None, plan.from_release
     if live == previous:
         target = rollback_target(facts, live)
-        previous = target.id if target else None
+        previous = target and target.id
+    # What is in use gets no step, or every deployment would warn of it.
     keep = {live, previous, *facts.in_use, *facts.slots}
-    if facts.current.release is None:  # what should be live is known by its record alone
+    if facts.current.release is None:  # only its record tells what should be live
         for record in facts.records.values():
             if record.state == STATE_ACTIVE:
                 keep |= {record.id, record.previous}
-    there = newest_first(map(facts.release, facts.records))
-    good = [record for record in there
+    releases = newest_first(map(facts.release, facts.records))
+    good = [record for record in releases
             if record.state in (STATE_ACTIVE, STATE_RETIRED) or record.id == live]
-    bad = [record for record in there if record.state == STATE_BAD and record.id != live]
+    bad = [record for record in releases if record.state == STATE_BAD and record.id != live]
     arriving = live is not None and live not in facts.records
     kept = max(1, facts.settings.deploy.keep_releases) - arriving
     return [Step(f"prune:{record.id}",
@@ -8712,7 +8714,7 @@ def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def refuse_to_prune(run: Run, record: Record) -> None:
-    """StepFailed where a release is kept all the same."""
+    """StepFailed for a release that a process runs from since the plan was made, or wrote to."""
     in_use = releases_in_use(run.settings, run.store.path)
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
@@ -8724,7 +8726,7 @@ def refuse_to_prune(run: Run, record: Record) -> None:
 
 
 def do_prune(run: Run, step: Step) -> str:
-    """Delete a release, files first, then its record; a bad one's digest is remembered."""
+    """Delete a release, files first; the record of a refused or migrated one is kept."""
     record = step.what
     refuse_to_prune(run, record)
     run.store.remove_release(record.id)
@@ -8736,25 +8738,24 @@ def do_prune(run: Run, step: Step) -> str:
 
 
 def do_adopt(run: Run, step: Step) -> str:
-    """Make known what another tool left: hashed and recorded, never changed."""
-    release = step.plan.to_release
-    records = run.facts.records
+    """Hash and record a release that another tool left; its files are not changed."""
+    release, records = step.plan.to_release, run.facts.records
     path = f"{run.store.path}/releases/{release}"
-    # Its place in the order is the time in its name, else the time of its directory.
-    found = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
-    made_at = "{}-{}-{}T{}:{}:{}Z".format(*found.groups()) if found else \
+    # The time in its name, else its directory's, gives its place in the order.
+    time_parts = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
+    made_at = "{}-{}-{}T{}:{}:{}Z".format(*time_parts.groups()) if time_parts else \
         format_time(os.lstat(path).st_mtime)
     run.manifest = scan_release(run, release, f"{release} holds", "remove it")
     sequence = 1 + max([0, *(record.sequence for record in records.values()
                              if record.created_at <= made_at)])
-    for record in newest_first(records.values()):  # no two have one number meanwhile
+    for record in newest_first(records.values()):  # so that no two ever share a number
         if record.sequence >= sequence:
             change_record(run, record.id, sequence=record.sequence + 1)
     counts = count_members(run.manifest)
-    is_live = release == run.facts.current.release
-    digest = hash_pieces(digest_lines(run.manifest)).hex()  # of the manifest
-    keep_record(run, release, counts, sequence=sequence, version=release, created_at=made_at,
-                activated_at=made_at, state=STATE_ACTIVE if is_live else STATE_RETIRED,
+    digest = hash_pieces(digest_lines(run.manifest)).hex()
+    keep_record(run, release, sequence=sequence, version=release, created_at=made_at,
+                activated_at=made_at, state=STATE_ACTIVE
+                if release == run.facts.current.release else STATE_RETIRED,
                 artifact={"name": release, "source": path, "format": "directory",
                           "signature": None, "size": counts["bytes"], "sha256": digest,
                           "sha256_source": "adopted", "strip_components": 0})
@@ -8762,20 +8763,20 @@ def do_adopt(run: Run, step: Step) -> str:
 
 
 def do_pin(run: Run, step: Step) -> None:
-    """Protect a release from pruning, or no longer."""
+    """Protect a release from pruning, or end that."""
     change_record(run, step.plan.to_release, pinned=step.name == "pin")
 
 
 def make_hold(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Write down that what is live stays live, who says so and why."""
+    """Write down that what is live is to stay, until when, who says so and why."""
     until = None
-    wanted = facts.request.until
+    given = facts.request.until
     if not facts.note.strip():
         raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
-    if wanted:
-        until = format_time(read_value("moment", wanted)(facts.now_seconds, 1))
+    if given:
+        until = format_time(read_value("moment", given)(facts.now_seconds, 1))
         if until <= format_time(facts.now_seconds):
-            raise UsageError(f"--until {wanted} is past", "name a time to come, or a duration: 12h")
+            raise UsageError(f"--until {given} is past", "name a time to come, or a duration: 12h")
 
     def do(run: Run, step: Step) -> None:
         hold = {"by": run.by, "note": run.note, "since": format_time(), "until": until}
@@ -8785,17 +8786,17 @@ def make_hold(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def make_flags(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Set feature flags: on, off, a share of those who ask, or a text; nothing removes one."""
+    """Set feature flags: on, off, a percentage or a text; `NAME=` removes one."""
     flags = dict(facts.flags)
     values = {"on": True, "off": False}
     for text in map(portable, facts.request.assignments):
-        # Other languages read no JSON with half a surrogate pair.
-        found = re.match(r"([A-Za-z0-9_.-]{1,100})="
+        # Other languages cannot read JSON that holds half a surrogate pair.
+        match = re.match(r"([A-Za-z0-9_.-]{1,100})="
                          r"(?:(100|[0-9]{1,2})%|([^\ud800-\udfff]*(?<!%)))\Z", text)
-        if not found:
+        if not match:
             raise UsageError(f"{text!r} sets no flag", "write NAME=on, NAME=off, NAME=25%, "
                              "NAME=TEXT in UTF-8, or NAME= to remove it; letters, digits, . _ -")
-        name, percent, value = found.groups()
+        name, percent, value = match.groups()
         flags[name] = {"percent": int(percent)} if percent else values.get(value, value)
         if value == "":
             del flags[name]
@@ -8804,14 +8805,14 @@ def make_flags(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def do_flags(run: Run, step: Step) -> None:
-    """Write shared/flags.json at once: applications read it without a lock."""
+    """Replace shared/flags.json in one rename: applications read it without a lock."""
     data = json.dumps(step.what, indent=2, sort_keys=True).encode("ascii") + b"\n"
     run.store.write(FLAGS_FILE, data, 0o644)
     run.facts = run.facts._replace(flags=step.what)
 
 
 def show_flag(value: Any) -> str:
-    """Write a feature flag as it is set on the command line; in JSON what cannot be set there."""
+    """Show a feature flag as the command line sets it; as JSON what cannot be set there."""
     if isinstance(value, dict) and list(value) == ["percent"]:
         return f"{value['percent']}%"
     words = {"true": "on", "false": "off", "null": "none"}
@@ -8819,8 +8820,8 @@ def show_flag(value: Any) -> str:
     return value if isinstance(value, str) else words.get(text, text)
 
 
-# word of the table -> what must be configured for it, then its text, what does it, and what takes
-# it back, or what makes its steps; a text is as it stands, or made of the facts
+# word: what must be configured for it; then text, `do` and perhaps `undo` of its one step, or else
+# a function that makes its steps.  The text may be a function, too; both get word, facts and plan.
 WORDS: Dict[str, Tuple[Any, ...]] = {
     "unpack": ("", lambda word, facts, plan:
                f"verify and unpack {facts.artifact.name if facts.artifact else 'the artifact'}",
@@ -8841,7 +8842,7 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
     "seal": ("", "write manifest and record", do_seal, lambda run, step:
              run.store.forget(f"{RECORDS}/{step.plan.to_release}.json")),
     "verify": ("", "verify {release} against its manifest", do_verify),
-    # What was never seen to be healthy need not be asked.
+    # What has no verdict yet was never healthy, and need not be asked.
     "health": ("service probe", lambda word, facts, plan: [
         Step(word, f"ask once how {plan.from_release} is doing: only a healthy one is a way back",
              do_health)]
@@ -8856,12 +8857,12 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
         Step("maintenance:off", f"take {facts.settings.maintenance.flag} down", take_flag_down)]),
     "activate": ("", make_activate),
     "slot": ("slots", make_slot),
-    # A proxy may not be able to do without the file.
+    # Optional on a way back to no slot: a proxy may not reload without the file.
     "proxy": ("slots", lambda word, facts, plan: [
         Step(word, f"have slots/live.conf lead to {target_slot(facts, plan) or 'no slot'}, reload",
              do_proxy, undo_proxy, optional=not target_slot(facts, plan))]),
     "drain": ("slots", make_drain),
-    # Without a release, on the way back to nothing, there is nothing to run.
+    # On the way back to no release there is nothing to run.
     "services": ("service", lambda word, facts, plan: [
         Step(f"service:{service.name}", describe_service(service), lambda run, step:
              make_service(run, step.what).act(step_context(run, step)),
@@ -8878,21 +8879,21 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
                lambda run, step: run.store.forget(HOLD)),
     "flags": ("", make_flags),
     "sweep": ("", "remove what a crash left", lambda run, step:
-              ", ".join(run.store.sweep(run.console.warn)) or "nothing was left")}
-for _name in HOOK_NAMES:  # after the switch a recovery must not run them again
-    WORDS[_name] = (f"hooks.{_name}", lambda word, facts, plan: [Step(
+              ", ".join(run.store.sweep(run.console.warn)) or "nothing was left"),
+    # A hook that ran after the switch is noted, so that no recovery runs it again.
+    **{name: (f"hooks.{name}", lambda word, facts, plan: [Step(
         f"hook:{word}", f"run hook {word}: " + "; ".join(
             " ".join(argv) for argv in getattr(facts.settings.hooks, word)), do_hook,
         seconds=facts.settings.hooks.timeout * len(getattr(facts.settings.hooks, word)),
-        noted=PHASE_SWITCHED if word.startswith("post_") else "")])
-WORDS.update({name: (f"migrate.{name}", make_migrate) for name in MIGRATE_NAMES})
+        noted=PHASE_SWITCHED if word.startswith("post_") else "")]) for name in HOOK_NAMES},
+    **{name: (f"migrate.{name}", make_migrate) for name in MIGRATE_NAMES}}
 
 
 # ============================================================================
 # 14  Executor
-#    Runs a plan: journals each phase before its first step, undoes before the
-#    switch, takes the way back after it, and ends every run in one place.
-#    Recovery is the same table and the same functions.
+#    Runs a plan: journals each phase before its first step, undoes a failure
+#    before the switch, takes the way back after it, and ends every run in one
+#    place.  Recovery uses the same table and the same functions.
 # ============================================================================
 
 class Executor:
@@ -8908,24 +8909,24 @@ class Executor:
         self.run = run
         self.plan = plan
         self.done: Steps = []
-        self.blameless = False  # what failed, if anything, says nothing against the release
+        self.blameless = False  # the failure, if any, is not the release's fault
         self.started_seconds = time.monotonic()
-        left = run.facts.journal
-        if left and left.migration:
-            end_group(left.migration["group"], left.migration["deploy_id"])
-        # What a person settles ends under its own id.
-        known = left if plan.operation == "recover" and left else run
+        # Every recovery comes here, `recover --to` too: its run's migration must not go on.
+        earlier = run.facts.journal
+        if earlier and earlier.migration:
+            end_group(earlier.migration["group"], earlier.migration["deploy_id"])
+        # `recover --to` is the verdict on that run, under its id.
+        judged = earlier if plan.operation == "recover" and earlier else run
         run.journal = journal or Journal(
-            deploy_id=known.deploy_id, operation=plan.operation, phase="", recoveries=0, done=[],
+            deploy_id=judged.deploy_id, operation=plan.operation, phase="", recoveries=0, done=[],
             from_release=plan.from_release, to_release=plan.to_release, migration={}, failure=None,
             plan=run.console.secrets.mask_json(plan.to_json()), by=run.by, chain=run.store.chain,
             started_at=format_time(run.facts.now_seconds))
 
     def execute(self) -> None:
         """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
-        run = self.run
-        plan = self.plan
-        # What is not journalled is not stopped half way.
+        run, plan = self.run, self.plan
+        # Without a journal nothing is stopped half way.
         run.interrupts.is_closed = not any(step.phase for step in plan.steps)
         try:
             for step in plan.steps:
@@ -8948,13 +8949,13 @@ class Executor:
             run.interrupts.is_closed = True
             if isinstance(error, Interrupted):
                 run.console.working(str(error), 0.0, "STOPPING=1")
-            # A disk that refuses our own notes, or a missing module, is not the release's doing.
+            # That our own files cannot be written, or a module is missing, is not its fault.
             if isinstance(error, (OSError, ImportError, MemoryError)):
                 self.blameless = True
             final = self.fail(step_error(error, self.done[-1].name if self.done else "the plan"))
             if isinstance(error, FAILURES):
                 raise final from error
-            raise  # a defect of this program: what it had begun is undone by now
+            raise  # a defect of this program; everything is undone by now
         for step in plan.last:
             if not step.phase:
                 self.take(step)
@@ -8963,8 +8964,7 @@ class Executor:
 
     def take(self, step: Step) -> None:
         """Journal the phase where it is new, do the step, and show how it went."""
-        run = self.run
-        console = run.console
+        run, console = self.run, self.run.console
         if step.phase not in ("", run.journal.phase):
             self.enter(step.phase)
         run.interrupts.check()
@@ -8974,9 +8974,9 @@ class Executor:
         run.output, status, detail = [], "failed", "internal error"
         started_at, started_seconds = time.time(), time.monotonic()
         try:
-            found = step.do(run, step)
-            status, detail = "done", found if isinstance(found, str) else step.text
-            if found is False:
+            answer = step.do(run, step)
+            status, detail = "done", answer if isinstance(answer, str) else step.text
+            if answer is False:
                 status, detail = "skipped", "not needed"
         except FAILURES as error:
             detail = step_error(error, step.name).message
@@ -8996,9 +8996,8 @@ class Executor:
             self.enter(step.noted)
 
     def enter(self, phase: str, error: Optional[DeployError] = None) -> None:
-        """Write down durably what is about to be done, what was, and what failed."""
-        run = self.run
-        journal = run.journal
+        """Journal the phase that begins, the steps so far and the failure, durably."""
+        run, journal = self.run, self.run.journal
         run.journal = journal._replace(
             phase=phase, failure=self.failure(error) if error else journal.failure,
             done=list(dict.fromkeys(journal.done + [step.name for step in self.done])))
@@ -9007,7 +9006,7 @@ class Executor:
         except FAILURES as problem:
             if not error:
                 raise
-            # Undoing and going back matter more than that it is noted why.
+            # Undoing and going back matter more than noting why.
             run.console.warn("the journal could not be written: "
                              + step_error(problem, "journal").message)
 
@@ -9015,16 +9014,15 @@ class Executor:
 
     def end(self, result: str, error: Optional[DeployError] = None, exit_code: int = EXIT_OK, *,
             keep_journal: bool = False) -> None:
-        """Close the run: records, then the history, then what is left to be done, and the journal.
+        """Close the run: write records, then history; take the closing steps; remove the journal.
 
-        In this order the verdict is durable before the note of what is under way is gone.  Without
-        a result it is written already.
+        So the verdict is durable before that is gone.  Without a result it is written already.
         """
         run, plan, failure = self.run, self.plan, self.failure(error) if error else None
         if result:
             automatic = result == "rolled_back" and error is not None
-            is_bad = automatic or result == "rollback_failed" or isinstance(error, ReleaseFailed)
-            for record in settled(self, result, failure, is_bad=is_bad):
+            rejected = automatic or result == "rollback_failed" or isinstance(error, ReleaseFailed)
+            for record in settled(self, result, failure, rejected=rejected):
                 run.store.save(record)
                 run.facts.records[record.id] = record
             note_ending(
@@ -9043,7 +9041,7 @@ class Executor:
         try:
             run.store.clear_journal()
         except OSError as problem:
-            # The verdict is durable: from here on nothing may be taken back.
+            # The verdict is durable: from here on nothing may be undone.
             run.console.warn(f"the journal could not be removed: {reason(problem)}; "
                              "the next run does it")
 
@@ -9058,11 +9056,11 @@ class Executor:
     # -- the bad ends ------------------------------------------------------------
 
     def fail(self, error: DeployError) -> DeployError:
-        """Undo, leave it live, or take the way back; returns what the run ends with."""
+        """Undo, go back, or leave the new release live; returns what the run ends with."""
         run, plan, undone, phase = self.run, self.plan, self.done, self.run.journal.phase
         run.interrupts.is_closed = True
         run.console.debug(f"failed in phase {phase or 'none'}: {error.message}")
-        # Why what was switched to stays live all the same, and what a person runs then.
+        # Why the new release stays live all the same, and what a person runs then.
         why = command = ""
         if plan.operation == "recover" and plan.from_release != plan.to_release \
                 and run.store.current().release == plan.to_release:
@@ -9074,7 +9072,8 @@ class Executor:
         elif phase == PHASE_SWITCHED and not run.settings.deploy.auto_rollback:
             why, command = "auto_rollback is off", "rollback"
         is_switched = why or phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK)
-        if is_switched or isinstance(error, ReleaseFailed):  # what was staged stays
+        # What was staged goes, as if nothing had begun; one to blame stays, to be refused as bad.
+        if is_switched or isinstance(error, ReleaseFailed):
             undone = [step for step in undone if step.phase != PHASE_STAGING and not why]
             run.outcome.changed = True
         names = {step.name for step in undone}
@@ -9096,7 +9095,7 @@ class Executor:
                              + step_error(problem, "history").message)
         after = expand("open? on_failure?" if phase else "", "", run.facts, plan)
         if isinstance(final, (RolledBack, ReleaseFailed)):
-            # A timer that deploys one broken artifact after the other must not fill the disk.
+            # A timer that deploys one broken artifact after another must not fill the disk.
             stayed = Plan("prune", plan.from_release, plan.from_release)
             after += expand("prune", "", run.facts, stayed)
         for step in after:
@@ -9104,15 +9103,14 @@ class Executor:
         return final
 
     def undo(self, error: DeployError, steps: Sequence[Step]) -> Tuple[str, DeployError]:
-        """Before the switch: take back every step, newest first; the result is empty if not all."""
-        run = self.run
-        problems = []
+        """Before the switch: undo every step, newest first; the result is empty if one fails."""
+        run, problems = self.run, []
         for step in reversed(steps):
             if problems and step.phase == PHASE_STAGING:
-                continue  # the next run finishes what could not be undone, and may need the release
+                continue  # the next run tries again, and may need the release for that
             try:
                 step.undo(run, step)
-            except Exception as problem:  # a defect as well: the others are undone all the same
+            except Exception as problem:  # even a defect: the others are undone all the same
                 problems.append(f"{step.name}: {step_error(problem, step.name).message}")
                 if isinstance(problem, RollbackFailed):
                     problem.message = f"{error.message}; {problem.message}"
@@ -9120,7 +9118,7 @@ class Executor:
         run.outcome.release = self.plan.from_release
         run.outcome.previous = None
         if problems:
-            # The journal stays: the next run finishes what could not be undone now.
+            # The journal stays: the next run undoes what is left.
             run.console.warn("not everything could be undone: " + "; ".join(problems))
             if run.journal.phase:
                 self.enter(run.journal.phase, error)
@@ -9138,20 +9136,20 @@ class Executor:
         for step in plan.way_back:
             try:
                 self.take(step)
-            except Exception as problem:  # a defect as well: what failed must not stay for it
+            except Exception as problem:  # even a defect: going back must go on
                 problems.append(step_error(problem, step.name).message)
                 if step.name in ("proxy", "activate", "deactivate"):
                     break
         started = [name for name in run.journal.done if name.startswith("service:")]
         if started and not before:
             run.console.warn(f"{', '.join(started)} may still run what failed: stop it by hand")
-        found = run.store.current()
-        run.outcome.release = found.release
-        run.outcome.previous = plan.to_release if found.release == before else before
+        current = run.store.current()
+        run.outcome.release = current.release
+        run.outcome.previous = plan.to_release if current.release == before else before
         if problems:
             return "rollback_failed", RollbackFailed(
                 f"{error.message}; the rollback failed too: {'; '.join(problems)}; "
-                f"live now: {found.release or found.problem or 'nothing'}",
+                f"live now: {current.release or current.problem or 'nothing'}",
                 f"correct the cause, then: {command_line('recover')}; or settle on a release by "
                 f"hand: {command_line('recover --to RELEASE')}")
         run.outcome.rolled_back = True
@@ -9162,22 +9160,23 @@ class Executor:
 
 
 def settled(executor: Executor, result: str, failure: Optional[Json], *,
-            is_bad: bool) -> List[Record]:
-    """Return the records that change as a run ends; nothing is read or written here."""
-    plan = executor.plan
-    run = executor.run
+            rejected: bool) -> List[Record]:
+    """Return the records that change as a run ends; nothing is read or written here.
+
+    A rejected release need not be bad: unproven it is staged again, and retired if once good.
+    """
+    run, plan = executor.run, executor.plan
     records = run.facts.records
     now = format_time()
-    new = records.get(plan.to_release)
-    old = records.get(plan.from_release)
-    # A full disk or an interruption says nothing against the release.
+    new, old = records.get(plan.to_release), records.get(plan.from_release)
+    # A full disk or an interruption proves nothing against the release.
     proven = failure and not executor.blameless and not failure["interrupted"]
     changed = []
-    if is_bad:
+    if rejected:
         if old and old.state != STATE_ACTIVE and result != "rollback_failed":
             changed.append(old._replace(state=STATE_ACTIVE, deactivated_at=None))
-        if new and new != old:
-            # Bad, unless it was good before: that it fails now may have another cause.
+        if new:
+            # One that was good before may fail now for another cause.
             state = STATE_BAD if proven or new.state == STATE_BAD else STATE_STAGED
             if new.activated_at and new.state != STATE_BAD:
                 state = STATE_RETIRED
@@ -9185,14 +9184,14 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
             changed.append(new._replace(state=state, failure=failure, deactivated_at=left_at))
     elif result in GOES_LIVE:
         # The new release is active and knows the way back; every other one retires.
-        for left in records.values():
-            if left.state == STATE_ACTIVE and left != new:
-                # One that had failed and was left live is not good for having been replaced.
-                changed.append(left._replace(
-                    state=STATE_BAD if left.failure else STATE_RETIRED, deactivated_at=now,
+        for record in records.values():
+            if record.state == STATE_ACTIVE and record != new:
+                # One that failed and was left live does not become good by being replaced.
+                changed.append(record._replace(
+                    state=STATE_BAD if record.failure else STATE_RETIRED, deactivated_at=now,
                     rolled_back_at=now if plan.operation == "rollback" else None))
         if new:
-            # A rollback keeps the older `previous`, so that the next one goes further back.
+            # A rollback keeps its target's `previous`, so that the next one goes further back.
             back = plan.operation in ("rollback", "recover") and new.activated_at
             previous = new.previous if back else plan.from_release
             command = run.settings.command_line("rollback") if previous else None
@@ -9215,7 +9214,7 @@ def step_error(error: Exception, step: str) -> DeployError:
         return StepFailed(f"{step}: internal error: {type(error).__name__}: {error}",
                           "this is a defect: please report it")
     where = ""
-    if isinstance(error.filename, (str, bytes)):  # os.listdir() of a descriptor puts a number there
+    if isinstance(error.filename, (str, bytes)):  # os.listdir(descriptor) puts a number there
         where = f" at {escape(portable(os.fsdecode(error.filename)))}"
     hint = "fix the cause, then run again"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -9230,39 +9229,39 @@ def step_error(error: Exception, step: str) -> DeployError:
 def recover(run: Run) -> List[str]:
     """Finish or undo what an earlier run left, and say what was done; twice changes nothing more.
 
-    StateError where nothing may be concluded, RollbackFailed when it was tried and failed.
+    StateError where only a person can decide, RollbackFailed where the recovery failed.
     """
     store, done, current = run.store, [], run.facts.current
     journal = store.load(JOURNAL, Journal)
     if current.problem:
         raise StateError(current.problem, current.hint)
     if journal is not None:
-        for live, name in run.facts.slots.items():
-            if name == run.facts.live_slot and live != current.release \
-                    and live in (journal.from_release, journal.to_release):
-                store.switch(current.release, live)  # it follows live.conf
+        for release, slot in run.facts.slots.items():
+            if slot == run.facts.live_slot and release != current.release \
+                    and release in (journal.from_release, journal.to_release):
+                store.switch(current.release, release)  # visitors follow live.conf already
         done.append(settle_journal(run, journal, store.current().release))
         run.facts = observe_root(run, locked=True)
     facts = run.facts
     live = facts.current.release
-    # Where a record cannot be read, what it may need stays.
+    # While a record cannot be read, nothing that it may need is removed.
     known = None if facts.state_problems else facts.on_disk
     done += [f"removed {name}" for name in store.sweep(run.console.warn, known)]
     if store.read_history(1, cut=True)[1]:
         done.append("cut off a torn line of the history")
-    # The link is the truth: what it names is `active`, and nothing else is; where it is gone, what
-    # should be live stays known.  Records without files go, but what is bad stays known as bad.
+    # The link is the truth: only what it names is active; without it, what should be live stays so.
+    # Records without files go, unless they refuse an artifact or tell of a migration.
     for record in list(facts.records.values()):
-        there = record.id in facts.on_disk
+        is_on_disk = record.id in facts.on_disk
         state = record.state
         if record.id == live:
             state = STATE_ACTIVE
-        elif state == STATE_ACTIVE and (live or not there):
+        elif state == STATE_ACTIVE and (live or not is_on_disk):
             state = STATE_RETIRED
         changed = record._replace(state=state)
         if state != record.state:
             done.append(f"{record.id} is {state}, not {record.state}")
-        if not (there or record.pruned_at or record.id == live or facts.state_problems):
+        if not (is_on_disk or record.pruned_at or record.id == live or facts.state_problems):
             done.append(f"forgot {record.id}: its files are gone")
             changed = changed._replace(pruned_at=format_time())
             if not is_refused(record) and not record.migrated:
@@ -9274,40 +9273,38 @@ def recover(run: Run) -> List[str]:
 
 
 def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
-    """Bring the run that a journal tells of to its end; says how."""
-    store = run.store
-    what = str(journal)
+    """Bring the run that a journal tells of to its end; returns how it ended."""
+    store, earlier = run.store, str(journal)
     for release in filter(None, (journal.from_release, journal.to_release)):
-        # A record that cannot be read now must not pass for none.
+        # A record that cannot be read must not be taken for a missing one.
         if release not in run.facts.records and store.status(f"{RECORDS}/{release}.json"):
-            raise StateError(f"cannot recover the {what}: " + "; ".join(run.facts.state_problems),
-                             by_hand(store))
+            problems = "; ".join(run.facts.state_problems)
+            raise StateError(f"cannot recover the {earlier}: {problems}", by_hand(store))
     plan = make_plan(run.facts, Plan(journal.operation, journal.from_release, journal.to_release))
     verdict = verdict_of(store, journal, live)
     if verdict:
         if live != journal.to_release:
             plan = plan._replace(last=[])
         Executor(run, plan, journal).end("")
-        return f"{what} was finished ({verdict})"
+        return f"{earlier} was finished ({verdict})"
     if run.flags.command == "rollback" and is_under_way(journal, live):
-        # No restart and probe of what is being left.  Its journal stays until the rollback's own.
+        # No restart or probe of what is to be left.  The journal stays until the rollback's own.
         Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
                                          EXIT_FAILED, keep_journal=True)
-        return f"{what} ends here: the rollback is its verdict"
-    run.console.say(f"recovering the {what} ({journal.phase}, begun {journal.started_at})")
+        return f"{earlier} ends here: the rollback is its verdict"
+    run.console.say(f"recovering the {earlier} ({journal.phase}, begun {journal.started_at})")
     if journal.recoveries >= MAX_RECOVERIES:
         run.outcome.is_repeated = True  # a person was called when it failed
-        raise RollbackFailed(f"{what} was recovered {journal.recoveries} times without success; "
+        raise RollbackFailed(f"{earlier} was recovered {journal.recoveries} times without success; "
                              f"live now: {live or 'nothing'}", by_hand(store))
-    # The link says how far the run came; the journal may be one write behind it.
-    phase = journal.phase
-    failure = journal.failure
+    # The link shows how far the run came; the journal may be one write behind it.
+    phase, failure = journal.phase, journal.failure
     if phase == PHASE_INTENT and live != journal.from_release:
         phase = PHASE_SWITCHED
     elif phase in (PHASE_SWITCHED, PHASE_ROLLING_BACK) and live != journal.to_release:
         phase = PHASE_ROLLING_BACK
     if phase == PHASE_SWITCHED:
-        failure = None  # what failed before a switch is past
+        failure = None  # what failed was before the switch
     elif phase == PHASE_ROLLING_BACK and failure is None:
         failure = {"step": journal.operation, "evidence": {}, "interrupted": True,
                    "reason": "it led back, and why could not be noted"}
@@ -9315,7 +9312,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
     if phase in (PHASE_STAGING, PHASE_INTENT):
         return abort(run, plan, journal)
     store.save(journal)
-    # Restarting and probing again does no harm; a hook that ended is not run twice.
+    # Restarting and probing again does no harm; a hook that has ended is not run again.
     steps = expand("slot proxy", PHASE_SWITCHED, run.facts, plan) + [
         step for step in plan.steps if step.phase == PHASE_SWITCHED
         and not (step.noted and step.name in journal.done)]
@@ -9329,12 +9326,12 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
         if isinstance(error.__cause__, Interrupted):
             raise
         run.outcome.rolled_back = False
-        return f"{what} was rolled back: {error.message}"
-    return f"{what} was finished: it is live"
+        return f"{earlier} was rolled back: {error.message}"
+    return f"{earlier} was finished: it is live"
 
 
 def abort(run: Run, plan: Plan, journal: Journal) -> str:
-    """Nothing was switched: a staged release that is whole stays, anything less is undone."""
+    """Undo a run that had not switched; what it sealed stays: being killed proves nothing bad."""
     made_here = any(step.phase == PHASE_STAGING for step in plan.steps)
     sealed = made_here and run.store.status(f"{RECORDS}/{journal.to_release}.json")
     executor = Executor(run, plan, journal)
@@ -9343,20 +9340,20 @@ def abort(run: Run, plan: Plan, journal: Journal) -> str:
             step.undo(run, step)
     why = (journal.failure or {}).get("reason", "interrupted before activation")
     executor.end("aborted", StepFailed(str(why)), EXIT_FAILED)
-    what = "was not finished; the release stays staged" if sealed else \
+    ending = "was not finished; the release stays staged" if sealed else \
         "was undone: it had not been activated"
-    return f"{journal} {what}"
+    return f"{journal} {ending}"
 
 
 def verdict_of(store: Store, journal: Journal, live: OptionalText) -> str:
     """Return the result in the history, where the run had come to one.
 
-    StateError where somebody else has changed `current` since: only a person knows.
+    StateError where something else has changed `current` since: only a person can decide.
     """
     verdict = ""
-    with suppress(StateError):  # a damaged line must not stand in the way; --verify finds it
+    with suppress(StateError):  # a damaged line must not stop this; `history --verify` finds it
         for last in store.history(1):
-            # A rollback that is the verdict ends it before it has switched itself.
+            # A rollback that gives the verdict writes `aborted` before it switches.
             is_left = last.result == "aborted" and live == journal.to_release
             if last.deploy_id == journal.deploy_id and last.result != "rollback_failed" \
                     and not is_left:
@@ -9369,7 +9366,7 @@ def verdict_of(store: Store, journal: Journal, live: OptionalText) -> str:
 
 
 def by_hand(store: Store) -> str:
-    """Say how a person settles what no program can decide."""
+    """Return the hint for what only a person can decide."""
     return "see which release should be live, then settle on it: " \
         + store.command_line("recover --to RELEASE")
 
