@@ -7896,8 +7896,8 @@ STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
 GO = "pre_activate check close_early backup up candidate slot close proxy activate"
 AFTER = "down post_activate services probes post_deploy"
 
-# operation: its words before the switch, after it, once the verdict is in, and once the journal is
-# gone; then the result that the history names when it succeeds.
+# operation: its words before the switch, after it, once the verdict is in and once the journal is
+# gone; and what the history calls its success.
 ORDER = {
     "stage": (STAGE, "", "", "", "staged"),
     "deploy": (STAGE + " " + GO, AFTER, "open? drain", "prune", "deployed"),
@@ -7970,7 +7970,7 @@ def unrecorded(facts: Facts) -> str:
 
 
 def lost_current(facts: Facts) -> Optional[StateError]:
-    """Return the error for a missing `current` where a record says what should be live.
+    """Return the error for a missing `current` if a record says what should be live.
 
     `recover --to` keeps that record's `previous`, `activate` would not.
     """
@@ -8009,7 +8009,7 @@ def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
 
 
 def is_under_way(journal: Optional[Journal], live: OptionalText) -> bool:
-    """Say whether a deployment has switched and waits for its verdict: `rollback` gives it one."""
+    """Say whether a deployment has switched and waits for its verdict, as `rollback` is."""
     return journal is not None and live == journal.to_release and \
         journal.operation in ("deploy", "sync", "activate") and journal.phase != PHASE_ROLLING_BACK
 
@@ -8017,7 +8017,7 @@ def is_under_way(journal: Optional[Journal], live: OptionalText) -> bool:
 # -- the planner -------------------------------------------------------------
 
 def plan_operation(facts: Facts) -> Plan:
-    """Plan the requested operation, without steps if it is done already; or raise a refusal."""
+    """Plan the operation, without steps if it is done already; or raise a refusal."""
     request, live, artifact = facts.request, facts.current.release, facts.artifact
     operation, release, is_done = request.command, live or "", False
     if operation in ("deploy", "stage", "sync"):
@@ -8052,7 +8052,7 @@ def plan_operation(facts: Facts) -> Plan:
     plan = Plan(operation, live, release)
     if is_done:
         return plan
-    for name in facts.settings.migrate.down and migrations_left(facts, plan) or ():
+    for name in migrations_left(facts, plan) or ():
         if name not in facts.on_disk:
             raise PreflightFailed(f"{name} migrated the data and is gone: only it could undo that",
                                   "leave the data as they are: --set migrate.on_rollback=keep")
@@ -8062,9 +8062,8 @@ def plan_operation(facts: Facts) -> Plan:
 def choose_target(facts: Facts) -> Record:
     """Return the named release, else a rollback's target; raises where there is none."""
     request, live, lost = facts.request, facts.current.release, lost_current(facts)
-    recovers = request.command == "recover"
-    named = request.to if recovers else request.release
-    if recovers and facts.current.problem and not facts.current.missing:
+    named = request.to or request.release
+    if request.to and facts.current.problem and not facts.current.missing:
         raise StateError(facts.current.problem, facts.current.hint)
     if named:
         return select_release(facts, named)
@@ -8098,19 +8097,16 @@ def expand(words: str, phase: str, facts: Facts, plan: Plan) -> Steps:
     steps: Steps = []
     for word in words.split():
         name = word.rstrip("?")
-        own_phase = phase
-        if name in STAGE.split():  # whatever `phase` says
-            own_phase = PHASE_STAGING
-            if facts.artifact and facts.artifact.release:
-                continue  # it is staged already
+        own_phase = PHASE_STAGING if name in STAGE.split() else phase
+        if own_phase == PHASE_STAGING and facts.artifact and facts.artifact.release:
+            continue  # it is staged already
         needed, make, *actions = WORDS[name]
         values = [attrgetter(option)(facts.settings) for option in needed.split()]
         if needed and not any(value and value != "never" for value in values):
             continue
-        if isinstance(make, str):  # a text needs `actions`; without them these are the steps
-            made: Any = make.format(release=plan.to_release)
-        else:
-            made = make(name, facts, plan)
+        # The text of one step, where there are actions, or the steps themselves.
+        made: Any = make(name, facts, plan) if callable(make) else \
+            make.format(release=plan.to_release)
         for step in [Step(name, made, *actions)] if actions else made:
             steps.append(step._replace(
                 phase=own_phase, plan=plan, optional=step.optional or word != name,
@@ -8134,7 +8130,7 @@ def step_context(run: Run, step: Step) -> Context:
                        plan.from_release or "" if plan.back else "")
 
 
-# -- what the words stand for: from the artifact to a sealed release -----------
+# -- steps: from the artifact to a sealed release ----------------------------
 
 def do_hook(run: Run, step: Step) -> None:
     """Run one hook's commands in order, up to the first that fails."""
@@ -8190,7 +8186,7 @@ def open_made(run: Run, path: str) -> Directory:
 
 
 def put_member(run: Run, member: Member, data: bytes = b"") -> None:
-    """Put a link or a file into the staged release; it replaces what the artifact has there."""
+    """Put a link or file into the staged release, in place of what the artifact has there."""
     parent, _, name = os.fsdecode(member.name).rpartition("/")
     with open_made(run, parent) as directory:
         directory.remove_tree(name)
@@ -8230,9 +8226,8 @@ def do_templates(run: Run, step: Step) -> None:
             except FileNotFoundError:
                 raise StepFailed(f"template {template.source} is not in the artifact",
                                  f"correct [{section}] source")
-        source = data.decode("utf-8", "surrogateescape")
-        rendered = render_template(source, values, template.source).encode(
-            "utf-8", "surrogateescape")
+        source = data.decode(errors="surrogateescape")
+        rendered = render_template(source, values, template.source).encode(errors="surrogateescape")
         mode = template.mode
         for escaped, key in re.findall(PLACEHOLDER, source):
             # A URL's query is always masked, and need not be secret.
@@ -8264,7 +8259,7 @@ def do_publish(run: Run, step: Step) -> None:
     """Make the staged tree durable, then rename it to the release's id."""
     directories = names_of(run.manifest, DIRECTORY)
     tree = run.store.directory(f"releases/{run.staging}")
-    # Last, and the deepest first: their own modes may forbid to write there, or to enter.
+    # Last, and the deepest first: their modes may forbid to write or to enter.
     for name in reversed(directories):
         if run.manifest[name].mode != _MODE_DIRECTORY:
             os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
@@ -8282,7 +8277,7 @@ def undo_publish(run: Run, step: Step) -> None:
 
 
 def open_to_group(run: Run) -> None:
-    """Let a root's group write to a release's directories, so that any member can prune it."""
+    """Let the group write to a release's directories, so that any member can prune it."""
     for name in names_of(run.manifest, DIRECTORY) if run.store.group >= 0 else ():
         with run.store.directory(f"releases/{run.staging}").child(os.fsdecode(name)) as directory:
             with suppress(PermissionError):  # a hook made it as another user
@@ -8324,7 +8319,7 @@ def change_record(run: Run, release: str, **fields: Any) -> None:
 
 
 def do_seal(run: Run, step: Step) -> None:
-    """Write manifest and record of what was unpacked, with post_stage's changes to it."""
+    """Write manifest and record of what was unpacked, with post_stage's changes."""
     release, source, shown = step.plan.to_release, run.facts.artifact, run.outcome.extra["artifact"]
     created_at = format_time()
     if run.settings.hooks.post_stage:
@@ -8332,7 +8327,7 @@ def do_seal(run: Run, step: Step) -> None:
         open_to_group(run)
         if run.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
-    shown["signature"] = source.signature  # known only once it is unpacked
+    shown["signature"] = source.signature  # known once unpacked
     # Digests are not masked: a secret such as 1234 may well occur in one.
     artifact = dict(shown, sha256_source=run.console.secrets.mask(source.sha256_source),
                     strip_components=run.settings.artifact.strip_components,
@@ -8345,7 +8340,7 @@ def do_seal(run: Run, step: Step) -> None:
     run.facts.on_disk.add(release)
 
 
-# -- ... from there to what is live --------------------------------------------
+# -- steps: to what is live --------------------------------------------------
 
 def not_brought(release: str, names: Sequence[str]) -> str:
     """Name the first files of a release that did not come from its artifact."""
@@ -8358,7 +8353,6 @@ def do_verify(run: Run, step: Step) -> str:
     release = step.plan.to_release
     differences = check_release(run, run.facts.records[release])
     problem = problems_of(differences)
-    added = list(differences["added"])
     run.output = name_differences(run, differences)[:KEPT_DIFFERENCES]
     programs = [(f"[{section}] {key}", argv[0])
                 for section, key, argv, _, in_release in commands(run.settings) if in_release]
@@ -8371,8 +8365,8 @@ def do_verify(run: Run, step: Step) -> str:
             "what the service may write belongs into [deploy] mutable")
     if problem:
         run.console.warn(f"{release} is not what was staged: {problem}")
-    if added:
-        run.console.warn(not_brought(release, added))
+    if differences["added"]:
+        run.console.warn(not_brought(release, [*differences["added"]]))
     return f"taken all the same: {problem}" if problem else "unchanged since it was staged"
 
 
@@ -8476,10 +8470,11 @@ def do_migrate(run: Run, step: Step) -> Any:
 def undo_migrate(run: Run, step: Step) -> None:
     """Run `down` as on the way back, if `up` had begun; shown as a step, though in no plan."""
     begun_at, run.output = time.time(), []
-    detail = do_migrate(run, step._replace(name="migrate:down", plan=step.plan._replace(back=True)))
+    step = step._replace(name="migrate:down", plan=step.plan._replace(back=True))
+    detail = do_migrate(run, step)
     if detail:
-        run.console.say(f"{'migrate:down':<20} {detail}", status="done")
-        run.outcome.steps.append(StepResult("migrate:down", "done", time.time() - begun_at, detail,
+        run.console.say(f"{step.name:<20} {detail}", status="done")
+        run.outcome.steps.append(StepResult(step.name, "done", time.time() - begun_at, detail,
                                             run.output, begun_at))
 
 
@@ -8543,7 +8538,7 @@ def undo_activate(run: Run, step: Step) -> None:
         run.store.switch(step.plan.to_release, step.what)
 
 
-# -- ... with two slots ----------------------------------------------------------
+# -- steps: with two slots ---------------------------------------------------
 
 def target_slot(facts: Facts, plan: Plan) -> str:
     """Name the release's slot, else the idle one; on the way back none where it had none."""
@@ -8616,13 +8611,12 @@ def undo_proxy(run: Run, step: Step) -> None:
 def make_drain(word: str, facts: Facts, plan: Plan) -> Steps:
     """Stop the old slot once it has no connections, its time is up or a signal comes."""
     target = target_slot(facts, plan)
-    linked = facts.slots.values()
     # A slot without a link never ran, unless this run started it.
     return [Step(f"drain:{slot.name}", f"stop {slot.unit} once nothing is asked of it any more, "
                  f"after {format_seconds(slot.drain)} at the latest", do_drain, optional=True,
                  what=slot)
             for name, slot in facts.settings.slots.items()
-            if name != target and (plan.back or name in linked)][:1]
+            if name != target and (plan.back or name in facts.slots.values())][:1]
 
 
 def do_drain(run: Run, step: Step) -> None:
@@ -8645,7 +8639,7 @@ def do_drain(run: Run, step: Step) -> None:
     UnitService(run, slot).stop()
 
 
-# -- ... and to a verdict --------------------------------------------------------
+# -- steps: to a verdict -----------------------------------------------------
 
 def make_probes(word: str, facts: Facts, plan: Plan) -> Steps:
     """Ask whether the release is healthy and which it is: in its slot, or where visitors ask."""
@@ -8682,7 +8676,7 @@ def do_health(run: Run, step: Step) -> str:
     return f"not healthy, no way back to it: {why}" if why else "healthy"
 
 
-# -- ... and what is kept --------------------------------------------------------
+# -- steps: what is kept, and notes ------------------------------------------
 
 def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
     """Delete what retention does not keep: good releases beyond keep_releases, bad beyond one.
@@ -8742,13 +8736,13 @@ def do_adopt(run: Run, step: Step) -> str:
     release, records = step.plan.to_release, run.facts.records
     path = f"{run.store.path}/releases/{release}"
     # The time in its name, else its directory's, gives its place in the order.
-    time_parts = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
-    made_at = "{}-{}-{}T{}:{}:{}Z".format(*time_parts.groups()) if time_parts else \
+    match = re.match(r"(\d{4})-?(\d\d)-?(\d\d)[T_-]?(\d\d)-?(\d\d)-?(\d\d)", release)
+    made_at = "{}-{}-{}T{}:{}:{}Z".format(*match.groups()) if match else \
         format_time(os.lstat(path).st_mtime)
     run.manifest = scan_release(run, release, f"{release} holds", "remove it")
     sequence = 1 + max([0, *(record.sequence for record in records.values()
                              if record.created_at <= made_at)])
-    for record in newest_first(records.values()):  # so that no two ever share a number
+    for record in newest_first(records.values()):  # no two ever share a number
         if record.sequence >= sequence:
             change_record(run, record.id, sequence=record.sequence + 1)
     counts = count_members(run.manifest)
@@ -8769,8 +8763,7 @@ def do_pin(run: Run, step: Step) -> None:
 
 def make_hold(word: str, facts: Facts, plan: Plan) -> Steps:
     """Write down that what is live is to stay, until when, who says so and why."""
-    until = None
-    given = facts.request.until
+    until, given = None, facts.request.until
     if not facts.note.strip():
         raise UsageError("hold needs a reason", "say it: deploy.py hold -m 'WHY'")
     if given:
@@ -8862,7 +8855,6 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
         Step(word, f"have slots/live.conf lead to {target_slot(facts, plan) or 'no slot'}, reload",
              do_proxy, undo_proxy, optional=not target_slot(facts, plan))]),
     "drain": ("slots", make_drain),
-    # On the way back to no release there is nothing to run.
     "services": ("service", lambda word, facts, plan: [
         Step(f"service:{service.name}", describe_service(service), lambda run, step:
              make_service(run, step.what).act(step_context(run, step)),
@@ -8893,21 +8885,19 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
 # 14  Executor
 #    Runs a plan: journals each phase before its first step, undoes a failure
 #    before the switch, takes the way back after it, and ends every run in one
-#    place.  Recovery uses the same table and the same functions.
+#    place.  Recovery uses the same table and functions.
 # ============================================================================
 
 class Executor:
     """Carries one plan through to a verdict.
 
-    Whatever happens, one of these holds at the end: the plan is done and recorded; everything
-    before the switch is undone; `from_release` is live again and the failure recorded; the
-    release stays live and a person decides; or RollbackFailed says what a person must do, and
-    the journal stays for `recover`.
+    In the end one of these holds: the plan is done and recorded; everything before the switch is
+    undone; `from_release` is live again and the failure recorded; the release stays live and a
+    person decides; or RollbackFailed says what a person must do, and the journal stays.
     """
 
     def __init__(self, run: Run, plan: Plan, journal: Optional[Journal] = None) -> None:
-        self.run = run
-        self.plan = plan
+        self.run, self.plan = run, plan
         self.done: Steps = []
         self.blameless = False  # the failure, if any, is not the release's fault
         self.started_seconds = time.monotonic()
@@ -8934,7 +8924,6 @@ class Executor:
             live = run.store.current()
             run.interrupts.check()
             if run.journal.phase == PHASE_SWITCHED and live.release != plan.to_release:
-                # A hook may have moved `current`, or deleted the release.
                 raise StepFailed(
                     f"{plan.to_release} is not live after all: "
                     f"{live.problem or live.release or 'current is gone'}",
@@ -8946,7 +8935,6 @@ class Executor:
             run.interrupts.is_closed = True
             self.end(ORDER[plan.operation][-1])
         except Exception as error:
-            run.interrupts.is_closed = True
             if isinstance(error, Interrupted):
                 run.console.working(str(error), 0.0, "STOPPING=1")
             # That our own files cannot be written, or a module is missing, is not its fault.
@@ -9010,8 +8998,6 @@ class Executor:
             run.console.warn("the journal could not be written: "
                              + step_error(problem, "journal").message)
 
-    # -- the end ---------------------------------------------------------------
-
     def end(self, result: str, error: Optional[DeployError] = None, exit_code: int = EXIT_OK, *,
             keep_journal: bool = False) -> None:
         """Close the run: write records, then history; take the closing steps; remove the journal.
@@ -9053,8 +9039,6 @@ class Executor:
             "step": failed[-1] if failed else self.plan.operation, "reason": error.message,
             "evidence": error.evidence, "interrupted": isinstance(error, Interrupted)})
 
-    # -- the bad ends ------------------------------------------------------------
-
     def fail(self, error: DeployError) -> DeployError:
         """Undo, go back, or leave the new release live; returns what the run ends with."""
         run, plan, undone, phase = self.run, self.plan, self.done, self.run.journal.phase
@@ -9077,13 +9061,12 @@ class Executor:
             undone = [step for step in undone if step.phase != PHASE_STAGING and not why]
             run.outcome.changed = True
         names = {step.name for step in undone}
-        results = run.outcome.steps
-        results[:] = [step._replace(status="undone") if step.status == "done"
-                      and step.name in names else step for step in results]
+        run.outcome.steps = [step._replace(status="undone") if step.status == "done"
+                             and step.name in names else step for step in run.outcome.steps]
         if why:
             result, final = "left_live", RollbackFailed(
                 f"{error.message}; {plan.to_release} is live all the same: {why}",
-                f"correct the cause, then settle on it or leave it: "
+                "correct the cause, then settle on it or leave it: "
                 f"{run.settings.command_line(command)}")
         else:
             result, final = self.go_back(error) if is_switched else self.undo(error, undone)
@@ -9103,14 +9086,14 @@ class Executor:
         return final
 
     def undo(self, error: DeployError, steps: Sequence[Step]) -> Tuple[str, DeployError]:
-        """Before the switch: undo every step, newest first; the result is empty if one fails."""
+        """Before the switch: undo all, newest first; no result if one fails: the journal stays."""
         run, problems = self.run, []
         for step in reversed(steps):
             if problems and step.phase == PHASE_STAGING:
                 continue  # the next run tries again, and may need the release for that
             try:
                 step.undo(run, step)
-            except Exception as problem:  # even a defect: the others are undone all the same
+            except Exception as problem:  # even a defect: undo the others
                 problems.append(f"{step.name}: {step_error(problem, step.name).message}")
                 if isinstance(problem, RollbackFailed):
                     problem.message = f"{error.message}; {problem.message}"
@@ -9118,7 +9101,6 @@ class Executor:
         run.outcome.release = self.plan.from_release
         run.outcome.previous = None
         if problems:
-            # The journal stays: the next run undoes what is left.
             run.console.warn("not everything could be undone: " + "; ".join(problems))
             if run.journal.phase:
                 self.enter(run.journal.phase, error)
@@ -9136,7 +9118,7 @@ class Executor:
         for step in plan.way_back:
             try:
                 self.take(step)
-            except Exception as problem:  # even a defect: going back must go on
+            except Exception as problem:  # even a defect: go on
                 problems.append(step_error(problem, step.name).message)
                 if step.name in ("proxy", "activate", "deactivate"):
                     break
@@ -9169,7 +9151,6 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
     records = run.facts.records
     now = format_time()
     new, old = records.get(plan.to_release), records.get(plan.from_release)
-    # A full disk or an interruption proves nothing against the release.
     proven = failure and not executor.blameless and not failure["interrupted"]
     changed = []
     if rejected:
@@ -9183,7 +9164,6 @@ def settled(executor: Executor, result: str, failure: Optional[Json], *,
             left_at = now if run.journal.phase == PHASE_ROLLING_BACK else new.deactivated_at
             changed.append(new._replace(state=state, failure=failure, deactivated_at=left_at))
     elif result in GOES_LIVE:
-        # The new release is active and knows the way back; every other one retires.
         for record in records.values():
             if record.state == STATE_ACTIVE and record != new:
                 # One that failed and was left live does not become good by being replaced.
@@ -9239,7 +9219,7 @@ def recover(run: Run) -> List[str]:
         for release, slot in run.facts.slots.items():
             if slot == run.facts.live_slot and release != current.release \
                     and release in (journal.from_release, journal.to_release):
-                store.switch(current.release, release)  # visitors follow live.conf already
+                store.switch(current.release, release)  # visitors follow live.conf
         done.append(settle_journal(run, journal, store.current().release))
         run.facts = observe_root(run, locked=True)
     facts = run.facts
@@ -9251,17 +9231,17 @@ def recover(run: Run) -> List[str]:
         done.append("cut off a torn line of the history")
     # The link is the truth: only what it names is active; without it, what should be live stays so.
     # Records without files go, unless they refuse an artifact or tell of a migration.
-    for record in list(facts.records.values()):
-        is_on_disk = record.id in facts.on_disk
+    for record in facts.records.values():
+        exists = record.id in facts.on_disk
         state = record.state
         if record.id == live:
             state = STATE_ACTIVE
-        elif state == STATE_ACTIVE and (live or not is_on_disk):
+        elif state == STATE_ACTIVE and (live or not exists):
             state = STATE_RETIRED
         changed = record._replace(state=state)
         if state != record.state:
             done.append(f"{record.id} is {state}, not {record.state}")
-        if not (is_on_disk or record.pruned_at or record.id == live or facts.state_problems):
+        if not (exists or record.pruned_at or record.id == live or facts.state_problems):
             done.append(f"forgot {record.id}: its files are gone")
             changed = changed._replace(pruned_at=format_time())
             if not is_refused(record) and not record.migrated:
@@ -9312,7 +9292,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
     if phase in (PHASE_STAGING, PHASE_INTENT):
         return abort(run, plan, journal)
     store.save(journal)
-    # Restarting and probing again does no harm; a hook that has ended is not run again.
+    # Restarting and probing again does no harm; no hook that has ended runs again.
     steps = expand("slot proxy", PHASE_SWITCHED, run.facts, plan) + [
         step for step in plan.steps if step.phase == PHASE_SWITCHED
         and not (step.noted and step.name in journal.done)]
@@ -9331,7 +9311,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
 
 
 def abort(run: Run, plan: Plan, journal: Journal) -> str:
-    """Undo a run that had not switched; what it sealed stays: being killed proves nothing bad."""
+    """Undo a run that had not switched; what it sealed is whole, and stays for the next try."""
     made_here = any(step.phase == PHASE_STAGING for step in plan.steps)
     sealed = made_here and run.store.status(f"{RECORDS}/{journal.to_release}.json")
     executor = Executor(run, plan, journal)
@@ -9351,7 +9331,7 @@ def verdict_of(store: Store, journal: Journal, live: OptionalText) -> str:
     StateError where something else has changed `current` since: only a person can decide.
     """
     verdict = ""
-    with suppress(StateError):  # a damaged line must not stop this; `history --verify` finds it
+    with suppress(StateError):  # a damaged line must not stop it; --verify finds it
         for last in store.history(1):
             # A rollback that gives the verdict writes `aborted` before it switches.
             is_left = last.result == "aborted" and live == journal.to_release
