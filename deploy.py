@@ -8039,9 +8039,6 @@ def plan_operation(facts: Facts) -> Plan:
         is_done = release == live and operation != "recover"
         if operation in ("pin", "unpin"):
             is_done = target.pinned == (operation == "pin")
-        elif operation == "rollback" and not target.activated_at:
-            raise UsageError(f"{release} was never live: there is no way back to it",
-                             f"make it live: {facts.command_line(f'activate {release}')}")
         elif operation != "recover" and not (is_done or request.force):
             if target.state == STATE_BAD:
                 raise ArtifactRefused(*bad_refusal(target))
@@ -8049,6 +8046,9 @@ def plan_operation(facts: Facts) -> Plan:
                     and not target.artifact.get("signature"):
                 raise ArtifactRefused(f"{release} was staged without a signature", "deploy its "
                                       "artifact, once it is signed, or insist with --force")
+        if operation == "rollback" and not target.activated_at:
+            raise UsageError(f"{release} was never live: there is no way back to it",
+                             f"make it live: {facts.command_line(f'activate {release}')}")
     plan = Plan(operation, live, release)
     if is_done:
         return plan
@@ -8682,7 +8682,7 @@ def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
     """Delete what retention does not keep: good releases beyond keep_releases, bad beyond one.
 
     What will be live, what a rollback would then go to, what is pinned, in a slot or in use, and
-    what has no record stays.  A release about to be made counts as kept.
+    what has no record stay.  A release about to be made counts as kept.
     """
     live, previous = plan.to_release or None, plan.from_release
     if live == previous:
@@ -8708,7 +8708,7 @@ def make_prune(word: str, facts: Facts, plan: Plan) -> Steps:
 
 
 def refuse_to_prune(run: Run, record: Record) -> None:
-    """StepFailed for a release that a process runs from since the plan was made, or wrote to."""
+    """StepFailed for a release in use since the plan was made, or that holds files of its own."""
     in_use = releases_in_use(run.settings, run.store.path)
     if record.id in in_use:
         raise StepFailed(f"{record.id} is in use by {in_use[record.id]}", "prune once it has ended")
