@@ -10483,52 +10483,65 @@ def command_maintenance(run: Run) -> None:
 
 
 def serve_maintenance(run: Run) -> None:
-    """Answer 503 and the page to everybody, and 200 where a balancer asks, up to a signal."""
+    """Answer 503 and the page to everybody, 200 to a health check, until a signal; no threads."""
+    import selectors
     import socket
-    flags, page = run.flags, b"Down for maintenance.\n"
-    path, listen = flags.health or "/healthz", flags.listen
+    flags, listen, path = run.flags, run.flags.listen, run.flags.health or "/healthz"
     if not listen or path[0] != "/":
         raise UsageError("maintenance serve needs one --listen HOST:PORT, and --health a /PATH",
                          "such as --listen 127.0.0.1:8503 --health /healthz")
-    healthy = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
-    if flags.page:
-        page = read_file(flags.page, MAX_CONFIG_BYTES)
-    busy = f"503 Service Unavailable\r\nRetry-After: {run.settings.maintenance.retry_after}"
+    health_check = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
+    status = f"503 Service Unavailable\r\nRetry-After: {run.settings.maintenance.retry_after}"
+    page = read_file(flags.page, MAX_CONFIG_BYTES) if flags.page else b"Down for maintenance.\n"
 
-    def answer(client: Any) -> None:
-        ends_seconds, asked = time.monotonic() + CLIENT_SECONDS, b""
-
-        def receive() -> Any:
-            client.settimeout(max(0.001, ends_seconds - time.monotonic()))
-            return client.recv(READ_BYTES)
-
-        with client, suppress(OSError):  # it is gone, or too slow
-            while not re.search(rb"\n\r?\n", asked) and len(asked) < READ_BYTES:
-                asked += receive() or b"\n\n"
-            status, body = ("200 OK", b"ok\n") if healthy.match(asked) else (busy, page)
-            head = f"HTTP/1.1 {status}\r\nContent-Type: text/html; charset=utf-8\r\n" \
-                f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\n" \
-                "Connection: close\r\n\r\n"
-            client.sendall(head.encode("ascii") + (b"" if asked[:5] == b"HEAD " else body))
-            client.shutdown(socket.SHUT_WR)
-            while receive():
-                pass  # closed with some of it unread, the answer could be lost
+    def answer(client: Any) -> Iterator[int]:
+        request = b""
+        while not re.search(rb"\n\r?\n", request) and len(request) < READ_BYTES:
+            yield selectors.EVENT_READ  # what the loop below waits for
+            request += client.recv(READ_BYTES) or b"\n\n"
+        line, body = ("200 OK", b"ok\n") if health_check.match(request) else (status, page)
+        text = f"HTTP/1.1 {line}\r\nContent-Type: text/html; charset=utf-8\r\n" \
+            f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+        data = text.encode("ascii") + (b"" if request[:5] == b"HEAD " else body)
+        while data:
+            yield selectors.EVENT_WRITE
+            data = data[client.send(data):]
+        client.shutdown(socket.SHUT_WR)
+        yield selectors.EVENT_READ
+        while client.recv(READ_BYTES):  # closed with some of it unread, the answer could be lost
+            yield selectors.EVENT_READ
 
     run.console.say(f"503 for everybody on {listen}")
     if flags.dry_run:
         return
     address = read_value("address", listen)
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener, suppress(Interrupted):
+    with socket.socket(family, socket.SOCK_STREAM) as listener, \
+            selectors.DefaultSelector() as selector, suppress(Interrupted):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
+        listener.setblocking(False)
+        selector.register(listener, selectors.EVENT_READ)
         while True:
-            run.interrupts.wait(LONGEST_SECONDS, listener.fileno())
-            try:
-                start_thread(partial(answer, listener.accept()[0]))
-            except OSError:
-                run.interrupts.wait(0.1)  # too many at once
+            run.interrupts.wait(1.0, selector.fileno())  # a second late, the limit still is one
+            ready = {key.fileobj for key, _ in selector.select(0)}
+            for client, _, _, visit in list(selector.get_map().values()):
+                with suppress(StopIteration, OSError):  # it has its answer, or is gone
+                    if visit and client in ready:
+                        selector.modify(client, next(visit[0]), visit)
+                    if not visit or time.monotonic() < visit[1]:
+                        continue
+                selector.unregister(client)
+                client.close()
+            if listener in ready:
+                try:
+                    client, _ = listener.accept()
+                    client.setblocking(False)
+                    selector.register(client, selectors.EVENT_READ, (
+                        answer(client), time.monotonic() + CLIENT_SECONDS))
+                except OSError:
+                    run.interrupts.wait(0.1)  # too many at once
 
 
 # -- commands beside a root ----------------------------------------------------
