@@ -9533,22 +9533,22 @@ rolled_back: {type: bool, returned: always, description: "the release from befor
 
 # ============================================================================
 # 16  Commands
-#    One function each: observe, plan, show, execute.  What they find goes into
-#    the Outcome, and people are shown the same.
+#    One function each: observe, plan, show, execute.  All that a command returns
+#    goes into the Outcome; people are shown the same.
 # ============================================================================
 
-def no_such(what: str, name: str, names: Iterable[str]) -> UsageError:
-    """Make the error for a name that nothing has, with those that there are."""
-    return UsageError(f"there is no {what} {name!r}", nearest(name, names))
+def no_such(kind: str, name: str, names: Iterable[str]) -> UsageError:
+    """Make the error for an unknown name; its hint is the nearest of the known ones."""
+    return UsageError(f"there is no {kind} {name!r}", nearest(name, names))
 
 
-# What is shown in one line of a record, a run, a step or a person, in this order.
+# The keys of a record, run, step or person that make up its one line for people, in this order.
 IN_SHORT = "id name deploy_id version state activated_at operation result status to phase " \
     "release at seconds detail user pid command since until note port live by"
 
 
 def in_short(name: str, value: Any) -> str:
-    """Write a value of --json for people, in one line: `*` is yes, `-` is nothing."""
+    """Write a value of --json on one line for people: `*` means yes, `-` means no value."""
     if isinstance(value, dict):
         return "  ".join(in_short(key, value[key]) for key in IN_SHORT.split() if value.get(key))
     if isinstance(value, bool):
@@ -9559,13 +9559,13 @@ def in_short(name: str, value: Any) -> str:
 
 
 def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str = "") -> None:
-    """Show some keys of each row; `nothing` says that there is none."""
+    """Show the given keys of each row as a table, or the text `nothing` if there are no rows."""
     table = [[in_short(key, row[key]) for key in keys.split()] for row in rows]
     run.console.result(render_table(headers.split("|"), table) if rows else nothing)
 
 
 def block(values: Json, indent: str = "  ") -> Iterator[str]:
-    """Write each value that is known on a line of its own, and what belongs together below it."""
+    """Write each value that is not empty on a line of its own, an object's below its name."""
     for name, value in values.items():
         if value and name in ("failure", "evidence", "slots"):
             yield f"{indent}{name}"
@@ -9578,7 +9578,7 @@ def block(values: Json, indent: str = "  ") -> Iterator[str]:
 
 
 def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
-    """Say what the command came to, behind some lines."""
+    """Show `lines` and then the message, which becomes the outcome's."""
     run.outcome.message = message
     run.console.result("\n".join([*lines, message]))
 
@@ -9587,10 +9587,11 @@ def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
 
 @contextmanager
 def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterator[Optional[Store]]:
-    """Open the root, and close it at the end; unless it is to `make`, nothing is made for that.
+    """Open the root without locking or recovering it, and close all that was opened meanwhile.
 
-    Nothing is locked or recovered.  Raises UsageError where there is no root and there must be one,
-    ProblemFound for a state that is not as it was left.
+    With `make` a missing root is created; otherwise nothing is written.  `must_exist` is for
+    commands that only read: a missing root is their UsageError, and a damaged state is a problem
+    that they found (exit 7), not a reason why a change cannot begin (exit 3).
     """
     if make:
         run.store = Store.create(run.settings)
@@ -9606,6 +9607,7 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
             raise ProblemFound(error.message, error.hint)
         raise
     finally:
+        # `observe` and `find_new` open an artifact and a cache, which live no longer than the root.
         for opened in filter(None, (run.artifact, run.store, run.cache)):
             opened.close()
         run.artifact = run.store = run.cache = None
@@ -9613,33 +9615,36 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
 
 @contextmanager
 def changing(run: Run) -> Iterator[Facts]:
-    """Open the root for changing it: lock first, then finish what an earlier run left; -n looks."""
+    """Lock the root, recover what an earlier run left, and observe; with -n only observe."""
     if run.flags.dry_run:
         with looking(run, must_exist=False):
             yield observe(run)
         return
-    command, outcome, wait_seconds = run.flags.command, run.outcome, run.settings.deploy.lock_wait
+    command, outcome = run.flags.command, run.outcome
+    wait_seconds = run.settings.deploy.lock_wait
     holder = dict(run.by, command=command, since=format_time(), deploy_id=run.deploy_id)
     with looking(run, must_exist=False, make=True) as store:
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
         with lock(store, wait_seconds, holder, run.interrupts):
-            store.read_history(1)  # what takes no line must be known before anything changes
+            store.read_history(1)  # one that cannot be read stops the run while nothing has changed
             if command in ("rollback", "recover", "prune"):
                 store.reserve(keep=False)
-            if not run.flags.to:  # then a person settles it
-                # What a recovery does is not what the command did: its steps are its own.
-                if command != "recover":
-                    run.outcome = Outcome("recover")
+            if not run.flags.to:  # with --to a person settles what was left
+                # The steps and the result of a recovery are not those of the command that follows.
+                recovery = run.outcome = outcome if command == "recover" else Outcome("recover")
                 try:
                     observe(run, locked=True)
                     done = outcome.extra["recovered"] = recover(run)
                 finally:
-                    outcome.is_repeated, run.outcome = run.outcome.is_repeated, outcome
+                    run.outcome = outcome
+                    # If it fails as it did before, the command has failed, and nobody is notified.
+                    outcome.is_repeated = recovery.is_repeated
                 for line in done:
                     run.console.say(f"recovered: {line}")
                 if done:
-                    outcome.changed, run.facts = True, None  # it is not what it was
-                run.interrupts.is_closed = False
+                    outcome.changed = True
+                    run.facts = None  # they are observed anew
+                run.interrupts.is_closed = False  # the recovery had closed it
             try:
                 yield observe(run, locked=True)
             except (PreflightFailed, ArtifactRefused) as error:
@@ -9653,7 +9658,7 @@ def is_untouched(run: Run) -> bool:
     """Say whether nothing was ever deployed to the root."""
     try:
         os.lstat(f"{run.root}/.deploy")
-    except OSError as error:  # whoever opens the root says what else is wrong with it
+    except OSError as error:  # any other is reported where the root is opened
         return error.errno == errno.ENOENT
     return False
 
@@ -9663,7 +9668,7 @@ def is_untouched(run: Run) -> bool:
 def transact(run: Run) -> None:
     """Observe, plan, check and execute; with -n show the plan that would have been executed."""
     flags, outcome, console = run.flags, run.outcome, run.console
-    asked = flags.artifact or ""
+    artifact = flags.artifact or ""
     if run.note:
         outcome.extra["note"] = run.note
     flags.dry_run = flags.dry_run or flags.check
@@ -9671,23 +9676,24 @@ def transact(run: Run) -> None:
         check_untouched(run)
     with changing(run):
         if flags.command == "sync":
-            asked = find_new(run)
-        facts = observe(run, artifact=asked, confirm=flags.dry_run)
-        broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
-        if broken and not flags.to:
-            preflight(run)
+            artifact = find_new(run)
+        facts = observe(run, artifact=artifact, confirm=flags.dry_run)
+        is_broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
+        if is_broken and not flags.to:
+            preflight(run)  # no plan can be made of this, and most often it ends here
         plan = run.plan = plan_operation(facts)
         steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
         if steps and flags.command not in (*NOTING, "prune", "recover"):
-            preflight(run, show=not broken)
-        # Where it leads is known before anything can go wrong on the way.
-        outcome.previous, outcome.release = before, after or None
+            preflight(run, show=not is_broken)
+        # Set before any step is taken: the report of a failure names both.
+        outcome.previous = before
+        outcome.release = after or None
         console.log_context["release"] = after
         if before == after:
             target = rollback_target(facts, before)
             outcome.previous = target and target.id
-        moves = any(step.name == "activate" for step in steps)
-        for when, live in (("before", before), ("after", after if moves else before)):
+        switches = any(step.name == "activate" for step in steps)
+        for when, live in (("before", before), ("after", after if switches else before)):
             console.diff[f"{when}_header"] = f"{facts.root}/current"
             console.diff[when] = f"releases/{live}\n" if live else ""
         if flags.dry_run:
@@ -9700,16 +9706,16 @@ def transact(run: Run) -> None:
 
 
 def check_untouched(run: Run) -> None:
-    """Before a root is made, all else must be right: its name may be a slip of the pen."""
-    flags, asked = run.flags, run.flags.artifact or ""
+    """Run all checks before a root is made, whose name may be a typo; else say that it is needed."""
+    flags, artifact = run.flags, run.flags.artifact or ""
     adopts = flags.command == "adopt" and os.path.isdir(f"{run.root}/releases")
     if not adopts and flags.command not in ("deploy", "stage", "sync"):
         raise UsageError(f"nothing was ever deployed to {run.root}",
                          "name another root: --root DIR; or deploy or adopt something first")
     if not flags.dry_run and not adopts:
         with looking(run, must_exist=False):
-            # As if it were locked: another run that makes the root just now is waited for.
-            facts = observe(run, locked=True, artifact=asked)
+            # As if locked: if another run is making this root, `changing` waits for it.
+            facts = observe(run, locked=True, artifact=artifact)
             run.plan = plan_operation(facts) if facts.artifact else None
             preflight(run, show=False)
         run.facts = run.plan = None
@@ -9766,14 +9772,14 @@ def find_new(run: Run) -> str:
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
-    """Run the checks that guard this command; raise for what failed, the artifact's first."""
+    """Run the checks that guard this command; if any fail, raise the artifact's own refusal first."""
     console, facts, started_seconds = run.console, run.facts, time.monotonic()
     results = run_checks(run, going_back=run.flags.command in ("rollback", "activate"))
     failed = [result for result in results if result.status == "fail"]
     for name, status, detail, _ in results if show or failed else []:
         if status == "warn":
             console.warn(f"{name}: {detail}")
-        elif status == "fail" and len(failed) > 1:  # a single one is what the error says
+        elif status == "fail" and len(failed) > 1:  # the error says it of a single one
             console.say(f"{name}: {detail}", status="fail")
         else:
             console.debug(f"{status:<5} {name}: {detail}")
@@ -9782,7 +9788,7 @@ def preflight(run: Run, *, show: bool = True) -> None:
             raise facts.refusal
         name, _, detail, hint = failed[0]
         if name == "lock":
-            raise Busy(busy(facts.holder or {}).message, hint)
+            raise Busy(f"another run holds the lock: {describe_holder(facts.holder)}", hint)
         kind = ArtifactRefused if name in ARTIFACT_CHECKS else PreflightFailed
         raise kind(f"preflight: {name}: {detail}", hint)
     if show:
@@ -9791,21 +9797,23 @@ def preflight(run: Run, *, show: bool = True) -> None:
 
 
 def show_plan(run: Run, plan: Plan) -> None:
-    """Print the plan of a dry run: the very steps that a real run executes."""
+    """Print the plan of a dry run: the very steps that a real run would execute."""
     outcome, facts, steps = run.outcome, run.facts, plan.steps + plan.last
     journal = facts.journal if facts.holder is None else None
-    if not outcome.checks:  # or one of them has told of it
+    if not outcome.checks:  # else the check `lock` has reported it
         for _, problem, _ in check_lock(run):
             run.console.warn(f"lock: {problem}; after that the plan may be another")
-    outcome.changed, outcome.extra["plan"] = bool(steps or journal), plan.to_json()
+    outcome.changed = bool(steps or journal)
+    outcome.extra["plan"] = plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
     if not steps:
         conclude(run, "nothing to do")
         return
-    number = count(len(steps), "step")
-    outcome.message = f"would {run.flags.command}: {number}"
-    lines = [f"plan of {plan.operation} ({number}; nothing was changed)", *block(
+    length = count(len(steps), "step")
+    outcome.message = f"would {run.flags.command}: {length}"
+    lines = [f"plan of {plan.operation} ({length}; nothing was changed)", *block(
         {f"{number:>2}  {step.name:<16}": step.text for number, step in enumerate(steps, 1)})]
+    # Without a step `health` nothing shows that what a rollback leaves is fit to return to.
     is_blind = plan.operation == "rollback" and all(step.name != "health" for step in plan.steps)
     if plan.way_back and (is_blind or not run.settings.deploy.auto_rollback):
         lines.append(f"should anything fail after activation: {plan.to_release} stays live")
@@ -9813,7 +9821,9 @@ def show_plan(run: Run, plan: Plan) -> None:
         lines += ["should anything fail after activation:", *block(
             {f"    {step.name:<16}": step.text for step in plan.way_back})]
     run.console.result("\n".join(lines))
-    for step in steps:  # what only looks finds now what it would find
+    # What a step would refuse without changing anything.  After the plan: `verify` may raise, and
+    # reads the whole release.
+    for step in steps:
         if step.name == "verify":
             step.do(run, step)
         elif step.do is do_prune:
@@ -9823,14 +9833,14 @@ def show_plan(run: Run, plan: Plan) -> None:
                 run.console.warn(f"{step.name}: {error.message}")
 
 
-# What the summary says of the release then.
+# What each command's summary says of the release.
 MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate": "is live",
          "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned",
          "adopt": "is known", "hold": "is held", "unhold": "may be replaced again"}
 
 
 def command_move(run: Run) -> None:
-    """Carry out deploy, stage, activate, rollback, pin or unpin; say how to undo it."""
+    """Carry out any command of MOVED, and say how to undo it."""
     command, outcome = run.flags.command, run.outcome
     transact(run)
     if run.flags.dry_run:
@@ -9842,17 +9852,16 @@ def command_move(run: Run) -> None:
     if not outcome.steps:
         conclude(run, f"{message} already; nothing to do")
         return
-    facts, then = run.facts, {"before": outcome.previous}
+    facts, shown = run.facts, {"before": outcome.previous}
     before = facts.records.get(outcome.previous or "")
     if command == "stage":
-        then = {"go live": facts.command_line(f"activate {outcome.release}")}
+        shown = {"go live": facts.command_line(f"activate {outcome.release}")}
     elif command == "rollback" and before and before.state != STATE_BAD:
-        then["undo"] = facts.command_line(f"activate {before.id}")
+        shown["undo"] = facts.command_line(f"activate {before.id}")
     elif command != "rollback" and before and rollback_target(facts, outcome.release):
-        then["undo"] = facts.command_line("rollback")
+        shown["undo"] = facts.command_line("rollback")
     outcome.message = message
-    lines = [f"  {what:<16} {how}" for what, how in then.items() if how]
-    run.console.result("\n".join([f"{run.application}: {message}", *lines]))
+    run.console.result("\n".join([f"{run.application}: {message}", *block(shown)]))
 
 
 def command_prune(run: Run) -> None:
@@ -9871,7 +9880,7 @@ def command_prune(run: Run) -> None:
 
 
 def command_recover(run: Run) -> None:
-    """Finish or undo what a crash left; --to settles by hand what cannot be decided."""
+    """Finish or undo what a crash left; with --to a person settles what no program can decide."""
     outcome, dry_run, done, lost = run.outcome, run.flags.dry_run, [], None
     if run.flags.to:
         transact(run)
@@ -9885,7 +9894,7 @@ def command_recover(run: Run) -> None:
             lost, journal, current = lost_current(facts), facts.journal, facts.current
             done = outcome.extra.get("recovered", [])
             if dry_run:
-                # First what it would be refused with.
+                # In the order in which a real run would be refused.
                 if facts.holder is not None:
                     raise busy(facts.holder)
                 if current.problem:
