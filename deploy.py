@@ -9587,11 +9587,10 @@ def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
 
 @contextmanager
 def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterator[Optional[Store]]:
-    """Open the root without locking or recovering it, and close all that was opened meanwhile.
+    """Open the root, neither locked nor recovered; in the end close what was opened meanwhile.
 
-    With `make` a missing root is created; otherwise nothing is written.  `must_exist` is for
-    commands that only read: a missing root is their UsageError, and a damaged state is a problem
-    that they found (exit 7), not a reason why a change cannot begin (exit 3).
+    `make` creates what is missing.  Commands that only read say `must_exist`: UsageError where it
+    does not; and a damaged state is then what they found (exit 7), not what stops them (exit 3).
     """
     if make:
         run.store = Store.create(run.settings)
@@ -9607,8 +9606,7 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
             raise ProblemFound(error.message, error.hint)
         raise
     finally:
-        # `observe` and `find_new` open an artifact and a cache, which live no longer than the root.
-        for opened in filter(None, (run.artifact, run.store, run.cache)):
+        for opened in filter(None, (run.artifact, run.store, run.cache)):  # by observe, find_new
             opened.close()
         run.artifact = run.store = run.cache = None
 
@@ -9680,14 +9678,13 @@ def transact(run: Run) -> None:
         facts = observe(run, artifact=artifact, confirm=flags.dry_run)
         is_broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
         if is_broken and not flags.to:
-            preflight(run)  # no plan can be made of this, and most often it ends here
+            preflight(run)  # before the plan, as most often it ends here
         plan = run.plan = plan_operation(facts)
         steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
         if steps and flags.command not in (*NOTING, "prune", "recover"):
             preflight(run, show=not is_broken)
         # Set before any step is taken: the report of a failure names both.
-        outcome.previous = before
-        outcome.release = after or None
+        outcome.previous, outcome.release = before, after or None
         console.log_context["release"] = after
         if before == after:
             target = rollback_target(facts, before)
@@ -9706,7 +9703,7 @@ def transact(run: Run) -> None:
 
 
 def check_untouched(run: Run) -> None:
-    """Run all checks before a root is made, whose name may be a typo; else say that it is needed."""
+    """Run all checks before a root is made: its name may be a typo."""
     flags, artifact = run.flags, run.flags.artifact or ""
     adopts = flags.command == "adopt" and os.path.isdir(f"{run.root}/releases")
     if not adopts and flags.command not in ("deploy", "stage", "sync"):
@@ -9772,7 +9769,7 @@ def find_new(run: Run) -> str:
 
 
 def preflight(run: Run, *, show: bool = True) -> None:
-    """Run the checks that guard this command; if any fail, raise the artifact's own refusal first."""
+    """Run the checks that guard this command; of failures raise the artifact's refusal first."""
     console, facts, started_seconds = run.console, run.facts, time.monotonic()
     results = run_checks(run, going_back=run.flags.command in ("rollback", "activate"))
     failed = [result for result in results if result.status == "fail"]
@@ -9813,7 +9810,7 @@ def show_plan(run: Run, plan: Plan) -> None:
     outcome.message = f"would {run.flags.command}: {length}"
     lines = [f"plan of {plan.operation} ({length}; nothing was changed)", *block(
         {f"{number:>2}  {step.name:<16}": step.text for number, step in enumerate(steps, 1)})]
-    # Without a step `health` nothing shows that what a rollback leaves is fit to return to.
+    # A rollback goes back only to what a step `health` has asked.
     is_blind = plan.operation == "rollback" and all(step.name != "health" for step in plan.steps)
     if plan.way_back and (is_blind or not run.settings.deploy.auto_rollback):
         lines.append(f"should anything fail after activation: {plan.to_release} stays live")
@@ -9821,9 +9818,7 @@ def show_plan(run: Run, plan: Plan) -> None:
         lines += ["should anything fail after activation:", *block(
             {f"    {step.name:<16}": step.text for step in plan.way_back})]
     run.console.result("\n".join(lines))
-    # What a step would refuse without changing anything.  After the plan: `verify` may raise, and
-    # reads the whole release.
-    for step in steps:
+    for step in steps:  # what only reads is done, behind the plan: it may take long, or fail
         if step.name == "verify":
             step.do(run, step)
         elif step.do is do_prune:
@@ -9868,9 +9863,9 @@ def command_prune(run: Run) -> None:
     """Delete what keep_releases no longer keeps."""
     transact(run)
     facts, would = run.facts, "would be " if run.flags.dry_run else ""
-    removed = run.outcome.extra["removed"] = [
-        step.name.partition(":")[2] for step in run.outcome.steps
-        if step.status in ("done", "planned")]
+    removed = [step.name.partition(":")[2] for step in run.outcome.steps
+               if step.status in ("done", "planned")]
+    run.outcome.extra["removed"] = removed
     for name, process in sorted(facts.in_use.items()):
         if name != facts.current.release:
             run.console.say(f"{name} is in use by {process}, and stays")
@@ -9893,8 +9888,7 @@ def command_recover(run: Run) -> None:
         with changing(run) as facts:
             lost, journal, current = lost_current(facts), facts.journal, facts.current
             done = outcome.extra.get("recovered", [])
-            if dry_run:
-                # In the order in which a real run would be refused.
+            if dry_run:  # what a real run would be refused with comes first
                 if facts.holder is not None:
                     raise busy(facts.holder)
                 if current.problem:
@@ -9918,9 +9912,9 @@ def command_recover(run: Run) -> None:
 
 def command_preflight(run: Run) -> None:
     """Run every read-only check, and show them as a table."""
-    outcome, asked = run.outcome, run.flags.artifact or ""
+    outcome = run.outcome
     with looking(run, must_exist=False):
-        facts = observe(run, artifact=asked, confirm=True)
+        facts = observe(run, artifact=run.flags.artifact or "", confirm=True)
         if facts.artifact:
             run.plan = make_plan(facts, Plan("deploy", outcome.release,
                                              release_id(facts, facts.artifact)))
@@ -9950,7 +9944,7 @@ def command_verify(run: Run) -> None:
 
 
 def command_diff(run: Run) -> None:
-    """Compare two releases by their manifests; nothing of them is read again."""
+    """Compare two releases by their manifests, without reading their files."""
     trees, ids = [], []
     with looking(run) as store:
         facts = observe(run)
@@ -9961,22 +9955,22 @@ def command_diff(run: Run) -> None:
                 trees.append(read_manifest(*streams))
             ids.append(release.id)
     lines = name_differences(run, differences(*trees))
-    old, new = run.outcome.previous, run.outcome.release = ids
-    conclude(run, f"from {old} to {new}: {count(len(lines), 'difference')}", lines)
+    run.outcome.previous, run.outcome.release = ids
+    conclude(run, f"from {ids[0]} to {ids[1]}: {count(len(lines), 'difference')}", lines)
 
 
 def command_logs(run: Run) -> None:
-    """Show what the services that are units wrote to the journal since the release went live."""
-    wanted, slots, lines = run.flags.service, run.settings.slots, []
+    """Show what the services' units wrote to the journal since the release went live."""
+    chosen, slots, lines = run.flags.service, run.settings.slots, []
     with looking(run):
         facts = observe(run)
         live = select_release(facts, "current")
     services = {**run.settings.service, **slots}
-    if wanted and wanted not in services:
-        raise no_such("service", wanted, services)
+    if chosen and chosen not in services:
+        raise no_such("service", chosen, services)
     idle = set(slots) - {facts.live_slot}
     units = [service for name, service in services.items()
-             if service.unit and (name == wanted or not wanted and name not in idle)]
+             if service.unit and (name == chosen or not chosen and name not in idle)]
     if not units or run.flags.follow and (run.flags.json or len(units) > 1):
         raise UsageError("logs shows the journals of systemd units, and --follow one of them",
                          "name one service that has a unit, and --follow without --json")
@@ -9986,11 +9980,11 @@ def command_logs(run: Run) -> None:
         argv += ["--no-pager", f"--since=@{since_seconds:.0f}", "-u", service.unit]
         if run.flags.follow:
             argv.append("--follow")
-        done = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
-                           timeout_seconds=LONGEST_SECONDS, mask=run.console.secrets.mask,
-                           on_line=lines.append if run.flags.json else run.console.result)
-        if not done.ok:
-            raise ProblemFound(f"{spell(argv)} {done.verdict()}: {' '.join(done.tail[-3:])}",
+        result = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
+                             timeout_seconds=LONGEST_SECONDS, mask=run.console.secrets.mask,
+                             on_line=lines.append if run.flags.json else run.console.result)
+        if not result.ok:
+            raise ProblemFound(f"{spell(argv)} {result.verdict()}: {' '.join(result.tail[-3:])}",
                                "run it as a user who may read the journal, or as root")
     run.outcome.release, run.outcome.extra["logs"] = live.id, lines
 
@@ -10002,31 +9996,31 @@ def command_flags(run: Run) -> None:
     else:
         with looking(run):
             observe(run)
-    found = run.outcome.extra["flags"] = run.facts.flags
-    run.outcome.message = count(len(found), "flag")
+    values = run.outcome.extra["flags"] = run.facts.flags
+    run.outcome.message = count(len(values), "flag")
     if not run.flags.dry_run:
         show_table(run, "FLAG|VALUE", "name value", [
-            {"name": name, "value": show_flag(value)} for name, value in sorted(found.items())],
+            {"name": name, "value": show_flag(value)} for name, value in sorted(values.items())],
             "no flags")
 
 
 def command_probe(run: Run) -> None:
     """Run the configured probes now, or an ad-hoc one."""
-    flags, live, outcome = run.flags, False, run.outcome
+    flags, is_live, outcome = run.flags, False, run.outcome
     probes = chosen_probes(run.settings, flags)
     context = Context("", "/", "", "", "/", "", run.deploy_id)
     if run.settings.deploy.root:  # without one there is nothing to compare the answer with
         with looking(run, must_exist=False):
             facts = observe(run)
-        live, context = outcome.release in facts.records, context_for(facts, outcome.release)
-    if not live and flags.expect and probes[0].release:
+        is_live, context = outcome.release in facts.records, context_for(facts, outcome.release)
+    if not is_live and flags.expect and probes[0].release:
         raise UsageError(f"--expect release={probes[0].release}: no release is known to be live, "
                          "to compare the answer with", "name the root of what answers: --root DIR")
-    results = [run_probe(run, probe, context, expect_release=live, once=flags.wait is None)
+    results = [run_probe(run, probe, context, expect_release=is_live, once=flags.wait is None)
                for probe in probes]
-    rows = outcome.extra["probes"] = [found.to_json() for found in results]
+    rows = outcome.extra["probes"] = [result.to_json() for result in results]
     show_table(run, "HEALTHY|PROBE|TOOK|ANSWER", "ok name seconds detail", rows)
-    failed = [found for found in results if not found.ok and found.required]
+    failed = [result for result in results if not result.ok and result.required]
     outcome.message = f"{count(len(results), 'probe')}, {len(failed)} failed"
     if failed:
         raise ProblemFound(failed[0].complaint(), failed[0].hint())
@@ -10067,7 +10061,7 @@ CONFIG_DIRECTORY = "/etc/deploy"
 
 
 def configurations() -> List[str]:
-    """List the configurations of this host's applications."""
+    """List the configurations of this host's applications: for `status --all`, and for `load`."""
     with suppress(OSError):
         return sorted(f"{CONFIG_DIRECTORY}/{name}" for name in os.listdir(CONFIG_DIRECTORY)
                       if name.endswith(".ini") and name[0] != ".")
@@ -10075,7 +10069,7 @@ def configurations() -> List[str]:
 
 
 def command_status(run: Run) -> None:
-    """Show the state of one root, or of every one that has a configuration in /etc/deploy."""
+    """Show the state of one root, or with --all of each that has a configuration in /etc/deploy."""
     if not run.flags.all:
         show_status(run)
         return
@@ -10085,11 +10079,11 @@ def command_status(run: Run) -> None:
                "problem": "", "ok": True}
         rows.append(row)
         try:
-            one = Run(load_settings([path], {}, []), Console(), run.interrupts, run.flags)
-            one.console.quiet = True
-            row.update(application=one.application, root=one.settings.deploy.root)
-            show_status(one)
-            row["release"] = one.outcome.release
+            each = Run(load_settings([path], {}, []), Console(), run.interrupts, run.flags)
+            each.console.quiet = True
+            row.update(application=each.application, root=each.settings.deploy.root)
+            show_status(each)
+            row["release"] = each.outcome.release
         except FAILURES as error:
             row.update(problem=step_error(error, "status").message, ok=False)
     run.outcome.message = count(len(rows), "root")
@@ -10101,7 +10095,7 @@ def command_status(run: Run) -> None:
 
 
 def show_status(run: Run) -> None:
-    """Show what is live, what it can go back to, and whether anything needs a person."""
+    """Show what is live, where a rollback goes, and whether anything needs a person."""
     outcome, last = run.outcome, None
     with looking(run) as store:
         facts = observe(run)
@@ -10116,7 +10110,7 @@ def show_status(run: Run) -> None:
             problems.append((error.message, error.hint))
     outcome.previous = previous and previous.id
     links = {slot: release for release, slot in facts.slots.items()}
-    found = outcome.extra["status"] = {
+    status = outcome.extra["status"] = {
         "current": current and encode(current), "previous": previous and encode(previous),
         "journal": facts.journal and encode(facts.journal), "last": last and encode(last),
         "lock": facts.holder, "maintenance": flag, "hold": facts.hold or None,
@@ -10126,16 +10120,16 @@ def show_status(run: Run) -> None:
                          "live": slot == facts.live_slot}
                   for slot, values in run.settings.slots.items()}}
     run.console.result("\n".join(block({
-        "application": facts.application, "root": facts.root, **found,
-        "current": found["current"] or name or "nothing is live",
+        "application": facts.application, "root": facts.root, **status,
+        "current": status["current"] or name or "nothing is live",
         "state": "" if problems else "ok"})))
-    outcome.message = f"{name or 'nothing'} is live; state: {'; '.join(found['problems']) or 'ok'}"
+    outcome.message = f"{name or 'nothing'} is live; state: {'; '.join(status['problems']) or 'ok'}"
     if problems:
         raise ProblemFound(*problems[0])
 
 
-def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
-    """Say what is broken, each with what to do about it; `back` is where a rollback goes."""
+def status_problems(run: Run, target: Optional[Record]) -> Iterator[Problem]:
+    """Give each thing that is broken and what to do about it; `target` is a rollback's."""
     facts, store, command_line = run.facts, run.store, run.facts.command_line
     live, journal, lost = facts.current.release, facts.journal, lost_current(facts)
     for status, problem, fix in check_state(run):
@@ -10143,20 +10137,20 @@ def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
             yield problem, fix
     if facts.settings.slots:
         yield from slot_problem(facts)
-    for record in filter(None, (facts.release(live or ""), back)):
+    for record in filter(None, (facts.release(live or ""), target)):
         if not all(store.status(f"{path}/{record.id}") for path in (MANIFESTS, TREES)):
             yield (f"{record.id} cannot be verified: its manifest is missing",
                    store.make_whole(record))
     if facts.holder is not None:
         return
     if journal:
-        by_hand = journal.recoveries >= MAX_RECOVERIES
+        needs_person = journal.recoveries >= MAX_RECOVERIES
         try:
             verdict_of(store, journal, live)
         except StateError:
-            by_hand = True
+            needs_person = True
         yield (f"{journal} was not finished ({journal.phase})",
-               command_line("recover --to RELEASE" if by_hand else "recover"))
+               command_line("recover --to RELEASE" if needs_person else "recover"))
     if journal or facts.current.problem:
         return
     if store.status(store.flag) and "deploy_id" in store.maintenance():
@@ -10165,13 +10159,13 @@ def status_problems(run: Run, back: Optional[Record]) -> Iterator[Problem]:
         yield lost.message, lost.hint
     for record in facts.records.values():
         if record.state == STATE_ACTIVE and record.id != live and not lost:
-            what, fix = "its files are gone", "recover"
+            why, fix = "its files are gone", "recover"
             if record.id in facts.on_disk:
-                what, fix = f"current points to {live}", f"activate {record.id}"
-            yield f"{record.id} should be live, but {what}", command_line(fix)
+                why, fix = f"current points to {live}", f"activate {record.id}"
+            yield f"{record.id} should be live, but {why}", command_line(fix)
         elif record.id == live and record.failure:
             yield (f"{live} is live, but failed: {record.failure.get('reason')}",
-                   command_line("rollback") if back else "deploy a corrected version")
+                   command_line("rollback") if target else "deploy a corrected version")
 
 
 def command_releases(run: Run) -> None:
@@ -10203,23 +10197,23 @@ def command_history(run: Run) -> None:
             conclude(run, "; ".join(problems[:3]) or f"{lines}, the chain is whole")
             if problems:
                 raise ProblemFound(
-                    f"the history is not whole: {outcome.message}",
-                    f"compare {store.path}/{HISTORY} with a backup or with your log; to start "
-                    "over, move it away")
+                    f"the history is not whole: {outcome.message}", f"compare {store.path}/{HISTORY} "
+                    "with a backup or with your log; to start over, move it away")
             return
-        entries, outcome.extra["chain"] = store.history(), store.chain
+        entries = store.history()
+        outcome.extra["chain"] = store.chain
     if flags.since:
         since = format_time(read_value("moment", flags.since)(time.time(), -1))
     if flags.operation and flags.operation not in ORDER:
         raise no_such("operation", flags.operation, ORDER)
-    found = [encode(entry) for entry in entries
-             if entry.at >= since and flags.operation in (None, entry.operation)
-             and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
+    chosen = [encode(entry) for entry in entries
+              if entry.at >= since and flags.operation in (None, entry.operation)
+              and not (flags.failed and entry.exit_code in (EXIT_OK, EXIT_CHANGED))]
     limit = int(flags.limit or (0 if flags.json else 20))
-    shown = outcome.extra["history"] = found[-limit:] if limit else found
-    outcome.extra["total"] = len(found)
-    outcome.message = count(len(found), "entry", "entries")
-    if len(shown) < len(found):
+    shown = outcome.extra["history"] = chosen[-limit:] if limit else chosen
+    outcome.extra["total"] = len(chosen)
+    outcome.message = count(len(chosen), "entry", "entries")
+    if len(shown) < len(chosen):
         outcome.message += f", the newest {limit} of them shown; --limit 0 shows all"
         run.console.say(outcome.message)
     show_table(run, "TIME|ID|OPERATION|RESULT|VERSION|TOOK|BY",
@@ -10238,15 +10232,15 @@ def command_show(run: Run) -> None:
     names = [(name, entry) for entry in entries for name in (
         entry.deploy_id, str(entry.sequence), entry.release, entry.version) if name]
     exact = [entry for name, entry in names if name == text]
-    exact.sort(key=lambda entry: entry.operation not in NOTING)  # a move counts before a note
-    found = exact[-1:] or [entry for name, entry in names if name.startswith(text)]
+    exact.sort(key=lambda entry: entry.operation not in NOTING)  # before a pin or hold
+    matches = exact[-1:] or [entry for name, entry in names if name.startswith(text)]
     if text == "latest":
-        found = entries[-1:]
-    ids = list(dict.fromkeys(entry.deploy_id for entry in found or entries))[-5:]
-    if not found or len(ids) > 1:
-        raise UsageError(f"{text!r} is {'more than one' if found else 'no'} deployment",
+        matches = entries[-1:]
+    ids = list(dict.fromkeys(entry.deploy_id for entry in matches or entries))[-5:]
+    if not matches or len(ids) > 1:
+        raise UsageError(f"{text!r} is {'more than one' if matches else 'no'} deployment",
                          f"give one of: {', '.join(ids) or 'none was deployed here so far'}")
-    # The run itself, and what a recovery made of it.
+    # The run's own line, and that of the recovery that ended it.
     shown = outcome.extra["history"] = [
         encode(entry) for entry in entries if entry.deploy_id == ids[0]]
     for entry in shown:
@@ -10259,64 +10253,67 @@ def command_show(run: Run) -> None:
 # -- how deployments went over time --------------------------------------------
 
 def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
-    """Work out the four keys of DORA, and rework, from the history between two times in RFC 3339.
+    """Compute the four DORA keys and the rework rate between two times (RFC 3339).
 
-    A deployment is what went live; it failed where it was rolled back, by itself or by hand later,
-    or was left to a person.  Recovery counts from going live to healthy again, lead time from the
-    build; rework, a deployment directly after a failed one, is a proxy.  Medians, in seconds.
+    A deployment is a run that made a release live.  It failed if it was rolled back, automatically
+    or by hand later, or needed a person; it is rework if the one before it failed.  Recovery is
+    from going live to healthy again, lead time from the build to going live: medians, in seconds.
     """
     from statistics import mean, median
-    runs, by_release, broken = [], {}, []
+    deployments, by_release, unrecovered = [], {}, []
 
     def span(begin: Any, end: Any) -> Optional[float]:
         return seconds_of(end) - seconds_of(begin) if begin and end else None
 
     for entry in entries:
-        last, left = runs[-1] if runs else {}, by_release.get(entry.previous)
+        last = deployments[-1] if deployments else {}
+        left = by_release.get(entry.previous)
         goes_live = entry.result in GOES_LIVE
-        is_broken = entry.result in ("left_live", "rollback_failed")  # it needed a person
-        # What a recovery made of a run has the run's own id.
+        needs_person = entry.result in ("left_live", "rollback_failed")
+        # The recovery of a run is written under the run's own id.
         is_end = entry.deploy_id == last.get("deploy_id")
-        by_hand = goes_live and not entry.automatic
-        if by_hand and entry.operation == "rollback" and left and not left["failed"]:
+        is_manual = goes_live and not entry.automatic
+        if is_manual and entry.operation == "rollback" and left and not left["failed"]:
             left["failed"] = True
-            broken.append(left)
-        if not is_broken and (by_hand or goes_live and is_end):
-            for run in broken:
-                run["well_at"] = entry.at
-            broken = []
+            unrecovered.append(left)
+        if not needs_person and (is_manual or goes_live and is_end):
+            for deployment in unrecovered:
+                deployment["well_at"] = entry.at
+            unrecovered = []
         if is_end or entry.operation not in ("deploy", "activate", "sync") or not (
-                goes_live or is_broken):
+                goes_live or needs_person):
             continue
-        run = {key: getattr(entry, key) for key in (
+        deployment = {key: getattr(entry, key) for key in (
             "at", "deploy_id", "operation", "result", "release", "version", "note", "built_at")}
-        run.update(by=entry.by.get("user"), failed=entry.automatic or is_broken,
-                   rework=last.get("failed", False), well_at=entry.at if entry.automatic else None)
-        for step in entry.steps:
-            if step["name"] == "activate" and run["at"] == entry.at:
-                run["at"] = step.get("started_at") or entry.at
-        runs.append(run)
-        by_release[entry.release] = run
-        if is_broken:
-            broken.append(run)
-    runs = [run for run in runs if since <= run["at"] <= until]
-    for run in runs:
-        run["recovery_seconds"] = span(run["at"], run["failed"] and run["well_at"])
-        run["lead_seconds"] = span(run["built_at"], run["at"])
+        # The way back has a step `activate` as well; a recovered run may have none.
+        switches = [step["started_at"] for step in entry.steps if step["name"] == "activate"]
+        deployment.update(
+            at=switches[0] if switches else entry.at, by=entry.by.get("user"),
+            failed=entry.automatic or needs_person, rework=last.get("failed", False),
+            well_at=entry.at if entry.automatic else None)
+        deployments.append(deployment)
+        by_release[entry.release] = deployment
+        if needs_person:
+            unrecovered.append(deployment)
+    deployments = [each for each in deployments if since <= each["at"] <= until]
+    for each in deployments:
+        each["recovery_seconds"] = span(each["at"], each["failed"] and each["well_at"])
+        each["lead_seconds"] = span(each["built_at"], each["at"])
     days = max(1.0, (seconds_of(until) - seconds_of(since)) / 86400)
-    found = {"since": since, "until": until, "deployments": len(runs),
-             "per_day": round(len(runs) / days, 3), "failed": sum(run["failed"] for run in runs)}
+    report = {"since": since, "until": until, "deployments": len(deployments),
+              "per_day": round(len(deployments) / days, 3),
+              "failed": sum(each["failed"] for each in deployments)}
     for name, key, middle in (
             ("change_fail_rate", "failed", mean), ("rework_rate", "rework", mean),
             ("recovery_seconds", "recovery_seconds", median),
             ("lead_seconds", "lead_seconds", median)):
-        known = [float(run[key]) for run in runs if run[key] is not None]
-        found[name] = round(middle(known), 4) if known else None
-    return dict(found, runs=runs)
+        known = [float(each[key]) for each in deployments if each[key] is not None]
+        report[name] = round(middle(known), 4) if known else None
+    return dict(report, runs=deployments)
 
 
 def refuse_odd_files(*paths: str) -> None:
-    """Raise UsageError for a device or a link: a file that is renamed into place would end it."""
+    """Raise UsageError for a device or a link, which a rename into place would replace."""
     for path in paths:
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
             raise UsageError(f"{portable(path)} is no regular file, and would become one",
@@ -10324,18 +10321,18 @@ def refuse_odd_files(*paths: str) -> None:
 
 
 def command_report(run: Run) -> None:
-    """Show how often it was deployed, how many failed, how long it took to recover, to go live."""
+    """Report how often deployments were made, how many failed, how long recovery and lead were."""
     flags, output, now_seconds = run.flags, run.flags.output or "-", time.time()
     since = format_time(read_value("moment", flags.since or "90d")(now_seconds, -1))
     with looking(run) as store:
-        found = measure(store.history(), since, format_time(now_seconds))
-    run.outcome.extra["report"], runs = found, found["runs"]
-    measures = {key: in_short(key, value) for key, value in found.items() if key != "runs"}
+        report = measure(store.history(), since, format_time(now_seconds))
+    run.outcome.extra["report"] = report
+    measures = {key: in_short(key, value) for key, value in report.items() if key != "runs"}
     text = "\n".join([*block(measures), ""])
     if flags.format == "json":
-        text = json.dumps(found, indent=2) + "\n"
+        text = json.dumps(report, indent=2) + "\n"
     elif flags.format == "html":
-        text = report_page(run.application, runs, measures)
+        text = report_page(run.application, report["runs"], measures)
     elif flags.format == "csv":
         import csv
         import io
@@ -10344,19 +10341,19 @@ def command_report(run: Run) -> None:
             "at deploy_id operation result release version failed rework recovery_seconds "
             "lead_seconds by note").split(), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(runs)
+        writer.writerows(report["runs"])
         text = table.getvalue()
     text = run.console.secrets.mask(text)
-    run.outcome.message = f"{count(len(runs), 'deployment')}, {found['failed']} failed"
+    run.outcome.message = f"{count(report['deployments'], 'deployment')}, {report['failed']} failed"
     if output == "-":
         run.console.raw_result(text)
         return
     path = absolute(output)
     refuse_odd_files(path)
     with blaming(UsageError, f"cannot write {output}", "name another: -o FILE"), \
-            Directory(os.path.realpath(os.path.dirname(path))) as place:
+            Directory(os.path.realpath(os.path.dirname(path))) as directory:
         if not flags.dry_run:
-            place.write(os.path.basename(path), text.encode("utf-8", "backslashreplace"), 0o644)
+            directory.write(os.path.basename(path), text.encode("utf-8", "backslashreplace"), 0o644)
     conclude(run, f"{run.outcome.message}: {output}")
 
 
@@ -10402,17 +10399,17 @@ rect.bad {{ fill: var(--bad) }}
 
 
 def report_page(application: str, runs: List[Json], measures: Json) -> str:
-    """Write the report as one page that needs nothing else; the same on every Python."""
+    """Write the report as one HTML page that loads nothing else."""
     from html import escape as quote
-    first, *places, last = map(seconds_of, (
-        measures["since"], *[run["at"] for run in runs], measures["until"]))
+    first, last = seconds_of(measures["since"]), seconds_of(measures["until"])
     marks, rows = [], []
-    for run, at in zip(runs, places):
+    for run in runs:
         kind = "bad" if run["failed"] else "good"
         cells = [quote(in_short(key, run[key]))
                  for key in ("at", "version", "result", "by", "note")]
-        marks.append(f'<rect class="{kind}" x="{990 * (at - first) / (last - first):.1f}" y="12" '
-                     'width="6" height="40"><title>{}: {} {}</title></rect>'.format(*cells))
+        x = 990 * (seconds_of(run["at"]) - first) / (last - first)
+        marks.append(f'<rect class="{kind}" x="{x:.1f}" y="12" width="6" height="40">'
+                     '<title>{}: {} {}</title></rect>'.format(*cells))
         rows.insert(0, f'<tr class="{kind}"><td>{"</td><td>".join(cells)}</td></tr>')
     shown = [f"<div><dt>{key}</dt><dd>{quote(value)}</dd></div>"
              for key, value in measures.items()]
@@ -10450,7 +10447,7 @@ def command_attest(run: Run) -> None:
 
 
 def command_approve(run: Run) -> None:
-    """Print what those sign who approve of an artifact."""
+    """Print the text that those who approve of an artifact sign."""
     with Artifact(run.flags.artifact, run.settings.limits, run.flags.delegate) as artifact, \
             run.console.progress("hash", artifact.size_bytes) as progress:
         artifact.identify(run.settings, progress)
@@ -10460,31 +10457,31 @@ def command_approve(run: Run) -> None:
     show_signable(run, text, f"{artifact.name}.approval", "-n deploy-approval -f KEY")
 
 
-def show_signable(run: Run, text: str, name: str, how: str) -> None:
-    """Print the exact bytes that are to be signed, and on stderr how that is done."""
+def show_signable(run: Run, text: str, name: str, arguments: str) -> None:
+    """Print the exact bytes to be signed, and on stderr the command that signs them."""
     run.outcome.extra["text"], run.outcome.message = text, f"what {name} is to hold"
     run.console.raw_result(text)
     run.console.say(f"save it as {name}, beside the artifact; then: "
-                    f"ssh-keygen -Y sign {how} {spell([name])}")
+                    f"ssh-keygen -Y sign {arguments} {spell([name])}")
 
 
 # -- maintenance -----------------------------------------------------------------
 
 def command_maintenance(run: Run) -> None:
-    """Put the flag up or down by hand, without the lock, as a run may hang; or serve the page."""
+    """Put the flag up or down, without the lock, as a run may hang; or serve the page."""
     flag, outcome, action = run.settings.maintenance.flag, run.outcome, run.flags.action
     if action == "serve":
         serve_maintenance(run)
         return
     with looking(run) as store:
-        found = store.maintenance()
-        outcome.changed = bool(found)
-        if action == "on":  # a run's own becomes the person's
-            outcome.changed = not found or "deploy_id" in found
+        owner = store.maintenance()
+        outcome.changed = bool(owner)
+        if action == "on":  # a run's flag becomes the person's: the run then leaves it up
+            outcome.changed = not owner or "deploy_id" in owner
         if outcome.changed and not run.flags.dry_run:
             if action == "on":
-                whose = {"by": run.by, "since": format_time(), "note": run.note or None}
-                store.write(flag, json.dumps(whose).encode("ascii"), 0o644)
+                owner = {"by": run.by, "since": format_time(), "note": run.note or None}
+                store.write(flag, json.dumps(owner).encode("ascii"), 0o644)
             else:
                 store.forget(flag)
     conclude(run, f"maintenance is {action}: {run.root}/{flag}")
@@ -10535,11 +10532,11 @@ def serve_maintenance(run: Run) -> None:
         while True:
             run.interrupts.wait(1.0, selector.fileno())  # a second late, the limit still is one
             ready = {key.fileobj for key, _ in selector.select(0)}
-            for client, _, _, visit in list(selector.get_map().values()):
+            for client, _, _, visit in list(selector.get_map().values())[1:]:  # listener first
                 with suppress(StopIteration, OSError):  # it has its answer, or is gone
-                    if visit and client in ready:
+                    if client in ready:
                         selector.modify(client, next(visit[0]), visit)
-                    if not visit or time.monotonic() < visit[1]:
+                    if time.monotonic() < visit[1]:
                         continue
                 selector.unregister(client)
                 client.close()
@@ -10557,11 +10554,10 @@ def serve_maintenance(run: Run) -> None:
 
 def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
-    from pathlib import Path
     flags, outcome = run.flags, run.outcome
     directory = absolute(flags.directory)
     version = f"-{flags.release_version}" if flags.release_version else ""
-    shown = flags.output or f"{Path(directory).name}{version}.tar.gz"
+    shown = flags.output or f"{os.path.basename(directory)}{version}.tar.gz"
     target = absolute(shown)
     if not os.path.isdir(directory):
         raise UsageError(f"{directory} is not a directory",
@@ -10572,11 +10568,11 @@ def command_pack(run: Run) -> None:
     text, warnings = f"pack {directory} into {target} and {target}.sha256", []
     outcome.extra["plan"], message = [{"name": "pack", "description": text}], f"would {text}"
     if not flags.dry_run:
-        made, warnings = pack(directory, target, run.settings,
-                              lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
-        outcome.extra["artifact"] = dict(made, path=portable(target))
-        message = f"{portable(shown)}: {count(made['files'], 'file')}, " \
-            f"{format_size(made['size'])}, sha256 {made['sha256']}"
+        packed, warnings = pack(directory, target, run.settings,
+                                lambda done: run.interrupts.check(), keep_mtimes=flags.keep_mtimes)
+        outcome.extra["artifact"] = dict(packed, path=portable(target))
+        message = f"{portable(shown)}: {count(packed['files'], 'file')}, " \
+            f"{format_size(packed['size'])}, sha256 {packed['sha256']}"
     outcome.changed = True
     conclude(run, message)
     for warning in warnings:
@@ -10599,8 +10595,8 @@ root = {root}
 
 def command_config(run: Run) -> None:
     """Show every option with its value and where it came from."""
-    flags, deploy, found = run.flags, run.settings.deploy, {}
-    run.outcome.extra["config"] = found
+    flags, deploy = run.flags, run.settings.deploy
+    values = run.outcome.extra["config"] = {}
     if flags.example:
         lines = ["# deploy.ini: every option with its default. Remove a leading # to set one.",
                  "# Durations: 500ms, 3s, 2m, 1h. Sizes: 64k, 10M, 2G. Lists: one item a line.",
@@ -10622,12 +10618,12 @@ def command_config(run: Run) -> None:
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
-        chosen = section in ("env", "vars") or key.startswith("header.")
+        is_custom = section in ("env", "vars") or key.startswith("header.")
         shown = text.replace("\n", " | ")
-        if chosen and text and SECRET_NAME.search(key.lower()):
+        if is_custom and text and SECRET_NAME.search(key.lower()):
             shown = MASK
         rows.append((section, key, shown, origin))
-        found[f"{section}.{key}"] = {"value": shown, "origin": origin}
+        values[f"{section}.{key}"] = {"value": shown, "origin": origin}
     given = {name.partition(":")[0] for name, _ in run.settings.given}
     given.update(("deploy", "artifact", "limits"))
     inert = run.outcome.extra["inert"] = [name.replace("*", "NAME") for name, _, _ in SECTIONS
@@ -10638,27 +10634,25 @@ def command_config(run: Run) -> None:
 
 
 def share_of(host: str, application: str) -> float:
-    """Return a host's share of --splay, 0 to 1: evenly spread over hosts, the same every time."""
+    """Return a host's share of --splay, 0 to 1: evenly spread over the hosts, always the same."""
     digest = hashlib.sha256(f"{host} {application}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2 ** 64
 
 
 def wait_splay(run: Run) -> None:
-    """Wait this host's own share of --splay, so that a fleet does not begin at once."""
-    # Without a root it fails here, and not after the wait.
-    name = run.application if run.root else ""
+    """Wait this host's share of --splay, so that a fleet does not begin all at once."""
+    name = run.application if run.root else ""  # `root` raises where none is given: before the wait
     seconds = read_value("duration", run.flags.splay) * share_of(os.uname().nodename, name)
-    waiting = f"{format_seconds(seconds)} of --splay {run.flags.splay}"
-    if run.flags.dry_run:
-        run.console.say(f"would wait {waiting}")
-        return
-    run.console.say(f"waiting {waiting}")
-    run.console.working(f"waiting {waiting}", seconds)
-    run.interrupts.wait(seconds)
+    waiting = "would wait" if run.flags.dry_run else "waiting"
+    text = f"{waiting} {format_seconds(seconds)} of --splay {run.flags.splay}"
+    run.console.say(text)
+    if not run.flags.dry_run:
+        run.console.working(text, seconds)
+        run.interrupts.wait(seconds)
 
 
 def command_help(run: Run) -> None:
-    """Show what this program is, or a page on one of its uses; of a command --help was shown."""
+    """Show what this program is, or a page on one of its uses; `help COMMAND` never comes here."""
     topic = run.flags.topic
     text = f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {', '.join(HELP)}, or a command\n"
     if topic and topic not in HELP:
@@ -10669,7 +10663,7 @@ def command_help(run: Run) -> None:
 
 
 def command_completion(run: Run) -> None:
-    """Print what makes a shell complete this program's words."""
+    """Print the script by which bash or zsh completes this program's words."""
     flags = [(name, flag) for flag in FLAGS for name in flag.names if not flag.is_argument]
     everywhere = " ".join(name for name, flag in flags if not flag.commands)
     cases = []
@@ -10685,13 +10679,13 @@ def command_completion(run: Run) -> None:
 
 # ============================================================================
 # 17  Reports
-#    What a run tells once it has ended: metrics, notifications, the summary, the
-#    error, the one JSON object.  Nothing here changes the outcome.
+#    What a run reports once it has ended: metrics, notifications, a trace, the
+#    summary, the error, the one JSON object.  Nothing here changes the outcome.
 # ============================================================================
 
 def result_object(error: Optional[DeployError], run: Any = None, exit_code: int = EXIT_OK,
                   seconds: float = 0.0) -> Json:
-    """Put together the one object of --json; without a run, where no command was run."""
+    """Make the one object of --json; `run` is None where no command was run."""
     outcome, root, warnings = Outcome(""), "", []
     if run is not None:
         outcome, root, warnings = run.outcome, run.place, run.console.warnings
@@ -10718,30 +10712,29 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
 # -- metrics -------------------------------------------------------------------
 
 def write_metrics(run: Run, ended: str, result: Json) -> None:
-    """Bring the application's file in [metrics] textfile_dir up to date.
-
-    Nothing in that directory is acted on, no link in it is followed, and what
-    is not this program's own is replaced: it may belong to somebody else.
-    """
-    path, samples = run.settings.metrics.textfile_dir, {metric: {} for metric, _, _ in METRICS}
-    name = re.sub(r"[^A-Za-z0-9._-]", lambda found: f"_{ord(found.group()):x}", run.application)
-    name, own, lines = f"deploy_{name[:200]}.prom", re.escape(label(run)), []
-    own = rf'^(\w+)\{{({own}(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*)\}} (\d{{1,20}}(?:\.\d+)?)$'
+    """Update the application's file in [metrics] textfile_dir, where others may write as well."""
+    path, lines = run.settings.metrics.textfile_dir, []
+    samples: Json = {metric: {} for metric, _, _ in METRICS}  # by metric and labels
+    name = re.sub(r"[^A-Za-z0-9._-]", lambda match: f"_{ord(match.group()):x}", run.application)
+    name = f"deploy_{name[:200]}.prom"
+    labels = re.escape(label(run)) + r'(?:,[a-z0-9]+="(?:[^"\\\n]|\\[\\n"])*")*'
+    sample = rf"(?m)^(\w+)\{{({labels})\}} (\d{{1,20}}(?:\.\d+)?)$"
     try:
         with Directory(path) as directory:
-            with suppress(OSError):  # no such locks there (NFS)
-                for _ in range(100):  # of two runs at once both are counted; none takes longer
+            with suppress(OSError):  # a filesystem without such locks (NFS)
+                for _ in range(100):  # two runs at once are both counted; neither waits over 1 s
                     with suppress(BlockingIOError):
                         fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     time.sleep(0.01)
-            with suppress(OSError):  # none yet, or none of ours
+            with suppress(OSError):  # none yet, or none of ours: it is replaced
                 data = read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor)
-                for metric, key, value in re.findall(f"(?m){own}", data.decode("utf-8", "replace")):
-                    samples.setdefault(metric, {})[key] = float(value)
+                for metric, key, value in re.findall(sample, data.decode("utf-8", "replace")):
+                    if metric in samples:
+                        samples[metric][key] = float(value)
             if result["exit_code"] not in (EXIT_BUSY, EXIT_USAGE):
-                describe_run(samples, run, result)
-            # Every other result begins at 0, or its first time would not show as an increase.
+                replace_samples(samples, run, result)
+            # A counter that begins with 1, not with 0, would not show its first increase.
             counts = samples["deploy_runs_total"]
             for word in RUN_RESULTS:
                 key = label(run, result=word)
@@ -10757,7 +10750,7 @@ def write_metrics(run: Run, ended: str, result: Json) -> None:
 
 
 def label(run: Run, **labels: str) -> str:
-    """Write a sample's labels, escaped as the text format wants it."""
+    """Write a sample's labels, escaped as the text format demands."""
     pairs = []
     for name, value in dict({"app": run.application}, **labels).items():
         text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -10766,14 +10759,14 @@ def label(run: Run, **labels: str) -> str:
     return ",".join(pairs)
 
 
-def describe_run(samples: Json, run: Run, result: Json) -> None:
-    """Put this run, by metric and labels, in place of the one before; the rest stays."""
+def replace_samples(samples: Json, run: Run, result: Json) -> None:
+    """Replace the samples of the run before by this run's; what it does not measure stays."""
     command, now = run.flags.command, time.time()
-    # One that found nothing to do is no news, unless the one before had failed.
+    # A run that found nothing to do is no deployment, unless it follows one that had failed.
     is_news = result["changed"] or result["failed"] or \
         not all(samples["deploy_last_deployment_success"].values())
     families = ["run"]
-    # A recovery that brings one to its end is its verdict.
+    # A recovery that ends a deployment is that deployment's verdict.
     if is_news and (command in ("deploy", "sync", "activate", "rollback")
                     or command == "recover" and run.outcome.result):
         families.append("deployment")
@@ -10785,12 +10778,12 @@ def describe_run(samples: Json, run: Run, result: Json) -> None:
         samples["deploy_last_success_timestamp_seconds"] = {label(run): now}
     steps = samples["deploy_step_duration_seconds"] = {}
     for step in run.outcome.steps:
-        # A release in a label would make one more series of every deployment; a step of the way
-        # back bears the name of the one that it repeats.
+        # No release in a label: each would be one more series.  The way back repeats names.
         key = label(run, step=re.sub("^prune:.*", "prune", step.name))
         steps[key] = steps.get(key, 0) + step.seconds
-    samples["deploy_release_info"] = samples["deploy_release_activated_timestamp_seconds"] = {}
-    with suppress(*FAILURES), looking(run) as store:  # or nobody can say what is live
+    samples["deploy_release_info"] = {}
+    samples["deploy_release_activated_timestamp_seconds"] = {}
+    with suppress(*FAILURES), looking(run) as store:  # else nobody can say what is live
         release = store.current().release
         record = store.records()[0].get(release or "")
         if release:
@@ -10805,10 +10798,10 @@ def describe_run(samples: Json, run: Run, result: Json) -> None:
 # -- notifications -------------------------------------------------------------
 
 NOTIFY_SECONDS = 3.0
-NOTIFY_GRACE_SECONDS = 0.3  # what a command that was told to end has left before it is killed
+NOTIFY_GRACE_SECONDS = 0.3  # how long a command has between TERM and KILL
 
-# type: the keys of which exactly one must be given, the others that mean something to it, and the
-# body that it takes.
+# type: the keys of which exactly one must be given, the other keys that it takes, the body that it
+# sends unless one is configured.
 URL_KEYS = ("url", "url_file")
 CHAT_KEYS = ("tls_ca", "proxy")
 NOTIFIERS = {
@@ -10827,15 +10820,15 @@ NOTIFIERS = {
     "command": (("command",), (), ""),
 }
 JSON_BEGINS = ("{", "[")
-MOST_CHARACTERS = 2000  # of a text that is posted: Discord takes no more
+MOST_CHARACTERS = 2000  # of a text that is posted: Discord's limit
 
-# What `${name}` may stand for in a text, beside DEPLOY_*.
+# The names that a text may use as ${name}, beside DEPLOY_*.
 NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "version",
               "previous", "previous_version", "deploy_id", "exit_code", "seconds", "note")
 
 
 def check_notifier(settings: Any) -> str:
-    """Say what is wrong with a [notify:NAME], without a word to anybody."""
+    """Say what is wrong with a [notify:NAME], without sending anything."""
     needs, takes, _ = NOTIFIERS[settings.type]
     others = {key for row in NOTIFIERS.values() for key in row[0] + row[1]} - {*needs, *takes}
     unused = meaningless(settings, others, f"type = {settings.type}")
@@ -10870,37 +10863,33 @@ def wrong_target(url: str) -> str:
 
 
 def deliver(run: Run, sending: Dict[str, Callable[[Conversation], Json]]) -> None:
-    """Let processes of their own send, side by side; what is not taken is a warning."""
+    """Send in processes of their own, side by side; each key begins the warning of its failure."""
     run.interrupts.is_closed = True
     with ExitStack() as stack:
-        asked = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
-                 for failure, send in sending.items()}
-        for failure, asking in asked.items():
+        conversations = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
+                         for failure, send in sending.items()}
+        for failure, conversation in conversations.items():
             # A receiver may answer anything, at any length.
-            why = run.console.secrets.mask(asking.answer(run.interrupts)["error"])
+            why = run.console.secrets.mask(conversation.answer(run.interrupts)["error"])
             if why:
                 run.console.warn(f"{failure}: {why[:2 * EVIDENCE_CHARACTERS]}")
 
 
 def notify(run: Run, ended: str, result: Json) -> None:
-    """Report to every notifier what it wants to know.
-
-    The events are what the run recovered first, and how it ended where that is one.
-    """
+    """Send each notifier the events that it asks for, of two: what was recovered, and the end."""
     events = {"recovered"} if result.get("recovered") else set()
-    # Before there is a root nothing remembers a refusal, and a timer would tell it at every tick.
+    # Without a root nothing remembers a refusal, and a timer would send it at every tick.
     if not (run.outcome.is_repeated or ended == "refused" and is_untouched(run)):
         events.add("failed" if ended in ("interrupted", "internal_error") else ended)
     result = run.console.secrets.mask_json(result)
     deliver(run, {f"notify {settings.name}: not told of {event}":
-                  lambda asked, event=event, settings=settings: tell(
-                      asked, run, settings, event, result)
+                  partial(tell, run=run, settings=settings, event=event, result=result)
                   for settings in run.settings.notify.values()
                   for event in events.intersection(settings.events)})
 
 
-def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
-    """Report an event in a process of its own; returns {"error": why} where it was not taken."""
+def tell(conversation: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
+    """Notify of an event, in a process of its own; returns {"error": why} where that failed."""
     context, words = describe_event(run, event, result)
     if settings.type == "slack":
         import html
@@ -10910,23 +10899,23 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
     text = render_template(settings.text, words, where)
     if settings.type == "email":
         subject = "{application} on {host}: {event}".format(**words)
-        return send_mail(asked, settings, subject, text)
+        return send_mail(conversation, settings, subject, text)
     if settings.type == "command":
-        # In this process alone; it has no descriptor by which a signal would wake the run's own.
+        # Of this process alone, which has not the descriptor by which a signal wakes the run's own.
         run.interrupts = Interrupts()
         run.settings.env.update(DEPLOY_EVENT=event, DEPLOY_TEXT=text)
-        done = start_command(run, context, f"notify {settings.name}", settings.command,
-                             timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS,
-                             kill_after_seconds=NOTIFY_GRACE_SECONDS)
-        last = f": {done.tail[-1]}" if done.tail else ""
-        return {} if done.ok else {"error": f"{spell(done.argv)} {done.verdict()}{last}"}
+        ended = start_command(run, context, f"notify {settings.name}", settings.command,
+                              timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS,
+                              kill_after_seconds=NOTIFY_GRACE_SECONDS)
+        last = f": {ended.tail[-1]}" if ended.tail else ""
+        return {} if ended.ok else {"error": f"{spell(ended.argv)} {ended.verdict()}{last}"}
     settings.header = {name: render_template(value, words, where)
                        for name, value in settings.header.items()}
     secrets = {"url": settings.url, "token": ""}
     for name in secrets:
         path = getattr(settings, f"{name}_file")
         if path:
-            asked.at(f"reading {name}_file")
+            conversation.at(f"reading {name}_file")
             secrets[name] = read_text(path).strip()
             if not secrets[name]:
                 return {"error": f"{name}_file is empty"}
@@ -10941,13 +10930,13 @@ def tell(asked: Conversation, run: Run, settings: Any, event: str, result: Json)
     else:
         settings.header.setdefault("Content-Type", "text/plain; charset=utf-8")
     words["result"] = json.dumps(result)
-    return post(asked, secrets["url"], settings, render_template(body, words, where))
+    return post(conversation, secrets["url"], settings, render_template(body, words, where))
 
 
-def post(asked: Conversation, target: str, settings: Any, body: str) -> Json:
-    """Post a body; returns {"error": why} where it was not taken, nothing where it was."""
+def post(conversation: Conversation, target: str, settings: Any, body: str) -> Json:
+    """Post a body; returns {"error": why} where that failed, else {}."""
     data = body.encode("utf-8", "backslashreplace")
-    response = asked.request("POST", parse_url(target), {
+    response = conversation.request("POST", parse_url(target), {
         "Content-Type": "application/json", "Content-Length": str(len(data))}, settings, data)
     if 200 <= response.status < 300:
         return {}
@@ -10956,10 +10945,9 @@ def post(asked: Conversation, target: str, settings: Any, body: str) -> Json:
 
 
 def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[str, str]]:
-    """Return the release that was to go live, and what stands in texts for `${name}`."""
+    """Return the context of the release that was to go live, and the values of ${name} in texts."""
     facts, lines, before = run.facts, [result["msg"]], None
-    root = os.path.realpath(run.settings.deploy.root)
-    context = Context(run.application, root, "", "", root, "", run.deploy_id)
+    context = Context(run.application, run.place, "", "", run.place, "", run.deploy_id)
     if facts is not None:
         release = run.outcome.release if result["command"] == "recover" else None
         before = facts.records.get(facts.current.release or "")
@@ -10976,8 +10964,8 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
         for name, value in words.items() if isinstance(value, str)}
 
 
-def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Json:
-    """Hand the text to a mail server (RFC 5321)."""
+def send_mail(conversation: Conversation, settings: Any, subject: str, text: str) -> Json:
+    """Send the text by a mail server (RFC 5321); returns as `post` does."""
     import smtplib
     from email.mime.text import MIMEText
     from email.utils import formatdate, make_msgid
@@ -10989,22 +10977,22 @@ def send_mail(asked: Conversation, settings: Any, subject: str, text: str) -> Js
             ("Date", formatdate()), ("Message-ID", make_msgid(domain=host)),
             ("Auto-Submitted", "auto-generated")):
         message[name] = value
-    asked.connect(split_address(settings.smtp))
-    asked.at("talking to the mail server")
+    conversation.connect(split_address(settings.smtp))
+    conversation.at("talking to the mail server")
     server = smtplib.SMTP(local_hostname=host)
-    server.sock = asked.socket
+    server.sock = conversation.socket
     code, answer = server.getreply()
     if code != 220:
         return {"error": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
     refused = server.sendmail(sender, settings.to, message.as_string())
-    server.putcmd("quit")  # it is delivered, whatever the server says to that
+    server.putcmd("quit")  # the mail is delivered, whatever the answer to this
     return {"error": f"the mail server refused {', '.join(refused)}"} if refused else {}
 
 
 # -- traces ----------------------------------------------------------------------
 
 def send_trace(run: Run, ended: str, result: Json) -> None:
-    """Send a span for the run and one for each step by OTLP/HTTP in JSON; at worst a warning."""
+    """Send a span for the run and one for each step, by OTLP/HTTP in JSON."""
     mask, caller, target = run.console.secrets.mask, traceparent(), run.settings.trace.otlp
     _, trace, own, sampled = run.traceparent.split("-")
     whole = target == "environment" and environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -11047,25 +11035,26 @@ def send_trace(run: Run, ended: str, result: Json) -> None:
     pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
     headers = {name: unquote(value.strip()) for name, value in pairs}
     settings = SimpleNamespace(header=headers, tls_ca="", proxy="none")
-    deliver(run, {"trace: not sent": lambda asked: post(asked, target, settings, content)})
+    send = partial(post, target=target, settings=settings, body=content)
+    deliver(run, {"trace: not sent": send})
 
 
 # -- all of it -------------------------------------------------------------------
 
-# What an exit code says of a run that the history knows nothing of.
+# How a run ended that failed, by its exit code; of 6 the history knows.
 ENDS = {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
         EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
         EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
 
 
-def report(run: Run, exit_code: int, seconds: float) -> None:
-    """Show the end: metrics and notifications, the error or the summary line, the JSON object.
+def report_run(run: Run, exit_code: int, seconds: float) -> None:
+    """Report how a run ended: metrics, notifications, trace; the summary or error; the JSON object.
 
-    The lock is free by now, and whatever goes wrong with telling others is a warning.
+    The lock is free by now, and what goes wrong with the first three is a warning.
     """
     outcome, console, settings, command = run.outcome, run.console, run.settings, run.flags.command
     error, dry_run, writes, end = outcome.error, run.flags.dry_run, command in ORDER, None
-    # How it ended, in the one word of history, events, metrics and log.
+    # How it ended, in the one word of history, events, metrics and log; `aborted` another run did.
     ended = outcome.result
     if exit_code == EXIT_ROLLBACK_FAILED:
         ended = ended or "rollback_failed"  # or left_live
@@ -11082,7 +11071,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
             try:
                 if is_wanted:
                     send(run, ended, result)
-            except Exception as problem:  # a defect here must not make a failure of what is done
+            except Exception as problem:  # a defect here must not turn what is done into exit 70
                 console.warn(step_error(problem, name).message)
             result["summary"]["warnings"] = len(console.warnings)
     if not dry_run:
@@ -11096,7 +11085,7 @@ def report(run: Run, exit_code: int, seconds: float) -> None:
     elif not error and writes:
         console.say(outcome.message, end, shown="")
     if error and console.quiet and outcome.is_repeated and outcome.result == "refused":
-        console.say(error.message, end, level="error", shown="")  # cron has mailed it before
+        console.say(error.message, end, level="error", shown="")  # only logged: cron has mailed it
     elif error:
         console.error(error.message, error.hint, end)
     elif console.quiet and (outcome.changed or console.warnings) and not dry_run:
@@ -11650,7 +11639,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if parameters is not None:
             argv = module_argv(parameters, console.secrets)
         exit_code, run = run_command_line(argv, console)
-        report(run, exit_code, time.monotonic() - started_seconds)
+        report_run(run, exit_code, time.monotonic() - started_seconds)
         # What was changed is done although the output is lost; what only prints has failed.
         if console.is_result_lost and not run.outcome.changed and exit_code == EXIT_OK:
             exit_code = EXIT_FAILED
