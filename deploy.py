@@ -9671,7 +9671,18 @@ def transact(run: Run) -> None:
         outcome.extra["note"] = run.note
     flags.dry_run = flags.dry_run or flags.check
     if is_untouched(run):
-        check_untouched(run)
+        adopts = flags.command == "adopt" and os.path.isdir(f"{run.root}/releases")
+        if not adopts and flags.command not in ("deploy", "stage", "sync"):
+            raise UsageError(f"nothing was ever deployed to {run.root}",
+                             "name another root: --root DIR; or deploy or adopt something first")
+        if not flags.dry_run and not adopts:
+            # Before a root is made all else must be right: its name may be a typo.
+            with looking(run, must_exist=False):
+                # As if locked: if another run is making this root, `changing` waits for it.
+                facts = observe(run, locked=True, artifact=artifact)
+                run.plan = plan_operation(facts) if facts.artifact else None
+                preflight(run, show=False)
+            run.facts = run.plan = None
     with changing(run):
         if flags.command == "sync":
             artifact = find_new(run)
@@ -9700,22 +9711,6 @@ def transact(run: Run) -> None:
             if run.cache:
                 with suppress(OSError):  # the next run tries again
                     run.store.directory(".deploy").remove_tree("cache")
-
-
-def check_untouched(run: Run) -> None:
-    """Run all checks before a root is made: its name may be a typo."""
-    flags, artifact = run.flags, run.flags.artifact or ""
-    adopts = flags.command == "adopt" and os.path.isdir(f"{run.root}/releases")
-    if not adopts and flags.command not in ("deploy", "stage", "sync"):
-        raise UsageError(f"nothing was ever deployed to {run.root}",
-                         "name another root: --root DIR; or deploy or adopt something first")
-    if not flags.dry_run and not adopts:
-        with looking(run, must_exist=False):
-            # As if locked: if another run is making this root, `changing` waits for it.
-            facts = observe(run, locked=True, artifact=artifact)
-            run.plan = plan_operation(facts) if facts.artifact else None
-            preflight(run, show=False)
-        run.facts = run.plan = None
 
 
 def find_new(run: Run) -> str:
@@ -9841,11 +9836,8 @@ def command_move(run: Run) -> None:
     if run.flags.dry_run:
         return
     message = f"{outcome.release or 'nothing'} {MOVED[command]}"
-    if command in NOTING:
-        conclude(run, message)
-        return
-    if not outcome.steps:
-        conclude(run, f"{message} already; nothing to do")
+    if command in NOTING or not outcome.steps:
+        conclude(run, message if command in NOTING else f"{message} already; nothing to do")
         return
     facts, shown = run.facts, {"before": outcome.previous}
     before = facts.records.get(outcome.previous or "")
@@ -10197,8 +10189,8 @@ def command_history(run: Run) -> None:
             conclude(run, "; ".join(problems[:3]) or f"{lines}, the chain is whole")
             if problems:
                 raise ProblemFound(
-                    f"the history is not whole: {outcome.message}", f"compare {store.path}/{HISTORY} "
-                    "with a backup or with your log; to start over, move it away")
+                    f"the history is not whole: {outcome.message}", f"compare {store.path}/"
+                    f"{HISTORY} with a backup or with your log; to start over, move it away")
             return
         entries = store.history()
         outcome.extra["chain"] = store.chain
@@ -10907,8 +10899,8 @@ def tell(conversation: Conversation, run: Run, settings: Any, event: str, result
         ended = start_command(run, context, f"notify {settings.name}", settings.command,
                               timeout_seconds=NOTIFY_SECONDS - 2 * NOTIFY_GRACE_SECONDS,
                               kill_after_seconds=NOTIFY_GRACE_SECONDS)
-        last = f": {ended.tail[-1]}" if ended.tail else ""
-        return {} if ended.ok else {"error": f"{spell(ended.argv)} {ended.verdict()}{last}"}
+        why = ": ".join([f"{spell(ended.argv)} {ended.verdict()}", *ended.tail[-1:]])
+        return {} if ended.ok else {"error": why}
     settings.header = {name: render_template(value, words, where)
                        for name, value in settings.header.items()}
     secrets = {"url": settings.url, "token": ""}
