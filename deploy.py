@@ -9538,17 +9538,17 @@ rolled_back: {type: bool, returned: always, description: "the release from befor
 # ============================================================================
 
 def no_such(kind: str, name: str, names: Iterable[str]) -> UsageError:
-    """Make the error for an unknown name; its hint is the nearest of the known ones."""
+    """Make the error for an unknown name; its hint is the nearest known one."""
     return UsageError(f"there is no {kind} {name!r}", nearest(name, names))
 
 
-# The keys of a record, run, step or person that make up its one line for people, in this order.
+# The keys shown when a record, run, step or person is written on one line, in this order.
 IN_SHORT = "id name deploy_id version state activated_at operation result status to phase " \
     "release at seconds detail user pid command since until note port live by"
 
 
 def in_short(name: str, value: Any) -> str:
-    """Write a value of --json on one line for people: `*` means yes, `-` means no value."""
+    """Write a value of --json on one line for people: `*` is yes, `-` is no value."""
     if isinstance(value, dict):
         return "  ".join(in_short(key, value[key]) for key in IN_SHORT.split() if value.get(key))
     if isinstance(value, bool):
@@ -9559,13 +9559,13 @@ def in_short(name: str, value: Any) -> str:
 
 
 def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing: str = "") -> None:
-    """Show the given keys of each row as a table, or the text `nothing` if there are no rows."""
+    """Show these keys of each row as a table, or `nothing` if there are no rows."""
     table = [[in_short(key, row[key]) for key in keys.split()] for row in rows]
     run.console.result(render_table(headers.split("|"), table) if rows else nothing)
 
 
 def block(values: Json, indent: str = "  ") -> Iterator[str]:
-    """Write each value that is not empty on a line of its own, an object's below its name."""
+    """Write each value on a line of its own, an object's below its name; skip what is empty."""
     for name, value in values.items():
         if value and name in ("failure", "evidence", "slots"):
             yield f"{indent}{name}"
@@ -9587,10 +9587,10 @@ def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
 
 @contextmanager
 def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterator[Optional[Store]]:
-    """Open the root, neither locked nor recovered; in the end close what was opened meanwhile.
+    """Open the root, neither locked nor recovered; in the end close all that was opened.
 
-    `make` creates what is missing.  Commands that only read say `must_exist`: UsageError where it
-    does not; and a damaged state is then what they found (exit 7), not what stops them (exit 3).
+    `make` creates what is missing.  `must_exist` is for commands that only read: no root is their
+    UsageError, and a damaged state is what they found (exit 7), not what stops them (exit 3).
     """
     if make:
         run.store = Store.create(run.settings)
@@ -9624,25 +9624,25 @@ def changing(run: Run) -> Iterator[Facts]:
     with looking(run, must_exist=False, make=True) as store:
         run.console.working("taking the lock", wait_seconds + UNLIMITED_SECONDS)
         with lock(store, wait_seconds, holder, run.interrupts):
-            store.read_history(1)  # one that cannot be read stops the run while nothing has changed
+            store.read_history(1)  # if it cannot be read, better now than after a change
             if command in ("rollback", "recover", "prune"):
                 store.reserve(keep=False)
             if not run.flags.to:  # with --to a person settles what was left
-                # The steps and the result of a recovery are not those of the command that follows.
+                # The steps and the result of a recovery are not the command's.
                 recovery = run.outcome = outcome if command == "recover" else Outcome("recover")
                 try:
                     observe(run, locked=True)
                     done = outcome.extra["recovered"] = recover(run)
                 finally:
                     run.outcome = outcome
-                    # If it fails as it did before, the command has failed, and nobody is notified.
+                    # Where it fails as before, so does the command: nobody is notified again.
                     outcome.is_repeated = recovery.is_repeated
                 for line in done:
                     run.console.say(f"recovered: {line}")
                 if done:
                     outcome.changed = True
-                    run.facts = None  # they are observed anew
-                run.interrupts.is_closed = False  # the recovery had closed it
+                    run.facts = None  # to be observed anew
+                run.interrupts.is_closed = False  # recovery closes it
             try:
                 yield observe(run, locked=True)
             except (PreflightFailed, ArtifactRefused) as error:
@@ -9676,9 +9676,9 @@ def transact(run: Run) -> None:
             raise UsageError(f"nothing was ever deployed to {run.root}",
                              "name another root: --root DIR; or deploy or adopt something first")
         if not flags.dry_run and not adopts:
-            # Before a root is made all else must be right: its name may be a typo.
+            # Before a root is made, all else must be right: its name may be a typo.
             with looking(run, must_exist=False):
-                # As if locked: if another run is making this root, `changing` waits for it.
+                # As if locked: where another run makes this root, `changing` waits for it.
                 facts = observe(run, locked=True, artifact=artifact)
                 run.plan = plan_operation(facts) if facts.artifact else None
                 preflight(run, show=False)
@@ -9687,14 +9687,14 @@ def transact(run: Run) -> None:
         if flags.command == "sync":
             artifact = find_new(run)
         facts = observe(run, artifact=artifact, confirm=flags.dry_run)
-        is_broken = bool(facts.refusal or facts.state_problems or facts.current.problem)
+        is_broken = facts.refusal or facts.state_problems or facts.current.problem
         if is_broken and not flags.to:
             preflight(run)  # before the plan, as most often it ends here
         plan = run.plan = plan_operation(facts)
         steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
         if steps and flags.command not in (*NOTING, "prune", "recover"):
             preflight(run, show=not is_broken)
-        # Set before any step is taken: the report of a failure names both.
+        # Set before any step: the report of a failure names both.
         outcome.previous, outcome.release = before, after or None
         console.log_context["release"] = after
         if before == after:
@@ -9813,7 +9813,7 @@ def show_plan(run: Run, plan: Plan) -> None:
         lines += ["should anything fail after activation:", *block(
             {f"    {step.name:<16}": step.text for step in plan.way_back})]
     run.console.result("\n".join(lines))
-    for step in steps:  # what only reads is done, behind the plan: it may take long, or fail
+    for step in steps:  # what only reads is done: behind the plan, as it may fail
         if step.name == "verify":
             step.do(run, step)
         elif step.do is do_prune:
@@ -9823,19 +9823,18 @@ def show_plan(run: Run, plan: Plan) -> None:
                 run.console.warn(f"{step.name}: {error.message}")
 
 
-# What each command's summary says of the release.
-MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate": "is live",
-         "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned",
-         "adopt": "is known", "hold": "is held", "unhold": "may be replaced again"}
+MOVED = {"stage": "is staged", "rollback": "is live again", "pin": "is pinned",
+         "unpin": "is not pinned", "adopt": "is known", "hold": "is held",
+         "unhold": "may be replaced again"}
 
 
 def command_move(run: Run) -> None:
-    """Carry out any command of MOVED, and say how to undo it."""
+    """Carry out deploy, sync, activate or a command of MOVED, and say how to undo it."""
     command, outcome = run.flags.command, run.outcome
     transact(run)
     if run.flags.dry_run:
         return
-    message = f"{outcome.release or 'nothing'} {MOVED[command]}"
+    message = f"{outcome.release or 'nothing'} {MOVED.get(command, 'is live')}"
     if command in NOTING or not outcome.steps:
         conclude(run, message if command in NOTING else f"{message} already; nothing to do")
         return
@@ -9867,7 +9866,7 @@ def command_prune(run: Run) -> None:
 
 
 def command_recover(run: Run) -> None:
-    """Finish or undo what a crash left; with --to a person settles what no program can decide."""
+    """Finish or undo what a crash left; --to settles what only a person can decide."""
     outcome, dry_run, done, lost = run.outcome, run.flags.dry_run, [], None
     if run.flags.to:
         transact(run)
@@ -9886,7 +9885,7 @@ def command_recover(run: Run) -> None:
                 if current.problem:
                     raise StateError(current.problem, current.hint)
                 if journal:
-                    verdict_of(run.store, journal, current.release)
+                    verdict_of(run.store, journal, current.release)  # or StateError
                     done.append(f"recover the {journal} ({journal.phase})")
                 done += [f"remove {path}"
                          for path in run.store.sweep(run.console.warn, read_only=True)]
@@ -10053,7 +10052,7 @@ CONFIG_DIRECTORY = "/etc/deploy"
 
 
 def configurations() -> List[str]:
-    """List the configurations of this host's applications: for `status --all`, and for `load`."""
+    """List the configurations of this host's applications; `load` needs them, too."""
     with suppress(OSError):
         return sorted(f"{CONFIG_DIRECTORY}/{name}" for name in os.listdir(CONFIG_DIRECTORY)
                       if name.endswith(".ini") and name[0] != ".")
@@ -10245,14 +10244,14 @@ def command_show(run: Run) -> None:
 # -- how deployments went over time --------------------------------------------
 
 def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
-    """Compute the four DORA keys and the rework rate between two times (RFC 3339).
+    """Compute the four keys of DORA and the rework rate between two times (RFC 3339).
 
-    A deployment is a run that made a release live.  It failed if it was rolled back, automatically
-    or by hand later, or needed a person; it is rework if the one before it failed.  Recovery is
-    from going live to healthy again, lead time from the build to going live: medians, in seconds.
+    A deployment made a release live.  It failed if it was rolled back, then or later, or needed a
+    person; the one after that is rework.  Recovery is from going live to healthy again, lead time
+    from the build to going live: medians, in seconds.
     """
     from statistics import mean, median
-    deployments, by_release, unrecovered = [], {}, []
+    deployments, by_release, broken = [], {}, []
 
     def span(begin: Any, end: Any) -> Optional[float]:
         return seconds_of(end) - seconds_of(begin) if begin and end else None
@@ -10267,11 +10266,11 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         is_manual = goes_live and not entry.automatic
         if is_manual and entry.operation == "rollback" and left and not left["failed"]:
             left["failed"] = True
-            unrecovered.append(left)
+            broken.append(left)
         if not needs_person and (is_manual or goes_live and is_end):
-            for deployment in unrecovered:
+            for deployment in broken:
                 deployment["well_at"] = entry.at
-            unrecovered = []
+            broken = []
         if is_end or entry.operation not in ("deploy", "activate", "sync") or not (
                 goes_live or needs_person):
             continue
@@ -10286,7 +10285,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         deployments.append(deployment)
         by_release[entry.release] = deployment
         if needs_person:
-            unrecovered.append(deployment)
+            broken.append(deployment)
     deployments = [each for each in deployments if since <= each["at"] <= until]
     for each in deployments:
         each["recovery_seconds"] = span(each["at"], each["failed"] and each["well_at"])
@@ -10313,7 +10312,7 @@ def refuse_odd_files(*paths: str) -> None:
 
 
 def command_report(run: Run) -> None:
-    """Report how often deployments were made, how many failed, how long recovery and lead were."""
+    """Show how often was deployed, how many failed, and the times to recover and to go live."""
     flags, output, now_seconds = run.flags, run.flags.output or "-", time.time()
     since = format_time(read_value("moment", flags.since or "90d")(now_seconds, -1))
     with looking(run) as store:
@@ -10391,7 +10390,7 @@ rect.bad {{ fill: var(--bad) }}
 
 
 def report_page(application: str, runs: List[Json], measures: Json) -> str:
-    """Write the report as one HTML page that loads nothing else."""
+    """Write the report as an HTML page that loads nothing."""
     from html import escape as quote
     first, last = seconds_of(measures["since"]), seconds_of(measures["until"])
     marks, rows = [], []
@@ -10468,7 +10467,7 @@ def command_maintenance(run: Run) -> None:
     with looking(run) as store:
         owner = store.maintenance()
         outcome.changed = bool(owner)
-        if action == "on":  # a run's flag becomes the person's: the run then leaves it up
+        if action == "on":  # a run's flag becomes the person's, and stays
             outcome.changed = not owner or "deploy_id" in owner
         if outcome.changed and not run.flags.dry_run:
             if action == "on":
@@ -10481,48 +10480,47 @@ def command_maintenance(run: Run) -> None:
 
 
 def serve_maintenance(run: Run) -> None:
-    """Answer 503 and the page to everybody, 200 to a health check, until a signal; no threads."""
-    import selectors
+    """Answer 503 and the page to everybody, and 200 where a balancer asks, until a signal."""
     import socket
+    from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
     flags, listen, path = run.flags, run.flags.listen, run.flags.health or "/healthz"
     if not listen or path[0] != "/":
         raise UsageError("maintenance serve needs one --listen HOST:PORT, and --health a /PATH",
                          "such as --listen 127.0.0.1:8503 --health /healthz")
-    health_check = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
+    healthy = re.compile(rb"(GET|HEAD) %b[ ?]" % re.escape(os.fsencode(path)))
     status = f"503 Service Unavailable\r\nRetry-After: {run.settings.maintenance.retry_after}"
     page = read_file(flags.page, MAX_CONFIG_BYTES) if flags.page else b"Down for maintenance.\n"
 
     def answer(client: Any) -> Iterator[int]:
         request = b""
         while not re.search(rb"\n\r?\n", request) and len(request) < READ_BYTES:
-            yield selectors.EVENT_READ  # what the loop below waits for
+            yield EVENT_READ  # for which the loop waits
             request += client.recv(READ_BYTES) or b"\n\n"
-        line, body = ("200 OK", b"ok\n") if health_check.match(request) else (status, page)
+        line, body = ("200 OK", b"ok\n") if healthy.match(request) else (status, page)
         text = f"HTTP/1.1 {line}\r\nContent-Type: text/html; charset=utf-8\r\n" \
             f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
         data = text.encode("ascii") + (b"" if request[:5] == b"HEAD " else body)
         while data:
-            yield selectors.EVENT_WRITE
+            yield EVENT_WRITE
             data = data[client.send(data):]
         client.shutdown(socket.SHUT_WR)
-        yield selectors.EVENT_READ
-        while client.recv(READ_BYTES):  # closed with some of it unread, the answer could be lost
-            yield selectors.EVENT_READ
+        yield EVENT_READ
+        while client.recv(READ_BYTES):  # closing it unread could lose the answer
+            yield EVENT_READ
 
     run.console.say(f"503 for everybody on {listen}")
     if flags.dry_run:
         return
     address = read_value("address", listen)
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener, \
-            selectors.DefaultSelector() as selector, suppress(Interrupted):
+    with socket.socket(family) as listener, DefaultSelector() as selector, suppress(Interrupted):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
         listener.setblocking(False)
-        selector.register(listener, selectors.EVENT_READ)
+        selector.register(listener, EVENT_READ)
         while True:
-            run.interrupts.wait(1.0, selector.fileno())  # a second late, the limit still is one
+            run.interrupts.wait(1.0, selector.fileno())  # the limit is no finer
             ready = {key.fileobj for key, _ in selector.select(0)}
             for client, _, _, visit in list(selector.get_map().values())[1:]:  # listener first
                 with suppress(StopIteration, OSError):  # it has its answer, or is gone
@@ -10536,8 +10534,8 @@ def serve_maintenance(run: Run) -> None:
                 try:
                     client, _ = listener.accept()
                     client.setblocking(False)
-                    selector.register(client, selectors.EVENT_READ, (
-                        answer(client), time.monotonic() + CLIENT_SECONDS))
+                    ends_seconds = time.monotonic() + CLIENT_SECONDS
+                    selector.register(client, EVENT_READ, (answer(client), ends_seconds))
                 except OSError:
                     run.interrupts.wait(0.1)  # too many at once
 
@@ -10610,9 +10608,9 @@ def command_config(run: Run) -> None:
         return
     rows = []
     for section, key, text, origin in run.settings.rows:
-        is_custom = section in ("env", "vars") or key.startswith("header.")
         shown = text.replace("\n", " | ")
-        if is_custom and text and SECRET_NAME.search(key.lower()):
+        if text and (section in ("env", "vars") or key.startswith("header.")) \
+                and SECRET_NAME.search(key.lower()):
             shown = MASK
         rows.append((section, key, shown, origin))
         values[f"{section}.{key}"] = {"value": shown, "origin": origin}
@@ -10633,7 +10631,7 @@ def share_of(host: str, application: str) -> float:
 
 def wait_splay(run: Run) -> None:
     """Wait this host's share of --splay, so that a fleet does not begin all at once."""
-    name = run.application if run.root else ""  # `root` raises where none is given: before the wait
+    name = run.application if run.root else ""  # raises where none is given, before the wait
     seconds = read_value("duration", run.flags.splay) * share_of(os.uname().nodename, name)
     waiting = "would wait" if run.flags.dry_run else "waiting"
     text = f"{waiting} {format_seconds(seconds)} of --splay {run.flags.splay}"
@@ -10644,7 +10642,7 @@ def wait_splay(run: Run) -> None:
 
 
 def command_help(run: Run) -> None:
-    """Show what this program is, or a page on one of its uses; `help COMMAND` never comes here."""
+    """Show what this program is, or a page of HELP; `help COMMAND` is answered before."""
     topic = run.flags.topic
     text = f"{(__doc__ or '').strip()}\n\nPages: deploy.py help {', '.join(HELP)}, or a command\n"
     if topic and topic not in HELP:
@@ -10689,7 +10687,7 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         command=outcome.command or None, exit_code=exit_code,
         msg=error.message if error else outcome.message,
         application=run.application if root else None,
-        root=portable(root) if root else None,
+        root=portable(root) or None,
         release=outcome.release, previous=outcome.previous, rolled_back=outcome.rolled_back,
         deploy_id=run and run.deploy_id, dry_run=is_dry,
         steps=[step.to_json() for step in outcome.steps],
@@ -10714,7 +10712,7 @@ def write_metrics(run: Run, ended: str, result: Json) -> None:
     try:
         with Directory(path) as directory:
             with suppress(OSError):  # a filesystem without such locks (NFS)
-                for _ in range(100):  # two runs at once are both counted; neither waits over 1 s
+                for _ in range(100):  # two runs at once both count; none waits longer than 1 s
                     with suppress(BlockingIOError):
                         fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
@@ -10754,7 +10752,7 @@ def label(run: Run, **labels: str) -> str:
 def replace_samples(samples: Json, run: Run, result: Json) -> None:
     """Replace the samples of the run before by this run's; what it does not measure stays."""
     command, now = run.flags.command, time.time()
-    # A run that found nothing to do is no deployment, unless it follows one that had failed.
+    # A run that found nothing to do is no deployment, unless the last one failed.
     is_news = result["changed"] or result["failed"] or \
         not all(samples["deploy_last_deployment_success"].values())
     families = ["run"]
@@ -10763,8 +10761,8 @@ def replace_samples(samples: Json, run: Run, result: Json) -> None:
                     or command == "recover" and run.outcome.result):
         families.append("deployment")
     for family in families:
-        for name, value in (("timestamp_seconds", now), ("success", result["ok"]), (
-                "exit_code", result["exit_code"]), ("duration_seconds", result["seconds"])):
+        for name, value in dict(timestamp_seconds=now, success=result["ok"], exit_code=result[
+                "exit_code"], duration_seconds=result["seconds"]).items():
             samples[f"deploy_last_{family}_{name}"] = {label(run, command=command): value}
     if result["ok"]:
         samples["deploy_last_success_timestamp_seconds"] = {label(run): now}
@@ -10773,18 +10771,16 @@ def replace_samples(samples: Json, run: Run, result: Json) -> None:
         # No release in a label: each would be one more series.  The way back repeats names.
         key = label(run, step=re.sub("^prune:.*", "prune", step.name))
         steps[key] = steps.get(key, 0) + step.seconds
-    samples["deploy_release_info"] = {}
-    samples["deploy_release_activated_timestamp_seconds"] = {}
+    info = samples["deploy_release_info"] = {}
+    activated = samples["deploy_release_activated_timestamp_seconds"] = {}
     with suppress(*FAILURES), looking(run) as store:  # else nobody can say what is live
         release = store.current().release
         record = store.records()[0].get(release or "")
         if release:
             sha256 = record.sha256 if record else ""
-            samples["deploy_release_info"] = {
-                label(run, release=portable(release), sha256=sha256): 1}
+            info[label(run, release=portable(release), sha256=sha256)] = 1
         if record and record.activated_at:
-            samples["deploy_release_activated_timestamp_seconds"] = {
-                label(run): seconds_of(record.activated_at)}
+            activated[label(run)] = seconds_of(record.activated_at)
 
 
 # -- notifications -------------------------------------------------------------
@@ -10792,8 +10788,7 @@ def replace_samples(samples: Json, run: Run, result: Json) -> None:
 NOTIFY_SECONDS = 3.0
 NOTIFY_GRACE_SECONDS = 0.3  # how long a command has between TERM and KILL
 
-# type: the keys of which exactly one must be given, the other keys that it takes, the body that it
-# sends unless one is configured.
+# type: the keys of which exactly one must be given, its other keys, the body that it sends.
 URL_KEYS = ("url", "url_file")
 CHAT_KEYS = ("tls_ca", "proxy")
 NOTIFIERS = {
@@ -10855,14 +10850,14 @@ def wrong_target(url: str) -> str:
 
 
 def deliver(run: Run, sending: Dict[str, Callable[[Conversation], Json]]) -> None:
-    """Send in processes of their own, side by side; each key begins the warning of its failure."""
+    """Send in processes of their own, side by side; warn of each failure, by its key."""
     run.interrupts.is_closed = True
     with ExitStack() as stack:
-        conversations = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
-                         for failure, send in sending.items()}
-        for failure, conversation in conversations.items():
+        talks = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
+                 for failure, send in sending.items()}
+        for failure, talk in talks.items():
             # A receiver may answer anything, at any length.
-            why = run.console.secrets.mask(conversation.answer(run.interrupts)["error"])
+            why = run.console.secrets.mask(talk.answer(run.interrupts)["error"])
             if why:
                 run.console.warn(f"{failure}: {why[:2 * EVIDENCE_CHARACTERS]}")
 
@@ -10880,7 +10875,7 @@ def notify(run: Run, ended: str, result: Json) -> None:
                   for event in events.intersection(settings.events)})
 
 
-def tell(conversation: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
+def tell(talk: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
     """Notify of an event, in a process of its own; returns {"error": why} where that failed."""
     context, words = describe_event(run, event, result)
     if settings.type == "slack":
@@ -10891,9 +10886,9 @@ def tell(conversation: Conversation, run: Run, settings: Any, event: str, result
     text = render_template(settings.text, words, where)
     if settings.type == "email":
         subject = "{application} on {host}: {event}".format(**words)
-        return send_mail(conversation, settings, subject, text)
+        return send_mail(talk, settings, subject, text)
     if settings.type == "command":
-        # Of this process alone, which has not the descriptor by which a signal wakes the run's own.
+        # This process alone: it has no descriptor by which a signal would wake the run's own.
         run.interrupts = Interrupts()
         run.settings.env.update(DEPLOY_EVENT=event, DEPLOY_TEXT=text)
         ended = start_command(run, context, f"notify {settings.name}", settings.command,
@@ -10907,7 +10902,7 @@ def tell(conversation: Conversation, run: Run, settings: Any, event: str, result
     for name in secrets:
         path = getattr(settings, f"{name}_file")
         if path:
-            conversation.at(f"reading {name}_file")
+            talk.at(f"reading {name}_file")
             secrets[name] = read_text(path).strip()
             if not secrets[name]:
                 return {"error": f"{name}_file is empty"}
@@ -10922,13 +10917,13 @@ def tell(conversation: Conversation, run: Run, settings: Any, event: str, result
     else:
         settings.header.setdefault("Content-Type", "text/plain; charset=utf-8")
     words["result"] = json.dumps(result)
-    return post(conversation, secrets["url"], settings, render_template(body, words, where))
+    return post(talk, secrets["url"], settings, render_template(body, words, where))
 
 
-def post(conversation: Conversation, target: str, settings: Any, body: str) -> Json:
+def post(talk: Conversation, target: str, settings: Any, body: str) -> Json:
     """Post a body; returns {"error": why} where that failed, else {}."""
     data = body.encode("utf-8", "backslashreplace")
-    response = conversation.request("POST", parse_url(target), {
+    response = talk.request("POST", parse_url(target), {
         "Content-Type": "application/json", "Content-Length": str(len(data))}, settings, data)
     if 200 <= response.status < 300:
         return {}
@@ -10937,7 +10932,7 @@ def post(conversation: Conversation, target: str, settings: Any, body: str) -> J
 
 
 def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[str, str]]:
-    """Return the context of the release that was to go live, and the values of ${name} in texts."""
+    """Return the context of the release that was to go live, and what ${name} in texts is."""
     facts, lines, before = run.facts, [result["msg"]], None
     context = Context(run.application, run.place, "", "", run.place, "", run.deploy_id)
     if facts is not None:
@@ -10956,7 +10951,7 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
         for name, value in words.items() if isinstance(value, str)}
 
 
-def send_mail(conversation: Conversation, settings: Any, subject: str, text: str) -> Json:
+def send_mail(talk: Conversation, settings: Any, subject: str, text: str) -> Json:
     """Send the text by a mail server (RFC 5321); returns as `post` does."""
     import smtplib
     from email.mime.text import MIMEText
@@ -10969,10 +10964,10 @@ def send_mail(conversation: Conversation, settings: Any, subject: str, text: str
             ("Date", formatdate()), ("Message-ID", make_msgid(domain=host)),
             ("Auto-Submitted", "auto-generated")):
         message[name] = value
-    conversation.connect(split_address(settings.smtp))
-    conversation.at("talking to the mail server")
+    talk.connect(split_address(settings.smtp))
+    talk.at("talking to the mail server")
     server = smtplib.SMTP(local_hostname=host)
-    server.sock = conversation.socket
+    server.sock = talk.socket
     code, answer = server.getreply()
     if code != 220:
         return {"error": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
@@ -11027,8 +11022,7 @@ def send_trace(run: Run, ended: str, result: Json) -> None:
     pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
     headers = {name: unquote(value.strip()) for name, value in pairs}
     settings = SimpleNamespace(header=headers, tls_ca="", proxy="none")
-    send = partial(post, target=target, settings=settings, body=content)
-    deliver(run, {"trace: not sent": send})
+    deliver(run, {"trace: not sent": lambda talk: post(talk, target, settings, content)})
 
 
 # -- all of it -------------------------------------------------------------------
@@ -11040,13 +11034,13 @@ ENDS = {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
 
 
 def report_run(run: Run, exit_code: int, seconds: float) -> None:
-    """Report how a run ended: metrics, notifications, trace; the summary or error; the JSON object.
+    """Report how a run ended: metrics, notifications, trace, summary or error, JSON object.
 
-    The lock is free by now, and what goes wrong with the first three is a warning.
+    The lock is free by now; what goes wrong with the first three is a warning.
     """
     outcome, console, settings, command = run.outcome, run.console, run.settings, run.flags.command
     error, dry_run, writes, end = outcome.error, run.flags.dry_run, command in ORDER, None
-    # How it ended, in the one word of history, events, metrics and log; `aborted` another run did.
+    # How it ended, in the one word of history, events, metrics and log.
     ended = outcome.result
     if exit_code == EXIT_ROLLBACK_FAILED:
         ended = ended or "rollback_failed"  # or left_live
@@ -11063,7 +11057,7 @@ def report_run(run: Run, exit_code: int, seconds: float) -> None:
             try:
                 if is_wanted:
                     send(run, ended, result)
-            except Exception as problem:  # a defect here must not turn what is done into exit 70
+            except Exception as problem:  # a defect here must not make what is done exit 70
                 console.warn(step_error(problem, name).message)
             result["summary"]["warnings"] = len(console.warnings)
     if not dry_run:
