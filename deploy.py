@@ -9542,7 +9542,7 @@ def no_such(kind: str, name: str, names: Iterable[str]) -> UsageError:
     return UsageError(f"there is no {kind} {name!r}", nearest(name, names))
 
 
-# The keys shown when a record, run, step or person is written on one line, in this order.
+# What one line shows of a record, run, step or person, in this order.
 IN_SHORT = "id name deploy_id version state activated_at operation result status to phase " \
     "release at seconds detail user pid command since until note port live by"
 
@@ -9565,7 +9565,7 @@ def show_table(run: Run, headers: str, keys: str, rows: Sequence[Json], nothing:
 
 
 def block(values: Json, indent: str = "  ") -> Iterator[str]:
-    """Write each value on a line of its own, an object's below its name; skip what is empty."""
+    """Write each value that is not empty on a line of its own, an object below its name."""
     for name, value in values.items():
         if value and name in ("failure", "evidence", "slots"):
             yield f"{indent}{name}"
@@ -9578,7 +9578,7 @@ def block(values: Json, indent: str = "  ") -> Iterator[str]:
 
 
 def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
-    """Show `lines` and then the message, which becomes the outcome's."""
+    """Show `lines` and the message, which becomes the outcome's."""
     run.outcome.message = message
     run.console.result("\n".join([*lines, message]))
 
@@ -9589,8 +9589,8 @@ def conclude(run: Run, message: str, lines: Iterable[str] = ()) -> None:
 def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterator[Optional[Store]]:
     """Open the root, neither locked nor recovered; in the end close all that was opened.
 
-    `make` creates what is missing.  `must_exist` is for commands that only read: no root is their
-    UsageError, and a damaged state is what they found (exit 7), not what stops them (exit 3).
+    `make` creates it.  `must_exist` is for commands that only read: UsageError without a root, and
+    a damaged state is what they found (exit 7), not what stops them (exit 3).
     """
     if make:
         run.store = Store.create(run.settings)
@@ -9635,7 +9635,7 @@ def changing(run: Run) -> Iterator[Facts]:
                     done = outcome.extra["recovered"] = recover(run)
                 finally:
                     run.outcome = outcome
-                    # Where it fails as before, so does the command: nobody is notified again.
+                    # If it fails as before, nobody is notified again.
                     outcome.is_repeated = recovery.is_repeated
                 for line in done:
                     run.console.say(f"recovered: {line}")
@@ -9678,7 +9678,7 @@ def transact(run: Run) -> None:
         if not flags.dry_run and not adopts:
             # Before a root is made, all else must be right: its name may be a typo.
             with looking(run, must_exist=False):
-                # As if locked: where another run makes this root, `changing` waits for it.
+                # As if locked: `changing` waits for another run that makes this root.
                 facts = observe(run, locked=True, artifact=artifact)
                 run.plan = plan_operation(facts) if facts.artifact else None
                 preflight(run, show=False)
@@ -9689,12 +9689,12 @@ def transact(run: Run) -> None:
         facts = observe(run, artifact=artifact, confirm=flags.dry_run)
         is_broken = facts.refusal or facts.state_problems or facts.current.problem
         if is_broken and not flags.to:
-            preflight(run)  # before the plan, as most often it ends here
+            preflight(run)  # most often it ends here
         plan = run.plan = plan_operation(facts)
         steps, before, after = plan.steps + plan.last, plan.from_release, plan.to_release
         if steps and flags.command not in (*NOTING, "prune", "recover"):
             preflight(run, show=not is_broken)
-        # Set before any step: the report of a failure names both.
+        # Before any step: the report of a failure names both.
         outcome.previous, outcome.release = before, after or None
         console.log_context["release"] = after
         if before == after:
@@ -9791,11 +9791,10 @@ def preflight(run: Run, *, show: bool = True) -> None:
 def show_plan(run: Run, plan: Plan) -> None:
     """Print the plan of a dry run: the very steps that a real run would execute."""
     outcome, facts, steps = run.outcome, run.facts, plan.steps + plan.last
-    journal = facts.journal if facts.holder is None else None
     if not outcome.checks:  # else the check `lock` has reported it
         for _, problem, _ in check_lock(run):
             run.console.warn(f"lock: {problem}; after that the plan may be another")
-    outcome.changed = bool(steps or journal)
+    outcome.changed = bool(steps or facts.journal and facts.holder is None)
     outcome.extra["plan"] = plan.to_json()
     outcome.steps = [StepResult(step.name, "planned", 0.0, step.text) for step in steps]
     if not steps:
@@ -9971,11 +9970,11 @@ def command_logs(run: Run) -> None:
         argv += ["--no-pager", f"--since=@{since_seconds:.0f}", "-u", service.unit]
         if run.flags.follow:
             argv.append("--follow")
-        result = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
-                             timeout_seconds=LONGEST_SECONDS, mask=run.console.secrets.mask,
-                             on_line=lines.append if run.flags.json else run.console.result)
-        if not result.ok:
-            raise ProblemFound(f"{spell(argv)} {result.verdict()}: {' '.join(result.tail[-3:])}",
+        done = run_command(argv, interrupts=run.interrupts, environ=manager_environment(),
+                           timeout_seconds=LONGEST_SECONDS, mask=run.console.secrets.mask,
+                           on_line=lines.append if run.flags.json else run.console.result)
+        if not done.ok:
+            raise ProblemFound(f"{spell(argv)} {done.verdict()}: {' '.join(done.tail[-3:])}",
                                "run it as a user who may read the journal, or as root")
     run.outcome.release, run.outcome.extra["logs"] = live.id, lines
 
@@ -10241,23 +10240,21 @@ def command_show(run: Run) -> None:
     outcome.message = shown[-1]["result"]
 
 
-# -- how deployments went over time --------------------------------------------
-
 def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
     """Compute the four keys of DORA and the rework rate between two times (RFC 3339).
 
-    A deployment made a release live.  It failed if it was rolled back, then or later, or needed a
-    person; the one after that is rework.  Recovery is from going live to healthy again, lead time
-    from the build to going live: medians, in seconds.
+    A deployment that was rolled back, then or later, or needed a person has failed; the next one
+    is rework.  Recovery is from going live to healthy again, lead time from the build to going
+    live: medians, in seconds.
     """
     from statistics import mean, median
-    deployments, by_release, broken = [], {}, []
+    rows, by_release, broken = [], {}, []
 
     def span(begin: Any, end: Any) -> Optional[float]:
         return seconds_of(end) - seconds_of(begin) if begin and end else None
 
     for entry in entries:
-        last = deployments[-1] if deployments else {}
+        last = rows[-1] if rows else {}
         left = by_release.get(entry.previous)
         goes_live = entry.result in GOES_LIVE
         needs_person = entry.result in ("left_live", "rollback_failed")
@@ -10268,39 +10265,38 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
             left["failed"] = True
             broken.append(left)
         if not needs_person and (is_manual or goes_live and is_end):
-            for deployment in broken:
-                deployment["well_at"] = entry.at
+            for row in broken:
+                row["well_at"] = entry.at
             broken = []
         if is_end or entry.operation not in ("deploy", "activate", "sync") or not (
                 goes_live or needs_person):
             continue
-        deployment = {key: getattr(entry, key) for key in (
-            "at", "deploy_id", "operation", "result", "release", "version", "note", "built_at")}
-        # The way back has a step `activate` as well; a recovered run may have none.
-        switches = [step["started_at"] for step in entry.steps if step["name"] == "activate"]
-        deployment.update(
-            at=switches[0] if switches else entry.at, by=entry.by.get("user"),
-            failed=entry.automatic or needs_person, rework=last.get("failed", False),
-            well_at=entry.at if entry.automatic else None)
-        deployments.append(deployment)
-        by_release[entry.release] = deployment
+        row = {key: getattr(entry, key) for key in (
+            "at deploy_id operation result release version note built_at").split()}
+        row.update(by=entry.by.get("user"), failed=entry.automatic or needs_person,
+                   rework=last.get("failed", False), well_at=entry.at if entry.automatic else None)
+        # The first `activate` counts: the way back has one too, a recovered run may have none.
+        for step in reversed(entry.steps):
+            if step["name"] == "activate":
+                row["at"] = step["started_at"]
+        rows.append(row)
+        by_release[entry.release] = row
         if needs_person:
-            broken.append(deployment)
-    deployments = [each for each in deployments if since <= each["at"] <= until]
-    for each in deployments:
-        each["recovery_seconds"] = span(each["at"], each["failed"] and each["well_at"])
-        each["lead_seconds"] = span(each["built_at"], each["at"])
+            broken.append(row)
+    rows = [row for row in rows if since <= row["at"] <= until]
+    for row in rows:
+        row["recovery_seconds"] = span(row["at"], row["failed"] and row["well_at"])
+        row["lead_seconds"] = span(row["built_at"], row["at"])
     days = max(1.0, (seconds_of(until) - seconds_of(since)) / 86400)
-    report = {"since": since, "until": until, "deployments": len(deployments),
-              "per_day": round(len(deployments) / days, 3),
-              "failed": sum(each["failed"] for each in deployments)}
+    report = {"since": since, "until": until, "deployments": len(rows),
+              "per_day": round(len(rows) / days, 3), "failed": sum(row["failed"] for row in rows)}
     for name, key, middle in (
             ("change_fail_rate", "failed", mean), ("rework_rate", "rework", mean),
             ("recovery_seconds", "recovery_seconds", median),
             ("lead_seconds", "lead_seconds", median)):
-        known = [float(each[key]) for each in deployments if each[key] is not None]
+        known = [float(row[key]) for row in rows if row[key] is not None]
         report[name] = round(middle(known), 4) if known else None
-    return dict(report, runs=deployments)
+    return dict(report, runs=rows)
 
 
 def refuse_odd_files(*paths: str) -> None:
@@ -10312,7 +10308,7 @@ def refuse_odd_files(*paths: str) -> None:
 
 
 def command_report(run: Run) -> None:
-    """Show how often was deployed, how many failed, and the times to recover and to go live."""
+    """Show how often deployments ran and failed, and the times to recover and to go live."""
     flags, output, now_seconds = run.flags, run.flags.output or "-", time.time()
     since = format_time(read_value("moment", flags.since or "90d")(now_seconds, -1))
     with looking(run) as store:
@@ -10396,8 +10392,7 @@ def report_page(application: str, runs: List[Json], measures: Json) -> str:
     marks, rows = [], []
     for run in runs:
         kind = "bad" if run["failed"] else "good"
-        cells = [quote(in_short(key, run[key]))
-                 for key in ("at", "version", "result", "by", "note")]
+        cells = [quote(in_short(key, run[key])) for key in "at version result by note".split()]
         x = 990 * (seconds_of(run["at"]) - first) / (last - first)
         marks.append(f'<rect class="{kind}" x="{x:.1f}" y="12" width="6" height="40">'
                      '<title>{}: {} {}</title></rect>'.format(*cells))
@@ -10407,8 +10402,6 @@ def report_page(application: str, runs: List[Json], measures: Json) -> str:
     return REPORT_PAGE.format(name=quote(application), measures="\n".join(shown),
                               marks="\n".join(marks), runs="\n".join(rows))
 
-
-# -- what is to be signed --------------------------------------------------------
 
 def command_attest(run: Run) -> None:
     """Print the statement that a release was live here, for this host's key to sign."""
@@ -10438,7 +10431,7 @@ def command_attest(run: Run) -> None:
 
 
 def command_approve(run: Run) -> None:
-    """Print the text that those who approve of an artifact sign."""
+    """Print the text that approvers of an artifact sign."""
     with Artifact(run.flags.artifact, run.settings.limits, run.flags.delegate) as artifact, \
             run.console.progress("hash", artifact.size_bytes) as progress:
         artifact.identify(run.settings, progress)
@@ -10448,15 +10441,15 @@ def command_approve(run: Run) -> None:
     show_signable(run, text, f"{artifact.name}.approval", "-n deploy-approval -f KEY")
 
 
-def show_signable(run: Run, text: str, name: str, arguments: str) -> None:
+def show_signable(run: Run, text: str, name: str, options: str) -> None:
     """Print the exact bytes to be signed, and on stderr the command that signs them."""
     run.outcome.extra["text"], run.outcome.message = text, f"what {name} is to hold"
     run.console.raw_result(text)
     run.console.say(f"save it as {name}, beside the artifact; then: "
-                    f"ssh-keygen -Y sign {arguments} {spell([name])}")
+                    f"ssh-keygen -Y sign {options} {spell([name])}")
 
 
-# -- maintenance -----------------------------------------------------------------
+# -- maintenance, and commands beside a root -----------------------------------
 
 def command_maintenance(run: Run) -> None:
     """Put the flag up or down, without the lock, as a run may hang; or serve the page."""
@@ -10539,8 +10532,6 @@ def serve_maintenance(run: Run) -> None:
                 except OSError:
                     run.interrupts.wait(0.1)  # too many at once
 
-
-# -- commands beside a root ----------------------------------------------------
 
 def command_pack(run: Run) -> None:
     """Pack a directory into a reproducible .tar.gz, with its .sha256 beside it."""
@@ -10681,7 +10672,6 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         outcome, root, warnings = run.outcome, run.place, run.console.warnings
     failed, is_dry = error is not None, bool(run and run.flags.dry_run)
     statuses = [done.status for done in (*outcome.steps, *outcome.checks)]
-    failures = statuses.count("failed") + statuses.count("fail")
     return dict(
         outcome.extra, ok=not failed, changed=outcome.changed, failed=failed,
         command=outcome.command or None, exit_code=exit_code,
@@ -10694,7 +10684,7 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
         checks=[check._asdict() for check in outcome.checks],
         summary={"checked": len(outcome.checks), "warnings": len(warnings),
                  "changed": max(statuses.count("done"), int(outcome.changed and not is_dry)),
-                 "failed": max(failures, int(failed))},
+                 "failed": max(statuses.count("failed") + statuses.count("fail"), int(failed))},
         warnings=warnings, seconds=round(seconds, 3),
         error={"message": error.message, "hint": error.hint} if error else None)
 
@@ -10702,7 +10692,7 @@ def result_object(error: Optional[DeployError], run: Any = None, exit_code: int 
 # -- metrics -------------------------------------------------------------------
 
 def write_metrics(run: Run, ended: str, result: Json) -> None:
-    """Update the application's file in [metrics] textfile_dir, where others may write as well."""
+    """Update the application's file in [metrics] textfile_dir, where others may write too."""
     path, lines = run.settings.metrics.textfile_dir, []
     samples: Json = {metric: {} for metric, _, _ in METRICS}  # by metric and labels
     name = re.sub(r"[^A-Za-z0-9._-]", lambda match: f"_{ord(match.group()):x}", run.application)
@@ -10717,14 +10707,14 @@ def write_metrics(run: Run, ended: str, result: Json) -> None:
                         fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     time.sleep(0.01)
-            with suppress(OSError):  # none yet, or none of ours: it is replaced
+            with suppress(OSError):  # none, or none of ours: it is replaced
                 data = read_file(name, MAX_CONFIG_BYTES, os.O_NOFOLLOW, directory.descriptor)
                 for metric, key, value in re.findall(sample, data.decode("utf-8", "replace")):
                     if metric in samples:
                         samples[metric][key] = float(value)
             if result["exit_code"] not in (EXIT_BUSY, EXIT_USAGE):
                 replace_samples(samples, run, result)
-            # A counter that begins with 1, not with 0, would not show its first increase.
+            # A counter that does not begin with 0 would not show its first increase.
             counts = samples["deploy_runs_total"]
             for word in RUN_RESULTS:
                 key = label(run, result=word)
@@ -10742,7 +10732,7 @@ def write_metrics(run: Run, ended: str, result: Json) -> None:
 def label(run: Run, **labels: str) -> str:
     """Write a sample's labels, escaped as the text format demands."""
     pairs = []
-    for name, value in dict({"app": run.application}, **labels).items():
+    for name, value in dict(app=run.application, **labels).items():
         text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         text = re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n")
         pairs.append(f'{name}="{text}"')
@@ -10752,17 +10742,18 @@ def label(run: Run, **labels: str) -> str:
 def replace_samples(samples: Json, run: Run, result: Json) -> None:
     """Replace the samples of the run before by this run's; what it does not measure stays."""
     command, now = run.flags.command, time.time()
-    # A run that found nothing to do is no deployment, unless the last one failed.
+    # Nothing to do is no deployment, unless the last one failed.
     is_news = result["changed"] or result["failed"] or \
         not all(samples["deploy_last_deployment_success"].values())
+    values = dict(timestamp_seconds=now, success=result["ok"], exit_code=result["exit_code"],
+                  duration_seconds=result["seconds"])
     families = ["run"]
     # A recovery that ends a deployment is that deployment's verdict.
     if is_news and (command in ("deploy", "sync", "activate", "rollback")
                     or command == "recover" and run.outcome.result):
         families.append("deployment")
     for family in families:
-        for name, value in dict(timestamp_seconds=now, success=result["ok"], exit_code=result[
-                "exit_code"], duration_seconds=result["seconds"]).items():
+        for name, value in values.items():
             samples[f"deploy_last_{family}_{name}"] = {label(run, command=command): value}
     if result["ok"]:
         samples["deploy_last_success_timestamp_seconds"] = {label(run): now}
@@ -10786,7 +10777,7 @@ def replace_samples(samples: Json, run: Run, result: Json) -> None:
 # -- notifications -------------------------------------------------------------
 
 NOTIFY_SECONDS = 3.0
-NOTIFY_GRACE_SECONDS = 0.3  # how long a command has between TERM and KILL
+NOTIFY_GRACE_SECONDS = 0.3  # a command's, between TERM and KILL
 
 # type: the keys of which exactly one must be given, its other keys, the body that it sends.
 URL_KEYS = ("url", "url_file")
@@ -10810,8 +10801,8 @@ JSON_BEGINS = ("{", "[")
 MOST_CHARACTERS = 2000  # of a text that is posted: Discord's limit
 
 # The names that a text may use as ${name}, beside DEPLOY_*.
-NOTE_WORDS = ("event", "message", "host", "command", "application", "release", "version",
-              "previous", "previous_version", "deploy_id", "exit_code", "seconds", "note")
+NOTE_WORDS = ("event message host command application release version previous previous_version "
+              "deploy_id exit_code seconds note").split()
 
 
 def check_notifier(settings: Any) -> str:
@@ -10888,7 +10879,7 @@ def tell(talk: Conversation, run: Run, settings: Any, event: str, result: Json) 
         subject = "{application} on {host}: {event}".format(**words)
         return send_mail(talk, settings, subject, text)
     if settings.type == "command":
-        # This process alone: it has no descriptor by which a signal would wake the run's own.
+        # This process alone: it has no descriptor by which a signal wakes the run's own.
         run.interrupts = Interrupts()
         run.settings.env.update(DEPLOY_EVENT=event, DEPLOY_TEXT=text)
         ended = start_command(run, context, f"notify {settings.name}", settings.command,
@@ -10976,7 +10967,7 @@ def send_mail(talk: Conversation, settings: Any, subject: str, text: str) -> Jso
     return {"error": f"the mail server refused {', '.join(refused)}"} if refused else {}
 
 
-# -- traces ----------------------------------------------------------------------
+# -- traces --------------------------------------------------------------------
 
 def send_trace(run: Run, ended: str, result: Json) -> None:
     """Send a span for the run and one for each step, by OTLP/HTTP in JSON."""
@@ -10985,8 +10976,8 @@ def send_trace(run: Run, ended: str, result: Json) -> None:
     whole = target == "environment" and environment("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     if target == "environment":
         target = whole or environment("OTEL_EXPORTER_OTLP_ENDPOINT")
-    disabled = environment("OTEL_SDK_DISABLED").lower() == "true"
-    if not target or not int(sampled, 16) & 1 or disabled:
+    if not target or not int(sampled, 16) & 1 \
+            or environment("OTEL_SDK_DISABLED").lower() == "true":
         return
     if not whole and not target.endswith("/v1/traces"):
         target = target.rstrip("/") + "/v1/traces"
@@ -11025,19 +11016,16 @@ def send_trace(run: Run, ended: str, result: Json) -> None:
     deliver(run, {"trace: not sent": lambda talk: post(talk, target, settings, content)})
 
 
-# -- all of it -------------------------------------------------------------------
+# -- all of it -----------------------------------------------------------------
 
-# How a run ended that failed, by its exit code; of 6 the history knows.
+# How a failed run ended, by its exit code; of 6 the history knows.
 ENDS = {EXIT_FAILED: "failed", EXIT_USAGE: "usage", EXIT_PREFLIGHT: "refused",
         EXIT_ARTIFACT: "refused", EXIT_ROLLED_BACK: "rolled_back", EXIT_PROBLEM: "failed",
         EXIT_INTERNAL: "internal_error", EXIT_BUSY: "busy"}
 
 
 def report_run(run: Run, exit_code: int, seconds: float) -> None:
-    """Report how a run ended: metrics, notifications, trace, summary or error, JSON object.
-
-    The lock is free by now; what goes wrong with the first three is a warning.
-    """
+    """Report how a run ended.  Its lock is free by now; whoever cannot be told is a warning."""
     outcome, console, settings, command = run.outcome, run.console, run.settings, run.flags.command
     error, dry_run, writes, end = outcome.error, run.flags.dry_run, command in ORDER, None
     # How it ended, in the one word of history, events, metrics and log.
