@@ -9771,7 +9771,7 @@ def preflight(run: Run, *, show: bool = True) -> None:
     for name, status, detail, _ in results if show or failed else []:
         if status == "warn":
             console.warn(f"{name}: {detail}")
-        elif status == "fail" and len(failed) > 1:  # the error says it of a single one
+        elif status == "fail" and len(failed) > 1:  # a single one is the error
             console.say(f"{name}: {detail}", status="fail")
         else:
             console.debug(f"{status:<5} {name}: {detail}")
@@ -10702,7 +10702,7 @@ def write_metrics(run: Run, ended: str, result: Json) -> None:
     try:
         with Directory(path) as directory:
             with suppress(OSError):  # a filesystem without such locks (NFS)
-                for _ in range(100):  # two runs at once both count; none waits longer than 1 s
+                for _ in range(100):  # two runs at once both count; none waits over 1 s
                     with suppress(BlockingIOError):
                         fcntl.flock(directory.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
@@ -10764,7 +10764,7 @@ def replace_samples(samples: Json, run: Run, result: Json) -> None:
         steps[key] = steps.get(key, 0) + step.seconds
     info = samples["deploy_release_info"] = {}
     activated = samples["deploy_release_activated_timestamp_seconds"] = {}
-    with suppress(*FAILURES), looking(run) as store:  # else nobody can say what is live
+    with suppress(*FAILURES), looking(run) as store:  # else it is not known
         release = store.current().release
         record = store.records()[0].get(release or "")
         if release:
@@ -10844,11 +10844,11 @@ def deliver(run: Run, sending: Dict[str, Callable[[Conversation], Json]]) -> Non
     """Send in processes of their own, side by side; warn of each failure, by its key."""
     run.interrupts.is_closed = True
     with ExitStack() as stack:
-        talks = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
+        begun = {failure: stack.enter_context(Conversation(send, NOTIFY_SECONDS))
                  for failure, send in sending.items()}
-        for failure, talk in talks.items():
+        for failure, asking in begun.items():
             # A receiver may answer anything, at any length.
-            why = run.console.secrets.mask(talk.answer(run.interrupts)["error"])
+            why = run.console.secrets.mask(asking.answer(run.interrupts)["error"])
             if why:
                 run.console.warn(f"{failure}: {why[:2 * EVIDENCE_CHARACTERS]}")
 
@@ -10866,7 +10866,7 @@ def notify(run: Run, ended: str, result: Json) -> None:
                   for event in events.intersection(settings.events)})
 
 
-def tell(talk: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
+def tell(asking: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
     """Notify of an event, in a process of its own; returns {"error": why} where that failed."""
     context, words = describe_event(run, event, result)
     if settings.type == "slack":
@@ -10877,7 +10877,7 @@ def tell(talk: Conversation, run: Run, settings: Any, event: str, result: Json) 
     text = render_template(settings.text, words, where)
     if settings.type == "email":
         subject = "{application} on {host}: {event}".format(**words)
-        return send_mail(talk, settings, subject, text)
+        return send_mail(asking, settings, subject, text)
     if settings.type == "command":
         # This process alone: it has no descriptor by which a signal wakes the run's own.
         run.interrupts = Interrupts()
@@ -10893,7 +10893,7 @@ def tell(talk: Conversation, run: Run, settings: Any, event: str, result: Json) 
     for name in secrets:
         path = getattr(settings, f"{name}_file")
         if path:
-            talk.at(f"reading {name}_file")
+            asking.at(f"reading {name}_file")
             secrets[name] = read_text(path).strip()
             if not secrets[name]:
                 return {"error": f"{name}_file is empty"}
@@ -10908,13 +10908,13 @@ def tell(talk: Conversation, run: Run, settings: Any, event: str, result: Json) 
     else:
         settings.header.setdefault("Content-Type", "text/plain; charset=utf-8")
     words["result"] = json.dumps(result)
-    return post(talk, secrets["url"], settings, render_template(body, words, where))
+    return post(asking, secrets["url"], settings, render_template(body, words, where))
 
 
-def post(talk: Conversation, target: str, settings: Any, body: str) -> Json:
+def post(asking: Conversation, target: str, settings: Any, body: str) -> Json:
     """Post a body; returns {"error": why} where that failed, else {}."""
     data = body.encode("utf-8", "backslashreplace")
-    response = talk.request("POST", parse_url(target), {
+    response = asking.request("POST", parse_url(target), {
         "Content-Type": "application/json", "Content-Length": str(len(data))}, settings, data)
     if 200 <= response.status < 300:
         return {}
@@ -10942,7 +10942,7 @@ def describe_event(run: Run, event: str, result: Json) -> Tuple[Context, Dict[st
         for name, value in words.items() if isinstance(value, str)}
 
 
-def send_mail(talk: Conversation, settings: Any, subject: str, text: str) -> Json:
+def send_mail(asking: Conversation, settings: Any, subject: str, text: str) -> Json:
     """Send the text by a mail server (RFC 5321); returns as `post` does."""
     import smtplib
     from email.mime.text import MIMEText
@@ -10955,10 +10955,10 @@ def send_mail(talk: Conversation, settings: Any, subject: str, text: str) -> Jso
             ("Date", formatdate()), ("Message-ID", make_msgid(domain=host)),
             ("Auto-Submitted", "auto-generated")):
         message[name] = value
-    talk.connect(split_address(settings.smtp))
-    talk.at("talking to the mail server")
+    asking.connect(split_address(settings.smtp))
+    asking.at("talking to the mail server")
     server = smtplib.SMTP(local_hostname=host)
-    server.sock = talk.socket
+    server.sock = asking.socket
     code, answer = server.getreply()
     if code != 220:
         return {"error": f"the mail server said {code} {answer.decode('utf-8', 'replace')}"}
@@ -11013,7 +11013,7 @@ def send_trace(run: Run, ended: str, result: Json) -> None:
     pairs = re.findall(r"([^=,\s]+)\s*=([^,]*)", environment("OTEL_EXPORTER_OTLP_HEADERS"))
     headers = {name: unquote(value.strip()) for name, value in pairs}
     settings = SimpleNamespace(header=headers, tls_ca="", proxy="none")
-    deliver(run, {"trace: not sent": lambda talk: post(talk, target, settings, content)})
+    deliver(run, {"trace: not sent": lambda asking: post(asking, target, settings, content)})
 
 
 # -- all of it -----------------------------------------------------------------
@@ -11059,7 +11059,7 @@ def report_run(run: Run, exit_code: int, seconds: float) -> None:
     elif not error and writes:
         console.say(outcome.message, end, shown="")
     if error and console.quiet and outcome.is_repeated and outcome.result == "refused":
-        console.say(error.message, end, level="error", shown="")  # only logged: cron has mailed it
+        console.say(error.message, end, level="error", shown="")  # only logged: cron mailed it
     elif error:
         console.error(error.message, error.hint, end)
     elif console.quiet and (outcome.changed or console.warnings) and not dry_run:
