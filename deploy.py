@@ -9822,18 +9822,18 @@ def show_plan(run: Run, plan: Plan) -> None:
                 run.console.warn(f"{step.name}: {error.message}")
 
 
-MOVED = {"stage": "is staged", "rollback": "is live again", "pin": "is pinned",
-         "unpin": "is not pinned", "adopt": "is known", "hold": "is held",
-         "unhold": "may be replaced again"}
+MOVED = {"deploy": "is live", "sync": "is live", "stage": "is staged", "activate": "is live",
+         "rollback": "is live again", "pin": "is pinned", "unpin": "is not pinned",
+         "adopt": "is known", "hold": "is held", "unhold": "may be replaced again"}
 
 
 def command_move(run: Run) -> None:
-    """Carry out deploy, sync, activate or a command of MOVED, and say how to undo it."""
+    """Carry out a command of MOVED, and say how to undo it."""
     command, outcome = run.flags.command, run.outcome
     transact(run)
     if run.flags.dry_run:
         return
-    message = f"{outcome.release or 'nothing'} {MOVED.get(command, 'is live')}"
+    message = f"{outcome.release or 'nothing'} {MOVED[command]}"
     if command in NOTING or not outcome.steps:
         conclude(run, message if command in NOTING else f"{message} already; nothing to do")
         return
