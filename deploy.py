@@ -9628,7 +9628,7 @@ def changing(run: Run) -> Iterator[Facts]:
             if command in ("rollback", "recover", "prune"):
                 store.reserve(keep=False)
             if not run.flags.to:  # with --to a person settles what was left
-                # The steps and the result of a recovery are not the command's.
+                # A recovery's steps and result are not the command's.
                 recovery = run.outcome = outcome if command == "recover" else Outcome("recover")
                 try:
                     observe(run, locked=True)
@@ -10275,7 +10275,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
             "at deploy_id operation result release version note built_at").split()}
         row.update(by=entry.by.get("user"), failed=entry.automatic or needs_person,
                    rework=last.get("failed", False), well_at=entry.at if entry.automatic else None)
-        # The first `activate` counts: the way back has one too, a recovered run may have none.
+        # The first counts: the way back has one too, a recovered run may have none.
         for step in reversed(entry.steps):
             if step["name"] == "activate":
                 row["at"] = step["started_at"]
