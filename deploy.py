@@ -7963,7 +7963,7 @@ def select_release(facts: Facts, text: str) -> Record:
 
 
 def unrecorded(facts: Facts) -> str:
-    """Say what to adopt or deploy where no release has a record."""
+    """Say what to adopt or deploy if no release has a record."""
     names = ", ".join(sorted(facts.on_disk.difference(facts.records))[-9:])
     adopt = facts.command_line("adopt RELEASE")
     return f"{adopt}: {names}" if names else "nothing is left to adopt: deploy an artifact"
@@ -7989,7 +7989,7 @@ def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
     A second rollback goes further back, never to what was just left.  `certain`: StateError where
     a record on the way cannot be read.
     """
-    # Along `previous`, until one comes twice; then whatever is older.
+    # Along `previous` until one comes twice; then what is older.
     names: List[Any] = [live]
     while names[-1] in facts.records and names.count(names[-1]) == 1:
         names.append(facts.records[names[-1]].previous)
@@ -8052,7 +8052,7 @@ def plan_operation(facts: Facts) -> Plan:
     plan = Plan(operation, live, release)
     if is_done:
         return plan
-    for name in migrations_left(facts, plan) or ():
+    for name in facts.settings.migrate.down and migrations_left(facts, plan) or ():
         if name not in facts.on_disk:
             raise PreflightFailed(f"{name} migrated the data and is gone: only it could undo that",
                                   "leave the data as they are: --set migrate.on_rollback=keep")
@@ -8248,7 +8248,7 @@ def do_writable(run: Run, step: Step) -> None:
     uid = account("user", run.settings.deploy.app_user, "[deploy] app_user").pw_uid
     for path in run.settings.deploy.writable:
         with open_made(run, path) as directory:
-            # Nobody else can reach the tree yet; even so, no link is followed.
+            # Nobody else reaches the tree yet; even so, no link is followed.
             for _, descriptor, _ in walk_tree(directory.descriptor):
                 if descriptor >= 0:
                     os.fchown(descriptor, uid, -1)
@@ -8327,7 +8327,7 @@ def do_seal(run: Run, step: Step) -> None:
         open_to_group(run)
         if run.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
-    shown["signature"] = source.signature  # known once unpacked
+    shown["signature"] = source.signature  # known by now
     # Digests are not masked: a secret such as 1234 may well occur in one.
     artifact = dict(shown, sha256_source=run.console.secrets.mask(source.sha256_source),
                     strip_components=run.settings.artifact.strip_components,
@@ -9277,7 +9277,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
         run.outcome.is_repeated = True  # a person was called when it failed
         raise RollbackFailed(f"{earlier} was recovered {journal.recoveries} times without success; "
                              f"live now: {live or 'nothing'}", by_hand(store))
-    # The link shows how far the run came; the journal may be one write behind it.
+    # The link shows how far the run came; the journal may be one write behind.
     phase, failure = journal.phase, journal.failure
     if phase == PHASE_INTENT and live != journal.from_release:
         phase = PHASE_SWITCHED
@@ -9346,7 +9346,7 @@ def verdict_of(store: Store, journal: Journal, live: OptionalText) -> str:
 
 
 def by_hand(store: Store) -> str:
-    """Return the hint for what only a person can decide."""
+    """Hint at what only a person can decide."""
     return "see which release should be live, then settle on it: " \
         + store.command_line("recover --to RELEASE")
 
