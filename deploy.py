@@ -487,6 +487,8 @@ def send_datagram(address: Any, data: bytes, wait_seconds: float) -> None:
         sender.sendto(data, address)
 
 
+# -- the log -----------------------------------------------------------------
+
 # As syslog(3) and the journal count them.
 PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 
@@ -592,6 +594,8 @@ JOURNAL_FIELDS = {
     "trace_id": "DEPLOY_TRACE_ID",
 }
 
+
+# -- the console -------------------------------------------------------------
 
 class Console:
     """The result on stdout, everything else on stderr, and the log beside them."""
