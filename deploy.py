@@ -5449,11 +5449,11 @@ def render_template(text: str, values: Dict[str, str], where: str) -> str:
 class Service:
     """What must notice that `current` has changed; here, by a command of the operator's."""
 
-    is_acting = False  # from then on errors carry the end of the unit's journal
-    is_gone = False  # at the last look its process did not exist
+    is_acting = False  # once it is, errors carry the end of the unit's journal
+    is_gone = False  # its process did not exist at the last look
     pid = ""
     shown: Dict[str, str] = {}  # a unit's state, as it was read last
-    first: Dict[str, str] = {}  # and as it was when the unit came up: it must stay that way
+    first: Dict[str, str] = {}  # and when the unit came up: it must stay the same
 
     def __init__(self, run: Run, section: Any) -> None:
         self.run = run
@@ -5534,7 +5534,7 @@ class UnitService(Service):
                    "use action = restart or reload-or-restart")
 
     def down(self) -> str:
-        """Say why the unit is not up, or not the same as when it came up."""
+        """Say why it is not up, or not the same as when it came up."""
         unit = self.section.unit
         try:
             state = self.state()
@@ -5615,7 +5615,7 @@ def manager_environment() -> Dict[str, str]:
 
 
 def journal_of(run: Run, services: Iterable[Any]) -> Dict[str, List[str]]:
-    """Show the last journal lines of those services that are units; returned as evidence."""
+    """Show the last journal lines of the services' units, and return them as evidence."""
     lines = []
     for service in services:
         if not service.unit or not find_command("journalctl"):
@@ -5641,14 +5641,13 @@ class PidfileService(Service):
                    "start it, or correct pidfile")
 
     def act(self, context: Context) -> str:
-        """Send the signal, and see that the process stays up, under this id or another."""
+        """Send the signal, and see that the service stays up."""
         name, signal_name, signalled = self.section.name, self.section.signal, self.run.signalled
         if not context.previous:
             return "nothing to signal: nothing was live before"
         why = self.down()
         if why and self.is_gone and name not in signalled:
-            # That it was down before the switch is no reason to go back.
-            self.run.console.warn(f"service {name}: {why}: start it")
+            self.run.console.warn(f"service {name}: {why}: start it")  # see UnitService.act
             return "not signalled: it does not run"
         try:
             if not why:
@@ -5663,10 +5662,7 @@ class PidfileService(Service):
         return f"{signal_name} sent to process {self.pid}, which is up"
 
     def down(self) -> str:
-        """Say why the process does not run, or why the pidfile is not believed.
-
-        It is not where others may write it: they would choose which process is signalled.
-        """
+        """Say why the process does not run, or why the pidfile is not believed."""
         path, ours = self.section.pidfile, (0, os.geteuid())
         try:
             with open_file(path, os.O_NOFOLLOW) as stream:
@@ -5818,9 +5814,8 @@ class Conversation(Descriptor):
 
     So no name look-up, no TLS, no dripping peer and no endless regular expression holds up the run.
     The child keeps only its end of a pipe and the descriptors to `keep`: it must not hold the lock,
-    and there is no exec to close that.  It calls `talk`, and writes what that returns, as each at()
-    before, as a line of JSON; SIGALRM ends it at its limit.  The parent reads them in answer();
-    close(), the end of the `with` block, kills and reaps the child.
+    and there is no exec to close that.  It calls `talk`, and writes for each at(), and for what
+    that returns, a line of JSON, which answer() reads; SIGALRM ends it at its limit.
     """
 
     def __init__(self, talk: Callable[["Conversation"], Answer], limit_seconds: float,
@@ -5859,7 +5854,7 @@ class Conversation(Descriptor):
         os.close(self._writing)
 
     def close(self) -> None:
-        """Close the pipe, kill the process unless it has exited, and reap it."""
+        """Close the pipe, kill the child and reap it."""
         super().close()
         pid, self._pid = self._pid, -1
         if pid > 0:
@@ -6116,7 +6111,7 @@ def probe_mistakes(settings: Settings, probe: Any) -> List[str]:
 
 
 def adhoc_probe(kind: str, target: str, assignments: List[str]) -> SimpleNamespace:
-    """Make a probe named ad-hoc from a target and KEY=VALUE texts, with the table's defaults."""
+    """Make a probe from a target and KEY=VALUE texts, with the table's defaults."""
     section = "probe:ad-hoc"
     given = {(section, kind): (target, f"--{kind}")}
     for text in assignments:
@@ -6157,7 +6152,7 @@ class ProbeRun:
     tries = 0
     failure = NO_ANSWER  # the last one
     restarts: Optional[int] = None  # of its unit, at the first look
-    # run_probe() adds ok, detail, seconds and evidence (status, start of the body, error, tries).
+    # run_probe() adds ok, detail, seconds and evidence.
 
     def __init__(self, run: Run, probe: Any, context: Context, versions: List[str],
                  progress: Any) -> None:
@@ -6239,7 +6234,7 @@ class ProbeRun:
         return dict(self.failure, error=why)
 
     def attempt(self, limit_seconds: float) -> Answer:
-        """Ask once, for so long at most."""
+        """Ask once, within this limit."""
         console = self.run.console
         self.limit_seconds = limit_seconds = max(0.001, limit_seconds)
         ends_seconds = time.monotonic() + limit_seconds
@@ -7077,11 +7072,11 @@ class Facts(NamedTuple):
     note: str
     now_seconds: float
     current: Current = Current(None)
-    # Steps keep records, on_disk and slots up to date; shared defaults: for a root not there.
+    # Steps keep records, on_disk and slots up to date; the defaults are of a root not there.
     records: Dict[str, Record] = {}
     state_problems: Sequence[str] = ()
     on_disk: Set[str] = set()
-    in_use: Dict[str, str] = {}  # by release, who runs from it; only for commands that prune
+    in_use: Dict[str, str] = {}  # by release, who runs from it
     journal: Optional[Journal] = None
     holder: Optional[Json] = None
     hold: Json = {}  # by, note, since, until; empty without one, or once it is over
@@ -7100,7 +7095,7 @@ class Facts(NamedTuple):
 def observe(run: Run, *, locked: bool = False, artifact: str = "", confirm: bool = False) -> Facts:
     """Look at the root, unless that is done, and at the artifact; keeps `run.facts`.
 
-    A refused artifact is a fact, too.  `confirm`: read its bytes now, as nothing will unpack it.
+    `confirm`: read its bytes now, as nothing will unpack it.
     """
     if run.facts is None:
         unlocked = None if locked else run.store
@@ -7514,8 +7509,7 @@ def untrusted(settings: Settings) -> Tuple[Problems, Problems]:
 def check_root(run: Run) -> Findings:
     """The root can be written or made, on one filesystem: else a rename would fail (EXDEV)."""
     root = run.facts.root
-    parent = os.path.dirname(root)
-    place = root if run.store else f"{parent}/."
+    place = root if run.store else f"{os.path.dirname(root)}/."
     if not os.access(place, os.W_OK | os.X_OK):
         yield ("fail", f"{place} is not there or cannot be written by {user_name()}",
                f"mkdir -p {root}, chown {user_name()} {root} (of a group: chgrp, chmod g+rwxs), or "
@@ -7553,7 +7547,7 @@ def check_hold(run: Run) -> Findings:
 
 
 def check_state(run: Run) -> Findings:
-    """`current`, records and journal are in order; also the heart of `status`."""
+    """`current`, records and journal are in order."""
     facts = run.facts
     current = facts.current
     serious = "fail"
@@ -7791,7 +7785,7 @@ def check_slots(run: Run) -> Findings:
 
 
 def check_probes(run: Run) -> Findings:
-    """Probes with when = before or both hold.  What a new kind of probe needs is checked here."""
+    """Probes with when = before or both hold, and the others can tell the version."""
     context = context_for(run.facts, None)
     new = run.facts.artifact
     for name, probe in sorted(run.settings.probe.items()):
@@ -7847,7 +7841,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Run], Iterable[Finding]], str], ...] = (
     ("judge", rule(judge_by_command), "settings.policy.judge"),
 )
 
-# Skipped on a way back: a check of what only the next release needs (space, a file) belongs here.
+# Skipped on a way back: a check of what only the next release needs belongs here.
 AHEAD_CHECKS = ("artifact", "signature", "origin", "space", "required", "shared", "services",
                 "probes")
 # A failure of these refuses the artifact (exit 4), not the host (exit 3).
@@ -7857,7 +7851,7 @@ ACTING_CHECKS = ("signature", "services", "slots", "probes", "judge")
 
 
 def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
-    """Run every check, whatever the others found; each becomes one result, its worst finding."""
+    """Run every check, whatever the others found."""
     results: List[CheckResult] = []
     run.outcome.checks = results
     is_trusted = True
@@ -7892,8 +7886,7 @@ def run_checks(run: Run, *, going_back: bool = False) -> List[CheckResult]:
 # 13  Operations
 #    What each operation does, in which order: ORDER lists its words, WORDS says
 #    which steps a word stands for.  A plan is made from settings and facts
-#    alone; nothing here looks at the disk, the clock or the network before a
-#    step runs.
+#    alone: only its steps look at the disk, the clock or the network.
 # ============================================================================
 
 STAGE = "pre_stage unpack shared templates writable publish post_stage seal"
@@ -7918,12 +7911,12 @@ ORDER = {
     "pin": ("pin", "", "", "", "pinned"), "unpin": ("unpin", "", "", "", "unpinned"),
     "hold": ("hold", "", "", "", "held"), "unhold": ("unhold", "", "", "", "unheld"),
     "flags": ("flags", "", "", "", "flagged")}
-# There are two ways back.  Before the switch Executor.undo has each step that was taken undo its
-# own change; the old release still runs.  After it the services run the new one, and undoing would
-# not start the old: these words do, like a second switch.  ?: its failure is only a warning.
+# There are two ways back.  Before the switch Executor.undo has each step undo its own change.
+# After it the services run the new release, and undoing would not start the old: these words do.
+# ?: its failure is only a warning.
 WAY_BACK = "pre_rollback? proxy activate down services probes post_rollback? open? drain"
 
-# These only write something down: what is live stays live.
+# These only write something down.
 NOTING = ("pin", "unpin", "adopt", "hold", "unhold", "flags")
 
 LEAST_DRAIN_SECONDS = 1.0  # the proxy has read live.conf by then
@@ -7990,8 +7983,7 @@ def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
                     ) -> Optional[Record]:
     """Choose where a rollback goes: the last good release that was live before this one.
 
-    A second rollback goes further back, never to what was just left.  `certain`: StateError where
-    a record on the way cannot be read.
+    `certain`: StateError where a record on the way cannot be read.
     """
     # Along `previous` until one comes twice; then what is older.
     names: List[Any] = [live]
@@ -8013,7 +8005,7 @@ def rollback_target(facts: Facts, live: OptionalText, *, certain: bool = False
 
 
 def is_under_way(journal: Optional[Journal], live: OptionalText) -> bool:
-    """Say whether a deployment has switched and waits for its verdict, as `rollback` is."""
+    """Say whether a deployment has switched and has no verdict; `rollback` would be it."""
     return journal is not None and live == journal.to_release and \
         journal.operation in ("deploy", "sync", "activate") and journal.phase != PHASE_ROLLING_BACK
 
@@ -8108,7 +8100,6 @@ def expand(words: str, phase: str, facts: Facts, plan: Plan) -> Steps:
         values = [attrgetter(option)(facts.settings) for option in needed.split()]
         if needed and not any(value and value != "never" for value in values):
             continue
-        # The text of one step, where there are actions, or the steps themselves.
         made: Any = make(name, facts, plan) if callable(make) else \
             make.format(release=plan.to_release)
         for step in [Step(name, made, *actions)] if actions else made:
@@ -8216,7 +8207,6 @@ def do_shared(run: Run, step: Step) -> OptionalText:
 
 def do_templates(run: Run, step: Step) -> None:
     """Render the templates; StepFailed names every placeholder without a value."""
-    # A value comes from [vars], else from DEPLOY_*, else from the environment.
     values = {name: environment(name) for name in environment_names()}
     values.update(step_context(run, step).variables())
     values = {**{name: portable(value) for name, value in values.items()}, **run.settings.vars}
@@ -8261,10 +8251,9 @@ def do_writable(run: Run, step: Step) -> None:
 
 def do_publish(run: Run, step: Step) -> None:
     """Make the staged tree durable, then rename it to the release's id."""
-    directories = names_of(run.manifest, DIRECTORY)
     tree = run.store.directory(f"releases/{run.staging}")
     # Last, and the deepest first: their modes may forbid to write or to enter.
-    for name in reversed(directories):
+    for name in reversed(names_of(run.manifest, DIRECTORY)):
         if run.manifest[name].mode != _MODE_DIRECTORY:
             os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
     open_to_group(run)
@@ -8423,8 +8412,8 @@ def migrations_left(facts: Facts, plan: Plan) -> Optional[List[str]]:
 def make_migrate(word: str, facts: Facts, plan: Plan) -> Steps:
     """Have the new release migrate the data; going back, have each release undo its migration.
 
-    `down` runs in three ways: where a person goes back, for each release that migrated since; and
-    where `up` had begun: on the way back, or before the switch as the undo of the other commands.
+    `down` runs where a person goes back, for each release that migrated since; and where `up` had
+    begun: on the way back, or before the switch as the undo of the other commands.
     """
     forward = Plan(plan.operation, plan.to_release, plan.from_release) if plan.back else plan
     to_undo = migrations_left(facts, forward)
@@ -8551,7 +8540,7 @@ def target_slot(facts: Facts, plan: Plan) -> str:
 
 
 def make_slot(word: str, facts: Facts, plan: Plan) -> Steps:
-    """Start the release in the idle slot and probe it there, before visitors come."""
+    """Start the release in the idle slot and probe it there."""
     slot = facts.settings.slots[target_slot(facts, plan)]
     before = [earlier for earlier, name in facts.slots.items() if name == slot.name]
     text = f"start {slot.unit}, port {slot.port}, for {plan.to_release}"
@@ -8887,9 +8876,8 @@ WORDS: Dict[str, Tuple[Any, ...]] = {
 
 # ============================================================================
 # 14  Executor
-#    Runs a plan: journals each phase before its first step, undoes a failure
-#    before the switch, takes the way back after it, and ends every run in one
-#    place.  Recovery uses the same table and functions.
+#    Runs a plan: journals each phase before its first step, and ends every run
+#    in one place.  Recovery uses the same table and functions.
 # ============================================================================
 
 class Executor:
@@ -8918,7 +8906,7 @@ class Executor:
             started_at=format_time(run.facts.now_seconds))
 
     def execute(self) -> None:
-        """Run the plan's steps; raises DeployError once everything is undone or rolled back."""
+        """Run the plan's steps to the verdict; raises if that is a failure."""
         run, plan = self.run, self.plan
         # Without a journal nothing is stopped half way.
         run.interrupts.is_closed = not any(step.phase for step in plan.steps)
@@ -9006,7 +8994,7 @@ class Executor:
             keep_journal: bool = False) -> None:
         """Close the run: write records, then history; take the closing steps; remove the journal.
 
-        So the verdict is durable before that is gone.  Without a result it is written already.
+        Without a result the first two are written already.
         """
         run, plan, failure = self.run, self.plan, self.failure(error) if error else None
         if result:
@@ -9147,10 +9135,7 @@ class Executor:
 
 def settled(executor: Executor, result: str, failure: Optional[Json], *,
             rejected: bool) -> List[Record]:
-    """Return the records that change as a run ends; nothing is read or written here.
-
-    A rejected release need not be bad: unproven it is staged again, and retired if once good.
-    """
+    """Return the records that change as a run ends, to be written."""
     run, plan = executor.run, executor.plan
     records = run.facts.records
     now = format_time()
@@ -9272,7 +9257,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
         Executor(run, plan, journal).end("")
         return f"{earlier} was finished ({verdict})"
     if run.flags.command == "rollback" and is_under_way(journal, live):
-        # No restart or probe of what is to be left.  The journal stays until the rollback's own.
+        # No restart or probe of what is to be left.
         Executor(run, plan, journal).end("aborted", StepFailed("rolled back before its verdict"),
                                          EXIT_FAILED, keep_journal=True)
         return f"{earlier} ends here: the rollback is its verdict"
@@ -9296,7 +9281,7 @@ def settle_journal(run: Run, journal: Journal, live: OptionalText) -> str:
     if phase in (PHASE_STAGING, PHASE_INTENT):
         return abort(run, plan, journal)
     store.save(journal)
-    # Restarting and probing again does no harm; no hook that has ended runs again.
+    # Restarting and probing again does no harm.
     steps = expand("slot proxy", PHASE_SWITCHED, run.facts, plan) + [
         step for step in plan.steps if step.phase == PHASE_SWITCHED
         and not (step.noted and step.name in journal.done)]
@@ -9332,7 +9317,7 @@ def abort(run: Run, plan: Plan, journal: Journal) -> str:
 def verdict_of(store: Store, journal: Journal, live: OptionalText) -> str:
     """Return the result in the history, where the run had come to one.
 
-    StateError where something else has changed `current` since: only a person can decide.
+    StateError where something else has changed `current` since.
     """
     verdict = ""
     with suppress(StateError):  # a damaged line must not stop it; --verify finds it
@@ -9361,7 +9346,6 @@ def by_hand(store: Store) -> str:
 #    its words, what ansible-doc reads.  Texts alone.
 # ============================================================================
 
-# The README refers to these pages.
 HELP = {
     "systemd": """\
 `systemctl enable --now deploy@shop.timer deploy-recover@shop` for shop.ini:
@@ -9459,7 +9443,6 @@ seconds); sizes `64k`, `10M`, `2G`. Relative paths are relative to the file.
 """,
 }
 
-# zsh reads the same script through its bashcompinit.
 COMPLETION = """\
 # Completion of deploy.py, for ~/.bashrc or, behind compinit, ~/.zshrc:
 #   eval "$(deploy.py completion bash)"
@@ -9546,7 +9529,7 @@ def no_such(kind: str, name: str, names: Iterable[str]) -> UsageError:
     return UsageError(f"there is no {kind} {name!r}", nearest(name, names))
 
 
-# What one line shows of a record, run, step or person, in this order.
+# What one line shows of an object, in this order.
 IN_SHORT = "id name deploy_id version state activated_at operation result status to phase " \
     "release at seconds detail user pid command since until note port live by"
 
@@ -9610,7 +9593,7 @@ def looking(run: Run, *, must_exist: bool = True, make: bool = False) -> Iterato
             raise ProblemFound(error.message, error.hint)
         raise
     finally:
-        for opened in filter(None, (run.artifact, run.store, run.cache)):  # by observe, find_new
+        for opened in filter(None, (run.artifact, run.store, run.cache)):
             opened.close()
         run.artifact = run.store = run.cache = None
 
@@ -9668,7 +9651,7 @@ def is_untouched(run: Run) -> bool:
 # -- commands that change what is live -----------------------------------------
 
 def transact(run: Run) -> None:
-    """Observe, plan, check and execute; with -n show the plan that would have been executed."""
+    """Observe, plan, check and execute; with -n show the plan instead."""
     flags, outcome, console = run.flags, run.outcome, run.console
     artifact = flags.artifact or ""
     if run.note:
@@ -9725,7 +9708,7 @@ def find_new(run: Run) -> str:
     facts, cached = run.facts, []
     if not flags.dry_run:
         run.cache = store.directory(".deploy").child("cache", make=True)
-        with suppress(PermissionError):  # another member's, who gave it
+        with suppress(PermissionError):  # another member's
             give_to_group(run.cache.descriptor, store.group)
         cached = os.listdir(run.cache.descriptor)
     seen, listed = look(run)
@@ -10055,7 +10038,7 @@ CONFIG_DIRECTORY = "/etc/deploy"
 
 
 def configurations() -> List[str]:
-    """List the configurations of this host's applications; `load` needs them, too."""
+    """List the configurations of this host's applications."""
     with suppress(OSError):
         return sorted(f"{CONFIG_DIRECTORY}/{name}" for name in os.listdir(CONFIG_DIRECTORY)
                       if name.endswith(".ini") and name[0] != ".")
@@ -10063,7 +10046,7 @@ def configurations() -> List[str]:
 
 
 def command_status(run: Run) -> None:
-    """Show the state of one root, or with --all of each that has a configuration in /etc/deploy."""
+    """Show the state of one root, or with --all of each that is configured on this host."""
     if not run.flags.all:
         show_status(run)
         return
@@ -10147,7 +10130,7 @@ def status_problems(run: Run, target: Optional[Record]) -> Iterator[Problem]:
                command_line("recover --to RELEASE" if needs_person else "recover"))
     if journal or facts.current.problem:
         return
-    if store.status(store.flag) and "deploy_id" in store.maintenance():
+    if "deploy_id" in store.maintenance():
         yield "maintenance is on, and the run that wanted it has ended", command_line("recover")
     if lost:
         yield lost.message, lost.hint
@@ -10166,9 +10149,8 @@ def command_releases(run: Run) -> None:
     """List the releases, newest first, `*` on the current one."""
     with looking(run):
         facts = observe(run)
-    live = facts.current.release
     rows = run.outcome.extra["releases"] = [
-        dict(encode(record), current=record.id == live)
+        dict(encode(record), current=record.id == facts.current.release)
         for record in newest_first(map(facts.release, facts.records))]
     run.outcome.message = count(len(rows), "release")
     shown = [dict(row, size=format_size(int(row["tree"].get("bytes") or 0)),
@@ -10234,7 +10216,6 @@ def command_show(run: Run) -> None:
     if not matches or len(ids) > 1:
         raise UsageError(f"{text!r} is {'more than one' if matches else 'no'} deployment",
                          f"give one of: {', '.join(ids) or 'none was deployed here so far'}")
-    # The run's own line, and that of the recovery that ended it.
     shown = outcome.extra["history"] = [
         encode(entry) for entry in entries if entry.deploy_id == ids[0]]
     for entry in shown:
@@ -10517,7 +10498,7 @@ def serve_maintenance(run: Run) -> None:
         listener.setblocking(False)
         selector.register(listener, EVENT_READ)
         while True:
-            run.interrupts.wait(1.0, selector.fileno())  # the limit is no finer
+            run.interrupts.wait(1.0, selector.fileno())  # a client's limit is no finer
             ready = {key.fileobj for key, _ in selector.select(0)}
             for client, _, _, visit in list(selector.get_map().values())[1:]:  # listener first
                 with suppress(StopIteration, OSError):  # it has its answer, or is gone
@@ -10625,7 +10606,7 @@ def share_of(host: str, application: str) -> float:
 
 
 def wait_splay(run: Run) -> None:
-    """Wait this host's share of --splay, so that a fleet does not begin all at once."""
+    """Wait this host's share of --splay."""
     name = run.application if run.root else ""  # raises where none is given, before the wait
     seconds = read_value("duration", run.flags.splay) * share_of(os.uname().nodename, name)
     waiting = "would wait" if run.flags.dry_run else "waiting"
@@ -10768,7 +10749,7 @@ def replace_samples(samples: Json, run: Run, result: Json) -> None:
         steps[key] = steps.get(key, 0) + step.seconds
     info = samples["deploy_release_info"] = {}
     activated = samples["deploy_release_activated_timestamp_seconds"] = {}
-    with suppress(*FAILURES), looking(run) as store:  # else it is not known
+    with suppress(*FAILURES), looking(run) as store:
         release = store.current().release
         record = store.records()[0].get(release or "")
         if release:
@@ -10871,7 +10852,7 @@ def notify(run: Run, ended: str, result: Json) -> None:
 
 
 def tell(asking: Conversation, run: Run, settings: Any, event: str, result: Json) -> Json:
-    """Notify of an event, in a process of its own; returns {"error": why} where that failed."""
+    """Notify of an event, in a process of its own; returns as `post` does."""
     context, words = describe_event(run, event, result)
     if settings.type == "slack":
         import html
@@ -10883,7 +10864,7 @@ def tell(asking: Conversation, run: Run, settings: Any, event: str, result: Json
         subject = "{application} on {host}: {event}".format(**words)
         return send_mail(asking, settings, subject, text)
     if settings.type == "command":
-        # This process alone: it has no descriptor by which a signal wakes the run's own.
+        # As in Guard: what the run's own waits on is closed in this process.
         run.interrupts = Interrupts()
         run.settings.env.update(DEPLOY_EVENT=event, DEPLOY_TEXT=text)
         ended = start_command(run, context, f"notify {settings.name}", settings.command,
@@ -11032,7 +11013,6 @@ def report_run(run: Run, exit_code: int, seconds: float) -> None:
     """Report how a run ended.  Its lock is free by now; whoever cannot be told is a warning."""
     outcome, console, settings, command = run.outcome, run.console, run.settings, run.flags.command
     error, dry_run, writes, end = outcome.error, run.flags.dry_run, command in ORDER, None
-    # How it ended, in the one word of history, events, metrics and log.
     ended = outcome.result
     if exit_code == EXIT_ROLLBACK_FAILED:
         ended = ended or "rollback_failed"  # or left_live
@@ -11078,7 +11058,6 @@ def report_run(run: Run, exit_code: int, seconds: float) -> None:
 #    code, two lines of error, or one JSON object.
 # ============================================================================
 
-# Those of MOVED share command_move; every other has a command_NAME.
 COMMANDS = {name: command_move if name in MOVED else globals()[f"command_{name}"]
             for name in COMMAND_HELP}
 
@@ -11239,7 +11218,7 @@ class ModuleConsole(Console):
         self._traceback = {"exception": traceback.format_exc()}
 
     def json_result(self, value: Json) -> None:
-        """Answer with the object of --json and what Ansible looks for; its `msg` has the hint."""
+        """Answer with the object of --json and what Ansible looks for."""
         answer = dict(value, rc=value["exit_code"], **self._traceback)
         if self._shows_diff and self.diff and not value["failed"]:
             answer["diff"] = self.diff
@@ -11413,7 +11392,6 @@ def disagreements(settings: Settings) -> Iterator[Tuple[str, Any, str]]:
         yield ("policy", key in policy.given and not getattr(policy, needed),
                f"{key} needs {needed}")
     for name in set(settings.probe).intersection(settings.notify):
-        # systemd hands over one file: one would send its peer the other's secret.
         notifier = settings.notify[name]
         yield (f"notify:{name}",
                settings.probe[name].auth_file and (notifier.url_file or notifier.token_file),
