@@ -10378,7 +10378,7 @@ def report_page(application: str, runs: List[Json], measures: Json) -> str:
     for run in runs:
         kind = "bad" if run["failed"] else "good"
         cells = [quote(in_short(key, run[key])) for key in "at version result by note".split()]
-        x = 990 * (seconds_of(run["at"]) - first) / (last - first)
+        x = 990 * (seconds_of(run["at"]) - first) / max(1, last - first)
         marks.append(f'<rect class="{kind}" x="{x:.1f}" y="12" width="6" height="40">'
                      '<title>{}: {} {}</title></rect>'.format(*cells))
         rows.insert(0, f'<tr class="{kind}"><td>{"</td><td>".join(cells)}</td></tr>')

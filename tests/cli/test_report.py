@@ -130,6 +130,11 @@ def test_every_form_says_the_same(app: App, tmp_path: Path) -> None:
     assert app.run("report", "--since", "2126-01-01", check=0).data["report"]["deployments"] == 0
 
 
+def test_the_page_of_an_instant_has_its_run() -> None:
+    runs = measured(entry(3, "deploy", "deployed", "a"))["runs"]
+    assert 'x="0.0"' in deploy.report_page("shop", runs, {"since": runs[0]["at"], "until": runs[0]["at"]})
+
+
 def test_the_page_is_whole_by_itself(app: App, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     app.run("-n", "report", "--format", "html", "-o", page, check=0)
