@@ -11432,7 +11432,7 @@ def learn_secrets(settings: Settings, secrets: Secrets) -> None:
         # A short word such as `true` is no secret: masking it would blot out sentences.
         private += [value for name, value in re.findall(r"[?&]([^=&#]*)=([^&#]*)", receiver.url)
                     if len(value) >= 8 or SECRET_NAME.search(name.lower())]
-        if receiver.name in settings.notify:
+        if settings.notify.get(receiver.name) is receiver:
             # The long words of a notifier's path let anybody post there.
             for url in [receiver.url, *texts]:
                 private += re.findall(r"[^/?#&=]{16,}", url.partition("://")[2].partition("/")[2])

@@ -450,3 +450,11 @@ def test_the_decoded_form_of_a_query_value_is_masked_as_well(app: App) -> None:
                   "[hooks]\npre_activate = /bin/sh -c 'echo ab+cd/ef0123 p@ssw0rd; exit 1'\n")
     text = everything(app, app.run("deploy", app.artifact("1.0"), "--log-file", app.directory / "log", check=1))
     assert "ab+cd/ef0123" not in text.replace("echo ab+cd/ef0123", "") and "[masked] [masked]" in text
+
+
+def test_the_path_of_a_probe_is_shown_also_beside_a_notifier_of_its_name(app: App) -> None:
+    app.configure("[probe:web]\nurl = http://127.0.0.1:1/a-long-health-path\n"
+                  "[notify:web]\ntype = slack\nurl = https://127.0.0.1:1/a-long-secret-path")
+    shown = app.run("config", check=0).data["config"]
+    assert shown["probe:web.url"]["value"] == "http://127.0.0.1:1/a-long-health-path"
+    assert "secret" not in shown["notify:web.url"]["value"]
