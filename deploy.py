@@ -91,9 +91,8 @@ only some kinds of probe know, also in PROBE_KINDS (5).  A kind of probe: rows o
 import sys
 
 # No file beside this one, in PYTHONPATH or in a home directory may take a standard module's place:
-# a json.py there would run as root.  So only the library's own directories are searched, also for
-# `python3 deploy.py`, which reads no shebang.  What Python itself has imported before this line
-# (sitecustomize, .pth files) is beyond us: `python3 -I deploy.py` closes that, too.
+# a json.py there would run as root.  So only the library's own directories are searched.  What
+# Python has imported before this line (sitecustomize, .pth files) only `python3 -I` keeps out.
 if __name__ == "__main__" and not sys.flags.isolated:
     _here = __file__.rpartition("/")[0] or "."
     _own = tuple(prefix.rstrip("/") + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))
@@ -147,7 +146,7 @@ finally:
 
 # ============================================================================
 # 1  Constants and exit codes
-#    Names for every number and word that is a promise.  Uses nothing.
+#    Names for every number and word that is a promise.
 # ============================================================================
 
 Json = Dict[str, Any]  # a JSON object
@@ -325,7 +324,6 @@ class Interrupted(DeployError):
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}",
                          "run the same command again")
-        # 130 for a person's Control-C, 143 for every other signal.
         self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
@@ -405,7 +403,7 @@ class Secrets(List[str]):
         self.sort(key=len, reverse=True)
 
     def mask(self, text: str) -> str:
-        """Mask known secrets, a URL's userinfo and query, and what looks like a secret."""
+        """Mask known secrets, and whatever matches _SECRET_FORMS."""
         for value in self:
             text = text.replace(value, MASK)
         lowered = text.lower()
@@ -415,7 +413,7 @@ class Secrets(List[str]):
         return text
 
     def mask_json(self, value: Any, name: str = "") -> Any:
-        """Mask secrets in a JSON-like value, and all of a string whose `name` looks secret."""
+        """Mask secrets in a JSON-like value, and any string whose `name` looks secret."""
         if isinstance(value, str):
             is_secret = SECRET_NAME.search(name.lower()) and not value.startswith("SHA256:")
             return MASK if value and is_secret else self.mask(value)  # a fingerprint is public
@@ -432,7 +430,7 @@ class Secrets(List[str]):
 
 
 def format_size(size_bytes: float) -> str:
-    """Write a byte count for people: 999 B, 1.4 MB (powers of 1000, as disks are sold)."""
+    """Write a byte count for people: 999 B, 1.4 MB (powers of 1000)."""
     unit, digits = "B", 0
     for larger in ("kB", "MB", "GB", "TB"):
         if abs(size_bytes) >= 999.5:
@@ -512,7 +510,7 @@ class Log:
     def emit(self, record: Any) -> None:
         """Take a record of `logging`; a lost line is reported, and stops nothing."""
         try:
-            self.send(record)  # type: ignore  # each kind defines it
+            self.send(record)  # type: ignore
         except OSError as error:
             # Forgotten first: `report` logs its own line, and would come back here.
             report, self.report = self.report, None
@@ -524,7 +522,7 @@ class LogFile(Log):
     """A file that is appended to, opened for each line: logrotate may move it at any time.
 
     Not the library's WatchedFileHandler: that follows symlinks, waits for a FIFO's reader, and
-    writes a line in pieces, between which those of another run may come.
+    writes a line in pieces, between which another run may write.
     """
 
     def __init__(self, path: str) -> None:
@@ -554,13 +552,13 @@ class Syslog(Log):
     """A syslog daemon: a datagram of RFC 3164 for each line.
 
     The library's SysLogHandler asks a name server and waits for a full socket with every line;
-    this one waits for a second, and after a failure no more.
+    this one waits for at most a second, and after a failure not at all.
     """
 
     LONGEST_CHARACTERS = 1000  # every receiver should take 2,048 bytes (RFC 5424, 6.1)
 
     def __init__(self, address: Any) -> None:
-        self._address = address  # a socket's path, or (address, port)
+        self._address = address
         self._host = "" if isinstance(address, str) else os.uname().nodename.split(".")[0] + " "
         self._wait_seconds = 1.0
 
@@ -655,7 +653,7 @@ class Console:
                                       extra={"context": self.log_context, "event": event or {}})
         if status:
             shown = f"  {self.paint(status, f'{status:<7}')} {{}}"
-        about = {**self.log_context, **event} if event else None
+        about = event and {**self.log_context, **event}
         write = partial(self._write, sys.stderr, shown.replace("{}", text) + "\n", level, about)
         if self.quiet and shown:
             self._held.append(write)
@@ -684,10 +682,10 @@ class Console:
         if hint:
             text += f"\nhint: {self.clean(hint)}"
         self._write(sys.stderr, text + "\n", "error",
-                    {**self.log_context, **event} if event else None)
+                    event and {**self.log_context, **event})
 
     def traceback(self) -> None:
-        """Show the exception being handled with its traceback, for --debug and internal errors."""
+        """Show the exception being handled with its traceback."""
         import traceback
         for line in traceback.format_exc().rstrip().split("\n"):
             self._write(sys.stderr, self.clean(line) + "\n", "error")
@@ -701,12 +699,12 @@ class Console:
             self._write(sys.stdout, lines)
 
     def raw_result(self, text: str) -> None:
-        """A result that is not escaped: only for our own text, as generated files."""
+        """A result that is not escaped: only for our own text, such as a generated file."""
         if not self.json_mode:
             self._write(sys.stdout, text)
 
     def json_result(self, value: Json) -> None:
-        """The one object of --json; ASCII, so that any reader and any locale takes it."""
+        """The one object of --json, in ASCII for any locale."""
         self._write(sys.stdout, json.dumps(self.secrets.mask_json(value)) + "\n")
 
     @contextmanager
@@ -885,7 +883,7 @@ def read_base64(text: bytes) -> bytes:
 
 
 def write_base64(data: bytes) -> str:
-    """Encode in base64, as one line without its end."""
+    """Encode in base64, on one line."""
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
@@ -963,7 +961,7 @@ def who() -> Json:
             uid = login
     person = environment("SUDO_USER")
     with suppress(KeyError):
-        if person and os.geteuid() == 0:  # an empty name is not looked up
+        if person and os.geteuid() == 0:
             uid = pwd.getpwnam(person).pw_uid
     started_by = [("ansible", os.path.basename(sys.argv[0]).startswith("AnsiballZ_")),
                   ("systemd", environment("INVOCATION_ID")),
@@ -1001,7 +999,7 @@ Problems = Dict[str, Problem]  # by path
 
 
 def owner_problem(path: str, status: os.stat_result, owners: Sequence[int] = (), *,
-                  spare_root: bool = False) -> Problems:
+                  spare_root: bool) -> Problems:
     """Say why others could have written a file; with `spare_root` members of group root may."""
     mode, others = stat.S_IMODE(status.st_mode), 0o022
     with suppress(OSError, AttributeError):
@@ -1105,7 +1103,7 @@ def base_environment() -> Dict[str, str]:
 def program_places(name: str, directory: str, path: str) -> List[str]:
     """List the paths where a program started in `directory` is looked for, up to the one it has.
 
-    Who may write to an earlier one could put a program there.
+    Whoever can write to an earlier one could put a program there.
     """
     places: List[str] = []
     for entry in path.split(":") if "/" not in name else [""]:
@@ -1122,7 +1120,7 @@ def find_command(name: str) -> Optional[str]:
 
 
 def account(kind: str, name: str, option: str) -> Any:
-    """Look up a user or a group; UsageError, which names the option, for one that is missing."""
+    """Look up a user or a group; UsageError, naming the option, if it is missing."""
     import grp
     import pwd
     try:
@@ -1160,7 +1158,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_second
                 ) -> CommandResult:
     """Run a command to its end, without a shell, in a session of its own; stdin is a file.
 
-    `environ` is the whole environment.  When its time is up, on a signal or any error, its whole
+    `environ` is the whole environment.  When the time is up, on a signal or any error, the whole
     group is killed.  What cannot be started gives exit code 127 and says why in `tail`.  A child
     that holds its stdout is not waited for, unless `lasts` says so.
     """
@@ -1191,7 +1189,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_second
             if interrupts.wait(min(POLL_SECONDS, left_seconds), *watched):
                 data = output.read(READ_BYTES)
                 result.take(data or b"")
-                if data == b"":  # it most often ends now; speed: `wait` looks every 1 ms, not 20
+                if data == b"":  # it is about to end; speed: `wait` looks every 1 ms, not 20
                     watched = []
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(POLL_SECONDS)
@@ -1415,7 +1413,7 @@ def _relative(text: str) -> str:
 
 
 def _argv(text: str, filled_in: str = "(?!)") -> List[str]:
-    """Split a command as a shell would; ValueError, with a replacement, for what only one can."""
+    """Split a command as a shell would; ValueError, with a replacement, for what needs one."""
     import shlex
     words = shlex.split(text)
     # Within double quotes a shell still interprets `$` and backquotes.
@@ -1586,11 +1584,9 @@ def read_value(kind: str, text: str) -> Any:
         return [read_value(item, line) for line in lines]
     choices = kind.replace("|", ", ")
     _, expected, pattern = KINDS.get(kind, [choices, choices, kind])
-    try:
+    with suppress(KeyError):  # it has the form, but there is none
         if re.fullmatch(pattern or "(?s).*", text):
             return READERS.get(kind, str)(text)
-    except KeyError:
-        pass  # it has the form, but there is none
     raise ValueError(f"expected {expected}")
 
 
@@ -1853,8 +1849,8 @@ OPTIONS = {section: options for section, _, options in SECTIONS}
 
 TRUSTED = {"keys", "allowed_signers", "command"}  # of [signature], what can vouch
 _ANSWER_KEYS = ("body", "json", "release", "max_body")
-# The kinds of probes, and the keys that only some kinds know: given to any other kind such a key is
-# a mistake, because an expectation that nobody checks would be a false comfort.
+# The kinds of probes, and the keys that only some kinds know: with any other kind such a key is a
+# mistake, because nobody would check it.
 PROBE_KINDS: Dict[str, Tuple[str, ...]] = {
     "url": ("connect", "status", "expect_header", "method", "header", "auth_file", "redirects",
             "tls_verify", "tls_ca", "tls_cert", "tls_key") + _ANSWER_KEYS,
@@ -2215,8 +2211,7 @@ def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
     """Read one configuration file into a layer, and add what is wrong to the mistakes."""
     import configparser
     parser = configparser.RawConfigParser(
-        delimiters=("=",), interpolation=None, comment_prefixes=("#", ";"), strict=True,
-        default_section="\0none")
+        delimiters=("=",), interpolation=None, default_section="\0none")
     parser.optionxform = str  # type: ignore  # keys keep their case
     try:
         text = read_file(absolute(path), MAX_CONFIG_BYTES).decode("utf-8-sig")
@@ -2283,10 +2278,7 @@ class Descriptor(AbstractContextManager):  # type: ignore
 
 
 class Directory(Descriptor):
-    """A directory held open; names are single components, and no symlink is followed.
-
-    So a local user gains nothing by swapping a path between a check and its use.
-    """
+    """A directory held open; names are single components, and no symlink is followed."""
 
     def __init__(self, path: str, dir_fd: Optional[int] = None) -> None:
         self.descriptor = os.open(path, _DIRECTORY_FLAGS, dir_fd=dir_fd)
@@ -2439,7 +2431,7 @@ class Record(NamedTuple):
 
 
 class Journal(NamedTuple):
-    """What is under way, `.deploy/journal.json`; it exists only while something is.
+    """What is under way, `.deploy/journal.json`.
 
     recoveries: how many automatic ones began.  done: steps begun before it was last written.
     chain: Store.chain before the run.  migration: which commands of [migrate] began, and the last
@@ -2458,7 +2450,7 @@ class Journal(NamedTuple):
     failure: Optional[Json]
     by: Json
     chain: str = ""
-    migration: Dict[str, Any] = {}
+    migration: Json = {}
 
     def __str__(self) -> str:
         return f"{self.operation} of {self.to_release}"
@@ -2493,7 +2485,7 @@ class HistoryEntry(NamedTuple):
     automatic: Optional[bool] = None
 
 
-# What JSON must hold for a type: a seal does not say whose it is.
+# What JSON must hold for a type: anybody can make a valid seal.
 JSON_TYPES: Dict[Any, Any] = {
     float: (float, int), List[Any]: list, Json: dict, OptionalText: (str, type(None)),
     Optional[bool]: (bool, type(None)), Optional[Json]: (dict, type(None))}
@@ -2606,7 +2598,6 @@ class Store(ExitStack):
         self._open = {"": self.top}
         # By release, temporary symlinks for `switch` to rename.
         self._links: Dict[str, str] = {}
-        self._published_mode = 0o755
         # The SHA-256 of the history's last line when last read or written.  Only a copy elsewhere
         # proves anything: who can write the file can chain it anew.
         self.chain = ""
@@ -2656,7 +2647,7 @@ class Store(ExitStack):
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, read_only: bool = False) -> None:
-        """Refuse a .deploy that others could write; if `read_only`, not another user's own."""
+        """Refuse a .deploy that others could write; if `read_only`, another user's own passes."""
         for name in PRIVATE_DIRECTORIES:
             try:
                 status = os.fstat(self.directory(name).descriptor)
@@ -2749,7 +2740,7 @@ class Store(ExitStack):
         path = JOURNAL if isinstance(value, Journal) else f"{RECORDS}/{value.id}.json"
         self.write(path, json.dumps(seal(encode(value)), indent=2).encode("ascii") + b"\n")
 
-    def maintenance(self) -> Dict[str, Any]:
+    def maintenance(self) -> Json:
         """Read who put the maintenance flag up: a run has a deploy_id; empty if it is not up."""
         try:
             return self.load(self.flag) or {}
@@ -2989,7 +2980,7 @@ class Store(ExitStack):
             flags = os.O_WRONLY | os.O_NOFOLLOW
             with open(os.open(name, flags, dir_fd=place), "wb") as stream:
                 stream.truncate(end - len(torn))
-                os.fsync(stream.fileno())
+                os.fsync(stream)
         if lines:
             self.chain = hashlib.sha256(lines[-1]).hexdigest()
         return lines[-newest:], torn
@@ -3017,7 +3008,7 @@ class Store(ExitStack):
         with open(os.open(name, flags, dir_fd=self.directory(above).descriptor), "wb") as stream:
             stream.write(line + b"\n")
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(stream)
         self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> List[str]:
@@ -3043,7 +3034,7 @@ class Store(ExitStack):
 
 
 def check_group(group: str) -> int:
-    """Return the gid of [deploy] group; StateError for root, who must not trust it, and others."""
+    """Return the gid of [deploy] group; StateError for root, who must not trust it, and outsiders."""
     if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
                          "run it as one of them, or remove group")
@@ -3138,7 +3129,7 @@ class CheckResult(NamedTuple):
     name: str
     status: str
     detail: str
-    hint: str = ""
+    hint: str
 
 
 class StepResult(NamedTuple):
@@ -3228,7 +3219,7 @@ class Run:
     is_believed = False  # the configuration was accepted: what it names may be told of the run
 
     def __init__(self, settings: Settings, console: Console, interrupts: Interrupts,
-                 flags: Any = SimpleNamespace(command="")) -> None:
+                 flags: Any) -> None:
         self.settings = settings
         self.console = console
         self.interrupts = interrupts
@@ -3243,8 +3234,7 @@ class Run:
         if getattr(flags, "override", None):
             notes.append(f"override: {flags.override}")
         self.note = console.secrets.mask("; ".join(filter(None, notes)))
-        # The root, absolute and without symlinks, or empty; the same path is in `root` (which
-        # refuses what cannot be one), facts.root and store.path.
+        # The root, absolute and without symlinks, or empty; also facts.root and store.path.
         self.place = settings.deploy.root and os.path.realpath(settings.deploy.root)
         self.application = settings.deploy.application or os.path.basename(self.place) \
             or "application"
@@ -3681,7 +3671,7 @@ SHOWN_CHARACTERS = 300
 # Added to what max_ratio allows: similar files compress very well.
 RATIO_FLOOR_BYTES = 1 << 30
 
-# By content, never by name.
+# Formats are told by content, never by name.
 _MAGIC = (
     rb"(?P<tar_gz>\x1f\x8b\x08)|(?P<tar_bz2>BZh[1-9])|(?P<tar_xz>\xfd7zXZ\0)|"
     rb"(?P<tar_zst>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<zip>PK(?:\x03\x04|\x05\x06))")
@@ -3788,7 +3778,7 @@ class Artifact(Descriptor):
     release: Optional[str] = None
     expanded_bytes = 0
     files = 0
-    tail = b""  # a zip's end, from its central directory on: read and judged once
+    tail = b""  # a zip's end, from its central directory on: read once
 
     def __init__(self, path: str, limits: Any, delegated: Optional[str] = None) -> None:
         """Open an artifact; ArtifactRefused where that fails, its format or size is not allowed.
@@ -3808,8 +3798,8 @@ class Artifact(Descriptor):
             self.descriptor = open_own_file(self.path) if delegated else os.open(
                 self.path, _READ_FLAGS)
         except (OSError, ValueError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            why = "does not exist" if missing else f"cannot be opened: {reason(error)}"
+            why = "does not exist" if isinstance(error, FileNotFoundError) else \
+                f"cannot be opened: {reason(error)}"
             raise ArtifactRefused(f"artifact {path} {why}", "name a file that this user can read; "
                                   "what is on the network or in a pipe must be saved first")
         self.status = os.fstat(self.descriptor)
@@ -3981,7 +3971,7 @@ class Artifact(Descriptor):
                 f"sha256sum {quote(name)} > {quote(name + '.sha256')}")
         if not self.sha256:
             self.sha256, self.sha256_source = self.hash(settings, watch), "computed"
-        elif self.format == "directory":  # only hashing tells what it takes on disk
+        elif self.format == "directory":
             self.hash(settings, watch)
         self.version = version or find_version(self.name, settings.artifact.match, self.sha256)
         if self.format == "tar.gz" and 4 <= self.size_bytes < 1 << 29:
@@ -4074,7 +4064,7 @@ def find_version(name: str, pattern: str, sha256: str) -> str:
     if pattern:
         raise ArtifactRefused(
             f"the artifact's name {name!r} does not fit [artifact] match = {pattern!r}, or what it "
-            f"has for a version cannot be one",
+            "has for a version cannot be one",
             "name the artifact by the pattern, or give a version with --release-version")
     return sha256[:12]
 
@@ -4124,10 +4114,7 @@ def names_of(manifest: Manifest, kind: str) -> List[bytes]:
 
 
 def digest_lines(manifest: Manifest) -> Iterator[bytes]:
-    """Yield the lines of `.deploy/manifests/<id>`, which sha256sum reads: its own format alone.
-
-    A line with an escaped name starts with a backslash.
-    """
+    """Yield the lines of `.deploy/manifests/<id>`, in sha256sum's own format."""
     for name in names_of(manifest, FILE):
         escaped = re.sub(rb"[\\\n\r]", lambda match: _ESCAPES[match.group()], name)
         mark = b"\\" if escaped != name else b""
@@ -4136,13 +4123,13 @@ def digest_lines(manifest: Manifest) -> Iterator[bytes]:
 
 def tree_lines(manifest: Manifest) -> Iterator[bytes]:
     """Yield the lines of `.deploy/trees/<id>`: directories, symlinks, modes, a JSON array each."""
-    for kind, word in ((DIRECTORY, DIRECTORY), (SYMLINK, SYMLINK), (FILE, "mode")):
+    for kind in (DIRECTORY, SYMLINK, FILE):
         for name in names_of(manifest, kind):
             _, _, mode, _, _, content = manifest[name]
             if kind != FILE or mode != _MODE_FILE:
                 texts = [text.decode("utf-8", "surrogateescape")
                          for text in (name, content if kind == SYMLINK else b"%04o" % mode)]
-                yield json.dumps([word, *texts]).encode("ascii") + b"\n"
+                yield json.dumps(["mode" if kind == FILE else kind, *texts]).encode("ascii") + b"\n"
 
 
 def tree_digest(manifest: Manifest) -> str:
@@ -4295,7 +4282,7 @@ class Judge:
         # No special bits; writable by the owner alone, who can always read it.
         mode = member.mode & 0o755 | (0o500 if kind == DIRECTORY else 0o400)
         entry = Member(name, kind, mode, member.size_bytes, member.mtime_ns)
-        if is_link:  # nothing else has a target
+        if is_link:
             entry = Member(name, kind, 0o777, content=target)
         elif kind == HARD_LINK:
             source_name, problem = judge_name(target, self._settings.strip_components)
@@ -4449,8 +4436,6 @@ class Stream:
 class LibZstd:
     """Decodes one zstd frame by libzstd, with the interface of Python 3.14's decompressor."""
 
-    eof, unused_data, unconsumed_tail = False, b"", b""
-
     def __init__(self) -> None:
         import ctypes
         self._library = ctypes.CDLL("libzstd.so.1")
@@ -4545,7 +4530,7 @@ def decode_streams(blocks: Iterator[Any], make: Callable[[], Any], errors: Any,
 
 
 def pump(artifact: Artifact, limit: Tuple[int, str], watch: Watch) -> Iterator[Any]:
-    """Read, hash and decode in a second thread; `artifact.read_sha256` is set at the end."""
+    """Read, hash and decode in a second thread."""
     import queue
     items: Any = queue.Queue(QUEUE_BLOCKS)
     stopping = False
@@ -4679,10 +4664,7 @@ def read_tar(artifact: Artifact, stream: Stream) -> Members:
 
 
 def extended(member: Member, extensions: List[Tuple[bytes, bytes]]) -> Member:
-    """Replace what extension headers (pax, GNU) give anew; other keywords mean nothing here.
-
-    ArtifactRefused where they are malformed or disagree.
-    """
+    """Replace what extension headers (pax, GNU) give anew; other keywords mean nothing here."""
     name, kind, mode, size_bytes, mtime_ns, target = member
     special: Dict[bytes, bytes] = {}
     for flag, data in extensions:
@@ -4977,7 +4959,7 @@ def walk_tree(directory: int, prefix: bytes = b"") -> Iterator[Tuple[Member, int
                 size_bytes = status.st_size
             yield Member(name, kind, mode, size_bytes, status.st_mtime_ns, target), \
                 opened.descriptor, status
-            # No artifact goes deeper: what does was added, its top directory is named.
+            # No artifact goes deeper: of what was added there, the top directory is named.
             if kind == DIRECTORY and name.count(b"/") < MAX_DEPTH:
                 yield from walk_tree(opened.descriptor, name + b"/")
 
@@ -5232,8 +5214,8 @@ def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
         left_bytes = size_bytes
         for piece in pieces:
             left_bytes -= len(piece)
-            # The source will not have the time in here (PEP 552).  It stands behind flags, of which
-            # 1 and 3 mean that a digest counts instead; up to Python 3.6, in their place.
+            # It holds its source's old time (PEP 552), behind flags, of which 1 and 3 mean that a
+            # digest counts instead; up to Python 3.6, in their place.
             if is_bytecode and piece[4:8] not in (b"\1\0\0\0", b"\3\0\0\0", stamp) \
                     and piece[8:12] != stamp:
                 stale.append(name)
