@@ -242,8 +242,7 @@ LONGEST_SECONDS = 480 * 3600  # poll(2) takes milliseconds in 31 bits: not quite
 UNLIMITED_SECONDS = 300.0  # asked of systemd where nothing bounds the work (a slow disk)
 OUTPUT_TAIL_LINES = 40
 OUTPUT_LINE_CHARACTERS = 4096
-# More of a line is masked than is shown (a character has up to four bytes): a secret that the cut
-# goes through is whole then.
+# More than is shown, so that a secret on the cut is masked whole (a character: up to 4 bytes).
 MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 
 
@@ -253,7 +252,7 @@ MASKED_BYTES = 8 * OUTPUT_LINE_CHARACTERS
 # ============================================================================
 
 class DeployError(Exception):
-    """A failure that a person can act on: what failed, why, what to do next, what was seen."""
+    """A failure that a person can act on: what and why, what to do next, what was seen."""
 
     exit_code = EXIT_FAILED
 
@@ -343,8 +342,7 @@ _UNPRINTABLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for c
     *range(32), *range(0x7f, 0xa0), 0x61c, 0x200e, 0x200f, *range(0x2028, 0x202f),
     *range(0x2066, 0x206a)]}
 MASK = "[masked]"
-# Words in the names of private options, variables, headers and keys of output, and a pattern of
-# what must follow.
+# Words in private names (options, variables, headers, keys), and a pattern of what must follow.
 _SECRET_WORDS = {
     "passw": "", "passphrase": "", "secret": "", "token": "", "credential": "", "cookie": "",
     "apikey": "", "accesskey": "", "signingkey": "", "private": "(?=[_-]|key)",
@@ -457,7 +455,7 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows in columns as wide as their widest cell, folded on a narrower terminal."""
+    """Lay out rows in columns, folded on a terminal that is too narrow."""
     import textwrap
     table = [list(headers)] + [[escape(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -577,7 +575,7 @@ class Syslog(Log):
 
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
-# A datagram takes some 200 kB; more would have to be handed over as a file.
+# A datagram takes some 200 kB.
 JOURNAL_MESSAGE_CHARACTERS = 16384
 # Each kind of end in systemd's journal, for `journalctl MESSAGE_ID=...`: they never change.
 MESSAGE_IDS = {
@@ -695,8 +693,8 @@ class Console:
         lines = "\n".join(map(self.clean, text.split("\n"))) + "\n"
         if self.quiet:
             self._held.append(partial(self.raw_result, lines))
-        elif not self.json_mode:
-            self._write(sys.stdout, lines)
+        else:
+            self.raw_result(lines)
 
     def raw_result(self, text: str) -> None:
         """A result that is not escaped: only for our own text, such as a generated file."""
@@ -738,7 +736,7 @@ class Console:
                 self._write(sys.stderr, "\r\033[K")
 
     def working(self, text: str, bound_seconds: float = 0.0, state: str = "") -> None:
-        """Tell systemd what is under way, and ask for twice the time it may take (sd_notify(3)).
+        """Tell systemd what is under way; ask for twice the time it may take (sd_notify(3)).
 
         Without a bound, the last one is asked for again.  `state` is a line such as READY=1.
         """
@@ -763,7 +761,7 @@ class Console:
         return escape(self.secrets.mask(text))
 
     def release_held(self) -> None:
-        """Write what --quiet held back: there was a change or a failure after all."""
+        """Write what --quiet held back, after a change or a failure."""
         held, self._held = self._held, []
         for write in held:
             write()
@@ -837,7 +835,7 @@ def local_time(zone: str, seconds_since_epoch: float) -> time.struct_time:
 
 
 def absolute(path: str) -> str:
-    """Make a path absolute; UsageError for a relative one where the working directory is gone."""
+    """Make a path absolute; UsageError where the working directory is gone."""
     try:
         return os.path.abspath(path)
     except OSError:
@@ -1019,7 +1017,7 @@ def owner_problem(path: str, status: os.stat_result, owners: Sequence[int] = (),
 
 
 def trust_problems(path: str, owners: Sequence[int] = (), *, spare_root: bool = False) -> Problems:
-    """Say, by path, why others could have written a file that is about to be trusted.
+    """Say, by path, why others could have written a file.
 
     Follows the path as the kernel does: each directory, link and file on it must belong to one of
     `owners` (by default root and us), and not be writable by group or others.
@@ -1063,7 +1061,7 @@ class CommandResult:
         self._on_line = on_line
 
     def take(self, data: bytes) -> None:
-        """Take a piece of output: mask, cut and pass on its whole lines, and keep the last."""
+        """Take a piece of output: mask, cut and pass on its whole lines; keep the last."""
         *lines, rest = (self.rest + data).split(b"\n")
         self.rest = rest[:MASKED_BYTES]
         for line in lines:
@@ -1096,7 +1094,7 @@ def command_path() -> str:
 
 
 def base_environment() -> Dict[str, str]:
-    """Return the small environment every child starts from."""
+    """Return the small environment of every child."""
     return {"PATH": command_path(), "HOME": environment("HOME") or "/", "LANG": "C.UTF-8"}
 
 
@@ -1120,7 +1118,7 @@ def find_command(name: str) -> Optional[str]:
 
 
 def account(kind: str, name: str, option: str) -> Any:
-    """Look up a user or a group; UsageError, naming the option, if it is missing."""
+    """Look up a user or group; UsageError, naming the option, if it is missing."""
     import grp
     import pwd
     try:
@@ -1131,7 +1129,7 @@ def account(kind: str, name: str, option: str) -> Any:
 
 
 def become_user(name: str) -> Callable[[], None]:
-    """Return a function that gives a child the identity of `name`, all groups included."""
+    """Return a function that makes a child run as `name`, with all its groups."""
     entry = account("user", name, "run_as in [hooks]")
     # Not between fork and exec: a name service may lock, or load libraries.
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
@@ -1212,7 +1210,7 @@ def run_command(argv: Sequence[str], *, interrupts: "Interrupts", timeout_second
 
 
 def processes(name: str) -> Iterator[Tuple[int, bytes]]:
-    """Yield each process's pid and one of its files in /proc, where that can be read."""
+    """Yield the pid and one readable file in /proc of each process."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
             yield int(pid), read_file(f"/proc/{pid}/{name}", MAX_STATE_BYTES)
@@ -1348,8 +1346,8 @@ class Interrupts:
 
 # ============================================================================
 # 5  Options
-#    The tables: kinds of values, options, commands, flags.  Flags, INI keys, variables,
-#    help, the example file and the README are all made from them.
+#    The tables of kinds of values, options, commands and flags.  INI keys, variables,
+#    help, the example file and the README are made from them.
 # ============================================================================
 
 CANDIDATE_PORT = "${DEPLOY_CANDIDATE_PORT}"  # replaced in a command, and in what asks it
@@ -1387,7 +1385,7 @@ def _moment(text: str) -> Callable[[float, int], float]:
 
 
 def _plain(text: str) -> str:
-    """Refuse quotes, brackets and comments of other formats: they would be part of the value."""
+    """Refuse other formats' quotes, brackets and comments: they would be part of the value."""
     if re.match(r"(?s)['\"\[({]|.*\s[#;]", text):
         right = re.split(r"\s+[#;]", text)[0].strip(QUOTES)
         raise ValueError("a comment needs a line of its own, and quotes or brackets would be part "
@@ -1439,7 +1437,7 @@ _WINDOW = (rf"(?:allow|deny)(?:\s+({_DAY}(?:[,-]{_DAY})*))?(?:\s+({_HOUR})-({_HO
 
 
 def _window(text: str) -> Tuple[str, Callable[[Any, int], bool]]:
-    """Read a window: its line, and a function of day and minute that tells whether it is open."""
+    """Read a window: its line, and a function of day and minute: whether it is open."""
     match = re.match(_WINDOW, text)
     if not match or (match[4] or "") > (match[5] or ""):
         raise ValueError("expected allow|deny [mon-fri] [HH:MM-HH:MM] [date..date] [# why], not "
@@ -1591,7 +1589,7 @@ def read_value(kind: str, text: str) -> Any:
 
 
 def seconds_of(text: str) -> float:
-    """Read a time that a program wrote, RFC 3339, to the second; ValueError for anything else."""
+    """Read an RFC 3339 time, to the second; ValueError for anything else."""
     import calendar
     match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?"
                          r"(?:Z|([+-]\d\d):(\d\d))", text)
@@ -1603,7 +1601,7 @@ def seconds_of(text: str) -> float:
 
 
 class Option(SimpleNamespace):  # speed: a NamedTuple costs every start 0.25 ms
-    """One option: where it stands in the INI, how its text is read, and what it means."""
+    """One option: its place in the INI, how its text is read, what it means."""
 
     section: str  # `probe:*` may be given many times, each with a name
     key: str  # `*` or `json.*` stands for keys that the operator chooses
@@ -2002,7 +2000,7 @@ FLAGS = tuple(read_flags())
 
 
 def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """Suggest the name that was probably meant; where none is similar, list all."""
+    """Suggest the most similar name; where there is none, list all."""
     import difflib
     known = {name.lower(): name for name in names}
     for similar in difflib.get_close_matches(name.lower(), list(known), n=1):
@@ -2021,7 +2019,7 @@ def find_option(options: Dict[str, Option], key: str) -> Optional[Option]:
 
 
 def unknown(section: str, key: str, origin: str) -> UsageError:
-    """Make the error for a section or key that does not exist, suggesting the nearest name."""
+    """Make the error for an unknown section or key, suggesting the nearest name."""
     names, word, subject = list(options_of(section)), key, f"key {key!r} in [{section}]"
     if not names:
         names = [name.replace(":*", ":NAME") for name in OPTIONS]
@@ -2036,14 +2034,14 @@ def spell(argv: Sequence[str]) -> str:
 
 
 def meaningless(values: Any, keys: Iterable[str], what: str) -> str:
-    """Say which of these keys a section gives although they mean nothing to it."""
+    """Say which of these keys mean nothing to a section that gives them."""
     useless = [key for key in values.given if key in keys]
     plural = "" if len(useless) > 1 else "s"
     return f"{' and '.join(useless)} mean{plural} nothing to {what}" if useless else ""
 
 
 def fill_in(section: Any, values: Dict[str, Any]) -> Any:
-    """Copy a section with these texts replaced by others, wherever they stand."""
+    """Copy a section with these texts replaced, wherever they stand."""
     text = json.dumps(vars(section))
     for place, value in values.items():
         text = text.replace(place, json.dumps(str(value))[1:-1])
@@ -2141,7 +2139,7 @@ class Settings:
         return self.given.get((section, key), ("", "default"))[1]
 
     def command_line(self, text: str) -> str:
-        """Write the command line that does something with this root under this configuration."""
+        """Write a command line for this root and configuration."""
         words = ["deploy.py"]
         for path in self.files:
             words += ["-c", absolute(path)]
@@ -2152,7 +2150,7 @@ class Settings:
         return f"{spell(words)} {text}"
 
     def refuse_mistakes(self) -> None:
-        """Raise one UsageError that lists all mistakes, each with its hint."""
+        """Raise a UsageError that lists all mistakes and hints."""
         if len(self.mistakes) == 1:
             raise self.mistakes[0]
         if self.mistakes:
@@ -2208,7 +2206,7 @@ def load_settings(files: Sequence[str], flags: Layer, assignments: Sequence[str]
 
 
 def read_ini(path: str, given: Layer, mistakes: List[UsageError]) -> None:
-    """Read one configuration file into a layer, and add what is wrong to the mistakes."""
+    """Read a configuration file into a layer; add what is wrong to `mistakes`."""
     import configparser
     parser = configparser.RawConfigParser(
         delimiters=("=",), interpolation=None, default_section="\0none")
@@ -2390,7 +2388,7 @@ def give_to_group(descriptor: int, group: int) -> None:
 # -- what is written down ----------------------------------------------------
 
 class Record(NamedTuple):
-    """The rollback metadata of one release, `.deploy/releases/<id>.json`.
+    """The rollback metadata of a release, `.deploy/releases/<id>.json`.
 
     previous: what was live when this went forward last.  rolled_back_at: when a person rolled back
     from it; rollbacks pass over it.  pruned_at: when its files went; what is known of it stays, for
@@ -2498,7 +2496,7 @@ TEXT_FORMS = {"id": ANY_NAME, "to": ANY_NAME, "previous": ANY_NAME, "from": ANY_
 
 
 def encode(value: Any) -> Json:
-    """Turn a record, journal or history entry into an object for the disk and --json."""
+    """Turn a record, journal or history entry into a JSON object."""
     data = {JSON_NAMES.get(field, field): part for field, part in value._asdict().items()}
     return dict(data, schema=SCHEMA)
 
@@ -2822,7 +2820,7 @@ class Store(ExitStack):
         os.fsync(slots)
 
     def new_staging(self) -> str:
-        """Make an empty private directory in releases/ to unpack into, and return its name."""
+        """Make a private directory in releases/ to unpack into; return its name."""
         name = temporary_name(STAGING_PREFIX[1:] + "release")
         os.mkdir(name, 0o777, dir_fd=self.directory("releases").descriptor)
         tree = self.directory(f"releases/{name}").descriptor
@@ -2953,8 +2951,8 @@ class Store(ExitStack):
     def read_history(self, newest: int = 0, *, cut: bool = False) -> Tuple[List[bytes], bytes]:
         """Return its lines, oldest first, and the torn one that a crash may have left behind them.
 
-        `newest`: only so many, read from the end, so a long history costs no more.  `cut`: take the
-        torn one off the file.  PreflightFailed if it cannot be read.
+        `newest`: only so many, read from the end.  `cut`: take the torn one off the file.
+        PreflightFailed if it cannot be read.
         """
         self.chain = ""
         try:
@@ -3012,7 +3010,7 @@ class Store(ExitStack):
         self.chain = hashlib.sha256(line).hexdigest()
 
     def verify_history(self) -> List[str]:
-        """Name lines that were changed or follow a missing one; of the last only `chain` tells."""
+        """Name lines that were changed or follow a missing one; only `chain` tells of the last."""
         problems, chain = [], ""
         lines, torn = self.read_history()
         for number, line in enumerate(lines, 1):
@@ -3034,7 +3032,7 @@ class Store(ExitStack):
 
 
 def check_group(group: str) -> int:
-    """Return the gid of [deploy] group; StateError for root, who must not trust it, and outsiders."""
+    """Return the gid of [deploy] group; StateError for root (must not trust it) and non-members."""
     if os.geteuid() == 0:
         raise StateError(f"the members of [deploy] group = {group} could change what root believes",
                          "run it as one of them, or remove group")
@@ -3143,7 +3141,7 @@ class StepResult(NamedTuple):
     started_at: float = 0.0  # seconds since the epoch
 
     def to_json(self) -> Json:
-        """Return what the history keeps and --json shows; `output` only where there is some."""
+        """Return it for history and --json; `output` only where there is some."""
         kept = self._fields[:5] if self.output else self._fields[:4]
         return {name: getattr(self, name) for name in kept}
 
@@ -3303,7 +3301,7 @@ class Plan(NamedTuple):
     way_back: Steps = []
 
     def to_json(self) -> List[Dict[str, str]]:
-        """Return the plan as the journal keeps it and --json shows it."""
+        """Return the steps for the journal and --json."""
         return [{"name": step.name, "description": step.text} for step in self.steps + self.last]
 
 
@@ -3542,7 +3540,7 @@ class Verification(NamedTuple):
 
 
 class Verifier(NamedTuple):
-    """Says who signed bytes: a key of minisign, signify or openssl, or an allowed signer."""
+    """Says who signed bytes: one of the keys, or an allowed signer."""
 
     keys: Sequence[PublicKey]
     signers: Sequence[Any]
@@ -3671,7 +3669,7 @@ SHOWN_CHARACTERS = 300
 # Added to what max_ratio allows: similar files compress very well.
 RATIO_FLOOR_BYTES = 1 << 30
 
-# Formats are told by content, never by name.
+# Formats by content: a name proves nothing.
 _MAGIC = (
     rb"(?P<tar_gz>\x1f\x8b\x08)|(?P<tar_bz2>BZh[1-9])|(?P<tar_xz>\xfd7zXZ\0)|"
     rb"(?P<tar_zst>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<zip>PK(?:\x03\x04|\x05\x06))")
@@ -3711,7 +3709,7 @@ def refuse(name: bytes, why: str, hint: str = REBUILD) -> ArtifactRefused:
 
 
 def damaged(why: str) -> ArtifactRefused:
-    """Make the error for an archive that cannot be what its maker wrote."""
+    """Make the error for a damaged archive."""
     return ArtifactRefused(f"the archive is damaged or incomplete: {why}", COPY_AGAIN)
 
 
@@ -3781,7 +3779,7 @@ class Artifact(Descriptor):
     tail = b""  # a zip's end, from its central directory on: read once
 
     def __init__(self, path: str, limits: Any, delegated: Optional[str] = None) -> None:
-        """Open an artifact; ArtifactRefused where that fails, its format or size is not allowed.
+        """Open an artifact; ArtifactRefused where that fails, or its format or size is not allowed.
 
         With `limits` None any file will do.
         """
@@ -3840,7 +3838,7 @@ class Artifact(Descriptor):
             return data
 
     def blocks(self) -> Iterator[bytes]:
-        """Read the whole file; sets `read_sha256` and `signature`, or `distrust` if that is bad.
+        """Read the whole file; set `read_sha256` and `signature`, or `distrust` if that is bad.
 
         A zip's `tail` is not read again: what was judged is hashed.
         """
@@ -3870,7 +3868,7 @@ class Artifact(Descriptor):
             self.distrust = error
 
     def find_signature(self, settings: Settings, given: str) -> None:
-        """Read `given`, else the first signature file there is; sets `verify` and `distrust`."""
+        """Read `given`, else the first signature file; set `verify` and `distrust`."""
         options, sums = settings.signature, os.path.join(os.path.dirname(self.path), "SHA256SUMS")
         of_listing = [sums + ".minisig", sums + ".sig"]
         places = [self.path + suffix for suffix in SIGNATURES] + of_listing
@@ -3919,7 +3917,7 @@ class Artifact(Descriptor):
         from tempfile import TemporaryFile
         with blaming(StepFailed, "cannot keep in TMPDIR what [signature] command is to read",
                      "make room in TMPDIR or /tmp, then run again"):
-            self.copy = self.copy or TemporaryFile(buffering=0)  # without a name
+            self.copy = self.copy or TemporaryFile(buffering=0)
             write_all(self.copy.fileno(), data)
 
     def hash(self, settings: Settings, watch: Watch) -> str:
@@ -3984,12 +3982,12 @@ class Artifact(Descriptor):
                           settings.limits.max_expanded, "max_expanded")
 
     def confirm(self, settings: Settings, watch: Watch, known: str = "") -> None:
-        """Compare the digest where nothing is unpacked; `known` is that of the last reading."""
+        """Compare the digest where nothing is unpacked; `known` is the last reading's."""
         if self.sha256_source != "computed":
             self.compare(known or self.hash(settings, watch))
 
     def compare(self, actual: str) -> None:
-        """Raise ArtifactRefused when the bytes have not the expected digest."""
+        """Raise ArtifactRefused for any digest but the expected one."""
         if self.sha256 and actual != self.sha256:
             raise ArtifactRefused(
                 f"checksum mismatch for {self.name}: its SHA-256 is {actual}, expected "
@@ -4000,7 +3998,7 @@ class Artifact(Descriptor):
 def format_of(head: bytes) -> str:
     """Tell an archive's format by its first bytes; empty for an unknown one.
 
-    A tar is told by its header's checksum: the sum of its bytes, with blanks for the field itself.
+    A tar's header has a checksum: the sum of its bytes, with blanks for the field itself.
     """
     if len(head) == TAR_BLOCK_BYTES:
         claimed, blanked = tar_number(head[148:156]), head[:148] + b" " * 8 + head[156:]
@@ -4025,7 +4023,7 @@ def unescape_name(name: bytes) -> bytes:
 
 
 def read_digests(data: bytes) -> List[Tuple[bytes, str]]:
-    """Read a SHA256SUMS into (name, empty where it has none, digest); KeyError as unescape_name."""
+    """Read SHA256SUMS into (name or empty, digest); KeyError as unescape_name."""
     entries = []
     lines = re.split(rb"\r?\n", data.lstrip(b"\xef\xbb\xbf"))
     for match in filter(None, map(re.compile(_DIGEST_LINE).match, lines)):
@@ -4087,7 +4085,7 @@ def version_key(version: str) -> Optional[Tuple[Any, ...]]:
 # -- the manifest ------------------------------------------------------------
 
 def add_member(manifest: Manifest, member: Member) -> None:
-    """Add what a release gets besides its artifact, or in place of what that has at this name.
+    """Add a member that is not the artifact's, replacing one of the same name.
 
     Missing directories above it are added; what was below it is dropped.
     """
@@ -4139,7 +4137,7 @@ def tree_digest(manifest: Manifest) -> str:
 
 
 def read_manifest(digests: Iterable[bytes], tree: Iterable[bytes]) -> Manifest:
-    """Read a manifest from the lines of its two files; ValueError for one that is malformed."""
+    """Read a manifest from its two files' lines; ValueError for a malformed one."""
     manifest: Manifest = {}
     form = re.compile(rb"(?s)(\\?)([0-9a-f]{64})  (.+)\n\Z")
     try:
@@ -4201,7 +4199,7 @@ _ODDITIES = {b"._": _MACOS, b"__MACOSX": _MACOS, b".DS_Store": _MACOS,
 
 
 class Judge:
-    """Admits members one by one, or refuses the archive; never looks at the disk.
+    """Admits members or refuses the archive; never looks at the disk.
 
     Later members and symlinks are judged by the `manifest` of those before; the caller adds the
     digests.  Refused members are collected for `check`; an exceeded limit ends it at once.
@@ -4356,7 +4354,7 @@ class Judge:
         return notes + [f"{some_of(names)}: {oddity}" for oddity, names in odd.items()]
 
     def _follow(self, name: bytes) -> Optional[ArtifactRefused]:
-        """Follow a symlink as the kernel would, but in the manifest, never on disk.
+        """Follow a symlink as the kernel would, but in the manifest.
 
         Returns why it is refused, if so.  Loops and long chains are admitted: they lead nowhere.
         """
@@ -4850,7 +4848,7 @@ def read_extra(extra: bytes, values: Tuple[int, ...], name: bytes) -> Tuple[Any,
 
 
 def decode_zip(artifact: Artifact, blocks: Iterator[bytes]) -> Iterator[List[Any]]:
-    """Unpack the entries' data one after the other, in one pass over the file.
+    """Unpack the entries' data in one pass over the file.
 
     All must be as the central directory says: local headers, sizes, checksums, no overlap, no gap.
     Yields lists of (entry, piece), because handing each one to the other thread would cost more.
@@ -5074,8 +5072,8 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
     """Hash, judge and unpack in one pass into an empty directory that nobody else can reach.
 
     Returns the manifest and notes for the operator.  Names need no check against the disk: every
-    directory on the way was made here, and symlinks are made last, when no file follows.  Raises
-    ArtifactRefused, also for a wrong digest, and OSError from writing (a full disk) as it comes.
+    directory on the way was made here, and symlinks are made last, when no file follows.
+    ArtifactRefused, also for a wrong digest; OSError from writing as it comes.
     """
     place, judge, kind = destination.descriptor, Judge(settings, artifact), artifact.format
     manifest, status = judge.manifest, os.fstat(place)
@@ -5155,7 +5153,7 @@ class Sharer(Descriptor):
         self._parent: Optional[bytes] = None  # the name of what `descriptor` is open on
 
     def share(self, entry: Member, digest: bytes, descriptor: int, place: int) -> None:
-        """Give a new file the live one's blocks, or make it a hard link, if both are equal."""
+        """Share the live file's blocks, or make a hard link to it, if both are equal."""
         parent, _, base = entry.name.rpartition(b"/")
         how, temporary = self.how, temporary_name("shared")
         with suppress(OSError), Descriptor() as live:
@@ -5194,7 +5192,7 @@ PACKED_EPOCH = "315532800"  # 1980-01-01, the first that a zip can hold
 
 def tar_pieces(members: Members, judge: Judge, seconds: Optional[int],
                notes: List[str]) -> Iterator[Any]:
-    """Write members as GNU tar does, judged as an artifact is; add `notes` for the operator."""
+    """Write members as GNU tar does, judged as an artifact is; add to `notes`."""
     import tarfile
     stamp, stale = ((seconds or 0) & 0xffffffff).to_bytes(4, "little"), []
     for member, pieces in members:
@@ -5264,8 +5262,8 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
         packed = Member(os.fsencode(base), FILE, 0o644, content=bytes.fromhex(digest))
         place.write(base + ".sha256", digest_lines({packed.name: packed}), 0o644)
         size_bytes = os.stat(base, dir_fd=place.descriptor).st_size
-    files = count_members(judge.manifest)["files"]
-    return {"sha256": digest, "size": size_bytes, "files": files}, notes
+    return {"sha256": digest, "size": size_bytes,
+            "files": count_members(judge.manifest)["files"]}, notes
 
 
 # ============================================================================
