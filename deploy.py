@@ -2298,7 +2298,7 @@ class Directory(Descriptor):
         return deepest
 
     def write(self, name: str, data: Union[bytes, Iterable[bytes]], mode: int = 0o600) -> str:
-        """Replace a file by temporary file, fsync, rename, fsync; return its SHA-256."""
+        """Replace a file durably, in one rename; return its SHA-256."""
         hasher = hashlib.sha256()
         temporary = temporary_name(name)
         descriptor = os.open(temporary, _CREATE_FLAGS, mode, dir_fd=self.descriptor)
@@ -2645,7 +2645,7 @@ class Store(ExitStack):
                                   f"{error.filename or ''}: {reason(error)}", hint)
 
     def check_owner(self, *, read_only: bool = False) -> None:
-        """Refuse a .deploy that others could write; if `read_only`, another user's own passes."""
+        """Refuse a .deploy that others could write; `read_only` lets another user's own pass."""
         for name in PRIVATE_DIRECTORIES:
             try:
                 status = os.fstat(self.directory(name).descriptor)
@@ -2729,7 +2729,7 @@ class Store(ExitStack):
         raise StateError(f"{where} cannot be read: it is no JSON object", hint)
 
     def write(self, path: str, data: Union[bytes, Iterable[bytes]], mode: int = 0) -> str:
-        """Replace a file durably, by default with the mode for .deploy; return its SHA-256."""
+        """Replace a file, by default with the mode for .deploy; return its SHA-256."""
         above, name = os.path.split(path)
         return self.directory(above).write(name, data, mode or self.file_mode)
 
@@ -3131,7 +3131,7 @@ class CheckResult(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """How a step ended: done, skipped, failed, undone or planned; what its commands wrote last."""
+    """How a step ended: done, skipped, failed, undone or planned; its commands' last output."""
 
     name: str
     status: str
@@ -3517,7 +3517,7 @@ def read_signers(path: str) -> Iterator[Any]:
 
 
 class Verification(NamedTuple):
-    """A signature that is being verified: it is fed the bytes once, and says who signed them."""
+    """A verification under way: it is fed the bytes once, and says who signed them."""
 
     name: str
     claims: Any  # each: what `finish` returns, a hash to feed, whether it proves the claim, ...
@@ -3685,7 +3685,7 @@ COPY_AGAIN = "copy it again from where it was built"
 _MODE_FILE = 0o644
 _MODE_DIRECTORY = 0o755
 
-# Called now and then with the number of bytes done; may raise (a signal).
+# Called now and then with the bytes done; may raise (a signal).
 Watch = Callable[[int], None]
 
 
@@ -3769,8 +3769,8 @@ class Artifact(Descriptor):
     signature: Optional[Json] = None  # who signed
     # Why no signature counts: there is none, it is bad, or the bytes were not yet read.
     distrust: Optional[ArtifactRefused] = None
-    # Set by sections 10 and 12: `built_at`, `release` (made from the same bytes in the same way,
-    # and unchanged) and with that its `version`.
+    # Set by sections 10 and 12: `built_at`, `release` (unchanged, and made from the same bytes in
+    # the same way) and its `version`.
     version = ""
     built_at: Optional[str] = None
     release: Optional[str] = None
@@ -4408,7 +4408,7 @@ class Stream:
         self.view = memoryview(b"")
 
     def peek(self, size_bytes: int = 1) -> bytes:
-        """Return so many bytes without taking them; fewer where the data end before."""
+        """Return so many bytes, or fewer at the data's end, without taking them."""
         while len(self.view) < size_bytes:
             block = next(self.blocks, b"")
             if not block:
@@ -5069,7 +5069,7 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch: Watch,
            sharer: Optional["Sharer"] = None) -> Tuple[Manifest, List[str]]:
-    """Hash, judge and unpack in one pass into an empty directory that nobody else can reach.
+    """Hash, judge and unpack in one pass into an empty private directory.
 
     Returns the manifest and notes for the operator.  Names need no check against the disk: every
     directory on the way was made here, and symlinks are made last, when no file follows.
