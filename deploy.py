@@ -2009,8 +2009,8 @@ def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
 
 
 def options_of(section: str) -> Dict[str, Option]:
-    """Return a section's options by key: `probe:web` has those of `probe:*`."""
-    return OPTIONS.get(re.sub(r":[A-Za-z0-9_-]+\Z", ":*", section), {})
+    """Return a section's options by key: `probe:web` has those of `probe:*`, itself no section."""
+    return OPTIONS.get(re.sub(r":(?:[A-Za-z0-9_-]+|(\*))\Z", r":*\1", section), {})
 
 
 def find_option(options: Dict[str, Option], key: str) -> Optional[Option]:

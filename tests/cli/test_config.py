@@ -192,6 +192,7 @@ UNKNOWN = [
     ("named-section", "[probes:web]\nurl = http://x/\n", "[probes:web]", "probe"),
     ("name-missing", "[probe]\nurl = http://x/\n", "[probe]", "probe:"),
     ("empty-name", "[probe:]\nurl = http://x/\n", "[probe:]", "probe:"),
+    ("star-for-a-name", "[probe:*]\nurl = http://x/\n", "[probe:*]", "probe:NAME"),
     ("empty-section", "[hook]\n", "[hook]", "hooks"),
     ("prefix-alone", "[probe:web]\nurl = http://x/\njson. = ok\n", "'json.'", "json"),
     ("name-where-none-belongs", "[deploy:web]\nroot = x\n", "[deploy:web]", "deploy"),
