@@ -5124,26 +5124,34 @@ def unpack(artifact: Artifact, destination: Directory, settings: Settings, watch
 def write_file(entry: Member, pieces: Iterable[Any], place: int,
                sharer: Optional["Sharer"]) -> bytes:
     """Write a new file and its time, shared where the live one is equal; return its SHA-256."""
+    is_small = entry.size_bytes <= BLOCK_BYTES
+    if sharer and is_small:
+        # Writing what is then shared takes most of the time, so a small file waits for that.
+        pieces = [b"".join(pieces)]
+        digest = hash_pieces(pieces)
+        if sharer.share(entry, pieces[0], digest, place=place, name=entry.name):
+            return digest
     hasher = hashlib.sha256()
     descriptor = os.open(entry.name, _WRITE_FLAGS, entry.mode, dir_fd=place)
     try:
         for piece in pieces:
             hasher.update(piece)
             write_all(descriptor, piece)
-        digest = hasher.digest()
-        if sharer and sharer.how != "no" and entry.size_bytes:
-            sharer.share(entry, digest, descriptor, place)
-        if entry.mtime_ns is not None:
-            os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+        set_time(descriptor, entry)
     finally:
         os.close(descriptor)
+    digest = hasher.digest()
+    if sharer and not is_small:
+        temporary = os.fsencode(temporary_name("shared"))
+        if sharer.share(entry, None, digest, place=place, name=temporary):
+            os.rename(temporary, entry.name, src_dir_fd=place, dst_dir_fd=place)
     return digest
 
 
 class Sharer(Descriptor):
     """Lets files that are equal in the live release take no space again.
 
-    The live file is hashed again, whatever its manifest says; no symlink is followed.
+    The live file is read again, whatever its manifest says; no symlink is followed.
     """
 
     def __init__(self, release: Directory, how: str) -> None:
@@ -5151,12 +5159,19 @@ class Sharer(Descriptor):
         self.shared_files = 0
         self._release = release
         self._parent: Optional[bytes] = None  # the name of what `descriptor` is open on
+        # A file older than this gets another ctime when it changes, however coarse the clock is.
+        self._settled_seconds = time.time() - 0.1
 
-    def share(self, entry: Member, digest: bytes, descriptor: int, place: int) -> None:
-        """Share the live file's blocks, or make a hard link to it, if both are equal."""
+    def share(self, entry: Member, data: Optional[bytes], digest: bytes, *, place: int,
+              name: bytes) -> bool:
+        """Make a file of the live one's blocks, or a hard link to it, if both are equal.
+
+        `data` is all of a small one: comparing takes less time than hashing.
+        """
         parent, _, base = entry.name.rpartition(b"/")
-        how, temporary = self.how, temporary_name("shared")
-        with suppress(OSError), Descriptor() as live:
+        if self.how == "no" or not entry.size_bytes:
+            return False
+        with suppress(OSError), Descriptor() as live, Descriptor() as new:
             if parent != self._parent:  # members come directory by directory
                 self.close()
                 self._parent = parent
@@ -5164,25 +5179,45 @@ class Sharer(Descriptor):
                 self.descriptor, opened.descriptor = opened.descriptor, -1
             live.descriptor = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
             status = os.fstat(live.descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != entry.size_bytes \
-                    or hash_pieces(blocks_of(live.descriptor)) != digest:
-                return
-            if how == "reflink":
-                self.how = "no"  # stays so if the next line raises
-                fcntl.ioctl(descriptor, _FICLONE, live.descriptor)
-                self.how = how
-                if hash_pieces(blocks_of(descriptor)) != digest:
+            is_equal = stat.S_ISREG(status.st_mode) and status.st_size == entry.size_bytes
+            if is_equal and data is not None:
+                is_equal = os.pread(live.descriptor, len(data), 0) == data
+            elif is_equal:
+                is_equal = hash_pieces(blocks_of(live.descriptor)) == digest
+            if not is_equal:
+                return False
+            if self.how == "reflink":
+                new.descriptor = os.open(name, _WRITE_FLAGS, entry.mode, dir_fd=place)
+                try:
+                    fcntl.ioctl(new.descriptor, _FICLONE, live.descriptor)
+                except OSError:
+                    self.how = "no"
+                    os.unlink(name, dir_fd=place)
+                    return False
+                now = os.fstat(live.descriptor)
+                is_certain = status.st_uid == os.geteuid() and not status.st_mode & 0o022 \
+                    and status.st_ctime == now.st_ctime < self._settled_seconds
+                # The disk is read again only where others may have changed the file meanwhile.
+                if not is_certain and hash_pieces(blocks_of(new.descriptor)) != digest:
                     raise StepFailed(f"{show(entry.name)} changes in the live release while it is "
                                      "copied", "run it again")
+                set_time(new.descriptor, entry)
             elif (status.st_mode, status.st_uid) == (stat.S_IFREG | entry.mode, os.geteuid()) \
                     and entry.mtime_ns in (None, status.st_mtime_ns) \
                     and set(os.listxattr(live.descriptor)) <= {"security.selinux"}:
                 # The open file, which nobody can swap.  It has no ACL, which a link would share.
-                os.link(f"/proc/self/fd/{live.descriptor}", temporary, dst_dir_fd=place)
-                os.rename(temporary, entry.name, src_dir_fd=place, dst_dir_fd=place)
+                os.link(f"/proc/self/fd/{live.descriptor}", name, dst_dir_fd=place)
             else:
-                return
+                return False
             self.shared_files += 1
+            return True
+        return False
+
+
+def set_time(descriptor: int, entry: Member) -> None:
+    """Give a file its member's time, where that is known."""
+    if entry.mtime_ns is not None:
+        os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
 # -- packing -------------------------------------------------------------------
