@@ -575,8 +575,6 @@ class Syslog(Log):
 
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
-# A datagram takes some 200 kB.
-JOURNAL_MESSAGE_CHARACTERS = 16384
 # Each kind of end in systemd's journal, for `journalctl MESSAGE_ID=...`: they never change.
 MESSAGE_IDS = {
     "step_done": "752776c9d4a04544b445b2571c16d1c0",
@@ -775,9 +773,8 @@ class Console:
         if about and stream in self._in_journal:
             fields = {field: about[name] for name, field in JOURNAL_FIELDS.items()
                       if about.get(name)}
-            fields.update(MESSAGE=text.rstrip("\n")[:JOURNAL_MESSAGE_CHARACTERS],
-                          PRIORITY=str(PRIORITIES[level]), MESSAGE_ID=MESSAGE_IDS[about["event"]],
-                          SYSLOG_IDENTIFIER="deploy.py")
+            fields.update(MESSAGE=text.rstrip("\n"), PRIORITY=str(PRIORITIES[level]),
+                          MESSAGE_ID=MESSAGE_IDS[about["event"]], SYSLOG_IDENTIFIER="deploy.py")
             entry = b""
             for name, content in fields.items():  # in the form that takes any value
                 value = content.encode("utf-8", "backslashreplace")
@@ -1380,8 +1377,10 @@ def _moment(text: str) -> Callable[[float, int], float]:
         return lambda now_seconds, sign: now_seconds + sign * span_seconds
     import calendar
     whole = text + "0000-00-00T00:00:00Z"[len(text):]
-    seconds = float(calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%SZ")))
-    return lambda now_seconds, sign: seconds
+    with suppress(ValueError):
+        seconds = float(calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%SZ")))
+        return lambda now_seconds, sign: seconds
+    raise KeyError(text)  # it looks like a time, and is none
 
 
 def _plain(text: str) -> str:
@@ -1463,8 +1462,7 @@ def _regex(text: str) -> str:
 
 def _statuses(text: str) -> List[Tuple[int, int]]:
     spans = []  # speed: without a pattern, which every start would compile for the default
-    joined = "-".join(map(str.strip, text.split("-")))  # `200 - 299` is one span
-    for span in joined.replace(",", " ").split():
+    for span in text.replace(",", " ").split():
         spans.append((int(span[:3]), int(span[-3:])))
         if span[:3] > span[-3:]:
             raise ValueError("a range ends before it begins")
@@ -1559,7 +1557,7 @@ _PORT = (r"(?!0)([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2
          r"|6553[0-5])")
 KINDS = {kind: row for kind, *row in read_table(
     4, KIND_TABLE, PORT=_PORT, TIME=r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)",
-    CODE=r"[1-5][0-9]{2}(\s*-\s*[1-5][0-9]{2})?", EVENTS="|".join(dict(NOTIFY_EVENTS)),
+    CODE=r"[1-5][0-9]{2}(-[1-5][0-9]{2})?", EVENTS="|".join(dict(NOTIFY_EVENTS)),
     NAMED=", ".join(dict(NOTIFY_EVENTS)))}
 
 # Of each kind of list: the kind of its lines, and a pattern that shows one to hold several.
@@ -2015,7 +2013,8 @@ def options_of(section: str) -> Dict[str, Option]:
 
 def find_option(options: Dict[str, Option], key: str) -> Optional[Option]:
     """Return a section's row for a key as the operator wrote it, or None."""
-    return options.get(key) or options.get(re.sub(r"\..+\Z", ".*", key)) or options.get("*")
+    row = options.get(key) or options.get(re.sub(r"\..+\Z", ".*", key)) or options.get("*")
+    return None if "*" in key else row
 
 
 def unknown(section: str, key: str, origin: str) -> UsageError:
@@ -2348,7 +2347,7 @@ class Directory(Descriptor):
             os.rmdir(name, dir_fd=self.descriptor)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno == errno.EBUSY:
                 raise
         with self.child(name) as below:
             for entry in os.listdir(below.descriptor):
@@ -2741,7 +2740,8 @@ class Store(ExitStack):
     def maintenance(self) -> Json:
         """Read who put the maintenance flag up: a run has a deploy_id; empty if it is not up."""
         try:
-            return self.load(self.flag) or {}
+            flag = self.load(self.flag)
+            return {} if flag is None else flag or {"by": "somebody"}
         except StateError:
             return {"by": "somebody"}  # any file of that name is a flag
 
@@ -5159,8 +5159,6 @@ class Sharer(Descriptor):
         self.shared_files = 0
         self._release = release
         self._parent: Optional[bytes] = None  # the name of what `descriptor` is open on
-        # A file older than this gets another ctime when it changes, however coarse the clock is.
-        self._settled_seconds = time.time() - 0.1
 
     def share(self, entry: Member, data: Optional[bytes], digest: bytes, *, place: int,
               name: bytes) -> bool:
@@ -5194,10 +5192,9 @@ class Sharer(Descriptor):
                     self.how = "no"
                     os.unlink(name, dir_fd=place)
                     return False
-                now = os.fstat(live.descriptor)
+                # The disk is read again only where somebody may have changed the file meanwhile.
                 is_certain = status.st_uid == os.geteuid() and not status.st_mode & 0o022 \
-                    and status.st_ctime == now.st_ctime < self._settled_seconds
-                # The disk is read again only where others may have changed the file meanwhile.
+                    and status.st_ctime_ns == os.fstat(live.descriptor).st_ctime_ns
                 if not is_certain and hash_pieces(blocks_of(new.descriptor)) != digest:
                     raise StepFailed(f"{show(entry.name)} changes in the live release while it is "
                                      "copied", "run it again")
@@ -5308,6 +5305,7 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
+OR_ACCEPT = "or accept the risk: name each such path in [preflight] accept_risk"
 HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), not lie "
               "on what is mounted noexec, and its #! line name an interpreter that exists here")
 
@@ -5363,13 +5361,6 @@ def foreign_program(settings: Settings, where: str, program: str, directory: str
             for path, (problem, hint) in trust_problems(place).items()}
 
 
-def accepting(settings: Settings, paths: Iterable[str]) -> str:
-    """Spell the option that accepts these paths' risk, beside those accepted so far."""
-    risks = "\n".join(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
-    option = spell(["--set", f"preflight.accept_risk={risks}"])
-    return f"accept the risk, for every such path: {option}"
-
-
 def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, str]],
                             directory: str) -> None:
     """Raise StepFailed if root would run a (place, program) that others could have written."""
@@ -5381,7 +5372,7 @@ def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, st
                 if path not in settings.preflight.accept_risk}
     for problem, hint in problems.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
-                         f"{hint}; or {accepting(settings, problems)}")
+                         f"{hint}; {OR_ACCEPT}")
 
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
@@ -5556,7 +5547,7 @@ class UnitService(Service):
         except StepFailed as error:
             return error.message.partition(": ")[2]
         active, sub, kind = state["ActiveState"], state["SubState"], state["Type"]
-        # A timer or socket has no Type, and is never "running".
+        # A timer or socket has no Type, and need not be "running".
         if active == "active" and (sub == "running" or not kind) \
                 or kind == "oneshot" and state["Result"] == "success" and sub in ("exited", "dead"):
             changed = [name for name in ("MainPID", "InvocationID", "NRestarts")
@@ -6762,7 +6753,7 @@ def fetch(run: Run, address: str, etag: str = "", files: Sequence[int] = ()) -> 
         for pause in (1, 2, 4, 0):
             with Conversation(talk, source.timeout, files) as asking:
                 answer = asking.answer(run.interrupts, lambda known: progress(
-                    known.get("done", 0), known.get("rate", known["stage"])))
+                    known.get("done", 0), known["stage"]))
             error = answer["error"][:EVIDENCE_CHARACTERS]
             if not (error and answer.get("again", True) and pause):
                 break
@@ -6803,15 +6794,13 @@ def receive(run: Run, asking: Conversation, response: Any, extra: Dict[str, str]
         os.lseek(files[0], begin, os.SEEK_SET)
         os.ftruncate(files[1], 0)
         os.pwrite(files[1], re.sub("W/.*", "", etag).encode("latin-1"), 0)
-    done, counted_bytes, began_seconds = begin, begin, time.monotonic()
+    done = counted_bytes = begin
     for piece in iter(lambda: response.read1(min(1 << 16, (total or MAX_SIZE_BYTES) - done)), b""):
         done += len(piece)
         if done > most_bytes:
             return {"error": f"more than {format_size(most_bytes)}", "again": False, "wrong": True}
-        rate = (done - begin) / max(0.001, time.monotonic() - began_seconds)
-        left = f", {format_seconds((total - done) / rate)} left" if total else ""
         # Before writing: if the run has died, this process ends here, as nobody reads its pipe.
-        asking.at("receiving it", done=done, rate=f"{format_size(rate)}/s{left}")
+        asking.at(f"receiving it: {format_size(done)}", done=done)
         take(piece)
         if done - counted_bytes >= source.min_rate * source.timeout:
             signal.setitimer(signal.ITIMER_REAL, source.timeout)
@@ -7674,8 +7663,7 @@ def check_origin(run: Run) -> Findings:
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
     for path, (why, fix) in problems.items():
         yield ("warn" if path in settings.preflight.accept_risk else "fail", why,
-               f"{fix}; or give its digest from where it was built: --sha256; or "
-               f"{accepting(settings, problems)}")
+               f"{fix}; or give its digest from where it was built: --sha256; {OR_ACCEPT}")
 
 
 def is_refused(record: Record) -> bool:
@@ -8057,7 +8045,7 @@ def plan_operation(facts: Facts) -> Plan:
                     and not target.artifact.get("signature"):
                 raise ArtifactRefused(f"{release} was staged without a signature", "deploy its "
                                       "artifact, once it is signed, or insist with --force")
-        if operation == "rollback" and not target.activated_at:
+        if operation == "rollback" and target.state == STATE_STAGED and not is_done:
             raise UsageError(f"{release} was never live: there is no way back to it",
                              f"make it live: {facts.command_line(f'activate {release}')}")
     plan = Plan(operation, live, release)
@@ -8207,17 +8195,14 @@ def put_member(run: Run, member: Member, data: bytes = b"") -> None:
     add_member(run.manifest, member)
 
 
-def do_shared(run: Run, step: Step) -> OptionalText:
+def do_shared(run: Run, step: Step) -> None:
     """Make missing shared directories, and a relative link to each shared path."""
-    deploy, replaced = run.settings.deploy, []
+    deploy = run.settings.deploy
     for path in deploy.shared_dirs + deploy.shared_files:
         if path in deploy.shared_dirs:
             run.store.top.child(f"shared/{path}", make=True, group=run.store.group).close()
-        if os.fsencode(path) in run.manifest:
-            replaced.append(path)
         target = "../" * (2 + path.count("/")) + "shared/" + path
         put_member(run, Member(os.fsencode(path), SYMLINK, 0o777, content=os.fsencode(target)))
-    return f"in place of the artifact's own {', '.join(replaced)}" if replaced else None
 
 
 def do_templates(run: Run, step: Step) -> None:
@@ -8640,7 +8625,7 @@ def do_drain(run: Run, step: Step) -> None:
                 with suppress(OSError):  # without /proc it waits to the end
                     connections = sockets(slot.port, "01")
                     quiet = 0 if connections else quiet + 1
-                    progress(0, count(len(connections), "connection"))
+                    progress(0)
                 interrupts.wait(DRAIN_LOOK_SECONDS)
     finally:
         interrupts.is_closed = was_closed
@@ -8948,9 +8933,9 @@ class Executor:
             if isinstance(error, (OSError, ImportError, MemoryError)):
                 self.blameless = True
             final = self.fail(step_error(error, self.done[-1].name if self.done else "the plan"))
-            if isinstance(error, FAILURES):
-                raise final from error
-            raise  # a defect of this program; everything is undone by now
+            if final is error or not isinstance(error, FAILURES):
+                raise  # or else a defect of this program; everything is undone by now
+            raise final from error
         for step in plan.last:
             if not step.phase:
                 self.take(step)
@@ -9050,7 +9035,6 @@ class Executor:
         """Undo, go back, or leave the new release live; returns what the run ends with."""
         run, plan, undone, phase = self.run, self.plan, self.done, self.run.journal.phase
         run.interrupts.is_closed = True
-        run.console.debug(f"failed in phase {phase or 'none'}: {error.message}")
         # Why the new release stays live all the same, and what a person runs then.
         why = command = ""
         if plan.operation == "recover" and plan.from_release != plan.to_release \
@@ -10184,8 +10168,7 @@ def command_history(run: Run) -> None:
         if flags.verify:
             outcome.extra["history"] = []
             problems = store.verify_history()
-            lines = count(len(store.read_history()[0]), "entry", "entries")
-            conclude(run, "; ".join(problems[:3]) or f"{lines}, the chain is whole")
+            conclude(run, "; ".join(problems[:3]) or "the chain is whole")
             if problems:
                 raise ProblemFound(
                     f"the history is not whole: {outcome.message}", f"compare {store.path}/"
@@ -10278,7 +10261,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         # The first counts: the way back has one too, a recovered run may have none.
         for step in reversed(entry.steps):
             if step["name"] == "activate":
-                row["at"] = step["started_at"]
+                row["at"] = step.get("started_at") or row["at"]  # earlier versions left it out
         rows.append(row)
         by_release[entry.release] = row
         if needs_person:
@@ -11345,7 +11328,9 @@ def load(flags: Any) -> Settings:
         while place.strip("/") and not os.path.isdir(f"{place}/.deploy"):
             place = os.path.dirname(place)
         # A root that was named may be another one.
-        root = flags.root or environment("DEPLOY_DEPLOY_ROOT") or place
+        set_root = [text for text in flags.set or () if text.startswith("deploy.root=")]
+        root = "".join(set_root[-1:])[len("deploy.root="):] or flags.root \
+            or environment("DEPLOY_DEPLOY_ROOT") or place
         if place.strip("/") and os.path.realpath(root) == place:
             files = [path for path in configurations() if place == os.path.realpath(
                 load_settings([path], {}, [], refuse=False).deploy.root or "/dev/null")][:1]
@@ -11506,8 +11491,10 @@ def parse_delegated(argv: List[str]) -> Any:
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
     # The person may have set what a sudoers file lets through: PATH, HOME, CREDENTIALS_DIRECTORY.
+    kept = "SUDO_.*|LANG|LC_.*|TERM|NO_COLOR"
+    kept += "|HOME" if environment("HOME") == os.path.expanduser("~root") else ""
     for name in environment_names():
-        if not re.fullmatch("SUDO_.*|LANG|LC_.*|TERM|NO_COLOR", name):
+        if not re.fullmatch(kept, name):
             forget_variable(name)
     flags.config, flags.delegate = [path], path
     settings, artifact = load(flags), flags.artifact
@@ -11564,8 +11551,8 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
             refused = untrusted(settings)[0]
             for problem, hint in refused.values():
                 raise PreflightFailed(
-                    f"what root acts on could have been written by others: {problem}", f"{hint}; "
-                    f"or {accepting(settings, refused)}")
+                    f"what root acts on could have been written by others: {problem}",
+                    f"{hint}; {OR_ACCEPT}")
         run.is_believed = True
         if flags.splay:
             wait_splay(run)

@@ -200,6 +200,8 @@ def test_history_is_filtered_and_says_how_many_there_are(app: App) -> None:
     assert app.run("history", "--operation", "pin", check=0).data["total"] == 1
     assert app.run("history", "--since", "1h", check=0).data["total"] == 4
     assert app.run("history", "--since", "2126-01-01", check=0).data["total"] == 0
+    for no_time in "2026-13-45", "2026-02-30", "2026-11-30T25:00:00Z":
+        assert "expected a time such as" in app.run("history", "--since", no_time, check=2).data["error"]["message"]
     assert app.run("history", "--operation", "sync", json=False, check=0).stdout == "nothing like that in the history\n"
     assert "did you mean 'deploy'?" in app.run("history", "--operation", "deplyo", check=2).data["error"]["hint"]
     assert "4 entries, the newest 1 of them shown" in app.run("history", "--limit", "1", json=False, check=0).stderr
@@ -259,7 +261,8 @@ def test_a_working_directory_inside_a_root_is_that_root(app: App, tmp_path: Path
     # Another root that is named is not served with the configuration of this one.
     other = on_host(there, inside, f"--root {tmp_path}/other -n deploy {app.artifact('2.0')}")
     assert other["application"] == "other" and other["root"] == f"{tmp_path}/other"
-    assert on_host(there, inside, f"--root {tmp_path}/other config")["config"]["deploy.keep_releases"]["value"] == "5"
+    for named in f"--root {tmp_path}/other", f"--set deploy.root={tmp_path}/other":
+        assert on_host(there, inside, f"{named} config")["config"]["deploy.keep_releases"]["value"] == "5"
 
 
 def test_a_minimal_configuration_is_one_that_works(app: App, tmp_path: Path) -> None:

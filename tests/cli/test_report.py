@@ -47,6 +47,11 @@ def test_one_that_rolled_back_by_itself_failed_and_had_recovered_when_it_ended()
     assert [run["rework"] for run in found["runs"]] == [False, False, True]
 
 
+def test_a_line_of_an_earlier_version_has_no_times_of_its_steps() -> None:
+    old = entry(1, "deploy", "deployed", "a", steps=[{"name": "activate", "status": "done", "seconds": 0.1, "detail": ""}])
+    assert [run["at"] for run in measured(old)["runs"]] == [DAY.format(1)]
+
+
 def test_one_that_a_person_rolled_back_later_failed_then() -> None:
     found = measured(entry(1, "deploy", "deployed", "a"), entry(2, "deploy", "deployed", "b", "a"),
                      entry(4, "rollback", "rolled_back", "a", "b", automatic=False))

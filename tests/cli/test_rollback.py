@@ -106,6 +106,20 @@ def test_what_was_never_live_is_nothing_to_roll_back_to(force: List[str], app: A
     assert app.current == staged
 
 
+def test_what_was_live_once_can_be_rolled_back_to_however_it_came_there(app: App) -> None:
+    """Its link was set by hand; it failed once it was live, and is insisted on."""
+    app.deploy("1.0")
+    staged = app.run("stage", app.artifact("1.1"), check=0).data["release"]
+    (app.root / "current").unlink()
+    (app.root / "current").symlink_to(f"releases/{staged}")
+    app.deploy("1.2")
+    assert app.run("rollback", check=0).data["release"] == staged
+    bad = app.run("--set", "hooks.post_activate=false", "deploy", app.artifact("1.3"), check=5).data["steps"] and "1.3"
+    app.run("rollback", bad, check=4)
+    app.run("rollback", bad, "--force", check=0)
+    assert app.version == "1.3"
+
+
 def test_rollback_passes_over_a_release_that_is_gone(app: App) -> None:
     ids = deploy_all(app, "1.0", "2.0", "3.0")
     os.rename(str(app.root / "releases" / ids[1]), str(app.directory / "gone"))

@@ -100,9 +100,11 @@ def test_what_is_delegated_works_by_sudo_and_is_the_persons_deed(desk: Desk) -> 
 def test_no_variable_of_the_persons_reaches_what_root_runs(desk: Desk) -> None:
     planted = f"{desk.desk}/planted"
     # A version of its own: 1.1 may have been rolled back from by now.
-    done = desk.sudo("deploy", make_artifact(desk.inbox, "1.3"), env=(f"HOME={planted}", f"CREDENTIALS_DIRECTORY={planted}", f"TRACEPARENT=00-{'1' * 32}-{'2' * 16}-01"))
+    done = desk.sudo("deploy", make_artifact(desk.inbox, "1.8"), env=(f"HOME={planted}", f"CREDENTIALS_DIRECTORY={planted}", f"TRACEPARENT=00-{'1' * 32}-{'2' * 16}-01"))
     assert done.returncode == 0 and "DEPLOY_HOOK=post_activate" in done.stderr, done.stderr
-    assert planted not in done.stderr and "HOME=/" in done.stderr
+    assert planted not in done.stderr and re.search(r"HOME=/$", done.stderr, re.MULTILINE)
+    done = desk.sudo("deploy", make_artifact(desk.inbox, "1.9"))
+    assert re.search(f"HOME={os.path.expanduser('~root')}$", done.stderr, re.MULTILINE), done.stderr
     desk.app.run("activate", "1.0", check=0)
 
 

@@ -139,9 +139,11 @@ def test_a_persons_stays_whatever_a_run_does(app: App) -> None:
     app.run("recover", check=0)
     assert flag(app) == found
     # One that was made without this program is a person's as well.
-    (app.root / "maintenance").write_text("")
-    app.deploy("1.1")
-    assert (app.root / "maintenance").read_text() == ""
+    for version, text in ("1.1", ""), ("1.2", "{}"):
+        (app.root / "maintenance").write_text(text)
+        app.deploy(version)
+        assert (app.root / "maintenance").read_text() == text
+    assert app.run("maintenance", "off", check=0).data["changed"] and not (app.root / "maintenance").exists()
 
 
 def test_on_during_a_run_makes_it_the_persons_and_off_needs_no_lock(app: App, tmp_path: Path) -> None:
