@@ -2347,7 +2347,7 @@ class Directory(Descriptor):
             os.rmdir(name, dir_fd=self.descriptor)
             return
         except OSError as error:
-            if error.errno == errno.EBUSY:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         with self.child(name) as below:
             for entry in os.listdir(below.descriptor):
@@ -5164,51 +5164,51 @@ class Sharer(Descriptor):
               name: bytes) -> bool:
         """Make a file of the live one's blocks, or a hard link to it, if both are equal.
 
-        `data` is all of a small one: comparing takes less time than hashing.
+        `data` is all of a small one, to be compared rather than hashed.
         """
         parent, _, base = entry.name.rpartition(b"/")
+        is_equal = False
         if self.how == "no" or not entry.size_bytes:
             return False
-        with suppress(OSError), Descriptor() as live, Descriptor() as new:
-            if parent != self._parent:  # members come directory by directory
-                self.close()
-                self._parent = parent
-                opened = self._release.child(os.fsdecode(parent))
-                self.descriptor, opened.descriptor = opened.descriptor, -1
-            live.descriptor = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
-            status = os.fstat(live.descriptor)
-            is_equal = stat.S_ISREG(status.st_mode) and status.st_size == entry.size_bytes
-            if is_equal and data is not None:
-                is_equal = os.pread(live.descriptor, len(data), 0) == data
-            elif is_equal:
-                is_equal = hash_pieces(blocks_of(live.descriptor)) == digest
-            if not is_equal:
-                return False
-            if self.how == "reflink":
-                new.descriptor = os.open(name, _WRITE_FLAGS, entry.mode, dir_fd=place)
-                try:
-                    fcntl.ioctl(new.descriptor, _FICLONE, live.descriptor)
-                except OSError:
-                    self.how = "no"
-                    os.unlink(name, dir_fd=place)
+        with Descriptor() as live, Descriptor() as new:
+            with suppress(OSError):  # no such file, or unreadable
+                if parent != self._parent:  # members come directory by directory
+                    self.close()
+                    self._parent = parent
+                    opened = self._release.child(os.fsdecode(parent))
+                    self.descriptor, opened.descriptor = opened.descriptor, -1
+                live.descriptor = os.open(base, _READ_FLAGS, dir_fd=self.descriptor)
+                status = os.fstat(live.descriptor)
+                if status.st_size != entry.size_bytes:
                     return False
-                # The disk is read again only where somebody may have changed the file meanwhile.
-                is_certain = status.st_uid == os.geteuid() and not status.st_mode & 0o022 \
-                    and status.st_ctime_ns == os.fstat(live.descriptor).st_ctime_ns
-                if not is_certain and hash_pieces(blocks_of(new.descriptor)) != digest:
-                    raise StepFailed(f"{show(entry.name)} changes in the live release while it is "
-                                     "copied", "run it again")
-                set_time(new.descriptor, entry)
-            elif (status.st_mode, status.st_uid) == (stat.S_IFREG | entry.mode, os.geteuid()) \
-                    and entry.mtime_ns in (None, status.st_mtime_ns) \
-                    and set(os.listxattr(live.descriptor)) <= {"security.selinux"}:
-                # The open file, which nobody can swap.  It has no ACL, which a link would share.
-                os.link(f"/proc/self/fd/{live.descriptor}", name, dst_dir_fd=place)
-            else:
+                is_equal = hash_pieces(blocks_of(live.descriptor)) == digest if data is None \
+                    else os.pread(live.descriptor, len(data), 0) == data
+                # A link shares owner, mode, time and ACL, too.  Nobody can swap the open file.
+                if is_equal and self.how == "hardlink" and entry.mtime_ns in (
+                        None, status.st_mtime_ns) and (status.st_mode, status.st_uid) == (
+                            stat.S_IFREG | entry.mode, os.geteuid()) \
+                        and set(os.listxattr(live.descriptor)) <= {"security.selinux"}:
+                    os.link(f"/proc/self/fd/{live.descriptor}", name, dst_dir_fd=place)
+                    self.shared_files += 1
+                    return True
+            if not is_equal or self.how == "hardlink":
                 return False
+            new.descriptor = os.open(name, _WRITE_FLAGS, entry.mode, dir_fd=place)
+            try:
+                fcntl.ioctl(new.descriptor, _FICLONE, live.descriptor)
+            except OSError:
+                self.how = "no"
+                os.unlink(name, dir_fd=place)
+                return False
+            # Read it again, from disk, only where others may have changed it meanwhile.
+            is_certain = status.st_uid == os.geteuid() and not status.st_mode & 0o022 \
+                and status.st_ctime_ns == os.fstat(live.descriptor).st_ctime_ns
+            if not is_certain and hash_pieces(blocks_of(new.descriptor)) != digest:
+                raise StepFailed(f"{show(entry.name)} changes in the live release while it is "
+                                 "copied", "run it again")
+            set_time(new.descriptor, entry)
             self.shared_files += 1
             return True
-        return False
 
 
 def set_time(descriptor: int, entry: Member) -> None:
@@ -11490,7 +11490,7 @@ def parse_delegated(argv: List[str]) -> Any:
         raise UsageError(f"a delegated run takes no {refused[0]}",
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
-    # The person may have set what a sudoers file lets through: PATH, HOME, CREDENTIALS_DIRECTORY.
+    # A sudoers file may let the person's own through: PATH, HOME, CREDENTIALS_DIRECTORY.
     kept = "SUDO_.*|LANG|LC_.*|TERM|NO_COLOR"
     kept += "|HOME" if environment("HOME") == os.path.expanduser("~root") else ""
     for name in environment_names():
