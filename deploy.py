@@ -5126,7 +5126,7 @@ def write_file(entry: Member, pieces: Iterable[Any], place: int,
     """Write a new file and its time, shared where the live one is equal; return its SHA-256."""
     is_small = entry.size_bytes <= BLOCK_BYTES
     if sharer and is_small:
-        # Writing what is then shared takes most of the time, so a small file waits for that.
+        # Writing what is then shared takes most of the time: a small file waits for that.
         pieces = [b"".join(pieces)]
         digest = hash_pieces(pieces)
         if sharer.share(entry, pieces[0], digest, place=place, name=entry.name):
@@ -8934,7 +8934,7 @@ class Executor:
                 self.blameless = True
             final = self.fail(step_error(error, self.done[-1].name if self.done else "the plan"))
             if final is error or not isinstance(error, FAILURES):
-                raise  # or else a defect of this program; everything is undone by now
+                raise  # also a defect of this program; all is undone by now
             raise final from error
         for step in plan.last:
             if not step.phase:
@@ -10261,7 +10261,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         # The first counts: the way back has one too, a recovered run may have none.
         for step in reversed(entry.steps):
             if step["name"] == "activate":
-                row["at"] = step.get("started_at") or row["at"]  # earlier versions left it out
+                row["at"] = step.get("started_at") or row["at"]  # not in earlier versions'
         rows.append(row)
         by_release[entry.release] = row
         if needs_person:
