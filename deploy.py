@@ -810,7 +810,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
-# A variable of this process's environment (empty where it is not set), all names, removing one.
+# Of this process's environment: a variable, empty if unset; all names; and to unset one.
 environment: Callable[[str], str] = partial(os.environ.get, default="")
 environment_names: Callable[[], List[str]] = partial(list, os.environ)
 forget_variable: Callable[[str], str] = os.environ.pop
@@ -5200,7 +5200,7 @@ class Sharer(Descriptor):
                 self.how = "no"
                 os.unlink(name, dir_fd=place)
                 return False
-            # Read it again, from disk, only where others may have changed it meanwhile.
+            # Read again, from disk, only where others may have changed it.
             is_certain = status.st_uid == os.geteuid() and not status.st_mode & 0o022 \
                 and status.st_ctime_ns == os.fstat(live.descriptor).st_ctime_ns
             if not is_certain and hash_pieces(blocks_of(new.descriptor)) != digest:
@@ -10261,7 +10261,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         # The first counts: the way back has one too, a recovered run may have none.
         for step in reversed(entry.steps):
             if step["name"] == "activate":
-                row["at"] = step.get("started_at") or row["at"]  # not in earlier versions'
+                row["at"] = step.get("started_at") or row["at"]  # not always there
         rows.append(row)
         by_release[entry.release] = row
         if needs_person:
