@@ -810,7 +810,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
-# Of this process's environment: a variable, empty if unset; all names; and to unset one.
+# In this process's environment: get a variable, empty if unset; list all; unset one.
 environment: Callable[[str], str] = partial(os.environ.get, default="")
 environment_names: Callable[[], List[str]] = partial(list, os.environ)
 forget_variable: Callable[[str], str] = os.environ.pop
@@ -5172,7 +5172,7 @@ class Sharer(Descriptor):
             return False
         with Descriptor() as live, Descriptor() as new:
             with suppress(OSError):  # no such file, or unreadable
-                if parent != self._parent:  # members come directory by directory
+                if parent != self._parent:  # they come directory by directory
                     self.close()
                     self._parent = parent
                     opened = self._release.child(os.fsdecode(parent))
@@ -11490,7 +11490,7 @@ def parse_delegated(argv: List[str]) -> Any:
         raise UsageError(f"a delegated run takes no {refused[0]}",
                          f"of flags it takes {', '.join(DELEGATED_FLAGS)}, each value as its own "
                          "word; no variable DEPLOY_*, and no word that begins with @ or {")
-    # A sudoers file may let the person's own through: PATH, HOME, CREDENTIALS_DIRECTORY.
+    # A sudoers file may let the person's through: PATH, HOME, CREDENTIALS_DIRECTORY.
     kept = "SUDO_.*|LANG|LC_.*|TERM|NO_COLOR"
     kept += "|HOME" if environment("HOME") == os.path.expanduser("~root") else ""
     for name in environment_names():
