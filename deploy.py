@@ -1937,7 +1937,7 @@ assignments          [NAME=VALUE...]  flags  flags to set; `NAME=` removes one
 --signature          FILE         deploy stage preflight  its signature, wherever that lies
 --release-version    V/version    deploy stage preflight pack  version, instead of the name's
 --allow-downgrade    -            deploy stage preflight sync  take one older than what is live
--f --force           -            deploy stage preflight activate rollback prune sync
+-f --force           -            deploy stage preflight activate rollback prune sync recover
     insist: a bad or changed release, another application's root, pruning what was written to
 --override           WHY          deploy activate sync preflight
     pass windows, approvals and promotion where [policy] lets you; it is recorded and told
@@ -5167,7 +5167,8 @@ class Sharer(Descriptor):
         `data` is all of a small one, to be compared rather than hashed.
         """
         parent, _, base = entry.name.rpartition(b"/")
-        is_equal = False
+        is_equal = lambda descriptor: hash_pieces(blocks_of(descriptor)) == digest \
+            if data is None else os.pread(descriptor, len(data), 0) == data
         if self.how == "no" or not entry.size_bytes:
             return False
         with Descriptor() as live, Descriptor() as new:
@@ -5181,34 +5182,29 @@ class Sharer(Descriptor):
                 status = os.fstat(live.descriptor)
                 if status.st_size != entry.size_bytes:
                     return False
-                is_equal = hash_pieces(blocks_of(live.descriptor)) == digest if data is None \
-                    else os.pread(live.descriptor, len(data), 0) == data
                 # A link shares owner, mode, time and ACL, too.  Nobody can swap the open file.
-                if is_equal and self.how == "hardlink" and entry.mtime_ns in (
-                        None, status.st_mtime_ns) and (status.st_mode, status.st_uid) == (
-                            stat.S_IFREG | entry.mode, os.geteuid()) \
-                        and set(os.listxattr(live.descriptor)) <= {"security.selinux"}:
+                own = stat.S_IFREG | entry.mode, os.geteuid()
+                if self.how == "hardlink" and (status.st_mode, status.st_uid) == own \
+                        and entry.mtime_ns in (None, status.st_mtime_ns) \
+                        and set(os.listxattr(live.descriptor)) <= {"security.selinux"} \
+                        and is_equal(live.descriptor):
                     os.link(f"/proc/self/fd/{live.descriptor}", name, dst_dir_fd=place)
                     self.shared_files += 1
                     return True
-            if not is_equal or self.how == "hardlink":
+            if live.descriptor < 0 or self.how == "hardlink":
                 return False
             new.descriptor = os.open(name, _WRITE_FLAGS, entry.mode, dir_fd=place)
             try:
                 fcntl.ioctl(new.descriptor, _FICLONE, live.descriptor)
             except OSError:
                 self.how = "no"
-                os.unlink(name, dir_fd=place)
-                return False
-            # Read again, from disk, only where others may have changed it.
-            is_certain = status.st_uid == os.geteuid() and not status.st_mode & 0o022 \
-                and status.st_ctime_ns == os.fstat(live.descriptor).st_ctime_ns
-            if not is_certain and hash_pieces(blocks_of(new.descriptor)) != digest:
-                raise StepFailed(f"{show(entry.name)} changes in the live release while it is "
-                                 "copied", "run it again")
-            set_time(new.descriptor, entry)
-            self.shared_files += 1
-            return True
+            # Not the live file is compared: it may change at any time, and its ctime need not tell.
+            if self.how == "reflink" and is_equal(new.descriptor):
+                set_time(new.descriptor, entry)
+                self.shared_files += 1
+                return True
+            os.unlink(name, dir_fd=place)
+            return False
 
 
 def set_time(descriptor: int, entry: Member) -> None:
@@ -7907,7 +7903,7 @@ ORDER = {
                  "activate", "down services probes post_rollback", "open? drain", "",
                  "rolled_back"),
     # From here to the end no journal is kept.
-    # recover --to: a person has decided, so only a damaged release stops it.
+    # recover --to: a person has decided, so only a changed release stops it, until --force.
     "recover": ("verify slot? proxy activate services? probes? drain sweep?", "", "", "",
                 "recovered"),
     "prune": ("prune", "", "", "", "pruned"), "adopt": ("adopt", "", "", "", "adopted"),
@@ -8350,7 +8346,7 @@ def do_verify(run: Run, step: Step) -> str:
     programs = [(f"[{section}] {key}", argv[0])
                 for section, key, argv, _, in_release in commands(run.settings) if in_release]
     refuse_foreign_programs(run.settings, programs, f"{run.store.path}/releases/{release}")
-    if problem and (not run.flags.force or step.plan.operation == "recover"):
+    if problem and not run.flags.force:
         raise StepFailed(
             f"{release} is not what was staged: {problem}",
             f"see all of it: {run.settings.command_line(f'verify {release}')}; then "

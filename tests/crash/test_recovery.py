@@ -158,6 +158,20 @@ def test_what_came_to_its_end_needs_no_person_wherever_current_went_since(live: 
     live.run("recover", check=0)
 
 
+def test_no_release_that_is_as_it_was_is_no_dead_end(app: App) -> None:
+    """Recovery fails, and the application has written into every release: what the hint says must be taken."""
+    broken = "--set", "service:x.command=false"
+    live = app.deploy("1.0").data["release"]
+    app.run(*broken, "deploy", app.artifact("1.1"), check=6)
+    for _ in range(2):
+        app.run(*broken, "recover", check=6)
+    for release in app.releases():
+        (app.root / "releases" / release / "VERSION").write_text("written by the application")
+    assert "--force" in app.run("recover", "--to", live, check=1).data["error"]["hint"]
+    app.run("recover", "--to", live, "--force", check=0)
+    assert app.current == live and app.run("status", check=0)
+
+
 def test_that_current_is_gone_is_told_until_a_release_is_live_again(live: App) -> None:
     """What should be live stands in its record alone; a command that is refused must not forget it."""
     live.deploy("1.1")
