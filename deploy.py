@@ -9691,8 +9691,10 @@ def transact(run: Run) -> None:
         elif steps:
             Executor(run, plan).execute()
             if run.cache:
-                with suppress(OSError):  # the next run tries again
+                try:
                     run.store.directory(".deploy").remove_tree("cache")
+                except OSError as error:
+                    console.warn(f"{CACHE} stays, for the next run: {reason(error)}")
 
 
 def find_new(run: Run) -> str:
