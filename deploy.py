@@ -691,8 +691,8 @@ class Console:
         lines = "\n".join(map(self.clean, text.split("\n"))) + "\n"
         if self.quiet:
             self._held.append(partial(self.raw_result, lines))
-        else:
-            self.raw_result(lines)
+        elif not self.json_mode:
+            self._write(sys.stdout, lines)
 
     def raw_result(self, text: str) -> None:
         """A result that is not escaped: only for our own text, such as a generated file."""
@@ -2708,7 +2708,7 @@ class Store(ExitStack):
     def load(self, path: str, kind: Any = dict) -> Any:
         """Read a sealed `kind`, or a JSON object (dict); None without a file, else StateError."""
         where, hint = f"{self.path}/{path}", "correct it, or move it out of the way"
-        if kind is Journal:
+        if kind is Journal and self.status(path):
             where = f"the journal {where}"
             hint = "check that the release you want is live, then: " \
                 + self.command_line("recover --to RELEASE")
@@ -5137,7 +5137,8 @@ def write_file(entry: Member, pieces: Iterable[Any], place: int,
         for piece in pieces:
             hasher.update(piece)
             write_all(descriptor, piece)
-        set_time(descriptor, entry)
+        if entry.mtime_ns is not None:
+            os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
     finally:
         os.close(descriptor)
     digest = hasher.digest()
@@ -5200,17 +5201,12 @@ class Sharer(Descriptor):
                 self.how = "no"
             # Not the live file is compared: it may change at any time, and its ctime need not tell.
             if self.how == "reflink" and is_equal(new.descriptor):
-                set_time(new.descriptor, entry)
+                if entry.mtime_ns is not None:
+                    os.utime(new.descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
                 self.shared_files += 1
                 return True
             os.unlink(name, dir_fd=place)
             return False
-
-
-def set_time(descriptor: int, entry: Member) -> None:
-    """Give a file its member's time, where that is known."""
-    if entry.mtime_ns is not None:
-        os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
 # -- packing -------------------------------------------------------------------
@@ -8252,7 +8248,8 @@ def do_publish(run: Run, step: Step) -> None:
     for name in reversed(names_of(run.manifest, DIRECTORY)):
         if run.manifest[name].mode != _MODE_DIRECTORY:
             os.chmod(name, run.manifest[name].mode, dir_fd=tree.descriptor)
-    open_to_group(run)
+    if run.store.group >= 0:
+        open_to_group(run)
     # Before the rename: what stands under a release's id must survive a power cut.
     if run.settings.deploy.durable:
         sync_filesystem(tree.descriptor)
@@ -8267,7 +8264,7 @@ def undo_publish(run: Run, step: Step) -> None:
 
 def open_to_group(run: Run) -> None:
     """Let the group write to a release's directories, so that any member can prune it."""
-    for name in names_of(run.manifest, DIRECTORY) if run.store.group >= 0 else ():
+    for name in names_of(run.manifest, DIRECTORY):
         with run.store.directory(f"releases/{run.staging}").child(os.fsdecode(name)) as directory:
             with suppress(PermissionError):  # a hook made it as another user
                 give_to_group(directory.descriptor, run.store.group)
@@ -8313,7 +8310,8 @@ def do_seal(run: Run, step: Step) -> None:
     created_at = format_time()
     if run.settings.hooks.post_stage:
         run.manifest = scan_release(run, release, "post_stage left", "correct [hooks] post_stage")
-        open_to_group(run)
+        if run.store.group >= 0:
+            open_to_group(run)
         if run.settings.deploy.durable:
             sync_filesystem(run.store.directory("releases").descriptor)
     shown["signature"] = source.signature  # known by now
@@ -9830,7 +9828,8 @@ def command_move(run: Run) -> None:
     elif command != "rollback" and before and rollback_target(facts, outcome.release):
         shown["undo"] = facts.command_line("rollback")
     outcome.message = message
-    run.console.result("\n".join([f"{run.application}: {message}", *block(shown)]))
+    lines = [f"  {what:<16} {how}" for what, how in shown.items() if how]
+    run.console.result("\n".join([f"{run.application}: {message}", *lines]))
 
 
 def command_prune(run: Run) -> None:
