@@ -9692,7 +9692,7 @@ def transact(run: Run) -> None:
                 try:
                     run.store.directory(".deploy").remove_tree("cache")
                 except OSError as error:
-                    console.warn(f"{CACHE} stays, for the next run: {reason(error)}")
+                    console.warn(f"cache/ stays, for the next run: {reason(error)}")
 
 
 def find_new(run: Run) -> str:
