@@ -5297,7 +5297,6 @@ def pack(source: str, target: str, settings: Settings, watch: Watch, *,
 # ============================================================================
 
 EVIDENCE_CHARACTERS = 300
-OR_ACCEPT = "or accept the risk: name each such path in [preflight] accept_risk"
 HOW_TO_RUN = ("it must be there (./NAME comes with the release), be executable (chmod +x), not lie "
               "on what is mounted noexec, and its #! line name an interpreter that exists here")
 
@@ -5353,6 +5352,13 @@ def foreign_program(settings: Settings, where: str, program: str, directory: str
             for path, (problem, hint) in trust_problems(place).items()}
 
 
+def accepting(settings: Settings, paths: Iterable[str]) -> str:
+    """Spell the option that accepts these paths' risk, beside those accepted so far."""
+    risks = "\n".join(dict.fromkeys([*settings.preflight.accept_risk, *paths]))
+    option = spell(["--set", f"preflight.accept_risk={risks}"])
+    return f"accept the risk, for every such path: {option}"
+
+
 def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, str]],
                             directory: str) -> None:
     """Raise StepFailed if root would run a (place, program) that others could have written."""
@@ -5364,7 +5370,7 @@ def refuse_foreign_programs(settings: Settings, programs: Iterable[Tuple[str, st
                 if path not in settings.preflight.accept_risk}
     for problem, hint in problems.values():
         raise StepFailed(f"what root would run could have been written by others: {problem}",
-                         f"{hint}; {OR_ACCEPT}")
+                         f"{hint}; or {accepting(settings, problems)}")
 
 
 def start_command(run: Run, context: Context, what: str, argv: Sequence[str], *,
@@ -7655,7 +7661,8 @@ def check_origin(run: Run) -> Findings:
         yield "fail", f"{given} was replaced while it was looked at", "run it again"
     for path, (why, fix) in problems.items():
         yield ("warn" if path in settings.preflight.accept_risk else "fail", why,
-               f"{fix}; or give its digest from where it was built: --sha256; {OR_ACCEPT}")
+               f"{fix}; or give its digest from where it was built: --sha256; or "
+               f"{accepting(settings, problems)}")
 
 
 def is_refused(record: Record) -> bool:
@@ -10165,7 +10172,8 @@ def command_history(run: Run) -> None:
         if flags.verify:
             outcome.extra["history"] = []
             problems = store.verify_history()
-            conclude(run, "; ".join(problems[:3]) or "the chain is whole")
+            lines = count(len(store.read_history()[0]), "entry", "entries")
+            conclude(run, "; ".join(problems[:3]) or f"{lines}, the chain is whole")
             if problems:
                 raise ProblemFound(
                     f"the history is not whole: {outcome.message}", f"compare {store.path}/"
@@ -11548,8 +11556,8 @@ def run_command_line(argv: List[str], console: Console) -> Tuple[int, Run]:
             refused = untrusted(settings)[0]
             for problem, hint in refused.values():
                 raise PreflightFailed(
-                    f"what root acts on could have been written by others: {problem}",
-                    f"{hint}; {OR_ACCEPT}")
+                    f"what root acts on could have been written by others: {problem}", f"{hint}; "
+                    f"or {accepting(settings, refused)}")
         run.is_believed = True
         if flags.splay:
             wait_splay(run)

@@ -343,7 +343,7 @@ def test_more_signals_during_the_way_back_change_nothing(live: App) -> None:
 def test_signals_while_undoing_change_nothing(live: App) -> None:
     # At the first removal of what it had staged.
     told = live.directory / "told"
-    live.configure(f"[hooks]\npre_activate = false\non_failure = touch {told}\n")
+    live.configure(f"share_unchanged = no\n[hooks]\npre_activate = false\non_failure = touch {told}\n")
     sends = strace(live, "-e", "trace=unlinkat", "-e", "inject=unlinkat:signal=TERM:when=1")
     assert Running(live, "deploy", live.artifact("1.1"), python=sends).end()["exit_code"] == 1
     assert re.search(r'\.deploy/releases>, "[^"\n]+\.json", 0\)[^\n]*\n[^\n]* SIGTERM ', trace_of(live).read_text()), "undoing had begun"

@@ -18,8 +18,8 @@ from support import DEPLOY
 LONGEST = 60
 # What the whole file may have: lowered as it shrinks.  A feature raises them by what it needs, in its own commit, and
 # nothing else does; the README has a ceiling as well (test_docs.py).
-CEILINGS = {"lines": 11625, "bytes": 595200, "columns": 100, "functions": 564, "classes": 57,
-            "nodes": 99910}
+CEILINGS = {"lines": 11630, "bytes": 595600, "columns": 100, "functions": 564, "classes": 57,
+            "nodes": 100010}
 MOST_POSITIONAL = 5
 DRY_RUN_SECTIONS = {5, 16, 17, 18}
 FORBIDDEN_TEXTS = [
