@@ -175,6 +175,28 @@ def test_unchanged_files_share_their_blocks_where_the_filesystem_can(cloning: Ap
     cloning.run("rollback", check=0)
 
 
+@deep
+@pytest.mark.parametrize("size_bytes", [5000, 1500000], ids=["small", "large"])
+def test_a_live_file_that_changes_just_before_it_is_cloned_gives_none_of_it(cloning: App, monkeypatch: Any, size_bytes: int) -> None:
+    """As somebody who holds it mapped can change it: no time of the file tells."""
+    program, live, new = load_deploy(), cloning.root / "live", cloning.root / "new"
+    live.mkdir()
+    new.mkdir()
+    (live / "f").write_bytes(b"a" * size_bytes)
+    clone, calls = program.fcntl.ioctl, []
+
+    def change_and_clone(*arguments: Any) -> Any:
+        calls.append(arguments)
+        with open(str(live / "f"), "r+b") as stream:
+            stream.write(b"EVIL")
+        return clone(*arguments)
+
+    monkeypatch.setattr(program.fcntl, "ioctl", change_and_clone)
+    with program.Directory(str(live)) as release, program.Directory(str(new)) as place, program.Sharer(release, "reflink") as sharer:
+        program.write_file(program.Member(b"f", program.FILE, 0o644, size_bytes), iter([b"a" * size_bytes]), place.descriptor, sharer)
+    assert calls and (new / "f").read_bytes() == b"a" * size_bytes and os.listdir(str(new)) == ["f"]
+
+
 # -- a live release that changes meanwhile --------------------------------------
 
 def unpack_while(app: App, pieces: List[bytes], between: Any, how: str) -> Any:
