@@ -10266,7 +10266,7 @@ def measure(entries: Iterable[HistoryEntry], since: str, until: str) -> Json:
         # The first counts: the way back has one too, a recovered run may have none.
         for step in reversed(entry.steps):
             if step["name"] == "activate":
-                row["at"] = step.get("started_at") or row["at"]  # not always there
+                row["at"] = step.get("started_at") or row["at"]  # older lines lack it
         rows.append(row)
         by_release[entry.release] = row
         if needs_person:

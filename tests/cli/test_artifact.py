@@ -11,14 +11,13 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 from typing import Any, Dict, List, NamedTuple
 
 import pytest
 
 from archives import FORMATS, entry, folder, link, make_zip, pax, tar, zip_info, zstd
-from support import deep, load_deploy, needs
+from support import deep, load_deploy, needs, wait_until
 
 deploy = load_deploy()
 
@@ -220,7 +219,7 @@ def test_reading_that_is_given_up_leaves_no_thread_behind(bench):
     with opened(bench.artifact(tar(entry(b"large", bytes(8 << 20))))) as artifact:
         blocks = deploy.pump(artifact, (1 << 30, "max_expanded"), nothing)
         next(blocks)
-        time.sleep(0.2)
+        wait_until(lambda: artifact.read_bytes > deploy.QUEUE_BLOCKS * deploy.BLOCK_BYTES, what="a queue that is full")
         blocks.close()
 
 

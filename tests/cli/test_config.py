@@ -318,7 +318,7 @@ def test_what_is_just_small_enough_is_handed_over(app: App) -> None:
 GROUPS = [
     ("probe-none", "[probe:web]\ntimeout = 3s\n", "[probe:web]"),
     ("probe-two", "[probe:web]\nurl = http://x/\ntcp = x:1\n", "[probe:web]"),
-    ("probe-empty", "[probe:web]\n", f"[probe:web] needs exactly one of {', '.join(deploy.PROBE_KINDS)}, and has none"),
+    ("probe-empty", "[probe:web]\n", "[probe:web] needs exactly one of url, tcp, command, service, and has none"),
     ("service-empty", "[service:web]\n", "[service:web] needs exactly one of"),
     ("template-empty", "[template:t]\n", "[template:t] needs source"),
     ("service-none", "[service:web]\naction = restart\n", "[service:web]"),
